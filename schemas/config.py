@@ -1,0 +1,275 @@
+"""The configuration of a worker: one YAML file, checked, every key overridable from the environment."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from schemas.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "DRIFTKEEL__"
+
+
+class Section(BaseModel):
+    """A part of the configuration; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Topics(Section):
+    """Topic names."""
+
+    frames: str = Field("frames", description="frames in; key = stream id, value = image bytes")
+    predictions: str = Field("predictions", description="one prediction per frame out")
+    updates: str = Field("updates", description="one update event per guard decision out")
+    dead_letters: str = Field("frames.dlq", description="records that could not become frames, with the reason")
+
+
+class Kafka(Section):
+    """The broker, and how the worker consumes from it."""
+
+    bootstrap: str = Field("127.0.0.1:9092", description="host:port, several separated by commas")
+    group: str = Field("driftkeel", description="consumer group; all workers of one site share it")
+    topics: Topics = Topics()
+    session_timeout_ms: int = Field(10_000, ge=1_000, description="a worker silent for so long loses its partitions")
+    heartbeat_interval_ms: int = Field(1_000, ge=100)
+    fetch_max_wait_ms: int = Field(50, ge=1, description="how long the broker may hold a fetch that has no data")
+    max_poll_records: int = Field(500, ge=1, description="frames taken over from the client at a time")
+    offset_reset: Literal["earliest", "latest"] = Field(
+        "earliest", description="where a group begins that has no committed offset"
+    )
+    connect_timeout_s: float = Field(30, gt=0, description="give up starting when the broker stays away for so long")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
+    sasl_username: str | None = None
+    sasl_password: SecretStr | None = None
+    ssl_cafile: str | None = Field(None, description="CA certificates; the system's where not set")
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+
+    @model_validator(mode="after")
+    def _heartbeats_fit(self) -> Kafka:
+        if self.heartbeat_interval_ms * 3 > self.session_timeout_ms:
+            raise ValueError("heartbeat_interval_ms must be at most a third of session_timeout_ms")
+        return self
+
+
+class Store(Section):
+    """The Redis-protocol store of stream states."""
+
+    url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="redis:// rediss:// or unix:// URL")
+    prefix: str = Field("driftkeel", pattern=r"^[\w.:-]+$", description="first part of every key")
+    connect_timeout_s: float = Field(30, gt=0, description="give up starting when the store stays away for so long")
+    max_state_bytes: int = Field(64 << 20, ge=1_024, description="a stored state larger than this is refused")
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: SecretStr) -> SecretStr:
+        scheme = urlsplit(url.get_secret_value()).scheme
+        if scheme not in ("redis", "rediss", "unix"):
+            raise ValueError(f"scheme {scheme!r} is not one of redis, rediss, unix")
+        return url
+
+    @property
+    def address(self) -> str:
+        """The URL without its secrets, for messages."""
+        return mask_url(self.url.get_secret_value())
+
+
+class Frames(Section):
+    """Limits on bytes from outside, checked before and while decoding."""
+
+    max_bytes: int = Field(8 << 20, ge=1, description="largest record value")
+    max_side: int = Field(8_192, ge=1, description="largest width or height in pixels")
+    max_pixels: int = Field(24_000_000, ge=1, description="largest width x height")
+    max_stream_id_bytes: int = Field(200, ge=1, le=1_000)
+    decode_threads: int = Field(2, ge=1, le=64)
+
+
+class Batch(Section):
+    """Micro-batches: latency (`max_batch`, `max_wait_ms`) and updates (`min_adapt`) are separate knobs."""
+
+    max_batch: int = Field(16, ge=1, le=1_024, description="frames of one stream that close its micro-batch")
+    max_wait_ms: int = Field(100, ge=0, description="longest wait of a frame for its micro-batch to fill")
+    min_adapt: int = Field(4, ge=1, description="fewer frames are predicted now and adapted on with later ones")
+    max_hold_ms: int = Field(
+        10_000, ge=0, description="frames held for min_adapt longer than this count without an update"
+    )
+    max_pass: int = Field(256, ge=1, description="frames of all streams in one pass")
+    max_buffered: int = Field(4_096, ge=1, description="frames in memory before partitions are paused")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Batch:
+        if self.min_adapt > self.max_batch:
+            raise ValueError("min_adapt must not be larger than max_batch")
+        if self.max_batch > self.max_pass:
+            raise ValueError("max_batch must not be larger than max_pass")
+        return self
+
+
+class Adapt(Section):
+    """What the worker does with its streams."""
+
+    enabled: bool = Field(True, description="false: predict with the parameters as they are, never update")
+    step_scale: float = Field(1.0, ge=0, le=10, description="multiplies the bundle's step size")
+    max_resident_streams: int = Field(4_096, ge=1, description="stream states in memory; others are loaded when needed")
+
+
+class Guard(Section):
+    """Limits of the guard, as factors of what the bundle saw in calibration."""
+
+    max_gradient_factor: float = Field(
+        4.0, gt=0, description="raw gradient norms above factor x bundle limit are skipped"
+    )
+    max_distance_factor: float = Field(2.0, gt=0, description="updates that lead further from source are skipped")
+
+
+class Bundle(Section):
+    """Which bundle the worker runs."""
+
+    path: Path = Field(Path("bundles/fashion-mnist"), description="folder with manifest.json")
+    factories: tuple[str, ...] = Field((), description="'module:function' names that a bundle may ask for")
+
+
+class Metrics(Section):
+    """The HTTP port for Prometheus."""
+
+    host: str = Field("127.0.0.1", description="address to bind; 0.0.0.0 in a container")
+    port: int = Field(9_464, ge=0, le=65_535, description="0 takes a free port and logs it")
+    max_stream_labels: int = Field(
+        50, ge=0, description="streams with series of their own; the rest count in the fleet's series only"
+    )
+
+
+class Log(Section):
+    """Logging to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, JSON elsewhere")
+
+
+class WorkerConfig(BaseSettings):
+    """Everything that a worker can be told."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__", case_sensitive=False
+    )
+
+    worker: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", description="name in records")
+    threads: int = Field(0, ge=0, le=256, description="torch threads; 0 leaves torch's choice")
+    kafka: Kafka = Kafka()
+    store: Store = Store()
+    frames: Frames = Frames()
+    batch: Batch = Batch()
+    bundle: Bundle = Bundle()
+    adapt: Adapt = Adapt()
+    guard: Guard = Guard()
+    metrics: Metrics = Metrics()
+    log: Log = Log()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment goes before the file, whose content arrives as init settings."""
+        return env_settings, init_settings
+
+
+def load_config(path: Path | None) -> WorkerConfig:
+    """The configuration in `path` (defaults where None) with the environment's overrides.
+
+    Raises ConfigError, one line per mistake, with the nearest valid key for an unknown one.
+    """
+    content: dict[str, Any] = {}
+    if path is not None:
+        content = _read_yaml(path)
+    where = str(path) if path else "defaults"
+    _refuse_unknown_environment()
+    try:
+        return WorkerConfig(**content)
+    except ValidationError as error:
+        lines = [_explain(problem, where) for problem in error.errors()]
+        raise ConfigError("\n".join(lines)) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"config {path}: expected sections such as 'kafka:' at the top level")
+    return content
+
+
+def _explain(problem: Any, where: str) -> str:
+    location = [str(part) for part in problem["loc"]]
+    name = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        return f"config {where}: unknown key '{name}'{_nearest(location)}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"config {where}: {name or 'configuration'}: {message[:1].lower()}{message[1:]}"
+
+
+def _nearest(location: list[str]) -> str:
+    valid = [key for key in _keys(WorkerConfig) if key.count(".") == len(location) - 1]
+    close = difflib.get_close_matches(".".join(location), valid, n=1, cutoff=0.5)
+    if not close:
+        # A key in the wrong section is as common a mistake as a misspelt one.
+        close = [key for key in _keys(WorkerConfig) if key.split(".")[-1] == location[-1]][:1]
+    return f"; did you mean '{close[0]}'?" if close else "; 'driftkeel config' prints all valid keys"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys, sections included."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _keys(kind, f"{prefix}{name}.")
+    return keys
+
+
+def _refuse_unknown_environment() -> None:
+    valid = set(_keys(WorkerConfig))
+    for variable in os.environ:
+        if not variable.upper().startswith(ENVIRONMENT_PREFIX):
+            continue
+        key = variable[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
+        if key not in valid:
+            raise ConfigError(f"environment variable {variable}: unknown key '{key}'{_nearest(key.split('.'))}")
+
+
+def effective_yaml(config: WorkerConfig) -> str:
+    """The configuration as YAML, secrets masked."""
+    content = config.model_dump(mode="json")
+    content["store"]["url"] = config.store.address
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def mask_url(url: str) -> str:
+    """A URL with its password replaced by stars."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)

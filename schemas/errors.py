@@ -1,0 +1,33 @@
+"""The errors that a user is meant to read: each says what is wrong, where, and what to do."""
+
+
+class DriftkeelError(Exception):
+    """Base of all errors with a message for the user; the command line prints it and exits 1."""
+
+
+class ConfigError(DriftkeelError):
+    """The configuration cannot be used."""
+
+
+class BundleError(DriftkeelError):
+    """A bundle is missing, incomplete, altered, or made for something else."""
+
+
+class StateError(DriftkeelError):
+    """Stored bytes are not a stream state that this version can use."""
+
+
+class FrameError(DriftkeelError):
+    """A record cannot become a frame; `kind` is the short class used in metrics and dead letters."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class DataError(DriftkeelError):
+    """A data set is missing or damaged."""
+
+
+class UnreachableError(DriftkeelError):
+    """The broker or the store does not answer at its address."""

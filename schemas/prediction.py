@@ -1,0 +1,42 @@
+"""A prediction as it leaves: one per frame."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PREDICTION_TYPE = "io.driftkeel.prediction.v1"
+
+
+class ClassScore(BaseModel):
+    """One of the most likely classes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    index: int = Field(ge=0)
+    label: str
+    confidence: float = Field(ge=0, le=1)
+
+
+class Prediction(BaseModel):
+    """What the worker says of one frame. Consumers deduplicate on `id`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    id: str = Field(description="topic/partition/offset of the frame")
+    stream: str
+    event_time: datetime
+    index: int = Field(ge=0, description="class index")
+    label: str
+    confidence: float = Field(ge=0, le=1, description="calibrated probability of the class")
+    top: list[ClassScore]
+    bundle: str = Field(description="content hash of the bundle")
+    step: int = Field(ge=0, description="updates that the stream's parameters had seen; 0 is the source model")
+    parameters: Literal["source", "adapted"]
+    estimated_accuracy: float = Field(ge=0, le=1, description="the stream's accuracy now, as estimated without labels")
+    worker: str
+    wait_seconds: float = Field(ge=0, description="from the worker's receipt of the frame to its pass")
+    pass_seconds: float = Field(ge=0, description="decode to logits, of the whole pass")

@@ -1,0 +1,137 @@
+"""A stream's state and its form in the store: a JSON header, and the tensors as safetensors bytes."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Final, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from schemas.errors import StateError
+from schemas.frame import Position
+
+FORMAT_VERSION: Final = 1
+
+
+class RunningProxies(BaseModel):
+    """Exponential means over the stream's recent frames, and how many frames they rest on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    frames: int = Field(0, ge=0)
+    confidence: float = Field(0.0, ge=0, le=1)
+    entropy: float = Field(0.0, ge=0)
+
+
+class StreamHeader(BaseModel):
+    """All of a stream's state but its tensors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = FORMAT_VERSION
+    stream: str
+    bundle: str = Field(description="content hash; tensors fit this bundle only")
+    method: str
+    positions: dict[str, int] = Field(default_factory=dict, description="newest offset folded in, per topic/partition")
+    frames: int = Field(0, ge=0, description="frames folded in")
+    step: int = Field(0, ge=0, description="updates applied since the source model")
+    events: int = Field(0, ge=0, description="update events so far")
+    folded: str = Field("", description="rolling hash of the positions folded in, in order")
+    proxies: RunningProxies = Field(default_factory=RunningProxies)
+
+    def has_folded(self, position: Position) -> bool:
+        """Whether the frame at `position` has shaped this state already."""
+        return position.offset <= self.positions.get(position.log, -1)
+
+
+class StreamState(BaseModel):
+    """A stream's state: header, and the method's tensors without their stream dimension."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    header: StreamHeader
+    tensors: dict[str, Tensor]
+
+
+def encode_header(header: StreamHeader) -> bytes:
+    """The header's bytes for the store."""
+    return header.model_dump_json().encode()
+
+
+def encode_tensors(tensors: dict[str, Tensor], step: int) -> bytes:
+    """The tensors' bytes for the store; they change only when `step` does, so they are written only then."""
+    metadata = {"version": str(FORMAT_VERSION), "step": str(step)}
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def decode_state(header: bytes, blob: bytes, like: dict[str, Tensor], max_bytes: int) -> StreamState:
+    """A stored state; its tensors must have the names, shapes and dtypes of `like` and finite values.
+
+    Raises StateError for anything else: too large, damaged, another version, another architecture, or tensors
+    that belong to another step than the header.
+    """
+    if len(blob) > max_bytes:
+        raise StateError(f"the stored state has {len(blob)} bytes, more than store.max_state_bytes = {max_bytes}")
+    parsed = decode_header(header)
+    step = _tensor_metadata(blob).get("step")
+    if step != str(parsed.step):
+        raise StateError(f"the stored tensors are of step {step}, their header is of step {parsed.step}")
+    try:
+        tensors = safetensors.torch.load(blob)
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise StateError(f"the stored tensors are damaged: {error}") from error
+    if set(tensors) != set(like):
+        raise StateError(f"the stored state has tensors {sorted(tensors)}, this bundle needs {sorted(like)}")
+    for name, expected in like.items():
+        found = tensors[name]
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            raise StateError(
+                f"stored tensor {name!r} is {found.dtype} {tuple(found.shape)}, "
+                f"this bundle needs {expected.dtype} {tuple(expected.shape)}"
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise StateError(f"stored tensor {name!r} has values that are not finite")
+    return StreamState(header=parsed, tensors=tensors)
+
+
+def decode_header(header: bytes) -> StreamHeader:
+    """The header alone. Raises StateError."""
+    try:
+        content = json.loads(header)
+        version = content.get("version")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise StateError(f"the stored bytes are no stream state: {error}") from error
+    _known_version(version)
+    try:
+        return StreamHeader.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise StateError(
+            f"the header of the stored state is wrong at {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        ) from error
+
+
+def _tensor_metadata(blob: bytes) -> dict[str, str]:
+    try:
+        (length,) = struct.unpack_from("<Q", blob)
+        if length > len(blob) - 8:
+            raise StateError("the stored tensors are cut off")
+        metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
+        version = int(metadata["version"])
+    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StateError(f"the stored bytes are no tensors of a stream state: {error}") from error
+    _known_version(version)
+    return dict(metadata)
+
+
+def _known_version(version: object) -> None:
+    if version != FORMAT_VERSION:
+        raise StateError(
+            f"the stored state has format version {version!r}, this worker knows {FORMAT_VERSION}; "
+            "run the worker version that wrote it, or reset the stream"
+        )

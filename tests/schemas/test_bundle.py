@@ -1,0 +1,28 @@
+import pytest
+from pydantic import ValidationError
+
+from schemas.bundle import Manifest, Preprocess
+
+
+def test_content_hash_changes_with_any_file(tiny_bundle) -> None:
+    manifest = tiny_bundle.manifest
+    entry = manifest.files["labels.txt"]
+    other = manifest.model_copy(
+        update={"files": {**manifest.files, "labels.txt": entry.model_copy(update={"sha256": "0" * 64})}}
+    )
+    assert len(manifest.content_hash) == 16
+    assert other.content_hash != manifest.content_hash
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/b", "", "..", "manifest.json"])
+def test_file_names_stay_inside_the_bundle(tiny_bundle, name: str) -> None:
+    content = tiny_bundle.manifest.model_dump()
+    content["files"] = {name: {"sha256": "0" * 64, "size": 1}}
+    with pytest.raises(ValidationError, match="plain name"):
+        Manifest.model_validate(content)
+
+
+@pytest.mark.parametrize("changes", [{"mean": [0.1, 0.2]}, {"std": [0.0]}, {"width": 0}, {"mode": "CMYK"}])
+def test_preprocessing_must_make_sense(changes: dict) -> None:
+    with pytest.raises(ValidationError):
+        Preprocess.model_validate({"mode": "L", "width": 28, "height": 28, "mean": [0.5], "std": [0.2], **changes})

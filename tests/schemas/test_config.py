@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from schemas.config import effective_yaml, load_config
+from schemas.errors import ConfigError
+
+EXAMPLE = Path(__file__).parents[2] / "driftkeel.example.yaml"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "worker.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_example_lists_every_option_with_its_default() -> None:
+    def keys(content: dict, prefix: str = "") -> dict:
+        flat = {}
+        for name, value in content.items():
+            if isinstance(value, dict):
+                flat |= keys(value, f"{prefix}{name}.")
+            else:
+                flat[prefix + name] = value
+        return flat
+
+    example = keys(yaml.safe_load(EXAMPLE.read_text()))
+    defaults = keys(yaml.safe_load(effective_yaml(load_config(None))))
+    assert set(example) == set(defaults)
+    defaults["worker"] = example["worker"]
+    assert example == defaults
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kafka: {bootstrp: 'x:1'}", "unknown key 'kafka.bootstrp'; did you mean 'kafka.bootstrap'?"),
+        ("kafak: {}", "unknown key 'kafak'; did you mean 'kafka'?"),
+        ("bootstrap: 'x:1'", "did you mean 'kafka.bootstrap'?"),
+        ("zzzzzz: 1", "'driftkeel config' prints all valid keys"),
+        ("batch: {max_batch: 2, min_adapt: 4}", "min_adapt must not be larger than max_batch"),
+        ("batch: {max_batch: nine}", "batch.max_batch"),
+        ("store: {url: 'http://x'}", "scheme 'http' is not one of redis, rediss, unix"),
+        ("- a\n- b", "expected sections"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_mistake_has_its_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "kafka: {grup: a}\nbatch: {max_wait: 3}"))
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_environment_goes_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRIFTKEEL__BATCH__MAX_BATCH", "32")
+    monkeypatch.setenv("DRIFTKEEL__KAFKA__TOPICS__FRAMES", "line-3")
+    config = load_config(write(tmp_path, "batch: {max_batch: 8, max_wait_ms: 7}"))
+    assert (config.batch.max_batch, config.batch.max_wait_ms) == (32, 7)
+    assert config.kafka.topics.frames == "line-3"
+    assert config.kafka.topics.updates == "updates"
+
+
+def test_unknown_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRIFTKEEL__BATCH__MAX_BACH", "32")
+    with pytest.raises(ConfigError, match=r"did you mean 'batch.max_batch'"):
+        load_config(None)
+
+
+def test_secrets_are_masked(tmp_path: Path) -> None:
+    text = (
+        "store: {url: 'rediss://site:hunter2@store:6380/1'}\n"
+        "kafka: {security_protocol: SASL_SSL, sasl_mechanism: PLAIN, sasl_username: u, sasl_password: sesame}"
+    )
+    config = load_config(write(tmp_path, text))
+    shown = effective_yaml(config) + repr(config)
+    assert "hunter2" not in shown
+    assert "sesame" not in shown
+    assert "rediss://site:***@store:6380/1" in shown
+    assert config.store.url.get_secret_value() == "rediss://site:hunter2@store:6380/1"

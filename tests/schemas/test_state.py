@@ -1,0 +1,94 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.errors import StateError
+from schemas.frame import Position
+from schemas.state import (
+    StreamHeader,
+    decode_header,
+    decode_state,
+    encode_header,
+    encode_tensors,
+)
+
+LIMIT = 1 << 20
+LIKE = {"affine": torch.zeros(5), "memory": torch.zeros(2, 3), "age": torch.zeros(())}
+
+
+def header(**changes: object) -> StreamHeader:
+    values = {"stream": "cam-1", "bundle": "b" * 16, "method": "mgg", "step": 3, **changes}
+    return StreamHeader.model_validate(values)
+
+
+def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(tensor.shape, generator=random) for name, tensor in LIKE.items()}
+
+
+@given(
+    st.integers(0, 10),
+    st.text(min_size=1, max_size=20),
+    st.dictionaries(st.sampled_from(["frames/0", "frames/7"]), st.integers(0, 2**62)),
+)
+def test_round_trip(seed: int, stream: str, positions: dict[str, int]) -> None:
+    original = header(stream=stream, positions=positions, frames=12, folded="f" * 64)
+    content = tensors(seed)
+    state = decode_state(encode_header(original), encode_tensors(content, 3), LIKE, LIMIT)
+    assert state.header == original
+    for name, tensor in content.items():
+        assert torch.equal(state.tensors[name], tensor)
+
+
+def test_position_says_what_is_folded() -> None:
+    state = header(positions={"frames/0": 41})
+    assert state.has_folded(Position("frames", 0, 41))
+    assert not state.has_folded(Position("frames", 0, 42))
+    assert not state.has_folded(Position("frames", 1, 0))
+    assert not state.has_folded(Position("other", 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda h, t: (h, t[:-3]), "damaged"),
+        (lambda h, t: (h, b""), "no tensors"),
+        (lambda h, t: (h, b"\xff" * 40), "cut off"),
+        (lambda h, t: (b"{}", t), "version None"),
+        (lambda h, t: (b"\x80\x04pickle", t), "no stream state"),
+        (lambda h, t: (b"[" * 100_000, t), "no stream state"),
+        (lambda h, t: (h.replace(b'"version":1', b'"version":2'), t), "format version 2, this worker knows 1"),
+        (lambda h, t: (h.replace(b'"frames":0', b'"frames":-1', 1), t), "wrong at frames"),
+        (lambda h, t: (h, encode_tensors(tensors(), 2)), "of step 2, their header is of step 3"),
+        (lambda h, t: (h, encode_tensors({"affine": torch.zeros(5)}, 3)), "has tensors"),
+        (lambda h, t: (h, encode_tensors({**tensors(), "affine": torch.zeros(6)}, 3)), r"\(6,\), this bundle needs"),
+        (lambda h, t: (h, encode_tensors({**tensors(), "affine": torch.zeros(5).half()}, 3)), "float16"),
+        (lambda h, t: (h, encode_tensors({**tensors(), "affine": torch.full((5,), torch.nan)}, 3)), "not finite"),
+        (lambda h, t: (h, encode_tensors({**tensors(), "affine": torch.zeros(LIMIT)}, 3)), "max_state_bytes"),
+    ],
+)
+def test_what_is_not_a_state_is_refused(damage, message: str) -> None:
+    with pytest.raises(StateError, match=message):
+        decode_state(*damage(encode_header(header()), encode_tensors(tensors(), 3)), LIKE, LIMIT)
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300))
+def test_no_bytes_break_the_decoder(first: bytes, second: bytes) -> None:
+    with pytest.raises(StateError):
+        decode_state(first, second, LIKE, LIMIT)
+    with pytest.raises(StateError):
+        decode_header(first)
+
+
+@given(st.data())
+def test_flipped_bits_never_give_a_wrong_shape(data: st.DataObject) -> None:
+    blob = bytearray(encode_tensors(tensors(), 3))
+    blob[data.draw(st.integers(0, len(blob) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        state = decode_state(encode_header(header()), bytes(blob), LIKE, LIMIT)
+    except StateError:
+        return
+    for name, tensor in LIKE.items():
+        assert state.tensors[name].shape == tensor.shape
+        assert torch.isfinite(state.tensors[name]).all()
