@@ -1,0 +1,172 @@
+"""Bundles: packing at the centre, checking and loading at a site.
+
+A bundle is a folder: manifest.json, model.safetensors, generator.safetensors, statistics.safetensors, labels.txt.
+Nothing in it is executed, and nothing is used before its hash has been checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.models import build_network
+from meta.norms import AdaptableModel
+from meta.objective import SourceStatistics
+from schemas.bundle import FileEntry, Manifest
+from schemas.errors import BundleError
+
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILE_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle, ready to predict and adapt."""
+
+    manifest: Manifest
+    labels: list[str]
+    model: AdaptableModel
+    method: MGG
+
+    @property
+    def hash(self) -> str:
+        return self.manifest.content_hash
+
+
+def write_bundle(
+    folder: Path, manifest: Manifest, tensors: dict[str, dict[str, Tensor]], labels: Iterable[str]
+) -> Manifest:
+    """Write a bundle; `manifest.files` is filled in here. `tensors` maps a file's stem to its content.
+
+    Returns the manifest as written. Equal content gives equal bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        f"{stem}.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in sorted(content.items())})
+        for stem, content in tensors.items()
+    }
+    contents["labels.txt"] = "".join(f"{label}\n" for label in labels).encode()
+    entries = {
+        name: FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+        for name, content in sorted(contents.items())
+    }
+    manifest = manifest.model_copy(update={"files": entries})
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The checked manifest. Raises BundleError."""
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(
+            f"no bundle at {folder}: {MANIFEST} is missing; set bundle.path to a bundle's folder"
+        ) from error
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise BundleError(f"{path} is no valid manifest: {where}: {problem['msg']}") from error
+
+
+def load_bundle(folder: Path, factories: Iterable[str] = ()) -> Bundle:
+    """Check every hash, then build model and method.
+
+    Raises BundleError where anything is missing, altered, or does not fit together.
+    """
+    manifest = read_manifest(folder)
+    contents = {name: _checked_file(folder, name, entry) for name, entry in manifest.files.items()}
+    labels = _part(contents, folder, "labels.txt").decode("utf-8").split("\n")[:-1]
+    network = build_network(manifest.model.architecture, manifest.model.arguments, factories)
+    _load_weights(network, _tensors(contents, folder, "model.safetensors"), "model.safetensors")
+    model = AdaptableModel(network.to(memory_format=torch.channels_last))
+    source = _statistics(_tensors(contents, folder, "statistics.safetensors"), model)
+    try:
+        settings = GeneratorSettings.model_validate(manifest.method.settings)
+    except ValidationError as error:
+        raise BundleError(f"{folder}: method settings: {error.errors()[0]['msg']}") from error
+    learned = LearnedOptimizer(settings)
+    _load_weights(learned, _tensors(contents, folder, "generator.safetensors"), "generator.safetensors")
+    for parameter in learned.parameters():
+        parameter.requires_grad_(False)
+    _check_output(model, manifest, labels, folder)
+    return Bundle(manifest, labels, model, MGG(model, source, learned.eval(), len(labels)))
+
+
+def _checked_file(folder: Path, name: str, entry: FileEntry) -> bytes:
+    path = folder / name
+    try:
+        if entry.size > MAX_FILE_BYTES or path.stat().st_size != entry.size:
+            raise BundleError(
+                f"{path} does not have the {entry.size} bytes that the manifest says; get the bundle again"
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror or error}; get the bundle again") from error
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise BundleError(f"{path} was altered: its SHA-256 is not the manifest's; get the bundle again")
+    return content
+
+
+def _part(contents: dict[str, bytes], folder: Path, name: str) -> bytes:
+    if name not in contents:
+        raise BundleError(f"the manifest in {folder} does not list {name}")
+    return contents[name]
+
+
+def _tensors(contents: dict[str, bytes], folder: Path, name: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(_part(contents, folder, name))
+    except safetensors.SafetensorError as error:
+        raise BundleError(f"{folder / name} is no safetensors file: {error}") from error
+
+
+def _load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], name: str) -> None:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        first = " ".join(str(error).split())
+        raise BundleError(f"{name} does not fit its architecture: {first[:300]}") from error
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BundleError(f"{name}: tensor {key!r} has values that are not finite")
+
+
+def _statistics(tensors: dict[str, Tensor], model: AdaptableModel) -> SourceStatistics:
+    features = sum(int(layer.scale.shape[-1 if not layer.channels_first else 0]) for layer in model.layers)
+    for name in ("mean", "std"):
+        if name not in tensors or tuple(tensors[name].shape) != (features,):
+            raise BundleError(f"statistics.safetensors: {name!r} must have {features} values for this architecture")
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise BundleError(f"statistics.safetensors: {name!r} has values that are not finite")
+    return SourceStatistics(tensors["mean"], tensors["std"])
+
+
+def _check_output(model: AdaptableModel, manifest: Manifest, labels: list[str], folder: Path) -> None:
+    shape = (1, manifest.preprocess.channels, manifest.preprocess.height, manifest.preprocess.width)
+    with torch.inference_mode():
+        try:
+            logits = model(torch.zeros(shape))
+        except RuntimeError as error:
+            raise BundleError(f"{folder}: the model cannot take frames of shape {shape}: {error}") from error
+    if tuple(logits.shape) != (1, len(labels)):
+        raise BundleError(f"{folder}: the model gives {tuple(logits.shape)} for {len(labels)} labels in labels.txt")

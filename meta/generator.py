@@ -1,0 +1,104 @@
+"""The Meta Gradient Generator (MGG) and its gradient memory layer.
+
+Source: Deng et al., "Learning to Generate Gradients for Test-Time Adaptation via Test-Time Training Layers",
+AAAI 2025, arXiv 2412.16901. Every coordinate of the norm affine has its own fast weights; all share the learned
+ones. Coordinates lie in the last dimension, so that the small matrix products become wide arithmetic over S x P
+contiguous numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+LAYER_NORM_EPSILON = 1e-6
+
+
+def _standardised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero mean and unit variance over dimension 1; also 1 / deviation."""
+    centred = x - x.mean(1, keepdim=True)
+    inverse = torch.rsqrt((centred * centred).mean(1, keepdim=True) + LAYER_NORM_EPSILON)
+    return centred * inverse, inverse
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows (S, h, P) times one (h, h) matrix per coordinate, weight (S, h, h, P): (S, h, P)."""
+    total = rows[:, 0, None] * weight[:, 0]
+    for i in range(1, rows.shape[1]):
+        total = torch.addcmul(total, rows[:, i, None], weight[:, i])
+    return total
+
+
+def _column(parameter: Tensor) -> Tensor:
+    return parameter.view(1, -1, 1)
+
+
+class GradientMemory(nn.Module):
+    """A test-time-training layer (TTT-Linear, mini-batch 1, one head) over the gradients of each coordinate.
+
+    `inputs` numbers a coordinate in, `hidden` numbers out. Fast weights: weight (S, h, h, P) and bias (S, h, P).
+    """
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.query = nn.Parameter(torch.randn(hidden, inputs) * 0.5 / inputs**0.5)
+        self.key = nn.Parameter(torch.randn(hidden, inputs) * 0.5 / inputs**0.5)
+        self.value = nn.Parameter(torch.randn(hidden, inputs) * 0.5 / inputs**0.5)
+        self.initial_weight = nn.Parameter(torch.randn(hidden, hidden) * 0.02)
+        self.initial_bias = nn.Parameter(torch.zeros(hidden))
+        self.norm_scale = nn.Parameter(torch.ones(hidden))
+        self.norm_shift = nn.Parameter(torch.zeros(hidden))
+        self.rate_weight = nn.Parameter(torch.zeros(inputs))
+        self.rate_bias = nn.Parameter(torch.zeros(()))
+        self.token_scale = nn.Parameter(torch.zeros(()))
+
+    def fresh(self, streams: int, coordinates: int) -> tuple[Tensor, Tensor]:
+        """Fast weights of streams that have seen nothing yet."""
+        weight = self.initial_weight[None, :, :, None].expand(streams, -1, -1, coordinates)
+        return weight, self.initial_bias[None, :, None].expand(streams, -1, coordinates)
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Memorise x (S, d, P), then read with it: output (S, h, P) and the new fast weights.
+
+        The inner loss is l = 1/2 ||LN(k W + b) - (v - k)||^2; its gradient D with respect to z = k W + b is in
+        closed form, and W <- W - eta k^T D, b <- b - eta D.
+        """
+        query, key, value = self.query @ x, self.key @ x, self.value @ x
+        z_hat, inverse = _standardised(_product(key, weight) + bias)
+        error = _column(self.norm_scale) * z_hat + _column(self.norm_shift) - (value - key)
+        pulled = error * _column(self.norm_scale)
+        slope = inverse * (pulled - pulled.mean(1, keepdim=True) - z_hat * (pulled * z_hat).mean(1, keepdim=True))
+        gate = torch.sigmoid(self.rate_weight @ x + self.rate_bias).unsqueeze(1)
+        rate = gate * ((1 + self.token_scale).clamp_min(0) / self.hidden)
+        weight = torch.addcmul(weight, (rate * key).unsqueeze(2), slope.unsqueeze(1), value=-1)
+        bias = torch.addcmul(bias, rate, slope, value=-1)
+        read, _ = _standardised(_product(query, weight) + bias)
+        return query + _column(self.norm_scale) * read + _column(self.norm_shift), weight, bias
+
+
+class MetaGradientGenerator(nn.Module):
+    """Gradient features in, one bounded update direction per coordinate out.
+
+    `shortcut` adds a learned linear path from the inputs to the output, which starts as plain momentum: an
+    untrained generator is then a sane optimizer, and training only has to find what is better. The paper has none.
+    """
+
+    def __init__(self, inputs: int, hidden: int, shortcut: bool) -> None:
+        super().__init__()
+        self.memory = GradientMemory(inputs, hidden)
+        self.post_scale = nn.Parameter(torch.ones(hidden))
+        self.post_shift = nn.Parameter(torch.zeros(hidden))
+        self.output = nn.Parameter(torch.randn(1, hidden) * (0.01 if shortcut else 0.5 / hidden**0.5))
+        self.shortcut = nn.Parameter(torch.zeros(1, inputs)) if shortcut else None
+        if self.shortcut is not None:
+            self.shortcut.data[0, 0] = 0.15
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (S, d, P) and fast weights to u (S, P) in (-1, 1) and new fast weights."""
+        out, weight, bias = self.memory(x, weight, bias)
+        post, _ = _standardised(out)
+        direction = self.output @ (_column(self.post_scale) * post + _column(self.post_shift))
+        if self.shortcut is not None:
+            direction = direction + self.shortcut @ x
+        return torch.tanh(direction.squeeze(1)), weight, bias

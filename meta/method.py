@@ -1,0 +1,73 @@
+"""What every adaptation method looks like to the engine, the benchmark and the meta-training.
+
+A method holds no stream's state. State is a dict of tensors whose first dimension is the stream; `predict` runs
+the forward of a micro-batch under it, and `update` returns the next state. Predictions can so leave before the
+backward pass starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass that `update` can go on from.
+
+    logits (B, classes), features (B, F), rows (B, P) or None, stream (B,) int64 in [0, S), counts (S,) float, and
+    the state it ran under. logits carry a graph; use `detach` before they leave.
+    """
+
+    logits: Tensor
+    features: Tensor
+    rows: Tensor | None
+    stream: Tensor
+    counts: Tensor
+    state: State
+
+
+@dataclass(frozen=True)
+class Update:
+    """The state that a method proposes, and per-stream signals (S,) for guard, metrics and audit."""
+
+    state: State
+    signals: dict[str, Tensor]
+
+
+class Method(Protocol):
+    """Stateless adaptation of many streams."""
+
+    def fresh(self, streams: int) -> State:
+        """The state of streams that have seen nothing: they predict as the source model does."""
+        ...
+
+    def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
+        """Logits of standardised frames (B, ch, h, w); frame i belongs to row stream[i] of the state."""
+        ...
+
+    def update(self, forward: Forward) -> Update:
+        """One update per stream from its frames in `forward`."""
+        ...
+
+
+def take(state: State, index: Tensor) -> State:
+    """The rows `index` (S,) of a state, copied."""
+    return {name: tensor.index_select(0, index) for name, tensor in state.items()}
+
+
+def put(state: State, index: Tensor, rows: State) -> None:
+    """Write `rows` over the rows `index` (S,) of `state`, in place."""
+    for name, tensor in state.items():
+        tensor.index_copy_(0, index, rows[name].to(tensor.dtype))
+
+
+def finite_rows(tensors: dict[str, Tensor]) -> Tensor:
+    """(S,) bool: whether all numbers of a row are finite in every tensor."""
+    flags = [torch.isfinite(t).flatten(1).all(1) if t.dim() > 1 else torch.isfinite(t) for t in tensors.values()]
+    return torch.stack(flags).all(0)

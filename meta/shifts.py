@@ -1,0 +1,200 @@
+"""Simulated shifts: what happens to cameras, as functions on batches of images.
+
+A shift takes images in [0, 1], float (B, ch, h, w); a severity in [0, 1] per image, (B,); `traits` (4,), uniform
+numbers that stay the same for one stream and say how the shift looks there (direction, place, sign); and a random
+generator for what differs from frame to frame. It returns images of the same shape in [0, 1].
+
+`TUNING` shifts train and tune; `HELD_OUT` shifts measure and play in the demo. No shift is in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Shift = Callable[[Tensor, Tensor, Tensor, torch.Generator], Tensor]
+
+
+def _each(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def _grid(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column coordinates in [-1, 1], (h, 1) and (1, w)."""
+    height, width = images.shape[2:]
+    return torch.linspace(-1, 1, height).view(-1, 1), torch.linspace(-1, 1, width).view(1, -1)
+
+
+def _noise(images: Tensor, random: torch.Generator) -> Tensor:
+    return torch.randn(images.shape, generator=random)
+
+
+def _warp(images: Tensor, matrices: Tensor) -> Tensor:
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+# --- for training and tuning -----------------------------------------------------------------------------------
+
+
+def light_level(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Gain down to 0.25 or up to 3, with a small offset."""
+    gain = 1 - 0.75 * severity if traits[0] < 0.5 else 1 + 2 * severity
+    return (images * _each(gain) + _each((traits[1] - 0.5) * 0.3 * severity)).clamp(0, 1)
+
+
+def washed_out(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Contrast lost towards a uniform grey level."""
+    keep = _each(1 - 0.85 * severity)
+    return images * keep + (0.2 + 0.6 * traits[0]) * (1 - keep)
+
+
+def gamma(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Response curve bent either way, exponent up to 3 or down to 1/3."""
+    sign = 1.0 if traits[0] < 0.5 else -1.0
+    return images.clamp_min(1e-4) ** _each(torch.exp(sign * severity * math.log(3)))
+
+
+def uneven_light(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Light that falls off, and stray light that comes up, across the picture in one direction."""
+    rows, columns = _grid(images)
+    angle = 2 * math.pi * traits[0]
+    ramp = (torch.cos(angle) * columns + torch.sin(angle) * rows) / 2 + 0.5
+    dark = images * (1 - 0.9 * _each(severity) * ramp)
+    return (dark + 0.6 * traits[1] * _each(severity) * (1 - ramp)).clamp(0, 1)
+
+
+def gaussian_noise(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Additive noise, standard deviation up to 0.35."""
+    return (images + 0.35 * _each(severity) * _noise(images, random)).clamp(0, 1)
+
+
+def gaussian_blur(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Gaussian blur, sigma up to 7% of the width, possibly stretched along one axis."""
+    width = images.shape[3]
+    taps = torch.arange(-(width // 5), width // 5 + 1)
+    stretch = 0.3 + 0.7 * traits[0]
+    for axis, factor in ((2, 1.0 if traits[1] < 0.5 else stretch), (3, stretch if traits[1] < 0.5 else 1.0)):
+        sigma = (0.07 * width * severity * factor).clamp_min(0.05).view(-1, 1)
+        kernel = torch.exp(-0.5 * (taps / sigma) ** 2)
+        kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(images.shape[1], 0)
+        shape = (-1, 1, len(taps), 1) if axis == 2 else (-1, 1, 1, len(taps))
+        pad = (0, 0, width // 5, width // 5) if axis == 2 else (width // 5, width // 5, 0, 0)
+        flat = F.pad(images, pad, mode="replicate").flatten(0, 1)[None]
+        images = F.conv2d(flat, kernel.view(shape), groups=flat.shape[1]).view(images.shape)
+    return images
+
+
+def occlusion(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """A bar of one grey level over part of the picture, up to 45% of it."""
+    rows, columns = _grid(images)
+    across = rows if traits[0] < 0.5 else columns
+    middle = 1.6 * traits[1] - 0.8
+    covered = (across - middle).abs() < 0.45 * _each(severity)
+    return torch.where(covered, traits[2].expand(()), images)
+
+
+def dead_pixels(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Pixels stuck at black or white, the same ones in every frame, up to 30%."""
+    seed = int(traits[0] * 1e6)
+    field = torch.rand(images.shape[2:], generator=torch.Generator().manual_seed(seed))
+    stuck = field < 0.3 * _each(severity)
+    return torch.where(stuck, (field * 1e4 % 1 < traits[1]).float(), images)
+
+
+def zoom_and_shift(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """The camera moved: magnified or shrunk by up to 35%, and displaced by up to 20%."""
+    scale = torch.exp((2 * traits[0] - 1) * 0.35 * severity)
+    matrices = torch.zeros(len(images), 2, 3)
+    matrices[:, 0, 0] = matrices[:, 1, 1] = scale
+    matrices[:, 0, 2] = 0.4 * (2 * traits[1] - 1) * severity
+    matrices[:, 1, 2] = 0.4 * (2 * traits[2] - 1) * severity
+    return _warp(images, matrices)
+
+
+def coarse(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Resolution lost as in strong compression: a mixture of the image with its coarse copy, quantised."""
+    height, width = images.shape[2:]
+    small = F.interpolate(images, (max(4, height // 4), max(4, width // 4)), mode="area")
+    blocks = F.interpolate(small, (height, width), mode="nearest")
+    mixed = images + _each(severity) * (blocks - images)
+    levels = 2 + 30 * (1 - _each(severity))
+    return torch.round(mixed * levels) / levels
+
+
+# --- held out ----------------------------------------------------------------------------------------------------
+
+
+def light_failing(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """A lamp dies: dim, falling off from the middle, on a sensor whose own noise and black level then show."""
+    rows, columns = _grid(images)
+    vignette = torch.exp(-1.5 * _each(severity) * (rows**2 + columns**2))
+    dim = images * vignette * _each(1 - 0.85 * severity)
+    return (dim + _each(severity) * (0.06 + 0.05 * _noise(images, random))).clamp(0, 1)
+
+
+def focus_loss(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Defocus: a disc for a kernel, radius up to 9% of the width."""
+    width = images.shape[3]
+    reach = max(1, round(0.09 * width))
+    offsets = torch.arange(-reach, reach + 1)
+    distance = torch.sqrt(offsets.view(-1, 1) ** 2 + offsets.view(1, -1) ** 2.0)
+    kernels = (_each(0.09 * width * severity)[:, 0] + 0.5 - distance).clamp(0, 1)
+    kernels = (kernels / kernels.sum((1, 2), keepdim=True)).repeat_interleave(images.shape[1], 0)
+    flat = F.pad(images, (reach,) * 4, mode="replicate").flatten(0, 1)[None]
+    return F.conv2d(flat, kernels.unsqueeze(1), groups=flat.shape[1]).view(images.shape)
+
+
+def shot_noise(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Fewer photons: Poisson noise down to six at full scale, plus some read noise."""
+    photons = _each(torch.exp(math.log(6) * severity + math.log(2_000) * (1 - severity)))
+    caught = torch.poisson(images * photons, generator=random) / photons
+    return (caught + 0.12 * _each(severity) * _noise(images, random)).clamp(0, 1)
+
+
+def haze(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Airlight: a bright veil, denser on one side and slowly uneven, over the scene."""
+    rows, columns = _grid(images)
+    angle = 2 * math.pi * traits[0]
+    depth = 1 + 0.4 * (torch.cos(angle) * columns + torch.sin(angle) * rows)
+    depth = depth + 0.15 * torch.sin(3 * columns + 6 * traits[1]) * torch.cos(2 * rows + 6 * traits[2])
+    passed = torch.exp(-1.8 * _each(severity) * depth)
+    return images * passed + (0.75 + 0.2 * traits[3]) * (1 - passed)
+
+
+def tilt(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """A mount that gives: rotation up to 30 degrees, some shear, and a corner in shadow."""
+    angle = severity * math.radians(30) * (1 if traits[0] < 0.5 else -1)
+    shear = 0.25 * severity * (2 * traits[1] - 1)
+    matrices = torch.zeros(len(images), 2, 3)
+    matrices[:, 0, 0], matrices[:, 0, 1] = torch.cos(angle), -torch.sin(angle) + shear
+    matrices[:, 1, 0], matrices[:, 1, 1] = torch.sin(angle), torch.cos(angle)
+    rows, columns = _grid(images)
+    shadow = 1 - 0.5 * _each(severity) * ((rows + columns) / 2).clamp_min(0)
+    return _warp(images, matrices) * shadow
+
+
+TUNING: dict[str, Shift] = {
+    "light_level": light_level,
+    "washed_out": washed_out,
+    "gamma": gamma,
+    "uneven_light": uneven_light,
+    "gaussian_noise": gaussian_noise,
+    "gaussian_blur": gaussian_blur,
+    "occlusion": occlusion,
+    "dead_pixels": dead_pixels,
+    "zoom_and_shift": zoom_and_shift,
+    "coarse": coarse,
+}
+
+HELD_OUT: dict[str, Shift] = {
+    "light_failing": light_failing,
+    "focus_loss": focus_loss,
+    "shot_noise": shot_noise,
+    "haze": haze,
+    "tilt": tilt,
+}

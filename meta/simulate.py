@@ -1,0 +1,77 @@
+"""Simulated streams: labelled images seen by cameras that drift, for meta-training and calibration."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from meta.shifts import Shift
+
+
+class SimulatedStream:
+    """One camera: a mixture of shifts whose severity moves over time, and a class mix that moves too.
+
+    About a fifth of all episodes have nothing wrong, so that a generator also learns to leave well alone.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, shifts: dict[str, Shift], random: torch.Generator) -> None:
+        self.images, self.labels, self.random = images, labels, random
+        self.shifts = list(shifts.values())
+        self.by_class = [torch.nonzero(labels == c).flatten() for c in range(int(labels.max()) + 1)]
+        self.begin()
+
+    def begin(self) -> None:
+        """Start another episode: other shifts, another course of severity, another length."""
+        self.step, self.length = 0, int(self._number(20, 160))
+        how_many = [0, 1, 1, 2, 3][int(self._number(0, 5))]
+        order = torch.randperm(len(self.shifts), generator=self.random)[:how_many]
+        self.active = [(self.shifts[int(i)], torch.rand(4, generator=self.random)) for i in order]
+        self.peak = self._number(0.3, 1.0) / max(1, how_many) ** 0.5
+        self.course = int(self._number(0, 4))
+        self.onset = self._number(0, 0.4)
+        self._remix()
+
+    @property
+    def over(self) -> bool:
+        return self.step >= self.length
+
+    def next(self, frames: int) -> tuple[Tensor, Tensor]:
+        """The next `frames` images in [0, 1], float (b, ch, h, w), and their labels (b,)."""
+        if self.step >= self.next_mix:
+            self._remix()
+        classes = torch.multinomial(self.mix, frames, replacement=True, generator=self.random)
+        chosen = torch.stack([self._one_of(self.by_class[int(c)]) for c in classes])
+        images = self.images[chosen].float() / 255
+        severity = torch.full((frames,), self.severity())
+        for shift, traits in self.active:
+            images = shift(images, severity, traits, self.random)
+        self.step += 1
+        return images, self.labels[chosen]
+
+    def severity(self) -> float:
+        """Gradual onset, sudden onset, there and back, or recurring."""
+        progress = self.step / self.length
+        if self.course == 0:
+            share = min(1.0, max(0.0, (progress - self.onset) / 0.3))
+        elif self.course == 1:
+            share = float(progress >= self.onset)
+        elif self.course == 2:
+            share = math.sin(math.pi * progress)
+        else:
+            share = float(math.sin(6 * math.pi * progress) > 0)
+        return self.peak * share
+
+    def _number(self, low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=self.random))
+
+    def _one_of(self, indices: Tensor) -> Tensor:
+        return indices[torch.randint(len(indices), (), generator=self.random)]
+
+    def _remix(self) -> None:
+        """Draw a class mix from a Dirichlet distribution, from nearly even to nearly one class."""
+        concentration = [0.2, 1.0, 100.0][int(self._number(0, 3))]
+        gammas = torch._standard_gamma(torch.full((len(self.by_class),), concentration), generator=self.random)
+        self.mix = gammas + 1e-6
+        self.next_mix = self.step + int(self._number(2, 20))

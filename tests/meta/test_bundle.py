@@ -1,0 +1,79 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from meta.bundle import load_bundle
+from schemas.errors import BundleError
+from tests.conftest import SHIPPED_BUNDLE
+
+
+@pytest.fixture
+def copy_of(tiny_bundle_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle_path, tmp_path / "bundle"))
+
+
+def edit(folder: Path, **changes: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_two_loads_predict_the_same(tiny_bundle_path: Path) -> None:
+    frames = torch.randn(3, 1, 28, 28)
+    first, second = load_bundle(tiny_bundle_path), load_bundle(tiny_bundle_path)
+    assert first.hash == second.hash
+    assert torch.equal(first.model(frames), second.model(frames))
+
+
+def test_shipped_bundle_is_sound_and_small() -> None:
+    bundle = load_bundle(SHIPPED_BUNDLE)
+    assert bundle.manifest.model.clean_accuracy >= 0.88
+    assert sum(path.stat().st_size for path in SHIPPED_BUNDLE.iterdir()) < 3_000_000
+
+
+def test_altered_file(copy_of: Path) -> None:
+    path = copy_of / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=r"model.safetensors was altered"):
+        load_bundle(copy_of)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: (f / "labels.txt").unlink(), "cannot read .*labels.txt"),
+        (lambda f: (f / "labels.txt").write_bytes(b"x"), "does not have the"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing; set bundle.path"),
+        (lambda f: (f / "manifest.json").write_text("{"), "no valid manifest"),
+        (lambda f: (f / "manifest.json").write_text(" " * (2 << 20)), "larger than"),
+        (lambda f: edit(f, schema_version=2), "no valid manifest: schema_version"),
+        (lambda f: edit(f, surprise=1), "no valid manifest: surprise"),
+        (lambda f: edit(f, model={"architecture": "os:system", "clean_accuracy": 1}), "list it under bundle.factories"),
+        (
+            lambda f: edit(
+                f, model={"architecture": "groupnorm-cnn", "arguments": {"classes": 9}, "clean_accuracy": 1}
+            ),
+            "does not fit its architecture",
+        ),
+        (
+            lambda f: edit(f, model={"architecture": "groupnorm-cnn", "arguments": {"depth": 9}, "clean_accuracy": 1}),
+            "does not take the bundle's arguments",
+        ),
+    ],
+)
+def test_unsound_bundles(copy_of: Path, break_it, message: str) -> None:
+    break_it(copy_of)
+    with pytest.raises(BundleError, match=message):
+        load_bundle(copy_of)
+
+
+def test_trusted_factories_are_imported(copy_of: Path) -> None:
+    manifest = json.loads((copy_of / "manifest.json").read_text())
+    edit(copy_of, model={**manifest["model"], "architecture": "meta.models:groupnorm_cnn"})
+    with pytest.raises(BundleError, match="list it under"):
+        load_bundle(copy_of)
+    assert load_bundle(copy_of, ["meta.models:groupnorm_cnn"]).labels[0] == "nut"

@@ -1,0 +1,155 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meta.method import finite_rows
+from meta.mgg import MGG, PAPER_INPUTS, GeneratorSettings, LearnedOptimizer
+from meta.models import groupnorm_cnn
+from meta.norms import AdaptableModel
+from meta.objective import SourceStatistics, discrepancy, entropy, feature_statistics, per_stream_mean, running
+
+
+def make_method(**settings) -> MGG:
+    torch.manual_seed(5)
+    model = AdaptableModel(groupnorm_cnn(classes=5, widths=(8, 8), group=4))
+    with torch.no_grad():
+        source = feature_statistics(model.forward_with_features(torch.randn(64, 1, 12, 12))[1])
+    learned = LearnedOptimizer(GeneratorSettings(hidden=4, **settings)).eval()
+    for parameter in learned.parameters():
+        parameter.requires_grad_(False)
+    return MGG(model, source, learned, 5)
+
+
+METHOD = make_method()
+
+
+def lived_in(streams: int, seed: int):
+    """States that have seen a few updates each, all different."""
+    state = METHOD.fresh(streams)
+    random = torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        frames = torch.randn(streams * 3, 1, 12, 12, generator=random)
+        stream = torch.arange(streams).repeat_interleave(3)
+        state = METHOD.update(METHOD.predict(frames, stream, state)).state
+    return state
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=7), st.integers(0, 100))
+def test_company_changes_nothing(sizes: list[int], seed: int) -> None:
+    """Any composition of a pass gives each stream the predictions and next state it has alone."""
+    streams = len(sizes)
+    state = lived_in(streams, seed)
+    frames = torch.randn(sum(sizes), 1, 12, 12, generator=torch.Generator().manual_seed(seed))
+    stream = torch.arange(streams).repeat_interleave(torch.tensor(sizes))
+    forward = METHOD.predict(frames, stream, state)
+    together = METHOD.update(forward)
+    for s in range(streams):
+        mine = stream == s
+        alone_state = {name: tensor[s : s + 1] for name, tensor in state.items()}
+        alone_forward = METHOD.predict(frames[mine], torch.zeros(sizes[s], dtype=torch.long), alone_state)
+        torch.testing.assert_close(forward.logits[mine], alone_forward.logits, rtol=1e-4, atol=1e-5)
+        alone = METHOD.update(alone_forward)
+        for name, tensor in alone.state.items():
+            torch.testing.assert_close(together.state[name][s : s + 1], tensor, rtol=2e-3, atol=2e-4, msg=name)
+
+
+def test_interleaved_frames_are_told_apart() -> None:
+    state = lived_in(2, 0)
+    frames = torch.randn(6, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    mixed = METHOD.update(METHOD.predict(frames, torch.tensor([0, 1, 0, 1, 1, 0]), state))
+    order = torch.tensor([0, 2, 5, 1, 3, 4])
+    sorted_ = METHOD.update(METHOD.predict(frames[order], torch.tensor([0, 0, 0, 1, 1, 1]), state))
+    torch.testing.assert_close(mixed.state["affine"], sorted_.state["affine"], rtol=1e-4, atol=1e-6)
+
+
+def test_fresh_streams_predict_as_the_source() -> None:
+    frames = torch.randn(4, 1, 12, 12)
+    forward = METHOD.predict(frames, torch.tensor([0, 0, 1, 1]), METHOD.fresh(2))
+    torch.testing.assert_close(forward.logits, METHOD.model(frames))
+
+
+def test_one_update_moves_each_coordinate_by_at_most_the_step_size() -> None:
+    state = METHOD.fresh(3)
+    frames = torch.randn(9, 1, 12, 12)
+    update = METHOD.update(METHOD.predict(frames, torch.arange(3).repeat(3), state))
+    moved = (update.state["affine"] - state["affine"]).abs()
+    assert 0 < moved.max() <= METHOD.step_size + 1e-7
+
+
+def test_the_given_state_is_left_alone() -> None:
+    state = lived_in(2, 3)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    METHOD.update(METHOD.predict(torch.randn(4, 1, 12, 12), torch.tensor([0, 0, 1, 1]), state))
+    for name, tensor in before.items():
+        assert torch.equal(state[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "frames", [torch.zeros(1, 1, 12, 12), torch.ones(1, 1, 12, 12) * 1e4, torch.zeros(8, 1, 12, 12)]
+)
+def test_single_and_constant_frames_give_finite_states(frames: torch.Tensor) -> None:
+    state = METHOD.fresh(1)
+    for _ in range(5):
+        state = METHOD.update(METHOD.predict(frames, torch.zeros(len(frames), dtype=torch.long), state)).state
+    assert finite_rows(state).all()
+
+
+def test_a_poisoned_stream_is_seen_and_stays_alone() -> None:
+    frames = torch.randn(6, 1, 12, 12)
+    frames[2] = torch.nan
+    state = lived_in(3, 1)
+    stream = torch.tensor([0, 0, 1, 1, 2, 2])
+    update = METHOD.update(METHOD.predict(frames, stream, state))
+    assert finite_rows(update.state).tolist() == [True, False, True]
+    clean = torch.cat([frames[:2], frames[4:]])
+    others = {name: tensor[[0, 2]] for name, tensor in state.items()}
+    expected = METHOD.update(METHOD.predict(clean, torch.tensor([0, 0, 1, 1]), others))
+    torch.testing.assert_close(update.state["affine"][[0, 2]], expected.state["affine"], rtol=1e-4, atol=1e-5)
+
+
+def test_step_scale_scales_the_step() -> None:
+    frames, stream, state = torch.randn(4, 1, 12, 12), torch.zeros(4, dtype=torch.long), METHOD.fresh(1)
+    full = METHOD.update(METHOD.predict(frames, stream, state)).state["affine"] - METHOD.model.source_affine
+    half_method = METHOD.with_step_scale(0.5)
+    half = half_method.update(half_method.predict(frames, stream, state)).state["affine"] - METHOD.model.source_affine
+    torch.testing.assert_close(half, full / 2, rtol=1e-3, atol=1e-7)
+
+
+def test_paper_inputs_alone_work() -> None:
+    method = make_method(inputs=PAPER_INPUTS, shortcut=False)
+    state = method.fresh(1)
+    update = method.update(method.predict(torch.randn(4, 1, 12, 12), torch.zeros(4, dtype=torch.long), state))
+    assert finite_rows(update.state).all()
+
+
+def test_entropy_is_that_of_torch() -> None:
+    logits = torch.randn(6, 5) * 3
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(entropy(logits), expected)
+
+
+def test_running_statistics_start_at_the_source_and_follow_the_frames() -> None:
+    source = SourceStatistics(torch.zeros(3), torch.ones(3))
+    mean = source.mean.expand(1, -1)
+    assert discrepancy(mean, source.square.expand(1, -1), source).item() == pytest.approx(0, abs=1e-6)
+    far = torch.full((1, 3), 4.0)
+    for _ in range(200):
+        mean = running(mean, far, torch.tensor([1.0]), window=32).detach()
+    torch.testing.assert_close(mean, far, rtol=0.01, atol=0)
+
+
+def test_running_statistics_do_not_depend_on_how_frames_are_batched() -> None:
+    values = torch.ones(12, 2)
+    one_by_one = torch.zeros(1, 2)
+    for value in values:
+        one_by_one = running(one_by_one, value[None], torch.tensor([1.0]), 32)
+    at_once = running(torch.zeros(1, 2), values.mean(0, keepdim=True), torch.tensor([12.0]), 32)
+    torch.testing.assert_close(one_by_one, at_once)
+
+
+def test_per_stream_mean() -> None:
+    values = torch.tensor([1.0, 3.0, 10.0])
+    torch.testing.assert_close(
+        per_stream_mean(values, torch.tensor([0, 0, 1]), torch.tensor([2.0, 1.0])), torch.tensor([2.0, 10.0])
+    )

@@ -1,0 +1,61 @@
+import torch
+
+from meta.calibrate import calibrate, source_statistics
+from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.models import groupnorm_cnn
+from meta.norms import AdaptableModel
+from meta.train import Preprocessing, TrainingSettings, meta_train
+
+PREPROCESSING = Preprocessing(torch.tensor([0.5]), torch.tensor([0.3]))
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(80) % 4
+    images = torch.zeros(80, 1, 28, 28)
+    for i, label in enumerate(labels.tolist()):
+        images[i, 0, 7 * label : 7 * label + 7] = 200
+    return (images + 30 * torch.rand(images.shape, generator=random)).byte(), labels
+
+
+def method() -> MGG:
+    torch.manual_seed(0)
+    model = AdaptableModel(groupnorm_cnn(classes=4, widths=(8,), group=4))
+    images, _ = problem()
+    source = source_statistics(model, images, PREPROCESSING)
+    torch.manual_seed(0)
+    return MGG(model, source, LearnedOptimizer(GeneratorSettings(hidden=4)), 4)
+
+
+def train(subject: MGG) -> list[dict[str, float]]:
+    settings = TrainingSettings(meta_steps=3, unroll=3, streams=4, batches=(1, 4), seed=2)
+    return meta_train(subject, *problem(), PREPROCESSING, settings, say=lambda text: None)
+
+
+def test_training_is_deterministic_and_moves_every_parameter() -> None:
+    first, second = method(), method()
+    start = {name: tensor.clone() for name, tensor in first.learned.state_dict().items()}
+    assert train(first) == train(second)
+    for name, tensor in first.learned.state_dict().items():
+        assert torch.equal(tensor, second.learned.state_dict()[name]), name
+        assert torch.isfinite(tensor).all()
+        assert not torch.equal(tensor, start[name]), name
+
+
+def test_training_leaves_the_source_model_alone() -> None:
+    subject = method()
+    before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
+    train(subject)
+    for name, tensor in subject.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_calibration_is_deterministic_and_in_range() -> None:
+    subject = method()
+    for parameter in subject.learned.parameters():
+        parameter.requires_grad_(False)
+    first = calibrate(subject, *problem(), PREPROCESSING, seed=3)
+    assert first == calibrate(subject, *problem(), PREPROCESSING, seed=3)
+    calibration, limits = first
+    assert 0.1 <= calibration.temperature <= 10
+    assert limits.raw_gradient_norm > 0
