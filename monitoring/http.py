@@ -1,0 +1,58 @@
+"""The worker's HTTP port: /metrics for Prometheus, /healthz and /readyz for whoever restarts pods."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from socketserver import ThreadingMixIn
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import CollectorRegistry, make_wsgi_app
+
+
+@dataclass
+class MetricsServer:
+    """A running server; `port` is the one it is bound to."""
+
+    port: int
+    _server: WSGIServer
+    _thread: threading.Thread
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=5)
+
+
+class _Threads(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Silent(WSGIRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Scrapes every few seconds are no news."""
+
+
+def serve_metrics(
+    registry: CollectorRegistry, host: str, port: int, alive: Callable[[], bool], ready: Callable[[], bool]
+) -> MetricsServer:
+    """Serve in a thread. Raises OSError where the port is taken."""
+    metrics = make_wsgi_app(registry)
+    probes = {"/healthz": alive, "/readyz": ready}
+
+    def app(environ: dict, start_response: Callable) -> Iterable[bytes]:  # type: ignore[type-arg]
+        path = environ.get("PATH_INFO", "")
+        if path == "/metrics":
+            return metrics(environ, start_response)
+        if path in probes:
+            good = probes[path]()
+            start_response("200 OK" if good else "503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [b"ok\n" if good else b"not ok\n"]
+        start_response("404 Not Found", [("Content-Type", "text/plain")])
+        return [b"/metrics, /healthz or /readyz\n"]
+
+    server = make_server(host, port, app, _Threads, handler_class=_Silent)
+    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    thread.start()
+    return MetricsServer(server.server_port, server, thread)
