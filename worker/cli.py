@@ -1,0 +1,99 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is loaded: threads that wait must not spin, or they take the processor from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from schemas.config import effective_yaml, load_config
+from schemas.errors import DriftkeelError
+
+app = typer.Typer(
+    name="driftkeel",
+    help="Keeps image classifiers on course while their cameras drift.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+meta_app = typer.Typer(help="At the centre: train generators, make bundles.", no_args_is_help=True)
+bundle_app = typer.Typer(help="Look at bundles.", no_args_is_help=True)
+app.add_typer(meta_app, name="meta")
+app.add_typer(bundle_app, name="bundle")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file; without it, defaults and DRIFTKEEL__ variables.")
+]
+
+
+@app.command()
+def worker(config: ConfigOption = None) -> None:
+    """Consume frames, predict, adapt, until SIGTERM or Ctrl-C."""
+    from worker.log import set_up_logging
+    from worker.run import run_worker
+
+    settings = load_config(config)
+    set_up_logging(settings.log)
+    run_worker(settings)
+
+
+@app.command("config")
+def show_config(config: ConfigOption = None) -> None:
+    """Print the effective configuration, secrets masked."""
+    print(effective_yaml(load_config(config)), end="")
+
+
+@app.command()
+def demo(
+    frames: Annotated[int, typer.Option(min=32, max=9_000, help="Frames per camera.")] = 4_000,
+    seed: Annotated[int, typer.Option(help="Which images, in which order, under which shifts.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="Also write the results as JSON here.")] = None,
+    html: Annotated[Path, typer.Option(help="Where the report with charts goes.")] = Path("demo-report.html"),
+    picture: Annotated[Path | None, typer.Option(help="Also write the charts alone, as SVG, here.")] = None,
+    bundle: Annotated[Path, typer.Option(help="The bundle to run.")] = Path("bundles/fashion-mnist"),
+    view: Annotated[bool, typer.Option(help="Live table; --no-view prints plain lines.")] = True,
+) -> None:
+    """Six drifting cameras through a real broker, a real store and a worker, on this machine, with results."""
+    from worker.demo.run import run_demo
+
+    raise typer.Exit(run_demo(frames, seed, report, html, bundle, view, picture))
+
+
+@meta_app.command("train")
+def meta_train(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The recipe, a YAML file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
+) -> None:
+    """Train a source model and its generator, calibrate, and pack the bundle."""
+    from meta.recipe import build_bundle, read_recipe
+
+    build_bundle(read_recipe(config), output, f"driftkeel meta train --config {config} --output {output}")
+
+
+@bundle_app.command("show")
+def bundle_show(path: Path) -> None:
+    """Check every hash of a bundle and print its manifest."""
+    from meta.bundle import load_bundle
+
+    bundle = load_bundle(path)
+    print(bundle.manifest.model_dump_json(indent=2))
+    print(f"sound: bundle {bundle.hash}, {bundle.model.coordinates} norm coordinates", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point: errors meant for the user are one line each, exit code 1."""
+    try:
+        app()
+    except DriftkeelError as error:
+        print(f"driftkeel: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

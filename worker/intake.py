@@ -1,0 +1,84 @@
+"""From Kafka records to decoded frames: what is bad goes to the dead letters, what is folded already is dropped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from monitoring.metrics import WorkerMetrics
+from schemas.config import Frames
+from schemas.errors import FrameError
+from schemas.frame import Frame, Position, parse_frame
+from worker.decode import DecodedFrame, Decoder
+from worker.offsets import Offsets
+from worker.publish import Publisher
+
+log = logging.getLogger("driftkeel.intake")
+
+
+class Intake:
+    """Validates and decodes; every record is either returned, dead-lettered, or known to be folded in."""
+
+    def __init__(
+        self, limits: Frames, decoder: Decoder, offsets: Offsets, publisher: Publisher, metrics: WorkerMetrics
+    ) -> None:
+        self._limits, self._decoder, self._offsets = limits, decoder, offsets
+        self._publisher, self._metrics = publisher, metrics
+
+    def take(
+        self,
+        records: list[Any],
+        load: Callable[[list[str]], Callable[[Frame], bool]],
+        keep_alive: Callable[[], object],
+    ) -> list[DecodedFrame]:
+        """Decoded frames, in order. `load` makes streams resident and tells whether a frame is folded in already."""
+        received = time.monotonic()
+        frames: list[tuple[Frame, Any]] = []
+        bad: list[tuple[Any, FrameError]] = []
+        for record in records:
+            self._offsets.received(_position(record))
+            try:
+                frames.append((self._parsed(record), record))
+            except FrameError as error:
+                bad.append((record, error))
+        self._metrics.frames.inc(len(records))
+        is_folded = load([frame.stream for frame, _ in frames])
+        new = [(frame, record) for frame, record in frames if not is_folded(frame)]
+        again = [frame.position for frame, _ in frames if is_folded(frame)]
+        self._metrics.frames_again.inc(len(again))
+        self._offsets.finished(again)
+        decoded: list[DecodedFrame] = []
+        results = self._decoder.decode([frame for frame, _ in new], received)
+        for (_, record), result in zip(new, results, strict=True):
+            if isinstance(result, FrameError):
+                bad.append((record, result))
+            else:
+                decoded.append(result)
+        if bad:
+            self._bury(bad, keep_alive)
+        return decoded
+
+    def _parsed(self, record: Any) -> Frame:
+        return parse_frame(
+            _position(record),
+            record.key,
+            record.value,
+            [(name, value or b"") for name, value in record.headers],
+            record.timestamp,
+            self._limits.max_bytes,
+            self._limits.max_stream_id_bytes,
+        )
+
+    def _bury(self, bad: list[tuple[Any, FrameError]], keep_alive: Callable[[], object]) -> None:
+        for record, error in bad:
+            log.warning("frame %s is a dead letter: %s", _position(record), error, extra={"kind": error.kind})
+            self._publisher.dead_letter(record, error)
+            self._metrics.bad_frames.labels(error.kind).inc()
+        self._publisher.settle(keep_alive)
+        self._offsets.finished(_position(record) for record, _ in bad)
+
+
+def _position(record: Any) -> Position:
+    return Position(record.topic, record.partition, record.offset)

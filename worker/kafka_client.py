@@ -1,0 +1,115 @@
+"""What all Kafka clients of the worker share: the connection, and errors a person can act on."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from kafka import KafkaAdminClient
+from kafka.errors import KafkaError
+
+from schemas.config import Kafka
+from schemas.errors import ConfigError, UnreachableError
+
+log = logging.getLogger("driftkeel.kafka")
+Result = TypeVar("Result")
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+
+
+def connection(settings: Kafka) -> dict[str, Any]:
+    """Arguments for every client: address, timeouts, security."""
+    arguments: dict[str, Any] = {
+        "bootstrap_servers": settings.bootstrap.split(","),
+        "security_protocol": settings.security_protocol,
+        "bootstrap_timeout_ms": 5_000,
+        "reconnect_backoff_max_ms": 2_000,
+    }
+    if settings.security_protocol.endswith("SSL"):
+        context = ssl.create_default_context(cafile=settings.ssl_cafile)
+        if settings.ssl_certfile:
+            context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+        arguments["ssl_context"] = context
+    if settings.security_protocol.startswith("SASL"):
+        if not (settings.sasl_mechanism and settings.sasl_username and settings.sasl_password):
+            raise ConfigError(
+                f"kafka.security_protocol {settings.security_protocol} needs "
+                "sasl_mechanism, sasl_username and sasl_password"
+            )
+        arguments["sasl_mechanism"] = settings.sasl_mechanism
+        arguments["sasl_plain_username"] = settings.sasl_username
+        arguments["sasl_plain_password"] = settings.sasl_password.get_secret_value()
+    return arguments
+
+
+def check_checksum_speed() -> None:
+    """Say so where the client would compute checksums in Python: forty times slower, and nothing else warns."""
+    if importlib.util.find_spec("crc32c") is None:
+        log.warning("the package crc32c is missing, Kafka traffic will be slow; pip install 'kafka-python[crc32c]'")
+
+
+def until_reached(
+    action: Callable[[], Result], what: str, timeout_s: float, stop: threading.Event | None = None
+) -> Result:
+    """Call `action` until it succeeds, with growing pauses; says what it waits for.
+
+    Raises UnreachableError when `timeout_s` is over or `stop` is set.
+    """
+    deadline, pause = time.monotonic() + timeout_s, FIRST_PAUSE_S
+    stop = stop or threading.Event()
+    while True:
+        try:
+            return action()
+        except (KafkaError, OSError, UnreachableError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+        left = deadline - time.monotonic()
+        if left <= 0 or stop.is_set():
+            raise UnreachableError(f"{what} cannot be reached: {reason}; is it running, and is the address right?")
+        log.warning("%s cannot be reached (%s); trying again", what, reason)
+        stop.wait(min(pause, left))
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def require_topics(settings: Kafka, stop: threading.Event | None = None) -> None:
+    """Check that the broker answers and has the four topics.
+
+    Raises UnreachableError, or ConfigError that names the missing topics.
+    """
+    what = f"the broker at {settings.bootstrap}"
+    arguments = connection(settings)
+    admin = until_reached(lambda: KafkaAdminClient(**arguments), what, settings.connect_timeout_s, stop)
+    try:
+        known = set(admin.list_topics())
+    finally:
+        admin.close()
+    topics = settings.topics
+    needed = [topics.frames, topics.predictions, topics.updates, topics.dead_letters]
+    missing = [topic for topic in needed if topic not in known]
+    if missing:
+        raise ConfigError(
+            f"the broker at {settings.bootstrap} has no topic {', '.join(missing)}; create them first "
+            f"(kafka-topics.sh --create --topic {missing[0]} --partitions 12), or correct kafka.topics"
+        )
+
+
+def create_topics(settings: Kafka, frame_partitions: int) -> None:
+    """Create the four topics: frames with the given partitions, the others with one each."""
+    topics = settings.topics
+    wanted = {
+        topics.frames: {"num_partitions": frame_partitions, "replication_factor": 1},
+        **{
+            topic: {"num_partitions": 1, "replication_factor": 1}
+            for topic in (topics.predictions, topics.updates, topics.dead_letters)
+        },
+    }
+    arguments = connection(settings)
+    what = f"the broker at {settings.bootstrap}"
+    admin = until_reached(lambda: KafkaAdminClient(**arguments), what, settings.connect_timeout_s)
+    try:
+        admin.create_topics(wanted, wait_for_metadata=True)
+    finally:
+        admin.close()

@@ -1,0 +1,79 @@
+"""Which offsets may be committed: everything before the first frame that is not finished."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from schemas.frame import Position
+
+Partition = tuple[str, int]
+
+
+@dataclass
+class _Progress:
+    waiting: deque[int] = field(default_factory=deque)
+    finished: set[int] = field(default_factory=set)
+    newest: int = -1
+
+
+class Offsets:
+    """Frames in hand per partition. Called from the loop, and from rebalance callbacks on the client's thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._progress: dict[Partition, _Progress] = {}
+        self._committed: dict[Partition, int] = {}
+
+    def received(self, position: Position) -> None:
+        """A record was taken over from the client; records of a partition come in order."""
+        with self._lock:
+            progress = self._progress.setdefault((position.topic, position.partition), _Progress())
+            progress.waiting.append(position.offset)
+            progress.newest = position.offset
+
+    def finished(self, positions: Iterable[Position]) -> None:
+        """Nothing is left to do for these records."""
+        with self._lock:
+            for position in positions:
+                progress = self._progress.get((position.topic, position.partition))
+                if progress is None:
+                    continue  # The partition has moved on to another worker since.
+                progress.finished.add(position.offset)
+                while progress.waiting and progress.waiting[0] in progress.finished:
+                    progress.finished.remove(progress.waiting.popleft())
+
+    def committable(self, partitions: Iterable[Partition] | None = None) -> dict[Partition, int]:
+        """The next offset to read, for each partition whose committed offset is behind it."""
+        with self._lock:
+            chosen = self._progress if partitions is None else set(partitions) & set(self._progress)
+            offsets = {partition: self._next(partition) for partition in chosen}
+            return {p: offset for p, offset in offsets.items() if offset > self._committed.get(p, -1)}
+
+    def committed(self, offsets: dict[Partition, int]) -> None:
+        """The broker has these."""
+        with self._lock:
+            self._committed.update(offsets)
+
+    def forget(self, partitions: Iterable[Partition]) -> None:
+        """Drop all that is known of partitions that were taken away or are read again."""
+        with self._lock:
+            for partition in partitions:
+                self._progress.pop(partition, None)
+                self._committed.pop(partition, None)
+
+    def unfinished(self) -> dict[Partition, int]:
+        """Records in hand, per partition."""
+        with self._lock:
+            return {partition: len(progress.waiting) for partition, progress in self._progress.items()}
+
+    def next_offset(self, partition: Partition) -> int | None:
+        """The offset to read from when everything in hand of a partition is given up."""
+        with self._lock:
+            return self._next(partition) if partition in self._progress else None
+
+    def _next(self, partition: Partition) -> int:
+        progress = self._progress[partition]
+        return progress.waiting[0] if progress.waiting else progress.newest + 1

@@ -1,0 +1,251 @@
+"""The worker: consume, decode, batch, step, commit, until told to stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+import torch
+
+from meta.bundle import load_bundle
+from monitoring.http import serve_metrics
+from monitoring.metrics import WorkerMetrics
+from schemas.config import WorkerConfig
+from schemas.errors import ConfigError, UnreachableError
+from schemas.frame import Frame
+from worker.batcher import MicroBatcher
+from worker.decode import Decoder
+from worker.engine import Engine
+from worker.guard import Guard
+from worker.intake import Intake
+from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed, require_topics, until_reached
+from worker.offsets import Offsets, Partition
+from worker.publish import Publisher
+from worker.source import FrameSource
+from worker.step import Step
+from worker.store import StateStore
+from worker.streams import Streams
+
+log = logging.getLogger("driftkeel.worker")
+Result = TypeVar("Result")
+IDLE_POLL_S = 0.1
+STUCK_AFTER_S = 60.0
+
+
+class _Stopping(Exception):
+    """The worker was told to stop while it waited for something that may never come back."""
+
+
+def installed_version() -> str:
+    try:
+        return version("driftkeel")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class Worker:
+    """One worker process. `run` returns when `stop` is set."""
+
+    def __init__(self, config: WorkerConfig, stop: threading.Event) -> None:
+        self.config, self._stop = config, stop
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        check_checksum_speed()
+        bundle = load_bundle(config.bundle.path, config.bundle.factories)
+        log.info("bundle %s (%s) from %s", bundle.hash, bundle.manifest.name, config.bundle.path)
+        self.metrics = WorkerMetrics(config.metrics.max_stream_labels)
+        self.metrics.build.info({"version": installed_version(), "bundle": bundle.hash, "worker": config.worker})
+        self._healthy_store = True
+        self._progress = time.monotonic()
+        try:
+            self._server = serve_metrics(
+                self.metrics.registry, config.metrics.host, config.metrics.port, self.alive, self.ready
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"metrics.port {config.metrics.port} on {config.metrics.host} cannot be bound: {error.strerror}; "
+                "choose another, or 0 for a free one"
+            ) from error
+        self._connect(bundle)
+
+    def _connect(self, bundle: Any) -> None:
+        config, stop = self.config, self._stop
+        store = StateStore(config.store)
+        until_reached(store.ping, f"the store at {config.store.address}", config.store.connect_timeout_s, stop)
+        require_topics(config.kafka, stop)
+        self._store = store
+        self._publisher = Publisher(config.kafka, config.worker, stop)
+        self._offsets = Offsets()
+        self._source = FrameSource(config.kafka, self._offsets, stop)
+        self._decoder = Decoder(config.frames, bundle.manifest.preprocess)
+        self._intake = Intake(config.frames, self._decoder, self._offsets, self._publisher, self.metrics)
+        self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
+        self._streams = Streams(
+            Engine(bundle, config.adapt.step_scale),
+            store,
+            self._publisher,
+            self.metrics,
+            config.worker,
+            config.adapt.max_resident_streams,
+            config.store.max_state_bytes,
+            self._heal,
+        )
+        self._step = Step(
+            self._streams,
+            self._batcher,
+            Guard(config.guard, bundle.manifest.limits),
+            self._publisher,
+            self._offsets,
+            self.metrics,
+            config.worker,
+            self._keep_alive,
+        )
+        self._stash: list[Any] = []
+        self._partition_of: dict[str, Partition] = {}
+        log.info(
+            "worker %s: broker %s, topic %s, group %s, store %s, metrics http://%s:%d/metrics",
+            config.worker,
+            config.kafka.bootstrap,
+            config.kafka.topics.frames,
+            config.kafka.group,
+            config.store.address,
+            config.metrics.host,
+            self._server.port,
+        )
+
+    def alive(self) -> bool:
+        """Whether the loop has turned lately."""
+        return time.monotonic() - self._progress < STUCK_AFTER_S
+
+    def ready(self) -> bool:
+        """Whether partitions are assigned and the store answers."""
+        return self._healthy_store and hasattr(self, "_source") and bool(self._source.consumer.assignment())
+
+    def run(self) -> None:
+        """Turn the loop until told to stop, then finish the step in hand, commit and leave the group."""
+        try:
+            while not self._stop.is_set():
+                self._turn()
+        except _Stopping:
+            log.warning("stopped while waiting for the store; frames in hand will be read again")
+        finally:
+            self._close()
+
+    def _turn(self) -> None:
+        records = self._poll()
+        if records:
+            self._batcher.add(self._intake.take(records, self._load, self._keep_alive))
+        batches = self._batcher.take(time.monotonic(), self.config.batch.max_pass)
+        if batches:
+            self.metrics.pass_streams.observe(len(batches))
+            self._rewind(self._step.run(batches))
+        self._source.commit()
+        self._progress = time.monotonic()
+        self.metrics.last_progress.set_to_current_time()
+        self.metrics.buffered.set(len(self._batcher))
+        self.metrics.set_lag(self._source.lag())
+
+    def _poll(self) -> list[Any]:
+        """Records to take in now; none while too many frames are in memory."""
+        due = self._batcher.next_due()
+        wait = IDLE_POLL_S if due is None else min(IDLE_POLL_S, max(0.0, due - time.monotonic()))
+        full = len(self._batcher) + len(self._stash) >= self.config.batch.max_buffered
+        self._source.pause(full)
+        self._receive(0.0 if full else wait)
+        records, self._stash = self._stash, []
+        return records
+
+    def _receive(self, timeout_s: float) -> None:
+        """Poll once. Partitions that were taken away are dropped before newer records are taken in."""
+        records = self._source.poll(timeout_s)
+        while self._source.gone:
+            self._drop(self._source.gone.popleft())
+        self._stash += records
+
+    def _keep_alive(self) -> None:
+        """Keep the group membership while the loop waits for something else."""
+        self._source.pause(True)
+        self._receive(0.05)
+
+    def _load(self, streams: list[str]) -> Callable[[Frame], bool]:
+        self._streams.ensure(streams, self._batcher.streams)
+        engine = self._streams.engine
+
+        def is_folded(frame: Frame) -> bool:
+            self._partition_of[frame.stream] = (frame.position.topic, frame.position.partition)
+            return engine.resident(frame.stream).header.has_folded(frame.position)
+
+        return is_folded
+
+    def _drop(self, partition: Partition) -> None:
+        """Forget a partition: whoever has it now reads again what was not finished."""
+        streams = [stream for stream, where in self._partition_of.items() if where == partition]
+        self._batcher.drop(streams)
+        self._streams.release(streams)
+        self._offsets.forget([partition])
+        self._stash = [r for r in self._stash if (r.topic, r.partition) != partition]
+        for stream in streams:
+            del self._partition_of[stream]
+
+    def _rewind(self, fenced: list[str]) -> None:
+        """Another worker claimed streams of ours. Read their partitions again: the broker decides whose they are."""
+        partitions = {self._partition_of[stream] for stream in fenced if stream in self._partition_of}
+        for partition in partitions:
+            log.warning("another worker holds streams of partition %d; reading it again", partition[1])
+            self._source.rewind(partition)
+            self._drop(partition)
+
+    def _heal(self, action: Callable[[], Result]) -> Result:
+        """Call the store until it answers; meanwhile stay in the group, and take no new records."""
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                result = action()
+                if not self._healthy_store:
+                    log.info("the store at %s answers again", self.config.store.address)
+                self._healthy_store = True
+                return result
+            except UnreachableError as error:
+                self._healthy_store = False
+                self.metrics.store_errors.inc()
+                log.warning("%s; trying again in %.1f s", error, pause)
+            resume = time.monotonic() + pause
+            while time.monotonic() < resume:
+                if self._stop.wait(0.02):
+                    raise _Stopping
+                self._keep_alive()
+                self._progress = time.monotonic()
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _close(self) -> None:
+        self._source.commit(now=True)
+        self._source.close()
+        try:
+            self._publisher.settle(lambda: None)
+        finally:
+            self._publisher.close()
+            self._store.close()
+            self._decoder.close()
+            self._server.close()
+        log.info("worker %s stopped", self.config.worker)
+
+
+def run_worker(config: WorkerConfig) -> None:
+    """Run a worker in this process until SIGTERM or SIGINT."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(128 + number)  # Asked twice: do not wait for anything.
+        log.info("%s: finishing the step in hand", signal.Signals(number).name)
+        stop.set()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    Worker(config, stop).run()

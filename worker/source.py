@@ -1,0 +1,157 @@
+"""Frames from Kafka: records, assignment and committed offsets."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
+from kafka.coordinator.assignors.range import RangePartitionAssignor
+from kafka.errors import (
+    CommitFailedError,
+    IllegalGenerationError,
+    KafkaError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
+)
+from kafka.structs import OffsetAndMetadata
+
+from schemas.config import Kafka
+from worker.kafka_client import connection, until_reached
+from worker.offsets import Offsets, Partition
+
+log = logging.getLogger("driftkeel.source")
+COMMIT_INTERVAL_S = 1.0
+LOST_MEMBERSHIP = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
+
+
+class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
+    """Runs on the client's thread while the loop waits inside poll: notes what happened, commits what is finished."""
+
+    def __init__(self, source: FrameSource) -> None:
+        self._source = source
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        partitions = [(p.topic, p.partition) for p in revoked]
+        offsets = self._source.offsets.committable(partitions)
+        if offsets:
+            try:
+                await self._source.consumer.commit_async(_with_metadata(offsets))
+            except KafkaError as error:
+                log.warning("offsets of revoked partitions not committed (%s): their frames are read again", error)
+        self._source.gone.extend(partitions)
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        log.info("assigned partitions: %s", sorted(p.partition for p in assigned) or "none")
+
+    async def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
+        # Somebody else has them already: nothing may be committed.
+        self._source.gone.extend((p.topic, p.partition) for p in lost)
+
+
+class FrameSource:
+    """The consumer. Only the worker's loop calls it.
+
+    `gone` collects partitions that were taken away; the loop takes them from there after each poll.
+    """
+
+    def __init__(self, settings: Kafka, offsets: Offsets, stop: threading.Event) -> None:
+        self._settings = settings
+        self.offsets = offsets
+        self.gone: deque[Partition] = deque()
+        self._last_commit = 0.0
+        self._paused = False
+        arguments = connection(settings)
+
+        def make() -> Any:
+            return KafkaConsumer(
+                **arguments,
+                group_id=settings.group,
+                enable_auto_commit=False,
+                auto_offset_reset=settings.offset_reset,
+                session_timeout_ms=settings.session_timeout_ms,
+                heartbeat_interval_ms=settings.heartbeat_interval_ms,
+                fetch_max_wait_ms=settings.fetch_max_wait_ms,
+                max_partition_fetch_bytes=4 << 20,
+                max_poll_records=settings.max_poll_records,
+                partition_assignment_strategy=[RangePartitionAssignor],
+                allow_auto_create_topics=False,
+            )
+
+        self.consumer = until_reached(make, f"the broker at {settings.bootstrap}", settings.connect_timeout_s, stop)
+        self.consumer.subscribe([settings.topics.frames], listener=_Listener(self))
+
+    def poll(self, timeout_s: float) -> list[Any]:
+        """Records that arrived, oldest first within a partition. Never raises for an unreachable broker."""
+        try:
+            polled = self.consumer.poll(timeout_ms=max(0, int(timeout_s * 1000)))
+        except LOST_MEMBERSHIP as error:
+            log.warning("lost the consumer group (%s); joining again", error)
+            return []
+        return [record for records in polled.values() for record in records]
+
+    def pause(self, paused: bool) -> None:
+        """Stop or go on taking records over; the group membership stays."""
+        assigned = self.consumer.assignment()
+        if paused:
+            self.consumer.pause(*assigned)
+        elif self._paused:
+            self.consumer.resume(*assigned)
+        self._paused = paused
+
+    def rewind(self, partition: Partition) -> None:
+        """Read again from the oldest record in hand."""
+        offset = self.offsets.next_offset(partition)
+        self.offsets.forget([partition])
+        where = TopicPartition(*partition)
+        if offset is not None and where in self.consumer.assignment():
+            self.consumer.seek(where, offset)
+
+    def commit(self, now: bool = False) -> None:
+        """Commit finished offsets, at most once a second unless `now`.
+
+        A failed commit loses nothing: the position in each stream's state decides what is folded.
+        """
+        moment = time.monotonic()
+        if not now and moment - self._last_commit < COMMIT_INTERVAL_S:
+            return
+        self._last_commit = moment
+        offsets = self.offsets.committable()
+        if not offsets:
+            return
+        try:
+            if now:
+                self.consumer.commit(_with_metadata(offsets), timeout_ms=5_000)
+                self.offsets.committed(offsets)
+            else:
+                self.consumer.commit_async(_with_metadata(offsets), callback=self._committed)
+        except KafkaError as error:
+            log.warning("offsets not committed (%s); their frames may be read again", error)
+
+    def _committed(self, offsets: dict[TopicPartition, OffsetAndMetadata], answer: Any) -> None:
+        if isinstance(answer, Exception):
+            log.warning("offsets not committed (%s); trying again with the next", answer)
+        else:
+            self.offsets.committed({(p.topic, p.partition): meta.offset for p, meta in offsets.items()})
+
+    def lag(self) -> dict[Partition, int]:
+        """Records of each assigned partition that are not finished, as far as the last fetch knew."""
+        lags = {}
+        for partition in self.consumer.assignment():
+            key = (partition.topic, partition.partition)
+            newest, done = self.consumer.highwater(partition), self.offsets.next_offset(key)
+            if newest is not None and done is not None:
+                lags[key] = max(0, newest - done)
+        return lags
+
+    def close(self) -> None:
+        self.consumer.close(autocommit=False)
+
+
+def _with_metadata(offsets: dict[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:
+    return {TopicPartition(*partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}

@@ -1,0 +1,145 @@
+"""Streams between store and engine: claimed and loaded when a frame needs them, written after every step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Protocol, TypeVar
+
+from pydantic import ValidationError
+
+from monitoring.metrics import WorkerMetrics
+from schemas.errors import StateError
+from schemas.state import StreamHeader, StreamState, decode_header, decode_state, encode_header, encode_tensors
+from schemas.update import UpdateEvent
+from worker.engine import Engine, Proposals
+from worker.publish import Publisher
+from worker.store import Claimed, StateStore, Write
+
+log = logging.getLogger("driftkeel.streams")
+Result = TypeVar("Result")
+METHOD = "mgg"
+
+
+class Heal(Protocol):
+    """Calls the store until it answers."""
+
+    def __call__(self, action: Callable[[], Result]) -> Result:
+        """The answer of `action`."""
+
+
+class Streams:
+    """Which streams are resident, and that what is stored and what is in memory agree."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: StateStore,
+        publisher: Publisher,
+        metrics: WorkerMetrics,
+        worker: str,
+        max_resident: int,
+        max_state_bytes: int,
+        heal: Heal,
+    ) -> None:
+        self.engine, self._store, self._publisher, self._metrics = engine, store, publisher, metrics
+        self._worker, self._max_resident, self._max_state_bytes = worker, max_resident, max_state_bytes
+        self._heal = heal
+
+    def ensure(self, wanted: Iterable[str], busy: set[str]) -> None:
+        """Make streams resident; where there are too many, the least recently used that are not `busy` go."""
+        missing = [stream for stream in dict.fromkeys(wanted) if stream not in self.engine]
+        if not missing:
+            return
+        with self._metrics.store_seconds.labels("claim").time():
+            claims = self._heal(lambda: self._store.claim(missing, self._worker))
+        for stream, claimed in zip(missing, claims, strict=True):
+            self._admit(stream, claimed)
+        excess = len(self.engine) - self._max_resident
+        if excess > 0:
+            self.release(self.engine.least_recent(excess, busy | set(missing)))
+        self._metrics.resident.set(len(self.engine))
+
+    def release(self, streams: Iterable[str]) -> None:
+        """Forget streams; the store has them."""
+        streams = list(streams)
+        self.engine.release(streams)
+        for stream in streams:
+            self._metrics.forget_stream(stream)
+        self._metrics.resident.set(len(self.engine))
+
+    def write(self, entries: list[tuple[StreamHeader, UpdateEvent, int | None]], proposals: Proposals) -> list[bool]:
+        """Store new headers with their events, and tensors where the third is a row of `proposals`.
+
+        False for streams that another worker has claimed since.
+        """
+        writes = [self._as_write(header, event, row, proposals) for header, event, row in entries]
+        with self._metrics.store_seconds.labels("write").time():
+            accepted = self._heal(lambda: self._store.write(writes))
+        for (header, _, _), write, good in zip(entries, writes, accepted, strict=True):
+            if good and header.stream in self.engine:
+                resident = self.engine.resident(header.stream)
+                resident.header, resident.stored = header, True
+            if write.tensors:
+                self._metrics.state_bytes.observe(len(write.tensors))
+        return accepted
+
+    def _as_write(self, header: StreamHeader, event: UpdateEvent, row: int | None, proposals: Proposals) -> Write:
+        tensors = None
+        if row is not None:
+            tensors = encode_tensors({name: t[row] for name, t in proposals.state.items()}, header.step)
+        elif not self.engine.resident(header.stream).stored:
+            tensors = encode_tensors(self.engine.tensors(header.stream), header.step)
+        return Write(header.stream, event.token, encode_header(header), event.model_dump_json().encode(), tensors)
+
+    def _admit(self, stream: str, claimed: Claimed) -> None:
+        if claimed.event:
+            self._publish_again(stream, claimed.event)
+        state, reset = self._restored(stream, claimed)
+        if reset:
+            log.warning("stream %s restarts from source: %s", stream, reset)
+            event = UpdateEvent(
+                id=f"{stream}@{state.header.events}",
+                stream=stream,
+                time=datetime.now(UTC),
+                decision="reset",
+                reason=reset,
+                frames=[],
+                step=0,
+                token=claimed.token,
+                bundle=self.engine.bundle.hash,
+                worker=self._worker,
+            )
+            self._publisher.update(event)
+            self._metrics.updates.labels("reset").inc()
+        self.engine.admit(state, claimed.token, stored=bool(claimed.header) and not reset)
+
+    def _restored(self, stream: str, claimed: Claimed) -> tuple[StreamState, str | None]:
+        """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""
+        bundle = self.engine.bundle.hash
+        header = StreamHeader(stream=stream, bundle=bundle, method=METHOD)
+        if claimed.header is None:
+            return StreamState(header=header, tensors=self.engine.like), None
+        try:
+            old = decode_header(claimed.header)
+            if old.stream != stream:
+                raise StateError(f"the stored state belongs to stream {old.stream!r}")
+            header = old.model_copy(update={"bundle": bundle, "method": METHOD, "step": 0, "events": old.events + 1})
+            if (old.bundle, old.method) != (bundle, METHOD):
+                reason = f"the stored state belongs to bundle {old.bundle} ({old.method}), this is {bundle} ({METHOD})"
+                return StreamState(header=header, tensors=self.engine.like), reason
+            stored = decode_state(claimed.header, claimed.tensors or b"", self.engine.like, self._max_state_bytes)
+            return stored, None
+        except StateError as error:
+            return StreamState(header=header, tensors=self.engine.like), str(error)
+
+    def _publish_again(self, stream: str, content: bytes) -> None:
+        """The last event may not have reached the topic before its worker died. Consumers deduplicate on its id."""
+        try:
+            event = UpdateEvent.model_validate_json(content)
+        except ValidationError:
+            log.warning("the stored event of stream %s cannot be read and is not published again", stream)
+            return
+        if event.stream == stream:
+            self._publisher.update(event)
