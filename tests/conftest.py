@@ -1,0 +1,188 @@
+"""What tests share: the real broker and store, a small untrained bundle, and pictures."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
+import io
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+import torch
+from hypothesis import settings
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from PIL import Image
+
+from meta.bundle import Bundle, load_bundle, write_bundle
+from meta.mgg import GeneratorSettings, LearnedOptimizer
+from meta.models import build_network
+from meta.norms import AdaptableModel
+from meta.objective import feature_statistics
+from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart, Preprocess
+from schemas.config import Kafka, Store, Topics
+from worker.embedded import start_broker, start_store
+from worker.kafka_client import create_topics
+
+torch.set_num_threads(1)
+settings.register_profile("driftkeel", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("driftkeel")
+
+SHIPPED_BUNDLE = Path(__file__).parents[1] / "bundles" / "fashion-mnist"
+
+
+@pytest.fixture(scope="session")
+def bootstrap() -> Iterator[str]:
+    """A broker: the one that DRIFTKEEL_TEST_BOOTSTRAP names, else the embedded one."""
+    given = os.environ.get("DRIFTKEEL_TEST_BOOTSTRAP")
+    if given:
+        yield given
+        return
+    broker = start_broker()
+    yield broker.bootstrap
+    broker.child.stop(0)
+
+
+@pytest.fixture(scope="session")
+def store_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A store: the one that DRIFTKEEL_TEST_REDIS_URL names, else the embedded one."""
+    given = os.environ.get("DRIFTKEEL_TEST_REDIS_URL")
+    if given:
+        yield given
+        return
+    store = start_store(tmp_path_factory.mktemp("store"))
+    yield store.url
+    store.child.stop()
+
+
+@pytest.fixture
+def kafka_settings(bootstrap: str) -> Iterator[Kafka]:
+    """Settings with topics and a group of their own, three partitions of frames; deleted afterwards."""
+    tag = uuid.uuid4().hex[:8]
+    settings = Kafka(
+        bootstrap=bootstrap,
+        group=f"group-{tag}",
+        topics=Topics(
+            frames=f"frames-{tag}",
+            predictions=f"predictions-{tag}",
+            updates=f"updates-{tag}",
+            dead_letters=f"frames-{tag}.dlq",
+        ),
+        session_timeout_ms=2_000,
+        heartbeat_interval_ms=300,
+        fetch_max_wait_ms=20,
+        connect_timeout_s=10,
+    )
+    create_topics(settings, 3)
+    yield settings
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap)
+    topics = settings.topics
+    admin.delete_topics([topics.frames, topics.predictions, topics.updates, topics.dead_letters])
+    admin.close()
+
+
+@pytest.fixture
+def store_settings(store_url: str) -> Iterator[Store]:
+    """A key space of its own."""
+    prefix = f"test-{uuid.uuid4().hex[:8]}"
+    yield Store(url=store_url, prefix=prefix, connect_timeout_s=5)
+    client = redis.Redis.from_url(store_url)
+    for key in client.scan_iter(f"{prefix}:*"):
+        client.delete(key)
+    client.close()
+
+
+@dataclass
+class Topic:
+    """Sends to and reads from topics as any client would."""
+
+    bootstrap: str
+
+    def send(self, topic: str, records: list[tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]]) -> list[Any]:
+        """Send (key, value, headers); returns the records' positions, in order."""
+        producer = KafkaProducer(bootstrap_servers=self.bootstrap, max_request_size=64 << 20, batch_size=0)
+        futures = [
+            producer.send(topic, key=key, value=value, headers=headers, partition=None if key else 0)
+            for key, value, headers in records
+        ]
+        positions = [future.get(timeout=20) for future in futures]
+        producer.close()
+        return positions
+
+    def read(self, topic: str, until: Callable[[list[Any]], bool], timeout_s: float = 60) -> list[Any]:
+        """All records from the beginning, once `until` holds for them."""
+        consumer = KafkaConsumer(
+            bootstrap_servers=self.bootstrap,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=20,
+            enable_auto_commit=False,
+        )
+        partitions = consumer.partitions_for_topic(topic) or {0}
+        consumer.assign([TopicPartition(topic, p) for p in partitions])
+        consumer.seek_to_beginning()
+        records: list[Any] = []
+        for _ in range(int(timeout_s / 0.1)):
+            for part in consumer.poll(timeout_ms=100).values():
+                records += part
+            if until(records):
+                consumer.close(autocommit=False)
+                return records
+        consumer.close(autocommit=False)
+        raise AssertionError(f"{topic}: only {len(records)} records after {timeout_s} s, and not what was waited for")
+
+
+@pytest.fixture
+def topic(bootstrap: str) -> Topic:
+    return Topic(bootstrap)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (28, 28), format: str = "PNG", mode: str = "L") -> bytes:
+    """An encoded image of random blobs."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 255, (7, 7), np.uint8))
+    buffer = io.BytesIO()
+    coarse.resize(size, Image.Resampling.BILINEAR).convert(mode).save(buffer, format)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound bundle with an untrained net and generator: for mechanisms, not for accuracy."""
+    torch.manual_seed(7)
+    arguments = {"classes": 4, "channels": 1, "widths": [8, 8], "group": 4}
+    network = build_network("groupnorm-cnn", arguments)
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    model = AdaptableModel(network)
+    with torch.no_grad():
+        source = feature_statistics(model.forward_with_features(torch.randn(64, 1, 28, 28))[1])
+    settings = GeneratorSettings(hidden=4)
+    manifest = Manifest(
+        name="tiny",
+        created_by="tests",
+        model=ModelPart(architecture="groupnorm-cnn", arguments=arguments, clean_accuracy=0.9),
+        method=MethodPart(name="mgg", settings=settings.model_dump(mode="json")),
+        preprocess=Preprocess(mode="L", width=28, height=28, mean=[0.5], std=[0.25]),
+        calibration=Calibration(temperature=1.5, intercept=0.1, slope=0.8, error=0.05),
+        limits=Limits(raw_gradient_norm=1e4, source_distance=100.0),
+        files={},
+    )
+    folder = tmp_path_factory.mktemp("bundle")
+    tensors = {
+        "model": weights,
+        "generator": dict(LearnedOptimizer(settings).state_dict()),
+        "statistics": {"mean": source.mean, "std": source.std},
+    }
+    write_bundle(folder, manifest, tensors, ["nut", "bolt", "washer", "other"])
+    return folder
+
+
+@pytest.fixture
+def tiny_bundle(tiny_bundle_path: Path) -> Bundle:
+    return load_bundle(tiny_bundle_path)

@@ -1,0 +1,171 @@
+"""Workers as processes of their own, as they run at a site."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import yaml
+
+from schemas.config import Kafka, Store
+from schemas.prediction import Prediction
+from schemas.state import StreamHeader, decode_header
+from schemas.update import UpdateEvent
+from tests.conftest import Topic
+from worker.embedded import free_port
+from worker.store import StateStore
+
+
+class WorkerProcess:
+    """One worker, started by its command line."""
+
+    def __init__(self, folder: Path, content: dict[str, Any], name: str) -> None:
+        self.port = free_port()
+        content = {
+            "worker": name,
+            "threads": 1,
+            "metrics": {"port": self.port},
+            "log": {"format": "text"},
+            **content,
+        }
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        self.log = folder / f"{name}.log"
+        command = [sys.executable, "-m", "worker", "worker", "--config", str(path)]
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.process.terminate()
+        return self.process.wait(30)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _all_logs(self) -> str:
+        logs = sorted(self.log.parent.glob("worker-*.log"))
+        return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in logs)
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
+            return answer.read().decode()
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, f"the worker ended:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"{what} did not happen:\n{self._all_logs()}"
+            time.sleep(0.05)
+
+
+class Site:
+    """A topic set, a key space, and the workers on them."""
+
+    def __init__(self, kafka: Kafka, store: Store, bundle: Path, folder: Path, topic: Topic) -> None:
+        self.kafka, self.store, self.topic = kafka, store, topic
+        self._folder, self._workers = folder, 0
+        self.running: list[WorkerProcess] = []
+        self.config: dict[str, Any] = {
+            "kafka": kafka.model_dump(mode="json", exclude_none=True),
+            "store": {"url": store.url.get_secret_value(), "prefix": store.prefix, "connect_timeout_s": 5},
+            "bundle": {"path": str(bundle)},
+            "batch": {"max_batch": 8, "max_wait_ms": 50, "min_adapt": 4, "max_hold_ms": 300},
+        }
+
+    def start(self, **sections: Any) -> WorkerProcess:
+        self._workers += 1
+        worker = WorkerProcess(self._folder, {**self.config, **sections}, f"worker-{self._workers}")
+        self.running.append(worker)
+        return worker
+
+    def send(self, frames: list[tuple[str, bytes]]) -> list[str]:
+        """Send frames; returns their ids, in order."""
+        records = [(stream.encode(), image, []) for stream, image in frames]
+        sent = self.topic.send(self.kafka.topics.frames, records)
+        return [f"{m.topic}/{m.partition}/{m.offset}" for m in sent]
+
+    def predictions(self, ids: list[str], timeout_s: float = 90) -> dict[str, list[Prediction]]:
+        """All predictions, by id, once every id has one."""
+        wanted = set(ids)
+        records = self.topic.read(
+            self.kafka.topics.predictions,
+            lambda rs: wanted <= {dict(r.headers)["ce_id"].decode() for r in rs},
+            timeout_s,
+        )
+        found: dict[str, list[Prediction]] = {}
+        for record in records:
+            prediction = Prediction.model_validate_json(record.value)
+            assert record.key == prediction.stream.encode()
+            found.setdefault(prediction.id, []).append(prediction)
+        return found
+
+    def events(self, until: Callable[[list[UpdateEvent]], bool]) -> list[UpdateEvent]:
+        def parse(records: list[Any]) -> list[UpdateEvent]:
+            return [UpdateEvent.model_validate_json(record.value) for record in records]
+
+        return parse(self.topic.read(self.kafka.topics.updates, lambda rs: until(parse(rs))))
+
+    def header(self, stream: str) -> StreamHeader | None:
+        """What the store says of a stream."""
+        client = redis.Redis.from_url(self.store.url.get_secret_value())
+        content = client.hget(StateStore(self.store).key(stream), "header")
+        client.close()
+        return decode_header(content) if content else None
+
+    def wait_folded(self, worker: WorkerProcess, counts: dict[str, int]) -> None:
+        """Wait until every stream's stored state has folded its frames."""
+
+        def done() -> bool:
+            headers = {stream: self.header(stream) for stream in counts}
+            return all(h is not None and h.frames >= counts[s] for s, h in headers.items())
+
+        worker.wait_until(done, f"folding {counts}")
+
+    def assert_folded_once(self, frames: dict[str, list[str]]) -> None:
+        """Every frame of every stream has shaped its state exactly once, in order."""
+        for stream, ids in frames.items():
+            header = self.header(stream)
+            assert header is not None
+            folded = ""
+            for frame_id in ids:
+                folded = hashlib.sha256(f"{folded}{frame_id}".encode()).hexdigest()
+            assert header.frames == len(ids), stream
+            assert header.folded == folded, stream
+
+
+@pytest.fixture
+def site(
+    kafka_settings: Kafka, store_settings: Store, tiny_bundle_path: Path, tmp_path: Path, topic: Topic
+) -> Iterator[Site]:
+    site = Site(kafka_settings, store_settings, tiny_bundle_path, tmp_path, topic)
+    yield site
+    for worker in site.running:
+        if worker.process.poll() is None:
+            worker.signal(signal.SIGCONT)
+            worker.kill()
+
+
+def run_cli(*arguments: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`driftkeel ...` to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "worker", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+    )

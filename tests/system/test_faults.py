@@ -1,0 +1,137 @@
+"""Crashes, zombies, outages and rebalances: nothing lost, nothing folded twice."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.conftest import picture
+from tests.system.conftest import Site
+from tests.system.test_worker import ids_by_stream
+from worker.embedded import start_store
+
+STREAMS = [f"cam-{i}" for i in range(6)]
+FRAMES = [(STREAMS[i % 6], picture(i)) for i in range(300)]
+COUNTS = dict.fromkeys(STREAMS, 50)
+
+
+def folded(site: Site) -> int:
+    return sum(header.frames for stream in STREAMS if (header := site.header(stream)))
+
+
+def check_outcome(site: Site, frames: list[tuple[str, bytes]], ids: list[str]) -> None:
+    predictions = site.predictions(ids)
+    assert set(predictions) == set(ids)
+    site.assert_folded_once(ids_by_stream(frames, ids))
+    for found in predictions.values():
+        # Predictions of one frame may repeat; under the same parameters they say the same.
+        by_step = {(p.bundle, p.step): (p.index, round(p.confidence, 4)) for p in found}
+        assert all(by_step[p.bundle, p.step] == (p.index, round(p.confidence, 4)) for p in found)
+
+
+def test_killed_again_and_again(site: Site) -> None:
+    ids = site.send(FRAMES)
+    for goal in (30, 90, 150, 210):
+        worker = site.start()
+        worker.wait_until(lambda goal=goal: folded(site) >= goal, f"{goal} frames folded")
+        worker.kill()
+    last = site.start()
+    site.wait_folded(last, COUNTS)
+    check_outcome(site, FRAMES, ids)
+    # Every update event reached the topic, whichever worker died between the store and the topic.
+    wanted = {f"{s}@{n + 1}" for s in STREAMS for n in range(site.header(s).events)}
+    events = site.events(lambda es: wanted <= {e.id for e in es})
+    assert {f for e in events for f in e.frames} == set(ids)
+
+
+def test_a_zombie_cannot_write(site: Site) -> None:
+    first = site.start()
+    early = site.send(FRAMES[:60])
+    site.wait_folded(first, dict.fromkeys(STREAMS, 10))
+    first.signal(signal.SIGSTOP)
+    second = site.start()
+    late = site.send(FRAMES[60:])
+    site.wait_folded(second, COUNTS)
+    first.signal(signal.SIGCONT)
+    more = site.send(FRAMES)
+    site.wait_folded(second, dict.fromkeys(STREAMS, 100))
+    check_outcome(site, FRAMES + FRAMES, early + late + more)
+    assert first.stop() == 0
+    assert second.stop() == 0
+
+
+def test_workers_come_and_go(site: Site) -> None:
+    first = site.start()
+    ids = site.send(FRAMES[:120])
+    site.wait_folded(first, dict.fromkeys(STREAMS, 20))
+    second = site.start()
+    second.wait_until(lambda: "assigned partitions" in second.log.read_text(), "an assignment")
+    ids += site.send(FRAMES[120:])
+    site.wait_folded(second, COUNTS)
+    assert first.stop() == 0
+    ids += site.send(FRAMES)
+    site.wait_folded(second, dict.fromkeys(STREAMS, 100))
+    check_outcome(site, FRAMES + FRAMES, ids)
+
+
+def test_store_restart(site: Site, tmp_path: Path) -> None:
+    store = start_store(tmp_path / "data")
+    url = store.url
+    site.store = site.store.model_copy(update={"url": type(site.store.url)(url)})
+    worker = site.start(store={"url": url, "prefix": site.store.prefix})
+    ids = site.send(FRAMES[:60])
+    site.wait_folded(worker, dict.fromkeys(STREAMS, 10))
+    time.sleep(0.01)  # the append-only file is written every second at the latest; a clean stop flushes it
+    store.child.stop()
+    ids += site.send(FRAMES[60:])
+    worker.wait_until(lambda: "does not answer" in worker.log.read_text(), "noticing the outage")
+    assert "driftkeel_store_errors_total 0.0" not in worker.metrics()
+    again = start_store(tmp_path / "data", port=store.port)
+    site.wait_folded(worker, COUNTS)
+    assert "answers again" in worker.log.read_text()
+    check_outcome(site, FRAMES, ids)
+    assert worker.stop() == 0
+    again.child.stop()
+
+
+def test_stop_during_a_store_outage(site: Site, tmp_path: Path) -> None:
+    store = start_store(tmp_path / "data")
+    worker = site.start(store={"url": store.url, "prefix": site.store.prefix})
+    worker.wait_until(lambda: "assigned partitions" in worker.log.read_text(), "the assignment")
+    store.child.stop()
+    site.send(FRAMES[:30])
+    worker.wait_until(lambda: "does not answer" in worker.log.read_text(), "noticing the outage")
+    assert worker.stop() == 0
+
+
+def test_embedded_servers_die_with_their_parent(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib\n"
+        "from worker.embedded import start_broker, start_store\n"
+        "b, s = start_broker(), start_store(pathlib.Path(sys.argv[1]))\n"
+        "print(b.child.process.pid, s.child.process.pid, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    children = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(children) == 2
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in children):
+        assert time.monotonic() < deadline, "an embedded server outlived its parent"
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z")

@@ -1,0 +1,129 @@
+from datetime import UTC, datetime
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.config import Batch
+from schemas.frame import Position
+from worker.batcher import MicroBatcher
+from worker.decode import DecodedFrame
+
+SETTINGS = Batch(max_batch=8, max_wait_ms=100, min_adapt=4, max_hold_ms=1_000, max_pass=32)
+
+
+def frame(stream: str, offset: int, received: float = 0.0) -> DecodedFrame:
+    pixels = np.zeros((2, 2), np.uint8)
+    return DecodedFrame(stream, Position("frames", 0, offset), pixels, datetime.now(UTC), received)
+
+
+def frames(stream: str, count: int, received: float = 0.0, start: int = 0) -> list[DecodedFrame]:
+    return [frame(stream, start + i, received) for i in range(count)]
+
+
+def offsets(batch) -> list[int]:
+    return [f.position.offset for f in batch.frames]
+
+
+def test_size_closes_at_once() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    batcher.add(frames("a", 9))
+    (batch,) = batcher.take(0.0, 32)
+    assert offsets(batch) == list(range(8))
+    assert batch.adapt
+    assert batcher.take(0.05, 32) == []
+    assert len(batcher) == 1
+
+
+def test_time_closes_what_is_not_full() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    batcher.add(frames("a", 5))
+    assert batcher.next_due() == 0.1
+    assert batcher.take(0.099, 32) == []
+    (batch,) = batcher.take(0.1, 32)
+    assert batch.adapt
+    assert batcher.next_due() is None
+
+
+def test_few_frames_are_predicted_now_and_adapted_on_later() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    batcher.add(frames("a", 2))
+    (early,) = batcher.take(0.1, 32)
+    assert (early.adapt, early.fold) == (False, False)
+    batcher.hold(early)
+    assert batcher.take(0.2, 32) == []
+    batcher.add(frames("a", 3, received=0.3, start=2))
+    (late,) = batcher.take(0.4, 32)
+    assert late.adapt
+    assert offsets(late) == [0, 1, 2, 3, 4]
+    assert [f.position.offset for f in late.unpublished] == [2, 3, 4]
+
+
+def test_frames_are_not_held_for_ever() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    batcher.add(frames("a", 2))
+    (early,) = batcher.take(0.1, 32)
+    batcher.hold(early)
+    assert batcher.next_due() == 1.0
+    (late,) = batcher.take(1.0, 32)
+    assert (late.adapt, late.fold, late.unpublished) == (False, True, [])
+    assert "max_hold_ms" in late.reason
+    assert len(batcher) == 0
+
+
+def test_full_streams_go_before_waiting_ones_and_the_pass_has_a_limit() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    batcher.add(frames("slow", 4))
+    for stream in "abcde":
+        batcher.add(frames(stream, 8, received=5.0))
+    batches = batcher.take(10.0, 32)
+    assert [b.stream for b in batches] == ["a", "b", "c", "d"]
+    assert [b.stream for b in batcher.take(10.0, 32)] == ["e", "slow"]
+
+
+def test_switched_off_adaptation_still_folds() -> None:
+    batcher = MicroBatcher(SETTINGS, adapt=False)
+    batcher.add(frames("a", 8))
+    (batch,) = batcher.take(0.0, 32)
+    assert (batch.adapt, batch.fold) == (False, True)
+    assert "switched off" in batch.reason
+
+
+def test_dropped_streams_are_gone() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    batcher.add(frames("a", 3) + frames("b", 3))
+    batcher.drop(["a", "unknown"])
+    assert batcher.streams == {"b"}
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 0.3), st.booleans()), max_size=120),
+    st.integers(8, 40),
+)
+def test_every_frame_comes_out_once_and_in_order(steps: list[tuple[str, float, bool]], limit: int) -> None:
+    batcher = MicroBatcher(SETTINGS)
+    now, sent = 0.0, dict.fromkeys("abc", 0)
+    published: dict[str, list[int]] = {s: [] for s in "abc"}
+    folded: dict[str, list[int]] = {s: [] for s in "abc"}
+
+    def turn() -> None:
+        for batch in batcher.take(now, limit):
+            assert len(batch.frames) <= SETTINGS.max_batch
+            published[batch.stream] += [f.position.offset for f in batch.unpublished]
+            if batch.fold:
+                folded[batch.stream] += offsets(batch)
+            else:
+                batcher.hold(batch)
+
+    for stream, pause, act in steps:
+        now += pause
+        batcher.add([frame(stream, sent[stream], now)])
+        sent[stream] += 1
+        if act:
+            turn()
+    while len(batcher):
+        now += 0.5
+        turn()
+    for stream, count in sent.items():
+        assert published[stream] == list(range(count))
+        assert folded[stream] == list(range(count))

@@ -1,0 +1,115 @@
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+import torch
+
+from schemas.frame import Position
+from schemas.state import StreamHeader, StreamState
+from worker.batcher import MicroBatch
+from worker.decode import DecodedFrame
+from worker.engine import Engine, next_header, normalise_pixels
+
+
+def batch(stream: str, count: int, seed: int = 0, adapt: bool = True) -> MicroBatch:
+    random = np.random.default_rng(seed)
+    frames = [
+        DecodedFrame(
+            stream, Position("frames", 0, i), random.integers(0, 255, (28, 28), np.uint8), datetime.now(UTC), 0.0
+        )
+        for i in range(count)
+    ]
+    return MicroBatch(stream, frames, adapt, fold=True)
+
+
+def admit(engine: Engine, *streams: str) -> None:
+    for stream in streams:
+        header = StreamHeader(stream=stream, bundle=engine.bundle.hash, method="mgg")
+        engine.admit(StreamState(header=header, tensors=engine.like), token=1, stored=False)
+
+
+@pytest.fixture
+def engine(tiny_bundle) -> Engine:
+    engine = Engine(tiny_bundle)
+    admit(engine, "a", "b", "c")
+    return engine
+
+
+def step(engine: Engine, batches: list[MicroBatch]) -> None:
+    passed = engine.predict(batches)
+    proposals = engine.adapt(passed)
+    engine.accept(proposals, proposals.proposals)
+
+
+def test_predictions_are_those_before_the_update(engine: Engine, tiny_bundle) -> None:
+    work = batch("a", 6)
+    passed = engine.predict([work])
+    pixels = normalise_pixels([f.pixels for f in work.frames], tiny_bundle.manifest.preprocess)
+    expected = tiny_bundle.model(pixels).argmax(1).tolist()
+    assert [row[0] for row in passed.outlooks[0].top_index] == expected
+    assert all(sum(row) <= 1.0001 for row in passed.outlooks[0].top_confidence)
+
+
+def test_nothing_changes_before_accept_and_only_what_is_accepted(engine: Engine) -> None:
+    before = {s: {n: t.clone() for n, t in engine.tensors(s).items()} for s in "ab"}
+    passed = engine.predict([batch("a", 6, 1), batch("b", 5, 2)])
+    proposals = engine.adapt(passed)
+    for s in "ab":
+        assert all(torch.equal(t, before[s][n]) for n, t in engine.tensors(s).items())
+    engine.accept(proposals, [p for p in proposals.proposals if p.outlook.batch.stream == "b"])
+    assert all(torch.equal(t, before["a"][n]) for n, t in engine.tensors("a").items())
+    assert not torch.equal(engine.tensors("b")["affine"], before["b"]["affine"])
+
+
+def test_company_and_slots_do_not_matter(tiny_bundle) -> None:
+    alone, together = Engine(tiny_bundle), Engine(tiny_bundle)
+    admit(alone, "b")
+    admit(together, *(f"other-{i}" for i in range(40)), "b")
+    for round_ in range(3):
+        step(alone, [batch("b", 5, round_)])
+        step(together, [batch("other-3", 7, 90 + round_), batch("b", 5, round_), batch("other-9", 2, 50)])
+    for name, tensor in alone.tensors("b").items():
+        torch.testing.assert_close(together.tensors("b")[name], tensor, rtol=2e-3, atol=2e-4)
+
+
+def test_frames_without_an_update_change_nothing(engine: Engine) -> None:
+    before = {n: t.clone() for n, t in engine.tensors("a").items()}
+    passed = engine.predict([batch("a", 2, adapt=False)])
+    assert len(passed.outlooks[0].top_index) == 2
+    assert engine.adapt(passed).proposals == []
+    assert all(torch.equal(t, before[n]) for n, t in engine.tensors("a").items())
+
+
+def test_released_slots_are_used_again_and_start_clean(engine: Engine) -> None:
+    step(engine, [batch("a", 6)])
+    engine.release(["a", "unknown"])
+    assert "a" not in engine
+    admit(engine, "d")
+    for name, tensor in engine.like.items():
+        assert torch.equal(engine.tensors("d")[name], tensor)
+
+
+def test_least_recent_streams_go_first(engine: Engine) -> None:
+    step(engine, [batch("a", 4)])
+    assert engine.least_recent(1, keep=set()) == ["b"]
+    assert engine.least_recent(2, keep={"b"}) == ["c", "a"]
+    assert engine.least_recent(0, keep=set()) == []
+
+
+def test_broken_parameters_are_seen_before_they_spread(engine: Engine) -> None:
+    engine.tensors("a")["affine"][0] = torch.nan
+    passed = engine.predict([batch("a", 4), batch("b", 4)])
+    proposals = engine.adapt(passed)
+    assert [p.finite for p in proposals.proposals] == [False, True]
+    header = next_header(engine.resident("a").header, passed.outlooks[0], applied=False)
+    assert header.proxies.frames == 0
+    StreamHeader.model_validate_json(header.model_dump_json())
+
+
+def test_header_counts_and_chains(engine: Engine) -> None:
+    first = next_header(engine.resident("a").header, engine.predict([batch("a", 4)]).outlooks[0], applied=True)
+    assert (first.frames, first.step, first.events, first.positions) == (4, 1, 1, {"frames/0": 3})
+    second = next_header(first, engine.predict([batch("a", 6)]).outlooks[0], applied=False)
+    assert (second.frames, second.step, second.events) == (10, 1, 2)
+    assert second.folded not in ("", first.folded)
+    assert 0 < second.proxies.confidence <= 1

@@ -1,0 +1,75 @@
+import pytest
+import redis
+
+from schemas.config import Store
+from schemas.errors import UnreachableError
+from worker.embedded import free_port
+from worker.store import StateStore, Write
+
+
+@pytest.fixture
+def store(store_settings: Store) -> StateStore:
+    return StateStore(store_settings)
+
+
+def write(stream: str, token: int, tensors: bytes | None = b"t") -> Write:
+    return Write(stream, token, b"header", b"event", tensors)
+
+
+def test_claim_write_claim(store: StateStore) -> None:
+    (first,) = store.claim(["cam"], "w1")
+    assert (first.token, first.header, first.tensors, first.event) == (1, None, None, None)
+    assert store.write([write("cam", 1)]) == [True]
+    (second,) = store.claim(["cam"], "w2")
+    assert (second.token, second.header, second.tensors, second.event) == (2, b"header", b"t", b"event")
+
+
+def test_a_zombie_is_refused_and_changes_nothing(store: StateStore) -> None:
+    store.claim(["cam"], "old")
+    store.claim(["cam"], "new")
+    assert store.write([write("cam", 2, b"good")]) == [True]
+    assert store.write([Write("cam", 1, b"bad", b"bad", b"bad")]) == [False]
+    (claimed,) = store.claim(["cam"], "new")
+    assert (claimed.header, claimed.tensors) == (b"header", b"good")
+
+
+def test_a_lost_key_refuses_the_old_token(store: StateStore, store_url: str) -> None:
+    store.claim(["cam"], "w")
+    client = redis.Redis.from_url(store_url)
+    client.delete(store.key("cam"))
+    assert store.write([write("cam", 1)]) == [False]
+    client.close()
+
+
+def test_header_alone_keeps_the_tensors(store: StateStore) -> None:
+    store.claim(["cam"], "w")
+    store.write([write("cam", 1, b"tensors")])
+    store.write([Write("cam", 1, b"header 2", b"event 2", None)])
+    (claimed,) = store.claim(["cam"], "w")
+    assert (claimed.header, claimed.tensors, claimed.event) == (b"header 2", b"tensors", b"event 2")
+
+
+def test_many_streams_in_one_go_keep_their_order(store: StateStore) -> None:
+    streams = [f"cam-{i}" for i in range(50)]
+    store.claim(streams[:10], "w")
+    assert [c.token for c in store.claim(streams, "w")] == [2] * 10 + [1] * 40
+    writes = [write(s, 2 if i < 5 else 1) for i, s in enumerate(streams)]
+    assert store.write(writes) == [True] * 5 + [False] * 5 + [True] * 40
+
+
+@pytest.mark.parametrize("stream", ["a}b{c", "{", "süd/kamera 1", "x:y:*", "%7B"])
+def test_any_stream_id_has_a_key_and_hash_tag_of_its_own(store: StateStore, stream: str) -> None:
+    key = store.key(stream)
+    assert key.count("{") == key.count("}") == 1
+    store.claim([stream], "w")
+    assert store.write([write(stream, 1)]) == [True]
+    assert store.claim([stream + "x"], "w")[0].header is None
+
+
+def test_unreachable_store_names_its_address_and_no_password() -> None:
+    port = free_port()
+    store = StateStore(Store(url=f"redis://user:geheim@127.0.0.1:{port}/0"))
+    with pytest.raises(UnreachableError) as caught:
+        store.ping()
+    assert f"127.0.0.1:{port}" in str(caught.value)
+    assert "geheim" not in str(caught.value)
