@@ -36,3 +36,4 @@ def set_up_logging(settings: Log) -> None:
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     # Its connection errors come back to us as exceptions, and are reported once, with what to do.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    logging.getLogger("PIL").setLevel(logging.INFO)

@@ -145,6 +145,7 @@ class Worker:
         if batches:
             self.metrics.pass_streams.observe(len(batches))
             self._rewind(self._step.run(batches))
+        self._streams.trim(self._batcher.streams)
         self._source.commit()
         self._progress = time.monotonic()
         self.metrics.last_progress.set_to_current_time()
@@ -163,9 +164,9 @@ class Worker:
 
     def _receive(self, timeout_s: float) -> None:
         """Poll once. Partitions that were taken away are dropped before newer records are taken in."""
-        records = self._source.poll(timeout_s)
-        while self._source.gone:
-            self._drop(self._source.gone.popleft())
+        records, gone = self._source.poll(timeout_s)
+        for partition in gone:
+            self._drop(partition)
         self._stash += records
 
     def _keep_alive(self) -> None:
@@ -174,7 +175,7 @@ class Worker:
         self._receive(0.05)
 
     def _load(self, streams: list[str]) -> Callable[[Frame], bool]:
-        self._streams.ensure(streams, self._batcher.streams)
+        self._streams.ensure(streams)
         engine = self._streams.engine
 
         def is_folded(frame: Frame) -> bool:
@@ -188,7 +189,6 @@ class Worker:
         streams = [stream for stream, where in self._partition_of.items() if where == partition]
         self._batcher.drop(streams)
         self._streams.release(streams)
-        self._offsets.forget([partition])
         self._stash = [r for r in self._stash if (r.topic, r.partition) != partition]
         for stream in streams:
             del self._partition_of[stream]

@@ -44,26 +44,23 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
                 await self._source.consumer.commit_async(_with_metadata(offsets))
             except KafkaError as error:
                 log.warning("offsets of revoked partitions not committed (%s): their frames are read again", error)
-        self._source.gone.extend(partitions)
+        self._source.note_gone(partitions)
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         log.info("assigned partitions: %s", sorted(p.partition for p in assigned) or "none")
 
     async def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
         # Somebody else has them already: nothing may be committed.
-        self._source.gone.extend((p.topic, p.partition) for p in lost)
+        self._source.note_gone((p.topic, p.partition) for p in lost)
 
 
 class FrameSource:
-    """The consumer. Only the worker's loop calls it.
-
-    `gone` collects partitions that were taken away; the loop takes them from there after each poll.
-    """
+    """The consumer. Only the worker's loop calls it, but for `note_gone`."""
 
     def __init__(self, settings: Kafka, offsets: Offsets, stop: threading.Event) -> None:
         self._settings = settings
         self.offsets = offsets
-        self.gone: deque[Partition] = deque()
+        self._gone: deque[Partition] = deque()
         self._last_commit = 0.0
         self._paused = False
         arguments = connection(settings)
@@ -86,14 +83,33 @@ class FrameSource:
         self.consumer = until_reached(make, f"the broker at {settings.bootstrap}", settings.connect_timeout_s, stop)
         self.consumer.subscribe([settings.topics.frames], listener=_Listener(self))
 
-    def poll(self, timeout_s: float) -> list[Any]:
-        """Records that arrived, oldest first within a partition. Never raises for an unreachable broker."""
+    def poll(self, timeout_s: float) -> tuple[list[Any], set[Partition]]:
+        """Records that arrived, oldest first within a partition, and partitions that were taken away before them.
+
+        Some of the latter may have come back at once: the client then goes on behind the records it has handed
+        out, but those in hand are given up with the revocation. They are read again, from the oldest, and newer
+        records of the same poll are passed over until then. Never raises for an unreachable broker.
+        """
         try:
             polled = self.consumer.poll(timeout_ms=max(0, int(timeout_s * 1000)))
         except LOST_MEMBERSHIP as error:
             log.warning("lost the consumer group (%s); joining again", error)
-            return []
-        return [record for records in polled.values() for record in records]
+            polled = {}
+        gone: set[Partition] = set()
+        while self._gone:
+            gone.add(self._gone.popleft())
+        records = []
+        for partition, part in polled.items():
+            if (partition.topic, partition.partition) not in gone:
+                records += part
+        for lost in gone:
+            passed_over = polled.get(TopicPartition(*lost), [])
+            self.rewind(lost, passed_over[0].offset if passed_over else None)
+        return records, gone
+
+    def note_gone(self, partitions: Iterable[Partition]) -> None:
+        """Partitions were taken away. Called on the client's thread, while the loop waits inside poll."""
+        self._gone.extend(partitions)
 
     def pause(self, paused: bool) -> None:
         """Stop or go on taking records over; the group membership stays."""
@@ -104,10 +120,14 @@ class FrameSource:
             self.consumer.resume(*assigned)
         self._paused = paused
 
-    def rewind(self, partition: Partition) -> None:
-        """Read again from the oldest record in hand."""
+    def rewind(self, partition: Partition, otherwise: int | None = None) -> None:
+        """Forget what is in hand of a partition; where it is still ours, read it again from the oldest of that.
+
+        `otherwise` is where to read from when nothing was in hand.
+        """
         offset = self.offsets.next_offset(partition)
         self.offsets.forget([partition])
+        offset = otherwise if offset is None else offset
         where = TopicPartition(*partition)
         if offset is not None and where in self.consumer.assignment():
             self.consumer.seek(where, offset)

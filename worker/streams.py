@@ -47,8 +47,8 @@ class Streams:
         self._worker, self._max_resident, self._max_state_bytes = worker, max_resident, max_state_bytes
         self._heal = heal
 
-    def ensure(self, wanted: Iterable[str], busy: set[str]) -> None:
-        """Make streams resident; where there are too many, the least recently used that are not `busy` go."""
+    def ensure(self, wanted: Iterable[str]) -> None:
+        """Make streams resident."""
         missing = [stream for stream in dict.fromkeys(wanted) if stream not in self.engine]
         if not missing:
             return
@@ -56,10 +56,13 @@ class Streams:
             claims = self._heal(lambda: self._store.claim(missing, self._worker))
         for stream, claimed in zip(missing, claims, strict=True):
             self._admit(stream, claimed)
+        self._metrics.resident.set(len(self.engine))
+
+    def trim(self, busy: set[str]) -> None:
+        """Where too many streams are resident, the least recently used that are not `busy` go."""
         excess = len(self.engine) - self._max_resident
         if excess > 0:
-            self.release(self.engine.least_recent(excess, busy | set(missing)))
-        self._metrics.resident.set(len(self.engine))
+            self.release(self.engine.least_recent(excess, busy))
 
     def release(self, streams: Iterable[str]) -> None:
         """Forget streams; the store has them."""

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from worker.demo.score import CameraScore, Scoreboard
 
 SOURCE, ADAPTED, SHIFT, ESTIMATE = "#9a5b13", "#0b6e8f", "#c9d3da", "#7a8791"
+POINTS = 320  # of a line; more cannot be seen, and the file stays small
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -84,15 +85,20 @@ def draw(board: Scoreboard) -> str:
 
 
 def _chart(axes: Axes, score: CameraScore) -> None:
-    frames = np.arange(len(score.source_right))
-    axes.fill_between(frames, 0, score.reel.severity, color=SHIFT, linewidth=0, alpha=0.6)
-    axes.plot(frames, _smooth(score.source_right), color=SOURCE, linewidth=1.4, label="source")
-    axes.plot(frames, _smooth(score.adapted_right), color=ADAPTED, linewidth=1.6, label="adapted")
-    axes.plot(frames, score.estimate, color=ESTIMATE, linewidth=0.9, linestyle=":", label="estimated")
+    count = len(score.source_right)
+    frames = np.arange(0, count, max(1, count // POINTS))
+    lines: list[tuple[npt.NDArray[Any], dict[str, Any]]] = [
+        (_smooth(score.source_right), {"color": SOURCE, "linewidth": 1.4, "label": "source"}),
+        (_smooth(score.adapted_right), {"color": ADAPTED, "linewidth": 1.6, "label": "adapted"}),
+        (score.estimate, {"color": ESTIMATE, "linewidth": 0.9, "linestyle": ":", "label": "estimated"}),
+    ]
+    axes.fill_between(frames, 0, score.reel.severity[frames], color=SHIFT, linewidth=0, alpha=0.6)
+    for values, style in lines:
+        axes.plot(frames, values[frames], **style)
     source, adapted = score.accuracies()
     axes.set_title(f"{score.reel.camera.stream}   {100 * source:.1f} → {100 * adapted:.1f}%", loc="left", fontsize=10)
     axes.set_ylim(0, 1)
-    axes.set_xlim(0, len(frames))
+    axes.set_xlim(0, count)
     axes.grid(color="#e6ecf0", linewidth=0.6)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

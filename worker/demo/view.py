@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -66,9 +67,9 @@ def open_view(live: bool, console: Console) -> Iterator[View]:
 
 def table(board: Scoreboard) -> Table:
     """A row per camera."""
-    rows = Table(title="Driftkeel: six cameras, one worker", title_justify="left")
-    rows.add_column("camera")
-    for name in ("source", "adapted", "gain", "estimated", "gradient", "applied", "skipped", "frames"):
+    rows = Table(title="six cameras, one worker", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    rows.add_column("camera", no_wrap=True)
+    for name in ("source", "adapted", "gain", "estimate", "gradient", "applied", "skipped", "frames"):
         rows.add_column(name, justify="right")
     for name, score in board.cameras.items():
         source, adapted = score.accuracies()
@@ -80,7 +81,7 @@ def table(board: Scoreboard) -> Table:
             f"{adapted:.3f}",
             Text(f"{gain:+.1f}", style=style),
             f"{score.estimated_accuracy:.3f}",
-            f"{score.gradient_norm:.3f}",
+            f"{score.gradient_norm:.1f}",
             str(score.applied),
             str(score.skipped),
             f"{score.answered:,}",
