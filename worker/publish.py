@@ -13,7 +13,7 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError, MessageSizeTooLargeError
 
 from schemas.config import Kafka
-from schemas.errors import FrameError
+from schemas.errors import FrameError, UnreachableError
 from schemas.prediction import PREDICTION_TYPE, Prediction
 from schemas.update import UPDATE_TYPE, UpdateEvent
 from worker.kafka_client import connection, until_reached
@@ -42,24 +42,32 @@ class Publisher:
         self._producer = self._connect()
 
     def _connect(self) -> Any:
-        arguments = connection(self._settings)
-
-        def make() -> Any:
-            return KafkaProducer(
-                **arguments,
-                acks="all",
-                enable_idempotence=True,
-                linger_ms=2,
-                batch_size=64 << 10,
-                max_request_size=MAX_REQUEST_BYTES,
-                delivery_timeout_ms=int(ACKNOWLEDGE_TIMEOUT_S * 1000),
-                request_timeout_ms=10_000,
-                max_block_ms=10_000,
-                allow_auto_create_topics=False,
-            )
-
         what = f"the broker at {self._settings.bootstrap}"
-        return until_reached(make, what, self._settings.connect_timeout_s, self._stop)
+        return until_reached(self._make, what, self._settings.connect_timeout_s, self._stop)
+
+    def _reconnect(self, keep_alive: Callable[[], object]) -> Any:
+        """A new producer, however long the broker stays away; UnreachableError only once the worker is to stop."""
+        while True:
+            try:
+                return self._connect()
+            except UnreachableError:
+                if self._stop.is_set():
+                    raise
+                keep_alive()
+
+    def _make(self) -> Any:
+        return KafkaProducer(
+            **connection(self._settings),
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=2,
+            batch_size=64 << 10,
+            max_request_size=MAX_REQUEST_BYTES,
+            delivery_timeout_ms=int(ACKNOWLEDGE_TIMEOUT_S * 1000),
+            request_timeout_ms=10_000,
+            max_block_ms=10_000,
+            allow_auto_create_topics=False,
+        )
 
     def send(self, message: Message) -> None:
         """Hand a message to the client."""
@@ -68,7 +76,7 @@ class Publisher:
     def settle(self, keep_alive: Callable[[], object]) -> None:
         """Return when the broker has acknowledged everything sent so far; send again what it has not.
 
-        `keep_alive` is called between tries. Raises KafkaError only once the worker is to stop.
+        `keep_alive` is called between tries. Raises UnreachableError only once the worker is to stop.
         """
         while self._waiting:
             failed: list[Message] = []
@@ -82,17 +90,16 @@ class Publisher:
             if reason is None:
                 return
             if self._stop.is_set():
-                raise reason
+                raise UnreachableError(f"the broker at {self._settings.bootstrap} did not answer: {reason}")
             log.warning(
                 "%d records not acknowledged by the broker at %s (%s); sending again",
                 len(failed),
                 self._settings.bootstrap,
                 reason,
             )
-            keep_alive()
             # Indefinite errors leave an idempotent producer in a state of its own: begin with a new one.
             self._producer.close(timeout=0)
-            self._producer = self._connect()
+            self._producer = self._reconnect(keep_alive)
             for message in failed:
                 self.send(message)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, UnreachableError
 from schemas.frame import Frame
 from worker.batcher import MicroBatcher
+from worker.consume import FrameConsumer
 from worker.decode import Decoder
 from worker.engine import Engine
 from worker.guard import Guard
@@ -27,7 +29,6 @@ from worker.intake import Intake
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed, require_topics, until_reached
 from worker.offsets import Offsets, Partition
 from worker.publish import Publisher
-from worker.source import FrameSource
 from worker.step import Step
 from worker.store import StateStore
 from worker.streams import Streams
@@ -36,10 +37,7 @@ log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
 IDLE_POLL_S = 0.1
 STUCK_AFTER_S = 60.0
-
-
-class _Stopping(Exception):
-    """The worker was told to stop while it waited for something that may never come back."""
+LAG_INTERVAL_S = 1.0
 
 
 def installed_version() -> str:
@@ -62,6 +60,7 @@ class Worker:
         self.metrics = WorkerMetrics(config.metrics.max_stream_labels)
         self.metrics.build.info({"version": installed_version(), "bundle": bundle.hash, "worker": config.worker})
         self._healthy_store = True
+        self._assigned = False
         self._progress = time.monotonic()
         try:
             self._server = serve_metrics(
@@ -82,7 +81,7 @@ class Worker:
         self._store = store
         self._publisher = Publisher(config.kafka, config.worker, stop)
         self._offsets = Offsets()
-        self._source = FrameSource(config.kafka, self._offsets, stop)
+        self._consumer = FrameConsumer(config.kafka, self._offsets, stop)
         self._decoder = Decoder(config.frames, bundle.manifest.preprocess)
         self._intake = Intake(config.frames, self._decoder, self._offsets, self._publisher, self.metrics)
         self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
@@ -106,6 +105,7 @@ class Worker:
             config.worker,
             self._keep_alive,
         )
+        self._lag_shown = 0.0
         self._stash: list[Any] = []
         self._partition_of: dict[str, Partition] = {}
         log.info(
@@ -125,15 +125,18 @@ class Worker:
 
     def ready(self) -> bool:
         """Whether partitions are assigned and the store answers."""
-        return self._healthy_store and hasattr(self, "_source") and bool(self._source.consumer.assignment())
+        return self._assigned and self._healthy_store
 
     def run(self) -> None:
         """Turn the loop until told to stop, then finish the step in hand, commit and leave the group."""
         try:
             while not self._stop.is_set():
                 self._turn()
-        except _Stopping:
-            log.warning("stopped while waiting for the store; frames in hand will be read again")
+        except UnreachableError as error:
+            if not self._stop.is_set():
+                raise
+            # Nothing is lost: what is not committed is read again.
+            log.warning("stopped without waiting any longer: %s", error)
         finally:
             self._close()
 
@@ -146,32 +149,38 @@ class Worker:
             self.metrics.pass_streams.observe(len(batches))
             self._rewind(self._step.run(batches))
         self._streams.trim(self._batcher.streams)
-        self._source.commit()
+        self._consumer.commit()
+        self._assigned = bool(self._consumer.assignment())
         self._progress = time.monotonic()
         self.metrics.last_progress.set_to_current_time()
         self.metrics.buffered.set(len(self._batcher))
-        self.metrics.set_lag(self._source.lag())
+        self._show_lag()
+
+    def _show_lag(self) -> None:
+        if time.monotonic() - self._lag_shown > LAG_INTERVAL_S:
+            self._lag_shown = time.monotonic()
+            self.metrics.set_lag(self._consumer.lag())
 
     def _poll(self) -> list[Any]:
         """Records to take in now; none while too many frames are in memory."""
         due = self._batcher.next_due()
         wait = IDLE_POLL_S if due is None else min(IDLE_POLL_S, max(0.0, due - time.monotonic()))
         full = len(self._batcher) + len(self._stash) >= self.config.batch.max_buffered
-        self._source.pause(full)
+        self._consumer.pause(full)
         self._receive(0.0 if full else wait)
         records, self._stash = self._stash, []
         return records
 
     def _receive(self, timeout_s: float) -> None:
         """Poll once. Partitions that were taken away are dropped before newer records are taken in."""
-        records, gone = self._source.poll(timeout_s)
+        records, gone = self._consumer.poll(timeout_s)
         for partition in gone:
             self._drop(partition)
         self._stash += records
 
     def _keep_alive(self) -> None:
         """Keep the group membership while the loop waits for something else."""
-        self._source.pause(True)
+        self._consumer.pause(True)
         self._receive(0.05)
 
     def _load(self, streams: list[str]) -> Callable[[Frame], bool]:
@@ -198,7 +207,7 @@ class Worker:
         partitions = {self._partition_of[stream] for stream in fenced if stream in self._partition_of}
         for partition in partitions:
             log.warning("another worker holds streams of partition %d; reading it again", partition[1])
-            self._source.rewind(partition)
+            self._consumer.rewind(partition)
             self._drop(partition)
 
     def _heal(self, action: Callable[[], Result]) -> Result:
@@ -217,23 +226,24 @@ class Worker:
                 log.warning("%s; trying again in %.1f s", error, pause)
             resume = time.monotonic() + pause
             while time.monotonic() < resume:
-                if self._stop.wait(0.02):
-                    raise _Stopping
+                if self._stop.is_set():
+                    raise UnreachableError(f"the store at {self.config.store.address} does not answer")
                 self._keep_alive()
                 self._progress = time.monotonic()
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _close(self) -> None:
-        self._source.commit(now=True)
-        self._source.close()
-        try:
-            self._publisher.settle(lambda: None)
-        finally:
-            self._publisher.close()
-            self._store.close()
-            self._decoder.close()
-            self._server.close()
-        log.info("worker %s stopped", self.config.worker)
+        """Let go of everything, whatever part of it fails."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(log.info, "worker %s stopped", self.config.worker)
+            stack.callback(self._server.close)
+            stack.callback(self._decoder.close)
+            stack.callback(self._store.close)
+            stack.callback(self._publisher.close)
+            stack.callback(self._consumer.close)
+            stack.callback(self._consumer.commit, now=True)
+            with contextlib.suppress(UnreachableError):  # The next owner publishes the last events again.
+                self._publisher.settle(lambda: None)
 
 
 def run_worker(config: WorkerConfig) -> None:

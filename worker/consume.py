@@ -25,7 +25,7 @@ from schemas.config import Kafka
 from worker.kafka_client import connection, until_reached
 from worker.offsets import Offsets, Partition
 
-log = logging.getLogger("driftkeel.source")
+log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
 LOST_MEMBERSHIP = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
 
@@ -33,28 +33,28 @@ LOST_MEMBERSHIP = (CommitFailedError, IllegalGenerationError, RebalanceInProgres
 class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
     """Runs on the client's thread while the loop waits inside poll: notes what happened, commits what is finished."""
 
-    def __init__(self, source: FrameSource) -> None:
-        self._source = source
+    def __init__(self, owner: FrameConsumer) -> None:
+        self._owner = owner
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         partitions = [(p.topic, p.partition) for p in revoked]
-        offsets = self._source.offsets.committable(partitions)
+        offsets = self._owner.offsets.committable(partitions)
         if offsets:
             try:
-                await self._source.consumer.commit_async(_with_metadata(offsets))
+                await self._owner.consumer.commit_async(_with_metadata(offsets))
             except KafkaError as error:
                 log.warning("offsets of revoked partitions not committed (%s): their frames are read again", error)
-        self._source.note_gone(partitions)
+        self._owner.note_gone(partitions)
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         log.info("assigned partitions: %s", sorted(p.partition for p in assigned) or "none")
 
     async def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
         # Somebody else has them already: nothing may be committed.
-        self._source.note_gone((p.topic, p.partition) for p in lost)
+        self._owner.note_gone((p.topic, p.partition) for p in lost)
 
 
-class FrameSource:
+class FrameConsumer:
     """The consumer. Only the worker's loop calls it, but for `note_gone`."""
 
     def __init__(self, settings: Kafka, offsets: Offsets, stop: threading.Event) -> None:
@@ -158,6 +158,10 @@ class FrameSource:
             log.warning("offsets not committed (%s); trying again with the next", answer)
         else:
             self.offsets.committed({(p.topic, p.partition): meta.offset for p, meta in offsets.items()})
+
+    def assignment(self) -> set[Partition]:
+        """The partitions that are ours now."""
+        return {(p.topic, p.partition) for p in self.consumer.assignment()}
 
     def lag(self) -> dict[Partition, int]:
         """Records of each assigned partition that are not finished, as far as the last fetch knew."""
