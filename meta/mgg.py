@@ -51,13 +51,16 @@ class GeneratorSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     inputs: tuple[Input, ...] = ALL_INPUTS
-    hidden: int = Field(default=8, ge=2, le=64)
+    hidden: int = Field(default=4, ge=2, le=64)
     shortcut: bool = True
     step_size: float = Field(default=0.02, gt=0, le=1, description="largest change of a coordinate in one update")
     momentum_decay: float = Field(default=0.9, ge=0, lt=1)
     square_decay: float = Field(default=0.99, ge=0, lt=1)
     discrepancy_weight: float = Field(default=10.0, ge=0)
     feature_window: int = Field(default=32, ge=1, description="frames over which feature statistics are averaged")
+    memory_precision: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float16", description="of the gradient memory between updates, in memory and in the store alike"
+    )
 
 
 class LearnedOptimizer(nn.Module):
@@ -95,6 +98,16 @@ class MGG:
 
     def fresh(self, streams: int) -> State:
         """State of new streams: affine (S, P), first and second moment (S, P), memory, statistics (S, F), age (S)."""
+        with torch.no_grad():
+            return self._at_rest(self.initial(streams))
+
+    def _at_rest(self, state: State) -> State:
+        """Round the memory to the precision it is kept in. What is stored is so what a worker goes on with."""
+        precision = getattr(torch, self.settings.memory_precision)
+        return {name: t.to(precision) if name.startswith("memory_") else t for name, t in state.items()}
+
+    def initial(self, streams: int) -> State:
+        """As `fresh`, in full precision, and differentiable in the learned initial memory."""
         size = self.model.coordinates
         weight, bias = self.learned.generator.memory.fresh(streams, size)
         return {
@@ -118,7 +131,8 @@ class MGG:
     def update(self, forward: Forward) -> Update:
         loss, statistics, signals = self.objective(forward)
         (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
-        return self.generate(forward, frame_gradient, statistics, signals)
+        update = self.generate(forward, frame_gradient, statistics, signals)
+        return Update(self._at_rest(update.state), update.signals)
 
     def objective(self, forward: Forward) -> tuple[Tensor, State, dict[str, Tensor]]:
         """Per-stream loss (S,), the new feature statistics, and the signals entropy and discrepancy."""
@@ -143,7 +157,10 @@ class MGG:
     def generate(
         self, forward: Forward, frame_gradient: Tensor, statistics: State, signals: dict[str, Tensor]
     ) -> Update:
-        """From per-frame gradients (B, P) to the next state. Differentiable in the learned parameters and the state."""
+        """From per-frame gradients (B, P) to the next state, in full precision.
+
+        Differentiable in the learned parameters and the state.
+        """
         state, counts = forward.state, forward.counts
         zeros = frame_gradient.new_zeros(state["affine"].shape)
         gradient = zeros.index_add(0, forward.stream, frame_gradient)
@@ -152,7 +169,9 @@ class MGG:
         first = torch.lerp(gradient, state["first_moment"], self.settings.momentum_decay)
         second = torch.lerp(gradient**2, state["second_moment"], self.settings.square_decay)
         features = self._inputs(forward, gradient, power, first, second, age, signals)
-        direction, weight, bias = self.learned.generator(features, state["memory_weight"], state["memory_bias"])
+        direction, weight, bias = self.learned.generator(
+            features, state["memory_weight"].float(), state["memory_bias"].float()
+        )
         offset = state["affine"] - self.model.source_affine
         moved = (1 - self.learned.pull) * offset - self.step_size * direction
         return Update(

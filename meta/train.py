@@ -59,7 +59,7 @@ def meta_train(
     learned = method.learned.train()
     optimizer = torch.optim.Adam(learned.parameters(), lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.meta_steps, settings.learning_rate / 20)
-    state = method.fresh(settings.streams)
+    state = method.initial(settings.streams)
     course: list[dict[str, float]] = []
     for meta_step in range(settings.meta_steps):
         state = _restart_finished(method, streams, state)
@@ -130,7 +130,7 @@ def _restart_finished(method: MGG, streams: list[SimulatedStream], state: State)
     cold = [i for i in finished if streams[i]._number(0, 1) < 0.5]
     for i in finished:
         streams[i].begin()
-    fresh = method.fresh(len(streams))
+    fresh = method.initial(len(streams))
     reset = torch.zeros(len(streams), dtype=torch.bool)
     reset[cold] = True
     # Fresh rows stay attached to the learned initial memory, so that it is trained too.
