@@ -21,6 +21,10 @@ from pydantic_settings import (
 from schemas.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "DRIFTKEEL__"
+STORE_SCHEMES = (
+    *("redis", "rediss", "unix"),
+    *("redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"),
+)
 
 
 class Section(BaseModel):
@@ -70,17 +74,25 @@ class Kafka(Section):
 class Store(Section):
     """The Redis-protocol store of stream states."""
 
-    url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="redis:// rediss:// or unix:// URL")
+    url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="redis://, rediss:// (TLS), unix://, redis+cluster:// or redis+sentinel:// URL",
+    )
     prefix: str = Field("driftkeel", pattern=r"^[\w.:-]+$", description="first part of every key")
     connect_timeout_s: float = Field(30, gt=0, description="give up starting when the store stays away for so long")
     max_state_bytes: int = Field(64 << 20, ge=1_024, description="a stored state larger than this is refused")
+    idle_ttl_s: int = Field(
+        0, ge=0, description="states of streams idle for so long expire, and restart from source; 0 keeps them"
+    )
+    snapshot_every: int = Field(100, ge=0, description="updates between two snapshots for rollback; 0 takes none")
+    snapshots: int = Field(5, ge=1, le=100, description="snapshots kept per stream")
 
     @field_validator("url")
     @classmethod
     def _known_scheme(cls, url: SecretStr) -> SecretStr:
         scheme = urlsplit(url.get_secret_value()).scheme
-        if scheme not in ("redis", "rediss", "unix"):
-            raise ValueError(f"scheme {scheme!r} is not one of redis, rediss, unix")
+        if scheme not in STORE_SCHEMES:
+            raise ValueError(f"scheme {scheme!r} is not one of {', '.join(STORE_SCHEMES)}")
         return url
 
     @property

@@ -69,6 +69,24 @@ def encode_tensors(tensors: dict[str, Tensor], step: int) -> bytes:
     return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
 
 
+def encode_file(state: StreamState) -> bytes:
+    """A whole state as one safetensors file, to carry it elsewhere."""
+    metadata = {
+        "version": str(FORMAT_VERSION),
+        "step": str(state.header.step),
+        "header": state.header.model_dump_json(),
+    }
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.tensors.items()}, metadata)
+
+
+def decode_file(content: bytes, like: dict[str, Tensor], max_bytes: int) -> StreamState:
+    """What `encode_file` wrote, checked like a stored state. Raises StateError."""
+    header = _tensor_metadata(content).get("header")
+    if header is None:
+        raise StateError("the file has no stream header; export it with 'driftkeel streams export'")
+    return decode_state(header.encode(), content, like, max_bytes)
+
+
 def decode_state(header: bytes, blob: bytes, like: dict[str, Tensor], max_bytes: int) -> StreamState:
     """A stored state; its tensors must have the names, shapes and dtypes of `like` and finite values.
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 UPDATE_TYPE = "io.driftkeel.update.v1"
-Decision = Literal["applied", "skipped", "reset"]
+Decision = Literal["applied", "skipped", "reset", "rolled_back", "imported"]
 
 
 class Proxies(BaseModel):

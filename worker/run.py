@@ -92,7 +92,7 @@ class Worker:
             self.metrics,
             config.worker,
             config.adapt.max_resident_streams,
-            config.store.max_state_bytes,
+            config.store,
             self._heal,
         )
         self._step = Step(

@@ -1,47 +1,61 @@
 """Stream states in Redis: claimed by token, written together with their position, in one atomic script.
 
-A stream is one hash, {prefix}:{stream}, with the fields token, owner, header, tensors and event. A claim raises
-the token; a write is taken only with the newest token. A worker that was paused while another took its streams over
-(a zombie) is so refused. The last update event lies beside the state, so that a crash between writing the state
-and publishing the event cannot lose it.
+A stream has three keys, which share a hash tag and so lie on one node of a Cluster:
+
+    {prefix}:{stream}            hash: token, owner, header, event
+    {prefix}:{stream}:tensors    the tensors, which may expire when the stream is idle
+    {prefix}:{stream}:snapshots  list of earlier states, newest first
+
+A claim raises the token; a write is taken only with the newest token. A worker that was paused while another took its
+streams over (a zombie) is so refused. The last update event lies beside the state, so that a crash between writing
+the state and publishing the event cannot lose it. The header stays when tensors expire: an idle stream restarts from
+source and can say so.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+import redis.exceptions
 
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError, UnreachableError
+from worker.redis_client import connect
 
-log = logging.getLogger("driftkeel.store")
 Result = TypeVar("Result")
 
 _CLAIM = """
 local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
 redis.call('HSET', KEYS[1], 'owner', ARGV[1])
-local stored = redis.call('HMGET', KEYS[1], 'header', 'tensors', 'event')
-return {token, stored[1], stored[2], stored[3]}
+local stored = redis.call('HMGET', KEYS[1], 'header', 'event')
+return {token, stored[1], redis.call('GET', KEYS[2]), stored[2]}
 """
 
+# ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep.
 _WRITE = """
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
 redis.call('HSET', KEYS[1], 'header', ARGV[2], 'event', ARGV[3])
-if ARGV[4] ~= '' then redis.call('HSET', KEYS[1], 'tensors', ARGV[4]) end
+if ARGV[4] ~= '' then redis.call('SET', KEYS[2], ARGV[4]) end
+if ARGV[5] ~= '0' then
+  redis.call('EXPIRE', KEYS[2], ARGV[5])
+  redis.call('EXPIRE', KEYS[3], ARGV[5])
+end
+if ARGV[6] ~= '' then
+  redis.call('LPUSH', KEYS[3], ARGV[6])
+  redis.call('LTRIM', KEYS[3], 0, ARGV[7] - 1)
+end
 return 1
 """
 
 
 @dataclass(frozen=True)
 class Claimed:
-    """A claim, and what was stored: header and tensors are None for a stream that was never written."""
+    """A claim, and what was stored: header is None for a stream never written, tensors also for an expired one."""
 
     token: int
     header: bytes | None
@@ -51,13 +65,14 @@ class Claimed:
 
 @dataclass(frozen=True)
 class Write:
-    """A state to write. `tensors` None leaves the stored ones as they are."""
+    """A state to write. `tensors` None leaves the stored ones as they are; `snapshot` keeps this state for rollback."""
 
     stream: str
     token: int
     header: bytes
     event: bytes
     tensors: bytes | None
+    snapshot: bool = False
 
 
 class StateStore:
@@ -65,51 +80,98 @@ class StateStore:
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
-        # No retries in the client: the worker's loop retries, and keeps its place in the consumer group meanwhile.
-        self._client = redis.Redis.from_url(
-            settings.url.get_secret_value(),
-            socket_timeout=5,
-            socket_connect_timeout=5,
-            retry=Retry(NoBackoff(), 0),
-        )
-        self._claim = self._client.register_script(_CLAIM)
-        self._write = self._client.register_script(_WRITE)
+        self._client: Any = None
 
-    def key(self, stream: str) -> str:
-        """The stream's key; the braces make its name the hash tag of a Redis Cluster."""
-        return f"{self._settings.prefix}:{{{quote(stream, safe='')}}}"
+    def keys(self, stream: str) -> list[str]:
+        """The stream's keys; the braces make its name their hash tag."""
+        base = f"{self._settings.prefix}:{{{quote(stream, safe='')}}}"
+        return [base, f"{base}:tensors", f"{base}:snapshots"]
 
     def ping(self) -> None:
-        self._reach(lambda: self._client.ping())
+        self._reach(lambda client: client.ping())
 
     def claim(self, streams: list[str], owner: str) -> list[Claimed]:
         """Take over streams, in order."""
-        rows = self._pipelined(self._claim, [([self.key(stream)], [owner]) for stream in streams])
+        rows = self._scripts(_CLAIM, [(self.keys(stream), [owner]) for stream in streams])
         return [Claimed(int(token), header, tensors, event) for token, header, tensors, event in rows]
 
     def write(self, writes: list[Write]) -> list[bool]:
         """Write states, in order; False where another worker has claimed the stream since."""
-        calls = [([self.key(w.stream)], [w.token, w.header, w.event, w.tensors or b""]) for w in writes]
-        return [bool(accepted) for accepted in self._pipelined(self._write, calls)]
+        calls = [(self.keys(w.stream), self._arguments(w)) for w in writes]
+        return [bool(accepted) for accepted in self._scripts(_WRITE, calls)]
+
+    def read(self, stream: str) -> Claimed:
+        """What is stored, without claiming it. The token is 0 for an unknown stream."""
+        meta, tensors, _ = self.keys(stream)
+
+        def run(client: Any) -> Claimed:
+            token, header, event = client.hmget(meta, "token", "header", "event")
+            return Claimed(int(token or 0), header, client.get(tensors), event)
+
+        return self._reach(run)
+
+    def owner(self, stream: str) -> str:
+        """Who claimed the stream last."""
+        content = self._reach(lambda client: client.hget(self.keys(stream)[0], "owner"))
+        return content.decode(errors="replace") if content else ""
+
+    def snapshots(self, stream: str) -> list[tuple[bytes, bytes]]:
+        """Kept states as (header, tensors), newest first."""
+        packed = self._reach(lambda client: client.lrange(self.keys(stream)[2], 0, -1))
+        return [_unpacked(content) for content in packed]
+
+    def streams(self) -> Iterator[str]:
+        """All streams that have a state, in no order."""
+        prefix, suffix = f"{self._settings.prefix}:{{", "}"
+        names = self._reach(lambda client: list(client.scan_iter(f"{prefix}*{suffix}", count=500)))
+        for name in names:
+            text = name.decode() if isinstance(name, bytes) else name
+            yield unquote(text[len(prefix) : -len(suffix)])
 
     def close(self) -> None:
-        self._client.close()
+        if self._client is not None:
+            self._client.close()
 
-    def _pipelined(self, script: Any, calls: list[tuple[list[str], list[Any]]]) -> list[Any]:
-        def run() -> list[Any]:
-            pipeline = self._client.pipeline(transaction=False)
+    def _arguments(self, write: Write) -> list[Any]:
+        settings = self._settings
+        snapshot = _packed(write.header, write.tensors) if write.snapshot and write.tensors else b""
+        return [
+            *(write.token, write.header, write.event, write.tensors or b"", settings.idle_ttl_s),
+            *(snapshot, settings.snapshots),
+        ]
+
+    def _scripts(self, script: str, calls: list[tuple[list[str], list[Any]]]) -> list[Any]:
+        def run(client: Any) -> list[Any]:
+            # EVAL rather than EVALSHA: a Cluster's pipeline takes only this, and the scripts are short.
+            pipeline = client.pipeline(transaction=False)
             for keys, arguments in calls:
-                script(keys=keys, args=arguments, client=pipeline)
+                pipeline.execute_command("EVAL", script, len(keys), *keys, *arguments)
             return list(pipeline.execute())
 
         return self._reach(run)
 
-    def _reach(self, action: Callable[[], Result]) -> Result:
+    def _reach(self, action: Callable[[Any], Result]) -> Result:
+        address = self._settings.address
         try:
-            return action()
+            if self._client is None:
+                self._client = connect(self._settings.url.get_secret_value())
+            return action(self._client)
         except redis.exceptions.AuthenticationError as error:
-            raise UnreachableError(f"the store at {self._settings.address} refuses the login: {error}") from error
-        except (redis.exceptions.ConnectionError, redis.exceptions.TimeoutError) as error:
-            raise UnreachableError(f"the store at {self._settings.address} does not answer: {error}") from error
+            raise UnreachableError(f"the store at {address} refuses the login: {error}") from error
         except redis.exceptions.ResponseError as error:
-            raise StateError(f"the store at {self._settings.address} refuses a command: {error}") from error
+            # Loading its data, out of memory, read only after a failover: all may heal, and all are somebody's to mend.
+            raise UnreachableError(f"the store at {address} refuses a command: {error}") from error
+        except redis.exceptions.RedisError as error:
+            raise UnreachableError(f"the store at {address} does not answer: {error}") from error
+
+
+def _packed(header: bytes, tensors: bytes) -> bytes:
+    return struct.pack("<I", len(header)) + header + tensors
+
+
+def _unpacked(content: bytes) -> tuple[bytes, bytes]:
+    try:
+        (length,) = struct.unpack_from("<I", content)
+    except struct.error as error:
+        raise StateError("a snapshot in the store is damaged") from error
+    return content[4 : 4 + length], content[4 + length :]

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 from pydantic import ValidationError
 
 from monitoring.metrics import WorkerMetrics
+from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
 from schemas.state import StreamHeader, StreamState, decode_header, decode_state, encode_header, encode_tensors
 from schemas.update import UpdateEvent
@@ -40,11 +41,12 @@ class Streams:
         metrics: WorkerMetrics,
         worker: str,
         max_resident: int,
-        max_state_bytes: int,
+        settings: StoreSettings,
         heal: Heal,
     ) -> None:
         self.engine, self._store, self._publisher, self._metrics = engine, store, publisher, metrics
-        self._worker, self._max_resident, self._max_state_bytes = worker, max_resident, max_state_bytes
+        self._worker, self._max_resident = worker, max_resident
+        self._max_state_bytes, self._snapshot_every = settings.max_state_bytes, settings.snapshot_every
         self._heal = heal
 
     def ensure(self, wanted: Iterable[str]) -> None:
@@ -94,11 +96,18 @@ class Streams:
             tensors = encode_tensors({name: t[row] for name, t in proposals.state.items()}, header.step)
         elif not self.engine.resident(header.stream).stored:
             tensors = encode_tensors(self.engine.tensors(header.stream), header.step)
-        return Write(header.stream, event.token, encode_header(header), event.model_dump_json().encode(), tensors)
+        return Write(
+            header.stream,
+            event.token,
+            encode_header(header),
+            event.model_dump_json().encode(),
+            tensors,
+            snapshot=row is not None and self._snapshot_every > 0 and header.step % self._snapshot_every == 0,
+        )
 
     def _admit(self, stream: str, claimed: Claimed) -> None:
-        if claimed.event:
-            self._publish_again(stream, claimed.event)
+        for content in (claimed.event or b"").splitlines():
+            self._publish_again(stream, content)
         state, reset = self._restored(stream, claimed)
         if reset:
             log.warning("stream %s restarts from source: %s", stream, reset)
@@ -132,8 +141,9 @@ class Streams:
             if (old.bundle, old.method) != (bundle, METHOD):
                 reason = f"the stored state belongs to bundle {old.bundle} ({old.method}), this is {bundle} ({METHOD})"
                 return StreamState(header=header, tensors=self.engine.like), reason
-            stored = decode_state(claimed.header, claimed.tensors or b"", self.engine.like, self._max_state_bytes)
-            return stored, None
+            if claimed.tensors is None:
+                raise StateError("the stored state expired while the stream was idle, or its tensors were evicted")
+            return decode_state(claimed.header, claimed.tensors, self.engine.like, self._max_state_bytes), None
         except StateError as error:
             return StreamState(header=header, tensors=self.engine.like), str(error)
 

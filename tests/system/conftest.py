@@ -123,7 +123,7 @@ class Site:
     def header(self, stream: str) -> StreamHeader | None:
         """What the store says of a stream."""
         client = redis.Redis.from_url(self.store.url.get_secret_value())
-        content = client.hget(StateStore(self.store).key(stream), "header")
+        content = client.hget(StateStore(self.store).keys(stream)[0], "header")
         client.close()
         return decode_header(content) if content else None
 

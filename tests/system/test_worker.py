@@ -151,7 +151,11 @@ def test_a_damaged_state_restarts_from_source_and_says_so(site: Site, field: str
     site.wait_folded(first, {"cam": 16})
     assert first.stop() == 0
     client = redis.Redis.from_url(site.store.url.get_secret_value())
-    client.hset(StateStore(site.store).key("cam"), field, b"\x80\x04damaged")
+    meta, tensors, _ = StateStore(site.store).keys("cam")
+    if field == "header":
+        client.hset(meta, field, b"\x80\x04damaged")
+    else:
+        client.set(tensors, b"\x80\x04damaged")
     client.close()
     site.start()
     ids = site.send([("cam", picture(i)) for i in range(8)])

@@ -36,7 +36,7 @@ def test_a_zombie_is_refused_and_changes_nothing(store: StateStore) -> None:
 def test_a_lost_key_refuses_the_old_token(store: StateStore, store_url: str) -> None:
     store.claim(["cam"], "w")
     client = redis.Redis.from_url(store_url)
-    client.delete(store.key("cam"))
+    client.delete(store.keys("cam")[0])
     assert store.write([write("cam", 1)]) == [False]
     client.close()
 
@@ -59,11 +59,13 @@ def test_many_streams_in_one_go_keep_their_order(store: StateStore) -> None:
 
 @pytest.mark.parametrize("stream", ["a}b{c", "{", "süd/kamera 1", "x:y:*", "%7B"])
 def test_any_stream_id_has_a_key_and_hash_tag_of_its_own(store: StateStore, stream: str) -> None:
-    key = store.key(stream)
-    assert key.count("{") == key.count("}") == 1
+    keys = store.keys(stream)
+    assert all(key.count("{") == key.count("}") == 1 for key in keys)
+    assert len({key[key.index("{") : key.index("}")] for key in keys}) == 1
     store.claim([stream], "w")
     assert store.write([write(stream, 1)]) == [True]
     assert store.claim([stream + "x"], "w")[0].header is None
+    assert set(store.streams()) == {stream, stream + "x"}
 
 
 def test_unreachable_store_names_its_address_and_no_password() -> None:
@@ -73,3 +75,34 @@ def test_unreachable_store_names_its_address_and_no_password() -> None:
         store.ping()
     assert f"127.0.0.1:{port}" in str(caught.value)
     assert "geheim" not in str(caught.value)
+
+
+def test_snapshots_are_kept_newest_first_and_bounded(store_settings: Store) -> None:
+    store = StateStore(store_settings.model_copy(update={"snapshots": 2}))
+    store.claim(["cam"], "w")
+    for i in range(4):
+        store.write([Write("cam", 1, b"h%d" % i, b"e", b"t%d" % i, snapshot=i != 1)])
+    assert store.snapshots("cam") == [(b"h3", b"t3"), (b"h2", b"t2")]
+    assert store.snapshots("unknown") == []
+
+
+def test_idle_tensors_expire_and_the_header_stays(store_settings: Store, store_url: str) -> None:
+    store = StateStore(store_settings.model_copy(update={"idle_ttl_s": 100}))
+    store.claim(["cam"], "w")
+    store.write([write("cam", 1)])
+    client = redis.Redis.from_url(store_url)
+    meta, tensors, _ = store.keys("cam")
+    assert 0 < client.ttl(tensors) <= 100
+    assert client.ttl(meta) == -1
+    client.expire(tensors, 10)
+    store.write([write("cam", 1, None)])
+    assert client.ttl(tensors) > 10
+    client.close()
+
+
+def test_reading_claims_nothing(store: StateStore) -> None:
+    assert store.read("cam").token == 0
+    store.claim(["cam"], "w7")
+    store.write([write("cam", 1)])
+    assert (store.read("cam").token, store.read("cam").tensors, store.owner("cam")) == (1, b"t", "w7")
+    assert store.write([write("cam", 1)]) == [True]
