@@ -15,6 +15,7 @@ import typer
 
 from schemas.config import effective_yaml, load_config
 from schemas.errors import DriftkeelError
+from worker.streams_cli import streams_app
 
 app = typer.Typer(
     name="driftkeel",
@@ -26,6 +27,7 @@ meta_app = typer.Typer(help="At the centre: train generators, make bundles.", no
 bundle_app = typer.Typer(help="Look at bundles.", no_args_is_help=True)
 app.add_typer(meta_app, name="meta")
 app.add_typer(bundle_app, name="bundle")
+app.add_typer(streams_app, name="streams")
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; without it, defaults and DRIFTKEEL__ variables.")
@@ -84,6 +86,18 @@ def bundle_show(path: Path) -> None:
     bundle = load_bundle(path)
     print(bundle.manifest.model_dump_json(indent=2))
     print(f"sound: bundle {bundle.hash}, {bundle.model.coordinates} norm coordinates", file=sys.stderr)
+
+
+@app.command()
+def doctor(config: ConfigOption = None) -> None:
+    """Check bundle, store, broker and topics as a worker would meet them; exit 1 if one of them fails."""
+    from worker.doctor import examine
+
+    failed = False
+    for finding in examine(load_config(config)):
+        failed |= finding.level == "failed"
+        print(f"{finding.level:8s} {finding.subject:9s} {finding.text}")
+    raise typer.Exit(int(failed))
 
 
 def main() -> None:

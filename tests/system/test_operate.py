@@ -1,0 +1,136 @@
+"""Operators change streams while a worker runs; the doctor says what is wrong."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import picture
+from tests.system.conftest import Site, WorkerProcess, run_cli
+from worker.embedded import free_port
+
+
+@pytest.fixture
+def config(site: Site, tmp_path: Path) -> str:
+    path = tmp_path / "site.yaml"
+    store = {**site.config["store"], "snapshot_every": 2}
+    site.config["store"] = store
+    path.write_text(yaml.safe_dump(site.config))
+    return str(path)
+
+
+def streams(config: str, *arguments: str) -> str:
+    result = run_cli("streams", arguments[0], "--config", config, *arguments[1:])
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def feed(site: Site, worker: WorkerProcess, frames: int, total: int) -> list[str]:
+    ids = site.send([("cam", picture(i)) for i in range(frames)])
+    site.wait_folded(worker, {"cam": total})
+    return ids
+
+
+def test_reset_and_rollback_while_a_worker_runs(site: Site, config: str) -> None:
+    worker = site.start()
+    ids = feed(site, worker, 40, 40)
+    assert site.header("cam").step == 5
+    assert re.search(r"cam +40 +5 +\d+  worker-1", streams(config, "list"))
+    assert "1: step 4, 2: step 2" in streams(config, "show", "cam")
+
+    assert "rolled_back, now at step 2" in streams(config, "rollback", "cam", "2", "--reason", "looked odd")
+    ids += feed(site, worker, 8, 48)
+    assert site.header("cam").step == 3
+    assert "reset, now at step 0" in streams(config, "reset", "cam")
+    ids += feed(site, worker, 8, 56)
+    assert site.header("cam").step == 1
+    site.assert_folded_once({"cam": ids})
+    # The worker noticed at its next write, and answered those frames again under what it then read.
+    predictions = site.predictions(ids)
+    assert {predictions[i][-1].step for i in ids[-8:]} == {0}
+
+    # Both are in the audit trail, in order, without a gap.
+    events = site.events(lambda es: {f for e in es for f in e.frames} >= set(ids))
+    numbers = {int(e.id.split("@")[1]): e for e in events}
+    assert sorted(numbers) == list(range(1, max(numbers) + 1))
+    operators = [numbers[n] for n in sorted(numbers) if numbers[n].decision in ("rolled_back", "reset")]
+    assert [(e.decision, e.step, e.reason) for e in operators] == [
+        ("rolled_back", 2, "looked odd"),
+        ("reset", 0, "reset by hand"),
+    ]
+
+
+def test_export_and_import(site: Site, config: str, tmp_path: Path) -> None:
+    worker = site.start()
+    feed(site, worker, 24, 24)
+    assert worker.stop() == 0
+    file = tmp_path / "cam.safetensors"
+    streams(config, "export", "cam", "--output", str(file))
+    assert "imported, now at step 3" in streams(config, "import", "twin", "--input", str(file))
+    second = site.start()
+    ids = site.send([("twin", picture(i)) for i in range(8)])
+    predictions = site.predictions(ids)
+    assert {predictions[i][0].step for i in ids} == {3}
+    site.wait_folded(second, {"twin": 8})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["reset", "nobody"], "stream 'nobody' has no stored state"),
+        (["rollback", "cam", "9"], "has 0 snapshots, there is no number 9"),
+        (["import", "cam", "--input", "FILE"], "no tensors of a stream state"),
+    ],
+)
+def test_mistakes_change_nothing(site: Site, config: str, tmp_path: Path, arguments: list[str], message: str) -> None:
+    worker = site.start(store={**site.config["store"], "snapshot_every": 0})
+    feed(site, worker, 8, 8)
+    before = site.header("cam")
+    junk = tmp_path / "junk"
+    junk.write_bytes(b"\x80\x04junk")
+    arguments = [str(junk) if a == "FILE" else a for a in arguments]
+    result = run_cli("streams", arguments[0], "--config", config, *arguments[1:])
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert site.header("cam") == before
+
+
+def test_expired_states_restart_from_source_and_say_so(site: Site) -> None:
+    import redis
+
+    from worker.store import StateStore
+
+    first = site.start()
+    ids = feed(site, first, 16, 16)
+    assert first.stop() == 0
+    client = redis.Redis.from_url(site.store.url.get_secret_value())
+    client.delete(StateStore(site.store).keys("cam")[1])
+    client.close()
+    second = site.start()
+    ids += feed(site, second, 16, 32)
+    site.assert_folded_once({"cam": ids})
+    events = site.events(lambda es: any(e.decision == "reset" for e in es))
+    assert "expired" in next(e.reason for e in events if e.decision == "reset")
+
+
+def test_doctor_finds_nothing_wrong(config: str) -> None:
+    result = run_cli("doctor", "--config", config)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "failed" not in result.stdout
+    assert "3 partitions" in result.stdout
+
+
+def test_doctor_says_what_is_wrong(site: Site, tmp_path: Path) -> None:
+    port = free_port()
+    content = dict(site.config)
+    content["store"] = {"url": f"redis://127.0.0.1:{port}/0"}
+    content["bundle"] = {"path": str(tmp_path)}
+    content["kafka"] = {**content["kafka"], "topics": {**content["kafka"]["topics"], "updates": "nowhere"}}
+    path = tmp_path / "site.yaml"
+    path.write_text(yaml.safe_dump(content))
+    result = run_cli("doctor", "--config", str(path))
+    assert result.returncode == 1
+    for text in ("no bundle at", f"127.0.0.1:{port}", "topic nowhere is missing"):
+        assert text in result.stdout

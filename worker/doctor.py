@@ -1,0 +1,111 @@
+"""`driftkeel doctor`: what a worker with this configuration would meet, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import redis.exceptions
+from kafka import KafkaAdminClient, KafkaConsumer
+from kafka.errors import KafkaError
+
+from meta.bundle import load_bundle
+from schemas.config import WorkerConfig
+from schemas.errors import DriftkeelError
+from worker.kafka_client import connection
+from worker.redis_client import connect
+from worker.store import StateStore
+
+Level = Literal["ok", "warning", "failed"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was looked at, how it is, and what to do where it is not well."""
+
+    subject: str
+    level: Level
+    text: str
+
+
+def examine(config: WorkerConfig) -> Iterator[Finding]:
+    """All checks, in the order in which a worker would need them."""
+    for check in (_versions, _bundle, _store, _broker):
+        try:
+            yield from check(config)
+        except (DriftkeelError, KafkaError, OSError) as error:
+            yield Finding(check.__name__.strip("_"), "failed", " ".join(str(error).split()) or type(error).__name__)
+
+
+def _versions(config: WorkerConfig) -> Iterator[Finding]:
+    names = ("torch", "kafka-python", "redis", "pydantic")
+    yield Finding("versions", "ok", ", ".join(f"{name} {version(name)}" for name in names))
+    missing = {"crc32c": "Kafka traffic is forty times slower", "hiredis": "large states load several times slower"}
+    for package, cost in missing.items():
+        if importlib.util.find_spec(package) is None:
+            yield Finding("versions", "warning", f"{package} is not installed: {cost}; pip install {package}")
+
+
+def _bundle(config: WorkerConfig) -> Iterator[Finding]:
+    bundle = load_bundle(config.bundle.path, config.bundle.factories)
+    text = f"{bundle.manifest.name} {bundle.hash}, {len(bundle.labels)} labels, every hash matches"
+    yield Finding("bundle", "ok", text)
+
+
+def _store(config: WorkerConfig) -> Iterator[Finding]:
+    store = StateStore(config.store)
+    store.ping()
+    yield Finding("store", "ok", f"{config.store.address} answers")
+    # A round of what workers do, on a stream of its own, shows permissions as well as reachability.
+    store.claim(["driftkeel-doctor"], config.worker)
+    client = connect(config.store.url.get_secret_value())
+    client.delete(*store.keys("driftkeel-doctor"))
+    yield Finding("store", "ok", "states can be claimed and written")
+    settings = {
+        "appendonly": ("yes", "a restart of the store loses all states"),
+        "maxmemory-policy": ("noeviction", "the store may throw states away when memory is short"),
+    }
+    for name, (wanted, cost) in settings.items():
+        found = _server_setting(client, name)
+        if found is not None and found != wanted:
+            yield Finding("store", "warning", f"{name} is {found}: {cost}; set it to {wanted}")
+    client.close()
+    store.close()
+
+
+def _server_setting(client: Any, name: str) -> str | None:
+    """None where the server does not tell: managed ones often refuse, and a Cluster answers per node."""
+    try:
+        found = client.config_get(name).get(name)
+    except redis.exceptions.RedisError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _broker(config: WorkerConfig) -> Iterator[Finding]:
+    kafka = config.kafka
+    admin = KafkaAdminClient(**connection(kafka))
+    try:
+        known = set(admin.list_topics())
+    finally:
+        admin.close()
+    yield Finding("broker", "ok", f"{kafka.bootstrap} answers, {len(known)} topics")
+    topics = kafka.topics
+    for topic in (topics.frames, topics.predictions, topics.updates, topics.dead_letters):
+        if topic not in known:
+            yield Finding("broker", "failed", f"topic {topic} is missing; create it, or correct kafka.topics")
+    if topics.frames in known:
+        yield _partitions(kafka, topics.frames)
+
+
+def _partitions(kafka: Any, topic: str) -> Finding:
+    consumer = KafkaConsumer(**connection(kafka))
+    try:
+        count = len(consumer.partitions_for_topic(topic) or ())
+    finally:
+        consumer.close(autocommit=False)
+    text = f"topic {topic} has {count} partition{'s' if count != 1 else ''}: at most {count} workers share it"
+    return Finding("broker", "ok" if count > 1 else "warning", text)

@@ -1,0 +1,96 @@
+"""`driftkeel streams ...`: look at stored streams and change them while workers run."""
+
+from __future__ import annotations
+
+import getpass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from schemas.config import load_config
+
+if TYPE_CHECKING:
+    from schemas.update import UpdateEvent
+    from worker.operate import Operator
+
+streams_app = typer.Typer(help="Look at stored streams, and change them while workers run.", no_args_is_help=True)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="The workers' YAML file.")]
+ReasonOption = Annotated[str, typer.Option(help="Goes into the update event.")]
+StreamArgument = Annotated[str, typer.Argument(help="Stream id.")]
+
+
+def _operator(config: Path | None) -> Operator:
+    from meta.bundle import load_bundle
+    from worker.engine import Engine
+    from worker.operate import Operator
+    from worker.store import StateStore
+
+    settings = load_config(config)
+    bundle = load_bundle(settings.bundle.path, settings.bundle.factories)
+    name = f"operator {getpass.getuser()}"
+    return Operator(settings, StateStore(settings.store), bundle.hash, Engine(bundle).like, name)
+
+
+@streams_app.command("list")
+def list_streams(config: ConfigOption = None) -> None:
+    """One line per stream: frames, updates, state bytes, who has it."""
+    operator = _operator(config)
+    print(f"{'stream':32s} {'frames':>9s} {'step':>7s} {'bytes':>9s}  owner")
+    for stream in operator.streams():
+        found = operator.listed(stream)
+        frames, step = (found.header.frames, found.header.step) if found.header else ("damaged", "-")
+        print(f"{stream:32s} {frames!s:>9s} {step!s:>7s} {found.state_bytes:9d}  {found.owner}")
+
+
+@streams_app.command()
+def show(stream: StreamArgument, config: ConfigOption = None) -> None:
+    """Everything but the tensors."""
+    found = _operator(config).listed(stream)
+    print(f"owner {found.owner}, token {found.token}, {found.state_bytes} bytes")
+    snapshots = ", ".join(f"{i}: step {step}" for i, step in enumerate(found.snapshots, 1))
+    print(f"snapshots, newest first: {snapshots or 'none'}")
+    print(found.header.model_dump_json(indent=2) if found.header else "the header cannot be read")
+
+
+@streams_app.command()
+def export(
+    stream: StreamArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    config: ConfigOption = None,
+) -> None:
+    """Write a stream's state to a file."""
+    output.write_bytes(_operator(config).export(stream))
+
+
+@streams_app.command("import")
+def import_(
+    stream: StreamArgument,
+    file: Annotated[Path, typer.Option("--input", "-i", help="What 'streams export' wrote.", exists=True)],
+    reason: ReasonOption = "imported by hand",
+    config: ConfigOption = None,
+) -> None:
+    """Give a stream the parameters of a file; it keeps its position."""
+    _say(_operator(config).import_file(stream, file.read_bytes(), reason))
+
+
+@streams_app.command()
+def reset(stream: StreamArgument, reason: ReasonOption = "reset by hand", config: ConfigOption = None) -> None:
+    """Put a stream back to the source model."""
+    _say(_operator(config).reset(stream, reason))
+
+
+@streams_app.command()
+def rollback(
+    stream: StreamArgument,
+    back: Annotated[int, typer.Argument(help="Which snapshot; 1 is the newest.")] = 1,
+    reason: ReasonOption = "rolled back by hand",
+    config: ConfigOption = None,
+) -> None:
+    """Put a stream back to one of its snapshots."""
+    _say(_operator(config).rollback(stream, back, reason))
+
+
+def _say(event: UpdateEvent) -> None:
+    print(f"{event.id}: {event.decision}, now at step {event.step}")
