@@ -52,6 +52,12 @@ class Kafka(Section):
     heartbeat_interval_ms: int = Field(1_000, ge=100)
     fetch_max_wait_ms: int = Field(50, ge=1, description="how long the broker may hold a fetch that has no data")
     max_poll_records: int = Field(500, ge=1, description="frames taken over from the client at a time")
+    assignment: Literal["range", "cooperative-sticky"] = Field(
+        "range", description="cooperative-sticky moves only the partitions that must move; all workers need the same"
+    )
+    static_member: str | None = Field(
+        None, description="group.instance.id, one per worker: a quick restart keeps its partitions; see docs"
+    )
     offset_reset: Literal["earliest", "latest"] = Field(
         "earliest", description="where a group begins that has no committed offset"
     )

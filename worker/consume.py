@@ -11,6 +11,7 @@ from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.coordinator.assignors.range import RangePartitionAssignor
 from kafka.errors import (
     CommitFailedError,
@@ -22,11 +23,14 @@ from kafka.errors import (
 from kafka.structs import OffsetAndMetadata
 
 from schemas.config import Kafka
+from schemas.errors import UnreachableError
 from worker.kafka_client import connection, until_reached
 from worker.offsets import Offsets, Partition
 
 log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
+METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
+ASSIGNORS = {"range": RangePartitionAssignor, "cooperative-sticky": CooperativeStickyAssignor}
 LOST_MEMBERSHIP = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
 
 
@@ -76,7 +80,9 @@ class FrameConsumer:
                 fetch_max_wait_ms=settings.fetch_max_wait_ms,
                 max_partition_fetch_bytes=4 << 20,
                 max_poll_records=settings.max_poll_records,
-                partition_assignment_strategy=[RangePartitionAssignor],
+                partition_assignment_strategy=[ASSIGNORS[settings.assignment]],
+                group_instance_id=settings.static_member,
+                metadata_max_age_ms=METADATA_MAX_AGE_MS,
                 allow_auto_create_topics=False,
             )
 
@@ -94,6 +100,11 @@ class FrameConsumer:
             polled = self.consumer.poll(timeout_ms=max(0, int(timeout_s * 1000)))
         except LOST_MEMBERSHIP as error:
             log.warning("lost the consumer group (%s); joining again", error)
+            polled = {}
+        except KafkaError as error:
+            if not error.retriable:
+                raise UnreachableError(f"the broker at {self._settings.bootstrap} refuses to go on: {error}") from error
+            log.warning("polling the broker at %s failed (%s); trying again", self._settings.bootstrap, error)
             polled = {}
         gone: set[Partition] = set()
         while self._gone:
@@ -174,7 +185,7 @@ class FrameConsumer:
         return lags
 
     def close(self) -> None:
-        self.consumer.close(autocommit=False)
+        self.consumer.close(autocommit=False, timeout_ms=5_000)
 
 
 def _with_metadata(offsets: dict[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:
