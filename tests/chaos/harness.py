@@ -1,0 +1,267 @@
+"""One chaos run: a site behind flaky connections, a schedule of faults by seed, and the checks afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kafka import KafkaProducer
+
+from schemas.config import Kafka, Store, Topics
+from tests.chaos.proxy import FlakyProxy
+from tests.chaos.verify import Outcome, frames_in_topic, verify
+from tests.conftest import Topic, picture
+from tests.system.conftest import Site, WorkerProcess
+from worker.embedded import Broker, EmbeddedStore, free_port, start_broker, start_store
+from worker.kafka_client import create_topics
+
+STREAMS = [f"cam-{i}" for i in range(8)]
+PARTITIONS = 4
+SESSION_S = 2.0
+FRAMES_PER_SECOND = 40
+SETTLE_S = 180.0
+
+
+@dataclass
+class Chaos:
+    """A running site, whose workers reach broker and store through proxies only."""
+
+    site: Site
+    store: EmbeddedStore
+    folder: Path
+    to_broker: FlakyProxy
+    to_store: FlakyProxy
+    random: random.Random
+    workers: list[WorkerProcess] = field(default_factory=list)
+    stopped: list[tuple[WorkerProcess, float]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add_worker(self) -> None:
+        self.workers.append(self.site.start())
+
+    def pick(self) -> WorkerProcess:
+        return self.random.choice(self.workers)
+
+    # --- faults; each leaves at least one worker that will go on -------------------------------------------
+
+    def kill(self) -> None:
+        """kill -9, and a replacement, at once or after the session is over."""
+        victim = self.pick()
+        self._forget(victim)
+        victim.kill()
+        self.pause(self.random.choice([0.0, SESSION_S + 0.5]))
+        self.add_worker()
+
+    def zombie(self) -> None:
+        """SIGSTOP for longer than the session; it wakes up later, when others have its streams."""
+        victim = self.pick()
+        if any(victim is worker for worker, _ in self.stopped):
+            return
+        victim.signal(signal.SIGSTOP)
+        self.stopped.append((victim, time.monotonic() + SESSION_S + self.random.uniform(0.5, 3)))
+        if len(self.workers) == len(self.stopped):
+            self.add_worker()
+
+    def blink(self) -> None:
+        """SIGSTOP for less than the session."""
+        victim = self.pick()
+        victim.signal(signal.SIGSTOP)
+        self.pause(self.random.uniform(0.1, SESSION_S / 2))
+        if not any(victim is worker for worker, _ in self.stopped):
+            victim.signal(signal.SIGCONT)
+
+    def restart_worker(self) -> None:
+        """SIGTERM, and another."""
+        victim = self.pick()
+        if any(victim is worker for worker, _ in self.stopped):
+            return
+        self._forget(victim)
+        victim.process.terminate()
+        self.add_worker()
+
+    def scale(self) -> None:
+        """Up or down to one, two or three workers."""
+        goal = self.random.randint(1, 3)
+        while len(self.workers) < goal:
+            self.add_worker()
+        while len(self.workers) > max(goal, len(self.stopped) + 1):
+            victim = next(w for w in self.workers if not any(w is s for s, _ in self.stopped))
+            self._forget(victim)
+            victim.process.terminate()
+
+    def restart_store(self) -> None:
+        """Stop the store; it comes back with its data."""
+        self.store.child.stop()
+        self.pause(self.random.uniform(0.1, 1.5))
+        self.store = start_store(self.folder / "store", port=self.store.port)
+
+    def cut_store(self) -> None:
+        self.to_store.cut()
+
+    def cut_broker(self) -> None:
+        self.to_broker.cut()
+
+    def store_away(self) -> None:
+        self._away(self.to_store, self.random.uniform(0.2, 4))
+
+    def broker_away(self) -> None:
+        """Mostly for seconds, rarely for most of a minute."""
+        self._away(self.to_broker, self.random.choice([0.5, 1, 2, 4, 4, 8, 30]))
+
+    def slow(self) -> None:
+        """Every read through one proxy takes longer."""
+        proxy = self.random.choice([self.to_broker, self.to_store])
+        proxy.delay_s = self.random.uniform(0.002, 0.02)
+        self.pause(self.random.uniform(0.5, 2))
+        proxy.delay_s = 0.0
+
+    # -----------------------------------------------------------------------------------------------------
+
+    def _away(self, proxy: FlakyProxy, seconds: float) -> None:
+        proxy.down(True)
+        self.pause(seconds)
+        proxy.down(False)
+
+    def _forget(self, worker: WorkerProcess) -> None:
+        self.workers.remove(worker)
+        self.stopped = [(w, t) for w, t in self.stopped if w is not worker]
+
+    def pause(self, seconds: float) -> None:
+        """Wait, and wake the zombies whose time has come."""
+        deadline = time.monotonic() + seconds
+        while True:
+            self._wake(time.monotonic())
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(0.05, left))
+
+    def _wake(self, now: float) -> None:
+        for worker, moment in list(self.stopped):
+            if now >= moment:
+                worker.signal(signal.SIGCONT)
+                self.stopped.remove((worker, moment))
+
+    def inject(self) -> str:
+        """One fault, drawn by the seed; its name."""
+        fault = self.random.choice(FAULTS)
+        fault(self)
+        self.counts[fault.__name__] = self.counts.get(fault.__name__, 0) + 1
+        for worker in list(self.workers):
+            # A worker that gave up (its broker was away too long while it started) is restarted, as any site would.
+            if worker.process.poll() is not None:
+                self._forget(worker)
+        if len(self.workers) == len(self.stopped):
+            self.add_worker()
+        return fault.__name__
+
+
+FAULTS = [
+    *(Chaos.kill, Chaos.kill, Chaos.zombie, Chaos.zombie, Chaos.blink, Chaos.restart_worker, Chaos.scale),
+    *(Chaos.restart_store, Chaos.store_away, Chaos.cut_store, Chaos.cut_broker, Chaos.broker_away, Chaos.slow),
+]
+
+
+class Feeder:
+    """Sends frames to all streams at a steady pace until told to stop."""
+
+    def __init__(self, kafka: Kafka, seed: int) -> None:
+        self._kafka, self._seed = kafka, seed
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        producer = KafkaProducer(bootstrap_servers=self._kafka.bootstrap, batch_size=0)
+        pictures = [picture(self._seed * 1_000 + i) for i in range(64)]
+        index = 0
+        while not self._stop.wait(1 / FRAMES_PER_SECOND):
+            stream, image = STREAMS[index % len(STREAMS)], pictures[index % len(pictures)]
+            producer.send(self._kafka.topics.frames, key=stream.encode(), value=image)
+            index += 1
+        producer.flush(timeout=60)
+        producer.close()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def run(faults: int, seed: int, bundle: Path, folder: Path, say: Any = print) -> Outcome:
+    """Inject `faults` faults, let everything settle, and check. Deterministic in its choices by `seed`."""
+    began = time.monotonic()
+    with _site(bundle, folder, seed) as (chaos, direct):
+        feeder = Feeder(direct, seed)
+        chaos.add_worker()
+        chaos.add_worker()
+        for number in range(1, faults + 1):
+            chaos.pause(chaos.random.uniform(0.1, 1.5))
+            name = chaos.inject()
+            say(f"fault {number}/{faults}: {name}, {len(chaos.workers)} workers")
+        feeder.stop()
+        chaos.pause(SESSION_S + 4)
+        say("settling")
+        sent, images = frames_in_topic(chaos.site, direct)
+        _settle(chaos, sent)
+        outcome = verify(chaos.site, direct, sent, images, bundle)
+    outcome.faults, outcome.by_kind, outcome.seed = faults, chaos.counts, seed
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def _settle(chaos: Chaos, sent: dict[str, list[str]]) -> None:
+    """Wait until every stored state has folded what was sent, or nothing moves any more."""
+    deadline = time.monotonic() + SETTLE_S
+    while time.monotonic() < deadline:
+        headers = {stream: chaos.site.header(stream) for stream in sent}
+        if all(h is not None and h.frames >= len(sent[s]) for s, h in headers.items() if sent[s]):
+            break
+        chaos.pause(0.2)
+    for worker in chaos.workers:
+        worker.process.terminate()
+    for worker in chaos.workers:
+        worker.process.wait(60)
+
+
+@contextlib.contextmanager
+def _site(bundle: Path, folder: Path, seed: int) -> Iterator[tuple[Chaos, Kafka]]:
+    """Broker and store behind proxies, and a site whose workers see only these."""
+    port = free_port()
+    broker: Broker = start_broker(port=free_port(), advertised=port)
+    store = start_store(folder / "store")
+    to_broker, to_store = FlakyProxy(broker.port, port), FlakyProxy(store.port, free_port())
+    topics = Topics(frames="frames", predictions="predictions", updates="updates", dead_letters="frames.dlq")
+    kafka = Kafka(
+        bootstrap=f"127.0.0.1:{port}",
+        group="chaos",
+        topics=topics,
+        session_timeout_ms=int(SESSION_S * 1000),
+        heartbeat_interval_ms=300,
+        fetch_max_wait_ms=20,
+    )
+    create_topics(kafka, PARTITIONS)
+    # The checks read the store past its proxy. The broker sends every client to its proxy, the feeder too.
+    settings = Store(url=store.url)
+    site = Site(kafka, settings, bundle, folder, Topic(kafka.bootstrap))
+    site.config["store"] = {"url": f"redis://127.0.0.1:{to_store.port}/0"}
+    site.config["kafka"]["connect_timeout_s"] = 60
+    site.config["store"]["connect_timeout_s"] = 60
+    chaos = Chaos(site, store, folder, to_broker, to_store, random.Random(seed))
+    try:
+        yield chaos, kafka
+    finally:
+        for worker in site.running:
+            if worker.process.poll() is None:
+                worker.signal(signal.SIGCONT)
+                worker.kill()
+        to_broker.close()
+        to_store.close()
+        broker.child.stop(0)
+        chaos.store.child.stop()

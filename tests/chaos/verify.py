@@ -1,0 +1,165 @@
+"""The checks after a chaos run. The audit trail must explain the stored states exactly."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meta.bundle import Bundle, load_bundle
+from schemas.config import Frames, Kafka
+from schemas.prediction import Prediction
+from schemas.state import StreamState, decode_state
+from schemas.update import UpdateEvent
+from tests.system.conftest import Site
+from worker.decode import decode_image
+from worker.engine import normalise_pixels
+from worker.store import StateStore
+
+LIMIT = 64 << 20
+# States are compared after dozens of updates whose passes had other company: float32 sums in another order.
+TOLERANCE = 2e-2
+
+
+@dataclass
+class Outcome:
+    """What a chaos run found. Everything but the first lines must be zero."""
+
+    seed: int = 0
+    faults: int = 0
+    by_kind: dict[str, int] = field(default_factory=dict)
+    frames: int = 0
+    updates: int = 0
+    predicted_twice: int = 0
+    seconds: float = 0.0
+    lost: int = 0
+    not_folded: int = 0
+    folded_twice: int = 0
+    zombie_writes: int = 0
+    state_mismatches: int = 0
+    events_missing: int = 0
+    largest_difference: float = 0.0
+    streams_wrong: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        bad = (self.lost, self.not_folded, self.folded_twice, self.zombie_writes, self.state_mismatches)
+        return not any(bad) and not self.events_missing
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def frames_in_topic(site: Site, kafka: Kafka) -> tuple[dict[str, list[str]], dict[str, bytes]]:
+    """Ids per stream in order, and images by id.
+
+    The topic is what counts: a sender whose connection is cut may leave a frame there twice, or one it was not told of.
+    """
+    sent: dict[str, list[str]] = {}
+    images: dict[str, bytes] = {}
+    records = site.topic.read_quiet(kafka.topics.frames, lambda records: False, 3)
+    for record in sorted(records, key=lambda r: (r.partition, r.offset)):
+        frame_id = f"{record.topic}/{record.partition}/{record.offset}"
+        sent.setdefault(record.key.decode(), []).append(frame_id)
+        images[frame_id] = record.value
+    return sent, images
+
+
+def verify(
+    site: Site, kafka: Kafka, sent: dict[str, list[str]], images: dict[str, bytes], bundle_path: Path
+) -> Outcome:
+    """Read the topics and the store, and compare with what an uninterrupted run would have done."""
+    outcome = Outcome(frames=len(images))
+    predicted = _predictions(site, kafka, set(images))
+    outcome.lost = len(set(images) - set(predicted))
+    outcome.predicted_twice = sum(count > 1 for count in predicted.values())
+    bundle = load_bundle(bundle_path)
+    events = _events(site, kafka)
+    store = StateStore(site.store)
+    for stream, ids in sent.items():
+        if ids:
+            _check_stream(stream, ids, events.get(stream, {}), images, bundle, store, outcome)
+    store.close()
+    return outcome
+
+
+def _predictions(site: Site, kafka: Kafka, wanted: set[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+
+    def enough(records: list[Any]) -> bool:
+        return wanted <= {dict(r.headers)["ce_id"].decode() for r in records}
+
+    records = site.topic.read_quiet(kafka.topics.predictions, enough)
+    for record in records:
+        prediction = Prediction.model_validate_json(record.value)
+        counts[prediction.id] = counts.get(prediction.id, 0) + 1
+    return counts
+
+
+def _events(site: Site, kafka: Kafka) -> dict[str, dict[int, UpdateEvent]]:
+    """Events by stream and number; copies of one event count once."""
+    events: dict[str, dict[int, UpdateEvent]] = {}
+    for record in site.topic.read_quiet(kafka.topics.updates, lambda records: False):
+        event = UpdateEvent.model_validate_json(record.value)
+        events.setdefault(event.stream, {})[int(event.id.rsplit("@", 1)[1])] = event
+    return events
+
+
+def _check_stream(
+    stream: str,
+    ids: list[str],
+    events: dict[int, UpdateEvent],
+    images: dict[str, bytes],
+    bundle: Bundle,
+    store: StateStore,
+    outcome: Outcome,
+) -> None:
+    stored = store.read(stream)
+    like = {name: tensor[0] for name, tensor in bundle.method.fresh(1).items()}
+    state = decode_state(stored.header or b"", stored.tensors or b"", like, LIMIT)
+    header = state.header
+    folded = ""
+    for frame_id in ids:
+        folded = hashlib.sha256(f"{folded}{frame_id}".encode()).hexdigest()
+    outcome.not_folded += max(0, len(ids) - header.frames)
+    outcome.folded_twice += max(0, header.frames - len(ids))
+    if header.folded != folded and header.frames == len(ids):
+        outcome.folded_twice += 1
+    outcome.updates += header.step
+    # The last event of a stream may still lie beside its state: its worker died before it published.
+    known = {**events, **{int(e.id.rsplit("@", 1)[1]): e for e in _outbox(stored.event)}}
+    outcome.events_missing += len(set(range(1, header.events + 1)) - set(known))
+    history = [known[n] for n in sorted(known) if n <= header.events]
+    tokens = [event.token for event in history]
+    outcome.zombie_writes += sum(later < earlier for earlier, later in pairwise(tokens))
+    difference = _replay(history, images, bundle, state)
+    outcome.largest_difference = max(outcome.largest_difference, difference)
+    if not difference <= TOLERANCE:
+        outcome.state_mismatches += 1
+        outcome.streams_wrong.append(stream)
+
+
+def _outbox(content: bytes | None) -> list[UpdateEvent]:
+    return [UpdateEvent.model_validate_json(line) for line in (content or b"").splitlines()]
+
+
+def _replay(history: list[UpdateEvent], images: dict[str, bytes], bundle: Bundle, found: StreamState) -> float:
+    """Adapt one fresh stream alone, on the micro-batches that the events name; the distance from what is stored.
+
+    Relative to how far the stream is from its source.
+    """
+    method, preprocess = bundle.method, bundle.manifest.preprocess
+    state = method.fresh(1)
+    for event in history:
+        if event.decision != "applied":
+            continue
+        pixels = [decode_image(images[frame_id], Frames(), preprocess) for frame_id in event.frames]
+        frames = normalise_pixels(pixels, preprocess)
+        state = method.update(method.predict(frames, torch.zeros(len(frames), dtype=torch.long), state)).state
+    source = bundle.model.source_affine
+    moved = (state["affine"][0] - source).norm().clamp_min(1e-6)
+    return float((state["affine"][0] - found.tensors["affine"]).norm() / moved)
