@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from schemas.errors import BundleError
 
-CHANNELS_FIRST = (nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+CHANNELS_FIRST = (nn.GroupNorm, BATCH_NORM, nn.modules.instancenorm._InstanceNorm)
 CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -31,22 +32,72 @@ class NormSlice:
     end: int
 
 
-class FrameAffine:
-    """The affine rows of the pass under way, shared by all layers of one model.
+class NormMoments:
+    """With which statistics the BatchNorm layers normalise each stream of one pass.
 
-    `rows` is (B, P), one row a frame, or None for the source affine; `features` collects each layer's
-    rectified and pooled output (B, C) where it is a list.
+    A layer normalises stream s with (1 - share[s]) * given[s] + share[s] * batch[s], means and variances alike, where
+    `batch` are the moments of the stream's own frames in this pass, over frames and positions. The gradient passes
+    through them, as in Tent. `share` 0 is source inference or a running mean; 1 is BN-1 (Nado et al., 2020); N
+    frames with a prior of 16 have N / (N + 16) (Schneider et al., NeurIPS 2020); a constant is the exponential mean
+    of RobustBN (RoTTA, CVPR 2023). A single frame has its positions to count, so nothing is ever undefined.
+
+    stream (B,) int64 in [0, S); share (S,); mean and variance (S, C), C the channels of all BatchNorm layers joined.
+    After the pass, `mixed()` gives the mean and variance (S, C) that were used, for who wants to keep them.
+    """
+
+    def __init__(self, stream: Tensor, share: Tensor, mean: Tensor, variance: Tensor) -> None:
+        self.stream, self.share, self.mean, self.variance = stream, share.unsqueeze(1), mean, variance
+        self.frames = torch.bincount(stream, minlength=len(share)).clamp_min(1).to(mean.dtype)
+        self._used: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def normalise(self, x: Tensor, place: slice, epsilon: float) -> Tensor:
+        """x (B, C, ...) of the layer that has the channels `place`, normalised without affine."""
+        mean, variance = self._mix(x, place)
+        self._used[place.start] = (mean.detach(), variance.detach())
+        inverse = torch.rsqrt(variance + epsilon)
+        shape = (x.shape[0], -1, *[1] * (x.dim() - 2))
+        rows = inverse.index_select(0, self.stream).view(shape)
+        return torch.addcmul((-mean * inverse).index_select(0, self.stream).view(shape), x, rows)
+
+    def mixed(self) -> tuple[Tensor, Tensor]:
+        """The mean and variance (S, C) of the last pass."""
+        used = [self._used[start] for start in sorted(self._used)]
+        return torch.cat([mean for mean, _ in used], 1), torch.cat([variance for _, variance in used], 1)
+
+    def _mix(self, x: Tensor, place: slice) -> tuple[Tensor, Tensor]:
+        # Around the given mean, so that a large mean does not cost the variance its digits.
+        given_mean, given_variance = self.mean[:, place], self.variance[:, place]
+        shape = (x.shape[0], -1, *[1] * (x.dim() - 2))
+        centred = x - given_mean.index_select(0, self.stream).view(shape)
+        moved = self._mean(centred)
+        batch_variance = (self._mean(centred * centred) - moved * moved).clamp_min(0)
+        return given_mean + self.share * moved, given_variance + self.share * (batch_variance - given_variance)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        """Mean over each stream's frames and their positions: (S, C)."""
+        per_frame = x.flatten(2).mean(2) if x.dim() > 2 else x
+        total = per_frame.new_zeros(len(self.frames), per_frame.shape[1]).index_add(0, self.stream, per_frame)
+        return total / self.frames.unsqueeze(1)
+
+
+class FrameAffine:
+    """What the pass under way asks of every layer, shared by all layers of one model.
+
+    `rows` is (B, P), one row a frame, or None for the source affine; `moments` replaces the running statistics of
+    BatchNorm layers where it is set; `features` collects each layer's rectified and pooled output (B, C) where it is
+    a list.
     """
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
+        self.moments: NormMoments | None = None
         self.features: list[Tensor] | None = None
 
 
 class StreamNorm(nn.Module):
     """One swapped normalisation layer: x_hat = normalise(x), then per-frame scale and shift."""
 
-    def __init__(self, norm: nn.Module, name: str, offset: int, frame_affine: FrameAffine) -> None:
+    def __init__(self, norm: nn.Module, name: str, offset: int, frame_affine: FrameAffine, channel: int = 0) -> None:
         super().__init__()
         scale = norm.weight
         if not isinstance(scale, Tensor):
@@ -61,9 +112,16 @@ class StreamNorm(nn.Module):
         self.register_buffer("scale", scale.detach().clone().float())
         self.register_buffer("shift", shift.detach().clone().float() if isinstance(shift, Tensor) else None)
         self.frame_affine = frame_affine
+        # Where this layer's running statistics lie in those of all BatchNorm layers; empty where it has none.
+        has_running = isinstance(norm, BATCH_NORM) and norm.running_mean is not None
+        self.channels = slice(channel, channel + (size if has_running else 0))
 
     def forward(self, x: Tensor) -> Tensor:
-        x_hat = self.norm(x)
+        moments = self.frame_affine.moments
+        if moments is None or self.channels.start == self.channels.stop:
+            x_hat = self.norm(x)
+        else:
+            x_hat = moments.normalise(x, self.channels, self.norm.eps)
         rows = self.frame_affine.rows
         if rows is None:
             scale, shift = self._shaped(self.scale[None], x), None
@@ -123,13 +181,13 @@ class AdaptableModel(nn.Module):
         self.frame_affine = FrameAffine()
         self.layers: list[StreamNorm] = []
         swapped: dict[int, StreamNorm] = {}
-        offset = 0
+        offset = channel = 0
         for name, module in list(network.named_modules(remove_duplicate=False)):
             if not _is_norm(module) or module.weight is None:
                 continue
             if id(module) not in swapped:
-                layer = StreamNorm(module, name, offset, self.frame_affine)
-                offset = layer.place.end
+                layer = StreamNorm(module, name, offset, self.frame_affine, channel)
+                offset, channel = layer.place.end, layer.channels.stop
                 swapped[id(module)] = layer
                 self.layers.append(layer)
             parent, _, child = name.rpartition(".")
@@ -149,11 +207,20 @@ class AdaptableModel(nn.Module):
                 raise BundleError(f"weight {name!r} of the source model is not finite")
         self.places = [layer.place for layer in self.layers]
         self.register_buffer("source_affine", self._source_affine())
+        running = [layer.norm for layer in self.layers if layer.channels.start < layer.channels.stop]
+        self.register_buffer("source_mean", _joined([norm.running_mean for norm in running]))
+        self.register_buffer("source_variance", _joined([norm.running_var for norm in running]))
 
     @property
     def coordinates(self) -> int:
         """P, the length of the norm affine."""
         return int(self.source_affine.numel())
+
+    @property
+    def batch_channels(self) -> int:
+        """C, the channels of all BatchNorm layers; 0 where there is none. Their source statistics are
+        `source_mean` and `source_variance`, (C,)."""
+        return int(self.source_mean.numel())
 
     @property
     def is_scale(self) -> Tensor:
@@ -171,19 +238,28 @@ class AdaptableModel(nn.Module):
                 parts.append(layer.shift.flatten())
         return torch.cat(parts)
 
-    def forward(self, frames: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Logits (B, classes) of frames (B, ch, h, w) under affine rows (B, P), or the source affine."""
-        self.frame_affine.rows = rows
+    def forward(self, frames: Tensor, rows: Tensor | None = None, moments: NormMoments | None = None) -> Tensor:
+        """Logits (B, classes) of frames (B, ch, h, w) under affine rows (B, P), or the source affine.
+
+        BatchNorm layers use their running statistics, or what `moments` says.
+        """
+        self.frame_affine.rows, self.frame_affine.moments = rows, moments
         try:
             return self.network(frames)
         finally:
-            self.frame_affine.rows = None
+            self.frame_affine.rows = self.frame_affine.moments = None
 
-    def forward_with_features(self, frames: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward_with_features(
+        self, frames: Tensor, rows: Tensor | None = None, moments: NormMoments | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) and the pooled outputs of all norm layers, joined: (B, F)."""
         self.frame_affine.features = []
         try:
-            logits = self(frames, rows)
+            logits = self(frames, rows, moments)
             return logits, torch.cat(self.frame_affine.features, 1)
         finally:
             self.frame_affine.features = None
+
+
+def _joined(statistics: list[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().float() for tensor in statistics]) if statistics else torch.zeros(0)

@@ -2,9 +2,11 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from meta.norms import AdaptableModel
+from meta.norms import AdaptableModel, NormMoments
 from schemas.errors import BundleError
 
 
@@ -139,3 +141,98 @@ def test_dropout_stays_off() -> None:
     model = AdaptableModel(network)
     frames = torch.randn(2, 1, 8, 8)
     assert torch.equal(model(frames), model(frames))
+
+
+def batch_normalised() -> tuple[nn.Module, AdaptableModel]:
+    torch.manual_seed(2)
+    network = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4), nn.Flatten()
+    )
+    network.append(nn.Sequential(nn.Linear(4 * 6 * 6, 5), nn.BatchNorm1d(5)))
+    for tensor in [*network.parameters(), *network.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = torch.rand_like(tensor) + 0.1
+    network.eval()
+    return network, AdaptableModel(copy.deepcopy(network))
+
+
+def moments_of(model: AdaptableModel, stream: torch.Tensor, share: torch.Tensor) -> NormMoments:
+    """Every stream of its own given moments."""
+    streams = len(share)
+    mean = model.source_mean + 0.1 * torch.arange(streams).unsqueeze(1)
+    variance = model.source_variance * (1 + 0.1 * torch.arange(streams).unsqueeze(1))
+    return NormMoments(stream, share, mean, variance)
+
+
+def test_moments_of_the_source_alone_are_source_inference() -> None:
+    network, model = batch_normalised()
+    assert model.batch_channels == 15
+    frames, stream = torch.randn(4, 1, 10, 10), torch.tensor([0, 0, 1, 1])
+    given = [model.source_mean.expand(2, -1), model.source_variance.expand(2, -1)]
+    moments = NormMoments(stream, torch.zeros(2), *given)
+    torch.testing.assert_close(model(frames, None, moments), network(frames), rtol=1e-4, atol=1e-4)
+    for used, source in zip(moments.mixed(), given, strict=True):
+        torch.testing.assert_close(used, source)
+
+
+def test_a_share_of_one_is_the_training_mode_of_batch_norm() -> None:
+    network, model = batch_normalised()
+    frames = torch.randn(7, 1, 10, 10)
+    moments = moments_of(model, torch.zeros(7, dtype=torch.long), torch.ones(1))
+    torch.testing.assert_close(model(frames, None, moments), network.train()(frames), rtol=1e-3, atol=1e-3)
+
+
+def test_a_share_between_mixes_given_and_batch_moments() -> None:
+    layer = nn.BatchNorm2d(3)
+    model = AdaptableModel(nn.Sequential(layer))
+    x = torch.randn(5, 3, 4, 4) * 2 + 1
+    out = model(x, None, NormMoments(torch.zeros(5, dtype=torch.long), torch.tensor([0.3]), *given_of(model)))
+    mean = 0.3 * x.mean((0, 2, 3))
+    variance = 0.7 + 0.3 * x.var((0, 2, 3), correction=0)
+    expected = (x - mean.view(1, 3, 1, 1)) / (variance + layer.eps).sqrt().view(1, 3, 1, 1)
+    torch.testing.assert_close(out, expected)
+
+
+def given_of(model: AdaptableModel) -> tuple[torch.Tensor, torch.Tensor]:
+    return model.source_mean.expand(1, -1), model.source_variance.expand(1, -1)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 100))
+def test_who_shares_the_pass_does_not_matter_to_batch_norm(sizes: list[int], seed: int) -> None:
+    """Logits, moments and gradients of a stream are the same alone and in company, whatever the order of frames."""
+    _, model = batch_normalised()
+    random = torch.Generator().manual_seed(seed)
+    frames = torch.randn(sum(sizes), 1, 10, 10, generator=random)
+    stream = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    stream = stream[torch.randperm(len(stream), generator=random)]
+    share = torch.rand(len(sizes), generator=random)
+    rows = (model.source_affine + 0.2 * torch.randn(len(sizes), model.coordinates, generator=random))[stream]
+    rows = rows.requires_grad_()
+    together = moments_of(model, stream, share)
+    logits = model(frames, rows, together)
+    (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), [rows])
+    assert logits.isfinite().all()
+    for s, size in enumerate(sizes):
+        mine = stream == s
+        alone = NormMoments(
+            torch.zeros(size, dtype=torch.long),
+            share[s : s + 1],
+            together.mean[s : s + 1],
+            together.variance[s : s + 1],
+        )
+        own = rows[mine].detach().requires_grad_()
+        expected = model(frames[mine], own, alone)
+        torch.testing.assert_close(logits[mine], expected, rtol=1e-3, atol=1e-3)
+        (own_gradient,) = torch.autograd.grad(expected.logsumexp(1).sum(), [own])
+        torch.testing.assert_close(gradient[mine], own_gradient, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(together.mixed()[0][s : s + 1], alone.mixed()[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_passes_through_the_batch_moments() -> None:
+    """As in Tent: it is that of the network in training mode."""
+    network, model = batch_normalised()
+    frames = torch.randn(4, 1, 10, 10, requires_grad=True)
+    moments = moments_of(model, torch.zeros(4, dtype=torch.long), torch.ones(1))
+    (ours,) = torch.autograd.grad(model(frames, None, moments).logsumexp(1).sum(), [frames])
+    (theirs,) = torch.autograd.grad(network.train()(frames).logsumexp(1).sum(), [frames])
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
