@@ -10,7 +10,9 @@ import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from schemas.errors import BundleError
 
@@ -35,7 +37,100 @@ def groupnorm_cnn(
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"groupnorm-cnn": groupnorm_cnn}
+class _Residual(nn.Module):
+    """Two 3x3 convolutions with BatchNorm beside a shortcut (He et al., CVPR 2016)."""
+
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(before, width, 3, padding=1, stride=stride, bias=False)
+        self.first_norm = nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(width)
+        self.shortcut = nn.Conv2d(before, width, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.first_norm(self.first(x)))
+        return F.relu(self.second_norm(self.second(out)) + self.shortcut(x))
+
+
+def batchnorm_cnn(classes: int = 10, channels: int = 1, widths: tuple[int, ...] = (16, 32, 64)) -> nn.Module:
+    """A small residual net with BatchNorm: a 3x3 stem, then one residual block per width, each halving.
+
+    Frames (B, channels, h, w) to logits (B, classes).
+    """
+    stem = widths[0]
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, stem, 3, padding=1, bias=False),
+        nn.BatchNorm2d(stem),
+        nn.ReLU(inplace=True),
+    ]
+    layers += [_Residual(before, width, 2) for before, width in zip((stem, *widths), widths, strict=False)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes))
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.projection = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        batch, count, width = tokens.shape
+        split = self.projection(tokens).view(batch, count, 3, self.heads, width // self.heads)
+        query, key, value = split.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.output(mixed.transpose(1, 2).reshape(batch, count, width))
+
+
+class _TransformerBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = _Attention(width, heads)
+        self.feed_norm = nn.LayerNorm(width)
+        self.feed = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.attention(self.attention_norm(tokens))
+        return tokens + self.feed(self.feed_norm(tokens))
+
+
+class _SmallViT(nn.Module):
+    def __init__(self, classes: int, channels: int, side: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        # Two strided convolutions instead of flat patches: small nets learn from far fewer images that way
+        # (Xiao et al., NeurIPS 2021). They have no norm layer, so LayerNorm is all that adapts.
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, width // 2, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width // 2, width, 3, stride=2, padding=1),
+        )
+        self.place = nn.Parameter(0.02 * torch.randn(1, (side // 4) ** 2, width))
+        self.blocks = nn.Sequential(*[_TransformerBlock(width, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        tokens = self.stem(frames).flatten(2).transpose(1, 2).contiguous()
+        return self.head(self.norm(self.blocks(tokens + self.place)).mean(1))
+
+
+def layernorm_vit(
+    classes: int = 10, channels: int = 1, side: int = 28, width: int = 48, depth: int = 3, heads: int = 2
+) -> nn.Module:
+    """A small vision transformer (Dosovitskiy et al., ICLR 2021) with LayerNorm and mean pooling.
+
+    Frames (B, channels, side, side) to logits (B, classes); side must be a multiple of 4.
+    """
+    return _SmallViT(classes, channels, side, width, depth, heads)
+
+
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
+    "groupnorm-cnn": groupnorm_cnn,
+    "batchnorm-cnn": batchnorm_cnn,
+    "layernorm-vit": layernorm_vit,
+}
 
 
 def build_network(architecture: str, arguments: dict[str, Any], factories: Iterable[str] = ()) -> nn.Module:
