@@ -7,7 +7,7 @@ backward pass starts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -21,7 +21,8 @@ class Forward:
     """A forward pass that `update` can go on from.
 
     logits (B, classes), features (B, F), rows (B, P) or None, stream (B,) int64 in [0, S), counts (S,) float, and
-    the state it ran under. logits carry a graph; use `detach` before they leave.
+    the state it ran under. logits carry a graph; use `detach` before they leave. `frames` and `kept` are what some
+    methods need again: the frames themselves, and whatever else `predict` worked out.
     """
 
     logits: Tensor
@@ -30,6 +31,8 @@ class Forward:
     stream: Tensor
     counts: Tensor
     state: State
+    frames: Tensor | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,288 @@
+"""What the baselines share: the set-up, the optimizers, the statistics of BatchNorm, and the shape of an update.
+
+Every baseline follows `meta.method.Method`: S streams in one pass, state rows per stream, results that do not depend
+on who shares the pass. All adapt the norm affine and nothing else; a class says so where its paper adapts more.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from meta.method import Forward, State, Update
+from meta.norms import AdaptableModel, NormMoments
+from meta.objective import SourceStatistics, entropy, per_stream_mean
+from schemas.errors import BundleError
+
+Statistics = Literal["source", "batch", "prior", "running"]
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method is built on.
+
+    mean and std (ch,) are those of the frames' standardisation. `source_frames` (N, ch, h, w), standardised and
+    clean, serve the methods that measure something on source data; those do without where it is None.
+    `frame_shape` (ch, h, w) serves the methods that keep frames.
+    """
+
+    model: AdaptableModel
+    source: SourceStatistics
+    classes: int
+    mean: Tensor
+    std: Tensor
+    source_frames: Tensor | None = None
+    frame_shape: tuple[int, ...] = ()
+
+
+class Sgd:
+    """Stochastic gradient descent with heavy-ball momentum, as torch.optim.SGD has it, per stream."""
+
+    def __init__(self, momentum: float = 0.9) -> None:
+        self.momentum = momentum
+
+    def fresh(self, streams: int, size: int) -> State:
+        return {"velocity": torch.zeros(streams, size)}
+
+    def direction(self, state: State, gradient: Tensor) -> tuple[Tensor, State]:
+        """What to subtract, before the step size, and the optimizer's new state."""
+        velocity = self.momentum * state["velocity"] + gradient
+        return velocity, {"velocity": velocity}
+
+
+class Adam:
+    """Adam (Kingma and Ba, ICLR 2015), per stream."""
+
+    def __init__(self, first: float = 0.9, second: float = 0.999, epsilon: float = 1e-8) -> None:
+        self.first, self.second, self.epsilon = first, second, epsilon
+
+    def fresh(self, streams: int, size: int) -> State:
+        return {
+            "first_moment": torch.zeros(streams, size),
+            "second_moment": torch.zeros(streams, size),
+            "steps": torch.zeros(streams),
+        }
+
+    def direction(self, state: State, gradient: Tensor) -> tuple[Tensor, State]:
+        """What to subtract, before the step size, and the optimizer's new state."""
+        first = torch.lerp(gradient, state["first_moment"], self.first)
+        second = torch.lerp(gradient**2, state["second_moment"], self.second)
+        steps = state["steps"] + 1
+        corrected_first = first / (1 - self.first**steps).unsqueeze(1)
+        corrected_second = second / (1 - self.second**steps).unsqueeze(1)
+        direction = corrected_first / (corrected_second.sqrt() + self.epsilon)
+        return direction, {"first_moment": first, "second_moment": second, "steps": steps}
+
+
+class Baseline:
+    """A method that takes one gradient step per micro-batch. Subclasses say which loss, or more.
+
+    `statistics` says with what BatchNorm layers normalise (see `NormMoments`): `source`, the running statistics;
+    `batch`, the stream's own frames; `prior`, both, with `amount` frames' worth of source; `running`, an exponential
+    mean over about `amount` frames that starts at the source. Other layers are the same under all four.
+    """
+
+    name: ClassVar[str]
+    published: ClassVar[Options] = {}
+    steps: ClassVar[tuple[float, ...]] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+    def __init__(
+        self,
+        setup: Setup,
+        step_size: float = 1e-3,
+        statistics: Statistics = "batch",
+        amount: float = 64.0,
+        optimizer: Sgd | Adam | None = None,
+    ) -> None:
+        self.setup, self.model, self.classes = setup, setup.model, setup.classes
+        self.step_size, self.statistics, self.amount = step_size, statistics, amount
+        self.optimizer = optimizer or Adam()
+
+    @classmethod
+    def grid(cls, batch_norm: bool) -> list[Options]:
+        """The options that `tuned` chooses from, on the tuning shifts: step sizes, and BatchNorm's statistics."""
+        steps: list[Options] = [{"step_size": size} for size in cls.steps]
+        if not batch_norm:
+            return steps
+        return steps + [{**step, "statistics": "running", "amount": 64.0} for step in steps]
+
+    def with_step_scale(self, factor: float) -> Baseline:
+        """The same method with its step size multiplied."""
+        scaled = copy.copy(self)
+        scaled.step_size = self.step_size * factor
+        return scaled
+
+    # --- the interface of meta.method.Method ---
+
+    def fresh(self, streams: int) -> State:
+        """Source affine, an optimizer at rest, and whatever else the method remembers."""
+        state = {"affine": self.model.source_affine.expand(streams, -1).clone()}
+        if self.statistics == "running" and self.model.batch_channels:
+            state["norm_mean"] = self.model.source_mean.expand(streams, -1).clone()
+            state["norm_variance"] = self.model.source_variance.expand(streams, -1).clone()
+        return state | self.optimizer.fresh(streams, self.model.coordinates) | self.memory(streams)
+
+    def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
+        rows = state["affine"].detach().index_select(0, stream).requires_grad_()
+        moments = self.moments(stream, state)
+        with torch.enable_grad():
+            logits = self.model(frames, rows, moments)
+        return self.forward_of(frames, rows, stream, state, logits, moments)
+
+    def update(self, forward: Forward) -> Update:
+        with torch.enable_grad():
+            loss, active, memory = self.loss(forward)
+        return self.descend(forward, loss, active, memory)
+
+    # --- what subclasses change ---
+
+    def memory(self, streams: int) -> State:
+        """What else a stream's state holds."""
+        return {}
+
+    def loss(self, forward: Forward) -> tuple[Tensor, Tensor, State]:
+        """Loss per stream (S,), which streams take a step (S,) bool, and the changed parts of their memory."""
+        raise NotImplementedError
+
+    # --- parts ---
+
+    def moments(self, stream: Tensor, state: State) -> NormMoments | None:
+        """The BatchNorm statistics of a pass, or None for the source's running ones."""
+        streams = len(state["affine"])
+        if self.statistics == "source" or not self.model.batch_channels:
+            return None
+        counts = torch.bincount(stream, minlength=streams).float()
+        if self.statistics == "batch":
+            share = torch.ones(streams)
+        elif self.statistics == "prior":
+            share = counts / (counts + self.amount)
+        else:
+            share = 1 - (1 - 1 / self.amount) ** counts
+            return NormMoments(stream, share, state["norm_mean"], state["norm_variance"])
+        given = self.model.source_mean, self.model.source_variance
+        return NormMoments(stream, share, *[tensor.expand(streams, -1) for tensor in given])
+
+    def forward_of(
+        self,
+        frames: Tensor,
+        rows: Tensor | None,
+        stream: Tensor,
+        state: State,
+        logits: Tensor,
+        moments: NormMoments | None,
+        **kept: Tensor,
+    ) -> Forward:
+        counts = torch.bincount(stream, minlength=len(state["affine"])).float()
+        if self.statistics == "running" and moments is not None:
+            kept["norm_mean"], kept["norm_variance"] = moments.mixed()
+        return Forward(logits, logits.new_zeros(len(logits), 0), rows, stream, counts, state, frames, kept)
+
+    def descend(self, forward: Forward, loss: Tensor, active: Tensor, memory: State) -> Update:
+        """One step of the optimizer down the loss, for the active streams; memory changes for all."""
+        (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
+        gradient = torch.zeros_like(forward.state["affine"]).index_add(0, forward.stream, frame_gradient)
+        return self.step(forward, loss.detach(), gradient, active, memory)
+
+    def step(self, forward: Forward, loss: Tensor, gradient: Tensor, active: Tensor, memory: State) -> Update:
+        """From the gradient (S, P) to the next state."""
+        state = forward.state
+        direction, optimizer_state = self.optimizer.direction(state, gradient)
+        moved = {"affine": state["affine"] - self.step_size * direction, **optimizer_state}
+        kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
+        new = state | choose(active, moved, state) | kept | memory
+        return Update(new, self.signals(forward, loss, gradient, direction, new))
+
+    def signals(self, forward: Forward, loss: Tensor, gradient: Tensor, direction: Tensor, new: State) -> State:
+        """What guard, metrics and audit see, (S,) each."""
+        counts = forward.counts.clamp_min(1)
+        return {
+            "loss": loss,
+            "entropy": per_stream_mean(entropy(forward.logits.detach()), forward.stream, counts),
+            "raw_gradient_norm": gradient.norm(dim=1),
+            "generated_gradient_norm": direction.norm(dim=1),
+            "cosine": torch.cosine_similarity(gradient, direction, dim=1),
+            "source_distance": (new["affine"] - self.model.source_affine).norm(dim=1),
+            "frames": forward.counts,
+        }
+
+    def unmoved(self, forward: Forward, memory: State) -> Update:
+        """The update of a method without gradients: what it remembers changes, the affine does not."""
+        still = torch.zeros_like(forward.state["affine"])
+        kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
+        new = forward.state | kept | memory
+        return Update(new, self.signals(forward, torch.zeros(len(still)), still, still, new))
+
+    def logits_under(self, frames: Tensor, stream: Tensor, affine: Tensor, state: State) -> Tensor:
+        """Logits of frames under another affine (S, P), without a graph unless `affine` asks for one."""
+        return self.model(frames, affine.index_select(0, stream), self.moments(stream, state))
+
+
+class NoOptimizer(Sgd):
+    """For methods that take no gradient steps."""
+
+    def fresh(self, streams: int, size: int) -> State:
+        return {}
+
+
+def choose(mask: Tensor, yes: State, no: State) -> State:
+    """Rows of `yes` where mask (S,) is true, of `no` elsewhere."""
+    return {name: torch.where(mask.view(-1, *[1] * (t.dim() - 1)), t, no[name]) for name, t in yes.items()}
+
+
+def weighted_mean(
+    values: Tensor, weights: Tensor, chosen: Tensor, stream: Tensor, streams: int
+) -> tuple[Tensor, Tensor]:
+    """Mean of weights * values over each stream's chosen frames (S,), 0 where there is none; and how many (S,)."""
+    kept = torch.where(chosen, values * weights, torch.zeros_like(values))
+    total = values.new_zeros(streams).index_add(0, stream, kept)
+    count = values.new_zeros(streams).index_add(0, stream, chosen.to(values.dtype))
+    return total / count.clamp_min(1), count
+
+
+def position_in_stream(stream: Tensor) -> Tensor:
+    """(B,) int64: 0 for a stream's first frame of the pass, 1 for its second, and so on."""
+    order = torch.argsort(stream, stable=True)
+    ordered = stream[order]
+    starts = torch.searchsorted(ordered, ordered)
+    place = torch.empty_like(stream)
+    place[order] = torch.arange(len(stream)) - starts
+    return place
+
+
+def uniforms(keys: Tensor, slots: int) -> Tensor:
+    """(N, slots) numbers in [0, 1) that depend on each key (N,) int64 alone: chance that knows no company.
+
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over key * slots + slot.
+    """
+    x = (keys.unsqueeze(1) * slots + torch.arange(slots) + 1) * -0x61C8864680B583EB
+    x = (x ^ _logical_shift(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _logical_shift(x, 27)) * -0x6B2FB644ECCEEE15
+    return _logical_shift(x ^ _logical_shift(x, 31), 40).float() / (1 << 24)
+
+
+def _logical_shift(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def classifier(model: AdaptableModel) -> nn.Linear:
+    """The last linear layer, for methods that work on what goes into it. Raises BundleError where there is none."""
+    layers = [module for module in model.network.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise BundleError("this method works on the input of a linear classifier, and the model has no linear layer")
+    return layers[-1]
+
+
+def with_penultimate(model: AdaptableModel, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """The result of a forward pass and what went into its classifier, (B, D)."""
+    caught: list[Tensor] = []
+    handle = classifier(model).register_forward_pre_hook(lambda _, given: caught.append(given[0]))
+    try:
+        return run(), caught[-1]
+    finally:
+        handle.remove()
