@@ -1,0 +1,1 @@
+"""The accuracy benchmark: data sets, shifts, streams, and the runs that compare methods on them."""
