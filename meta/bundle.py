@@ -99,12 +99,12 @@ def load_bundle(folder: Path, factories: Iterable[str] = ()) -> Bundle:
     network = build_network(manifest.model.architecture, manifest.model.arguments, factories)
     _load_weights(network, _tensors(contents, folder, "model.safetensors"), "model.safetensors")
     model = AdaptableModel(network.to(memory_format=torch.channels_last))
-    source = _statistics(_tensors(contents, folder, "statistics.safetensors"), model)
+    source = _statistics(_tensors(contents, folder, "statistics.safetensors"), model, len(labels))
     try:
         settings = GeneratorSettings.model_validate(manifest.method.settings)
     except ValidationError as error:
         raise BundleError(f"{folder}: method settings: {error.errors()[0]['msg']}") from error
-    learned = LearnedOptimizer(settings)
+    learned = LearnedOptimizer(settings, model)
     _load_weights(learned, _tensors(contents, folder, "generator.safetensors"), "generator.safetensors")
     for parameter in learned.parameters():
         parameter.requires_grad_(False)
@@ -151,14 +151,17 @@ def _load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], name: str
             raise BundleError(f"{name}: tensor {key!r} has values that are not finite")
 
 
-def _statistics(tensors: dict[str, Tensor], model: AdaptableModel) -> SourceStatistics:
-    features = sum(int(layer.scale.shape[-1 if not layer.channels_first else 0]) for layer in model.layers)
-    for name in ("mean", "std"):
-        if name not in tensors or tuple(tensors[name].shape) != (features,):
-            raise BundleError(f"statistics.safetensors: {name!r} must have {features} values for this architecture")
+def _statistics(tensors: dict[str, Tensor], model: AdaptableModel, classes: int) -> SourceStatistics:
+    features = model.feature_count
+    shapes = {"mean": (features,), "std": (features,)}
+    if "class_mean" in tensors or "class_square" in tensors:
+        shapes |= {"class_mean": (classes, features), "class_square": (classes, features)}
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            raise BundleError(f"statistics.safetensors: {name!r} must have the shape {shape} for this architecture")
         if not bool(torch.isfinite(tensors[name]).all()):
             raise BundleError(f"statistics.safetensors: {name!r} has values that are not finite")
-    return SourceStatistics(tensors["mean"], tensors["std"])
+    return SourceStatistics(**{name: tensors[name] for name in shapes})
 
 
 def _check_output(model: AdaptableModel, manifest: Manifest, labels: list[str], folder: Path) -> None:

@@ -21,12 +21,14 @@ from schemas.bundle import Calibration, Limits
 
 @torch.no_grad()
 def source_statistics(model: AdaptableModel, images: Tensor, preprocessing: Preprocessing) -> SourceStatistics:
-    """Feature statistics on clean images uint8 (N, ch, h, w)."""
-    features = []
+    """Feature statistics on clean images uint8 (N, ch, h, w), over all and per class."""
+    features, probability = [], []
     for start in range(0, len(images), 500):
         frames = as_frames(images[start : start + 500].float() / 255, preprocessing.mean, preprocessing.std)
-        features.append(model.forward_with_features(frames)[1])
-    return feature_statistics(torch.cat(features))
+        logits, pooled = model.forward_with_features(frames)
+        features.append(pooled)
+        probability.append(logits.softmax(1))
+    return feature_statistics(torch.cat(features), torch.cat(probability))
 
 
 @dataclass
@@ -76,7 +78,7 @@ def _observe(method: MGG, images: Tensor, labels: Tensor, preprocessing: Preproc
                 camera.begin()
         batch, truth, stream = draw(cameras, frames, preprocessing)
         forward = method.predict(batch, stream, state)
-        logits.append(forward.logits.detach().view(len(cameras), frames, -1))
+        logits.append(forward.answer.view(len(cameras), frames, -1))
         truths.append(truth.view(len(cameras), frames))
         update = method.update(forward)
         state = {name: tensor.detach() for name, tensor in update.state.items()}

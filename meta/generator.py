@@ -8,6 +8,8 @@ contiguous numbers.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -78,27 +80,67 @@ class GradientMemory(nn.Module):
 
 
 class MetaGradientGenerator(nn.Module):
-    """Gradient features in, one bounded update direction per coordinate out.
+    """The paper's generator: gradient features in, one bounded update direction per coordinate out."""
 
-    `shortcut` adds a learned linear path from the inputs to the output, which starts as plain momentum: an
-    untrained generator is then a sane optimizer, and training only has to find what is better. The paper has none.
-    """
-
-    def __init__(self, inputs: int, hidden: int, shortcut: bool) -> None:
+    def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
         self.memory = GradientMemory(inputs, hidden)
         self.post_scale = nn.Parameter(torch.ones(hidden))
         self.post_shift = nn.Parameter(torch.zeros(hidden))
-        self.output = nn.Parameter(torch.randn(1, hidden) * (0.01 if shortcut else 0.5 / hidden**0.5))
-        self.shortcut = nn.Parameter(torch.zeros(1, inputs)) if shortcut else None
-        if self.shortcut is not None:
-            self.shortcut.data[0, 0] = 0.15
+        self.output = nn.Parameter(torch.randn(1, hidden) * 0.5 / hidden**0.5)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (S, d, P) and fast weights to u (S, P) in (-1, 1) and new fast weights."""
         out, weight, bias = self.memory(x, weight, bias)
         post, _ = _standardised(out)
         direction = self.output @ (_column(self.post_scale) * post + _column(self.post_shift))
-        if self.shortcut is not None:
-            direction = direction + self.shortcut @ x
         return torch.tanh(direction.squeeze(1)), weight, bias
+
+
+class UpdateRule(nn.Module):
+    """Our generator: from gradient features to what each coordinate does with its gradient.
+
+    Three numbers a coordinate, read from the gradient memory and, by a learned linear path, from the inputs: a `gate`
+    in (1/e^2, e^2) that multiplies the raw gradient, a `push` in (-1, 1) beside it, and a `pull` in (0, 1) back to the
+    anchor. Before training it is plain gradient descent with a weak pull, so that training only has to find what is
+    better. Normalised inputs alone, as in the paper, cannot tell a large gradient from a small one.
+    """
+
+    def __init__(self, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.memory = GradientMemory(inputs, hidden)
+        self.post_scale = nn.Parameter(torch.ones(hidden))
+        self.post_shift = nn.Parameter(torch.zeros(hidden))
+        self.output = nn.Parameter(torch.randn(3, hidden) * 0.01)
+        self.shortcut = nn.Parameter(torch.zeros(3, inputs))
+        self.bias = nn.Parameter(torch.zeros(3))
+        self.pull_logit = nn.Parameter(torch.tensor(math.log(0.01 / 0.99)))
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x (S, d, P) and fast weights to gate, push and pull (S, P) and new fast weights."""
+        out, weight, bias = self.memory(x, weight, bias)
+        post, _ = _standardised(out)
+        read = self.output @ (_column(self.post_scale) * post + _column(self.post_shift))
+        heads = torch.tanh(read + self.shortcut @ x + _column(self.bias))
+        gate = torch.exp(2 * heads[:, 0])
+        pull = torch.sigmoid(self.pull_logit + 3 * heads[:, 2])
+        return gate, heads[:, 1], pull, weight, bias
+
+
+class Anchor(nn.Module):
+    """Where the norm affine of a stream should rest, from how its feature statistics differ from the source's.
+
+    A low-rank map from the gaps of all features (S, 2F) to offsets from the source affine (S, P), zero where there is
+    no gap. It belongs to one source model, knows all of its channels, and answers after a few frames; the update rule
+    then works from there, coordinate by coordinate.
+    """
+
+    def __init__(self, features: int, coordinates: int, rank: int) -> None:
+        super().__init__()
+        self.reduce = nn.Parameter(torch.randn(rank, 2 * features) / (2 * features) ** 0.5)
+        self.bias = nn.Parameter(torch.zeros(rank))
+        self.expand = nn.Parameter(torch.zeros(coordinates, rank))
+
+    def forward(self, gaps: Tensor) -> Tensor:
+        """(S, 2F) to (S, P)."""
+        return (torch.tanh(gaps @ self.reduce.T + self.bias) - torch.tanh(self.bias)) @ self.expand.T

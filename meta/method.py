@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
+TINY = 1e-12
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class Forward:
     state: State
     frames: Tensor | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> Tensor:
+        """What the method answers, as logits (B, classes) without a graph: its `kept` class probabilities if it has
+        any, else the model's logits."""
+        probability = self.kept.get("probability")
+        return self.logits.detach() if probability is None else probability.clamp_min(TINY).log()
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,10 @@ class Method(Protocol):
 
     def update(self, forward: Forward) -> Update:
         """One update per stream from its frames in `forward`."""
+        ...
+
+    def observe(self, forward: Forward) -> State:
+        """The next state without an update: what is known of the stream may move, its parameters do not."""
         ...
 
 

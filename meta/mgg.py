@@ -1,46 +1,40 @@
-"""Adaptation with the meta gradient generator: from a micro-batch of many streams to their next states."""
+"""Adaptation with the meta gradient generator, ours: from a micro-batch of many streams to their next states.
+
+What differs from the paper (`meta.paper`), and why, is measured in docs/science.md. Per update of a stream:
+
+1. The running feature statistics move, and are compared with those of clean source frames of the same class mix.
+2. The gradient of entropy plus that discrepancy goes, with what is known of its size, its agreement between frames,
+   the gap of the coordinate's own channel and the distance from source, through the gradient memory.
+3. An anchor, from all gaps together, says where the affine should rest; the memory's output says how far each
+   coordinate follows its gradient from there, and how strongly it is pulled back.
+4. A dose in (0, 1) scales the whole way from source: with nothing unusual in the frames, the source answers.
+5. Predictions pass a filter over the stream's classes (`meta.temporal`), whose answers also give the class mix.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from meta.generator import MetaGradientGenerator
+from meta.generator import Anchor, UpdateRule
 from meta.method import Forward, State, Update
-from meta.norms import AdaptableModel
-from meta.objective import SourceStatistics, discrepancy, entropy, per_stream_mean, running
+from meta.norms import AdaptableModel, NormMoments
+from meta.objective import SourceStatistics, deviation, entropy, per_stream_mean, running
+from meta.temporal import filter_classes, fresh_belief
 
 Input = Literal[
-    "momentum",
-    "gradient",
-    "agreement",
-    "offset",
-    "size",
-    "norm",
-    "entropy",
-    "discrepancy",
-    "kind",
-    "age",
-    "batch",
+    *("momentum", "gradient", "agreement", "offset", "size", "raw", "gap_mean", "gap_std", "kind", "depth"),
+    *("norm", "entropy", "discrepancy", "age", "batch"),
 ]
-PAPER_INPUTS: tuple[Input, ...] = ("momentum", "gradient")
 ALL_INPUTS: tuple[Input, ...] = (
-    "momentum",
-    "gradient",
-    "agreement",
-    "offset",
-    "size",
-    "norm",
-    "entropy",
-    "discrepancy",
-    "kind",
-    "age",
-    "batch",
+    *("momentum", "gradient", "agreement", "offset", "size", "raw", "gap_mean", "gap_std", "kind", "depth"),
+    *("norm", "entropy", "discrepancy", "age", "batch"),
 )
 TINY = 1e-8
 
@@ -52,179 +46,296 @@ class GeneratorSettings(BaseModel):
 
     inputs: tuple[Input, ...] = ALL_INPUTS
     hidden: int = Field(default=4, ge=2, le=64)
-    shortcut: bool = True
-    step_size: float = Field(default=0.02, gt=0, le=1, description="largest change of a coordinate in one update")
+    anchor_rank: int = Field(default=16, ge=0, le=512, description="0: no anchor, the generator serves any model")
+    step_size: float = Field(default=0.002, gt=0, le=1, description="of the gradient, in units of its usual size")
+    step_limit: float = Field(default=0.05, gt=0, le=1, description="largest change by a gradient in one update")
+    push_limit: float = Field(default=0.02, ge=0, le=1, description="largest change beside it")
     momentum_decay: float = Field(default=0.9, ge=0, lt=1)
     square_decay: float = Field(default=0.99, ge=0, lt=1)
+    entropy_weight: float = Field(default=1.0, ge=0)
     discrepancy_weight: float = Field(default=10.0, ge=0)
     feature_window: int = Field(default=32, ge=1, description="frames over which feature statistics are averaged")
+    class_share: float = Field(
+        default=0.8, ge=0, le=1, description="how far the class mix of a stream explains its features; the rest is even"
+    )
+    class_filter: bool = Field(default=True, description="answers use what neighbouring frames have in common")
     memory_precision: Literal["float32", "float16", "bfloat16"] = Field(
         default="float16", description="of the gradient memory between updates, in memory and in the store alike"
     )
 
 
 class LearnedOptimizer(nn.Module):
-    """The generator with its learned pull towards the source: all that meta-training trains."""
+    """All that meta-training trains: the rule, which serves any model, and the anchor of one model.
 
-    def __init__(self, settings: GeneratorSettings) -> None:
+    `gradient_scale` is the usual size of a coordinate's gradient for this model, measured before training.
+    """
+
+    gradient_scale: Tensor
+
+    def __init__(self, settings: GeneratorSettings, model: AdaptableModel) -> None:
         super().__init__()
+        features = model.feature_count + model.layers[0].feature_count
         self.settings = settings
-        self.generator = MetaGradientGenerator(len(settings.inputs), settings.hidden, settings.shortcut)
-        self.pull_logit = nn.Parameter(torch.tensor(math.log(0.005 / 0.995)))
-
-    @property
-    def pull(self) -> Tensor:
-        """Share of the distance from source that each update takes back."""
-        return torch.sigmoid(self.pull_logit)
+        self.rule = UpdateRule(len(settings.inputs), settings.hidden)
+        self.rate = nn.Parameter(torch.tensor(math.log(settings.step_size)))
+        self.anchor = Anchor(features, model.coordinates, settings.anchor_rank) if settings.anchor_rank else None
+        # Of the logarithms of novelty and discrepancy, and of the entropy; at first nearly everything is let through.
+        self.dose_weight = nn.Parameter(torch.tensor([0.5, 0.0, 0.0]))
+        self.dose_bias = nn.Parameter(torch.tensor(4.0))
+        self.register_buffer("gradient_scale", torch.tensor(1.0))
 
 
 class MGG:
-    """The method `mgg`: state = affine, two moments, gradient memory, feature statistics, age."""
+    """The method `mgg`. Its state: affine, offset, moments, gradient memory, running statistics, belief, age."""
 
     def __init__(
         self, model: AdaptableModel, source: SourceStatistics, learned: LearnedOptimizer, classes: int
     ) -> None:
-        self.model, self.source, self.learned = model, source, learned
+        self.model, self.source, self.learned = model, _with_first(source, model), learned
+        self._features = model.feature_count
         self.settings = learned.settings
         self.classes = classes
-        self.kind = 2 * model.is_scale - 1
-        self.step_size = self.settings.step_size
+        self.step_scale = 1.0
+        self._kind = 2 * model.is_scale - 1
+        self._channel, self._depth = _layout(model)
 
     def with_step_scale(self, factor: float) -> MGG:
-        """The same method with its step size multiplied."""
+        """The same method with every change of the affine multiplied, but for the pull."""
         scaled = copy.copy(self)
-        scaled.step_size = self.settings.step_size * factor
+        scaled.step_scale = factor
         return scaled
 
+    # --- state ---------------------------------------------------------------------------------------------------
+
     def fresh(self, streams: int) -> State:
-        """State of new streams: affine (S, P), first and second moment (S, P), memory, statistics (S, F), age (S)."""
+        """State of new streams, S in the first dimension: affine, offset and moments (S, P), memory (S, h, h, P) and
+        (S, h, P), feature statistics (S, F + F1), class mix and belief (S, K), BatchNorm moments (S, C), age (S)."""
         with torch.no_grad():
             return self._at_rest(self.initial(streams))
-
-    def _at_rest(self, state: State) -> State:
-        """Round the memory to the precision it is kept in. What is stored is so what a worker goes on with."""
-        precision = getattr(torch, self.settings.memory_precision)
-        return {name: t.to(precision) if name.startswith("memory_") else t for name, t in state.items()}
 
     def initial(self, streams: int) -> State:
         """As `fresh`, in full precision, and differentiable in the learned initial memory."""
         size = self.model.coordinates
-        weight, bias = self.learned.generator.memory.fresh(streams, size)
-        return {
+        weight, bias = self.learned.rule.memory.fresh(streams, size)
+        state = {
             "affine": self.model.source_affine.expand(streams, -1).clone(),
+            "offset": torch.zeros(streams, size),
             "first_moment": torch.zeros(streams, size),
             "second_moment": torch.zeros(streams, size),
             "memory_weight": weight.clone(memory_format=torch.contiguous_format),
             "memory_bias": bias.clone(memory_format=torch.contiguous_format),
             "feature_mean": self.source.mean.expand(streams, -1).clone(),
             "feature_square": self.source.square.expand(streams, -1).clone(),
+            "feature_classes": torch.full((streams, self.classes), 1 / self.classes),
             "age": torch.zeros(streams),
         }
+        if self.settings.class_filter:
+            state |= fresh_belief(streams, self.classes)
+        if self.model.batch_channels:
+            state["norm_mean"] = self.model.source_mean.expand(streams, -1).clone()
+            state["norm_variance"] = self.model.source_variance.expand(streams, -1).clone()
+        return state
+
+    def _at_rest(self, state: State) -> State:
+        """Round the memory to the precision it is kept in. What is stored is so what a worker goes on with."""
+        precision = getattr(torch, self.settings.memory_precision)
+        return {name: t.to(precision) if name.startswith("memory_") else t for name, t in state.items()}
+
+    # --- the interface of meta.method.Method -----------------------------------------------------------------------
 
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
         rows = state["affine"].detach().index_select(0, stream).requires_grad_()
+        counts = torch.bincount(stream, minlength=len(state["affine"])).float()
+        moments = self._moments(stream, counts, state)
         with torch.enable_grad():
-            logits, features = self.model.forward_with_features(frames, rows)
-        counts = torch.bincount(stream, minlength=state["affine"].shape[0]).float()
-        return Forward(logits, features, rows, stream, counts, state)
+            logits, features, first = self.model.forward_with_inputs(frames, rows, moments)
+            features = torch.cat([features, first], 1)
+        kept: State = {}
+        if moments is not None:
+            kept["norm_mean"], kept["norm_variance"] = moments.mixed()
+        if self.settings.class_filter:
+            kept["probability"], belief = filter_classes(logits.detach(), stream, counts, state)
+            kept |= belief
+        return Forward(logits, features, rows, stream, counts, state, kept=kept)
 
     def update(self, forward: Forward) -> Update:
         loss, statistics, signals = self.objective(forward)
         (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
-        update = self.generate(forward, frame_gradient, statistics, signals)
+        with torch.no_grad():
+            update = self.generate(forward, frame_gradient, statistics, signals)
         return Update(self._at_rest(update.state), update.signals)
 
-    def objective(self, forward: Forward) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """Per-stream loss (S,), the new feature statistics, and the signals entropy and discrepancy."""
-        stream, counts, state = forward.stream, forward.counts, forward.state
+    def observe(self, forward: Forward) -> State:
+        """The state after frames that were predicted and not adapted on: what is known of the stream moves, the
+        affine does not."""
+        statistics, _, _, _ = self._statistics(forward)
+        return forward.state | {name: tensor.detach() for name, tensor in statistics.items()} | self._carried(forward)
+
+    # --- parts -----------------------------------------------------------------------------------------------------
+
+    def _moments(self, stream: Tensor, counts: Tensor, state: State) -> NormMoments | None:
+        """BatchNorm layers normalise with a running mean over the window, which starts at the source's."""
+        if not self.model.batch_channels:
+            return None
+        share = 1 - (1 - 1 / self.settings.feature_window) ** counts
+        return NormMoments(stream, share, state["norm_mean"], state["norm_variance"])
+
+    def _carried(self, forward: Forward) -> State:
+        return {name: tensor for name, tensor in forward.kept.items() if name != "probability"}
+
+    def _statistics(self, forward: Forward) -> tuple[State, Tensor, Tensor, Tensor]:
+        """The moved running statistics; and, of mean and deviation, the gaps to the source's in units of its deviation,
+        and the ratio of the deviations, (S, F) each."""
+        stream, counts, state = forward.stream, forward.counts.clamp_min(1), forward.state
         window = self.settings.feature_window
+        features = forward.features
+        mean = running(state["feature_mean"], per_stream_mean(features, stream, counts), counts, window)
+        square = running(state["feature_square"], per_stream_mean(features**2, stream, counts), counts, window)
+        probability = forward.kept.get("probability")
+        if probability is None:
+            probability = forward.logits.detach().softmax(1)
+        classes = running(state["feature_classes"], per_stream_mean(probability, stream, counts), counts, window)
+        share = self.settings.class_share
+        expected, expected_std = self.source.expected(share * classes + (1 - share) / self.classes)
+        std = deviation(mean, square)
+        moved = {"feature_mean": mean, "feature_square": square, "feature_classes": classes}
+        scale = self.source.scale
+        return moved, (mean - expected) / scale, (std - expected_std) / scale, std / expected_std
+
+    def objective(self, forward: Forward) -> tuple[Tensor, State, State]:
+        """Per-stream loss (S,), the moved statistics, and the signals; among these the gaps (S, F)."""
         with torch.enable_grad():
-            mean_entropy = per_stream_mean(entropy(forward.logits), stream, counts)
-            mean = running(state["feature_mean"], per_stream_mean(forward.features, stream, counts), counts, window)
-            square = running(
-                state["feature_square"], per_stream_mean(forward.features**2, stream, counts), counts, window
-            )
-            distance = discrepancy(mean, square, self.source)
-            loss = mean_entropy + self.settings.discrepancy_weight * distance
-        statistics = {"feature_mean": mean.detach(), "feature_square": square.detach()}
+            statistics, mean_gap, std_gap, ratio = self._statistics(forward)
+            mean_entropy = per_stream_mean(entropy(forward.logits), forward.stream, forward.counts.clamp_min(1))
+            squared = mean_gap**2 + std_gap**2
+            distance, novelty = squared[:, : self._features].mean(1), squared[:, self._features :].mean(1)
+            loss = self.settings.entropy_weight * mean_entropy + self.settings.discrepancy_weight * distance
         signals = {
             "loss": loss.detach(),
             "entropy": mean_entropy.detach(),
             "discrepancy": distance.detach(),
+            "novelty": novelty.detach(),
+            "gap_mean": mean_gap.detach().clamp(-5, 5),
+            "gap_std": ratio.detach().log().clamp(-3, 3),
         }
-        return loss, statistics, signals
+        return loss, {name: tensor.detach() for name, tensor in statistics.items()}, signals
 
-    def generate(
-        self, forward: Forward, frame_gradient: Tensor, statistics: State, signals: dict[str, Tensor]
-    ) -> Update:
+    def generate(self, forward: Forward, frame_gradient: Tensor, statistics: State, signals: State) -> Update:
         """From per-frame gradients (B, P) to the next state, in full precision.
 
         Differentiable in the learned parameters and the state.
         """
-        state, counts = forward.state, forward.counts
+        state, settings, learned = forward.state, self.settings, self.learned
+        frame_gradient = frame_gradient / learned.gradient_scale
         zeros = frame_gradient.new_zeros(state["affine"].shape)
         gradient = zeros.index_add(0, forward.stream, frame_gradient)
         power = zeros.index_add(0, forward.stream, frame_gradient**2)
         age = state["age"] + 1
-        first = torch.lerp(gradient, state["first_moment"], self.settings.momentum_decay)
-        second = torch.lerp(gradient**2, state["second_moment"], self.settings.square_decay)
-        features = self._inputs(forward, gradient, power, first, second, age, signals)
-        direction, weight, bias = self.learned.generator(
-            features, state["memory_weight"].float(), state["memory_bias"].float()
+        first = torch.lerp(gradient, state["first_moment"], settings.momentum_decay)
+        second = torch.lerp(gradient**2, state["second_moment"], settings.square_decay)
+        source = self.model.source_affine
+        offset = state["offset"]
+        inputs = self._inputs(forward.counts, gradient, power, first, second, age, offset, signals)
+        gate, push, pull, weight, bias = learned.rule(
+            inputs, state["memory_weight"].float(), state["memory_bias"].float()
         )
-        offset = state["affine"] - self.model.source_affine
-        moved = (1 - self.learned.pull) * offset - self.step_size * direction
+        step = settings.step_limit * torch.tanh(learned.rate.exp() * gate * gradient / settings.step_limit)
+        change = self.step_scale * (step + settings.push_limit * push)
+        moved = {
+            "offset": (1 - pull) * offset - change,
+            "first_moment": first,
+            "second_moment": second,
+            "memory_weight": weight,
+            "memory_bias": bias,
+            "age": age,
+        }
+        wanted = moved["offset"]
+        if learned.anchor is not None:
+            gaps = torch.cat([signals["gap_mean"] / 2, signals["gap_std"]], 1)
+            wanted = wanted + self.step_scale * learned.anchor(gaps)
+        dose = self._dose(signals)
+        affine = source + dose.unsqueeze(1) * wanted
+        generated = (state["affine"] - affine).detach()
         return Update(
-            state={
-                "affine": self.model.source_affine + moved,
-                "first_moment": first,
-                "second_moment": second,
-                "memory_weight": weight,
-                "memory_bias": bias,
-                **statistics,
-                "age": age,
-            },
+            state={"affine": affine, **moved, **statistics, **self._carried(forward)},
             signals={
-                **signals,
+                **{name: value for name, value in signals.items() if value.dim() == 1},
                 "raw_gradient_norm": gradient.norm(dim=1),
-                "generated_gradient_norm": direction.detach().norm(dim=1),
-                "cosine": torch.cosine_similarity(gradient, direction.detach(), dim=1),
-                "source_distance": moved.detach().norm(dim=1),
-                "frames": counts,
+                "generated_gradient_norm": generated.norm(dim=1),
+                "cosine": torch.cosine_similarity(gradient, generated, dim=1),
+                "source_distance": (affine - source).detach().norm(dim=1),
+                "dose": dose.detach(),
+                "frames": forward.counts,
             },
         )
 
+    def _dose(self, signals: State) -> Tensor:
+        """How much of the way from source is gone, (S,)."""
+        unusual = [
+            (signals["novelty"] + TINY).log(),
+            (signals["discrepancy"] + TINY).log(),
+            signals["entropy"] / math.log(self.classes),
+        ]
+        weighted = torch.stack(unusual, 1).clamp(-12, 12) @ self.learned.dose_weight
+        return torch.sigmoid(self.learned.dose_bias + weighted)
+
     def _inputs(
         self,
-        forward: Forward,
+        counts: Tensor,
         gradient: Tensor,
         power: Tensor,
         first: Tensor,
         second: Tensor,
         age: Tensor,
-        signals: dict[str, Tensor],
+        offset: Tensor,
+        signals: State,
     ) -> Tensor:
         """The generator's inputs (S, d, P), in the order of the settings; per-stream ones are spread over P."""
         b1, b2 = self.settings.momentum_decay, self.settings.square_decay
         steps = age.unsqueeze(1)
         root = (second / (1 - b2**steps)).sqrt() + TINY
-        counts = forward.counts.unsqueeze(1)
+        counts = counts.clamp_min(1)
 
         def spread(values: Tensor) -> Tensor:
             return values.unsqueeze(1).expand_as(gradient)
 
-        made = {
+        made: dict[str, Callable[[], Tensor]] = {
             "momentum": lambda: first / (1 - b1**steps) / root,
             "gradient": lambda: gradient / root,
             # Of the frames' own gradients: +-1 where all agree, near 0 where they cancel out.
-            "agreement": lambda: gradient / ((counts * power).sqrt() + TINY),
-            "offset": lambda: (5 * (forward.state["affine"] - self.model.source_affine)).clamp(-3, 3),
-            "size": lambda: ((gradient.abs() + TINY).log10() + 3).clamp(-3, 3) / 2,
-            "norm": lambda: spread((gradient.norm(dim=1) + TINY).log10().clamp(-3, 3)),
+            "agreement": lambda: gradient / ((counts.unsqueeze(1) * power).sqrt() + TINY),
+            "offset": lambda: (5 * offset).clamp(-3, 3),
+            "size": lambda: (gradient.abs() + TINY).log10().clamp(-3, 3) / 2,
+            "raw": lambda: gradient.clamp(-3, 3),
+            "gap_mean": lambda: signals["gap_mean"][:, self._channel] / 2,
+            "gap_std": lambda: signals["gap_std"][:, self._channel],
+            "kind": lambda: self._kind.expand_as(gradient),
+            "depth": lambda: self._depth.expand_as(gradient),
+            "norm": lambda: spread(((gradient**2).mean(1).sqrt() + TINY).log10().clamp(-3, 3)),
             "entropy": lambda: spread(signals["entropy"] / math.log(self.classes)),
             "discrepancy": lambda: spread(torch.log1p(signals["discrepancy"]).clamp(max=5)),
-            "kind": lambda: self.kind.expand_as(gradient),
             "age": lambda: spread(age.rsqrt()),
-            "batch": lambda: spread(forward.counts.log2() / 6),
+            "batch": lambda: spread(counts.log2() / 6),
         }
         return torch.stack([made[name]() for name in self.settings.inputs], 1)
+
+
+def _with_first(source: SourceStatistics, model: AdaptableModel) -> SourceStatistics:
+    """The statistics of all layers, and again those of the first: on source data it has the source affine anyway."""
+    parts = (source.mean, source.std, source.class_mean, source.class_square)
+    count = model.layers[0].feature_count
+    return SourceStatistics(*[None if t is None else torch.cat([t, t[..., :count]], -1) for t in parts])
+
+
+def _layout(model: AdaptableModel) -> tuple[Tensor, Tensor]:
+    """For every coordinate (P,): the feature of its own channel, and its layer's depth in [-1, 1]."""
+    channel, depth, first = [], [], 0
+    last = max(1, len(model.layers) - 1)
+    for number, layer in enumerate(model.layers):
+        mine = torch.arange(layer.feature_count) + first
+        copies = layer.scale.numel() // layer.feature_count
+        for _ in range(1 + layer.has_shift):
+            channel.append(mine.repeat(copies))
+            depth.append(torch.full((layer.scale.numel(),), 2 * number / last - 1))
+        first += layer.feature_count
+    return torch.cat(channel), torch.cat(depth)

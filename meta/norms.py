@@ -85,13 +85,14 @@ class FrameAffine:
 
     `rows` is (B, P), one row a frame, or None for the source affine; `moments` replaces the running statistics of
     BatchNorm layers where it is set; `features` collects each layer's rectified and pooled output (B, C) where it is
-    a list.
+    a list; `first_features` is that of the first layer as the source affine would make it.
     """
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
         self.moments: NormMoments | None = None
         self.features: list[Tensor] | None = None
+        self.first_features: Tensor | None = None
 
 
 class StreamNorm(nn.Module):
@@ -139,8 +140,22 @@ class StreamNorm(nn.Module):
                 shift = self._shaped(rows[:, place.shift : place.end], x)
         out = x_hat * scale if shift is None else torch.addcmul(shift, x_hat, scale)
         if self.frame_affine.features is not None:
+            if not self.frame_affine.features:
+                self.frame_affine.first_features = self._under_source(x_hat.detach())
             self.frame_affine.features.append(self._pooled(out))
         return out
+
+    @torch.no_grad()
+    def _under_source(self, x_hat: Tensor) -> Tensor:
+        scale = self._shaped(self.scale[None], x_hat)
+        if self.shift is None:
+            return self._pooled(x_hat * scale)
+        return self._pooled(torch.addcmul(self._shaped(self.shift[None], x_hat), x_hat, scale))
+
+    @property
+    def feature_count(self) -> int:
+        """How many pooled features this layer has: one a channel."""
+        return int(self.scale.shape[0 if self.channels_first else -1])
 
     def _shaped(self, rows: Tensor, x: Tensor) -> Tensor:
         if self.channels_first:
@@ -217,6 +232,11 @@ class AdaptableModel(nn.Module):
         return int(self.source_affine.numel())
 
     @property
+    def feature_count(self) -> int:
+        """F, the pooled features of all norm layers."""
+        return sum(layer.feature_count for layer in self.layers)
+
+    @property
     def batch_channels(self) -> int:
         """C, the channels of all BatchNorm layers; 0 where there is none. Their source statistics are
         `source_mean` and `source_variance`, (C,)."""
@@ -253,12 +273,23 @@ class AdaptableModel(nn.Module):
         self, frames: Tensor, rows: Tensor | None = None, moments: NormMoments | None = None
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) and the pooled outputs of all norm layers, joined: (B, F)."""
+        logits, features, _ = self.forward_with_inputs(frames, rows, moments)
+        return logits, features
+
+    def forward_with_inputs(
+        self, frames: Tensor, rows: Tensor | None = None, moments: NormMoments | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward_with_features`, and what the first norm layer would put out under the source affine, pooled:
+        (B, F1). The latter tells how unusual the frames are, whatever has been adapted."""
         self.frame_affine.features = []
         try:
             logits = self(frames, rows, moments)
-            return logits, torch.cat(self.frame_affine.features, 1)
+            first = self.frame_affine.first_features
+            if first is None:
+                raise BundleError("the forward pass used none of the model's norm layers")
+            return logits, torch.cat(self.frame_affine.features, 1), first
         finally:
-            self.frame_affine.features = None
+            self.frame_affine.features = self.frame_affine.first_features = None
 
 
 def _joined(statistics: list[Tensor]) -> Tensor:

@@ -100,6 +100,9 @@ class PaperMGG:
             logits, features = self.model.forward_with_features(frames, rows)
         return Forward(logits, features, rows, stream, counts, state)
 
+    def observe(self, forward: Forward) -> State:
+        return forward.state
+
     def loss(self, forward: Forward) -> Tensor:
         """Entropy plus 0.4 / 64 times the squared differences of feature means and unbiased deviations: (S,)."""
         stream, counts = forward.stream, forward.counts

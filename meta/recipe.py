@@ -17,7 +17,7 @@ from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.source import accuracy, train_source
-from meta.train import Preprocessing, TrainingSettings, meta_train
+from meta.train import Preprocessing, Problem, TrainingSettings, meta_train
 from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart, Preprocess
 from schemas.errors import ConfigError
 
@@ -72,8 +72,9 @@ def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str]
     images, labels = _tensors(train.part(*data.META_PART))
     source = source_statistics(model, images, preprocessing)
     torch.manual_seed(recipe.training.seed)
-    method = MGG(model, source, LearnedOptimizer(recipe.generator), len(data.LABELS))
-    meta_train(method, images, labels, preprocessing, recipe.training, say)
+    method = MGG(model, source, LearnedOptimizer(recipe.generator, model), len(data.LABELS))
+    random = torch.Generator().manual_seed(recipe.training.seed)
+    meta_train([Problem(method, images, labels, preprocessing, recipe.training, random)], recipe.training, say)
     for parameter in method.learned.parameters():
         parameter.requires_grad_(False)
     unseen = _tensors(train.part(*data.CALIBRATION_PART))
@@ -86,7 +87,7 @@ def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str]
         {
             "model": weights,
             "generator": dict(method.learned.state_dict()),
-            "statistics": {"mean": source.mean, "std": source.std},
+            "statistics": source.as_tensors(),
         },
         data.LABELS,
     )

@@ -29,7 +29,7 @@ class SimulatedStream:
         order = torch.randperm(len(self.shifts), generator=self.random)[:how_many]
         self.active = [(self.shifts[int(i)], torch.rand(4, generator=self.random)) for i in order]
         self.peak = self._number(0.3, 1.0) / max(1, how_many) ** 0.5
-        self.course = int(self._number(0, 4))
+        self.course = int(self._number(0, 5))
         self.onset = self._number(0, 0.4)
         self._remix()
 
@@ -42,16 +42,20 @@ class SimulatedStream:
         if self.step >= self.next_mix:
             self._remix()
         classes = torch.multinomial(self.mix, frames, replacement=True, generator=self.random)
+        if self.in_runs:
+            classes = classes.sort().values
         chosen = torch.stack([self._one_of(self.by_class[int(c)]) for c in classes])
         images = self.images[chosen].float() / 255
         severity = torch.full((frames,), self.severity())
+        if self.course == 4:  # frames of one stream from good and bad places
+            severity = severity * torch.rand(frames, generator=self.random)
         for shift, traits in self.active:
             images = shift(images, severity, traits, self.random)
         self.step += 1
         return images, self.labels[chosen]
 
     def severity(self) -> float:
-        """Gradual onset, sudden onset, there and back, or recurring."""
+        """Gradual onset, sudden onset, there and back, recurring, or mixed from frame to frame."""
         progress = self.step / self.length
         if self.course == 0:
             share = min(1.0, max(0.0, (progress - self.onset) / 0.3))
@@ -59,8 +63,10 @@ class SimulatedStream:
             share = float(progress >= self.onset)
         elif self.course == 2:
             share = math.sin(math.pi * progress)
-        else:
+        elif self.course == 3:
             share = float(math.sin(6 * math.pi * progress) > 0)
+        else:
+            share = 1.0
         return self.peak * share
 
     def _number(self, low: float, high: float) -> float:
@@ -74,4 +80,5 @@ class SimulatedStream:
         concentration = [0.2, 1.0, 100.0][int(self._number(0, 3))]
         gammas = torch._standard_gamma(torch.full((len(self.by_class),), concentration), generator=self.random)
         self.mix = gammas + 1e-6
+        self.in_runs = self._number(0, 1) < 0.5
         self.next_mix = self.step + int(self._number(2, 20))

@@ -1,14 +1,19 @@
-"""Meta-training: make the generator lower the labelled loss of the frames that come next.
+"""Meta-training: make the generator lower the loss of the frames that come next.
 
-The updates see no label; only the objective that trains the generator does (labels exist at the centre). Gradients
-of the source model are treated as constants, as is usual for learned optimizers, so one unrolled step costs a
-forward and two backward passes through the model, and back-propagation through time runs over the generator alone.
+The updates see no label. The objective that trains the generator does (labels exist at the centre), or is the
+updates' own where there are none. Gradients of the source model are treated as constants, as is usual for learned
+optimizers, so one unrolled step costs a forward and two backward passes through the model, and back-propagation
+through time runs over the generator alone.
+
+Several source models may train one rule: each has its own streams, statistics and anchor, and takes its turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +37,9 @@ class TrainingSettings(BaseModel):
     unroll: int = Field(default=10, ge=2, description="updates between two steps of the generator")
     streams: int = Field(default=16, ge=1, description="simulated cameras that run side by side")
     batches: tuple[int, ...] = Field(default=(1, 4, 8, 16, 16), description="sizes of a micro-batch to draw from")
+    objective: Literal["labelled", "unlabelled"] = Field(
+        default="labelled", description="what the generator lowers: cross-entropy, or the updates' own objective"
+    )
     learning_rate: float = Field(default=3e-3, gt=0)
     seed: int = 0
 
@@ -44,97 +52,124 @@ class Preprocessing:
     std: Tensor
 
 
+class Problem:
+    """One source model with its method, its images and its simulated cameras."""
+
+    def __init__(
+        self,
+        method: MGG,
+        images: Tensor,
+        labels: Tensor,
+        preprocessing: Preprocessing,
+        settings: TrainingSettings,
+        random: torch.Generator,
+    ) -> None:
+        self.method, self.preprocessing, self.random = method, preprocessing, random
+        self.cameras = [SimulatedStream(images, labels, TUNING, random) for _ in range(settings.streams)]
+        method.learned.gradient_scale.fill_(_usual_gradient(self))
+        self.state = method.initial(settings.streams)
+
+    def detach(self) -> None:
+        """Cut the graph of the unroll that is over."""
+        self.state = {name: tensor.detach() for name, tensor in self.state.items()}
+
+    def restart_finished(self) -> None:
+        """Begin new episodes; half of them from a cold start, half with the state of the last."""
+        finished = [i for i, camera in enumerate(self.cameras) if camera.over]
+        cold = [i for i in finished if float(torch.rand((), generator=self.random)) < 0.5]
+        for i in finished:
+            self.cameras[i].begin()
+        fresh = self.method.initial(len(self.cameras))
+        reset = torch.zeros(len(self.cameras), dtype=torch.bool)
+        reset[cold] = True
+        # Fresh rows stay attached to the learned initial memory, so that it is trained too.
+        self.state = {
+            name: torch.where(reset.view(-1, *[1] * (tensor.dim() - 1)), fresh[name], tensor)
+            for name, tensor in self.state.items()
+        }
+
+
 def meta_train(
-    method: MGG,
-    images: Tensor,
-    labels: Tensor,
-    preprocessing: Preprocessing,
-    settings: TrainingSettings,
-    say: Callable[[str], None] = print,
-) -> list[dict[str, float]]:
-    """Train `method.learned` in place on images uint8 (N, ch, h, w) with labels (N,); returns its course."""
+    problems: Sequence[Problem], settings: TrainingSettings, say: Callable[[str], None] = print
+) -> list[float]:
+    """Train the problems' generators in place; they may share modules. Returns the course of the accuracy.
+
+    Deterministic for a seed on one machine.
+    """
     torch.manual_seed(settings.seed)
     random = torch.Generator().manual_seed(settings.seed)
-    streams = [SimulatedStream(images, labels, TUNING, random) for _ in range(settings.streams)]
-    learned = method.learned.train()
-    optimizer = torch.optim.Adam(learned.parameters(), lr=settings.learning_rate)
+    parameters = list({id(p): p for problem in problems for p in problem.method.learned.parameters()}.values())
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.meta_steps, settings.learning_rate / 20)
-    state = method.initial(settings.streams)
-    course: list[dict[str, float]] = []
+    course: list[float] = []
+    started, every = time.monotonic(), max(1, settings.meta_steps // 20)
     for meta_step in range(settings.meta_steps):
-        state = _restart_finished(method, streams, state)
+        problem = problems[meta_step % len(problems)]
+        problem.restart_finished()
         frames = settings.batches[int(torch.randint(len(settings.batches), (), generator=random))]
-        objective, record, state = _unroll(method, streams, state, frames, preprocessing, settings.unroll)
+        objective, accuracy = _unroll(problem, frames, settings)
         optimizer.zero_grad()
         objective.backward()
-        norm = torch.nn.utils.clip_grad_norm_(learned.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if torch.isfinite(norm):
             optimizer.step()
         schedule.step()
-        state = {name: tensor.detach() for name, tensor in state.items()}
-        course.append(record)
-        if (meta_step + 1) % max(1, settings.meta_steps // 20) == 0:
-            recent = course[-max(1, settings.meta_steps // 20) :]
-            mean = {key: sum(r[key] for r in recent) / len(recent) for key in record}
-            say(
-                f"generator: step {meta_step + 1}/{settings.meta_steps}, "
-                f"accuracy {mean['accuracy']:.3f}, source {mean['source_accuracy']:.3f}, "
-                f"pull {float(learned.pull.detach()):.4f}"
-            )
-    learned.eval()
+        problem.detach()
+        course.append(accuracy)
+        if (meta_step + 1) % every == 0:
+            recent = sum(course[-every:]) / every
+            left = (time.monotonic() - started) / (meta_step + 1) * (settings.meta_steps - meta_step - 1)
+            say(f"generator: step {meta_step + 1}/{settings.meta_steps}, accuracy {recent:.3f}, {left:.0f} s left")
     return course
 
 
-def draw(streams: list[SimulatedStream], frames: int, preprocessing: Preprocessing) -> tuple[Tensor, Tensor, Tensor]:
-    """The next micro-batch of every stream: standardised frames, labels and stream index."""
-    drawn = [stream.next(frames) for stream in streams]
+def draw(cameras: list[SimulatedStream], frames: int, preprocessing: Preprocessing) -> tuple[Tensor, Tensor, Tensor]:
+    """The next micro-batch of every camera: standardised frames, labels and stream index."""
+    drawn = [camera.next(frames) for camera in cameras]
     images = torch.cat([images for images, _ in drawn])
     labels = torch.cat([labels for _, labels in drawn])
-    stream = torch.arange(len(streams)).repeat_interleave(frames)
+    stream = torch.arange(len(cameras)).repeat_interleave(frames)
     return as_frames(images, preprocessing.mean, preprocessing.std), labels, stream
 
 
-def _unroll(
-    method: MGG,
-    streams: list[SimulatedStream],
-    state: State,
-    frames: int,
-    preprocessing: Preprocessing,
-    steps: int,
-) -> tuple[Tensor, dict[str, float], State]:
-    """A few updates in a row. The objective's gradient is that of the labelled loss at every step after the first."""
+def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[Tensor, float]:
+    """A few updates in a row. The objective's gradient is that of the loss at every step after the first."""
+    method, cameras = problem.method, problem.cameras
     objective = torch.zeros(())
-    right = source_right = 0
-    for _ in range(steps):
-        batch, labels, stream = draw(streams, frames, preprocessing)
-        with torch.inference_mode():
-            source_right += int((method.model(batch).argmax(1) == labels).sum())
-        forward = method.predict(batch, stream, state)
+    right = 0
+    for _ in range(settings.unroll):
+        batch, labels, stream = draw(cameras, frames, problem.preprocessing)
+        forward = method.predict(batch, stream, problem.state)
         right += int((forward.logits.argmax(1) == labels).sum())
-        labelled = per_stream_mean(
-            F.cross_entropy(forward.logits, labels, reduction="none"), stream, forward.counts
-        ).sum()
-        (slope,) = torch.autograd.grad(labelled, [forward.rows], retain_graph=True)
-        per_stream = torch.zeros_like(state["affine"]).index_add(0, stream, slope)
-        objective = objective + (per_stream.detach() * state["affine"]).sum() / len(streams)
         loss, statistics, signals = method.objective(forward)
+        (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows], retain_graph=True)
+        slope = frame_gradient
+        if settings.objective == "labelled":
+            each = F.cross_entropy(forward.logits, labels, reduction="none")
+            labelled = per_stream_mean(each, stream, forward.counts).sum()
+            (slope,) = torch.autograd.grad(labelled, [forward.rows])
+        affine = problem.state["affine"]
+        per_stream = torch.zeros_like(affine).index_add(0, stream, slope)
+        objective = objective + (per_stream.detach() * affine).sum() / len(cameras)
+        problem.state = method.generate(forward, frame_gradient, statistics, signals).state
+    return objective / settings.unroll, right / (settings.unroll * frames * len(cameras))
+
+
+def _usual_gradient(problem: Problem, batches: int = 8, frames: int = 8) -> float:
+    """Root mean square of a coordinate's gradient at the source affine, over streams with and without a shift.
+
+    It makes one rule serve models whose gradients differ in size.
+    """
+    method, cameras = problem.method, problem.cameras
+    state: State = method.fresh(len(cameras))
+    squares = []
+    for _ in range(batches):
+        batch, _, stream = draw(cameras, frames, problem.preprocessing)
+        forward = method.predict(batch, stream, state)
+        loss, _, _ = method.objective(forward)
         (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
-        state = method.generate(forward, frame_gradient, statistics, signals).state
-    seen = steps * frames * len(streams)
-    return objective / steps, {"accuracy": right / seen, "source_accuracy": source_right / seen}, state
-
-
-def _restart_finished(method: MGG, streams: list[SimulatedStream], state: State) -> State:
-    """Begin new episodes; half of them from a cold start, half with the state of the last."""
-    finished = [i for i, stream in enumerate(streams) if stream.over]
-    cold = [i for i in finished if streams[i]._number(0, 1) < 0.5]
-    for i in finished:
-        streams[i].begin()
-    fresh = method.initial(len(streams))
-    reset = torch.zeros(len(streams), dtype=torch.bool)
-    reset[cold] = True
-    # Fresh rows stay attached to the learned initial memory, so that it is trained too.
-    return {
-        name: torch.where(reset.view(-1, *[1] * (tensor.dim() - 1)), fresh[name], tensor)
-        for name, tensor in state.items()
-    }
+        gradient = torch.zeros_like(state["affine"]).index_add(0, stream, frame_gradient)
+        squares.append(float((gradient**2).mean()))
+    for camera in cameras:
+        camera.begin()
+    return max(1e-8, sum(squares) / batches) ** 0.5

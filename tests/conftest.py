@@ -183,8 +183,8 @@ def make_tiny_bundle(folder: Path) -> None:
     )
     tensors = {
         "model": weights,
-        "generator": dict(LearnedOptimizer(settings).state_dict()),
-        "statistics": {"mean": source.mean, "std": source.std},
+        "generator": dict(LearnedOptimizer(settings, model).state_dict()),
+        "statistics": source.as_tensors(),
     }
     write_bundle(folder, manifest, tensors, ["nut", "bolt", "washer", "other"])
 

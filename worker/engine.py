@@ -137,7 +137,7 @@ class Engine:
         forward = None
         if adapting:
             forward = self._method.predict(*self._inputs(adapting))
-            outlooks += self._outlooks(adapting, forward.logits.detach())
+            outlooks += self._outlooks(adapting, forward.answer)
         first_passive = len(outlooks)
         if others:
             frames, stream, state = self._inputs(others)

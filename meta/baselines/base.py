@@ -140,6 +140,10 @@ class Baseline:
             loss, active, memory = self.loss(forward)
         return self.descend(forward, loss, active, memory)
 
+    def observe(self, forward: Forward) -> State:
+        kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
+        return forward.state | kept
+
     # --- what subclasses change ---
 
     def memory(self, streams: int) -> State:

@@ -23,9 +23,9 @@ def loop_step(memory: GradientMemory, x: torch.Tensor, weight: torch.Tensor, bia
     return q + layer_norm(q @ weight + bias), weight, bias
 
 
-def scrambled(inputs: int, hidden: int, shortcut: bool) -> MetaGradientGenerator:
+def scrambled(inputs: int, hidden: int) -> MetaGradientGenerator:
     torch.manual_seed(3)
-    generator = MetaGradientGenerator(inputs, hidden, shortcut).double()
+    generator = MetaGradientGenerator(inputs, hidden).double()
     for parameter in generator.parameters():
         parameter.data = torch.randn_like(parameter) * 0.5
     return generator
@@ -33,7 +33,7 @@ def scrambled(inputs: int, hidden: int, shortcut: bool) -> MetaGradientGenerator
 
 @torch.no_grad()
 def test_hundred_steps_match_the_loop() -> None:
-    generator = scrambled(2, 8, shortcut=False)
+    generator = scrambled(2, 8)
     memory = generator.memory
     streams, coordinates = 2, 3
     random = torch.Generator().manual_seed(0)
@@ -53,12 +53,12 @@ def test_hundred_steps_match_the_loop() -> None:
 
 
 def test_the_paper_generator_has_its_164_parameters() -> None:
-    generator = MetaGradientGenerator(inputs=2, hidden=8, shortcut=False)
+    generator = MetaGradientGenerator(inputs=2, hidden=8)
     assert sum(p.numel() for p in generator.parameters()) == 164
 
 
 def test_gradients_reach_every_learned_parameter() -> None:
-    generator = scrambled(4, 4, shortcut=True)
+    generator = scrambled(4, 4)
     weight, bias = generator.memory.fresh(2, 5)
     total = torch.zeros((), dtype=torch.float64)
     for step in range(3):
@@ -75,7 +75,7 @@ def test_gradients_reach_every_learned_parameter() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
 def test_updates_stay_bounded_and_finite(scale: float) -> None:
     torch.manual_seed(0)
-    generator = MetaGradientGenerator(2, 8, shortcut=True)
+    generator = MetaGradientGenerator(2, 8)
     weight, bias = generator.memory.fresh(1, 7)
     x = torch.full((1, 2, 7), scale)
     with torch.no_grad():

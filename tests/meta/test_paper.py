@@ -16,7 +16,7 @@ COORDINATES, HIDDEN, STEPS = 3, 4, 100
 def random_generator(seed: int = 0) -> MetaGradientGenerator:
     """Every learned number at random, none at a value that hides a mistake."""
     torch.manual_seed(seed)
-    generator = MetaGradientGenerator(inputs=2, hidden=HIDDEN, shortcut=False).double()
+    generator = MetaGradientGenerator(inputs=2, hidden=HIDDEN).double()
     with torch.no_grad():
         for parameter in generator.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.6)
@@ -127,7 +127,7 @@ def paper_method() -> tuple[PaperMGG, torch.Tensor]:
     frames = torch.randn(32, 1, 28, 28)
     with torch.no_grad():
         source = feature_statistics(model.forward_with_features(frames)[1])
-    return PaperMGG(model, source, MetaGradientGenerator(2, 8, shortcut=False)), frames
+    return PaperMGG(model, source, MetaGradientGenerator(2, 8)), frames
 
 
 def test_the_loss_is_entropy_and_discrepancy_with_unbiased_deviations() -> None:

@@ -4,7 +4,7 @@ from meta.calibrate import calibrate, source_statistics
 from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
 from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
-from meta.train import Preprocessing, TrainingSettings, meta_train
+from meta.train import Preprocessing, Problem, TrainingSettings, meta_train
 
 PREPROCESSING = Preprocessing(torch.tensor([0.5]), torch.tensor([0.3]))
 
@@ -24,12 +24,14 @@ def method() -> MGG:
     images, _ = problem()
     source = source_statistics(model, images, PREPROCESSING)
     torch.manual_seed(0)
-    return MGG(model, source, LearnedOptimizer(GeneratorSettings(hidden=4)), 4)
+    return MGG(model, source, LearnedOptimizer(GeneratorSettings(hidden=4), model), 4)
 
 
-def train(subject: MGG) -> list[dict[str, float]]:
-    settings = TrainingSettings(meta_steps=3, unroll=3, streams=4, batches=(1, 4), seed=2)
-    return meta_train(subject, *problem(), PREPROCESSING, settings, say=lambda text: None)
+def train(*subjects: MGG, **options) -> list[float]:
+    settings = TrainingSettings(meta_steps=4, unroll=3, streams=4, batches=(1, 4), seed=2, **options)
+    random = torch.Generator().manual_seed(2)
+    problems = [Problem(subject, *problem(), PREPROCESSING, settings, random) for subject in subjects]
+    return meta_train(problems, settings, say=lambda text: None)
 
 
 def test_training_is_deterministic_and_moves_every_parameter() -> None:
@@ -40,6 +42,22 @@ def test_training_is_deterministic_and_moves_every_parameter() -> None:
         assert torch.equal(tensor, second.learned.state_dict()[name]), name
         assert torch.isfinite(tensor).all()
         assert not torch.equal(tensor, start[name]), name
+
+
+def test_without_labels_it_trains_on_the_objective_of_the_updates() -> None:
+    labelled, unlabelled = method(), method()
+    train(labelled)
+    train(unlabelled, objective="unlabelled")
+    one, other = labelled.learned.state_dict(), unlabelled.learned.state_dict()
+    assert not torch.equal(one["rule.shortcut"], other["rule.shortcut"])
+
+
+def test_two_models_train_one_rule() -> None:
+    first, second = method(), method()
+    second.learned.rule = first.learned.rule
+    train(first, second)
+    assert torch.equal(first.learned.rule.shortcut, second.learned.rule.shortcut)
+    assert not torch.equal(first.learned.anchor.expand, second.learned.anchor.expand)
 
 
 def test_training_leaves_the_source_model_alone() -> None:
