@@ -61,7 +61,7 @@ _FILES = {
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """`images` uint8 (N, 28, 28), `labels` int64 (N,)."""
+    """`images` uint8 (N, h, w) or (N, h, w, 3), `labels` int64 (N,)."""
 
     images: np.ndarray
     labels: np.ndarray

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,12 @@ def as_frames(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((images - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
+def image_tensor(images: np.ndarray) -> Tensor:
+    """Images uint8 (N, h, w) or (N, h, w, 3) as (N, ch, h, w)."""
+    tensor = torch.from_numpy(images.copy())
+    return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2)
+
+
 def train_source(
     network: nn.Module,
     data: LabelledImages,
@@ -24,12 +31,16 @@ def train_source(
     batch: int = 128,
     peak_rate: float = 4e-3,
     say: Callable[[str], None] = print,
+    mean: Sequence[float] = (MEAN,),
+    std: Sequence[float] = (STD,),
 ) -> nn.Module:
-    """AdamW with a one-cycle rate, label smoothing 0.05, flips and shifts of up to two pixels."""
+    """AdamW with a one-cycle rate, label smoothing 0.05, flips and shifts of up to two pixels.
+
+    mean and std, per channel, are those of the training images in [0, 1].
+    """
     random = torch.Generator().manual_seed(seed)
-    images = torch.from_numpy(data.images.copy()).unsqueeze(1)
-    labels = torch.from_numpy(data.labels)
-    mean, std = torch.tensor([MEAN]), torch.tensor([STD])
+    images, labels = image_tensor(data.images), torch.from_numpy(data.labels)
+    channel_mean, channel_std = torch.tensor(mean), torch.tensor(std)
     network = network.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=peak_rate, weight_decay=0.02)
     steps = len(labels) // batch
@@ -39,7 +50,7 @@ def train_source(
         total = 0.0
         for step in range(steps):
             chosen = order[step * batch : (step + 1) * batch]
-            frames = as_frames(_augmented(images[chosen].float() / 255, random), mean, std)
+            frames = as_frames(_augmented(images[chosen].float() / 255, random), channel_mean, channel_std)
             loss = F.cross_entropy(network(frames), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()

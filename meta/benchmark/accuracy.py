@@ -1,0 +1,213 @@
+"""The accuracy benchmark: every cell of the plan, resumable, from data to report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from meta.baselines import BASELINES, build
+from meta.baselines.base import Options
+from meta.benchmark.corruptions import TEST, TUNING
+from meta.benchmark.datasets import DataSet, Pool, open_dataset
+from meta.benchmark.plan import MGG_NAME, BenchmarkConfig, Cell, cells_of
+from meta.benchmark.report import Journal, records_of, write_report
+from meta.benchmark.run import Frames, load_frames, relative_cost, run_streams, source_hits
+from meta.benchmark.sources import SourceModel, open_source
+from meta.benchmark.streams import Setting, Stream, make_streams
+from meta.bundle import load_bundle
+from meta.data import cache_folder
+from meta.method import Method
+from meta.mgg import MGG
+from meta.models import build_network
+from meta.norms import BATCH_NORM
+
+TUNING_SETTINGS: tuple[Setting, ...] = ("continual", "correlated", "reset")
+
+
+@dataclass
+class Progress:
+    """Where news of the run go: a line of text, and finished frames out of those planned for the cell."""
+
+    say: Callable[[str], None] = print
+    begin: Callable[[str, int, int, int], object] = lambda name, done, cells, frames: None
+    advance: Callable[[int], object] = lambda frames: None
+
+
+def run_accuracy(
+    config: BenchmarkConfig, report: Path, command: str, progress: Progress, only: str = ""
+) -> list[dict[str, Any]]:
+    """Run what the journal beside the report does not have yet, then write the report. Returns its records.
+
+    `only` keeps the cells whose name contains it.
+    """
+    torch.set_num_threads(config.threads)
+    journal = Journal(report.with_suffix(".jsonl"))
+    cells = [cell for cell in cells_of(config, _batch_norms(config)) if only in cell.name]
+    models: list[dict[str, Any]] = []
+    done = 0
+    for model in config.models:
+        own = [cell for cell in cells if (cell.data, cell.model) == (model.data, model.name)]
+        if not own:
+            continue
+        bench = _Bench.open(config, model.name, model.data, own, progress)
+        models.append({"data": model.data, "model": model.name, "clean_accuracy": bench.source.clean_accuracy})
+        for cell in own:
+            if journal.get(cell.key) is None:
+                bench.run(cell, journal, done, len(cells))
+            done += 1
+            write_report(report, journal, [c.key for c in cells], command, config.model_dump(mode="json"), models)
+    return [record for cell in cells for record in journal.entries[cell.key]["records"]]
+
+
+def _batch_norms(config: BenchmarkConfig) -> dict[tuple[str, str], bool]:
+    """Which models have BatchNorm layers, without loading weights."""
+    found = {}
+    for model in config.models:
+        if model.bundle is not None:
+            network: torch.nn.Module = load_bundle(model.bundle).model.network
+            found[model.data, model.name] = any(
+                isinstance(getattr(m, "norm", None), BATCH_NORM) for m in network.modules()
+            )
+        else:
+            network = build_network(model.architecture, model.arguments)
+            found[model.data, model.name] = any(isinstance(m, BATCH_NORM) for m in network.modules())
+    return found
+
+
+@dataclass
+class _Bench:
+    """One model with its data, ready to run cells."""
+
+    config: BenchmarkConfig
+    source: SourceModel
+    pool: Pool
+    tuning_pool: Pool
+    frames: Frames
+    hits: np.ndarray
+    progress: Progress
+    tuning: tuple[list[Stream], Frames] | None = None
+
+    @classmethod
+    def open(cls, config: BenchmarkConfig, name: str, data: str, cells: list[Cell], progress: Progress) -> _Bench:
+        model = next(m for m in config.models if (m.data, m.name) == (data, name))
+        dataset = open_dataset(data, config.data[data])
+        cache = cache_folder() / "benchmark"
+        source = open_source(model, dataset, cache, progress.say)
+        progress.say(
+            f"{data}/{name}: {source.clean_accuracy:.3f} on clean test images, "
+            f"{source.setup.model.coordinates} coordinates"
+        )
+        pool = _pool(dataset, config.pool, cache)
+        tuning_pool = Pool(source.tuning.part(0, 4 * config.tuning_frames), cache, None)
+        needed = {
+            condition
+            for setting in {s for cell in cells for s in cell.settings}
+            for seed in {s for cell in cells for s in cell.seeds}
+            for stream in _streams(config, setting, seed, pool)
+            for condition in stream.conditions
+        }
+        setup = source.setup
+        frames = load_frames(pool, sorted(needed), setup.mean, setup.std)
+        return cls(config, source, pool, tuning_pool, frames, source_hits(setup.model, frames), progress)
+
+    def run(self, cell: Cell, journal: Journal, done: int, cells: int) -> None:
+        options, tried = self._options(cell, journal)
+        method = self._method(cell, options)
+        streams = [s for setting in cell.settings for seed in cell.seeds for s in self._streams(setting, seed)]
+        self.progress.begin(cell.name, done, cells, sum(map(len, streams)))
+        begin = time.perf_counter()
+        cost = relative_cost(method, self.source.setup.model, *self._example(cell.batch))
+        every = max(1, int(np.ceil(cost - 0.05))) if cell.method != "source" else 1
+        groups = [[s for s in streams if s.setting != "timed"], [s for s in streams if s.setting == "timed"]]
+        right, refused, ordered = [], 0, []
+        for group, adapt_every in zip(groups, (1, every), strict=True):
+            if group:
+                outcome = run_streams(method, group, self.frames, cell.batch, adapt_every, self.progress.advance)
+                right += outcome.right
+                refused += outcome.refused
+                ordered += group
+        source = [self._source_right(stream) for stream in ordered]
+        records = records_of(cell, ordered, right, source)
+        seconds = time.perf_counter() - begin
+        journal.add(
+            cell.key,
+            name=cell.name,
+            options=options,
+            tried=tried,
+            relative_cost=round(cost, 2),
+            adapt_every=every,
+            refused_updates=refused,
+            frames=sum(map(len, streams)),
+            seconds=round(seconds, 1),
+            records=records,
+        )
+        ours, theirs = (float(np.mean([r[k] for r in records])) for k in ("accuracy", "source_accuracy"))
+        self.progress.say(f"{cell.name}: {ours:.3f} (source {theirs:.3f}), cost {cost:.1f}, {seconds:.0f} s")
+
+    def _streams(self, setting: Setting, seed: int) -> list[Stream]:
+        return _streams(self.config, setting, seed, self.pool)
+
+    def _source_right(self, stream: Stream) -> np.ndarray:
+        codes = np.array([self.frames.place[condition] for condition in stream.conditions])
+        return self.hits[codes[stream.condition], stream.image]
+
+    def _example(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = np.arange(batch) % len(self.pool)
+        frames = self.frames.batch(np.zeros(batch, int), images)
+        return frames, torch.from_numpy(self.pool.labels[images])
+
+    def _method(self, cell: Cell, options: Options) -> Method:
+        if cell.method == MGG_NAME:
+            generator = next(g for g in self.config.generators if g.variant == cell.variant)
+            method: MGG = self.source.generator(load_bundle(generator.bundle))
+            return method
+        return build(cell.method, self.source.setup, **options)
+
+    def _options(self, cell: Cell, journal: Journal) -> tuple[Options, list[dict[str, Any]]]:
+        """The options of a cell: none where it is published, else the best on the tuning shifts."""
+        if cell.method == MGG_NAME or cell.variant == "published" or cell.method == "source":
+            return {}, []
+        key = f"tuning/{cell.data}/{cell.model}/b{cell.batch}/{cell.method}/{cell.digest}"
+        entry = journal.get(key)
+        if entry is None:
+            grid = BASELINES[cell.method].grid(self.source.setup.model.batch_channels > 0)
+            tried = [{"options": options, "accuracy": self._tuning_score(cell, options)} for options in grid]
+            best = max(tried, key=lambda one: one["accuracy"])
+            entry = journal.add(key, options=best["options"], tried=tried)
+        return entry["options"], entry["tried"]
+
+    def _tuning_score(self, cell: Cell, options: Options) -> float:
+        """Mean accuracy over the frames of the tuning streams, from images and shifts that the test does not have."""
+        streams, frames = self._tuning()
+        method = build(cell.method, self.source.setup, **options)
+        self.progress.begin(f"tuning {cell.name} {options}", 0, 0, sum(map(len, streams)))
+        outcome = run_streams(method, streams, frames, cell.batch, 1, self.progress.advance)
+        return round(float(np.concatenate(outcome.right).mean()), 5)
+
+    def _tuning(self) -> tuple[list[Stream], Frames]:
+        if self.tuning is None:
+            size, labels = self.config.tuning_frames, self.tuning_pool.labels
+            streams = [
+                stream
+                for setting in TUNING_SETTINGS
+                for stream in make_streams(setting, 0, list(TUNING), labels, size, size)
+            ]
+            conditions = sorted({condition for stream in streams for condition in stream.conditions})
+            setup = self.source.setup
+            self.tuning = streams, load_frames(self.tuning_pool, conditions, setup.mean, setup.std)
+        return self.tuning
+
+
+def _pool(dataset: DataSet, size: int, cache: Path) -> Pool:
+    test = dataset.test()
+    return Pool(test.part(0, min(size, len(test))), cache, dataset.ready)
+
+
+def _streams(config: BenchmarkConfig, setting: Setting, seed: int, pool: Pool) -> list[Stream]:
+    return make_streams(setting, seed, list(TEST), pool.labels, config.frames, config.long_frames)

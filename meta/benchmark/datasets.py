@@ -1,0 +1,176 @@
+"""The data sets of the benchmark, and their shifted frames, made once and kept in the cache folder."""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from meta import data
+from meta.benchmark.corruptions import corrupt
+from meta.data import LabelledImages
+from schemas.errors import DataError
+
+CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_VARIABLE = "DRIFTKEEL_CIFAR10"
+CLEAN = "clean"
+CORRUPTIONS_VERSION = 1  # Part of the cache's names: raise it with every change of the corruptions.
+
+
+class DataConfig(BaseModel):
+    """Where frames come from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["fashion-mnist", "cifar10", "cifar10-c", "image-folder"]
+    path: Path | None = Field(
+        None,
+        description="cifar10: folder of train.npz and test.npz (or $DRIFTKEEL_CIFAR10); cifar10-c: folder of the .npy "
+        "files; image-folder: folder with train/ and test/, one folder per class in each",
+    )
+    size: int = Field(32, ge=8, le=512, description="image-folder: side to which frames are resized")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Images for training and testing; `ready` (shift, severity) gives frames that exist already."""
+
+    name: str
+    labels: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Callable[[], LabelledImages]
+    test: Callable[[], LabelledImages]
+    ready: Callable[[str, int], np.ndarray] | None = None
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+def open_dataset(name: str, config: DataConfig) -> DataSet:
+    """The data set of a config entry. Raises DataError where its files are not there or not what they should be."""
+    if config.kind == "fashion-mnist":
+        parts = {split: lambda split=split: data.fashion_mnist(split) for split in ("train", "test")}
+        return DataSet(name, data.LABELS, (data.MEAN,), (data.STD,), parts["train"], parts["test"])
+    if config.kind == "image-folder":
+        return _image_folder(name, config)
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    folder = os.environ.get(CIFAR10_VARIABLE)
+    own = config.path if config.kind == "cifar10" and config.path else Path(folder) if folder else None
+
+    def jpeg(split: str) -> LabelledImages:
+        if own is None:
+            raise DataError(f"data {name!r}: give its folder as path, or in ${CIFAR10_VARIABLE}")
+        return read_jpeg_archive(own / f"{split}.npz")
+
+    if config.kind == "cifar10":
+        return DataSet(name, CIFAR10_LABELS, mean, std, lambda: jpeg("train"), lambda: jpeg("test"))
+    ready = Cifar10C(config.path or Path("CIFAR-10-C"))
+    return DataSet(name, CIFAR10_LABELS, mean, std, lambda: jpeg("train"), ready.unshifted, ready.shifted)
+
+
+def read_jpeg_archive(path: Path) -> LabelledImages:
+    """`jpeg` uint8 (all files joined), `offset` int64 (N + 1,), `label` uint8 (N,) in one .npz. Raises DataError."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            joined, offset, label = archive["jpeg"], archive["offset"], archive["label"]
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path} is no archive of JPEG frames with jpeg, offset and label: {error}") from error
+    if len(offset) not in (len(label), len(label) + 1) or offset.min() < 0 or offset.max() > len(joined):
+        raise DataError(f"{path}: offsets and labels do not fit the frames")
+    ends = [*offset[1:], len(joined)][: len(label)]
+    files = (joined[start:end].tobytes() for start, end in zip(offset, ends, strict=False))
+    images = np.stack([_decoded(file, str(path), "RGB", None) for file in files])
+    return LabelledImages(images, label.astype(np.int64))
+
+
+class Cifar10C:
+    """The published folder of CIFAR-10-C: one (50,000, 32, 32, 3) array per corruption, 10,000 per severity."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def shifted(self, shift: str, severity: int) -> np.ndarray:
+        images = self._array(shift)
+        each = len(images) // 5
+        return images[(severity - 1) * each : severity * each]
+
+    def unshifted(self) -> LabelledImages:
+        """Labels, in the order of every severity, with frames of brightness 1: the folder has no clean ones."""
+        labels = self._array("labels").astype(np.int64)
+        return LabelledImages(self.shifted("brightness", 1), labels[: len(labels) // 5])
+
+    def _array(self, name: str) -> np.ndarray:
+        path = self.folder / f"{name}.npy"
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read: {error}; the benchmark expects CIFAR-10-C as published") from error
+
+
+def _image_folder(name: str, config: DataConfig) -> DataSet:
+    if config.path is None:
+        raise DataError(f"data {name!r}: an image-folder needs a path")
+    root = config.path
+    classes = tuple(sorted(entry.name for entry in (root / "test").glob("*") if entry.is_dir()))
+    if len(classes) < 2:
+        raise DataError(f"{root / 'test'}: expected one folder per class, and at least two")
+
+    def read(split: str) -> LabelledImages:
+        images, labels = [], []
+        for index, label in enumerate(classes):
+            for path in sorted((root / split / label).glob("*")):
+                images.append(_decoded(path.read_bytes(), str(path), "RGB", config.size))
+                labels.append(index)
+        if not images:
+            raise DataError(f"{root / split}: no images in folders named like those of test/")
+        order = np.random.default_rng(0).permutation(len(labels))
+        return LabelledImages(np.stack(images)[order], np.array(labels, np.int64)[order])
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return DataSet(name, classes, mean, std, lambda: read("train"), lambda: read("test"))
+
+
+def _decoded(content: bytes, where: str, mode: str, size: int | None) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP", "BMP")) as image:
+            image = image.convert(mode)
+            return np.asarray(image if size is None else image.resize((size, size), Image.Resampling.BILINEAR))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where} holds a frame that cannot be decoded: {error}") from error
+
+
+class Pool:
+    """A fixed set of labelled images, clean and under every shift, from which streams draw."""
+
+    def __init__(self, clean: LabelledImages, cache: Path, ready: Callable[[str, int], np.ndarray] | None) -> None:
+        self.clean, self.labels, self._ready = clean, clean.labels, ready
+        digest = zlib.crc32(np.ascontiguousarray(clean.images).tobytes())
+        self._folder = cache / "shifted" / f"{len(clean)}-{digest:08x}-v{CORRUPTIONS_VERSION}"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def images(self, shift: str, severity: int) -> np.ndarray:
+        """All frames of the pool under one shift, uint8; kept on disk once made."""
+        if shift == CLEAN:
+            return self.clean.images
+        if self._ready is not None:
+            return self._ready(shift, severity)[: len(self)]
+        path = self._folder / f"{shift}-{severity}.npy"
+        if not path.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            with partial.open("wb") as file:
+                np.save(file, corrupt(self.clean.images, shift, severity), allow_pickle=False)
+            partial.replace(path)
+        return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -1,0 +1,184 @@
+"""What the benchmark runs: one YAML file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from meta.baselines import BASELINES
+from meta.benchmark.datasets import DataConfig
+from meta.benchmark.sources import ModelConfig
+from meta.benchmark.streams import SETTINGS, Setting
+from schemas.errors import ConfigError
+
+Variant = Literal["published", "tuned"]
+MGG_NAME = "mgg"
+# Methods that have one variant only, and whose results therefore carry none.
+SINGLE = ("source", "oracle")
+
+
+class GeneratorConfig(BaseModel):
+    """A bundle whose generator is measured, as method `mgg` with this variant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variant: str = Field(min_length=1)
+    bundle: Path
+    models: tuple[str, ...] = Field((), description="names of models, or data/model; empty: all")
+
+
+class RunConfig(BaseModel):
+    """A block of cells: every method on every model, batch size, setting and seed named here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: tuple[str, ...] = Field((), description="names of models, or data/model; empty: all")
+    methods: tuple[str, ...] = Field((), description="empty: all, and all generators")
+    variants: tuple[Variant, ...] = ("published", "tuned")
+    batches: tuple[int, ...] = (16,)
+    settings: tuple[Setting, ...] = tuple(s for s in SETTINGS if s not in ("healthy", "long"))
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    @model_validator(mode="after")
+    def _known(self) -> RunConfig:
+        unknown = set(self.methods) - set(BASELINES) - {MGG_NAME}
+        if unknown:
+            raise ValueError(f"unknown methods {sorted(unknown)}; known: {MGG_NAME}, {', '.join(BASELINES)}")
+        if any(batch < 1 for batch in self.batches):
+            raise ValueError("batches must be at least 1")
+        return self
+
+
+class BenchmarkConfig(BaseModel):
+    """Everything about a benchmark. Equal configs give equal records, but for measured times."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    threads: int = Field(2, ge=1)
+    pool: int = Field(5_000, ge=10, description="test images that streams draw from")
+    frames: int = Field(1_000, ge=1, description="frames per shift")
+    long_frames: int = Field(50_000, ge=1, description="frames of the settings healthy and long")
+    tuning_frames: int = Field(500, ge=1, description="frames per tuning shift for every option that is tried")
+    data: dict[str, DataConfig]
+    models: tuple[ModelConfig, ...]
+    generators: tuple[GeneratorConfig, ...] = ()
+    runs: tuple[RunConfig, ...]
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> BenchmarkConfig:
+        for model in self.models:
+            if model.data not in self.data:
+                raise ValueError(f"model {model.name!r} names data {model.data!r}, which is not in the data section")
+        known = {model.name for model in self.models} | {f"{model.data}/{model.name}" for model in self.models}
+        for entry in (*self.runs, *self.generators):
+            if set(entry.models) - known:
+                raise ValueError(f"unknown models {sorted(set(entry.models) - known)}; known: {sorted(known)}")
+        return self
+
+    def quick(self) -> BenchmarkConfig:
+        """The first model only, few frames, one seed, one batch size: whether everything works."""
+        first = self.models[0]
+        settings: tuple[Setting, ...] = ("continual", "timed", "reset", "mixed", "correlated", "healthy")
+        run = RunConfig(models=(f"{first.data}/{first.name}",), batches=(16,), settings=settings, seeds=(0,))
+        return self.model_copy(
+            update={
+                "pool": min(self.pool, 500),
+                "frames": 40,
+                "long_frames": 400,
+                "tuning_frames": 40,
+                "data": {first.data: self.data[first.data]},
+                "models": (first,),
+                "generators": tuple(g for g in self.generators if _matches(g.models, first)),
+                "runs": (run,),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one model with one batch size: all of its streams run side by side."""
+
+    data: str
+    model: str
+    batch: int
+    method: str
+    variant: str
+    settings: tuple[Setting, ...]
+    seeds: tuple[int, ...]
+    digest: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}/{self.model}/b{self.batch}/{self.method}{'-' if self.variant else ''}{self.variant}"
+
+    @property
+    def key(self) -> str:
+        """Changes with anything that changes the cell's records."""
+        return f"{self.name}/{','.join(self.settings)}/{','.join(map(str, self.seeds))}/{self.digest}"
+
+
+def read_benchmark(path: Path) -> BenchmarkConfig:
+    """Raises ConfigError."""
+    try:
+        return BenchmarkConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"benchmark {path}: {error}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the file"
+        raise ConfigError(f"benchmark {path}: {where}: {problem['msg']}") from error
+
+
+def cells_of(config: BenchmarkConfig, has_batch_norm: dict[tuple[str, str], bool]) -> list[Cell]:
+    """The cells in the order they run: model by model. `has_batch_norm` is by (data, model)."""
+    cells: dict[Cell, None] = {}
+    for model in config.models:
+        for run in config.runs:
+            if not _matches(run.models, model):
+                continue
+            for batch in run.batches:
+                for method, variant, extra in _methods(config, run, model, has_batch_norm[model.data, model.name]):
+                    digest = _digest(config, model, extra)
+                    cell = Cell(model.data, model.name, batch, method, variant, run.settings, run.seeds, digest)
+                    cells[cell] = None
+    return list(cells)
+
+
+def _methods(
+    config: BenchmarkConfig, run: RunConfig, model: ModelConfig, batch_norm: bool
+) -> list[tuple[str, str, Any]]:
+    """(method, variant, what else its results depend on)."""
+    names = run.methods or (*BASELINES, MGG_NAME)
+    found: list[tuple[str, str, Any]] = []
+    for name in names:
+        if name == MGG_NAME:
+            fitting = [g for g in config.generators if _matches(g.models, model)]
+            found += [(name, g.variant, _bundle_digest(g.bundle)) for g in fitting]
+        elif name in SINGLE:
+            found.append((name, "", None))
+        elif name != "bn" or batch_norm:
+            found += [(name, variant, None) for variant in run.variants]
+    return found
+
+
+def _bundle_digest(bundle: Path) -> str:
+    try:
+        return hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"generators: {bundle} is no bundle: {error.strerror}") from error
+
+
+def _digest(config: BenchmarkConfig, model: ModelConfig, extra: Any) -> str:
+    sizes = [config.pool, config.frames, config.long_frames, config.tuning_frames]
+    content = [sizes, config.data[model.data].model_dump(mode="json"), model.model_dump(mode="json"), extra]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _matches(names: tuple[str, ...], model: ModelConfig) -> bool:
+    return not names or model.name in names or f"{model.data}/{model.name}" in names

@@ -1,0 +1,139 @@
+"""What a benchmark leaves: a line per finished cell beside the report, and the report put together from them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from meta.benchmark.plan import Cell
+from meta.benchmark.streams import Stream
+
+
+class Record(TypedDict):
+    """Accuracy of one method under one shift: the mean over the frames of one seed."""
+
+    data: str
+    model: str
+    setting: str
+    shift: str
+    severity: int
+    batch: int
+    method: str
+    variant: str
+    seed: int
+    accuracy: float
+    source_accuracy: float
+
+
+def records_of(cell: Cell, streams: list[Stream], right: list[np.ndarray], source: list[np.ndarray]) -> list[Record]:
+    """One record per setting, seed, shift and severity."""
+    sums: dict[tuple[str, int, str, int], list[float]] = {}
+    for stream, ours, theirs in zip(streams, right, source, strict=True):
+        for code, (shift, severity) in enumerate(stream.conditions):
+            mine = stream.condition == code
+            total = sums.setdefault((stream.setting, stream.seed, shift, severity), [0.0, 0.0, 0.0])
+            total[0] += float(ours[mine].sum())
+            total[1] += float(theirs[mine].sum())
+            total[2] += float(mine.sum())
+    return [
+        Record(
+            data=cell.data,
+            model=cell.model,
+            setting=setting,
+            shift=shift,
+            severity=severity,
+            batch=cell.batch,
+            method=cell.method,
+            variant=cell.variant,
+            seed=seed,
+            accuracy=round(ours / count, 5),
+            source_accuracy=round(theirs / count, 5),
+        )
+        for (setting, seed, shift, severity), (ours, theirs, count) in sums.items()
+    ]
+
+
+class Journal:
+    """Finished work, one JSON object a line; what was cut off in the middle of a line is done again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+                self.entries[entry["key"]] = entry
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self.entries.get(key)
+
+    def add(self, key: str, **content: Any) -> dict[str, Any]:
+        entry = {"key": key, **content}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        ended = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(("" if ended else "\n") + json.dumps(entry) + "\n")
+        self.entries[key] = entry
+        return entry
+
+
+def write_report(
+    path: Path, journal: Journal, keys: list[str], command: str, config: dict[str, Any], models: list[dict[str, Any]]
+) -> None:
+    """The cells `keys` as one JSON file: records for everybody, cells for who wants to know how."""
+    done = [journal.entries[key] for key in keys if key in journal.entries]
+    content = {
+        "command": command,
+        "commit": commit(),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config,
+        "models": models,
+        "cells": [{name: value for name, value in entry.items() if name != "records"} for entry in done],
+        "records": [record for entry in done for record in entry["records"]],
+    }
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(_lines(content), encoding="utf-8")
+    partial.replace(path)
+
+
+def _lines(content: dict[str, Any]) -> str:
+    """JSON with one record or cell a line, so that differences between two reports can be read."""
+    parts = []
+    for name, value in content.items():
+        if isinstance(value, list):
+            rows = ",\n".join("  " + json.dumps(row) for row in value)
+            parts.append(f' "{name}": [\n{rows}\n ]')
+        else:
+            parts.append(f' "{name}": {json.dumps(value)}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def commit() -> str:
+    """The commit of the working tree this runs from, with + where it was changed; empty outside of one."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],  # noqa: S607
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],  # noqa: S607
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

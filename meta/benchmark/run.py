@@ -1,0 +1,150 @@
+"""Run one method over many streams at once, and measure what it costs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meta.baselines.own import Oracle
+from meta.benchmark.datasets import Pool
+from meta.benchmark.streams import Condition, Stream
+from meta.method import Method, State, finite_rows
+from meta.source import as_frames, image_tensor
+
+MAX_PASS = 512  # frames of all streams in one pass
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The shifted images that a group of streams draws from: `stack` uint8 (conditions, N, h, w[, 3])."""
+
+    stack: np.ndarray
+    place: dict[Condition, int]
+    labels: np.ndarray
+    mean: Tensor
+    std: Tensor
+
+    def batch(self, conditions: np.ndarray, images: np.ndarray) -> Tensor:
+        """Standardised frames (B, ch, h, w)."""
+        return as_frames(image_tensor(self.stack[conditions, images]).float() / 255, self.mean, self.std)
+
+
+def load_frames(pool: Pool, conditions: list[Condition], mean: Tensor, std: Tensor) -> Frames:
+    stack = np.stack([pool.images(*condition) for condition in conditions])
+    return Frames(stack, {condition: i for i, condition in enumerate(conditions)}, pool.labels, mean, std)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Per stream, whether each frame was right (L,) bool; and how many updates were refused as not finite."""
+
+    right: list[np.ndarray]
+    refused: int
+
+
+def run_streams(
+    method: Method,
+    streams: list[Stream],
+    frames: Frames,
+    batch: int,
+    adapt_every: int = 1,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Outcome:
+    """Predict every batch, then update, for all streams side by side; results are those of each stream alone.
+
+    An update that is not finite is refused, as the worker's guard does; a prediction that is not finite is wrong.
+    `adapt_every` C: only the first of every C batches is adapted on. `advance` hears of finished frames.
+    """
+    order = sorted(range(len(streams)), key=lambda i: -len(streams[i]))
+    right = [np.zeros(len(stream), bool) for stream in streams]
+    refused = 0
+    at_once = max(1, MAX_PASS // batch)
+    for start in range(0, len(order), at_once):
+        group = order[start : start + at_once]
+        refused += _run_group(
+            method, [streams[i] for i in group], [right[i] for i in group], frames, batch, adapt_every, advance
+        )
+    return Outcome(right, refused)
+
+
+def _run_group(
+    method: Method,
+    streams: list[Stream],
+    right: list[np.ndarray],
+    frames: Frames,
+    batch: int,
+    adapt_every: int,
+    advance: Callable[[int], object],
+) -> int:
+    """Streams in order of falling length, so that those still running are the first rows of the state."""
+    codes = [np.array([frames.place[c] for c in stream.conditions])[stream.condition] for stream in streams]
+    state = {name: tensor.detach() for name, tensor in method.fresh(len(streams)).items()}
+    refused = 0
+    for turn in range(math.ceil(len(streams[0]) / batch)):
+        now = slice(turn * batch, (turn + 1) * batch)
+        running = [i for i, stream in enumerate(streams) if len(stream) > now.start]
+        if len(running) < len(next(iter(state.values()))):
+            state = {name: tensor[: len(running)] for name, tensor in state.items()}
+        images = [streams[i].image[now] for i in running]
+        sizes = [len(part) for part in images]
+        stream = torch.arange(len(running)).repeat_interleave(torch.tensor(sizes))
+        seen = frames.batch(np.concatenate([codes[i][now] for i in running]), np.concatenate(images))
+        labels = frames.labels[np.concatenate(images)]
+        forward = method.predict(seen, stream, state)
+        logits = forward.logits.detach()
+        hits = (logits.argmax(1).numpy() == labels) & logits.isfinite().all(1).numpy()
+        for i, part in zip(running, np.split(hits, np.cumsum(sizes)[:-1]), strict=True):
+            right[i][now] = part
+        if turn % adapt_every == 0:
+            if isinstance(method, Oracle):
+                method.labels = torch.from_numpy(labels)
+            state, lost = _guarded(method.update(forward).state, state)
+            refused += lost
+        advance(len(hits))
+    return refused
+
+
+def _guarded(new: State, old: State) -> tuple[State, int]:
+    finite = finite_rows(new)
+    new = {name: tensor.detach() for name, tensor in new.items()}
+    if bool(finite.all()):
+        return new, 0
+    rows = {name: finite.view(-1, *[1] * (tensor.dim() - 1)) for name, tensor in new.items()}
+    return {name: torch.where(rows[name], new[name], old[name]) for name in new}, int((~finite).sum())
+
+
+def relative_cost(method: Method, model: torch.nn.Module, frames: Tensor, labels: Tensor) -> float:
+    """Time of predict and update over that of a plain forward, for one stream: medians of nine, taken in turn."""
+    stream = torch.zeros(len(frames), dtype=torch.long)
+    state = {name: tensor.detach() for name, tensor in method.fresh(1).items()}
+    plain, adapted = [], []
+    if isinstance(method, Oracle):
+        method.labels = labels
+    for _ in range(11):
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            model(frames)
+        middle = time.perf_counter()
+        method.update(method.predict(frames, stream, state))
+        plain.append(middle - begin)
+        adapted.append(time.perf_counter() - middle)
+    return float(np.median(adapted[2:]) / np.median(plain[2:]))
+
+
+def source_hits(model: torch.nn.Module, frames: Frames) -> np.ndarray:
+    """(conditions, N) bool: where the source model is right. One pass serves every stream."""
+    count, size = frames.stack.shape[:2]
+    hits = np.zeros((count, size), bool)
+    for condition in range(count):
+        for start in range(0, size, MAX_PASS):
+            images = np.arange(start, min(size, start + MAX_PASS))
+            with torch.inference_mode():
+                logits = model(frames.batch(np.full(len(images), condition), images))
+            hits[condition, images] = logits.argmax(1).numpy() == frames.labels[images]
+    return hits

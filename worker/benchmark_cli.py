@@ -1,0 +1,45 @@
+"""`driftkeel benchmark ...`: measure methods against each other, and make tables of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+benchmark_app = typer.Typer(help="Measure adaptation methods.", no_args_is_help=True)
+
+
+@benchmark_app.command("accuracy")
+def accuracy(
+    config: Annotated[Path, typer.Option("--config", "-c", help="What to run, a YAML file.")],
+    report: Annotated[Path, typer.Option("--report", "-o", help="JSON file to write; finished cells lie beside it.")],
+    quick: Annotated[bool, typer.Option(help="One model, few frames: whether everything works.")] = False,
+    only: Annotated[str, typer.Option(help="Run only the cells whose name contains this.")] = "",
+) -> None:
+    """Accuracy of every method under drift. Run it again to go on where it stopped."""
+    import shlex
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    from meta.benchmark.accuracy import Progress, run_accuracy
+    from meta.benchmark.plan import read_benchmark
+
+    settings = read_benchmark(config)
+    parts = ["driftkeel", "benchmark", "accuracy", "--config", str(config), "--report", str(report)]
+    parts += ["--quick"] * quick + (["--only", only] if only else [])
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        whole = bars.add_task("cells", total=None)
+        cell = bars.add_task("", total=None)
+
+        def begin(name: str, done: int, cells: int, frames: int) -> None:
+            if cells:
+                bars.update(whole, completed=done, total=cells)
+            bars.reset(cell, description=name, total=frames)
+
+        progress = Progress(bars.console.print, begin, lambda frames: bars.advance(cell, frames))
+        records = run_accuracy(settings.quick() if quick else settings, report, shlex.join(parts), progress, only)
+    print(f"{len(records)} records in {report}")
