@@ -16,8 +16,10 @@ def accuracy(
     report: Annotated[Path, typer.Option("--report", "-o", help="JSON file to write; finished cells lie beside it.")],
     quick: Annotated[bool, typer.Option(help="One model, few frames: whether everything works.")] = False,
     only: Annotated[str, typer.Option(help="Run only the cells whose name contains this.")] = "",
+    minutes: Annotated[float, typer.Option(min=0, help="Begin no cell later than this; 0: no limit.")] = 0,
 ) -> None:
     """Accuracy of every method under drift. Run it again to go on where it stopped."""
+    import math
     import shlex
 
     from rich.console import Console
@@ -41,5 +43,7 @@ def accuracy(
             bars.reset(cell, description=name, total=frames)
 
         progress = Progress(bars.console.print, begin, lambda frames: bars.advance(cell, frames))
-        records = run_accuracy(settings.quick() if quick else settings, report, shlex.join(parts), progress, only)
-    print(f"{len(records)} records in {report}")
+        stop_after_s = 60 * minutes or math.inf
+        plan = settings.quick() if quick else settings
+        left = run_accuracy(plan, report, shlex.join(parts), progress, only, stop_after_s)
+    print(f"{report} written" + (f"; {left} cells are left: run the same command again" if left else ""))

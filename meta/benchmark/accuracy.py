@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,12 +41,19 @@ class Progress:
 
 
 def run_accuracy(
-    config: BenchmarkConfig, report: Path, command: str, progress: Progress, only: str = ""
-) -> list[dict[str, Any]]:
-    """Run what the journal beside the report does not have yet, then write the report. Returns its records.
+    config: BenchmarkConfig,
+    report: Path,
+    command: str,
+    progress: Progress,
+    only: str = "",
+    stop_after_s: float = math.inf,
+) -> int:
+    """Run what the journal beside the report does not have yet, then write the report.
 
-    `only` keeps the cells whose name contains it.
+    `only` keeps the cells whose name contains it. No cell begins later than `stop_after_s`. Returns how many cells
+    are still to do.
     """
+    started = time.monotonic()
     torch.set_num_threads(config.threads)
     journal = Journal(report.with_suffix(".jsonl"))
     cells = [cell for cell in cells_of(config, _batch_norms(config)) if only in cell.name]
@@ -58,11 +66,11 @@ def run_accuracy(
         bench = _Bench.open(config, model.name, model.data, own, progress)
         models.append({"data": model.data, "model": model.name, "clean_accuracy": bench.source.clean_accuracy})
         for cell in own:
-            if journal.get(cell.key) is None:
+            if journal.get(cell.key) is None and time.monotonic() - started < stop_after_s:
                 bench.run(cell, journal, done, len(cells))
             done += 1
-            write_report(report, journal, [c.key for c in cells], command, config.model_dump(mode="json"), models)
-    return [record for cell in cells for record in journal.entries[cell.key]["records"]]
+        write_report(report, journal, [c.key for c in cells], command, config.model_dump(mode="json"), models)
+    return sum(journal.get(cell.key) is None for cell in cells)
 
 
 def _batch_norms(config: BenchmarkConfig) -> dict[tuple[str, str], bool]:
