@@ -47,3 +47,17 @@ def accuracy(
         plan = settings.quick() if quick else settings
         left = run_accuracy(plan, report, shlex.join(parts), progress, only, stop_after_s)
     print(f"{report} written" + (f"; {left} cells are left: run the same command again" if left else ""))
+
+
+@benchmark_app.command("tables")
+def tables(
+    report: Annotated[Path, typer.Argument(help="A report of `driftkeel benchmark accuracy`.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw the gains, as SVG or PNG, here.")] = None,
+) -> None:
+    """Markdown tables of a report: accuracy per setting, spread, worst cell, share of the oracle's gain."""
+    from meta.benchmark import tables as made
+
+    results = made.Results(made.read_records(report))
+    print(made.markdown(results), end="")
+    if plot is not None:
+        made.plot(results, plot)

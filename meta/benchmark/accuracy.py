@@ -50,27 +50,33 @@ def run_accuracy(
 ) -> int:
     """Run what the journal beside the report does not have yet, then write the report.
 
-    `only` keeps the cells whose name contains it. No cell begins later than `stop_after_s`. Returns how many cells
-    are still to do.
+    `only` keeps the cells whose name contains it. No cell but the first begins later than `stop_after_s`. Returns how
+    many cells are still to do.
     """
     started = time.monotonic()
     torch.set_num_threads(config.threads)
     journal = Journal(report.with_suffix(".jsonl"))
     cells = [cell for cell in cells_of(config, _batch_norms(config)) if only in cell.name]
-    models: list[dict[str, Any]] = []
-    done = 0
+    ran = 0
     for model in config.models:
         own = [cell for cell in cells if (cell.data, cell.model) == (model.data, model.name)]
-        if not own:
+        missing = [cell for cell in own if journal.get(cell.key) is None]
+        if not missing or (ran > 0 and time.monotonic() - started > stop_after_s):
             continue
         bench = _Bench.open(config, model.name, model.data, own, progress)
-        models.append({"data": model.data, "model": model.name, "clean_accuracy": bench.source.clean_accuracy})
-        for cell in own:
-            if journal.get(cell.key) is None and time.monotonic() - started < stop_after_s:
-                bench.run(cell, journal, done, len(cells))
-            done += 1
-        write_report(report, journal, [c.key for c in cells], command, config.model_dump(mode="json"), models)
-    return sum(journal.get(cell.key) is None for cell in cells)
+        journal.add(_model_key(own[0]), data=model.data, model=model.name, clean_accuracy=bench.source.clean_accuracy)
+        for cell in missing:
+            if ran == 0 or time.monotonic() - started < stop_after_s:
+                bench.run(cell, journal, sum(journal.get(c.key) is not None for c in cells), len(cells))
+                ran += 1
+    keys = [cell.key for cell in cells]
+    models = [journal.get(key) for key in dict.fromkeys(map(_model_key, cells))]
+    write_report(report, journal, keys, command, config.model_dump(mode="json"), [m for m in models if m])
+    return sum(journal.get(key) is None for key in keys)
+
+
+def _model_key(cell: Cell) -> str:
+    return f"model/{cell.data}/{cell.model}/{cell.digest}"
 
 
 def _batch_norms(config: BenchmarkConfig) -> dict[tuple[str, str], bool]:
@@ -113,16 +119,13 @@ class _Bench:
         )
         pool = _pool(dataset, config.pool, cache)
         tuning_pool = Pool(source.tuning.part(0, 4 * config.tuning_frames), cache, None)
-        needed = {
-            condition
-            for setting in {s for cell in cells for s in cell.settings}
-            for seed in {s for cell in cells for s in cell.seeds}
-            for stream in _streams(config, setting, seed, pool)
-            for condition in stream.conditions
-        }
+        settings = {setting for cell in cells for setting in cell.settings}
+        seeds = {seed for cell in cells for seed in cell.seeds}
+        streams = [s for setting in settings for seed in seeds for s in _streams(config, setting, seed, pool)]
         setup = source.setup
-        frames = load_frames(pool, sorted(needed), setup.mean, setup.std)
-        return cls(config, source, pool, tuning_pool, frames, source_hits(setup.model, frames), progress)
+        needed = sorted({condition for stream in streams for condition in stream.conditions})
+        frames = load_frames(pool, needed, setup.mean, setup.std)
+        return cls(config, source, pool, tuning_pool, frames, source_hits(setup.model, frames, streams), progress)
 
     def run(self, cell: Cell, journal: Journal, done: int, cells: int) -> None:
         options, tried = self._options(cell, journal)
@@ -162,8 +165,7 @@ class _Bench:
         return _streams(self.config, setting, seed, self.pool)
 
     def _source_right(self, stream: Stream) -> np.ndarray:
-        codes = np.array([self.frames.place[condition] for condition in stream.conditions])
-        return self.hits[codes[stream.condition], stream.image]
+        return self.hits[self.frames.codes(stream), stream.image]
 
     def _example(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         images = np.arange(batch) % len(self.pool)

@@ -30,6 +30,10 @@ class Frames:
     mean: Tensor
     std: Tensor
 
+    def codes(self, stream: Stream) -> np.ndarray:
+        """Where in the stack each frame of a stream lies, (L,)."""
+        return np.array([self.place[condition] for condition in stream.conditions])[stream.condition]
+
     def batch(self, conditions: np.ndarray, images: np.ndarray) -> Tensor:
         """Standardised frames (B, ch, h, w)."""
         return as_frames(image_tensor(self.stack[conditions, images]).float() / 255, self.mean, self.std)
@@ -83,7 +87,7 @@ def _run_group(
     advance: Callable[[int], object],
 ) -> int:
     """Streams in order of falling length, so that those still running are the first rows of the state."""
-    codes = [np.array([frames.place[c] for c in stream.conditions])[stream.condition] for stream in streams]
+    codes = [frames.codes(stream) for stream in streams]
     state = {name: tensor.detach() for name, tensor in method.fresh(len(streams)).items()}
     refused = 0
     for turn in range(math.ceil(len(streams[0]) / batch)):
@@ -137,14 +141,16 @@ def relative_cost(method: Method, model: torch.nn.Module, frames: Tensor, labels
     return float(np.median(adapted[2:]) / np.median(plain[2:]))
 
 
-def source_hits(model: torch.nn.Module, frames: Frames) -> np.ndarray:
-    """(conditions, N) bool: where the source model is right. One pass serves every stream."""
-    count, size = frames.stack.shape[:2]
-    hits = np.zeros((count, size), bool)
-    for condition in range(count):
-        for start in range(0, size, MAX_PASS):
-            images = np.arange(start, min(size, start + MAX_PASS))
-            with torch.inference_mode():
-                logits = model(frames.batch(np.full(len(images), condition), images))
-            hits[condition, images] = logits.argmax(1).numpy() == frames.labels[images]
+def source_hits(model: torch.nn.Module, frames: Frames, streams: list[Stream]) -> np.ndarray:
+    """(conditions, N) bool: where the source model is right, for every frame that some stream shows."""
+    needed = np.zeros(frames.stack.shape[:2], bool)
+    for stream in streams:
+        needed[frames.codes(stream), stream.image] = True
+    hits = np.zeros_like(needed)
+    conditions, images = np.nonzero(needed)
+    for start in range(0, len(images), MAX_PASS):
+        some = slice(start, start + MAX_PASS)
+        with torch.inference_mode():
+            logits = model(frames.batch(conditions[some], images[some]))
+        hits[conditions[some], images[some]] = logits.argmax(1).numpy() == frames.labels[images[some]]
     return hits

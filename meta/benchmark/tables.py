@@ -1,0 +1,210 @@
+"""Tables and a picture from a benchmark's report: everything in them can be computed again from the records.
+
+A *cell* here is one data set, model, batch size, setting, shift and severity, averaged over seeds. *Gain* is adapted
+minus source accuracy of the same frames, in points. Means over shifts give every shift the same weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean, pstdev, stdev
+from typing import NamedTuple
+
+from meta.benchmark.report import Record
+from meta.benchmark.streams import SETTINGS
+from schemas.errors import DataError
+
+
+class Place(NamedTuple):
+    """Where methods are compared."""
+
+    data: str
+    model: str
+    batch: int
+
+
+class Entry(NamedTuple):
+    """Who is compared."""
+
+    method: str
+    variant: str
+
+    def __str__(self) -> str:
+        return f"{self.method} ({self.variant})" if self.variant else self.method
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a report. Raises DataError."""
+    try:
+        records: list[Record] = json.loads(path.read_text(encoding="utf-8"))["records"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no report of the benchmark: {error}") from error
+    if not records:
+        raise DataError(f"{path} has no records")
+    return records
+
+
+class Results:
+    """Records, looked at from all sides."""
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self._by: dict[tuple[Place, Entry, str], list[Record]] = defaultdict(list)
+        for record in records:
+            place = Place(record["data"], record["model"], record["batch"])
+            self._by[place, Entry(record["method"], record["variant"]), record["setting"]].append(record)
+        self.places = sorted({place for place, _, _ in self._by})
+        self.entries = sorted({entry for _, entry, _ in self._by}, key=_rank)
+        present = {setting for _, _, setting in self._by}
+        self.settings = [setting for setting in SETTINGS if setting in present]
+
+    def records(self, place: Place, entry: Entry, setting: str) -> list[Record]:
+        return self._by.get((place, entry, setting), [])
+
+    def accuracy(self, place: Place, entry: Entry, setting: str) -> tuple[float, float] | None:
+        """Mean accuracy in percent and its standard deviation over seeds (0 for one seed)."""
+        by_seed: dict[int, dict[tuple[str, int], float]] = defaultdict(dict)
+        for r in self.records(place, entry, setting):
+            by_seed[r["seed"]][r["shift"], r["severity"]] = 100 * r["accuracy"]
+        means = [fmean(shifts.values()) for shifts in by_seed.values()]
+        if not means:
+            return None
+        return fmean(means), stdev(means) if len(means) > 1 else 0.0
+
+    def gains(self, place: Place, entry: Entry, setting: str) -> dict[tuple[str, int], float]:
+        """Gain in points by shift and severity, averaged over seeds."""
+        values: dict[tuple[str, int], list[float]] = defaultdict(list)
+        for r in self.records(place, entry, setting):
+            values[r["shift"], r["severity"]].append(100 * (r["accuracy"] - r["source_accuracy"]))
+        return {key: fmean(found) for key, found in values.items()}
+
+    def mean_gain(self, place: Place, entry: Entry, setting: str) -> float | None:
+        gains = self.gains(place, entry, setting)
+        return fmean(gains.values()) if gains else None
+
+    def spread(self, place: Place, entry: Entry) -> float | None:
+        """Standard deviation of the gain over the shifts, averaged over settings with more than one."""
+        found = [list(self.gains(place, entry, setting).values()) for setting in self.settings]
+        spreads = [pstdev(gains) for gains in found if len(gains) > 1]
+        return fmean(spreads) if spreads else None
+
+    def worst(self, place: Place, entry: Entry) -> tuple[float, str] | None:
+        """The lowest gain of all cells, and where it is."""
+        found = [
+            (gain, f"{setting}, {shift} {severity}")
+            for setting in self.settings
+            for (shift, severity), gain in self.gains(place, entry, setting).items()
+        ]
+        return min(found) if found else None
+
+    def oracle_share(self, place: Place, entry: Entry) -> float | None:
+        """Gain as a share of the oracle's, in percent, averaged over settings where the oracle gains a point."""
+        shares = []
+        for setting in self.settings:
+            ours, best = (self.mean_gain(place, e, setting) for e in (entry, Entry("oracle", "")))
+            if ours is not None and best is not None and best > 1:
+                shares.append(100 * ours / best)
+        return fmean(shares) if shares else None
+
+    def best_baseline(self, place: Place, setting: str, variant: str) -> tuple[Entry, float] | None:
+        """The baseline with the highest accuracy, and that accuracy in percent."""
+        found = []
+        for entry in self.entries:
+            value = self.accuracy(place, entry, setting)
+            if value is not None and entry.method not in ("mgg", "oracle", "source") and entry.variant == variant:
+                found.append((value[0], entry))
+        return (max(found)[1], max(found)[0]) if found else None
+
+
+def _rank(entry: Entry) -> tuple[int, str, str]:
+    return ({"source": 0, "mgg": 2, "oracle": 3}.get(entry.method, 1), entry.method, entry.variant)
+
+
+def markdown(results: Results) -> str:
+    """All tables, one section per data set, model and batch size."""
+    parts = []
+    for place in results.places:
+        parts.append(f"### {place.data}, {place.model}, batches of {place.batch}\n")
+        parts.append(accuracy_table(results, place))
+        parts.append(leaders_table(results, place))
+    return "\n".join(parts)
+
+
+def accuracy_table(results: Results, place: Place) -> str:
+    """Mean accuracy per setting, then spread over shifts, worst cell, share of the oracle's gain."""
+    settings = [s for s in results.settings if any(results.records(place, e, s) for e in results.entries)]
+    head = ["accuracy, %", *settings, "spread", "worst cell", "of oracle"]
+    rows = []
+    for entry in results.entries:
+        values = [results.accuracy(place, entry, setting) for setting in settings]
+        if not any(values):
+            continue
+        spread, worst = results.spread(place, entry), results.worst(place, entry)
+        share = results.oracle_share(place, entry)
+        rows.append(
+            [
+                str(entry),
+                *[_with_deviation(value) for value in values],
+                "" if spread is None else f"{spread:.1f}",
+                "" if worst is None else f"{worst[0]:+.1f} ({worst[1]})",
+                "" if share is None else f"{share:.0f}%",
+            ]
+        )
+    return _table(head, rows)
+
+
+def leaders_table(results: Results, place: Place) -> str:
+    """The baseline to beat in each setting, published and tuned."""
+    rows = []
+    for setting in results.settings:
+        row = [setting]
+        for variant in ("published", "tuned"):
+            best = results.best_baseline(place, setting, variant)
+            row.append("" if best is None else f"{best[0].method} {best[1]:.1f}")
+        for entry in results.entries:
+            if entry.method in ("source", "mgg", "oracle"):
+                row.append(_with_deviation(results.accuracy(place, entry, setting)))
+        if any(row[1:]):
+            rows.append(row)
+    own = [str(e) for e in results.entries if e.method in ("source", "mgg", "oracle")]
+    return _table(["setting", "best published", "best tuned", *own], rows)
+
+
+def _with_deviation(value: tuple[float, float] | None) -> str:
+    if value is None:
+        return ""
+    return f"{value[0]:.1f} ± {value[1]:.1f}" if value[1] else f"{value[0]:.1f}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [" | ".join(head), " | ".join(["---", *["--:"] * (len(head) - 1)]), *[" | ".join(row) for row in rows]]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def plot(results: Results, path: Path) -> None:
+    """Gain per setting of every method, one panel per data set, model and batch size. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    height = 1.2 + 0.22 * len(results.entries)
+    figure, axes = pyplot.subplots(
+        len(results.places), 1, figsize=(9, height * len(results.places)), squeeze=False, layout="constrained"
+    )
+    for axis, place in zip(axes[:, 0], results.places, strict=True):
+        entries = [e for e in results.entries if any(results.records(place, e, s) for s in results.settings)]
+        for i, setting in enumerate(results.settings):
+            points = [(results.mean_gain(place, e, setting), y) for y, e in enumerate(reversed(entries))]
+            seen = [(gain, y) for gain, y in points if gain is not None]
+            axis.scatter([g for g, _ in seen], [y for _, y in seen], s=22, color=f"C{i}", label=setting, alpha=0.8)
+        axis.axvline(0, color="0.4", linewidth=0.8)
+        axis.set_yticks(range(len(entries)), [str(e) for e in reversed(entries)], fontsize=8)
+        axis.grid(axis="y", color="0.9")
+        axis.set_title(f"{place.data}, {place.model}, batches of {place.batch}", fontsize=9, loc="left")
+        axis.set_xlabel("accuracy gained over the source model, points", fontsize=8)
+    axes[0, 0].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)

@@ -1,0 +1,398 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from meta.baselines import Setup, build
+from meta.benchmark import accuracy as driver
+from meta.benchmark.corruptions import TEST, TUNING
+from meta.benchmark.datasets import Cifar10C, DataConfig, Pool, open_dataset, read_jpeg_archive
+from meta.benchmark.plan import BenchmarkConfig, cells_of, read_benchmark
+from meta.benchmark.report import Journal, Record
+from meta.benchmark.run import load_frames, run_streams, source_hits
+from meta.benchmark.streams import SETTINGS, Stream, make_streams
+from meta.benchmark.tables import Entry, Place, Results, markdown, plot
+from meta.data import LabelledImages
+from meta.models import groupnorm_cnn
+from meta.norms import AdaptableModel
+from meta.objective import feature_statistics
+from schemas.errors import BundleError, ConfigError, DataError
+
+SHIFTS = list(TEST)
+LABELS = np.arange(300) % 10
+
+
+def blobs(count: int, side: int = 12, channels: int = 3) -> LabelledImages:
+    """Four classes of a colour each, which a small net learns in seconds."""
+    random = np.random.default_rng(7)
+    labels = np.arange(count) % 4
+    colours = np.array([[150, 0, 0], [0, 150, 0], [0, 0, 150], [75, 75, 75]])[labels][:, None, None]
+    images = (random.integers(0, 60, (count, side, side, 3)) + colours).astype(np.uint8)
+    return LabelledImages(images if channels == 3 else images[..., 0], labels.astype(np.int64))
+
+
+@pytest.fixture
+def setup() -> Setup:
+    torch.manual_seed(0)
+    model = AdaptableModel(groupnorm_cnn(4, 1, widths=(8, 8), group=4))
+    with torch.no_grad():
+        source = feature_statistics(model.forward_with_features(torch.randn(64, 1, 12, 12))[1])
+    return Setup(model, source, 4, torch.tensor([0.2]), torch.tensor([0.3]), None, (1, 12, 12))
+
+
+# --- streams ---
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_streams_are_the_same_every_time_and_differ_by_seed(setting) -> None:
+    def made(seed: int) -> list[Stream]:
+        return make_streams(setting, seed, SHIFTS, LABELS, 90, 900)
+
+    for first, second in zip(made(0), made(0), strict=True):
+        np.testing.assert_array_equal(first.image, second.image)
+        np.testing.assert_array_equal(first.condition, second.condition)
+    assert any((a.image != b.image).any() for a, b in zip(made(0), made(1), strict=True))
+    for stream in made(1):
+        assert len(stream.image) == len(stream.condition)
+        assert stream.image.max() < len(LABELS)
+        assert set(stream.condition) == set(range(len(stream.conditions)))
+
+
+def test_every_shift_gets_its_frames() -> None:
+    for setting in ("continual", "timed", "mixed", "correlated", "recurring"):
+        (stream,) = make_streams(setting, 0, SHIFTS, LABELS, 100, 900)
+        assert stream.conditions == tuple((shift, 5) for shift in SHIFTS)
+        assert np.bincount(stream.condition).tolist() == [100] * 15
+    assert [len(s) for s in make_streams("reset", 0, SHIFTS, LABELS, 100, 900)] == [100] * 15
+    assert sum(len(s) for s in make_streams("long", 0, SHIFTS, LABELS, 100, 900)) == 900
+
+
+def test_courses_of_settings() -> None:
+    (gradual,) = make_streams("gradual", 0, ["fog"], LABELS, 90, 900)
+    severities = np.array([severity for _, severity in gradual.conditions])[gradual.condition]
+    assert severities[::10].tolist() == [1, 2, 3, 4, 5, 4, 3, 2, 1]
+    (recurring,) = make_streams("recurring", 0, SHIFTS[:3], LABELS, 100, 900)
+    assert recurring.condition[::10].tolist() == [0, 1, 2] * 10
+    (healthy,) = make_streams("healthy", 0, SHIFTS, LABELS, 100, 900)
+    assert healthy.conditions == (("clean", 0),)
+    (mixed,) = make_streams("mixed", 0, SHIFTS, LABELS, 100, 900)
+    assert len(set(mixed.condition[:16])) > 5
+
+
+def test_correlated_labels_come_in_runs_and_are_the_same_labels() -> None:
+    (plain,) = make_streams("continual", 0, ["fog"], LABELS, 200, 900)
+    (runs,) = make_streams("correlated", 0, ["fog"], LABELS, 200, 900)
+    assert len(set(runs.image)) == 200
+
+    def repeats(stream: Stream) -> float:
+        labels = LABELS[stream.image]
+        return float((labels[1:] == labels[:-1]).mean())
+
+    assert repeats(runs) > 0.7 > 0.3 > repeats(plain)
+
+
+# --- running ---
+
+
+def test_results_are_those_of_each_stream_alone(setup: Setup, tmp_path: Path) -> None:
+    """Streams of different lengths in one run, against one run each; and batches cut as they should be."""
+    pool = Pool(blobs(60, channels=1), tmp_path, None)
+    conditions = [("fog", 5), ("contrast", 5)]
+    frames = load_frames(pool, conditions, setup.mean, setup.std)
+    random = np.random.default_rng(0)
+    streams = [
+        Stream("continual", 0, tuple(conditions), random.integers(0, 2, size), random.integers(0, 60, size))
+        for size in (37, 50, 8, 16)
+    ]
+    method = build("adam", setup, step_size=0.01)
+    together = run_streams(method, streams, frames, 8)
+    for stream, right in zip(streams, together.right, strict=True):
+        (alone,) = run_streams(method, [stream], frames, 8).right
+        assert (alone == right).mean() > 0.95
+    assert together.refused == 0
+
+
+def test_the_source_method_is_the_source_lookup(setup: Setup, tmp_path: Path) -> None:
+    pool = Pool(blobs(40, channels=1), tmp_path, None)
+    frames = load_frames(pool, [("clean", 0), ("fog", 3)], setup.mean, setup.std)
+    stream = Stream("mixed", 0, (("fog", 3), ("clean", 0)), np.arange(40) % 2, np.arange(40))
+    (right,) = run_streams(build("source", setup), [stream], frames, 7).right
+    hits = source_hits(setup.model, frames, [stream])
+    codes = np.array([1, 0])[stream.condition]
+    np.testing.assert_array_equal(right, hits[codes, stream.image])
+
+
+def test_updates_that_are_not_finite_are_refused_and_counted(setup: Setup, tmp_path: Path) -> None:
+    pool = Pool(blobs(40, channels=1), tmp_path, None)
+    frames = load_frames(pool, [("clean", 0)], setup.mean, setup.std)
+    stream = Stream("healthy", 0, (("clean", 0),), np.zeros(40, int), np.arange(40))
+    method = build("tent", setup, step_size=float("inf"))
+    outcome = run_streams(method, [stream], frames, 8)
+    assert outcome.refused == 5
+    (expected,) = run_streams(build("source", setup), [stream], frames, 8).right
+    np.testing.assert_array_equal(outcome.right[0], expected)
+
+
+def test_a_slow_method_adapts_on_every_cth_batch(setup: Setup, tmp_path: Path) -> None:
+    pool = Pool(blobs(40, channels=1), tmp_path, None)
+    frames = load_frames(pool, [("clean", 0)], setup.mean, setup.std)
+    stream = Stream("timed", 0, (("clean", 0),), np.zeros(40, int), np.arange(40))
+    method = build("tent", setup)
+    seen = []
+    update = method.update
+    method.update = lambda forward: (seen.append(len(forward.logits)), update(forward))[1]  # type: ignore[method-assign]
+    run_streams(method, [stream], frames, 4, adapt_every=3)
+    assert len(seen) == 4  # batches 0, 3, 6 and 9 of ten
+
+
+# --- data ---
+
+
+def test_shifted_frames_are_made_once(tmp_path: Path) -> None:
+    pool = Pool(blobs(20), tmp_path, None)
+    first = pool.images("fog", 2)
+    (file,) = tmp_path.rglob("fog-2.npy")
+    stamp = file.stat().st_mtime_ns
+    np.testing.assert_array_equal(Pool(blobs(20), tmp_path, None).images("fog", 2), first)
+    assert file.stat().st_mtime_ns == stamp
+    Pool(blobs(16), tmp_path, None).images("fog", 2)
+    assert len(list(tmp_path.rglob("fog-2.npy"))) == 2
+
+
+def test_an_archive_of_jpeg_frames(tmp_path: Path) -> None:
+    files = []
+    for i in range(3):
+        path = tmp_path / f"{i}.jpg"
+        Image.fromarray(np.full((32, 32, 3), 60 * i, np.uint8)).save(path)
+        files.append(np.frombuffer(path.read_bytes(), np.uint8))
+    offset = np.cumsum([0, *map(len, files)])
+    path = tmp_path / "test.npz"
+    np.savez(path, jpeg=np.concatenate(files), offset=offset, label=np.array([3, 1, 2], np.uint8))
+    data = read_jpeg_archive(path)
+    assert data.labels.tolist() == [3, 1, 2]
+    np.testing.assert_allclose(data.images.mean((1, 2, 3)), [0, 60, 120], atol=2)
+
+    np.savez(path, jpeg=np.zeros(9, np.uint8), offset=np.array([0, 5, 9]), label=np.array([1, 2], np.uint8))
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_jpeg_archive(path)
+    np.savez(path, jpeg=np.zeros(9, np.uint8), offset=np.array([0, 99]), label=np.array([1, 2], np.uint8))
+    with pytest.raises(DataError, match="do not fit"):
+        read_jpeg_archive(path)
+    with pytest.raises(DataError, match="no archive"):
+        read_jpeg_archive(tmp_path / "missing.npz")
+
+
+def test_the_folder_of_cifar_10_c(tmp_path: Path) -> None:
+    for name in ("fog", "brightness"):
+        np.save(tmp_path / f"{name}.npy", np.repeat(np.arange(5, dtype=np.uint8), 4).reshape(20, 1, 1, 1))
+    np.save(tmp_path / "labels.npy", np.tile(np.arange(4, dtype=np.uint8), 5))
+    folder = Cifar10C(tmp_path)
+    assert folder.shifted("fog", 3).flatten().tolist() == [2] * 4
+    assert folder.unshifted().labels.tolist() == [0, 1, 2, 3]
+    with pytest.raises(DataError, match=r"snow.npy cannot be read"):
+        folder.shifted("snow", 1)
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    for split, label, i in [(s, c, i) for s in ("train", "test") for c in ("nut", "bolt") for i in range(3)]:
+        (tmp_path / split / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 30), 40 * i, np.uint8)).save(tmp_path / split / label / f"{i}.png")
+    dataset = open_dataset("parts", DataConfig(kind="image-folder", path=tmp_path, size=16))
+    assert dataset.labels == ("bolt", "nut")
+    assert dataset.test().images.shape == (6, 16, 16, 3)
+    assert sorted(dataset.train().labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(DataError, match="one folder per class"):
+        open_dataset("parts", DataConfig(kind="image-folder", path=tmp_path / "train"))
+
+
+def test_cifar_10_says_where_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DRIFTKEEL_CIFAR10", raising=False)
+    with pytest.raises(DataError, match="DRIFTKEEL_CIFAR10"):
+        open_dataset("cifar10", DataConfig(kind="cifar10")).test()
+
+
+# --- the plan ---
+
+
+def small_plan(**changes) -> BenchmarkConfig:
+    content = {
+        "pool": 40,
+        "frames": 20,
+        "long_frames": 40,
+        "tuning_frames": 10,
+        "data": {"blobs": {"kind": "image-folder", "path": "blobs"}},
+        "models": [
+            {
+                "name": "small",
+                "data": "blobs",
+                "architecture": "groupnorm-cnn",
+                "arguments": {"classes": 4, "channels": 3, "widths": [8, 8]},
+                "epochs": 15,
+            }
+        ],
+        "runs": [{"methods": ["source", "tent", "oracle"], "batches": [8], "settings": ["continual", "timed"]}],
+    } | changes
+    return BenchmarkConfig.model_validate(content)
+
+
+def test_cells_of_a_plan() -> None:
+    cells = cells_of(small_plan(), {("blobs", "small"): False})
+    assert [cell.name for cell in cells] == [
+        "blobs/small/b8/source",
+        "blobs/small/b8/tent-published",
+        "blobs/small/b8/tent-tuned",
+        "blobs/small/b8/oracle",
+    ]
+    without = cells_of(small_plan(runs=[{"methods": ["bn"]}]), {("blobs", "small"): False})
+    assert without == []
+    assert len(cells_of(small_plan(runs=[{"methods": ["bn"]}]), {("blobs", "small"): True})) == 2
+    assert {c.key for c in cells}.isdisjoint(
+        c.key for c in cells_of(small_plan(frames=21), {("blobs", "small"): False})
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runs": [{"methods": ["adabn"]}]}, "unknown methods"),
+        ({"runs": [{"models": ["vit"]}]}, "unknown models"),
+        ({"runs": [{"batches": [0]}]}, "at least 1"),
+        ({"models": [{"name": "small", "data": "imagenet"}]}, "not in the data section"),
+    ],
+)
+def test_mistakes_in_a_plan(changes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_plan(**changes)
+
+
+def test_mistakes_in_the_file_of_a_plan(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    with pytest.raises(ConfigError, match=r"plan\.yaml"):
+        read_benchmark(path)
+    path.write_text("runs: []\nmodles: []\n")
+    with pytest.raises(ConfigError, match=r"plan\.yaml: "):
+        read_benchmark(path)
+
+
+# --- from data to report ---
+
+
+@pytest.fixture
+def blob_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The data set of the small plan, and a cache of its own."""
+    root = tmp_path / "blobs"
+    for split, count in (("train", 400), ("test", 60)):
+        data = blobs(count)
+        for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+            (root / split / str(label)).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(root / split / str(label) / f"{i}.png")
+    monkeypatch.setenv("DRIFTKEEL_CACHE", str(tmp_path / "cache"))
+    return root
+
+
+def test_a_benchmark_from_data_to_report(blob_data: Path, tmp_path: Path) -> None:
+    plan = small_plan(data={"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}}, threads=1)
+    report = tmp_path / "out.json"
+    said: list[str] = []
+    progress = driver.Progress(said.append)
+    assert driver.run_accuracy(plan, report, "test", progress, stop_after_s=0) == 3
+    assert {r["method"] for r in json.loads(report.read_text())["records"]} == {"source"}
+    assert driver.run_accuracy(plan, report, "test", progress, only="tent-tuned") == 0
+    assert {r["variant"] for r in json.loads(report.read_text())["records"]} == {"tuned"}
+    assert driver.run_accuracy(plan, report, "test", progress) == 0
+    content = json.loads(report.read_text())
+    # Four cells, two settings, fifteen shifts, three seeds.
+    assert len(content["records"]) == 4 * 2 * 15 * 3
+    for record in content["records"]:
+        assert set(record) == set(Record.__annotations__)
+        assert 0 <= record["accuracy"] <= 1
+        if record["method"] == "source":
+            assert record["accuracy"] == record["source_accuracy"]
+    assert content["models"][0]["clean_accuracy"] > 0.7
+    tuned = next(cell for cell in content["cells"] if cell["name"].endswith("tent-tuned"))
+    assert tuned["options"] in [one["options"] for one in tuned["tried"]]
+    assert tuned["relative_cost"] > 1
+    # Everything is in the journal: the same command again runs nothing and writes the same records.
+    said.clear()
+    driver.run_accuracy(plan, report, "test", progress)
+    assert json.loads(report.read_text())["records"] == content["records"]
+    assert not any("/b8/" in line for line in said)
+
+
+def test_a_bundle_for_other_frames_is_refused(blob_data: Path, tmp_path: Path) -> None:
+    plan = small_plan(
+        data={"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}},
+        models=[{"name": "small", "data": "blobs", "bundle": str(Path("bundles/fashion-mnist").absolute())}],
+    )
+    with pytest.raises(BundleError, match="not blobs's"):
+        driver.run_accuracy(plan, tmp_path / "out.json", "test", driver.Progress(lambda _: None))
+
+
+def test_the_journal_survives_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    journal = Journal(path)
+    journal.add("a", value=1)
+    with path.open("a") as file:
+        file.write('{"key": "b", "val')
+    journal = Journal(path)
+    assert journal.get("b") is None
+    journal.add("b", value=2)
+    again = Journal(path)
+    assert (again.get("a"), again.get("b")) == ({"key": "a", "value": 1}, {"key": "b", "value": 2})
+
+
+# --- tables ---
+
+
+def record(method: str, variant: str, shift: str, accuracy: float, source: float, seed: int = 0) -> Record:
+    return Record(
+        data="d",
+        model="m",
+        setting="continual",
+        shift=shift,
+        severity=5,
+        batch=16,
+        method=method,
+        variant=variant,
+        seed=seed,
+        accuracy=accuracy,
+        source_accuracy=source,
+    )
+
+
+def test_tables_by_hand(tmp_path: Path) -> None:
+    rows = [
+        ("source", "", 0.5, 0.3),
+        ("tent", "published", 0.6, 0.2),
+        ("mgg", "ours", 0.6, 0.4),
+        ("oracle", "", 0.7, 0.5),
+    ]
+    records = []
+    for method, variant, fog, snow in rows:
+        for seed in (0, 1):
+            records.append(record(method, variant, "fog", fog + 0.02 * seed, 0.5 + 0.02 * seed, seed))
+            records.append(record(method, variant, "snow", snow, 0.3, seed))
+    results = Results(records)
+    place, tent, mgg = Place("d", "m", 16), Entry("tent", "published"), Entry("mgg", "ours")
+    mean, deviation = results.accuracy(place, mgg, "continual")
+    assert mean == pytest.approx(50.5)
+    assert deviation == pytest.approx(0.5 * 2**0.5)
+    assert results.spread(place, tent) == pytest.approx(10)
+    assert results.spread(place, mgg) == pytest.approx(0)
+    assert results.worst(place, tent) == (pytest.approx(-10), "continual, snow 5")
+    assert results.oracle_share(place, mgg) == pytest.approx(50)
+    assert results.best_baseline(place, "continual", "published") == (tent, pytest.approx(40.5))
+    text = markdown(results)
+    assert "| mgg (ours) | 50.5 ± 0.7 | 0.0 | +10.0 (continual, fog 5) | 50% |" in text
+    assert "| continual | tent 40.5 |" in text
+    for name in ("plot.svg", "plot.png"):
+        plot(results, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1_000
+
+
+def test_tuning_and_test_shifts_are_apart() -> None:
+    assert set(driver.TEST) == set(TEST)
+    assert not set(TEST) & set(TUNING)
