@@ -18,6 +18,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from meta.baselines import Baseline, Setup, build
+from meta.method import AdaptationMethod
 from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
 from meta.norms import AdaptableModel
@@ -26,6 +28,7 @@ from schemas.bundle import FileEntry, Manifest
 from schemas.errors import BundleError
 
 MANIFEST = "manifest.json"
+MGG_NAME = "mgg"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 8 << 30
 
@@ -37,7 +40,8 @@ class Bundle:
     manifest: Manifest
     labels: list[str]
     model: AdaptableModel
-    method: MGG
+    method: AdaptationMethod
+    method_name: str = MGG_NAME
 
     @property
     def hash(self) -> str:
@@ -88,8 +92,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path} is no valid manifest: {where}: {problem['msg']}") from error
 
 
-def load_bundle(folder: Path, factories: Iterable[str] = ()) -> Bundle:
-    """Check every hash, then build model and method.
+def load_bundle(folder: Path, factories: Iterable[str] = (), method: str = MGG_NAME) -> Bundle:
+    """Check every hash, then build model and method: the bundle's generator, or a baseline by name (meta.baselines).
 
     Raises BundleError where anything is missing, altered, or does not fit together.
     """
@@ -109,7 +113,16 @@ def load_bundle(folder: Path, factories: Iterable[str] = ()) -> Bundle:
     for parameter in learned.parameters():
         parameter.requires_grad_(False)
     _check_output(model, manifest, labels, folder)
-    return Bundle(manifest, labels, model, MGG(model, source, learned.eval(), len(labels)))
+    if method == MGG_NAME:
+        return Bundle(manifest, labels, model, MGG(model, source, learned.eval(), len(labels)))
+    return Bundle(manifest, labels, model, _baseline(method, manifest, model, source, len(labels)), method)
+
+
+def _baseline(name: str, manifest: Manifest, model: AdaptableModel, source: SourceStatistics, classes: int) -> Baseline:
+    preprocess = manifest.preprocess
+    shape = (preprocess.channels, preprocess.height, preprocess.width)
+    mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+    return build(name, Setup(model, source, classes, mean, std, frame_shape=shape))
 
 
 def _checked_file(folder: Path, name: str, entry: FileEntry) -> bytes:

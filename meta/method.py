@@ -71,6 +71,14 @@ class Method(Protocol):
         ...
 
 
+class AdaptationMethod(Method, Protocol):
+    """A method with a step size, as the worker runs it."""
+
+    def with_step_scale(self, factor: float) -> Method:
+        """The same method with its step size multiplied."""
+        ...
+
+
 def take(state: State, index: Tensor) -> State:
     """The rows `index` (S,) of a state, copied."""
     return {name: tensor.index_select(0, index) for name, tensor in state.items()}

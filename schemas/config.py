@@ -138,11 +138,17 @@ class Batch(Section):
         return self
 
 
+Method = Literal[
+    "mgg", "source", "bn", "tent", "eata", "sar", "deyo", "cotta", "rotta", "roid", "lame", "neo", "sgd", "adam"
+]
+
+
 class Adapt(Section):
     """What the worker does with its streams."""
 
     enabled: bool = Field(True, description="false: predict with the parameters as they are, never update")
-    step_scale: float = Field(1.0, ge=0, le=10, description="multiplies the bundle's step size")
+    method: Method = Field("mgg", description="the bundle's generator, or a published baseline to compare it with")
+    step_scale: float = Field(1.0, ge=0, le=10, description="multiplies the method's step size")
     max_resident_streams: int = Field(4_096, ge=1, description="stream states in memory; others are loaded when needed")
 
 

@@ -50,7 +50,7 @@ def _versions(config: WorkerConfig) -> Iterator[Finding]:
 
 
 def _bundle(config: WorkerConfig) -> Iterator[Finding]:
-    bundle = load_bundle(config.bundle.path, config.bundle.factories)
+    bundle = load_bundle(config.bundle.path, config.bundle.factories, config.adapt.method)
     text = f"{bundle.manifest.name} {bundle.hash}, {len(bundle.labels)} labels, every hash matches"
     yield Finding("bundle", "ok", text)
 

@@ -55,7 +55,7 @@ class Worker:
         if config.threads:
             torch.set_num_threads(config.threads)
         check_checksum_speed()
-        bundle = load_bundle(config.bundle.path, config.bundle.factories)
+        bundle = load_bundle(config.bundle.path, config.bundle.factories, config.adapt.method)
         log.info("bundle %s (%s) from %s", bundle.hash, bundle.manifest.name, config.bundle.path)
         self.metrics = WorkerMetrics(config.metrics.max_stream_labels)
         self.metrics.build.info({"version": installed_version(), "bundle": bundle.hash, "worker": config.worker})

@@ -20,7 +20,6 @@ from worker.store import Claimed, StateStore, Write
 
 log = logging.getLogger("driftkeel.streams")
 Result = TypeVar("Result")
-METHOD = "mgg"
 
 
 class Heal(Protocol):
@@ -129,17 +128,17 @@ class Streams:
 
     def _restored(self, stream: str, claimed: Claimed) -> tuple[StreamState, str | None]:
         """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""
-        bundle = self.engine.bundle.hash
-        header = StreamHeader(stream=stream, bundle=bundle, method=METHOD)
+        bundle, method = self.engine.bundle.hash, self.engine.bundle.method_name
+        header = StreamHeader(stream=stream, bundle=bundle, method=method)
         if claimed.header is None:
             return StreamState(header=header, tensors=self.engine.like), None
         try:
             old = decode_header(claimed.header)
             if old.stream != stream:
                 raise StateError(f"the stored state belongs to stream {old.stream!r}")
-            header = old.model_copy(update={"bundle": bundle, "method": METHOD, "step": 0, "events": old.events + 1})
-            if (old.bundle, old.method) != (bundle, METHOD):
-                reason = f"the stored state belongs to bundle {old.bundle} ({old.method}), this is {bundle} ({METHOD})"
+            header = old.model_copy(update={"bundle": bundle, "method": method, "step": 0, "events": old.events + 1})
+            if (old.bundle, old.method) != (bundle, method):
+                reason = f"the stored state belongs to bundle {old.bundle} ({old.method}), this is {bundle} ({method})"
                 return StreamState(header=header, tensors=self.engine.like), reason
             if claimed.tensors is None:
                 raise StateError("the stored state expired while the stream was idle, or its tensors were evicted")

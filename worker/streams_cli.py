@@ -28,7 +28,7 @@ def _operator(config: Path | None) -> Operator:
     from worker.store import StateStore
 
     settings = load_config(config)
-    bundle = load_bundle(settings.bundle.path, settings.bundle.factories)
+    bundle = load_bundle(settings.bundle.path, settings.bundle.factories, settings.adapt.method)
     name = f"operator {getpass.getuser()}"
     return Operator(settings, StateStore(settings.store), bundle.hash, Engine(bundle).like, name)
 

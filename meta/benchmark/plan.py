@@ -15,10 +15,10 @@ from meta.baselines import BASELINES
 from meta.benchmark.datasets import DataConfig
 from meta.benchmark.sources import ModelConfig
 from meta.benchmark.streams import SETTINGS, Setting
+from meta.bundle import MGG_NAME
 from schemas.errors import ConfigError
 
 Variant = Literal["published", "tuned"]
-MGG_NAME = "mgg"
 # Methods that have one variant only, and whose results therefore carry none.
 SINGLE = ("source", "oracle")
 

@@ -52,14 +52,11 @@ class SourceModel:
     tuning: LabelledImages
 
     def generator(self, bundle: Bundle) -> MGG:
-        """The bundle's generator on this model."""
-        if bundle.manifest.content_hash == self._own_hash():
-            return bundle.method
+        """The bundle's generator on this model: its learned parameters know no architecture."""
+        if not isinstance(bundle.method, MGG):
+            raise BundleError(f"bundle {bundle.manifest.name!r} has no generator")
         setup = self.setup
-        return type(bundle.method)(setup.model, setup.source, bundle.method.learned, setup.classes)
-
-    def _own_hash(self) -> str:
-        return load_bundle(self.config.bundle).hash if self.config.bundle else ""
+        return MGG(setup.model, setup.source, bundle.method.learned, setup.classes)
 
 
 def parts(train: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
