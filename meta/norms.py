@@ -55,7 +55,7 @@ class NormMoments:
         mean, variance = self._mix(x, place)
         self._used[place.start] = (mean.detach(), variance.detach())
         inverse = torch.rsqrt(variance + epsilon)
-        shape = (x.shape[0], -1, *[1] * (x.dim() - 2))
+        shape = (*x.shape[:2], *[1] * (x.dim() - 2))
         rows = inverse.index_select(0, self.stream).view(shape)
         return torch.addcmul((-mean * inverse).index_select(0, self.stream).view(shape), x, rows)
 
@@ -67,7 +67,7 @@ class NormMoments:
     def _mix(self, x: Tensor, place: slice) -> tuple[Tensor, Tensor]:
         # Around the given mean, so that a large mean does not cost the variance its digits.
         given_mean, given_variance = self.mean[:, place], self.variance[:, place]
-        shape = (x.shape[0], -1, *[1] * (x.dim() - 2))
+        shape = (*x.shape[:2], *[1] * (x.dim() - 2))
         centred = x - given_mean.index_select(0, self.stream).view(shape)
         moved = self._mean(centred)
         batch_variance = (self._mean(centred * centred) - moved * moved).clamp_min(0)
@@ -114,8 +114,7 @@ class StreamNorm(nn.Module):
         self.register_buffer("shift", shift.detach().clone().float() if isinstance(shift, Tensor) else None)
         self.frame_affine = frame_affine
         # Where this layer's running statistics lie in those of all BatchNorm layers; empty where it has none.
-        has_running = isinstance(norm, BATCH_NORM) and norm.running_mean is not None
-        self.channels = slice(channel, channel + (size if has_running else 0))
+        self.channels = slice(channel, channel + (size if isinstance(norm, BATCH_NORM) else 0))
 
     def forward(self, x: Tensor) -> Tensor:
         moments = self.frame_affine.moments
@@ -159,7 +158,7 @@ class StreamNorm(nn.Module):
 
     def _shaped(self, rows: Tensor, x: Tensor) -> Tensor:
         if self.channels_first:
-            return rows.view(rows.shape[0], -1, *([1] * (x.dim() - 2)))
+            return rows.view(*rows.shape, *([1] * (x.dim() - 2)))
         lead = x.dim() - 1 - len(self.shape)
         return rows.view(rows.shape[0], *([1] * lead), *self.shape)
 
@@ -188,7 +187,8 @@ class AdaptableModel(nn.Module):
     as they are; a layer object used at several places is swapped once and keeps one set of coordinates.
     The network given is changed in place.
 
-    Raises BundleError where no layer has an affine, or where a weight is not finite.
+    Raises BundleError where no layer has an affine, where a weight is not finite, or where a BatchNorm layer keeps no
+    running statistics and would so mix the streams of a pass.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -198,6 +198,11 @@ class AdaptableModel(nn.Module):
         swapped: dict[int, StreamNorm] = {}
         offset = channel = 0
         for name, module in list(network.named_modules(remove_duplicate=False)):
+            if isinstance(module, BATCH_NORM) and module.running_mean is None:
+                raise BundleError(
+                    f"norm layer {name!r} keeps no running statistics, so frames of different streams would mix; "
+                    "train the model with track_running_stats=True"
+                )
             if not _is_norm(module) or module.weight is None:
                 continue
             if id(module) not in swapped:

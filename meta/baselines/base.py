@@ -259,6 +259,11 @@ def position_in_stream(stream: Tensor) -> Tensor:
     return place
 
 
+def longest_stream(place: Tensor) -> int:
+    """The most frames that a stream has in the pass, from `position_in_stream`."""
+    return int(place.max()) + 1 if len(place) else 0
+
+
 def uniforms(keys: Tensor, slots: int) -> Tensor:
     """(N, slots) numbers in [0, 1) that depend on each key (N,) int64 alone: chance that knows no company.
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meta.baselines.base import Adam, Baseline, Options, Setup, Sgd
+from meta.baselines.base import Adam, Baseline, Options, Setup, Sgd, choose
 from meta.method import Forward, State, Update
 from meta.objective import discrepancy, entropy, per_stream_mean, running
 
@@ -62,8 +62,8 @@ class OwnObjective(Baseline):
 
     def step(self, forward: Forward, loss: Tensor, gradient: Tensor, active: Tensor, memory: State) -> Update:
         update = super().step(forward, loss, gradient, active, memory)
-        affine = torch.lerp(update.state["affine"], self.model.source_affine, self.pull)
-        return Update(update.state | {"affine": affine}, update.signals)
+        pulled = {"affine": torch.lerp(update.state["affine"], self.model.source_affine, self.pull)}
+        return Update(update.state | choose(active, pulled, update.state), update.signals)
 
 
 class OwnSgd(OwnObjective):

@@ -15,6 +15,7 @@ from meta.baselines.base import (
     Setup,
     Statistics,
     classifier,
+    longest_stream,
     position_in_stream,
     with_penultimate,
 )
@@ -143,7 +144,7 @@ class Lame(Source):
     def _smoothed(self, logits: Tensor, features: Tensor, stream: Tensor, streams: int) -> Tensor:
         """Every stream on its own, as a padded batch of problems (S, b, ...)."""
         place = position_in_stream(stream)
-        longest = int(place.max()) + 1
+        longest = max(1, longest_stream(place))
         log_p = logits.new_zeros(streams, longest, logits.shape[1])
         padded = features.new_zeros(streams, longest, features.shape[1])
         real = torch.zeros(streams, longest, dtype=torch.bool)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meta.baselines.augment import augmented
-from meta.baselines.base import Baseline, Options, Setup, position_in_stream
+from meta.baselines.base import Baseline, Options, Setup, choose, position_in_stream
 from meta.method import Forward, State, Update
 from meta.objective import entropy, per_stream_mean
 
@@ -85,8 +85,8 @@ class Roid(Baseline):
 
     def step(self, forward: Forward, loss: Tensor, gradient: Tensor, active: Tensor, memory: State) -> Update:
         update = super().step(forward, loss, gradient, active, memory)
-        affine = torch.lerp(self.model.source_affine, update.state["affine"], self.source_momentum)
-        return Update(update.state | {"affine": affine}, update.signals)
+        pulled = {"affine": torch.lerp(self.model.source_affine, update.state["affine"], self.source_momentum)}
+        return Update(update.state | choose(active, pulled, update.state), update.signals)
 
 
 def soft_likelihood_ratio(logits: Tensor, clip: float = 0.99) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from meta.baselines.augment import augmented
-from meta.baselines.base import Baseline, Options, Setup, choose, position_in_stream, uniforms
+from meta.baselines.base import Baseline, Options, Setup, choose, longest_stream, position_in_stream, uniforms
 from meta.method import Forward, State, Update
 from meta.norms import NormMoments
 from meta.objective import entropy, per_stream_mean
@@ -150,7 +150,7 @@ class Rotta(Baseline):
         label = forward.logits.argmax(1)
         loss = torch.zeros(len(forward.counts))
         gradient = torch.zeros_like(state["affine"])
-        for turn in range(int(place.max()) + 1):
+        for turn in range(longest_stream(place)):
             now = torch.nonzero(place == turn).flatten()
             streams = forward.stream[now]
             self._remember(state, streams, forward.frames[now], label[now], surprise[now])

@@ -135,6 +135,33 @@ def test_the_given_state_is_left_alone_and_shapes_stay(key: tuple[str, str]) -> 
         assert (after[name].shape, after[name].dtype) == (tensor.shape, tensor.dtype), name
 
 
+@pytest.mark.parametrize("key", METHODS, ids="-".join)
+def test_no_frames_change_nothing(key: tuple[str, str]) -> None:
+    """An empty batch, and a stream without frames in a pass of others."""
+    method = METHODS[key]
+    state = lived_in(method, 2)
+    logits, after = advance(method, drawn(0, 1), torch.zeros(0, dtype=torch.long), state)
+    assert logits.shape == (0, CLASSES)
+    _, partly = advance(method, drawn(3, 1), torch.zeros(3, dtype=torch.long), state)
+    assert finite_rows(after).all()
+    assert finite_rows(partly).all()
+    if key[0] != "sar":  # Its recovery looks at the mean loss so far, whatever the frames.
+        torch.testing.assert_close(after["affine"], state["affine"])
+        torch.testing.assert_close(partly["affine"][1], state["affine"][1])
+
+
+@pytest.mark.parametrize("name", ["tent", "sgd", "roid"])
+def test_frozen_and_half_precision_weights_adapt_all_the_same(name: str) -> None:
+    """A model that was shipped with gradients off, in half precision, or both."""
+    torch.manual_seed(0)
+    network = batchnorm_cnn(CLASSES, widths=(8, 8)).half().requires_grad_(False)
+    setup = Setup(AdaptableModel(network), SETUPS["batch"].source, CLASSES, torch.zeros(1), torch.ones(1))
+    method = build(name, setup, step_size=0.01)
+    _, state = advance(method, drawn(8, 1), torch.zeros(8, dtype=torch.long), method.fresh(1))
+    assert state["affine"].dtype == torch.float32
+    assert (state["affine"] - setup.model.source_affine).abs().max() > 1e-5
+
+
 LEARNING = sorted(set(BASELINES) - {"source", "bn", "lame", "neo"})
 
 

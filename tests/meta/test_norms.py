@@ -117,6 +117,8 @@ def test_layers_without_affine_stay() -> None:
         (nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), "no normalisation layer"),
         (nn.Sequential(nn.GroupNorm(1, 4, affine=False)), "no normalisation layer"),
         (nn.GroupNorm(1, 4), "not a classifier"),
+        (nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False)), "keeps no running statistics"),
+        (nn.Sequential(nn.BatchNorm2d(4, affine=False, track_running_stats=False)), "keeps no running statistics"),
     ],
 )
 def test_models_with_nothing_to_adapt(network: nn.Module, message: str) -> None:
