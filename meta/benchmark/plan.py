@@ -85,7 +85,13 @@ class BenchmarkConfig(BaseModel):
         """The first model only, few frames, one seed, one batch size: whether everything works."""
         first = self.models[0]
         settings: tuple[Setting, ...] = ("continual", "timed", "reset", "mixed", "correlated", "healthy")
-        run = RunConfig(models=(f"{first.data}/{first.name}",), batches=(16,), settings=settings, seeds=(0,))
+        run = RunConfig(models=(f"{first.data}/{first.name}",), settings=settings, seeds=(0,))
+        most = tuple(name for name in (*BASELINES, MGG_NAME) if name != "cotta")
+        slow: tuple[Variant, ...] = ("published",)
+        runs = (
+            run.model_copy(update={"methods": most}),
+            run.model_copy(update={"methods": ("cotta",), "variants": slow}),
+        )
         return self.model_copy(
             update={
                 "pool": min(self.pool, 500),
@@ -95,7 +101,7 @@ class BenchmarkConfig(BaseModel):
                 "data": {first.data: self.data[first.data]},
                 "models": (first,),
                 "generators": tuple(g for g in self.generators if _matches(g.models, first)),
-                "runs": (run,),
+                "runs": runs,
             }
         )
 
