@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from meta.norms import AdaptableModel, NormMoments
+from meta.norms import AdaptableModel, NormMoments, _RectifiedMean
 from schemas.errors import BundleError
 
 
@@ -238,3 +238,19 @@ def test_the_gradient_passes_through_the_batch_moments() -> None:
     (ours,) = torch.autograd.grad(model(frames, None, moments).logsumexp(1).sum(), [frames])
     (theirs,) = torch.autograd.grad(network.train()(frames).logsumexp(1).sum(), [frames])
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dims", [(2, 3), (1, 2)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooled_features_have_the_gradient_of_their_definition(
+    dims: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(5, 6, 7, 4).contiguous(memory_format=layout).requires_grad_()
+    weight = torch.randn_like(torch.relu(x).mean(dims))
+    (expected,) = torch.autograd.grad((torch.relu(x).mean(dims) * weight).sum(), x)
+    pooled = _RectifiedMean.apply(x, dims)
+    (found,) = torch.autograd.grad((pooled * weight).sum(), x)
+    torch.testing.assert_close(pooled, torch.relu(x).mean(dims))
+    torch.testing.assert_close(found, expected)
+    assert found.stride() == x.stride()
