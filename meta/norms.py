@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,8 +84,8 @@ class NormMoments:
         return total / self.frames.unsqueeze(1)
 
 
-class FrameAffine:
-    """What the pass under way asks of every layer, shared by all layers of one model.
+class FrameAffine(threading.local):
+    """What the pass under way asks of every layer, shared by all layers of one model; each thread has its own pass.
 
     `rows` is (B, P), one row a frame, or None for the source affine; `moments` replaces the running statistics of
     BatchNorm layers where it is set; `features` collects each layer's rectified and pooled output (B, C) where it is
