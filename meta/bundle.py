@@ -19,11 +19,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from meta.baselines import Baseline, Setup, build
+from meta.generator import MetaGradientGenerator
 from meta.method import AdaptationMethod
 from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics
+from meta.paper import PaperMGG, PaperSettings
 from schemas.bundle import FileEntry, Manifest
 from schemas.errors import BundleError
 
@@ -104,18 +106,39 @@ def load_bundle(folder: Path, factories: Iterable[str] = (), method: str = MGG_N
     _load_weights(network, _tensors(contents, folder, "model.safetensors"), "model.safetensors")
     model = AdaptableModel(network.to(memory_format=torch.channels_last))
     source = _statistics(_tensors(contents, folder, "statistics.safetensors"), model, len(labels))
+    generator = _tensors(contents, folder, "generator.safetensors")
+    _check_output(model, manifest, labels, folder)
+    if method != MGG_NAME:
+        return Bundle(manifest, labels, model, _baseline(method, manifest, model, source, len(labels)), method)
+    made = _paper if manifest.method.name == "mgg-paper" else _ours
     try:
-        settings = GeneratorSettings.model_validate(manifest.method.settings)
+        return Bundle(manifest, labels, model, made(manifest, generator, model, source, len(labels)))
     except ValidationError as error:
         raise BundleError(f"{folder}: method settings: {error.errors()[0]['msg']}") from error
-    learned = LearnedOptimizer(settings, model)
-    _load_weights(learned, _tensors(contents, folder, "generator.safetensors"), "generator.safetensors")
-    for parameter in learned.parameters():
-        parameter.requires_grad_(False)
-    _check_output(model, manifest, labels, folder)
-    if method == MGG_NAME:
-        return Bundle(manifest, labels, model, MGG(model, source, learned.eval(), len(labels)))
-    return Bundle(manifest, labels, model, _baseline(method, manifest, model, source, len(labels)), method)
+
+
+def _ours(
+    manifest: Manifest, tensors: dict[str, Tensor], model: AdaptableModel, source: SourceStatistics, classes: int
+) -> MGG:
+    learned = LearnedOptimizer(GeneratorSettings.model_validate(manifest.method.settings), model)
+    _load_weights(learned, tensors, "generator.safetensors")
+    return MGG(model, source, learned.requires_grad_(False).eval(), classes)
+
+
+def _paper(
+    manifest: Manifest, tensors: dict[str, Tensor], model: AdaptableModel, source: SourceStatistics, classes: int
+) -> PaperMGG:
+    settings = PaperSettings.model_validate(manifest.method.settings)
+    generator = MetaGradientGenerator(2, settings.hidden)
+    _load_weights(generator, tensors, "generator.safetensors")
+    return PaperMGG(model, source, generator.requires_grad_(False).eval(), settings)
+
+
+def model_weights(folder: Path) -> dict[str, Tensor]:
+    """The source model's weights alone, checked. Raises BundleError."""
+    name = "model.safetensors"
+    files = read_manifest(folder).files
+    return _tensors({name: _checked_file(folder, name, files[name])} if name in files else {}, folder, name)
 
 
 def _baseline(name: str, manifest: Manifest, model: AdaptableModel, source: SourceStatistics, classes: int) -> Baseline:

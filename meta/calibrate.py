@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meta.mgg import MGG
+from meta.method import AdaptationMethod
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, feature_statistics
 from meta.shifts import TUNING
@@ -41,7 +41,7 @@ class _Observed:
 
 
 def calibrate(
-    method: MGG, images: Tensor, labels: Tensor, preprocessing: Preprocessing, seed: int
+    method: AdaptationMethod, images: Tensor, labels: Tensor, preprocessing: Preprocessing, seed: int
 ) -> tuple[Calibration, Limits]:
     """Run the finished method on simulated streams it was not trained on, and fit what the bundle promises.
 
@@ -66,7 +66,9 @@ def calibrate(
     return calibration, limits
 
 
-def _observe(method: MGG, images: Tensor, labels: Tensor, preprocessing: Preprocessing, seed: int) -> _Observed:
+def _observe(
+    method: AdaptationMethod, images: Tensor, labels: Tensor, preprocessing: Preprocessing, seed: int
+) -> _Observed:
     random = torch.Generator().manual_seed(seed)
     cameras = [SimulatedStream(images, labels, TUNING, random) for _ in range(24)]
     frames, steps, window = 16, 96, 8

@@ -85,13 +85,27 @@ class LearnedOptimizer(nn.Module):
         self.register_buffer("gradient_scale", torch.tensor(1.0))
 
 
+def transplant(learned: LearnedOptimizer, model: AdaptableModel) -> LearnedOptimizer:
+    """The same rule for another source model, without the anchor, which belongs to its own.
+
+    The new model's `gradient_scale` is still to be measured (`meta.train.measure_gradient`).
+    """
+    moved = LearnedOptimizer(learned.settings.model_copy(update={"anchor_rank": 0}), model)
+    own = {name: t for name, t in learned.state_dict().items() if not name.startswith("anchor.")}
+    moved.load_state_dict(own)
+    for parameter in moved.parameters():
+        parameter.requires_grad_(False)
+    return moved.eval()
+
+
 class MGG:
     """The method `mgg`. Its state: affine, offset, moments, gradient memory, running statistics, belief, age."""
 
     def __init__(
         self, model: AdaptableModel, source: SourceStatistics, learned: LearnedOptimizer, classes: int
     ) -> None:
-        self.model, self.source, self.learned = model, _with_first(source, model), learned
+        self.model, self.source, self.learned = model, source, learned
+        self._known = _with_first(source, model)
         self._features = model.feature_count
         self.settings = learned.settings
         self.classes = classes
@@ -124,8 +138,8 @@ class MGG:
             "second_moment": torch.zeros(streams, size),
             "memory_weight": weight.clone(memory_format=torch.contiguous_format),
             "memory_bias": bias.clone(memory_format=torch.contiguous_format),
-            "feature_mean": self.source.mean.expand(streams, -1).clone(),
-            "feature_square": self.source.square.expand(streams, -1).clone(),
+            "feature_mean": self._known.mean.expand(streams, -1).clone(),
+            "feature_square": self._known.square.expand(streams, -1).clone(),
             "feature_classes": torch.full((streams, self.classes), 1 / self.classes),
             "age": torch.zeros(streams),
         }
@@ -196,10 +210,10 @@ class MGG:
             probability = forward.logits.detach().softmax(1)
         classes = running(state["feature_classes"], per_stream_mean(probability, stream, counts), counts, window)
         share = self.settings.class_share
-        expected, expected_std = self.source.expected(share * classes + (1 - share) / self.classes)
+        expected, expected_std = self._known.expected(share * classes + (1 - share) / self.classes)
         std = deviation(mean, square)
         moved = {"feature_mean": mean, "feature_square": square, "feature_classes": classes}
-        scale = self.source.scale
+        scale = self._known.scale
         return moved, (mean - expected) / scale, (std - expected_std) / scale, std / expected_std
 
     def objective(self, forward: Forward) -> tuple[Tensor, State, State]:

@@ -4,35 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from meta import data
-from meta.bundle import load_bundle, write_bundle
+from meta.benchmark import corruptions
+from meta.bundle import load_bundle, model_weights, write_bundle
 from meta.calibrate import calibrate, source_statistics
+from meta.generator import MetaGradientGenerator
 from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
 from meta.norms import AdaptableModel
-from meta.source import accuracy, train_source
+from meta.objective import SourceStatistics
+from meta.paper import PaperMGG, PaperSettings, meta_train_paper
+from meta.source import accuracy, as_frames, train_source
 from meta.train import Preprocessing, Problem, TrainingSettings, meta_train
-from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart, Preprocess
+from schemas.bundle import Manifest, MethodPart, ModelPart, Preprocess
 from schemas.errors import ConfigError
+
+PREPROCESSING = Preprocessing(torch.tensor([data.MEAN]), torch.tensor([data.STD]))
 
 
 class SourceRecipe(BaseModel):
+    """Where the source model comes from: trained here, or another bundle's."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    bundle: Path | None = None
     architecture: str = "groupnorm-cnn"
     arguments: dict[str, int | list[int]] = Field(default_factory=dict)
     epochs: int = Field(20, ge=1)
+    learning_rate: float = Field(4e-3, gt=0)
     seed: int = 0
 
 
+class PaperRecipe(BaseModel):
+    """The paper's meta-training: few unlabelled images of four corruptions, one-step truncation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    settings: PaperSettings = PaperSettings()
+    images: int = Field(128, ge=4)
+    batch: int = Field(2, ge=2)
+    epochs: int = Field(40, ge=1)
+    learning_rate: float = Field(1e-2, gt=0)
+    inner_step_size: float = Field(1e-4, gt=0)
+    severity: int = Field(5, ge=1, le=5)
+
+
 class Recipe(BaseModel):
-    """What `driftkeel meta train --config` reads."""
+    """What `driftkeel meta train --config` reads. With a `paper` section the generator is the paper's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -42,6 +68,7 @@ class Recipe(BaseModel):
     source: SourceRecipe = SourceRecipe()
     generator: GeneratorSettings = GeneratorSettings()
     training: TrainingSettings = TrainingSettings()
+    paper: PaperRecipe | None = None
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -59,58 +86,122 @@ def read_recipe(path: Path) -> Recipe:
 def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str], None] = print) -> Manifest:
     """Train the source model, meta-train its generator, calibrate, pack, and load the result once as a check."""
     torch.set_num_threads(recipe.threads)
-    preprocessing = Preprocessing(torch.tensor([data.MEAN]), torch.tensor([data.STD]))
-    train, test = data.fashion_mnist("train"), data.fashion_mnist("test")
-    torch.manual_seed(recipe.source.seed)
-    network = build_network(recipe.source.architecture, recipe.source.arguments)
-    train_source(network, train.part(*data.SOURCE_PART), recipe.source.epochs, recipe.source.seed, say=say)
-    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    clean = accuracy(network, *_tensors(test, scaled=True), preprocessing.mean, preprocessing.std)
-    say(f"source model: {clean:.3f} on clean test images")
-
-    model = AdaptableModel(network)
-    images, labels = _tensors(train.part(*data.META_PART))
-    source = source_statistics(model, images, preprocessing)
-    torch.manual_seed(recipe.training.seed)
-    method = MGG(model, source, LearnedOptimizer(recipe.generator, model), len(data.LABELS))
-    random = torch.Generator().manual_seed(recipe.training.seed)
-    meta_train([Problem(method, images, labels, preprocessing, recipe.training, random)], recipe.training, say)
-    for parameter in method.learned.parameters():
-        parameter.requires_grad_(False)
+    train = data.fashion_mnist("train")
+    part, weights = _source(recipe.source, train, say)
+    network = build_network(part.architecture, part.arguments)
+    network.load_state_dict(weights)
+    model = AdaptableModel(network.eval().to(memory_format=torch.channels_last))
+    source = source_statistics(model, _tensors(train.part(*data.META_PART))[0], PREPROCESSING)
+    made = _ours if recipe.paper is None else _paper
+    method, settings, tensors = made(recipe, model, source, train, say)
     unseen = _tensors(train.part(*data.CALIBRATION_PART))
-    calibration, limits = calibrate(method, *unseen, preprocessing, recipe.training.seed + 1)
+    calibration, limits = calibrate(method, *unseen, PREPROCESSING, recipe.training.seed + 1)
     say(f"calibration: temperature {calibration.temperature:.2f}, estimate off by {calibration.error:.3f}")
-
-    manifest = write_bundle(
-        folder,
-        _manifest(recipe, command, clean, calibration, limits),
-        {
-            "model": weights,
-            "generator": dict(method.learned.state_dict()),
-            "statistics": source.as_tensors(),
-        },
-        data.LABELS,
-    )
-    load_bundle(folder)
-    say(f"bundle {manifest.content_hash} written to {folder}")
-    return manifest
-
-
-def _tensors(part: data.LabelledImages, scaled: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.from_numpy(part.images.copy()).unsqueeze(1)
-    return images.float() / 255 if scaled else images, torch.from_numpy(part.labels)
-
-
-def _manifest(recipe: Recipe, command: str, clean: float, calibration: Calibration, limits: Limits) -> Manifest:
-    return Manifest(
+    manifest = Manifest(
         name=recipe.name,
         created_by=command,
-        model=ModelPart(
-            architecture=recipe.source.architecture, arguments=recipe.source.arguments, clean_accuracy=clean
-        ),
-        method=MethodPart(name="mgg", settings=recipe.generator.model_dump(mode="json")),
+        model=part,
+        method=MethodPart(name="mgg" if recipe.paper is None else "mgg-paper", settings=settings),
         preprocess=Preprocess(mode="L", width=28, height=28, mean=[data.MEAN], std=[data.STD]),
         calibration=calibration,
         limits=limits,
         files={},
     )
+    parts = {"model": weights, "generator": tensors, "statistics": source.as_tensors()}
+    manifest = write_bundle(folder, manifest, parts, data.LABELS)
+    load_bundle(folder)
+    say(f"bundle {manifest.content_hash} written to {folder}")
+    return manifest
+
+
+def _source(
+    recipe: SourceRecipe, train: data.LabelledImages, say: Callable[[str], None]
+) -> tuple[ModelPart, dict[str, Tensor]]:
+    """The source model's entry in the manifest, and its weights."""
+    if recipe.bundle is not None:
+        bundle = load_bundle(recipe.bundle)
+        return bundle.manifest.model, model_weights(recipe.bundle)
+    torch.manual_seed(recipe.seed)
+    network = build_network(recipe.architecture, recipe.arguments)
+    images = train.part(*data.SOURCE_PART)
+    train_source(network, images, recipe.epochs, recipe.seed, peak_rate=recipe.learning_rate, say=say)
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    test = _tensors(data.fashion_mnist("test"), scaled=True)
+    clean = accuracy(network, *test, PREPROCESSING.mean, PREPROCESSING.std)
+    say(f"source model: {clean:.3f} on clean test images")
+    return ModelPart(architecture=recipe.architecture, arguments=recipe.arguments, clean_accuracy=clean), weights
+
+
+Made = tuple[MGG | PaperMGG, dict[str, Any], dict[str, Tensor]]
+
+
+def _ours(
+    recipe: Recipe,
+    model: AdaptableModel,
+    source: SourceStatistics,
+    train: data.LabelledImages,
+    say: Callable[[str], None],
+) -> Made:
+    torch.manual_seed(recipe.training.seed)
+    learned = LearnedOptimizer(recipe.generator, model)
+    method = MGG(model, source, learned, len(data.LABELS))
+    random = torch.Generator().manual_seed(recipe.training.seed)
+    images = _tensors(train.part(*data.META_PART))
+    meta_train([Problem(method, *images, PREPROCESSING, recipe.training, random)], recipe.training, say)
+    learned.requires_grad_(False).eval()
+    return method, recipe.generator.model_dump(mode="json"), dict(learned.state_dict())
+
+
+def _paper(
+    recipe: Recipe,
+    model: AdaptableModel,
+    source: SourceStatistics,
+    train: data.LabelledImages,
+    say: Callable[[str], None],
+) -> Made:
+    paper = recipe.paper or PaperRecipe()
+    torch.manual_seed(recipe.training.seed)
+    generator = MetaGradientGenerator(2, paper.settings.hidden)
+    method = PaperMGG(model, source, generator, paper.settings)
+    shown = _corrupted(train.part(*data.META_PART), paper.images, paper.severity)
+    order = torch.randperm(len(shown[1]), generator=torch.Generator().manual_seed(recipe.training.seed))
+    batches = shown[0][order].split(paper.batch)
+    judged = _corrupted(train.part(*data.CALIBRATION_PART), 4 * 256, paper.severity)
+    meta_train_paper(
+        method,
+        batches,
+        lambda subject: _streamed_accuracy(subject, *judged),
+        paper.epochs,
+        paper.learning_rate,
+        paper.inner_step_size,
+        say,
+    )
+    generator.requires_grad_(False).eval()
+    return method, paper.settings.model_dump(mode="json"), dict(generator.state_dict())
+
+
+def _corrupted(images: data.LabelledImages, count: int, severity: int) -> tuple[Tensor, Tensor]:
+    """Standardised frames and labels: as many images, a quarter under each of the four corruptions for tuning."""
+    quarter = count // len(corruptions.TUNING)
+    frames = [
+        corruptions.corrupt(images.images[i * quarter : (i + 1) * quarter], name, severity)
+        for i, name in enumerate(corruptions.TUNING)
+    ]
+    pixels = torch.from_numpy(np.concatenate(frames)).unsqueeze(1).float() / 255
+    labels = torch.from_numpy(images.labels[: quarter * len(frames)])
+    return as_frames(pixels, PREPROCESSING.mean, PREPROCESSING.std), labels
+
+
+def _streamed_accuracy(method: PaperMGG, frames: Tensor, labels: Tensor, batch: int = 64) -> float:
+    """Each batch predicted before it is adapted on, as one stream."""
+    state, right = method.fresh(1), 0
+    for part, truth in zip(frames.split(batch), labels.split(batch), strict=True):
+        forward = method.predict(part, torch.zeros(len(part), dtype=torch.long), state)
+        right += int((forward.answer.argmax(1) == truth).sum())
+        state = method.update(forward).state
+    return right / len(labels)
+
+
+def _tensors(part: data.LabelledImages, scaled: bool = False) -> tuple[Tensor, Tensor]:
+    images = torch.from_numpy(part.images.copy()).unsqueeze(1)
+    return images.float() / 255 if scaled else images, torch.from_numpy(part.labels)

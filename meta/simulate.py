@@ -13,7 +13,7 @@ from meta.shifts import Shift
 class SimulatedStream:
     """One camera: a mixture of shifts whose severity moves over time, and a class mix that moves too.
 
-    About a fifth of all episodes have nothing wrong, so that a generator also learns to leave well alone.
+    About a third of all episodes have nothing wrong, so that a generator also learns to leave well alone.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, shifts: dict[str, Shift], random: torch.Generator) -> None:
@@ -25,7 +25,7 @@ class SimulatedStream:
     def begin(self) -> None:
         """Start another episode: other shifts, another course of severity, another length."""
         self.step, self.length = 0, int(self._number(20, 160))
-        how_many = [0, 1, 1, 2, 3][int(self._number(0, 5))]
+        how_many = [0, 0, 1, 1, 2, 3][int(self._number(0, 6))]
         order = torch.randperm(len(self.shifts), generator=self.random)[:how_many]
         self.active = [(self.shifts[int(i)], torch.rand(4, generator=self.random)) for i in order]
         self.peak = self._number(0.3, 1.0) / max(1, how_many) ** 0.5

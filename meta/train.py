@@ -66,7 +66,7 @@ class Problem:
     ) -> None:
         self.method, self.preprocessing, self.random = method, preprocessing, random
         self.cameras = [SimulatedStream(images, labels, TUNING, random) for _ in range(settings.streams)]
-        method.learned.gradient_scale.fill_(_usual_gradient(self))
+        method.learned.gradient_scale.fill_(measure_gradient(method, self.cameras, preprocessing))
         self.state = method.initial(settings.streams)
 
     def detach(self) -> None:
@@ -155,16 +155,17 @@ def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[
     return objective / settings.unroll, right / (settings.unroll * frames * len(cameras))
 
 
-def _usual_gradient(problem: Problem, batches: int = 8, frames: int = 8) -> float:
+def measure_gradient(
+    method: MGG, cameras: list[SimulatedStream], preprocessing: Preprocessing, batches: int = 8, frames: int = 8
+) -> float:
     """Root mean square of a coordinate's gradient at the source affine, over streams with and without a shift.
 
-    It makes one rule serve models whose gradients differ in size.
+    In its units, one rule serves models whose gradients differ in size.
     """
-    method, cameras = problem.method, problem.cameras
     state: State = method.fresh(len(cameras))
     squares = []
     for _ in range(batches):
-        batch, _, stream = draw(cameras, frames, problem.preprocessing)
+        batch, _, stream = draw(cameras, frames, preprocessing)
         forward = method.predict(batch, stream, state)
         loss, _, _ = method.objective(forward)
         (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])

@@ -47,7 +47,7 @@ class ModelPart(Part):
 class MethodPart(Part):
     """How streams adapt; the learned parameters lie in generator.safetensors."""
 
-    name: Literal["mgg"]
+    name: Literal["mgg", "mgg-paper"]
     settings: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -101,7 +101,7 @@ def _run_group(
         seen = frames.batch(np.concatenate([codes[i][now] for i in running]), np.concatenate(images))
         labels = frames.labels[np.concatenate(images)]
         forward = method.predict(seen, stream, state)
-        logits = forward.logits.detach()
+        logits = forward.answer
         hits = (logits.argmax(1).numpy() == labels) & logits.isfinite().all(1).numpy()
         for i, part in zip(running, np.split(hits, np.cumsum(sizes)[:-1]), strict=True):
             right[i][now] = part

@@ -18,11 +18,14 @@ from meta.benchmark.datasets import DataSet
 from meta.bundle import Bundle, load_bundle
 from meta.calibrate import source_statistics
 from meta.data import LabelledImages
-from meta.mgg import MGG
+from meta.mgg import MGG, transplant
 from meta.models import build_network
 from meta.norms import AdaptableModel
+from meta.paper import PaperMGG
+from meta.shifts import TUNING
+from meta.simulate import SimulatedStream
 from meta.source import accuracy, as_frames, image_tensor, train_source
-from meta.train import Preprocessing
+from meta.train import Preprocessing, measure_gradient
 from schemas.errors import BundleError
 
 SOURCE_FRAMES = 2_000
@@ -51,12 +54,21 @@ class SourceModel:
     clean_accuracy: float
     tuning: LabelledImages
 
-    def generator(self, bundle: Bundle) -> MGG:
-        """The bundle's generator on this model: its learned parameters know no architecture."""
-        if not isinstance(bundle.method, MGG):
+    def generator(self, bundle: Bundle) -> MGG | PaperMGG:
+        """The bundle's method on this model: as it is where the bundle was made for it, else its rule alone."""
+        setup, method = self.setup, bundle.method
+        if isinstance(method, PaperMGG):
+            return PaperMGG(setup.model, setup.source, method.generator, method.settings)
+        if not isinstance(method, MGG):
             raise BundleError(f"bundle {bundle.manifest.name!r} has no generator")
-        setup = self.setup
-        return MGG(setup.model, setup.source, bundle.method.learned, setup.classes)
+        if torch.equal(method.model.source_affine, setup.model.source_affine):
+            return MGG(setup.model, setup.source, method.learned, setup.classes)
+        moved = MGG(setup.model, setup.source, transplant(method.learned, setup.model), setup.classes)
+        images, labels = image_tensor(self.tuning.images), torch.from_numpy(self.tuning.labels)
+        random = torch.Generator().manual_seed(self.config.seed)
+        cameras = [SimulatedStream(images, labels, TUNING, random) for _ in range(16)]
+        moved.learned.gradient_scale.fill_(measure_gradient(moved, cameras, Preprocessing(setup.mean, setup.std)))
+        return moved
 
 
 def parts(train: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
