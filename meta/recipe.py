@@ -69,6 +69,7 @@ class Recipe(BaseModel):
     generator: GeneratorSettings = GeneratorSettings()
     training: TrainingSettings = TrainingSettings()
     paper: PaperRecipe | None = None
+    calibration_windows: int = Field(12, ge=2, description="of eight micro-batches, from each of 24 streams")
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -95,7 +96,9 @@ def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str]
     made = _ours if recipe.paper is None else _paper
     method, settings, tensors = made(recipe, model, source, train, say)
     unseen = _tensors(train.part(*data.CALIBRATION_PART))
-    calibration, limits = calibrate(method, *unseen, PREPROCESSING, recipe.training.seed + 1)
+    calibration, limits = calibrate(
+        method, *unseen, PREPROCESSING, recipe.training.seed + 1, recipe.calibration_windows
+    )
     say(f"calibration: temperature {calibration.temperature:.2f}, estimate off by {calibration.error:.3f}")
     manifest = Manifest(
         name=recipe.name,

@@ -1,0 +1,54 @@
+"""Recipes, on the smallest settings that still go all the way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from meta.bundle import load_bundle
+from meta.mgg import MGG
+from meta.paper import PaperMGG
+from meta.recipe import Recipe, build_bundle, read_recipe
+from schemas.errors import ConfigError
+from tests.conftest import SHIPPED_BUNDLE
+
+SOURCE = {"bundle": str(SHIPPED_BUNDLE)}
+
+
+def build(folder: Path, **content: object) -> torch.Tensor:
+    recipe = Recipe.model_validate(
+        {"name": "small", "data": "fashion-mnist", "source": SOURCE, "calibration_windows": 2, **content}
+    )
+    manifest = build_bundle(recipe, folder, "a test", say=lambda text: None)
+    bundle = load_bundle(folder)
+    assert bundle.hash == manifest.content_hash
+    wanted = PaperMGG if "paper" in content else MGG
+    assert isinstance(bundle.method, wanted)
+    frames, stream = torch.randn(4, 1, 28, 28), torch.zeros(4, dtype=torch.long)
+    update = bundle.method.update(bundle.method.predict(frames, stream, bundle.method.fresh(1)))
+    return update.state["affine"]
+
+
+def test_ours_and_the_papers(tmp_path: Path) -> None:
+    training = {"meta_steps": 2, "unroll": 2, "streams": 2}
+    ours = build(tmp_path / "ours", training=training)
+    again = build(tmp_path / "again", training=training)
+    assert torch.equal(ours, again)
+    paper = build(tmp_path / "paper", paper={"images": 8, "epochs": 1})
+    source = load_bundle(SHIPPED_BUNDLE).model.source_affine
+    assert (paper - source).abs().max() <= 1e-3 + 1e-6
+
+
+def test_every_shipped_recipe_can_be_read() -> None:
+    recipes = sorted(SHIPPED_BUNDLE.parent.glob("*.yaml"))
+    assert len(recipes) >= 2
+    for path in recipes:
+        assert read_recipe(path).name == path.stem
+
+
+def test_a_wrong_recipe_names_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"name": "x", "data": "fashion-mnist", "training": {"unroll": 1}}))
+    with pytest.raises(ConfigError, match=r"training\.unroll"):
+        read_recipe(path)
