@@ -24,7 +24,7 @@ from kafka.structs import OffsetAndMetadata
 
 from schemas.config import Kafka
 from schemas.errors import UnreachableError
-from worker.kafka_client import connection, until_reached
+from worker.kafka_client import connection, open_client, until_reached
 from worker.offsets import Offsets, Partition
 
 log = logging.getLogger("driftkeel.consume")
@@ -70,7 +70,8 @@ class FrameConsumer:
         arguments = connection(settings)
 
         def make() -> Any:
-            return KafkaConsumer(
+            return open_client(
+                KafkaConsumer,
                 **arguments,
                 group_id=settings.group,
                 enable_auto_commit=False,

@@ -15,7 +15,7 @@ from kafka.errors import KafkaError
 from meta.bundle import load_bundle
 from schemas.config import WorkerConfig
 from schemas.errors import DriftkeelError
-from worker.kafka_client import connection
+from worker.kafka_client import connection, open_client
 from worker.redis_client import connect
 from worker.store import StateStore
 
@@ -87,7 +87,7 @@ def _server_setting(client: Any, name: str) -> str | None:
 
 def _broker(config: WorkerConfig) -> Iterator[Finding]:
     kafka = config.kafka
-    admin = KafkaAdminClient(**connection(kafka))
+    admin = open_client(KafkaAdminClient, **connection(kafka))
     try:
         known = set(admin.list_topics())
     finally:
@@ -102,7 +102,7 @@ def _broker(config: WorkerConfig) -> Iterator[Finding]:
 
 
 def _partitions(kafka: Any, topic: str) -> Finding:
-    consumer = KafkaConsumer(**connection(kafka))
+    consumer = open_client(KafkaConsumer, **connection(kafka))
     try:
         count = len(consumer.partitions_for_topic(topic) or ())
     finally:

@@ -46,6 +46,22 @@ def connection(settings: Kafka) -> dict[str, Any]:
     return arguments
 
 
+def open_client(kind: Any, **arguments: Any) -> Any:
+    """A client of class `kind`. One that cannot reach its broker would leave its thread and sockets behind."""
+    opened: list[Any] = []
+
+    def remember(**options: Any) -> Any:
+        opened.append(kind.DEFAULT_CONFIG["kafka_client"](**options))
+        return opened[-1]
+
+    try:
+        return kind(kafka_client=remember, **arguments)
+    except (KafkaError, OSError):
+        for connections in opened:
+            connections.close()
+        raise
+
+
 def check_checksum_speed() -> None:
     """Say so where the client would compute checksums in Python: forty times slower, and nothing else warns."""
     if importlib.util.find_spec("crc32c") is None:
@@ -81,7 +97,7 @@ def require_topics(settings: Kafka, stop: threading.Event | None = None) -> None
     """
     what = f"the broker at {settings.bootstrap}"
     arguments = connection(settings)
-    admin = until_reached(lambda: KafkaAdminClient(**arguments), what, settings.connect_timeout_s, stop)
+    admin = until_reached(lambda: open_client(KafkaAdminClient, **arguments), what, settings.connect_timeout_s, stop)
     try:
         known = set(admin.list_topics())
     finally:
@@ -108,7 +124,7 @@ def create_topics(settings: Kafka, frame_partitions: int) -> None:
     }
     arguments = connection(settings)
     what = f"the broker at {settings.bootstrap}"
-    admin = until_reached(lambda: KafkaAdminClient(**arguments), what, settings.connect_timeout_s)
+    admin = until_reached(lambda: open_client(KafkaAdminClient, **arguments), what, settings.connect_timeout_s)
     try:
         admin.create_topics(wanted, wait_for_metadata=True)
     finally:

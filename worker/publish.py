@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from kafka import KafkaProducer
-from kafka.errors import KafkaError, MessageSizeTooLargeError
+from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
 from schemas.config import Kafka
 from schemas.errors import FrameError, UnreachableError
 from schemas.prediction import PREDICTION_TYPE, Prediction
 from schemas.update import UPDATE_TYPE, UpdateEvent
-from worker.kafka_client import connection, until_reached
+from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, connection, open_client, until_reached
 
 log = logging.getLogger("driftkeel.publish")
 ACKNOWLEDGE_TIMEOUT_S = 30.0
 MAX_REQUEST_BYTES = 64 << 20
+MAX_BLOCK_MS = 10_000
+PATIENT_ROUNDS = 5  # with growing pauses, each with a producer that has reached the broker
 
 
 @dataclass(frozen=True)
 class Message:
-    """A record to send."""
+    """A record to send. `expendable`: given up where the broker refuses it for good, rather than tried for ever."""
 
     topic: str
     key: bytes | None
     value: bytes | None
     headers: list[tuple[str, bytes]]
+    expendable: bool = False
+
+    @property
+    def without_value(self) -> Message:
+        """The same with its value dropped; a header keeps its size."""
+        headers = [*self.headers, ("driftkeel-value-dropped", str(len(self.value or b"")).encode())]
+        return replace(self, value=b"", headers=headers)
 
 
 class Publisher:
@@ -39,24 +49,13 @@ class Publisher:
     def __init__(self, settings: Kafka, worker: str, stop: threading.Event) -> None:
         self._settings, self._worker, self._stop = settings, worker, stop
         self._waiting: list[tuple[Message, Any]] = []
-        self._producer = self._connect()
-
-    def _connect(self) -> Any:
-        what = f"the broker at {self._settings.bootstrap}"
-        return until_reached(self._make, what, self._settings.connect_timeout_s, self._stop)
-
-    def _reconnect(self, keep_alive: Callable[[], object]) -> Any:
-        """A new producer, however long the broker stays away; UnreachableError only once the worker is to stop."""
-        while True:
-            try:
-                return self._connect()
-            except UnreachableError:
-                if self._stop.is_set():
-                    raise
-                keep_alive()
+        self._away: KafkaError | None = None
+        what = f"the broker at {settings.bootstrap}"
+        self._producer = until_reached(self._make, what, settings.connect_timeout_s, stop)
 
     def _make(self) -> Any:
-        return KafkaProducer(
+        return open_client(
+            KafkaProducer,
             **connection(self._settings),
             acks="all",
             enable_idempotence=True,
@@ -65,7 +64,7 @@ class Publisher:
             max_request_size=MAX_REQUEST_BYTES,
             delivery_timeout_ms=int(ACKNOWLEDGE_TIMEOUT_S * 1000),
             request_timeout_ms=10_000,
-            max_block_ms=10_000,
+            max_block_ms=MAX_BLOCK_MS,
             allow_auto_create_topics=False,
         )
 
@@ -74,20 +73,16 @@ class Publisher:
         self._waiting.append((message, self._try_send(message)))
 
     def settle(self, keep_alive: Callable[[], object]) -> None:
-        """Return when the broker has acknowledged everything sent so far; send again what it has not.
+        """Wait until all that was sent is acknowledged, however long the broker stays away.
 
-        `keep_alive` is called between tries. Raises UnreachableError only once the worker is to stop.
+        A dead letter that a broker within reach does not take (no permission, no topic) is given up, with an error in
+        the log: the record itself is still in its topic. Raises UnreachableError only once the worker is to stop.
         """
+        pause, rounds = FIRST_PAUSE_S, 0
         while self._waiting:
-            failed: list[Message] = []
-            reason: Exception | None = None
-            for message, future in self._waiting:
-                error = future if isinstance(future, Exception) else _outcome(future)
-                if error is not None:
-                    failed.append(message)
-                    reason = error
-            self._waiting = []
-            if reason is None:
+            rounds += 1
+            failed, reason = self._unacknowledged(patient=rounds < PATIENT_ROUNDS)
+            if not failed:
                 return
             if self._stop.is_set():
                 raise UnreachableError(f"the broker at {self._settings.bootstrap} did not answer: {reason}")
@@ -97,11 +92,51 @@ class Publisher:
                 self._settings.bootstrap,
                 reason,
             )
-            # Indefinite errors leave an idempotent producer in a state of its own: begin with a new one.
-            self._producer.close(timeout=0)
-            self._producer = self._reconnect(keep_alive)
+            self._wait(pause, keep_alive)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+            self._renew(keep_alive)
             for message in failed:
                 self.send(message)
+
+    def _unacknowledged(self, patient: bool) -> tuple[list[Message], KafkaError | None]:
+        """Wait for every answer; what has to be sent again, and one reason why."""
+        failed: list[Message] = []
+        reason: KafkaError | None = None
+        for message, future in self._waiting:
+            error = future if isinstance(future, KafkaError) else _outcome(future)
+            if error is None:
+                continue
+            if message.expendable and message.value and isinstance(error, MessageSizeTooLargeError):
+                message = message.without_value
+            elif message.expendable and not (error.retriable and patient):
+                origin = [text for name, text in message.headers if name.startswith("driftkeel-")]
+                log.error("a dead letter is given up, the broker does not take it (%s); it was %s", error, origin)
+                continue
+            failed.append(message)
+            reason = error
+        self._waiting = []
+        return failed, reason
+
+    def _renew(self, keep_alive: Callable[[], object]) -> None:
+        """A new producer: indefinite errors leave an idempotent one in a state of its own."""
+        self._producer.close(timeout=0)
+        while True:
+            try:
+                self._producer = self._make()
+                self._away = None
+                return
+            except (KafkaError, OSError) as error:
+                if self._stop.is_set():
+                    raise UnreachableError(
+                        f"the broker at {self._settings.bootstrap} did not answer: {error}"
+                    ) from error
+                self._wait(FIRST_PAUSE_S, keep_alive)
+
+    def _wait(self, seconds: float, keep_alive: Callable[[], object]) -> None:
+        resume = time.monotonic() + seconds
+        while time.monotonic() < resume and not self._stop.is_set():
+            keep_alive()
+            self._stop.wait(min(0.05, seconds))
 
     def prediction(self, prediction: Prediction, traceparent: str | None) -> None:
         self.send(
@@ -133,18 +168,22 @@ class Publisher:
         # Kafka allows a header without a value; the client's sender does not.
         headers = [(name, value or b"") for name, value in record.headers]
         headers += [(name, text.encode()) for name, text in reasons.items()]
-        self.send(Message(self._settings.topics.dead_letters, record.key, record.value, headers))
+        # The client sends no record that has neither key nor value.
+        value = b"" if record.key is None and record.value is None else record.value
+        self.send(Message(self._settings.topics.dead_letters, record.key, value, headers, expendable=True))
 
     def close(self) -> None:
         self._producer.close(timeout=5)
 
     def _try_send(self, message: Message) -> Any:
+        """The client's future, or the error that it met at once."""
+        if self._away is not None:
+            return self._away  # Each further try would wait for the broker as long as the first.
         try:
             return self._producer.send(message.topic, value=message.value, key=message.key, headers=message.headers)
-        except MessageSizeTooLargeError:
-            # Only a dead letter can be so large. Its reason and origin are worth more than its bytes.
-            headers = [*message.headers, ("driftkeel-value-dropped", str(len(message.value or b"")).encode())]
-            return self._producer.send(message.topic, value=b"", key=message.key, headers=headers)
+        except KafkaTimeoutError as error:
+            self._away = error
+            return error
         except KafkaError as error:
             return error
 

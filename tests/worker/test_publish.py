@@ -1,0 +1,143 @@
+"""The publisher against the real broker: what is sent arrives, and what cannot arrive blocks nothing."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kafka.errors import KafkaTimeoutError, TopicAuthorizationFailedError
+
+from schemas.config import Kafka
+from schemas.errors import FrameError, UnreachableError
+from tests.chaos.proxy import FlakyProxy
+from tests.conftest import Topic
+from worker import publish
+from worker.embedded import free_port, start_broker
+from worker.kafka_client import create_topics
+from worker.publish import Message, Publisher
+
+
+@pytest.fixture
+def stop() -> threading.Event:
+    return threading.Event()
+
+
+@pytest.fixture
+def make(kafka_settings: Kafka, stop: threading.Event) -> Iterator[Callable[..., Publisher]]:
+    made: list[Publisher] = []
+
+    def build(**topics: str) -> Publisher:
+        changed = kafka_settings.topics.model_copy(update=topics)
+        made.append(Publisher(kafka_settings.model_copy(update={"topics": changed}), "w", stop))
+        return made[-1]
+
+    yield build
+    for publisher in made:
+        publisher.close()
+
+
+def record(key: bytes | None, value: bytes | None) -> Any:
+    return SimpleNamespace(topic="frames", partition=3, offset=7, key=key, value=value, headers=[("a", None)])
+
+
+def nothing() -> None:
+    """Nobody needs to be kept alive."""
+
+
+class Forbidding:
+    """A producer without permission for one topic: the embedded broker knows no permissions."""
+
+    def __init__(self, producer: Any) -> None:
+        self._producer = producer
+
+    def send(self, topic: str, **record: Any) -> Any:
+        if topic == "forbidden":
+            raise TopicAuthorizationFailedError(topic)
+        return self._producer.send(topic, **record)
+
+    def close(self, timeout: float) -> None:
+        self._producer.close(timeout=timeout)
+
+
+BAD = FrameError("empty", "nothing in it")
+
+
+def test_a_record_without_key_and_value_is_a_dead_letter_too(
+    make: Callable[..., Publisher], kafka_settings: Kafka, topic: Topic
+) -> None:
+    publisher = make()
+    publisher.dead_letter(record(None, None), BAD)
+    publisher.settle(nothing)
+    (letter,) = topic.read(kafka_settings.topics.dead_letters, lambda rs: len(rs) == 1)
+    assert (letter.key, letter.value or b"") == (None, b"")
+    assert dict(letter.headers)["driftkeel-offset"] == b"7"
+
+
+def test_too_large_a_dead_letter_keeps_its_reason(
+    make: Callable[..., Publisher], kafka_settings: Kafka, topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "MAX_REQUEST_BYTES", 10_000)
+    publisher = make()
+    publisher.dead_letter(record(b"cam", b"x" * 20_000), BAD)
+    publisher.settle(nothing)
+    (letter,) = topic.read(kafka_settings.topics.dead_letters, lambda rs: len(rs) == 1)
+    headers = dict(letter.headers)
+    assert (letter.key, letter.value or b"") == (b"cam", b"")
+    assert (headers["driftkeel-error-class"], headers["driftkeel-value-dropped"]) == (b"empty", b"20000")
+
+
+def test_a_dead_letter_that_cannot_arrive_is_given_up_and_the_rest_goes_on(
+    make: Callable[..., Publisher],
+    kafka_settings: Kafka,
+    topic: Topic,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    publisher = make(dead_letters="forbidden")
+    publisher._producer = Forbidding(publisher._producer)
+    publisher.send(Message(kafka_settings.topics.updates, b"cam", b"before", []))
+    publisher.dead_letter(record(b"cam", b"x"), BAD)
+    publisher.send(Message(kafka_settings.topics.updates, b"cam", b"after", []))
+    with caplog.at_level(logging.ERROR, "driftkeel.publish"):
+        publisher.settle(nothing)
+    assert "given up" in caplog.text
+    assert "b'7'" in caplog.text
+    values = {r.value for r in topic.read(kafka_settings.topics.updates, lambda rs: len({r.value for r in rs}) == 2)}
+    assert values == {b"before", b"after"}
+
+
+def test_an_outage_is_waited_out_with_the_membership_kept(stop: threading.Event) -> None:
+    threads = threading.active_count()
+    port = free_port()
+    broker = start_broker(port=free_port(), advertised=port)
+    proxy = FlakyProxy(broker.port, port)
+    settings = Kafka(bootstrap=f"127.0.0.1:{port}", connect_timeout_s=10)
+    create_topics(settings, 1)
+    publisher = Publisher(settings, "w", stop)
+    publisher.send(Message("updates", b"cam", b"1", []))
+    publisher.settle(nothing)
+    proxy.down(True)
+    kept: list[None] = []
+
+    def keep_alive() -> None:
+        kept.append(None)
+        if len(kept) == 10:
+            proxy.down(False)
+
+    publisher._away = KafkaTimeoutError("as after a send that waited in vain")
+    for i in range(2, 40):
+        publisher.send(Message("updates", b"cam", str(i).encode(), []))
+    publisher.settle(keep_alive)
+    found = Topic(f"127.0.0.1:{broker.port}").read("updates", lambda rs: len({r.value for r in rs}) >= 39)
+    assert {r.value for r in found} == {str(i).encode() for i in range(1, 40)}
+    proxy.down(True)
+    publisher._away = KafkaTimeoutError("again")
+    publisher.send(Message("updates", b"cam", b"never", []))
+    stop.set()
+    with pytest.raises(UnreachableError, match="did not answer"):
+        publisher.settle(nothing)
+    publisher.close()
+    proxy.close()
+    broker.child.stop(0)
+    assert threading.active_count() <= threads
