@@ -122,7 +122,9 @@ class Operator:
         )
         # Events wait beside the state, one a line, until the stream's next worker publishes them.
         events = b"\n".join([*(claimed.event or b"").splitlines(), event.model_dump_json().encode()])
-        write = Write(stream, claimed.token, encode_header(header), events, encode_tensors(tensors, step))
+        write = Write(
+            stream, claimed.token, header.events, encode_header(header), events, encode_tensors(tensors, step)
+        )
         if self._store.write([write]) != [True]:
             raise StateError(
                 f"a worker claimed stream {stream!r} at the same moment and nothing was changed; try again"

@@ -7,9 +7,10 @@ A stream has three keys, which share a hash tag and so lie on one node of a Clus
     {prefix}:{stream}:snapshots  list of earlier states, newest first
 
 A claim raises the token; a write is taken only with the newest token. A worker that was paused while another took its
-streams over (a zombie) is so refused. The last update event lies beside the state, so that a crash between writing
-the state and publishing the event cannot lose it. The header stays when tensors expire: an idle stream restarts from
-source and can say so.
+streams over (a zombie) is so refused. Writes under one token are numbered: one that comes twice, because its answer was
+lost, counts once, and one that comes late, because a broken connection still held it, cannot undo a newer one. The last
+update event lies beside the state, so that a crash between writing the state and publishing the event cannot lose it.
+The header stays when tensors expire: an idle stream restarts from source and can say so.
 """
 
 from __future__ import annotations
@@ -32,22 +33,29 @@ Result = TypeVar("Result")
 _CLAIM = """
 local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
 redis.call('HSET', KEYS[1], 'owner', ARGV[1])
+redis.call('HDEL', KEYS[1], 'written')
 local stored = redis.call('HMGET', KEYS[1], 'header', 'event')
 return {token, stored[1], redis.call('GET', KEYS[2]), stored[2]}
 """
 
-# ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep.
+# ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep, number.
 _WRITE = """
-if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
-redis.call('HSET', KEYS[1], 'header', ARGV[2], 'event', ARGV[3])
+local stored = redis.call('HMGET', KEYS[1], 'token', 'written')
+if stored[1] ~= ARGV[1] then return 0 end
+if stored[2] == ARGV[8] then return 1 end
+if stored[2] and tonumber(stored[2]) > tonumber(ARGV[8]) then return 0 end
+redis.call('HSET', KEYS[1], 'header', ARGV[2], 'event', ARGV[3], 'written', ARGV[8])
 if ARGV[4] ~= '' then redis.call('SET', KEYS[2], ARGV[4]) end
-if ARGV[5] ~= '0' then
-  redis.call('EXPIRE', KEYS[2], ARGV[5])
-  redis.call('EXPIRE', KEYS[3], ARGV[5])
-end
 if ARGV[6] ~= '' then
   redis.call('LPUSH', KEYS[3], ARGV[6])
   redis.call('LTRIM', KEYS[3], 0, ARGV[7] - 1)
+end
+if ARGV[5] == '0' then
+  redis.call('PERSIST', KEYS[2])
+  redis.call('PERSIST', KEYS[3])
+else
+  redis.call('EXPIRE', KEYS[2], ARGV[5])
+  redis.call('EXPIRE', KEYS[3], ARGV[5])
 end
 return 1
 """
@@ -65,10 +73,14 @@ class Claimed:
 
 @dataclass(frozen=True)
 class Write:
-    """A state to write. `tensors` None leaves the stored ones as they are; `snapshot` keeps this state for rollback."""
+    """A state to write. `tensors` None leaves the stored ones as they are; `snapshot` keeps this state for rollback.
+
+    `number` grows from write to write of a stream.
+    """
 
     stream: str
     token: int
+    number: int
     header: bytes
     event: bytes
     tensors: bytes | None
@@ -137,7 +149,7 @@ class StateStore:
         snapshot = _packed(write.header, write.tensors) if write.snapshot and write.tensors else b""
         return [
             *(write.token, write.header, write.event, write.tensors or b"", settings.idle_ttl_s),
-            *(snapshot, settings.snapshots),
+            *(snapshot, settings.snapshots, write.number),
         ]
 
     def _scripts(self, script: str, calls: list[tuple[list[str], list[Any]]]) -> list[Any]:

@@ -98,6 +98,7 @@ class Streams:
         return Write(
             header.stream,
             event.token,
+            header.events,
             encode_header(header),
             event.model_dump_json().encode(),
             tensors,

@@ -12,8 +12,8 @@ def store(store_settings: Store) -> StateStore:
     return StateStore(store_settings)
 
 
-def write(stream: str, token: int, tensors: bytes | None = b"t") -> Write:
-    return Write(stream, token, b"header", b"event", tensors)
+def write(stream: str, token: int, tensors: bytes | None = b"t", number: int = 1) -> Write:
+    return Write(stream, token, number, b"header", b"event", tensors)
 
 
 def test_claim_write_claim(store: StateStore) -> None:
@@ -28,9 +28,24 @@ def test_a_zombie_is_refused_and_changes_nothing(store: StateStore) -> None:
     store.claim(["cam"], "old")
     store.claim(["cam"], "new")
     assert store.write([write("cam", 2, b"good")]) == [True]
-    assert store.write([Write("cam", 1, b"bad", b"bad", b"bad")]) == [False]
+    assert store.write([Write("cam", 1, 2, b"bad", b"bad", b"bad")]) == [False]
     (claimed,) = store.claim(["cam"], "new")
     assert (claimed.header, claimed.tensors) == (b"header", b"good")
+
+
+def test_a_write_that_comes_twice_counts_once_and_a_late_one_undoes_nothing(store: StateStore) -> None:
+    store.claim(["cam"], "w")
+    first = Write("cam", 1, 9, b"h9", b"e9", b"t9", snapshot=True)
+    assert store.write([first]) == [True]
+    assert store.write([first]) == [True]
+    assert len(store.snapshots("cam")) == 1
+    assert store.write([Write("cam", 1, 10, b"h10", b"e10", b"t10")]) == [True]
+    assert store.write([first]) == [False]
+    found = store.read("cam")
+    assert (found.header, found.tensors, found.event) == (b"h10", b"t10", b"e10")
+    # After a claim the numbers begin anew: a reset may have set them back.
+    assert store.claim(["cam"], "w")[0].token == 2
+    assert store.write([Write("cam", 2, 1, b"h1", b"e1", b"t1")]) == [True]
 
 
 def test_a_lost_key_refuses_the_old_token(store: StateStore, store_url: str) -> None:
@@ -44,7 +59,7 @@ def test_a_lost_key_refuses_the_old_token(store: StateStore, store_url: str) -> 
 def test_header_alone_keeps_the_tensors(store: StateStore) -> None:
     store.claim(["cam"], "w")
     store.write([write("cam", 1, b"tensors")])
-    store.write([Write("cam", 1, b"header 2", b"event 2", None)])
+    store.write([Write("cam", 1, 2, b"header 2", b"event 2", None)])
     (claimed,) = store.claim(["cam"], "w")
     assert (claimed.header, claimed.tensors, claimed.event) == (b"header 2", b"tensors", b"event 2")
 
@@ -81,7 +96,7 @@ def test_snapshots_are_kept_newest_first_and_bounded(store_settings: Store) -> N
     store = StateStore(store_settings.model_copy(update={"snapshots": 2}))
     store.claim(["cam"], "w")
     for i in range(4):
-        store.write([Write("cam", 1, b"h%d" % i, b"e", b"t%d" % i, snapshot=i != 1)])
+        store.write([Write("cam", 1, i, b"h%d" % i, b"e", b"t%d" % i, snapshot=i != 1)])
     assert store.snapshots("cam") == [(b"h3", b"t3"), (b"h2", b"t2")]
     assert store.snapshots("unknown") == []
 
@@ -95,8 +110,10 @@ def test_idle_tensors_expire_and_the_header_stays(store_settings: Store, store_u
     assert 0 < client.ttl(tensors) <= 100
     assert client.ttl(meta) == -1
     client.expire(tensors, 10)
-    store.write([write("cam", 1, None)])
+    store.write([write("cam", 1, None, number=2)])
     assert client.ttl(tensors) > 10
+    StateStore(store_settings).write([write("cam", 1, None, number=3)])
+    assert client.ttl(tensors) == -1
     client.close()
 
 
