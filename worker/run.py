@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import signal
 import threading
 import time
@@ -107,7 +108,8 @@ class Worker:
         )
         self._lag_shown = 0.0
         self._stash: list[Any] = []
-        self._partition_of: dict[str, Partition] = {}
+        self._partitions_of: dict[str, set[Partition]] = {}
+        self._dropped: set[Partition] = set()
         log.info(
             "worker %s: broker %s, topic %s, group %s, store %s, metrics http://%s:%d/metrics",
             config.worker,
@@ -143,11 +145,19 @@ class Worker:
     def _turn(self) -> None:
         records = self._poll()
         if records:
-            self._batcher.add(self._intake.take(records, self._load, self._keep_alive))
+            self._dropped.clear()
+            frames = self._intake.take(records, self._load, self._keep_alive)
+            # Partitions that went while the store or the broker was waited for are read again, from their oldest.
+            self._batcher.add(f for f in frames if (f.position.topic, f.position.partition) not in self._dropped)
         batches = self._batcher.take(time.monotonic(), self.config.batch.max_pass)
         if batches:
             self.metrics.pass_streams.observe(len(batches))
-            self._rewind(self._step.run(batches))
+            started = time.monotonic()
+            if fenced := self._step.run(batches):
+                self._rewind(fenced)
+                # Two workers that have frames of one stream (it moved) would refuse each other for ever in lockstep.
+                span = time.monotonic() - started + self.config.batch.max_wait_ms / 1000
+                self._stop.wait(random.uniform(0, 2 * span))  # noqa: S311
         self._streams.trim(self._batcher.streams)
         self._consumer.commit()
         self._assigned = bool(self._consumer.assignment())
@@ -179,7 +189,8 @@ class Worker:
         self._stash += records
 
     def _keep_alive(self) -> None:
-        """Keep the group membership while the loop waits for something else."""
+        """Keep the group membership while the loop waits for something else; that is no standstill."""
+        self._progress = time.monotonic()
         self._consumer.pause(True)
         self._receive(0.05)
 
@@ -188,24 +199,30 @@ class Worker:
         engine = self._streams.engine
 
         def is_folded(frame: Frame) -> bool:
-            self._partition_of[frame.stream] = (frame.position.topic, frame.position.partition)
+            where = (frame.position.topic, frame.position.partition)
+            self._partitions_of.setdefault(frame.stream, set()).add(where)
             return engine.resident(frame.stream).header.has_folded(frame.position)
 
         return is_folded
 
     def _drop(self, partition: Partition) -> None:
-        """Forget a partition: whoever has it now reads again what was not finished."""
-        streams = [stream for stream, where in self._partition_of.items() if where == partition]
+        """Forget a partition: whoever has it now reads again what was not finished.
+
+        A stream that has moved goes with every partition in which it was met; what is ours of these is read again.
+        """
+        self._dropped.add(partition)
+        self._stash = [r for r in self._stash if (r.topic, r.partition) != partition]
+        streams = [stream for stream, where in self._partitions_of.items() if partition in where]
         self._batcher.drop(streams)
         self._streams.release(streams)
-        self._stash = [r for r in self._stash if (r.topic, r.partition) != partition]
-        for stream in streams:
-            del self._partition_of[stream]
+        others = {other for stream in streams for other in self._partitions_of.pop(stream)} - {partition}
+        for other in others:
+            self._consumer.rewind(other)
+            self._drop(other)
 
     def _rewind(self, fenced: list[str]) -> None:
         """Another worker claimed streams of ours. Read their partitions again: the broker decides whose they are."""
-        partitions = {self._partition_of[stream] for stream in fenced if stream in self._partition_of}
-        for partition in partitions:
+        for partition in {p for stream in fenced for p in self._partitions_of.get(stream, ())}:
             log.warning("another worker holds streams of partition %d; reading it again", partition[1])
             self._consumer.rewind(partition)
             self._drop(partition)
@@ -229,7 +246,6 @@ class Worker:
                 if self._stop.is_set():
                     raise UnreachableError(f"the store at {self.config.store.address} does not answer")
                 self._keep_alive()
-                self._progress = time.monotonic()
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _close(self) -> None:

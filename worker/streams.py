@@ -50,14 +50,17 @@ class Streams:
 
     def ensure(self, wanted: Iterable[str]) -> None:
         """Make streams resident."""
-        missing = [stream for stream in dict.fromkeys(wanted) if stream not in self.engine]
-        if not missing:
-            return
+        wanted = list(dict.fromkeys(wanted))
+        # Again, because streams that were resident may go while a store that is away is waited for.
+        while missing := [stream for stream in wanted if stream not in self.engine]:
+            self._claim(missing)
+            self._metrics.resident.set(len(self.engine))
+
+    def _claim(self, streams: list[str]) -> None:
         with self._metrics.store_seconds.labels("claim").time():
-            claims = self._heal(lambda: self._store.claim(missing, self._worker))
-        for stream, claimed in zip(missing, claims, strict=True):
+            claims = self._heal(lambda: self._store.claim(streams, self._worker))
+        for stream, claimed in zip(streams, claims, strict=True):
             self._admit(stream, claimed)
-        self._metrics.resident.set(len(self.engine))
 
     def trim(self, busy: set[str]) -> None:
         """Where too many streams are resident, the least recently used that are not `busy` go."""

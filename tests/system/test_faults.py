@@ -7,10 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+from kafka import KafkaProducer
+
+from tests.chaos.proxy import FlakyProxy
 from tests.conftest import picture
-from tests.system.conftest import Site
+from tests.system.conftest import Site, WorkerProcess
 from tests.system.test_worker import ids_by_stream
-from worker.embedded import start_store
+from worker.embedded import free_port, start_store
 
 STREAMS = [f"cam-{i}" for i in range(6)]
 FRAMES = [(STREAMS[i % 6], picture(i)) for i in range(300)]
@@ -135,3 +138,57 @@ def _alive(pid: int) -> bool:
         return False
     status = Path(f"/proc/{pid}/stat")
     return not (status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z")
+
+
+def test_a_stream_in_two_partitions_of_two_workers(site: Site) -> None:
+    """It moved while frames of it wait in its old partition: both workers fold, in turns, each frame once."""
+    workers = [site.start(), site.start()]
+    for worker in workers:
+        worker.wait_until(lambda w=worker: _has_partitions(w), "an assignment to each")
+    producer = KafkaProducer(bootstrap_servers=site.kafka.bootstrap, batch_size=0)
+    futures = [
+        producer.send(site.kafka.topics.frames, key=b"cam", value=picture(i), partition=i % 3) for i in range(120)
+    ]
+    ids = [f"{m.topic}/{m.partition}/{m.offset}" for m in (future.get(20) for future in futures)]
+    producer.close()
+    workers[0].wait_until(lambda: (h := site.header("cam")) is not None and h.frames >= 120, "folding")
+    assert set(site.predictions(ids)) == set(ids)
+    header = site.header("cam")
+    assert header is not None
+    assert header.frames == 120
+    assert sum(offset + 1 for offset in header.positions.values()) == 120
+    events = site.events(lambda es: len({f for e in es for f in e.frames}) == 120)
+    folded = [f for e in {e.id: e for e in events}.values() for f in e.frames]
+    assert sorted(folded) == sorted(ids)
+    for worker in workers:
+        assert worker.stop() == 0
+
+
+def _has_partitions(worker: WorkerProcess) -> bool:
+    lines = [line for line in worker.log.read_text().splitlines() if "assigned partitions" in line]
+    return bool(lines) and not lines[-1].endswith("none")
+
+
+def test_a_rebalance_while_the_store_is_away(site: Site, store_url: str) -> None:
+    """Records in hand when their partition goes must not be used when the store answers again."""
+    proxy = FlakyProxy(int(store_url.rsplit(":", 1)[1].split("/")[0]), free_port())
+    behind = {"url": f"redis://127.0.0.1:{proxy.port}/0", "prefix": site.store.prefix}
+    first = site.start(store=behind)
+    ids = site.send(FRAMES[:60])
+    site.wait_folded(first, dict.fromkeys(STREAMS, 10))
+    proxy.down(True)
+    # New streams, which must be claimed, so that records in hand wait for the store; then known ones.
+    frames = [(f"new-{i % 6}", picture(i)) for i in range(120)] + FRAMES[60:]
+    first.signal(signal.SIGSTOP)
+    time.sleep(0.2)  # its fetch on the way ends empty, so that the next one brings frames of every partition
+    ids += site.send(frames)
+    first.signal(signal.SIGCONT)
+    first.wait_until(lambda: "does not answer" in first.log.read_text(), "noticing the outage")
+    second = site.start(store=behind | {"url": store_url})
+    second.wait_until(lambda: _has_partitions(second), "an assignment")
+    proxy.down(False)
+    site.wait_folded(second, COUNTS | {f"new-{i}": 20 for i in range(6)})
+    check_outcome(site, FRAMES[:60] + frames, ids)
+    assert first.stop() == 0
+    assert second.stop() == 0
+    proxy.close()
