@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
@@ -58,12 +58,23 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
         self._owner.note_gone((p.topic, p.partition) for p in lost)
 
 
+class Marks(Protocol):
+    """Up to where the store has folded each partition. Methods raise UnreachableError."""
+
+    def mark(self, group: str, offsets: dict[Partition, int]) -> None:
+        """Note that all frames before these offsets are in the states."""
+
+    def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
+        """What was noted."""
+
+
 class FrameConsumer:
     """The consumer. Only the worker's loop calls it, but for `note_gone`."""
 
-    def __init__(self, settings: Kafka, offsets: Offsets, stop: threading.Event) -> None:
+    def __init__(self, settings: Kafka, offsets: Offsets, marks: Marks, stop: threading.Event) -> None:
         self._settings = settings
-        self.offsets = offsets
+        self.offsets, self._marks = offsets, marks
+        self._compared: set[Partition] = set()
         self._gone: deque[Partition] = deque()
         self._last_commit = 0.0
         self._paused = False
@@ -95,7 +106,7 @@ class FrameConsumer:
 
         Some of the latter may have come back at once: the client then goes on behind the records it has handed
         out, but those in hand are given up with the revocation. They are read again, from the oldest, and newer
-        records of the same poll are passed over until then. Never raises for an unreachable broker.
+        records of the same poll are passed over until then. Never raises for an unreachable broker or store.
         """
         try:
             polled = self.consumer.poll(timeout_ms=max(0, int(timeout_s * 1000)))
@@ -110,14 +121,48 @@ class FrameConsumer:
         gone: set[Partition] = set()
         while self._gone:
             gone.add(self._gone.popleft())
-        records = []
-        for partition, part in polled.items():
-            if (partition.topic, partition.partition) not in gone:
-                records += part
+        arrived = {(p.topic, p.partition): part for p, part in polled.items()}
         for lost in gone:
-            passed_over = polled.get(TopicPartition(*lost), [])
+            passed_over = arrived.pop(lost, [])
             self.rewind(lost, passed_over[0].offset if passed_over else None)
-        return records, gone
+        behind = self._behind({p: part[0].offset for p, part in arrived.items() if p not in self._compared})
+        for partition, offset in behind.items():
+            del arrived[partition]
+            self.consumer.seek(TopicPartition(*partition), offset)
+        return [record for part in arrived.values() for record in part], gone
+
+    def _behind(self, first: dict[Partition, int]) -> dict[Partition, int]:
+        """Compare where partitions begin with what the store has folded; where to read them from instead.
+
+        Once after each assignment, and after each rewind. The offset that Kafka has may be ahead of the store, by
+        the second between two commits, or because the store has lost what it knew: from a crash, or a backup.
+        """
+        if not first:
+            return {}
+        try:
+            marks = self._marks.marks(self._settings.group, list(first))
+            unknown = {partition: offset for partition, offset in first.items() if partition not in marks}
+            if unknown:
+                self._marks.mark(self._settings.group, unknown)
+            older = [TopicPartition(*p) for p, mark in marks.items() if mark < first[p]]
+            beginnings = self.consumer.beginning_offsets(older) if older else {}
+        except (KafkaError, UnreachableError) as error:
+            log.warning("partitions %s wait: %s", sorted(number for _, number in first), error)
+            return first
+        for (_, number), offset in unknown.items():
+            if offset > 0:
+                log.warning(
+                    "partition %d begins at %d, and the store knows nothing of it: a new group or store, or its data "
+                    "is lost and streams restart from source",
+                    number,
+                    offset,
+                )
+        self._compared |= set(first)
+        behind = {}
+        for where, beginning in beginnings.items():
+            partition = (where.topic, where.partition)
+            behind[partition] = min(first[partition], max(beginning, marks[partition]))
+        return {partition: offset for partition, offset in behind.items() if offset < first[partition]}
 
     def note_gone(self, partitions: Iterable[Partition]) -> None:
         """Partitions were taken away. Called on the client's thread, while the loop waits inside poll."""
@@ -139,6 +184,7 @@ class FrameConsumer:
         """
         offset = self.offsets.next_offset(partition)
         self.offsets.forget([partition])
+        self._compared.discard(partition)
         offset = otherwise if offset is None else offset
         where = TopicPartition(*partition)
         if offset is not None and where in self.consumer.assignment():
@@ -147,7 +193,8 @@ class FrameConsumer:
     def commit(self, now: bool = False) -> None:
         """Commit finished offsets, at most once a second unless `now`.
 
-        A failed commit loses nothing: the position in each stream's state decides what is folded.
+        A failed commit loses nothing: the position in each stream's state decides what is folded. The store notes them
+        before Kafka does, so that it can be seen later where the store has fallen behind.
         """
         moment = time.monotonic()
         if not now and moment - self._last_commit < COMMIT_INTERVAL_S:
@@ -157,12 +204,13 @@ class FrameConsumer:
         if not offsets:
             return
         try:
+            self._marks.mark(self._settings.group, offsets)
             if now:
                 self.consumer.commit(_with_metadata(offsets), timeout_ms=5_000)
                 self.offsets.committed(offsets)
             else:
                 self.consumer.commit_async(_with_metadata(offsets), callback=self._committed)
-        except KafkaError as error:
+        except (KafkaError, UnreachableError) as error:
             log.warning("offsets not committed (%s); their frames may be read again", error)
 
     def _committed(self, offsets: dict[TopicPartition, OffsetAndMetadata], answer: Any) -> None:

@@ -82,7 +82,7 @@ class Worker:
         self._store = store
         self._publisher = Publisher(config.kafka, config.worker, stop)
         self._offsets = Offsets()
-        self._consumer = FrameConsumer(config.kafka, self._offsets, stop)
+        self._consumer = FrameConsumer(config.kafka, self._offsets, store, stop)
         self._decoder = Decoder(config.frames, bundle.manifest.preprocess)
         self._intake = Intake(config.frames, self._decoder, self._offsets, self._publisher, self.metrics)
         self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
@@ -158,6 +158,8 @@ class Worker:
                 # Two workers that have frames of one stream (it moved) would refuse each other for ever in lockstep.
                 span = time.monotonic() - started + self.config.batch.max_wait_ms / 1000
                 self._stop.wait(random.uniform(0, 2 * span))  # noqa: S311
+        if self._store.reconnected():
+            self._begin_again()
         self._streams.trim(self._batcher.streams)
         self._consumer.commit()
         self._assigned = bool(self._consumer.assignment())
@@ -224,6 +226,12 @@ class Worker:
         """Another worker claimed streams of ours. Read their partitions again: the broker decides whose they are."""
         for partition in {p for stream in fenced for p in self._partitions_of.get(stream, ())}:
             log.warning("another worker holds streams of partition %d; reading it again", partition[1])
+            self._consumer.rewind(partition)
+            self._drop(partition)
+
+    def _begin_again(self) -> None:
+        """A store that was away may have lost its last second: compare every partition and claim every stream anew."""
+        for partition in self._consumer.assignment():
             self._consumer.rewind(partition)
             self._drop(partition)
 

@@ -6,6 +6,9 @@ A stream has three keys, which share a hash tag and so lie on one node of a Clus
     {prefix}:{stream}:tensors    the tensors, which may expire when the stream is idle
     {prefix}:{stream}:snapshots  list of earlier states, newest first
 
+A partition has one, {prefix}:mark:{group}/{topic}/{partition}: all of its frames before this offset are in the states.
+Where Kafka's committed offset is further, the store has lost what it knew, by a crash or from a backup.
+
 A claim raises the token; a write is taken only with the newest token. A worker that was paused while another took its
 streams over (a zombie) is so refused. Writes under one token are numbered: one that comes twice, because its answer was
 lost, counts once, and one that comes late, because a broken connection still held it, cannot undo a newer one. The last
@@ -26,6 +29,7 @@ import redis.exceptions
 
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError, UnreachableError
+from worker.offsets import Partition
 from worker.redis_client import connect
 
 Result = TypeVar("Result")
@@ -93,11 +97,20 @@ class StateStore:
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
         self._client: Any = None
+        self._opened = self._noticed = 0
 
     def keys(self, stream: str) -> list[str]:
         """The stream's keys; the braces make its name their hash tag."""
         base = f"{self._settings.prefix}:{{{quote(stream, safe='')}}}"
         return [base, f"{base}:tensors", f"{base}:snapshots"]
+
+    def reconnected(self) -> bool:
+        """Whether connections were opened since the last call, but for the very first.
+
+        Behind a new connection may be a store that crashed and lost its last writes, or another one.
+        """
+        noticed, self._noticed = self._noticed, self._opened
+        return 0 < noticed < self._opened
 
     def ping(self) -> None:
         self._reach(lambda client: client.ping())
@@ -140,6 +153,15 @@ class StateStore:
             text = name.decode() if isinstance(name, bytes) else name
             yield unquote(text[len(prefix) : -len(suffix)])
 
+    def mark(self, group: str, offsets: dict[Partition, int]) -> None:
+        """Note that all frames before these offsets are in the states."""
+        self._pipeline([("SET", self._mark_key(group, p), offset) for p, offset in offsets.items()])
+
+    def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
+        """What was noted; partitions without a note are left out."""
+        found = self._pipeline([("GET", self._mark_key(group, p)) for p in partitions])
+        return {p: int(offset) for p, offset in zip(partitions, found, strict=True) if offset is not None}
+
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
@@ -152,21 +174,31 @@ class StateStore:
             *(snapshot, settings.snapshots, write.number),
         ]
 
+    def _mark_key(self, group: str, partition: Partition) -> str:
+        topic, number = partition
+        return f"{self._settings.prefix}:mark:{quote(group, safe='')}/{topic}/{number}"
+
     def _scripts(self, script: str, calls: list[tuple[list[str], list[Any]]]) -> list[Any]:
+        # EVAL rather than EVALSHA: a Cluster's pipeline takes only this, and the scripts are short.
+        return self._pipeline([("EVAL", script, len(keys), *keys, *arguments) for keys, arguments in calls])
+
+    def _pipeline(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         def run(client: Any) -> list[Any]:
-            # EVAL rather than EVALSHA: a Cluster's pipeline takes only this, and the scripts are short.
             pipeline = client.pipeline(transaction=False)
-            for keys, arguments in calls:
-                pipeline.execute_command("EVAL", script, len(keys), *keys, *arguments)
+            for command in commands:
+                pipeline.execute_command(*command)
             return list(pipeline.execute())
 
         return self._reach(run)
+
+    def _count_connection(self) -> None:
+        self._opened += 1
 
     def _reach(self, action: Callable[[Any], Result]) -> Result:
         address = self._settings.address
         try:
             if self._client is None:
-                self._client = connect(self._settings.url.get_secret_value())
+                self._client = connect(self._settings.url.get_secret_value(), self._count_connection)
             return action(self._client)
         except redis.exceptions.AuthenticationError as error:
             raise UnreachableError(f"the store at {address} refuses the login: {error}") from error

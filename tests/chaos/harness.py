@@ -97,8 +97,8 @@ class Chaos:
             victim.process.terminate()
 
     def restart_store(self) -> None:
-        """Stop the store; it comes back with its data."""
-        self.store.child.stop()
+        """Stop the store, or kill -9; it comes back with its data."""
+        self.store.child.stop(self.random.choice([0, 3]))
         self.pause(self.random.uniform(0.1, 1.5))
         self.store = start_store(self.folder / "store", port=self.store.port)
 
@@ -112,8 +112,14 @@ class Chaos:
         self._away(self.to_store, self.random.uniform(0.2, 4))
 
     def broker_away(self) -> None:
-        """Mostly for seconds, rarely for most of a minute."""
-        self._away(self.to_broker, self.random.choice([0.5, 1, 2, 4, 4, 8, 30]))
+        """Mostly for seconds, rarely for a minute."""
+        self._away(self.to_broker, self.random.choice([0.5, 1, 1, 2, 2, 4, 4, 8, 8, 60]))
+
+    def store_hangs(self) -> None:
+        """Longer than a command may take: workers give up on commands that arrive all the same, later."""
+        self.to_store.hold(True)
+        self.pause(self.random.uniform(0.5, 7))
+        self.to_store.hold(False)
 
     def slow(self) -> None:
         """Every read through one proxy takes longer."""
@@ -165,7 +171,15 @@ class Chaos:
 
 FAULTS = [
     *(Chaos.kill, Chaos.kill, Chaos.zombie, Chaos.zombie, Chaos.blink, Chaos.restart_worker, Chaos.scale),
-    *(Chaos.restart_store, Chaos.store_away, Chaos.cut_store, Chaos.cut_broker, Chaos.broker_away, Chaos.slow),
+    *(
+        Chaos.store_hangs,
+        Chaos.restart_store,
+        Chaos.store_away,
+        Chaos.cut_store,
+        Chaos.cut_broker,
+        Chaos.broker_away,
+        Chaos.slow,
+    ),
 ]
 
 

@@ -1,4 +1,4 @@
-"""A TCP proxy on loopback that can cut, refuse and delay its connections."""
+"""A TCP proxy on loopback that can cut, refuse, delay and hold its connections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FlakyProxy:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
         self.delay_s = 0.0
-        self._down = self._closing = False
+        self._down = self._closing = self._held = False
         self._listener = socket.create_server(("127.0.0.1", port))
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ)
@@ -37,6 +37,10 @@ class FlakyProxy:
         if down:
             self.cut()
 
+    def hold(self, held: bool) -> None:
+        """While held, connections stay and nothing passes. What was sent meanwhile arrives late."""
+        self._held = held
+
     def close(self) -> None:
         self._closing = True
         self._thread.join(timeout=5)
@@ -46,6 +50,9 @@ class FlakyProxy:
 
     def _serve(self) -> None:
         while not self._closing:
+            if self._held:
+                time.sleep(0.02)
+                continue
             for key, _ in self._selector.select(timeout=0.1):
                 if self.delay_s:
                     time.sleep(self.delay_s)

@@ -155,6 +155,8 @@ def _replay(history: list[UpdateEvent], images: dict[str, bytes], bundle: Bundle
     method, preprocess = bundle.method, bundle.manifest.preprocess
     state = method.fresh(1)
     for event in history:
+        if event.decision == "reset":
+            state = method.fresh(1)
         if event.decision != "applied":
             continue
         pixels = [decode_image(images[frame_id], Frames(), preprocess) for frame_id in event.frames]

@@ -1,19 +1,22 @@
 """Crashes, zombies, outages and rebalances: nothing lost, nothing folded twice."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from kafka import KafkaProducer
+import pytest
+from kafka import KafkaAdminClient, KafkaProducer
+from pydantic import SecretStr
 
 from tests.chaos.proxy import FlakyProxy
 from tests.conftest import picture
 from tests.system.conftest import Site, WorkerProcess
 from tests.system.test_worker import ids_by_stream
-from worker.embedded import free_port, start_store
+from worker.embedded import EmbeddedStore, free_port, start_store
 
 STREAMS = [f"cam-{i}" for i in range(6)]
 FRAMES = [(STREAMS[i % 6], picture(i)) for i in range(300)]
@@ -192,3 +195,71 @@ def test_a_rebalance_while_the_store_is_away(site: Site, store_url: str) -> None
     assert first.stop() == 0
     assert second.stop() == 0
     proxy.close()
+
+
+def backup_of(site: Site, folder: Path) -> EmbeddedStore:
+    """A store of the test's own, for the site to use."""
+    store = start_store(folder)
+    site.store = site.store.model_copy(update={"url": SecretStr(store.url)})
+    site.config["store"]["url"] = store.url
+    return store
+
+
+@pytest.mark.parametrize("while_running", [False, True])
+def test_a_store_that_fell_behind_is_brought_up_to_date(site: Site, tmp_path: Path, while_running: bool) -> None:
+    """Kafka has offsets committed that the store knows nothing of: a crash lost its last writes, or it is a backup."""
+    store = backup_of(site, tmp_path / "data")
+    worker = site.start()
+    ids = site.send(FRAMES[:120])
+    site.wait_folded(worker, dict.fromkeys(STREAMS, 20))
+    worker.wait_until(lambda: committed(site) == 120, "the commit")
+    store.child.stop()
+    shutil.copytree(tmp_path / "data", tmp_path / "backup")
+    store = start_store(tmp_path / "data", port=store.port)
+    ids += site.send(FRAMES[120:240])
+    site.wait_folded(worker, dict.fromkeys(STREAMS, 40))
+    worker.wait_until(lambda: committed(site) == 240, "the commit")
+    if not while_running:
+        assert worker.stop() == 0
+    store.child.stop(0)
+    store = start_store(tmp_path / "backup", port=store.port)
+    assert {h.frames for s in STREAMS if (h := site.header(s))} == {20}
+    if not while_running:
+        worker = site.start()
+    # Half of the streams have no new frames: what the store lost of these is folded again all the same.
+    busy = [(stream, image) for stream, image in FRAMES[240:] if stream in STREAMS[:3]]
+    ids += site.send(busy)
+    site.wait_folded(worker, dict.fromkeys(STREAMS[:3], 50))
+    worker.wait_until(lambda: committed(site) == 270, "the commit")
+    worker.kill()
+    last = site.start()
+    idle = [(stream, image) for stream, image in FRAMES[240:] if stream in STREAMS[3:]]
+    ids += site.send(idle)
+    site.wait_folded(last, COUNTS)
+    assert set(site.predictions(ids)) == set(ids)
+    site.assert_folded_once(ids_by_stream(FRAMES[:240] + busy + idle, ids))
+    assert last.stop() == 0
+    store.child.stop()
+
+
+def test_an_empty_store_is_noticed(site: Site, tmp_path: Path) -> None:
+    store = backup_of(site, tmp_path / "data")
+    worker = site.start()
+    site.send(FRAMES[:60])
+    site.wait_folded(worker, dict.fromkeys(STREAMS, 10))
+    worker.wait_until(lambda: committed(site) == 60, "the commit")
+    store.child.stop()
+    store = start_store(tmp_path / "empty", port=store.port)
+    site.send(FRAMES[60:120])
+    site.wait_folded(worker, dict.fromkeys(STREAMS, 10))
+    assert "the store knows nothing of it" in worker.log.read_text()
+    assert worker.stop() == 0
+    store.child.stop()
+
+
+def committed(site: Site) -> int:
+    """Offsets that the group has committed, summed over partitions."""
+    admin = KafkaAdminClient(bootstrap_servers=site.kafka.bootstrap)
+    found = admin.list_group_offsets([site.kafka.group])[site.kafka.group]
+    admin.close()
+    return sum(max(0, meta.offset) for meta in found.values())
