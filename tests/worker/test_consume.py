@@ -1,0 +1,192 @@
+"""The consumer against the real broker: assignment, revocation, commits behind the store, and what the store knows."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from kafka import KafkaAdminClient, TopicPartition
+
+from schemas.config import Kafka
+from schemas.errors import UnreachableError
+from schemas.frame import Position
+from tests.conftest import Topic
+from worker.consume import FrameConsumer, _Listener
+from worker.offsets import Offsets, Partition
+
+
+class Notes:
+    """A store's notes in memory; away while `away`."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Partition, int] = {}
+        self.away = False
+
+    def mark(self, group: str, offsets: dict[Partition, int]) -> None:
+        if self.away:
+            raise UnreachableError("the store does not answer")
+        self.kept |= offsets
+
+    def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
+        if self.away:
+            raise UnreachableError("the store does not answer")
+        return {p: self.kept[p] for p in partitions if p in self.kept}
+
+
+@pytest.fixture
+def notes() -> Notes:
+    return Notes()
+
+
+@pytest.fixture
+def make(kafka_settings: Kafka, notes: Notes) -> Iterator[Callable[..., FrameConsumer]]:
+    made: list[FrameConsumer] = []
+
+    def build(**changes: object) -> FrameConsumer:
+        settings = kafka_settings.model_copy(update=changes)
+        made.append(FrameConsumer(settings, Offsets(), notes, threading.Event()))
+        return made[-1]
+
+    yield build
+    for consumer in made:
+        consumer.close()
+
+
+def wait_for(consumer: FrameConsumer, partitions: int, *others: FrameConsumer) -> None:
+    deadline = time.monotonic() + 30
+    while len(consumer.assignment()) != partitions:
+        assert time.monotonic() < deadline, f"{consumer.assignment()}, not {partitions} partitions"
+        for each in (consumer, *others):
+            each.poll(0.05)
+
+
+def send(topic: Topic, kafka: Kafka, count: int) -> None:
+    topic.send(kafka.topics.frames, [(None, b"%d" % i, []) for i in range(count)])
+
+
+def read(consumer: FrameConsumer, until: int) -> list[int]:
+    offsets: list[int] = []
+    deadline = time.monotonic() + 20
+    while not offsets or offsets[-1] < until:
+        assert time.monotonic() < deadline, f"read {offsets}"
+        records, _ = consumer.poll(0.05)
+        offsets += [record.offset for record in records]
+    return offsets
+
+
+def take(consumer: FrameConsumer, kafka: Kafka, offsets: list[int], finished: int) -> None:
+    """Receive these, and finish those before `finished`."""
+    for offset in offsets:
+        consumer.offsets.received(Position(kafka.topics.frames, 0, offset))
+    consumer.offsets.finished(Position(kafka.topics.frames, 0, o) for o in offsets if o < finished)
+
+
+def committed(kafka: Kafka) -> int:
+    admin = KafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    found = admin.list_group_offsets([kafka.group])[kafka.group]
+    admin.close()
+    return max((meta.offset for meta in found.values()), default=-1)
+
+
+def test_commits_follow_the_store_and_nothing_unfinished(
+    make: Callable[..., FrameConsumer], notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    consumer = make()
+    take(consumer, kafka_settings, read(consumer, 9), finished=6)
+    notes.away = True
+    consumer.commit(now=True)
+    assert committed(kafka_settings) == -1
+    notes.away = False
+    consumer.commit(now=True)
+    assert committed(kafka_settings) == 6
+    assert notes.kept[kafka_settings.topics.frames, 0] == 6
+
+
+def test_what_the_store_does_not_know_is_read_again(
+    make: Callable[..., FrameConsumer], notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    first = make()
+    take(first, kafka_settings, read(first, 9), finished=10)
+    first.commit(now=True)
+    first.close()
+    notes.kept[kafka_settings.topics.frames, 0] = 4  # as from a backup
+    send(topic, kafka_settings, 1)
+    notes.away = True
+    second = make()
+    wait_for(second, 3)
+    for _ in range(5):
+        assert second.poll(0.05)[0] == []  # nothing is handed out before the store was asked
+    notes.away = False
+    assert read(second, 10) == list(range(4, 11))
+
+
+def test_a_rewind_reads_again_from_the_oldest_in_hand(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    consumer = make()
+    take(consumer, kafka_settings, read(consumer, 9), finished=3)
+    consumer.commit(now=True)
+    consumer.rewind((kafka_settings.topics.frames, 0))
+    assert read(consumer, 9) == list(range(3, 10))
+
+
+def test_lost_partitions_are_given_up_without_a_commit(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    consumer = make()
+    take(consumer, kafka_settings, read(consumer, 9), finished=5)
+    partition = (kafka_settings.topics.frames, 0)
+    asyncio.run(_Listener(consumer).on_partitions_lost([TopicPartition(*partition)]))
+    _, gone = consumer.poll(0.05)
+    assert gone == {partition}
+    assert committed(kafka_settings) == -1
+
+
+def test_leaving_commits_what_is_finished_and_the_next_owner_goes_on(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    first = make()
+    take(first, kafka_settings, read(first, 9), finished=7)
+    second = make()
+    deadline = time.monotonic() + 30
+    given_up: set[Partition] = set()
+    while not second.assignment():
+        assert time.monotonic() < deadline
+        given_up |= first.poll(0.05)[1]
+        second.poll(0.05)
+    assert (kafka_settings.topics.frames, 0) in given_up
+    assert committed(kafka_settings) == 7
+
+
+def test_static_membership_is_passed_on(make: Callable[..., FrameConsumer]) -> None:
+    consumer = make(static_member="worker-0")
+    wait_for(consumer, 3)
+    assert consumer.consumer.group_metadata().group_instance_id == "worker-0"
+
+
+def test_cooperative_rebalancing_is_passed_on(make: Callable[..., FrameConsumer]) -> None:
+    """One member: with the embedded broker, kafka-python's second cooperative member never gets a partition."""
+    consumer = make(assignment="cooperative-sticky")
+    wait_for(consumer, 3)
+    (assignor,) = consumer.consumer.config["partition_assignment_strategy"]
+    assert getattr(assignor, "name", None) == "cooperative-sticky"
+
+
+def test_an_offset_reset_to_latest_passes_over_what_was_there(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 5)
+    consumer = make(offset_reset="latest")
+    wait_for(consumer, 3)
+    for _ in range(10):
+        assert consumer.poll(0.05)[0] == []
+    send(topic, kafka_settings, 2)
+    assert read(consumer, 6) == [5, 6]

@@ -1,0 +1,151 @@
+"""The store protocol over every form of URL: Cluster, Sentinel, TLS, users with few rights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import redis
+import trustme
+
+from schemas.config import Store
+from schemas.errors import ConfigError, UnreachableError
+from tests.chaos.proxy import FlakyProxy
+from tests.servers import TlsProxy, cluster_node, store_cluster, store_with_sentinel, wait_until, write_certificates
+from worker.embedded import free_port, start_store
+from worker.redis_client import connect
+from worker.store import StateStore, Write
+
+STREAMS = [f"cam-{i}" for i in range(40)]
+
+
+def exercise(store: StateStore) -> None:
+    """All that a worker and an operator do."""
+    assert {c.token for c in store.claim(STREAMS, "old")} == {1}
+    assert {c.token for c in store.claim(STREAMS, "w")} == {2}
+    assert store.write([Write(s, 1, 1, b"z", b"z", b"z") for s in STREAMS]) == [False] * 40
+    assert store.write([Write(s, 2, 1, s.encode(), b"e", b"t" * 5_000, snapshot=True) for s in STREAMS]) == [True] * 40
+    assert [c.header for c in store.claim(STREAMS, "w2")] == [s.encode() for s in STREAMS]
+    assert sorted(store.streams()) == sorted(STREAMS)
+    assert store.snapshots("cam-3") == [(b"cam-3", b"t" * 5_000)]
+    assert (store.read("cam-7").token, store.owner("cam-7")) == (3, "w2")
+    partitions = [("frames", i) for i in range(9)]
+    store.mark("group", {p: 10 + p[1] for p in partitions})
+    assert store.marks("group", [*partitions, ("frames", 99)]) == {p: 10 + p[1] for p in partitions}
+    assert store.marks("other", partitions) == {}
+
+
+def test_a_cluster_of_three_nodes(tmp_path: Path) -> None:
+    with store_cluster(tmp_path) as nodes:
+        url = f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"
+        store = StateStore(Store(url=url))
+        store.ping()
+        exercise(store)
+        sizes = [redis.Redis(port=node.port).dbsize() for node in nodes]
+        assert all(size > 0 for size in sizes)
+        # One node is away: an error that the worker heals from, and no other.
+        nodes[1].child.stop()
+        with pytest.raises(UnreachableError):
+            store.claim(STREAMS, "w3")
+        nodes[1] = cluster_node(tmp_path / "1", nodes[1].port)
+        wait_until(lambda: _claims(store), "the Cluster answering again")
+        assert {len(c.tensors or b"") for c in store.claim(STREAMS, "w4")} == {5_000}
+        store.close()
+
+
+def test_a_failover_by_sentinel(tmp_path: Path) -> None:
+    with store_with_sentinel(tmp_path) as (primary, replica, port):
+        store = StateStore(Store(url=f"redis+sentinel://127.0.0.1:{port}/driftkeel/0"))
+        exercise(store)
+        store.reconnected()
+        link = redis.Redis(port=replica.port)
+        offset = redis.Redis(port=primary.port).info("replication")["master_repl_offset"]
+        wait_until(lambda: link.info("replication")["slave_repl_offset"] >= offset, "the replica catching up")
+        primary.child.stop(0)
+        wait_until(lambda: _claims(store), "the failover")
+        assert link.role()[0] == b"master"
+        assert store.reconnected()
+        assert {len(c.tensors or b"") for c in store.claim(STREAMS, "w4")} == {5_000}
+        link.close()
+        store.close()
+
+
+def _claims(store: StateStore) -> bool:
+    try:
+        store.claim(STREAMS, "w")
+    except UnreachableError:
+        return False
+    return True
+
+
+def test_tls_with_a_client_certificate(tmp_path: Path, store_url: str, store_settings: Store) -> None:
+    authority = trustme.CA()
+    files = write_certificates(authority, tmp_path)
+    target = int(store_url.rsplit(":", 1)[1].split("/")[0])
+    proxy = TlsProxy(target, authority, free_port(), client_certificate=True)
+    settings = store_settings.model_copy(update={"url": _secret(f"rediss://127.0.0.1:{proxy.port}/0"), **files})
+    store = StateStore(settings)
+    exercise(store)
+    store.close()
+    for missing in ({"ssl_cafile": None}, {"ssl_certfile": None, "ssl_keyfile": None}):
+        with pytest.raises(UnreachableError, match="does not answer"):
+            StateStore(settings.model_copy(update=missing)).ping()
+    with pytest.raises(ConfigError, match="no file nowhere"):
+        StateStore(settings.model_copy(update={"ssl_cafile": "nowhere.pem"})).ping()
+    proxy.close()
+
+
+def test_tls_to_sentinel_and_cluster_uses_the_same_files(tmp_path: Path) -> None:
+    files = write_certificates(trustme.CA(), tmp_path)
+    client = connect(Store(url="rediss+sentinel://u:p@127.0.0.1:1/name/2", **files))
+    arguments = client.connection_pool.connection_kwargs
+    assert (arguments["ssl_ca_certs"], arguments["username"], arguments["db"]) == (files["ssl_cafile"], "u", 2)
+    asked = client.connection_pool.sentinel_manager.sentinels[0].connection_pool
+    assert asked.connection_class is redis.SSLConnection
+    assert asked.connection_kwargs["ssl_ca_certs"] == files["ssl_cafile"]
+
+
+def test_a_user_with_the_rights_that_the_docs_name(tmp_path: Path) -> None:
+    server = start_store(tmp_path)
+    admin = redis.Redis(port=server.port)
+    line = "on >geheim resetkeys ~driftkeel:* resetchannels -@all +@read +@write +@scripting +@connection"
+    admin.execute_command("ACL", "SETUSER", "worker", *line.split())
+    admin.execute_command("ACL", "SETUSER", "default", "off")
+    store = StateStore(Store(url=f"redis://worker:geheim@127.0.0.1:{server.port}/0"))
+    exercise(store)
+    with pytest.raises(UnreachableError, match="refuses a command"):
+        StateStore(Store(url=f"redis://worker:geheim@127.0.0.1:{server.port}/0", prefix="other")).claim(["cam"], "w")
+    with pytest.raises(UnreachableError, match="refuses the login") as caught:
+        StateStore(Store(url=f"redis://worker:falsch@127.0.0.1:{server.port}/0")).ping()
+    assert "falsch" not in str(caught.value)
+    store.close()
+    admin.close()
+    server.child.stop()
+
+
+def test_new_connections_are_noticed(store_url: str, store_settings: Store) -> None:
+    proxy = FlakyProxy(int(store_url.rsplit(":", 1)[1].split("/")[0]), free_port())
+    store = StateStore(store_settings.model_copy(update={"url": _secret(f"redis://127.0.0.1:{proxy.port}/0")}))
+    store.ping()
+    assert not store.reconnected()
+    store.ping()
+    assert not store.reconnected()
+    proxy.cut()
+    wait_until(lambda: _claims(store), "another connection")
+    assert store.reconnected()
+    assert not store.reconnected()
+    store.close()
+    proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("redis+sentinel://a:1", "needs the service's name"), ("redis+cluster://a:x", "is no host:port")],
+)
+def test_urls_that_cannot_be_used(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        connect(Store(url=url))
+
+
+def _secret(url: str) -> object:
+    return type(Store().url)(url)
