@@ -1,0 +1,149 @@
+"""The compose file and the chart name only what exists, and Kubernetes would take what the chart renders."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from schemas.config import ENVIRONMENT_PREFIX, WorkerConfig, _keys, load_config
+from worker.cli import app
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+CHART = DEPLOY / "helm" / "driftkeel"
+KUBERNETES = "1.31"
+EVERYTHING = {
+    "autoscaling": {"enabled": True, "partitions": 6, "authentication": "kafka"},
+    "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "secrets": {"storeUrl": {"name": "store", "key": "url"}, "saslPassword": {"name": "kafka", "key": "password"}},
+    "config": {"bundle": {"path": "/bundle"}, "kafka": {"assignment": "cooperative-sticky"}},
+    "volumes": [{"name": "bundle", "persistentVolumeClaim": {"claimName": "bundle"}}],
+    "volumeMounts": [{"name": "bundle", "mountPath": "/bundle", "readOnly": True}],
+    "networkPolicy": {"metricsFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}]},
+    "imagePullSecrets": [{"name": "registry"}],
+    "podAnnotations": {"a": "b"},
+    "nodeSelector": {"kubernetes.io/arch": "amd64"},
+}
+
+
+def compose() -> dict[str, Any]:
+    content = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def rendered(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The chart's manifests by kind, as Helm itself renders them."""
+    with helm_python.Chart.load(str(CHART)) as chart:
+        chart.validate_schema(chart.merge_values(values))
+        files = chart.render(values, name="site", namespace="line-1")
+    manifests = [m for name, text in files.items() if name.endswith(".yaml") for m in yaml.safe_load_all(text) if m]
+    return {m["kind"]: m for m in manifests}
+
+
+def environment_names(text: str) -> set[str]:
+    return set(re.findall(rf"{ENVIRONMENT_PREFIX}\w+", text))
+
+
+def test_every_variable_in_deploy_is_a_key_of_the_configuration() -> None:
+    valid = {ENVIRONMENT_PREFIX + key.upper().replace(".", "__") for key in _keys(WorkerConfig)}
+    files = [p for p in DEPLOY.rglob("*") if p.is_file()] + [DEPLOY.parent / "Dockerfile"]
+    named = {name for path in files for name in environment_names(path.read_text())}
+    assert len(named) > 5
+    assert named <= valid
+
+
+def test_the_compose_file_is_consistent(monkeypatch: pytest.MonkeyPatch) -> None:
+    services = compose()["services"]
+    for service in services.values():
+        assert set(service.get("depends_on", [])) <= set(services)
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source in compose()["volumes"] or (DEPLOY / source).is_dir()
+        assert service["image"] == "driftkeel" or ":" in service["image"]
+    for name, value in services["worker"]["environment"].items():
+        monkeypatch.setenv(name, str(value))
+    config = load_config(None)
+    assert config.kafka.bootstrap in services["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
+    script = services["topics"]["command"][0]
+    created = dict(re.findall(r"--topic (\S+) --partitions (\d+)", script))
+    assert set(created) == set(config.kafka.topics.model_dump().values())
+    limits = dict(re.findall(r"--topic (\S+) .*max\.message\.bytes=(\d+)", script))
+    assert config.frames.max_bytes < int(limits["frames"]) < int(limits["frames.dlq"])
+    assert {"--appendonly", "noeviction"} <= set(services["store"]["command"])
+
+
+def test_prometheus_and_grafana_find_what_they_need() -> None:
+    scrape = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    (target,) = scrape["scrape_configs"][0]["dns_sd_configs"]
+    services = compose()["services"]
+    assert target["names"] == ["worker"]
+    assert target["port"] == services["worker"]["environment"]["DRIFTKEEL__METRICS__PORT"]
+    provisioning = DEPLOY / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "driftkeel.yaml").read_text())["providers"]
+    mounts = [volume.split(":")[1] for volume in services["grafana"]["volumes"]]
+    assert provider["options"]["path"] in mounts
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING, {"networkPolicy": {"enabled": False}}])
+def test_kubernetes_takes_what_the_chart_renders(values: dict[str, Any]) -> None:
+    manifests = rendered(values)
+    for kind, manifest in manifests.items():
+        if kind not in ("ScaledObject", "ServiceMonitor"):  # of KEDA and the Prometheus operator
+            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+    expected = {"ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service", "ServiceAccount"}
+    if values == EVERYTHING:
+        expected |= {"ScaledObject", "ServiceMonitor"}
+    if values.get("networkPolicy", {}).get("enabled") is False:
+        expected -= {"NetworkPolicy"}
+    assert set(manifests) == expected
+
+
+@pytest.mark.parametrize("values", [{}, EVERYTHING])
+def test_a_worker_takes_the_chart_s_configuration(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifests = rendered(values)
+    path = tmp_path / "worker.yaml"
+    path.write_text(manifests["ConfigMap"]["data"]["worker.yaml"])
+    (container,) = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
+    for variable in container["env"]:
+        monkeypatch.setenv(variable["name"], variable.get("value", "redis://from-a-secret:6379/0"))
+    config = load_config(path)
+    assert config.metrics.port == container["ports"][0]["containerPort"]
+    assert config.metrics.host == "0.0.0.0"
+    command, *options = container["args"]
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert all(option in result.stdout for option in options if option.startswith("--"))
+    if values:
+        scaled = manifests["ScaledObject"]["spec"]
+        assert scaled["maxReplicaCount"] == 6
+        (trigger,) = scaled["triggers"]
+        assert trigger["metadata"]["topic"] == config.kafka.topics.frames
+        assert trigger["metadata"]["consumerGroup"] == config.kafka.group
+        assert trigger["metadata"]["bootstrapServers"] == config.kafka.bootstrap
+        assert "replicas" not in manifests["Deployment"]["spec"]
+        env = {v["name"]: v.get("valueFrom") for v in container["env"]}
+        assert env["DRIFTKEEL__STORE__URL"] == {"secretKeyRef": {"name": "store", "key": "url"}}
+
+
+def test_the_chart_refuses_what_it_does_not_know() -> None:
+    for values in ({"replica": 3}, {"config": {"store": {"url": "redis://x"}}}, {"terminationGracePeriodSeconds": 5}):
+        with pytest.raises(helm_python.HelmError):
+            rendered(values)
+
+
+def test_helm_s_own_linter_is_content() -> None:
+    findings = helm_python.lint(str(CHART))
+    assert findings["errors"] == []
+    assert all(message["severity"] <= 1 for message in findings["messages"]), findings  # an icon is recommended
