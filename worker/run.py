@@ -60,6 +60,7 @@ class Worker:
         log.info("bundle %s (%s) from %s", bundle.hash, bundle.manifest.name, config.bundle.path)
         self.metrics = WorkerMetrics(config.metrics.max_stream_labels)
         self.metrics.build.info({"version": installed_version(), "bundle": bundle.hash, "worker": config.worker})
+        self._probe = StateStore(config.store)
         self._healthy_store = True
         self._assigned = False
         self._progress = time.monotonic()
@@ -127,7 +128,15 @@ class Worker:
 
     def ready(self) -> bool:
         """Whether partitions are assigned and the store answers."""
-        return self._assigned and self._healthy_store
+        return self._assigned and self._healthy_store and self._store_answers()
+
+    def _store_answers(self) -> bool:
+        """Asked on the HTTP port's thread, with a connection of its own: a loop without frames would not notice."""
+        try:
+            self._probe.ping()
+        except UnreachableError:
+            return False
+        return True
 
     def run(self) -> None:
         """Turn the loop until told to stop, then finish the step in hand, commit and leave the group."""
@@ -263,6 +272,7 @@ class Worker:
             stack.callback(self._server.close)
             stack.callback(self._decoder.close)
             stack.callback(self._store.close)
+            stack.callback(self._probe.close)
             stack.callback(self._publisher.close)
             stack.callback(self._consumer.close)
             stack.callback(self._consumer.commit, now=True)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,6 +65,17 @@ class WorkerProcess:
     def metrics(self) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
             return answer.read().decode()
+
+    def ready(self) -> bool:
+        """What /readyz says; /healthz is well all the while."""
+        base = f"http://127.0.0.1:{self.port}"
+        with urllib.request.urlopen(f"{base}/healthz", timeout=5):
+            pass
+        try:
+            with urllib.request.urlopen(f"{base}/readyz", timeout=10):
+                return True
+        except urllib.error.HTTPError:
+            return False
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
         deadline = time.monotonic() + timeout_s

@@ -106,7 +106,9 @@ def test_stop_during_a_store_outage(site: Site, tmp_path: Path) -> None:
     store = start_store(tmp_path / "data")
     worker = site.start(store={"url": store.url, "prefix": site.store.prefix})
     worker.wait_until(lambda: "assigned partitions" in worker.log.read_text(), "the assignment")
+    worker.wait_until(worker.ready, "readiness")
     store.child.stop()
+    worker.wait_until(lambda: not worker.ready(), "noticing the outage without a frame")
     site.send(FRAMES[:30])
     worker.wait_until(lambda: "does not answer" in worker.log.read_text(), "noticing the outage")
     assert worker.stop() == 0
