@@ -89,6 +89,9 @@ class Store(Section):
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     connect_timeout_s: float = Field(30, gt=0, description="give up starting when the store stays away for so long")
+    compression: Literal["none", "deflate"] = Field(
+        "deflate", description="of stored tensors, without loss; none where states are large and the network is fast"
+    )
     max_state_bytes: int = Field(64 << 20, ge=1_024, description="a stored state larger than this is refused")
     idle_ttl_s: int = Field(
         0, ge=0, description="states of streams idle for so long expire, and restart from source; 0 keeps them"

@@ -24,6 +24,7 @@ from schemas.state import (
     encode_tensors,
 )
 from schemas.update import Decision, UpdateEvent
+from worker.compress import pack
 from worker.store import Claimed, StateStore, Write
 
 
@@ -45,7 +46,7 @@ class Operator:
     def __init__(
         self, config: WorkerConfig, store: StateStore, bundle: str, like: dict[str, Tensor], name: str
     ) -> None:
-        self._limit = config.store.max_state_bytes
+        self._limit, self._compression = config.store.max_state_bytes, config.store.compression
         self._store, self._bundle, self._like, self._name = store, bundle, like, name
 
     def listed(self, stream: str) -> Listed:
@@ -122,9 +123,8 @@ class Operator:
         )
         # Events wait beside the state, one a line, until the stream's next worker publishes them.
         events = b"\n".join([*(claimed.event or b"").splitlines(), event.model_dump_json().encode()])
-        write = Write(
-            stream, claimed.token, header.events, encode_header(header), events, encode_tensors(tensors, step)
-        )
+        content = pack(encode_tensors(tensors, step), self._compression)
+        write = Write(stream, claimed.token, header.events, encode_header(header), events, content)
         if self._store.write([write]) != [True]:
             raise StateError(
                 f"a worker claimed stream {stream!r} at the same moment and nothing was changed; try again"

@@ -29,6 +29,7 @@ import redis.exceptions
 
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError, UnreachableError
+from worker.compress import unpack
 from worker.offsets import Partition
 from worker.redis_client import connect
 
@@ -79,7 +80,7 @@ class Claimed:
 class Write:
     """A state to write. `tensors` None leaves the stored ones as they are; `snapshot` keeps this state for rollback.
 
-    `number` grows from write to write of a stream.
+    `number` grows from write to write of a stream; `tensors` are as `pack` gave them.
     """
 
     stream: str
@@ -118,7 +119,7 @@ class StateStore:
     def claim(self, streams: list[str], owner: str) -> list[Claimed]:
         """Take over streams, in order."""
         rows = self._scripts(_CLAIM, [(self.keys(stream), [owner]) for stream in streams])
-        return [Claimed(int(token), header, tensors, event) for token, header, tensors, event in rows]
+        return [Claimed(int(token), header, self._unpacked(tensors), event) for token, header, tensors, event in rows]
 
     def write(self, writes: list[Write]) -> list[bool]:
         """Write states, in order; False where another worker has claimed the stream since."""
@@ -131,7 +132,7 @@ class StateStore:
 
         def run(client: Any) -> Claimed:
             token, header, event = client.hmget(meta, "token", "header", "event")
-            return Claimed(int(token or 0), header, client.get(tensors), event)
+            return Claimed(int(token or 0), header, self._unpacked(client.get(tensors)), event)
 
         return self._reach(run)
 
@@ -143,7 +144,8 @@ class StateStore:
     def snapshots(self, stream: str) -> list[tuple[bytes, bytes]]:
         """Kept states as (header, tensors), newest first."""
         packed = self._reach(lambda client: client.lrange(self.keys(stream)[2], 0, -1))
-        return [_unpacked(content) for content in packed]
+        kept = [_split(content) for content in packed]
+        return [(header, unpack(tensors, self._settings.max_state_bytes)) for header, tensors in kept]
 
     def streams(self) -> Iterator[str]:
         """All streams that have a state, in no order."""
@@ -168,11 +170,14 @@ class StateStore:
 
     def _arguments(self, write: Write) -> list[Any]:
         settings = self._settings
-        snapshot = _packed(write.header, write.tensors) if write.snapshot and write.tensors else b""
+        snapshot = _join(write.header, write.tensors) if write.snapshot and write.tensors else b""
         return [
             *(write.token, write.header, write.event, write.tensors or b"", settings.idle_ttl_s),
             *(snapshot, settings.snapshots, write.number),
         ]
+
+    def _unpacked(self, tensors: bytes | None) -> bytes | None:
+        return tensors and unpack(tensors, self._settings.max_state_bytes)
 
     def _mark_key(self, group: str, partition: Partition) -> str:
         topic, number = partition
@@ -209,11 +214,11 @@ class StateStore:
             raise UnreachableError(f"the store at {address} does not answer: {error}") from error
 
 
-def _packed(header: bytes, tensors: bytes) -> bytes:
+def _join(header: bytes, tensors: bytes) -> bytes:
     return struct.pack("<I", len(header)) + header + tensors
 
 
-def _unpacked(content: bytes) -> tuple[bytes, bytes]:
+def _split(content: bytes) -> tuple[bytes, bytes]:
     try:
         (length,) = struct.unpack_from("<I", content)
     except struct.error as error:

@@ -14,6 +14,7 @@ from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
 from schemas.state import StreamHeader, StreamState, decode_header, decode_state, encode_header, encode_tensors
 from schemas.update import UpdateEvent
+from worker.compress import pack
 from worker.engine import Engine, Proposals
 from worker.publish import Publisher
 from worker.store import Claimed, StateStore, Write
@@ -46,6 +47,7 @@ class Streams:
         self.engine, self._store, self._publisher, self._metrics = engine, store, publisher, metrics
         self._worker, self._max_resident = worker, max_resident
         self._max_state_bytes, self._snapshot_every = settings.max_state_bytes, settings.snapshot_every
+        self._compression = settings.compression
         self._heal = heal
 
     def ensure(self, wanted: Iterable[str]) -> None:
@@ -104,7 +106,7 @@ class Streams:
             header.events,
             encode_header(header),
             event.model_dump_json().encode(),
-            tensors,
+            tensors and pack(tensors, self._compression),
             snapshot=row is not None and self._snapshot_every > 0 and header.step % self._snapshot_every == 0,
         )
 
