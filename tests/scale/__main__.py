@@ -1,0 +1,219 @@
+"""`python -m tests.scale --report docs/results/scale.json`: real broker, store and worker processes on loopback."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import signal
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from kafka import KafkaProducer
+
+from schemas.config import Kafka, Store, Topics
+from tests.conftest import SHIPPED_BUNDLE, Topic, picture
+from tests.system.conftest import Site, WorkerProcess
+from worker.embedded import start_broker, start_store
+from worker.kafka_client import create_topics
+
+PARTITIONS = 4
+STREAMS = [f"cam-{i}" for i in range(12)]
+PICTURES = [picture(i) for i in range(200)]
+SESSION_S = 6.0
+FRAMES_PER_SECOND = 120
+
+
+@contextlib.contextmanager
+def a_site() -> Iterator[Site]:
+    """Broker, store and topics of their own; workers run one thread each, the default micro-batches, JSON logs."""
+    with tempfile.TemporaryDirectory(prefix="driftkeel-scale-") as scratch:
+        broker, store = start_broker(), start_store(Path(scratch) / "store")
+        kafka = Kafka(
+            bootstrap=broker.bootstrap,
+            topics=Topics(),
+            session_timeout_ms=int(SESSION_S * 1000),
+            heartbeat_interval_ms=500,
+            fetch_max_wait_ms=20,
+        )
+        create_topics(kafka, PARTITIONS)
+        site = Site(kafka, Store(url=store.url), SHIPPED_BUNDLE, Path(scratch), Topic(kafka.bootstrap))
+        site.config |= {"batch": {}, "log": {"format": "json"}}
+        try:
+            yield site
+        finally:
+            for worker in site.running:
+                if worker.process.poll() is None:
+                    worker.kill()
+            broker.child.stop(0)
+            store.child.stop()
+
+
+def partition_of(index: int) -> int:
+    return index % len(STREAMS) % PARTITIONS
+
+
+def assignments(worker: WorkerProcess) -> list[tuple[float, list[int]]]:
+    """When the worker was assigned which partitions, by its log; seconds since the epoch."""
+    found = []
+    for line in worker.log.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if "assigned partitions" in entry["message"]:
+                text = entry["message"].split(": ")[1]
+                partitions = [] if text == "none" else json.loads(text)
+                found.append((datetime.fromisoformat(entry["ts"]).timestamp(), partitions))
+    return found
+
+
+def wait_assigned(workers: list[WorkerProcess]) -> None:
+    """Until the workers share all partitions between them."""
+
+    def shared() -> bool:
+        last = [assignments(w)[-1][1] if assignments(w) else [] for w in workers]
+        return all(last) and sorted(itertools.chain(*last)) == list(range(PARTITIONS))
+
+    workers[0].wait_until(shared, "an assignment to all workers")
+
+
+class Feeder:
+    """Frames to all streams at a steady pace."""
+
+    def __init__(self, kafka: Kafka) -> None:
+        self._kafka, self._stop = kafka, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        producer = KafkaProducer(bootstrap_servers=self._kafka.bootstrap, batch_size=0)
+        for i in itertools.count():
+            if self._stop.wait(1 / FRAMES_PER_SECOND):
+                break
+            send(producer, self._kafka, i)
+        producer.close()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def send(producer: Any, kafka: Kafka, index: int) -> None:
+    stream = STREAMS[index % len(STREAMS)]
+    producer.send(kafka.topics.frames, key=stream.encode(), value=PICTURES[index % 200], partition=partition_of(index))
+
+
+def predictions(site: Site, until: int | None = None) -> list[tuple[float, int, str]]:
+    """(seconds since the epoch, partition of the frame, stream) of every prediction, in order."""
+    records = site.topic.read_quiet(
+        site.kafka.topics.predictions, lambda rs: until is not None and len(rs) >= until, 60 if until else 2
+    )
+    rows = [(r.timestamp / 1000, int(dict(r.headers)["ce_id"].decode().split("/")[1]), r.key.decode()) for r in records]
+    return sorted(rows)
+
+
+def throughput(count: int, frames: int) -> float:
+    """Frames per second of `count` workers on a backlog."""
+    with a_site() as site:
+        workers = [site.start() for _ in range(count)]
+        wait_assigned(workers)
+        producer = KafkaProducer(bootstrap_servers=site.kafka.bootstrap, batch_size=0)
+        for i in range(frames):
+            send(producer, site.kafka, i)
+        producer.flush()
+        producer.close()
+        times = [t for t, _, _ in predictions(site, frames)]
+    # The first and the last tenth are starting up and running dry.
+    tenth = len(times) // 10
+    return (len(times) - 2 * tenth) / (times[-tenth - 1] - times[tenth])
+
+
+def gaps(rows: list[tuple[float, int, str]], start: float, end: float) -> dict[int, float]:
+    """Per partition, the longest time without a prediction between two moments."""
+    longest = {}
+    for partition in range(PARTITIONS):
+        times = [start, *(t for t, p, _ in rows if p == partition and start <= t <= end), end]
+        longest[partition] = round(max(later - earlier for earlier, later in itertools.pairwise(times)), 2)
+    return longest
+
+
+def changes() -> dict[str, Any]:
+    """A second worker joins, leaves, joins again and is killed; then the last one restarts cleanly."""
+    with a_site() as site:
+        first = site.start()
+        wait_assigned([first])
+        feeder = Feeder(site.kafka)
+        time.sleep(3)
+        marks = {}
+        second = site.start()
+        marks["join"] = time.time()
+        wait_assigned([first, second])
+        time.sleep(3)
+        marks["leave"] = time.time()
+        second.stop()
+        time.sleep(SESSION_S + 4)
+        third = site.start()
+        wait_assigned([first, third])
+        time.sleep(3)
+        lost = assignments(third)[-1][1]
+        marks["kill"] = time.time()
+        third.kill()
+        time.sleep(2 * SESSION_S + 3)
+        marks["restart"] = time.time()
+        first.stop()
+        fourth = site.start()
+        wait_assigned([fourth])
+        time.sleep(4)
+        feeder.stop()
+        time.sleep(1)
+        rows = predictions(site)
+        assigned = assignments(fourth)[-1][0]
+        takeover = assignments(first)[-1][0]
+    firsts = {s: min(t for t, _, stream in rows if stream == s and t > assigned) - assigned for s in STREAMS}
+    killed = [min(t for t, p, _ in rows if p == part and t > marks["kill"] + 0.5) - marks["kill"] for part in lost]
+    joined, left = gaps(rows, marks["join"], marks["leave"]), gaps(rows, marks["leave"], marks["kill"] - 3)
+    return {
+        "session_timeout_s": SESSION_S,
+        "join_gap_s": joined,
+        "leave_gap_s": left,
+        "kill_takeover_s": round(max(killed), 2),
+        "kill_assignment_s": round(takeover - marks["kill"], 2),
+        "resume_after_takeover_s": round(max(killed) - (takeover - marks["kill"]), 2),
+        "restart_resume_after_assignment_s": round(max(firsts.values()), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.scale")
+    parser.add_argument("--frames", type=int, default=8_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--report", type=Path)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: exit(143))
+    runs: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(arguments.rounds):  # in turns, so that a busy moment hits both
+        for count, found in runs.items():
+            found.append(round(throughput(count, arguments.frames), 1))
+            print(f"{count} workers: {found[-1]:.0f} frames/s", flush=True)
+    report = {
+        "frames": arguments.frames,
+        "streams": len(STREAMS),
+        "partitions": PARTITIONS,
+        "frames_per_second": {str(count): found for count, found in runs.items()},
+        "ratio": round(statistics.median(runs[2]) / statistics.median(runs[1]), 2),
+        "changes": [changes() for _ in range(arguments.rounds)],
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if arguments.report:
+        arguments.report.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
