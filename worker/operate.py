@@ -25,7 +25,7 @@ from schemas.state import (
 )
 from schemas.update import Decision, UpdateEvent
 from worker.compress import pack
-from worker.store import Claimed, StateStore, Write
+from worker.store import Claimed, Overview, StateStore, Write
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,15 @@ class Listed:
     owner: str
     token: int
     header: StreamHeader | None
-    state_bytes: int
-    snapshots: list[int]
+    tensor_bytes: int
+    snapshots: int
+
+    @property
+    def condition(self) -> str:
+        """In a word: what a worker would find."""
+        if self.header is None:
+            return "damaged"
+        return "expired" if self.header.step and not self.tensor_bytes else "ok"
 
 
 class Operator:
@@ -49,18 +56,23 @@ class Operator:
         self._limit, self._compression = config.store.max_state_bytes, config.store.compression
         self._store, self._bundle, self._like, self._name = store, bundle, like, name
 
-    def listed(self, stream: str) -> Listed:
-        """One stream. Raises StateError for an unknown one."""
-        stored = self._known(stream)
+    def listed(self, streams: list[str] | None = None) -> list[Listed]:
+        """These streams, or all, by name. Raises StateError for an unknown one."""
+        names = sorted(self._store.streams()) if streams is None else streams
+        return [self._as_listed(name, found) for name, found in zip(names, self._store.overview(names), strict=True)]
+
+    def _as_listed(self, stream: str, found: Overview) -> Listed:
+        if not found.token:
+            raise _unknown(stream)
         try:
-            header = decode_header(stored.header or b"")
+            header = decode_header(found.header) if found.header else StreamHeader(stream=stream, bundle="", method="")
         except StateError:
             header = None
-        steps = [decode_header(snapshot).step for snapshot, _ in self._store.snapshots(stream)]
-        return Listed(stream, self._store.owner(stream), stored.token, header, len(stored.tensors or b""), steps)
+        return Listed(stream, found.owner, found.token, header, found.tensor_bytes, found.snapshots)
 
-    def streams(self) -> list[str]:
-        return sorted(self._store.streams())
+    def snapshot_steps(self, stream: str) -> list[int]:
+        """The steps at which snapshots were taken, newest first."""
+        return [decode_header(header).step for header, _ in self._store.snapshots(stream)]
 
     def export(self, stream: str) -> bytes:
         """The stream's state as one file."""
@@ -95,7 +107,7 @@ class Operator:
     def _known(self, stream: str) -> Claimed:
         stored = self._store.read(stream)
         if stored.header is None:
-            raise StateError(f"stream {stream!r} has no stored state; 'driftkeel streams list' shows those that have")
+            raise _unknown(stream)
         return stored
 
     def _replace(
@@ -130,3 +142,7 @@ class Operator:
                 f"a worker claimed stream {stream!r} at the same moment and nothing was changed; try again"
             )
         return event
+
+
+def _unknown(stream: str) -> StateError:
+    return StateError(f"stream {stream!r} has no stored state; 'driftkeel streams list' shows those that have")

@@ -77,6 +77,17 @@ class Claimed:
 
 
 @dataclass(frozen=True)
+class Overview:
+    """A stream in short: who claimed it last, its header, the bytes of its tensors, how many snapshots it has."""
+
+    token: int
+    owner: str
+    header: bytes | None
+    tensor_bytes: int
+    snapshots: int
+
+
+@dataclass(frozen=True)
 class Write:
     """A state to write. `tensors` None leaves the stored ones as they are; `snapshot` keeps this state for rollback.
 
@@ -136,10 +147,22 @@ class StateStore:
 
         return self._reach(run)
 
-    def owner(self, stream: str) -> str:
-        """Who claimed the stream last."""
-        content = self._reach(lambda client: client.hget(self.keys(stream)[0], "owner"))
-        return content.decode(errors="replace") if content else ""
+    def overview(self, streams: list[str]) -> list[Overview]:
+        """What is stored, in order, without the tensors themselves."""
+        commands: list[tuple[Any, ...]] = []
+        for stream in streams:
+            meta, tensors, snapshots = self.keys(stream)
+            commands += [
+                ("HMGET", meta, "token", "owner", "header"),
+                ("STRLEN", tensors),
+                ("LLEN", snapshots),
+            ]
+        found = self._pipeline(commands)
+        rows = zip(found[0::3], found[1::3], found[2::3], strict=True)
+        return [
+            Overview(int(token or 0), (owner or b"").decode(errors="replace"), header, size, kept)
+            for (token, owner, header), size, kept in rows
+        ]
 
     def snapshots(self, stream: str) -> list[tuple[bytes, bytes]]:
         """Kept states as (header, tensors), newest first."""

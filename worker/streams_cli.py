@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from schemas.config import load_config
+from schemas.errors import StateError
 
 if TYPE_CHECKING:
     from schemas.update import UpdateEvent
@@ -35,21 +36,21 @@ def _operator(config: Path | None) -> Operator:
 
 @streams_app.command("list")
 def list_streams(config: ConfigOption = None) -> None:
-    """One line per stream: frames, updates, state bytes, who has it."""
-    operator = _operator(config)
-    print(f"{'stream':32s} {'frames':>9s} {'step':>7s} {'bytes':>9s}  owner")
-    for stream in operator.streams():
-        found = operator.listed(stream)
-        frames, step = (found.header.frames, found.header.step) if found.header else ("damaged", "-")
-        print(f"{stream:32s} {frames!s:>9s} {step!s:>7s} {found.state_bytes:9d}  {found.owner}")
+    """One line per stream: frames, updates, state bytes, whether a worker could use it, who has it."""
+    print(f"{'stream':32s} {'frames':>9s} {'step':>7s} {'bytes':>9s} {'state':8s} owner")
+    for found in _operator(config).listed():
+        frames, step = (found.header.frames, found.header.step) if found.header else ("-", "-")
+        counts = f"{frames!s:>9s} {step!s:>7s} {found.tensor_bytes:9d}"
+        print(f"{found.stream:32s} {counts} {found.condition:8s} {found.owner}")
 
 
 @streams_app.command()
 def show(stream: StreamArgument, config: ConfigOption = None) -> None:
     """Everything but the tensors."""
-    found = _operator(config).listed(stream)
-    print(f"owner {found.owner}, token {found.token}, {found.state_bytes} bytes")
-    snapshots = ", ".join(f"{i}: step {step}" for i, step in enumerate(found.snapshots, 1))
+    operator = _operator(config)
+    (found,) = operator.listed([stream])
+    print(f"{found.condition}, owner {found.owner}, token {found.token}, {found.tensor_bytes} bytes")
+    snapshots = ", ".join(f"{i}: step {step}" for i, step in enumerate(operator.snapshot_steps(stream), 1))
     print(f"snapshots, newest first: {snapshots or 'none'}")
     print(found.header.model_dump_json(indent=2) if found.header else "the header cannot be read")
 
@@ -61,13 +62,19 @@ def export(
     config: ConfigOption = None,
 ) -> None:
     """Write a stream's state to a file."""
-    output.write_bytes(_operator(config).export(stream))
+    content = _operator(config).export(stream)
+    try:
+        output.write_bytes(content)
+    except OSError as error:
+        raise StateError(f"{output} cannot be written: {error.strerror}") from error
 
 
 @streams_app.command("import")
 def import_(
     stream: StreamArgument,
-    file: Annotated[Path, typer.Option("--input", "-i", help="What 'streams export' wrote.", exists=True)],
+    file: Annotated[
+        Path, typer.Option("--input", "-i", help="What 'streams export' wrote.", exists=True, dir_okay=False)
+    ],
     reason: ReasonOption = "imported by hand",
     config: ConfigOption = None,
 ) -> None:

@@ -42,6 +42,7 @@ class Chaos:
     workers: list[WorkerProcess] = field(default_factory=list)
     stopped: list[tuple[WorkerProcess, float]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    longest_outage_s: float = 60
 
     def add_worker(self) -> None:
         self.workers.append(self.site.start())
@@ -113,7 +114,8 @@ class Chaos:
 
     def broker_away(self) -> None:
         """Mostly for seconds, rarely for a minute."""
-        self._away(self.to_broker, self.random.choice([0.5, 1, 1, 2, 2, 4, 4, 8, 8, 60]))
+        seconds = self.random.choice([0.5, 1, 1, 2, 2, 4, 4, 8, 8, 60])
+        self._away(self.to_broker, min(seconds, self.longest_outage_s))
 
     def store_hangs(self) -> None:
         """Longer than a command may take: workers give up on commands that arrive all the same, later."""
@@ -208,10 +210,11 @@ class Feeder:
         self._thread.join()
 
 
-def run(faults: int, seed: int, bundle: Path, folder: Path, say: Any = print) -> Outcome:
+def run(faults: int, seed: int, bundle: Path, folder: Path, say: Any = print, longest_outage_s: float = 60) -> Outcome:
     """Inject `faults` faults, let everything settle, and check. Deterministic in its choices by `seed`."""
     began = time.monotonic()
     with _site(bundle, folder, seed) as (chaos, direct):
+        chaos.longest_outage_s = longest_outage_s
         feeder = Feeder(direct, seed)
         chaos.add_worker()
         chaos.add_worker()

@@ -36,7 +36,7 @@ def test_reset_and_rollback_while_a_worker_runs(site: Site, config: str) -> None
     worker = site.start()
     ids = feed(site, worker, 40, 40)
     assert site.header("cam").step == 5
-    assert re.search(r"cam +40 +5 +\d+  worker-1", streams(config, "list"))
+    assert re.search(r"cam +40 +5 +\d+ ok +worker-1", streams(config, "list"))
     assert "1: step 4, 2: step 2" in streams(config, "show", "cam")
 
     assert "rolled_back, now at step 2" in streams(config, "rollback", "cam", "2", "--reason", "looked odd")
@@ -79,6 +79,8 @@ def test_export_and_import(site: Site, config: str, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["reset", "nobody"], "stream 'nobody' has no stored state"),
+        (["show", "nobody"], "stream 'nobody' has no stored state"),
+        (["export", "cam", "--output", "/nowhere/file"], "/nowhere/file cannot be written"),
         (["rollback", "cam", "9"], "has 0 snapshots, there is no number 9"),
         (["import", "cam", "--input", "FILE"], "no tensors of a stream state"),
     ],
@@ -97,7 +99,7 @@ def test_mistakes_change_nothing(site: Site, config: str, tmp_path: Path, argume
     assert site.header("cam") == before
 
 
-def test_expired_states_restart_from_source_and_say_so(site: Site) -> None:
+def test_expired_states_restart_from_source_and_say_so(site: Site, config: str) -> None:
     import redis
 
     from worker.store import StateStore
@@ -108,6 +110,7 @@ def test_expired_states_restart_from_source_and_say_so(site: Site) -> None:
     client = redis.Redis.from_url(site.store.url.get_secret_value())
     client.delete(StateStore(site.store).keys("cam")[1])
     client.close()
+    assert re.search(r"cam +16 +2 +0 expired +worker-1", streams(config, "list"))
     second = site.start()
     ids += feed(site, second, 16, 32)
     site.assert_folded_once({"cam": ids})

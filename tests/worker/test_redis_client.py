@@ -28,7 +28,8 @@ def exercise(store: StateStore) -> None:
     assert [c.header for c in store.claim(STREAMS, "w2")] == [s.encode() for s in STREAMS]
     assert sorted(store.streams()) == sorted(STREAMS)
     assert store.snapshots("cam-3") == [(b"cam-3", b"t" * 5_000)]
-    assert (store.read("cam-7").token, store.owner("cam-7")) == (3, "w2")
+    assert store.read("cam-7").token == 3
+    assert [(o.owner, o.tensor_bytes, o.snapshots) for o in store.overview(STREAMS)] == [("w2", 5_000, 1)] * 40
     partitions = [("frames", i) for i in range(9)]
     store.mark("group", {p: 10 + p[1] for p in partitions})
     assert store.marks("group", [*partitions, ("frames", 99)]) == {p: 10 + p[1] for p in partitions}

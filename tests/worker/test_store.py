@@ -4,7 +4,7 @@ import redis
 from schemas.config import Store
 from schemas.errors import UnreachableError
 from worker.embedded import free_port
-from worker.store import StateStore, Write
+from worker.store import Overview, StateStore, Write
 
 
 @pytest.fixture
@@ -121,5 +121,6 @@ def test_reading_claims_nothing(store: StateStore) -> None:
     assert store.read("cam").token == 0
     store.claim(["cam"], "w7")
     store.write([write("cam", 1)])
-    assert (store.read("cam").token, store.read("cam").tensors, store.owner("cam")) == (1, b"t", "w7")
+    assert (store.read("cam").token, store.read("cam").tensors) == (1, b"t")
+    assert store.overview(["none", "cam"]) == [Overview(0, "", None, 0, 0), Overview(1, "w7", b"header", 1, 0)]
     assert store.write([write("cam", 1)]) == [True]

@@ -1,0 +1,15 @@
+"""The short form of `make chaos`: about a minute."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.harness import run
+
+
+@pytest.mark.chaos
+def test_a_dozen_faults(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    outcome = run(12, 11, tiny_bundle_path, tmp_path, longest_outage_s=3)
+    assert outcome.sound, outcome.as_dict()
+    assert outcome.frames > 300
+    assert outcome.updates > 20
