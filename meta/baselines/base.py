@@ -197,7 +197,7 @@ class Baseline:
         """From the gradient (S, P) to the next state."""
         state = forward.state
         direction, optimizer_state = self.optimizer.direction(state, gradient)
-        moved = {"affine": state["affine"] - self.step_size * direction, **optimizer_state}
+        moved = {"affine": state["affine"] - self.size(state) * direction, **optimizer_state}
         kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
         new = state | choose(active, moved, state) | kept | memory
         return Update(new, self.signals(forward, loss, gradient, direction, new))
@@ -214,6 +214,10 @@ class Baseline:
             "source_distance": (new["affine"] - self.model.source_affine).norm(dim=1),
             "frames": forward.counts,
         }
+
+    def size(self, state: State) -> float | Tensor:
+        """The step size; a stream of its own has it in its state (S,), as when several are tried side by side."""
+        return state["step_size"].unsqueeze(1) if "step_size" in state else self.step_size
 
     def unmoved(self, forward: Forward, memory: State) -> Update:
         """The update of a method without gradients: what it remembers changes, the affine does not."""

@@ -128,7 +128,7 @@ class Sar(Baseline):
         mean = torch.where(sharp_count > 0, mean, old)
         update = self.step(forward, loss.detach(), gradient, (count > 0) & (sharp_count > 0), {"mean_loss": mean})
         recover = (mean >= 0) & (mean < self.floor)
-        return Update(choose(recover, self.fresh(streams), update.state), update.signals)
+        return Update(update.state | choose(recover, self.fresh(streams), update.state), update.signals)
 
 
 class Deyo(Baseline):

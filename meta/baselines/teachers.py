@@ -80,7 +80,7 @@ class Cotta(Baseline):
             (gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
         gradient = torch.zeros_like(state["affine"]).index_add(0, forward.stream, gradient)
         direction, optimizer_state = self.optimizer.direction(state, gradient)
-        student = state["student"] - self.step_size * direction
+        student = state["student"] - self.size(state) * direction
         teacher = torch.lerp(student, state["affine"], self.decay)
         back = uniforms(state["age"].long(), self.model.coordinates) < self.restore
         student = torch.where(back, self.model.source_affine, student)
@@ -204,7 +204,7 @@ class Rotta(Baseline):
             (frame_gradient,) = torch.autograd.grad(loss.sum(), [rows])
         gradient = torch.zeros_like(mine["student"]).index_add(0, owner, frame_gradient)
         direction, changed = self.optimizer.direction(mine, gradient)
-        changed["student"] = mine["student"] - self.step_size * direction
+        changed["student"] = mine["student"] - self.size(mine) * direction
         changed["affine"] = torch.lerp(mine["affine"], changed["student"], self.rate)
         for who, moments in (("teacher", teacher_moments), ("student", student_moments)):
             if moments is not None:

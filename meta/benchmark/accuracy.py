@@ -201,18 +201,27 @@ class _Bench:
         key = f"tuning/{cell.data}/{cell.model}/b{cell.batch}/{cell.method}/{cell.digest}"
         entry = journal.get(key)
         if entry is None:
-            tried = [{"options": options, "accuracy": self._tuning_score(cell, options)} for options in grid]
+            tried = [one for group in _differing_in_step(grid) for one in self._tried(cell, group)]
             best = max(tried, key=lambda one: one["accuracy"])
             entry = journal.add(key, options=best["options"], tried=tried)
         return [entry["options"]], entry["tried"]
 
-    def _tuning_score(self, cell: Cell, options: Options) -> float:
-        """Mean accuracy over the frames of the tuning streams, from images and shifts that the test does not have."""
+    def _tried(self, cell: Cell, group: list[Options]) -> list[dict[str, Any]]:
+        """Mean accuracy over the frames of the tuning streams, from images and shifts that the test does not have.
+
+        The options differ in the step size alone, and run side by side.
+        """
         streams, frames = self._tuning()
-        method = build(cell.method, self.source.setup, **options)
-        self.progress.begin(f"tuning {cell.name} {options}", 0, 0, sum(map(len, streams)))
-        outcome = run_streams(method, streams, frames, cell.batch, 1, self.progress.advance)
-        return round(float(np.concatenate(outcome.right).mean()), 5)
+        method = build(cell.method, self.source.setup, **group[0])
+        sizes = [options["step_size"] for options in group for _ in streams] if "step_size" in group[0] else None
+        many = [stream for _ in group for stream in streams]
+        self.progress.begin(f"tuning {cell.name}", 0, 0, sum(map(len, many)))
+        right = run_streams(method, many, frames, cell.batch, 1, self.progress.advance, sizes).right
+        scores = [np.concatenate(right[i : i + len(streams)]).mean() for i in range(0, len(many), len(streams))]
+        return [
+            {"options": options, "accuracy": round(float(score), 5)}
+            for options, score in zip(group, scores, strict=True)
+        ]
 
     def _tuning(self) -> tuple[list[Stream], Frames]:
         if self.tuning is None:
@@ -226,6 +235,15 @@ class _Bench:
             setup = self.source.setup
             self.tuning = streams, load_frames(self.tuning_pool, conditions, setup.mean, setup.std)
         return self.tuning
+
+
+def _differing_in_step(grid: list[Options]) -> list[list[Options]]:
+    """The grid in groups whose options are the same but for the step size; alone where they have none."""
+    groups: dict[str, list[Options]] = {}
+    for options in grid:
+        others = {name: value for name, value in options.items() if name != "step_size"}
+        groups.setdefault(repr(sorted(others.items())), []).append(options)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)

@@ -59,11 +59,13 @@ def run_streams(
     batch: int,
     adapt_every: int = 1,
     advance: Callable[[int], object] = lambda _: None,
+    step_sizes: list[float] | None = None,
 ) -> Outcome:
     """Predict every batch, then update, for all streams side by side; results are those of each stream alone.
 
     An update that is not finite is refused, as the worker's guard does; a prediction that is not finite is wrong.
-    `adapt_every` C: only the first of every C batches is adapted on. `advance` hears of finished frames.
+    `adapt_every` C: only the first of every C batches is adapted on. `advance` hears of finished frames. `step_sizes`
+    gives each stream a step size of its own, for baselines.
     """
     order = sorted(range(len(streams)), key=lambda i: -len(streams[i]))
     right = [np.zeros(len(stream), bool) for stream in streams]
@@ -71,15 +73,18 @@ def run_streams(
     at_once = max(1, MAX_PASS // batch)
     for start in range(0, len(order), at_once):
         group = order[start : start + at_once]
-        refused += _run_group(
-            method, [streams[i] for i in group], [right[i] for i in group], frames, batch, adapt_every, advance
-        )
+        own = [streams[i] for i in group]
+        state = {name: tensor.detach() for name, tensor in method.fresh(len(own)).items()}
+        if step_sizes is not None:
+            state["step_size"] = torch.tensor([step_sizes[i] for i in group])
+        refused += _run_group(method, own, state, [right[i] for i in group], frames, batch, adapt_every, advance)
     return Outcome(right, refused)
 
 
 def _run_group(
     method: Method,
     streams: list[Stream],
+    state: State,
     right: list[np.ndarray],
     frames: Frames,
     batch: int,
@@ -88,7 +93,6 @@ def _run_group(
 ) -> int:
     """Streams in order of falling length, so that those still running are the first rows of the state."""
     codes = [frames.codes(stream) for stream in streams]
-    state = {name: tensor.detach() for name, tensor in method.fresh(len(streams)).items()}
     refused = 0
     for turn in range(math.ceil(len(streams[0]) / batch)):
         now = slice(turn * batch, (turn + 1) * batch)

@@ -162,6 +162,24 @@ def test_frozen_and_half_precision_weights_adapt_all_the_same(name: str) -> None
     assert (state["affine"] - setup.model.source_affine).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize("name", sorted(set(BASELINES) - {"source", "bn", "lame", "neo"}))
+def test_streams_may_have_step_sizes_of_their_own(name: str) -> None:
+    """As if each had its method to itself: that is how tuning tries several at once."""
+    sizes = (0.001, 0.004)
+    method = make(name, "group")
+    state = method.fresh(2) | {"step_size": torch.tensor(sizes)}
+    alone = [make(name, "group", step_size=size) for size in sizes]
+    states = [one.fresh(1) for one in alone]
+    for step in range(3):
+        frames, stream = drawn(8, step), torch.arange(2).repeat(4)
+        _, state = advance(method, frames, stream, state)
+        for s, one in enumerate(alone):
+            _, states[s] = advance(one, frames[s::2], torch.zeros(4, dtype=torch.long), states[s])
+    for s in range(2):
+        torch.testing.assert_close(state["affine"][s : s + 1], states[s]["affine"], rtol=1e-3, atol=1e-4)
+    assert state["step_size"].tolist() == pytest.approx(sizes)
+
+
 LEARNING = sorted(set(BASELINES) - {"source", "bn", "lame", "neo"})
 
 

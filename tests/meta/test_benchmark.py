@@ -254,6 +254,13 @@ def test_cells_of_a_plan() -> None:
     )
 
 
+def test_options_that_differ_in_step_size_are_tried_together() -> None:
+    grid = [{"step_size": s, "pull": p} for s in (1, 2) for p in (0, 1)] + [{"neighbours": n} for n in (1, 3)]
+    groups = driver._differing_in_step(grid)
+    assert [len(group) for group in groups] == [2, 2, 1, 1]
+    assert all(len({options.get("pull") for options in group}) == 1 for group in groups)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
