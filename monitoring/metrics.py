@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 NORMS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10, 30, 100)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -10,6 +16,29 @@ FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATIOS = tuple(i / 20 for i in range(1, 21))
 NATS = tuple(i / 5 for i in range(1, 16))
 BYTES = tuple(float(1 << i) for i in range(10, 27, 2))
+
+
+class FrameHistogram(Collector):
+    """A histogram that takes a whole pass at a time: the client's own costs more per value than a prediction."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
+        self._name, self._text = name, text
+        self._bounds = (*buckets, float("inf"))
+        self._counts, self._sum = [0] * len(self._bounds), 0.0
+        registry.register(self)
+
+    def observe_many(self, values: Iterable[float]) -> None:
+        """Finite values. Called from one thread only."""
+        bounds, counts, total = self._bounds, self._counts, 0.0
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+            total += value
+        self._sum += total
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        labels = [*(str(float(bound)) for bound in self._bounds[:-1]), "+Inf"]
+        buckets = list(zip(labels, map(float, accumulate(self._counts)), strict=True))
+        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
 
 
 class WorkerMetrics:
@@ -34,6 +63,9 @@ class WorkerMetrics:
         )
         self.predictions = Counter("driftkeel_predictions", "Predictions acknowledged by the broker.", registry=r)
         self.updates = Counter("driftkeel_updates", "Guard decisions.", ["decision"], registry=r)
+        self.left_out = Counter(
+            "driftkeel_adaptations_left_out", "Micro-batches folded in without an update.", ["reason"], registry=r
+        )
         self.fenced = Counter(
             "driftkeel_fenced_writes", "State writes refused because another worker holds the stream.", registry=r
         )
@@ -44,11 +76,8 @@ class WorkerMetrics:
         self.store_seconds = Histogram(
             "driftkeel_store_seconds", "Calls to the store.", ["operation"], buckets=SECONDS, registry=r
         )
-        self.wait_seconds = Histogram(
-            "driftkeel_frame_wait_seconds",
-            "From the receipt of a frame to its prediction.",
-            buckets=SECONDS,
-            registry=r,
+        self.wait_seconds = FrameHistogram(
+            "driftkeel_frame_wait_seconds", "From the receipt of a frame to its prediction.", SECONDS, r
         )
         self.batch_frames = Histogram("driftkeel_batch_frames", "Frames of a micro-batch.", buckets=FRAMES, registry=r)
         self.pass_streams = Histogram("driftkeel_pass_streams", "Streams in a pass.", buckets=FRAMES, registry=r)
@@ -58,8 +87,8 @@ class WorkerMetrics:
         self.generated_norm = Histogram(
             "driftkeel_generated_gradient_norm", "Norm of the generated gradient.", buckets=NORMS, registry=r
         )
-        self.confidence = Histogram(
-            "driftkeel_confidence_ratio", "Calibrated confidence of predictions.", buckets=RATIOS, registry=r
+        self.confidence = FrameHistogram(
+            "driftkeel_confidence_ratio", "Calibrated confidence of predictions.", RATIOS, r
         )
         self.entropy = Histogram(
             "driftkeel_entropy_nats", "Mean prediction entropy of micro-batches.", buckets=NATS, registry=r

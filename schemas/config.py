@@ -132,8 +132,14 @@ class Batch(Section):
     max_hold_ms: int = Field(
         10_000, ge=0, description="frames held for min_adapt longer than this count without an update"
     )
-    max_pass: int = Field(256, ge=1, description="frames of all streams in one pass")
+    max_pass: int = Field(64, ge=1, description="frames of all streams in one pass; each thread runs its own")
     max_buffered: int = Field(4_096, ge=1, description="frames in memory before partitions are paused")
+    latency_budget_ms: int = Field(
+        0,
+        ge=0,
+        description="from a record's timestamp to its prediction; frames that have used half of it are only predicted; "
+        "0: every frame is adapted on, however late",
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Batch:
@@ -154,8 +160,12 @@ class Adapt(Section):
 
     enabled: bool = Field(True, description="false: predict with the parameters as they are, never update")
     method: Method = Field("mgg", description="the bundle's generator, or a published baseline to compare it with")
+    mode: Literal["always", "on_demand"] = Field(
+        "always", description="on_demand: only while drift detection says that the stream has moved and not settled"
+    )
     step_scale: float = Field(1.0, ge=0, le=10, description="multiplies the method's step size")
     max_resident_streams: int = Field(4_096, ge=1, description="stream states in memory; others are loaded when needed")
+    max_resident_bytes: int = Field(1 << 30, ge=1, description="and the bytes of their tensors")
 
 
 class Guard(Section):
@@ -199,7 +209,7 @@ class WorkerConfig(BaseSettings):
     )
 
     worker: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", description="name in records")
-    threads: int = Field(0, ge=0, le=256, description="torch threads; 0 leaves torch's choice")
+    threads: int = Field(0, ge=0, le=256, description="passes at the same time, a thread each; 0: as many as torch has")
     kafka: Kafka = Kafka()
     store: Store = Store()
     frames: Frames = Frames()

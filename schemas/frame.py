@@ -37,6 +37,7 @@ class Frame:
     image: bytes
     event_time: datetime
     traceparent: str | None = None
+    sent: float = 0.0  # the record's timestamp, seconds since the epoch
 
 
 def parse_frame(
@@ -65,6 +66,7 @@ def parse_frame(
         image=value,
         event_time=_event_time(known.get("ce_time"), timestamp_ms),
         traceparent=_text(known.get("traceparent"), 55),
+        sent=timestamp_ms / 1000,
     )
 
 

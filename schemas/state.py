@@ -28,6 +28,19 @@ class RunningProxies(BaseModel):
     entropy: float = Field(0.0, ge=0)
 
 
+class DriftWatch(BaseModel):
+    """What drift detection knows of a stream; the lists have one value per signal."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapting: bool = Field(True, description="whether the stream is new, or has moved and not settled yet")
+    seen: int = Field(0, ge=0, description="micro-batches since that changed")
+    mean: list[float] = Field(default_factory=list, description="of the signals where the stream settled")
+    variance: list[float] = Field(default_factory=list)
+    rise: list[float] = Field(default_factory=list, description="cumulative sums upwards")
+    fall: list[float] = Field(default_factory=list, description="and downwards")
+
+
 class StreamHeader(BaseModel):
     """All of a stream's state but its tensors."""
 
@@ -43,6 +56,7 @@ class StreamHeader(BaseModel):
     events: int = Field(0, ge=0, description="update events so far")
     folded: str = Field("", description="rolling hash of the positions folded in, in order")
     proxies: RunningProxies = Field(default_factory=RunningProxies)
+    drift: DriftWatch = Field(default_factory=DriftWatch)
 
     def has_folded(self, position: Position) -> bool:
         """Whether the frame at `position` has shaped this state already."""

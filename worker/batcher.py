@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from schemas.config import Batch
 from worker.decode import DecodedFrame
+
+MAX_TURNS = 1 << 16
+SMALL_PASS = 32  # frames; smaller passes are not worth their overhead
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,13 @@ class _Waiting:
     held: list[DecodedFrame] = field(default_factory=list)  # predicted, waiting for an update
     fresh: list[DecodedFrame] = field(default_factory=list)  # not predicted yet
 
+    @property
+    def frames(self) -> int:
+        return len(self.held) + len(self.fresh)
+
 
 class MicroBatcher:
-    """Collects frames per stream and closes micro-batches by size or by time.
+    """Collects frames per stream and closes micro-batches by size or by time, streams taking turns.
 
     All times are monotonic seconds given by the caller.
     """
@@ -45,35 +52,50 @@ class MicroBatcher:
         self._wait = settings.max_wait_ms / 1000
         self._hold = settings.max_hold_ms / 1000
         self._streams: dict[str, _Waiting] = {}
+        self._count = 0
+        self._turns: dict[str, int] = {}
+        self._turn = 0
 
     def __len__(self) -> int:
-        return sum(len(w.held) + len(w.fresh) for w in self._streams.values())
+        """Frames that wait."""
+        return self._count
 
     def add(self, frames: Iterable[DecodedFrame]) -> None:
         """Frames of a stream come in order."""
         for frame in frames:
             self._streams.setdefault(frame.stream, _Waiting()).fresh.append(frame)
+            self._count += 1
 
     def next_due(self) -> float | None:
         """When the next micro-batch closes by time; None where nothing waits."""
         return min((self._due(waiting) for waiting in self._streams.values()), default=None)
 
-    def take(self, now: float, limit: int) -> list[MicroBatch]:
-        """Close what is due, longest overdue first, one micro-batch a stream, up to `limit` frames in all."""
-        due = [(self._due(waiting), stream) for stream, waiting in self._streams.items()]
+    def take(self, now: float, limit: int, busy: Container[str] = (), shares: int = 1) -> list[MicroBatch]:
+        """Close what is due, one micro-batch a stream, up to `limit` frames in all; nothing of `busy` streams.
+
+        The stream that had its last turn longest ago goes first: however much one sends, the others' turns come.
+        What is due is divided by `shares`, so that as many passes find work, unless they would become too small.
+        """
+        due = [
+            (self._turns.get(stream, 0), moment, stream)
+            for stream, waiting in self._streams.items()
+            if stream not in busy and (moment := self._due(waiting)) <= now
+        ]
+        if not due:
+            return []
+        self._turn += 1
+        ready = sum(min(self._settings.max_batch, self._streams[stream].frames) for _, _, stream in due)
+        room = min(limit, max(SMALL_PASS, -(-ready // shares)))
         batches: list[MicroBatch] = []
-        room = limit
-        for moment, stream in sorted(due):
-            if moment > now:
-                break
+        for _, _, stream in sorted(due):
             batch = self._close(stream, now)
             if batches and len(batch.frames) > room:
                 self._put_back(batch)
                 break
             room -= len(batch.frames)
+            self._count -= len(batch.frames)
             batches.append(batch)
-            if not self._streams[stream].held and not self._streams[stream].fresh:
-                del self._streams[stream]
+            self._took_turn(stream)
         return batches
 
     def hold(self, batch: MicroBatch) -> None:
@@ -82,6 +104,7 @@ class MicroBatcher:
         for frame in batch.frames:
             frame.published = True
         waiting.held = batch.frames + waiting.held
+        self._count += len(batch.frames)
 
     @property
     def streams(self) -> set[str]:
@@ -91,10 +114,22 @@ class MicroBatcher:
     def drop(self, streams: Iterable[str]) -> None:
         """Forget the frames of streams that another worker has now, or that are read again."""
         for stream in streams:
-            self._streams.pop(stream, None)
+            waiting = self._streams.pop(stream, None)
+            if waiting is not None:
+                self._count -= waiting.frames
+            self._turns.pop(stream, None)
+
+    def _took_turn(self, stream: str) -> None:
+        waiting = self._streams[stream]
+        if not waiting.held and not waiting.fresh:
+            del self._streams[stream]
+        self._turns.pop(stream, None)
+        self._turns[stream] = self._turn
+        if len(self._turns) > MAX_TURNS:  # Streams that fell silent; the order of this dict is that of the turns.
+            self._turns = dict(list(self._turns.items())[MAX_TURNS // 2 :])
 
     def _due(self, waiting: _Waiting) -> float:
-        if len(waiting.held) + len(waiting.fresh) >= self._settings.max_batch and waiting.fresh:
+        if waiting.frames >= self._settings.max_batch and waiting.fresh:
             return float("-inf")
         moments = []
         if waiting.fresh:

@@ -26,9 +26,10 @@ Image.MAX_IMAGE_PIXELS = None
 
 @dataclass(slots=True)
 class DecodedFrame:
-    """A frame as the engine takes it. `pixels` is uint8 (h, w) or (h, w, 3); `received` is monotonic seconds.
+    """A frame as the engine takes it. `pixels` is uint8 (h, w) or (h, w, 3).
 
-    `published` says that its prediction has left already and only its update is still to come.
+    `received` is monotonic seconds, `sent` the record's timestamp in seconds since the epoch. `published` says that
+    its prediction has left already and only its update is still to come.
     """
 
     stream: str
@@ -38,6 +39,7 @@ class DecodedFrame:
     received: float
     traceparent: str | None = None
     published: bool = False
+    sent: float = 0.0
 
 
 class Decoder:
@@ -69,7 +71,15 @@ class Decoder:
                 results.append(error)
                 continue
             results.append(
-                DecodedFrame(frame.stream, frame.position, pixels, frame.event_time, received, frame.traceparent)
+                DecodedFrame(
+                    stream=frame.stream,
+                    position=frame.position,
+                    pixels=pixels,
+                    event_time=frame.event_time,
+                    received=received,
+                    traceparent=frame.traceparent,
+                    sent=frame.sent,
+                )
             )
         return results
 

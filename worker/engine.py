@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from meta.bundle import Bundle
 from meta.method import Forward, State, finite_rows, put, take
+from meta.objective import per_stream_mean
+from monitoring.drift import observe
 from schemas.bundle import Preprocess
 from schemas.state import RunningProxies, StreamHeader, StreamState
 from worker.batcher import MicroBatch
@@ -20,13 +22,15 @@ from worker.decode import Pixels
 
 TOP = 3
 PROXY_WINDOW = 128
+FIRST_SLOTS = 16
 
 
-@dataclass
+@dataclass(eq=False)
 class Resident:
     """A stream whose state is in memory: its slot in the engine's tensors, its header, the worker's token.
 
-    `stored` says whether the store has these tensors; what is fresh or was reset is not there yet.
+    `stored` says whether the store has these tensors; what is fresh or was reset is not there yet. A stream that
+    was released and admitted again has another object, by which what was begun before is known to be void.
     """
 
     slot: int
@@ -36,15 +40,45 @@ class Resident:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Micro-batches gathered for one forward: pixels, each frame's row in `state`, and a copy of the streams' rows."""
+
+    batches: list[MicroBatch]
+    residents: list[Resident]
+    stream: Tensor
+    counts: Tensor
+    state: State
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All that a pass needs. From here on it runs without the engine's tensors, in any thread."""
+
+    adapting: Part | None
+    passive: Part | None
+
+
+@dataclass(frozen=True)
 class Outlook:
-    """What one pass says of the frames of one micro-batch, in order, before any update."""
+    """What one pass says of the frames of one micro-batch, in order, before any update.
+
+    `novelty` is the distance of their mean features from the stream's running ones, in deviations of the source's;
+    not a number where nothing watches for drift.
+    """
 
     batch: MicroBatch
+    resident: Resident
     step: int
     top_index: list[list[int]]
     top_confidence: list[list[float]]
     mean_confidence: float
     mean_entropy: float
+    novelty: float
+
+    @property
+    def signals(self) -> tuple[float, float, float]:
+        """For drift detection."""
+        return self.mean_entropy, self.mean_confidence, self.novelty
 
 
 @dataclass(frozen=True)
@@ -73,15 +107,23 @@ class Proposals:
 
 
 class Engine:
-    """Holds the resident streams' tensors, row by row, and runs passes over them."""
+    """Holds the resident streams' tensors, row by row, and runs passes over them.
 
-    def __init__(self, bundle: Bundle, step_scale: float = 1.0) -> None:
-        self.bundle = bundle
+    `gather` and `accept` touch these tensors and belong to the worker's loop; `forward` and `adapt` work on what was
+    gathered, so that another thread may run them meanwhile. A stream must not be in two passes at once.
+    """
+
+    def __init__(self, bundle: Bundle, step_scale: float = 1.0, watch: bool = False) -> None:
+        """`watch`: also compute what drift detection needs of frames that do not adapt."""
+        self.bundle, self._watch = bundle, watch
+        self.bundle_hash = bundle.hash
         self._method = bundle.method.with_step_scale(step_scale)
         self._residents: dict[str, Resident] = {}
-        self._state = self._method.fresh(16)
-        self._free = list(range(16))
         self._fresh = {name: tensor[0].clone() for name, tensor in self._method.fresh(1).items()}
+        self._free: list[int] = []
+        self._state: State = {
+            name: tensor.new_empty(0, *tensor.shape, dtype=tensor.dtype) for name, tensor in self._fresh.items()
+        }
 
     @property
     def like(self) -> dict[str, Tensor]:
@@ -102,6 +144,10 @@ class Engine:
     def resident(self, stream: str) -> Resident:
         return self._residents[stream]
 
+    def holds(self, stream: str, resident: Resident) -> bool:
+        """Whether the stream is still the same resident: not released meanwhile, nor released and admitted again."""
+        return self._residents.get(stream) is resident
+
     def admit(self, state: StreamState, token: int, stored: bool) -> None:
         """Make a stream resident."""
         if not self._free:
@@ -118,7 +164,7 @@ class Engine:
             if resident is not None:
                 self._free.append(resident.slot)
 
-    def least_recent(self, count: int, keep: set[str]) -> list[str]:
+    def least_recent(self, count: int, keep: Set[str]) -> list[str]:
         """The `count` streams that were used longest ago, but for those in `keep`."""
         return [stream for stream in self._residents if stream not in keep][: max(0, count)]
 
@@ -129,21 +175,33 @@ class Engine:
 
     def predict(self, batches: list[MicroBatch]) -> Pass:
         """Predict every frame of every micro-batch under its stream's parameters as they are now."""
-        for batch in batches:  # The order of this dict is the order of use.
-            self._residents[batch.stream] = self._residents.pop(batch.stream)
-        adapting = [batch for batch in batches if batch.adapt]
-        others = [batch for batch in batches if not batch.adapt]
+        return self.forward(self.gather(batches))
+
+    def gather(self, batches: list[MicroBatch]) -> Gathered:
+        """Copy the states that the micro-batches need."""
+        return Gathered(
+            self._part([batch for batch in batches if batch.adapt]),
+            self._part([batch for batch in batches if not batch.adapt]),
+        )
+
+    def forward(self, gathered: Gathered) -> Pass:
+        """Predict what was gathered."""
         outlooks: list[Outlook] = []
         forward = None
-        if adapting:
-            forward = self._method.predict(*self._inputs(adapting))
-            outlooks += self._outlooks(adapting, forward.answer)
+        if gathered.adapting is not None:
+            part = gathered.adapting
+            forward = self._method.predict(self._frames(part), part.stream, part.state)
+            outlooks += self._outlooks(part, forward.answer, forward.features.detach())
         first_passive = len(outlooks)
-        if others:
-            frames, stream, state = self._inputs(others)
+        if gathered.passive is not None:
+            part = gathered.passive
             with torch.inference_mode():
-                logits = self.bundle.model(frames, state["affine"].index_select(0, stream))
-            outlooks += self._outlooks(others, logits)
+                rows = part.state["affine"].index_select(0, part.stream)
+                frames = self._frames(part)
+                if self._watch:
+                    outlooks += self._outlooks(part, *self.bundle.model.forward_with_features(frames, rows))
+                else:
+                    outlooks += self._outlooks(part, self.bundle.model(frames, rows), None)
         return Pass(outlooks, outlooks[:first_passive], forward)
 
     def adapt(self, passed: Pass) -> Proposals:
@@ -163,49 +221,72 @@ class Engine:
 
     def accept(self, proposals: Proposals, accepted: list[Proposal]) -> None:
         """Put accepted updates in place, once they are in the store."""
-        accepted = [p for p in accepted if p.outlook.batch.stream in self._residents]
+        accepted = [p for p in accepted if self.holds(p.outlook.batch.stream, p.outlook.resident)]
         if not accepted:
             return
         rows = torch.tensor([proposal.row for proposal in accepted])
-        slots = torch.tensor([self._residents[p.outlook.batch.stream].slot for p in accepted])
+        slots = torch.tensor([proposal.outlook.resident.slot for proposal in accepted])
         put(self._state, slots, take(proposals.state, rows))
 
-    def _inputs(self, batches: list[MicroBatch]) -> tuple[Tensor, Tensor, State]:
-        frames = normalise_pixels(
-            [frame.pixels for batch in batches for frame in batch.frames], self.bundle.manifest.preprocess
-        )
+    def _part(self, batches: list[MicroBatch]) -> Part | None:
+        if not batches:
+            return None
+        residents = []
+        for batch in batches:  # The order of this dict is the order of use.
+            resident = self._residents[batch.stream] = self._residents.pop(batch.stream)
+            residents.append(resident)
         counts = torch.tensor([len(batch.frames) for batch in batches])
         stream = torch.arange(len(batches)).repeat_interleave(counts)
-        slots = torch.tensor([self._residents[batch.stream].slot for batch in batches])
-        return frames, stream, take(self._state, slots)
+        slots = torch.tensor([resident.slot for resident in residents])
+        return Part(batches, residents, stream, counts, take(self._state, slots))
 
-    def _outlooks(self, batches: list[MicroBatch], logits: Tensor) -> list[Outlook]:
+    def _frames(self, part: Part) -> Tensor:
+        pixels = [frame.pixels for batch in part.batches for frame in batch.frames]
+        return normalise_pixels(pixels, self.bundle.manifest.preprocess)
+
+    def _outlooks(self, part: Part, logits: Tensor, features: Tensor | None) -> list[Outlook]:
         log_p = logits.log_softmax(1)
-        entropy = (log_p.exp() * log_p).sum(1).neg().tolist()
+        entropy = (log_p.exp() * log_p).sum(1).neg()
         calibrated = (logits / self.bundle.manifest.calibration.temperature).softmax(1).nan_to_num()
         top = calibrated.topk(min(TOP, calibrated.shape[1]), 1)
-        confidence, index = top.values.tolist(), top.indices.tolist()
+        mean_entropy = per_stream_mean(entropy, part.stream, part.counts).tolist()
+        mean_confidence = per_stream_mean(top.values[:, 0], part.stream, part.counts).tolist()
+        novelty = self._novelty(part, features).tolist()
+        confidence, index = top.values.clamp_max(1.0).tolist(), top.indices.tolist()
         outlooks, start = [], 0
-        for batch in batches:
+        for row, (batch, resident) in enumerate(zip(part.batches, part.residents, strict=True)):
             end = start + len(batch.frames)
             outlooks.append(
                 Outlook(
                     batch=batch,
-                    step=self._residents[batch.stream].header.step,
+                    resident=resident,
+                    step=resident.header.step,
                     top_index=index[start:end],
                     top_confidence=confidence[start:end],
-                    mean_confidence=sum(row[0] for row in confidence[start:end]) / (end - start),
-                    mean_entropy=sum(entropy[start:end]) / (end - start),
+                    mean_confidence=mean_confidence[row],
+                    mean_entropy=mean_entropy[row],
+                    novelty=novelty[row],
                 )
             )
             start = end
         return outlooks
 
+    def _novelty(self, part: Part, features: Tensor | None) -> Tensor:
+        if features is None or not self._watch:
+            return torch.full((len(part.batches),), torch.nan)
+        source = self._method.source
+        moved = per_stream_mean(features, part.stream, part.counts) - part.state["feature_mean"]
+        return (moved / source.std.clamp_min(1e-3)).square().mean(1).sqrt()
+
     def _grow(self) -> None:
-        size = next(iter(self._state.values())).shape[0]
-        more = self._method.fresh(size)
-        self._state = {name: torch.cat([tensor, more[name]]) for name, tensor in self._state.items()}
-        self._free = list(range(size, 2 * size))
+        """Twice the slots. Memory that no stream uses yet is only promised by the kernel, not taken."""
+        used = next(iter(self._state.values())).shape[0]
+        size = max(FIRST_SLOTS, 2 * used)
+        for name, old in self._state.items():
+            tensor = old.new_empty(size, *old.shape[1:])
+            tensor[:used] = old
+            self._state[name] = tensor
+        self._free = list(reversed(range(used, size)))
 
 
 def normalise_pixels(pixels: Sequence[Pixels], preprocess: Preprocess) -> Tensor:
@@ -243,5 +324,6 @@ def next_header(header: StreamHeader, outlook: Outlook, applied: bool) -> Stream
             )
             if usable
             else proxies,
+            "drift": observe(header.drift, outlook.signals),
         }
     )

@@ -15,7 +15,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
 from schemas.config import Kafka
 from schemas.errors import FrameError, UnreachableError
-from schemas.prediction import PREDICTION_TYPE, Prediction
+from schemas.prediction import PREDICTION_TYPE
 from schemas.update import UPDATE_TYPE, UpdateEvent
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, connection, open_client, until_reached
 
@@ -26,7 +26,7 @@ MAX_BLOCK_MS = 10_000
 PATIENT_ROUNDS = 5  # with growing pauses, each with a producer that has reached the broker
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """A record to send. `expendable`: given up where the broker refuses it for good, rather than tried for ever."""
 
@@ -49,6 +49,8 @@ class Publisher:
     def __init__(self, settings: Kafka, worker: str, stop: threading.Event) -> None:
         self._settings, self._worker, self._stop = settings, worker, stop
         self._waiting: list[tuple[Message, Any]] = []
+        self._prediction_headers = self._event_headers(PREDICTION_TYPE)
+        self._update_headers = self._event_headers(UPDATE_TYPE)
         self._away: KafkaError | None = None
         what = f"the broker at {settings.bootstrap}"
         self._producer = until_reached(self._make, what, settings.connect_timeout_s, stop)
@@ -138,21 +140,18 @@ class Publisher:
             keep_alive()
             self._stop.wait(min(0.05, seconds))
 
-    def prediction(self, prediction: Prediction, traceparent: str | None) -> None:
-        self.send(
-            Message(
-                self._settings.topics.predictions,
-                prediction.stream.encode(),
-                prediction.model_dump_json().encode(),
-                self._event_headers(PREDICTION_TYPE, prediction.id, prediction.event_time, traceparent),
-            )
-        )
+    def prediction(self, stream: bytes, frame_id: str, time: str, content: bytes, traceparent: str | None) -> None:
+        """A `schemas.prediction.Prediction` as bytes; `time` is the frame's event time, ISO 8601."""
+        headers = [*self._prediction_headers, ("ce_id", frame_id.encode()), ("ce_time", time.encode())]
+        if traceparent:
+            headers.append(("traceparent", traceparent.encode()))
+        self.send(Message(self._settings.topics.predictions, stream, content, headers))
 
     def update(self, event: UpdateEvent) -> None:
         self.update_bytes(event.stream, event.id, event.time, event.model_dump_json().encode())
 
     def update_bytes(self, stream: str, event_id: str, time: datetime, content: bytes) -> None:
-        headers = self._event_headers(UPDATE_TYPE, event_id, time, None)
+        headers = [*self._update_headers, ("ce_id", event_id.encode()), ("ce_time", time.isoformat().encode())]
         self.send(Message(self._settings.topics.updates, stream.encode(), content, headers))
 
     def dead_letter(self, record: Any, error: FrameError) -> None:
@@ -187,21 +186,14 @@ class Publisher:
         except KafkaError as error:
             return error
 
-    def _event_headers(
-        self, kind: str, event_id: str, time: datetime, traceparent: str | None
-    ) -> list[tuple[str, bytes]]:
-        """CloudEvents 1.0, Kafka binding, binary mode."""
-        headers = [
+    def _event_headers(self, kind: str) -> list[tuple[str, bytes]]:
+        """CloudEvents 1.0, Kafka binding, binary mode: what all events of a kind share."""
+        return [
             ("ce_specversion", b"1.0"),
             ("ce_type", kind.encode()),
             ("ce_source", f"driftkeel/{self._worker}".encode()),
-            ("ce_id", event_id.encode()),
-            ("ce_time", time.isoformat().encode()),
             ("content-type", b"application/json"),
         ]
-        if traceparent:
-            headers.append(("traceparent", traceparent.encode()))
-        return headers
 
 
 def _outcome(future: Any) -> KafkaError | None:

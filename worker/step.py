@@ -4,6 +4,9 @@
    a frame at or before a stored position has been predicted for certain.
 2. State, position and update event are written together; a crash before that repeats the step, one after it does not.
 3. Offsets may be committed only for frames whose state is stored.
+
+The passes themselves run in threads, each pass in one. While a step is published, acknowledged and stored, others are
+under way; a stream is in one step at a time.
 """
 
 from __future__ import annotations
@@ -11,20 +14,46 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from monitoring.metrics import WorkerMetrics
 from monitoring.proxies import estimate
-from schemas.prediction import ClassScore, Prediction
 from schemas.state import StreamHeader
 from schemas.update import UpdateEvent
 from worker.batcher import MicroBatch, MicroBatcher
-from worker.engine import Outlook, Proposal, Proposals, next_header
+from worker.engine import Gathered, Outlook, Pass, Proposal, Proposals, next_header
 from worker.guard import Guard, Verdict
+from worker.messages import PredictionWriter
 from worker.offsets import Offsets
 from worker.publish import Publisher
 from worker.streams import Streams
+
+
+@dataclass(frozen=True)
+class Timed:
+    """When a part of a pass was done, and how long it took."""
+
+    done: float
+    seconds: float
+
+
+@dataclass(eq=False)
+class Flight:
+    """A step whose pass is under way. `streams` are in no other pass until `finish` is through."""
+
+    streams: frozenset[str]
+    started: float
+    predicted: Future[tuple[Pass, Timed]]
+    adapted: Future[tuple[Proposals, Timed]]
+    published: bool = False
+
+    @property
+    def next(self) -> Future[Any]:
+        """What the worker's loop waits for."""
+        return self.adapted if self.published or self.adapted.done() else self.predicted
 
 
 @dataclass(frozen=True)
@@ -37,7 +66,7 @@ class _Judged:
 
 
 class Step:
-    """Runs micro-batches through engine, guard, store and topics."""
+    """Runs micro-batches through engine, guard, store and topics: `start`, then `publish`, then `finish`."""
 
     def __init__(
         self,
@@ -49,87 +78,105 @@ class Step:
         metrics: WorkerMetrics,
         worker: str,
         keep_alive: Callable[[], object],
+        lanes: int,
     ) -> None:
         self._streams, self._batcher, self._guard = streams, batcher, guard
         self._publisher, self._offsets, self._metrics = publisher, offsets, metrics
         self._worker, self._keep_alive = worker, keep_alive
-        self._engine = streams.engine
+        self._engine = engine = streams.engine
+        self._writer = PredictionWriter(engine.bundle.labels, engine.bundle_hash, worker)
+        self._threads = ThreadPoolExecutor(lanes, thread_name_prefix="pass")
 
-    def run(self, batches: list[MicroBatch]) -> list[str]:
-        """Returns the streams that another worker has claimed; their frames have changed nothing."""
+    def start(self, batches: list[MicroBatch]) -> Flight:
+        """Begin a pass; returns at once."""
+        gathered = self._engine.gather(batches)
+        predicted: Future[tuple[Pass, Timed]] = Future()
+        adapted = self._threads.submit(self._pass, gathered, predicted)
+        return Flight(frozenset(batch.stream for batch in batches), time.monotonic(), predicted, adapted)
+
+    def publish(self, flight: Flight) -> None:
+        """Send the predictions as soon as they are there; the update is computed meanwhile."""
+        passed, timed = flight.predicted.result()
+        flight.published = True
         started = time.monotonic()
-        passed = self._engine.predict(batches)
-        predicted = time.monotonic()
+        waits: list[float] = []
+        confidences: list[float] = []
         for outlook in passed.outlooks:
-            self._publish(outlook, started, predicted)
-        published = time.monotonic()
-        proposals = self._engine.adapt(passed)
-        adapted = time.monotonic()
+            self._publish(outlook, timed, waits, confidences)
+        self._metrics.predictions.inc(len(waits))
+        self._metrics.wait_seconds.observe_many(waits)
+        self._metrics.confidence.observe_many(confidences)
+        self._metrics.step_seconds.labels("predict").observe(timed.seconds)
+        self._metrics.step_seconds.labels("publish").observe(time.monotonic() - started)
+
+    def finish(self, flight: Flight) -> list[str]:
+        """Judge and store, once the predictions are acknowledged.
+
+        Returns the streams that another worker has claimed; their frames have changed nothing.
+        """
+        passed, _ = flight.predicted.result()
+        proposals, adapted = flight.adapted.result()
+        started = time.monotonic()
         self._publisher.settle(self._keep_alive)
         settled = time.monotonic()
         judged = self._judge(passed.outlooks, proposals)
         fenced = self._store(judged, proposals)
         for outlook in passed.outlooks:
-            if not outlook.batch.fold and outlook.batch.stream in self._engine:
+            if not outlook.batch.fold and self._engine.holds(outlook.batch.stream, outlook.resident):
                 self._batcher.hold(outlook.batch)
         done = time.monotonic()
         times = {
-            "predict": predicted - started,
-            "publish": published - predicted + settled - adapted,
-            "adapt": adapted - published,
+            "adapt": adapted.seconds,
+            "settle": settled - started,
             "store": done - settled,
-            "all": done - started,
+            "all": done - flight.started,
         }
         for stage, seconds in times.items():
             self._metrics.step_seconds.labels(stage).observe(seconds)
         return fenced
 
-    def _publish(self, outlook: Outlook, started: float, predicted: float) -> None:
-        bundle, header = self._engine.bundle, self._engine.resident(outlook.batch.stream).header
-        manifest = bundle.manifest
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def _pass(self, gathered: Gathered, predicted: Future[tuple[Pass, Timed]]) -> tuple[Proposals, Timed]:
+        started = time.monotonic()
+        passed = self._engine.forward(gathered)
+        middle = time.monotonic()
+        predicted.set_result((passed, Timed(middle, middle - started)))
+        proposals = self._engine.adapt(passed)
+        done = time.monotonic()
+        return proposals, Timed(done, done - middle)
+
+    def _publish(self, outlook: Outlook, timed: Timed, waits: list[float], confidences: list[float]) -> None:
+        manifest, header = self._engine.bundle.manifest, outlook.resident.header
+        stream = outlook.batch.stream
         accuracy = estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy).estimated_accuracy
+        shared = self._writer.shared(stream, outlook.step, accuracy, timed.seconds)
+        key = stream.encode()
+        begun = timed.done - timed.seconds
         rows = zip(outlook.batch.frames, outlook.top_index, outlook.top_confidence, strict=True)
         for frame, index, confidence in rows:
             if frame.published:
                 continue
-            top = [
-                ClassScore(index=i, label=bundle.labels[i], confidence=min(1.0, c))
-                for i, c in zip(index, confidence, strict=True)
-            ]
-            prediction = Prediction(
-                id=str(frame.position),
-                stream=frame.stream,
-                event_time=frame.event_time,
-                index=top[0].index,
-                label=top[0].label,
-                confidence=top[0].confidence,
-                top=top,
-                bundle=bundle.hash,
-                step=outlook.step,
-                parameters="adapted" if outlook.step else "source",
-                estimated_accuracy=accuracy,
-                worker=self._worker,
-                wait_seconds=max(0.0, started - frame.received),
-                pass_seconds=predicted - started,
-            )
-            self._publisher.prediction(prediction, frame.traceparent)
-            self._metrics.predictions.inc()
-            self._metrics.wait_seconds.observe(max(0.0, predicted - frame.received))
-            self._metrics.confidence.observe(top[0].confidence)
+            frame_id, moment = str(frame.position), frame.event_time.isoformat()
+            content = self._writer.frame(shared, frame_id, moment, index, confidence, max(0.0, begun - frame.received))
+            self._publisher.prediction(key, frame_id, moment, content, frame.traceparent)
+            waits.append(max(0.0, timed.done - frame.received))
+            confidences.append(confidence[0])
 
     def _judge(self, outlooks: list[Outlook], proposals: Proposals) -> list[_Judged]:
         """A decision for every micro-batch that counts as done with this step."""
         proposed = {id(p.outlook): p for p in proposals.proposals}
         judged = []
         for outlook in outlooks:
-            if not outlook.batch.fold or outlook.batch.stream not in self._engine:
+            resident = outlook.resident
+            if not outlook.batch.fold or not self._engine.holds(outlook.batch.stream, resident):
                 continue
             proposal = proposed.get(id(outlook))
             if proposal is not None:
                 verdict = self._guard.judge(proposal.signals, proposal.finite)
             else:
                 verdict = Verdict(False, outlook.batch.reason)
-            resident = self._engine.resident(outlook.batch.stream)
             header = next_header(resident.header, outlook, verdict.apply)
             event = self._event(outlook, verdict, proposal, resident.header, header, resident.token)
             judged.append(_Judged(outlook, verdict, proposal, header, event))
@@ -187,7 +234,7 @@ class Step:
             before=estimate(before.proxies, manifest.calibration, clean),
             after=estimate(after.proxies, manifest.calibration, clean),
             token=token,
-            bundle=self._engine.bundle.hash,
+            bundle=self._engine.bundle_hash,
             worker=self._worker,
         )
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
 
 from pydantic import ValidationError
 
 from monitoring.metrics import WorkerMetrics
+from schemas.config import Adapt
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
 from schemas.state import StreamHeader, StreamState, decode_header, decode_state, encode_header, encode_tensors
@@ -40,12 +41,14 @@ class Streams:
         publisher: Publisher,
         metrics: WorkerMetrics,
         worker: str,
-        max_resident: int,
+        limits: Adapt,
         settings: StoreSettings,
         heal: Heal,
     ) -> None:
         self.engine, self._store, self._publisher, self._metrics = engine, store, publisher, metrics
-        self._worker, self._max_resident = worker, max_resident
+        self._worker = worker
+        by_bytes = limits.max_resident_bytes // engine.state_bytes
+        self._max_resident = max(1, min(limits.max_resident_streams, by_bytes))
         self._max_state_bytes, self._snapshot_every = settings.max_state_bytes, settings.snapshot_every
         self._compression = settings.compression
         self._heal = heal
@@ -64,11 +67,15 @@ class Streams:
         for stream, claimed in zip(streams, claims, strict=True):
             self._admit(stream, claimed)
 
-    def trim(self, busy: set[str]) -> None:
+    @property
+    def crowded(self) -> bool:
+        """Whether more streams are resident than may be."""
+        return len(self.engine) > self._max_resident
+
+    def trim(self, busy: Set[str]) -> None:
         """Where too many streams are resident, the least recently used that are not `busy` go."""
-        excess = len(self.engine) - self._max_resident
-        if excess > 0:
-            self.release(self.engine.least_recent(excess, busy))
+        if self.crowded:
+            self.release(self.engine.least_recent(len(self.engine) - self._max_resident, busy))
 
     def release(self, streams: Iterable[str]) -> None:
         """Forget streams; the store has them."""
@@ -125,7 +132,7 @@ class Streams:
                 frames=[],
                 step=0,
                 token=claimed.token,
-                bundle=self.engine.bundle.hash,
+                bundle=self.engine.bundle_hash,
                 worker=self._worker,
             )
             self._publisher.update(event)
@@ -134,7 +141,7 @@ class Streams:
 
     def _restored(self, stream: str, claimed: Claimed) -> tuple[StreamState, str | None]:
         """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""
-        bundle, method = self.engine.bundle.hash, self.engine.bundle.method_name
+        bundle, method = self.engine.bundle_hash, self.engine.bundle.method_name
         header = StreamHeader(stream=stream, bundle=bundle, method=method)
         if claimed.header is None:
             return StreamState(header=header, tensors=self.engine.like), None

@@ -1,7 +1,7 @@
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitoring.metrics import WorkerMetrics
+from monitoring.metrics import FrameHistogram, WorkerMetrics
 
 UNITLESS = {"norm", "cosine", "distance", "step", "frames", "streams"}
 
@@ -42,3 +42,14 @@ def test_lag_of_lost_partitions_disappears() -> None:
     text = generate_latest(metrics.registry).decode()
     assert 'partition="0"' not in text
     assert 'driftkeel_consumer_lag_records{partition="1",topic="frames"} 7.0' in text
+
+
+def test_frame_histograms_look_like_the_clients_own() -> None:
+    registries = CollectorRegistry(), CollectorRegistry()
+    buckets, values = (0.1, 0.25, 1.0), [0.0, 0.1, 0.11, 0.5, 1.0, 7.0]
+    FrameHistogram("driftkeel_x_seconds", "X.", buckets, registries[0]).observe_many(values)
+    own = Histogram("driftkeel_x_seconds", "X.", buckets=buckets, registry=registries[1])
+    for value in values:
+        own.observe(value)
+    ours, theirs = (generate_latest(registry).decode() for registry in registries)
+    assert ours.splitlines() == [line for line in theirs.splitlines() if "_created" not in line]

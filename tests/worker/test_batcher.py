@@ -127,3 +127,26 @@ def test_every_frame_comes_out_once_and_in_order(steps: list[tuple[str, float, b
     for stream, count in sent.items():
         assert published[stream] == list(range(count))
         assert folded[stream] == list(range(count))
+
+
+def test_a_flood_does_not_keep_others_waiting() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    for stream in "abcdefgh":
+        batcher.add(frames(stream, 400))
+    batcher.take(1.0, 32)
+    batcher.add(frames("z", 2, received=0.0))
+    # Four streams a pass: the one that has not had a turn goes with the first, before all that have had one.
+    assert [b.stream for b in batcher.take(1.0, 32)] == ["e", "f", "g", "h"]
+    assert "z" in [b.stream for b in batcher.take(1.0, 32)]
+    turns = [b.stream for _ in range(6) for b in batcher.take(1.0, 32)]
+    assert all(turns.count(stream) == 3 for stream in "abcdefgh")
+
+
+def test_busy_streams_wait_and_passes_share_what_is_due() -> None:
+    batcher = MicroBatcher(Batch(max_batch=16, max_pass=256))
+    for stream in "abcdef":
+        batcher.add(frames(stream, 16))
+    first = batcher.take(1.0, 256, busy=set(), shares=3)
+    assert [b.stream for b in first] == ["a", "b"]
+    assert [b.stream for b in batcher.take(1.0, 256, busy={"a", "b", "c"}, shares=1)] == ["d", "e", "f"]
+    assert len(batcher) == 16

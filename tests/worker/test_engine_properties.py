@@ -1,0 +1,125 @@
+"""Who shares a pass changes nothing: predictions, gradients and next states are those of a stream alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from meta.bundle import Bundle, load_bundle
+from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.norms import AdaptableModel
+from meta.objective import feature_statistics
+from tests.worker.test_engine import admit, batch
+from worker.batcher import MicroBatch
+from worker.engine import Engine
+
+
+class Tokens(nn.Module):
+    """LayerNorm and RMSNorm over the last dimension, as in a transformer."""
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Conv2d(1, 8, 7, stride=7), norm(8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.embed(x).flatten(2).transpose(1, 2)).relu().mean(1))
+
+
+def convolutional(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2),
+        norm,
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    )
+
+
+NETWORKS = {
+    "GroupNorm": lambda: convolutional(nn.GroupNorm(2, 8)),
+    "BatchNorm": lambda: convolutional(nn.BatchNorm2d(8)),
+    "InstanceNorm": lambda: convolutional(nn.InstanceNorm2d(8, affine=True)),
+    "LayerNorm": lambda: Tokens(nn.LayerNorm),
+    "RMSNorm": lambda: Tokens(nn.RMSNorm),
+}
+
+
+def bundle_with(network: str, folder: Path) -> Bundle:
+    """The tiny bundle around another network; the generator's gradient memory in float32, to compare closely."""
+    torch.manual_seed(5)
+    tiny = load_bundle(folder)
+    model = AdaptableModel(NETWORKS[network]())
+    with torch.no_grad():
+        source = feature_statistics(model.forward_with_features(torch.randn(64, 1, 28, 28))[1])
+    learned = LearnedOptimizer(GeneratorSettings(memory_precision="float32"))
+    for parameter in learned.parameters():
+        parameter.requires_grad_(False)
+    return Bundle(tiny.manifest, tiny.labels, model, MGG(model, source, learned, 4))
+
+
+def run(engine: Engine, batches: list[MicroBatch]) -> dict[str, tuple[list[list[float]], dict[str, float]]]:
+    """One step; each stream's confidences and signals."""
+    passed = engine.predict(batches)
+    proposals = engine.adapt(passed)
+    engine.accept(proposals, proposals.proposals)
+    signals = {p.outlook.batch.stream: p.signals for p in proposals.proposals}
+    return {o.batch.stream: (o.top_confidence, signals.get(o.batch.stream, {})) for o in passed.outlooks}
+
+
+def close(found: object, expected: object) -> None:
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@settings(max_examples=12)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=8), min_size=1, max_size=4),
+    st.integers(0, 1 << 16),
+)
+def test_company_changes_nothing(
+    network: str, tiny_bundle_path: Path, rounds: list[list[tuple[int, bool]]], seed: int
+) -> None:
+    bundle = bundle_with(network, tiny_bundle_path)
+    together = Engine(bundle)
+    names = [f"stream-{i}" for i in range(8)]
+    admit(together, *names)
+    alone = {name: Engine(bundle) for name in names}
+    for name, engine in alone.items():
+        admit(engine, name)
+    for number, sizes in enumerate(rounds):
+        batches = [
+            batch(name, count, seed + 31 * number + i, adapt)
+            for i, (name, (count, adapt)) in enumerate(zip(names, sizes, strict=False))
+            if count
+        ]
+        if not batches:
+            continue
+        results = run(together, batches)
+        for work in batches:
+            confidences, signals = run(alone[work.stream], [work])[work.stream]
+            close(results[work.stream][0], confidences)
+            for name, value in signals.items():
+                close(results[work.stream][1][name], value)
+    for name, engine in alone.items():
+        for part, tensor in engine.tensors(name).items():
+            torch.testing.assert_close(together.tensors(name)[part], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 64, 512])
+def test_any_number_of_streams(tiny_bundle_path: Path, streams: int) -> None:
+    bundle = bundle_with("GroupNorm", tiny_bundle_path)
+    together = Engine(bundle)
+    names = [f"stream-{i}" for i in range(streams)]
+    admit(together, *names)
+    work = [batch(name, 1 + i % 5, i) for i, name in enumerate(names)]
+    run(together, work)
+    for i in {0, streams // 2, streams - 1}:
+        alone = Engine(bundle)
+        admit(alone, names[i])
+        run(alone, [work[i]])
+        for part, tensor in alone.tensors(names[i]).items():
+            torch.testing.assert_close(together.tensors(names[i])[part], tensor, rtol=1e-3, atol=1e-4)

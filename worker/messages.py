@@ -1,0 +1,49 @@
+"""Predictions as JSON bytes, for whole micro-batches.
+
+The contract is `schemas.prediction.Prediction`; building and validating one model per frame costs more than its
+forward pass. Here what a micro-batch shares is written once. A test holds the bytes to the contract.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from json.encoder import encode_basestring as quoted
+
+
+class PredictionWriter:
+    """Writes the predictions of one worker under one bundle."""
+
+    def __init__(self, labels: Sequence[str], bundle: str, worker: str) -> None:
+        self._labels = [json.dumps(label, ensure_ascii=False) for label in labels]
+        self._bundle, self._worker = quoted(bundle), quoted(worker)
+
+    def shared(self, stream: str, step: int, estimated_accuracy: float, pass_seconds: float) -> str:
+        """The fields that all frames of a micro-batch share."""
+        parameters = "adapted" if step else "source"
+        return (
+            f'{{"schema_version":1,"stream":{quoted(stream)},"bundle":{self._bundle},"step":{step},'
+            f'"parameters":"{parameters}","estimated_accuracy":{estimated_accuracy!r},"worker":{self._worker},'
+            f'"pass_seconds":{pass_seconds!r}'
+        )
+
+    def frame(
+        self,
+        shared: str,
+        frame_id: str,
+        event_time: str,
+        index: Sequence[int],
+        confidence: Sequence[float],
+        wait_seconds: float,
+    ) -> bytes:
+        """One prediction. `event_time` is ISO 8601; `index` and `confidence` begin with the likeliest class."""
+        labels = self._labels
+        top = ",".join(
+            f'{{"index":{i},"label":{labels[i]},"confidence":{c!r}}}' for i, c in zip(index, confidence, strict=True)
+        )
+        first = index[0]
+        return (
+            f'{shared},"id":{quoted(frame_id)},"event_time":"{event_time}",'
+            f'"index":{first},"label":{labels[first]},"confidence":{confidence[0]!r},"top":[{top}],'
+            f'"wait_seconds":{wait_seconds!r}}}'
+        ).encode()
