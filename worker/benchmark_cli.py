@@ -1,4 +1,4 @@
-"""`driftkeel benchmark ...`: measure methods against each other, and make tables of it."""
+"""`driftkeel benchmark ...`: measure methods against each other and the worker's speed, and make tables of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-benchmark_app = typer.Typer(help="Measure adaptation methods.", no_args_is_help=True)
+benchmark_app = typer.Typer(help="Measure adaptation methods, and speed.", no_args_is_help=True)
 
 
 @benchmark_app.command("accuracy")
@@ -61,3 +61,20 @@ def tables(
     print(made.markdown(results), end="")
     if plot is not None:
         made.plot(results, plot)
+
+
+@benchmark_app.command()
+def throughput(
+    report: Annotated[Path | None, typer.Option(help="Write all figures as JSON here.")] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer and shorter runs: at most five minutes.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Also write a trace of one engine pass here, for ui.perfetto.dev.")
+    ] = None,
+    bundle: Annotated[Path, typer.Option(help="The small net; the large one is built in.")] = Path(
+        "bundles/fashion-mnist"
+    ),
+) -> None:
+    """Engine and worker against a bare loop of the same net: ratios, latencies, CPU time and memory."""
+    from worker.benchmark_throughput import run_throughput
+
+    raise typer.Exit(run_throughput(bundle, report, profile, quick))

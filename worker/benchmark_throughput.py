@@ -1,0 +1,255 @@
+"""`driftkeel benchmark throughput`: what the engine and the whole worker cost, as ratios within one run.
+
+Wall times of a shared machine mean little; ratios of runs that take turns mean something. The bare loop is the plain
+way to adapt the same net on the same micro-batches: frames in memory, torch's own threads, no broker, no store.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+
+from meta.bundle import Bundle, load_bundle, write_bundle
+from meta.models import build_network
+from meta.norms import AdaptableModel
+from meta.objective import feature_statistics
+from schemas.bundle import Limits, Preprocess
+from worker.benchmark_throughput_demo import on_demand
+from worker.benchmark_throughput_engine import (
+    Case,
+    bare_pass,
+    engine_memory,
+    engine_pass,
+    forward_pass,
+    frames_per_second,
+    stream_loop,
+    write_trace,
+)
+from worker.benchmark_throughput_worker import Bench, Observed, Sent
+from worker.embedded import embedded_services
+
+LARGE_WIDTHS = (32, 64, 96, 128)  # on 64 x 64 pixels: 150 million multiply-adds, 300 MFLOPs a frame
+LARGE_SIDE, LARGE_SOURCE_SIDE = 64, 128
+MAX_WAIT_MS, BUDGET_MS = 100, 1_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long everything takes."""
+
+    repetitions: int
+    small_frames: int
+    large_frames: int
+    many_streams_each: int
+    paced_seconds: float
+    demo_frames: int
+    demo_seeds: tuple[int, ...]
+
+
+QUICK = Plan(7, 8_000, 600, 16, 8.0, 1_000, (0,))
+FULL = Plan(11, 24_000, 2_000, 32, 20.0, 2_000, (0, 1, 2))
+
+
+def run_throughput(bundle_path: Path, report: Path | None, profile: Path | None, quick: bool) -> int:
+    """Measure everything, print the ratios, write the report. Returns the exit code."""
+    console = Console(highlight=False, soft_wrap=True)
+    began = time.monotonic()
+    plan = QUICK if quick else FULL
+    with (
+        tempfile.TemporaryDirectory(prefix="driftkeel-bench-") as scratch,
+        embedded_services() as (broker, store, logs),
+    ):
+        large_path = Path(scratch) / "large"
+        small = load_bundle(bundle_path)
+        large = make_large_bundle(small, large_path)
+        bench = Bench(broker, store, logs)
+        results: dict[str, Any] = {"machine": _machine(), "bundle": small.hash, "quick": quick}
+        parts: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+            ("engine", lambda: _engine(small, large, plan)),
+            ("small", lambda: _small(bench, bundle_path, small, plan)),
+            ("large", lambda: _large(bench, large_path, large, plan)),
+            ("streams", lambda: _streams(bench, bundle_path, plan)),
+            ("latency", lambda: _latency(bench, bundle_path, plan, results["small"]["worker"]["frames_per_second"])),
+            ("on_demand", lambda: on_demand(bench, bundle_path, small, plan.demo_frames, plan.demo_seeds)),
+        ]
+        for name, measure in parts:
+            results[name] = measure()
+            console.print(f"{time.monotonic() - began:4.0f} s  {name} measured")
+    results["ratios"] = _ratios(results)
+    results["seconds"] = time.monotonic() - began
+    for name, value in results["ratios"].items():
+        console.print(f"{name:28s} {value:.3f}")
+    if report:
+        report.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if profile:
+        write_trace(Case(small, 16, 4), profile)
+        console.print(f"trace of an engine pass: {profile}; open it in ui.perfetto.dev or chrome://tracing")
+    return 0
+
+
+def make_large_bundle(small: Bundle, folder: Path) -> Bundle:
+    """An untrained net of about 300 MFLOPs a frame with the small bundle's generator: for speed, not for accuracy."""
+    torch.manual_seed(0)
+    arguments = {"classes": 10, "channels": 3, "widths": LARGE_WIDTHS, "group": 8}
+    network = build_network("groupnorm-cnn", arguments)
+    weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    model = AdaptableModel(network)
+    with torch.no_grad():
+        noise = torch.randn(16, 3, LARGE_SIDE, LARGE_SIDE)
+        source = feature_statistics(model.forward_with_features(noise)[1])
+    old = small.manifest
+    manifest = old.model_copy(
+        update={
+            "name": "large-untrained",
+            "model": old.model.model_copy(update={"arguments": {**arguments, "widths": list(LARGE_WIDTHS)}}),
+            "preprocess": Preprocess(mode="RGB", width=LARGE_SIDE, height=LARGE_SIDE, mean=[0.5] * 3, std=[0.25] * 3),
+            "limits": Limits(raw_gradient_norm=1e9, source_distance=1e9),
+        }
+    )
+    tensors = {
+        "model": weights,
+        "generator": dict(small.method.learned.state_dict()),
+        "statistics": {"mean": source.mean, "std": source.std},
+    }
+    write_bundle(folder, manifest, tensors, small.labels)
+    return load_bundle(folder)
+
+
+def pictures(count: int, side: int, mode: str, format: str) -> list[bytes]:
+    """Encoded images of random blobs."""
+    random = np.random.default_rng(0)
+    encoded = []
+    for _ in range(count):
+        coarse = Image.fromarray(random.integers(0, 255, (7, 7, 3), np.uint8))
+        buffer = io.BytesIO()
+        coarse.resize((side, side), Image.Resampling.BILINEAR).convert(mode).save(buffer, format)
+        encoded.append(buffer.getvalue())
+    return encoded
+
+
+def frames_of(streams: int, total: int, images: list[bytes]) -> list[Sent]:
+    """`total` frames, the streams taking turns."""
+    return [(f"cam-{i % streams}", images[i % len(images)]) for i in range(total)]
+
+
+def _engine(small: Bundle, large: Bundle, plan: Plan) -> dict[str, Any]:
+    """Engine, bare loop and loop over streams, torch's own threads for each."""
+    cases: dict[str, tuple[Case, Callable[[], None]]] = {}
+    for streams, frames in ((1, 256), (8, 32), (64, 4), (256, 1)):
+        case = Case(small, streams, frames)
+        cases[f"bare {streams}x{frames}"] = case, bare_pass(case)
+        cases[f"engine {streams}x{frames}"] = case, engine_pass(case)
+    case = Case(small, 64, 4)
+    cases["loop 64x4"] = case, stream_loop(case)
+    cases["forward 256"] = case, forward_pass(case)
+    found = frames_per_second(cases, plan.repetitions)
+    case = Case(large, 4, 16)
+    cases = {"bare large 4x16": (case, bare_pass(case)), "engine large 4x16": (case, engine_pass(case))}
+    found |= frames_per_second(cases, max(3, plan.repetitions // 3))
+    return {"frames_per_second": found, "idle_stream_bytes": engine_memory(small)}
+
+
+def _against_bare(bench: Bench, path: Path, bundle: Bundle, frames: list[Sent], repetitions: int) -> dict[str, Any]:
+    """The worker between two measurements of the bare loop on micro-batches of the size that a backlog makes."""
+    case = Case(bundle, 4, 16)
+    bare: list[float] = []
+
+    def measure() -> None:
+        bare.append(frames_per_second({"bare": (case, bare_pass(case))}, repetitions)["bare"])
+
+    measure()
+    seen = bench.run(path, frames)
+    measure()
+    return {"bare_frames_per_second": bare, "worker": seen.summary(), "stages": stages(seen)}
+
+
+def _small(bench: Bench, path: Path, bundle: Bundle, plan: Plan) -> dict[str, Any]:
+    frames = frames_of(64, plan.small_frames, pictures(64, 28, "L", "PNG"))
+    results = _against_bare(bench, path, bundle, frames, 4 * plan.repetitions)
+    results["predict_only"] = bench.run(path, frames, adapt={"enabled": False}).summary()
+    return results
+
+
+def _large(bench: Bench, path: Path, bundle: Bundle, plan: Plan) -> dict[str, Any]:
+    images = pictures(64, LARGE_SOURCE_SIDE, "RGB", "JPEG")
+    results = _against_bare(bench, path, bundle, frames_of(64, plan.large_frames, images), plan.repetitions)
+    big = frames_of(64, plan.large_frames // 2, pictures(16, 640, "RGB", "JPEG"))
+    results["worker_640x640_jpeg"] = bench.run(path, big).summary()
+    return results
+
+
+def _streams(bench: Bench, path: Path, plan: Plan) -> dict[str, Any]:
+    images = pictures(64, 28, "L", "PNG")
+    total = 1_000 * plan.many_streams_each
+    return {
+        str(streams): bench.run(path, frames_of(streams, total, images)).summary() for streams in (1, 8, 256, 1_000)
+    }
+
+
+def _latency(bench: Bench, path: Path, plan: Plan, capacity: float) -> dict[str, Any]:
+    """At 70% of the capacity just measured, and at 200% of it with a latency budget."""
+    images = pictures(64, 28, "L", "PNG")
+    results: dict[str, Any] = {"max_wait_ms": MAX_WAIT_MS, "budget_ms": BUDGET_MS}
+    for share, budget in ((0.7, 0), (2.0, BUDGET_MS)):
+        pace = share * capacity
+        frames = frames_of(64, int(pace * plan.paced_seconds), images)
+        seen = bench.run(path, frames, pace, batch={"max_wait_ms": MAX_WAIT_MS, "latency_budget_ms": budget})
+        late = sum(latency > BUDGET_MS for latency in seen.latencies_ms)
+        results[f"load_{share:.0%}"] = {
+            **seen.summary(),
+            "offered_frames_per_second": pace,
+            "step_ms": 1000 * stages(seen)["all"],
+            "share_within_budget": 1 - late / len(frames),
+            "micro_batches": seen.metrics["driftkeel_batch_frames_count"],
+            "shed": seen.metrics.get('driftkeel_adaptations_left_out_total{reason="overload"}', 0.0),
+        }
+    return results
+
+
+def stages(seen: Observed) -> dict[str, float]:
+    """Mean seconds of a step's stages."""
+    found = {}
+    for stage in ("predict", "publish", "adapt", "settle", "store", "all"):
+        total = seen.metrics.get(f'driftkeel_step_seconds_sum{{stage="{stage}"}}', 0.0)
+        found[stage] = total / max(1.0, seen.metrics.get(f'driftkeel_step_seconds_count{{stage="{stage}"}}', 0.0))
+    return found
+
+
+def _ratios(results: dict[str, Any]) -> dict[str, float]:
+    engine = results["engine"]["frames_per_second"]
+    worker = {size: results[size]["worker"]["frames_per_second"] for size in ("small", "large")}
+    bare = {size: float(np.mean(results[size]["bare_frames_per_second"])) for size in ("small", "large")}
+    cost = {name: 1 / seen["frames_per_second"] for name, seen in results["streams"].items()}
+    return {
+        "engine_vs_bare": engine["engine 64x4"] / engine["bare 64x4"],
+        "streams64_vs_one": engine["engine 64x4"] / engine["engine 1x256"],
+        "streams64_vs_loop": engine["engine 64x4"] / engine["loop 64x4"],
+        "worker_vs_bare_small": worker["small"] / bare["small"],
+        "worker_vs_bare_large": worker["large"] / bare["large"],
+        "on_demand_gain_share": results["on_demand"]["gain_share"],
+        "on_demand_cpu_vs_predict": results["on_demand"]["cpu_vs_predict"],
+        "cost_1000_vs_8_streams": cost["1000"] / cost["8"],
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "processors": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }

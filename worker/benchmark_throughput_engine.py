@@ -1,0 +1,163 @@
+"""The engine alone, against a bare loop of the same net on the same micro-batches, and against a loop over streams."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meta.bundle import Bundle
+from meta.method import State
+from schemas.frame import Position
+from schemas.state import StreamHeader, StreamState
+from worker.batcher import MicroBatch
+from worker.decode import DecodedFrame
+from worker.engine import Engine, normalise_pixels
+
+WARM_UPS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """`streams` micro-batches of `frames` frames each in one pass, prepared for all ways of running them."""
+
+    bundle: Bundle
+    streams: int
+    frames: int
+
+    @property
+    def total(self) -> int:
+        return self.streams * self.frames
+
+    def micro_batches(self) -> list[MicroBatch]:
+        preprocess = self.bundle.manifest.preprocess
+        shape = (preprocess.height, preprocess.width) + ((3,) if preprocess.channels == 3 else ())
+        random = np.random.default_rng(0)
+        return [
+            MicroBatch(
+                f"stream-{s}",
+                [
+                    DecodedFrame(
+                        f"stream-{s}",
+                        Position("frames", 0, f),
+                        random.integers(0, 256, shape, np.uint8),
+                        datetime.now(UTC),
+                        0.0,
+                    )
+                    for f in range(self.frames)
+                ],
+                adapt=True,
+                fold=True,
+            )
+            for s in range(self.streams)
+        ]
+
+
+def engine_pass(case: Case) -> Callable[[], None]:
+    """The engine as the worker uses it: gather states, predict, adapt, put the new states in place."""
+    engine = Engine(case.bundle)
+    batches = case.micro_batches()
+    for batch in batches:
+        header = StreamHeader(stream=batch.stream, bundle=case.bundle.hash, method="mgg")
+        engine.admit(StreamState(header=header, tensors=engine.like), token=1, stored=False)
+
+    def run() -> None:
+        passed = engine.predict(batches)
+        proposals = engine.adapt(passed)
+        engine.accept(proposals, proposals.proposals)
+
+    return run
+
+
+def bare_pass(case: Case) -> Callable[[], None]:
+    """Forward, loss, backward and update from frames in memory; the states stay in one place."""
+    frames, stream = _inputs(case)
+    state: State = case.bundle.method.fresh(case.streams)
+
+    def run() -> None:
+        state.update(case.bundle.method.update(case.bundle.method.predict(frames, stream, state)).state)
+
+    return run
+
+
+def stream_loop(case: Case) -> Callable[[], None]:
+    """One stream after the other, as with a model copy per stream."""
+    method = case.bundle.method
+    frames, _ = _inputs(case)
+    parts = torch.split(frames, case.frames)
+    alone = torch.zeros(case.frames, dtype=torch.long)
+    states = [method.fresh(1) for _ in parts]
+
+    def run() -> None:
+        for index, part in enumerate(parts):
+            states[index] = method.update(method.predict(part, alone, states[index])).state
+
+    return run
+
+
+def forward_pass(case: Case) -> Callable[[], None]:
+    """Predictions only."""
+    frames, _ = _inputs(case)
+
+    def run() -> None:
+        with torch.inference_mode():
+            case.bundle.model(frames)
+
+    return run
+
+
+def frames_per_second(cases: dict[str, tuple[Case, Callable[[], None]]], repetitions: int) -> dict[str, float]:
+    """Medians over `repetitions`, all cases taking turns, so that a slow moment of the machine meets each of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(WARM_UPS + repetitions):
+        for name, (_, run) in cases.items():
+            started = time.perf_counter()
+            run()
+            if turn >= WARM_UPS:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: case.total / statistics.median(seconds[name]) for name, (case, _) in cases.items()}
+
+
+def write_trace(case: Case, path: Path) -> None:
+    """A trace of three engine passes in Chrome's format."""
+    run = engine_pass(case)
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(3):
+            run()
+    profiler.export_chrome_trace(str(path))
+
+
+def _inputs(case: Case) -> tuple[Tensor, Tensor]:
+    pixels = [frame.pixels for batch in case.micro_batches() for frame in batch.frames]
+    frames = normalise_pixels(pixels, case.bundle.manifest.preprocess)
+    return frames, torch.arange(case.streams).repeat_interleave(case.frames)
+
+
+def engine_memory(bundle: Bundle, streams: int = 4_000) -> dict[str, float]:
+    """Resident memory per idle stream, against the bytes of its tensors; 0 where there is no /proc."""
+    engine = Engine(bundle)
+    before = _resident_bytes()
+    for index in range(streams):
+        # As they come from the store: tensors and texts of their own.
+        header = StreamHeader.model_validate_json(
+            StreamHeader(stream=f"camera-{index}", bundle=bundle.hash, method="mgg").model_dump_json()
+        )
+        engine.admit(StreamState(header=header, tensors=engine.like), token=1, stored=True)
+    each = (_resident_bytes() - before) / streams
+    return {"resident": each, "state": float(engine.state_bytes), "ratio": each / engine.state_bytes}
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0

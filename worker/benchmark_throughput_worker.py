@@ -1,0 +1,247 @@
+"""The whole worker, measured from outside: a process of its own between an embedded broker and an embedded store.
+
+Throughput and latency come from the timestamps of records, which the clients set: a frame's when it was sent, a
+prediction's when it left. Processor time and memory come from /proc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from pydantic import SecretStr
+
+from schemas.config import Kafka, Log, Metrics, Store, Topics, WorkerConfig
+from schemas.errors import DriftkeelError
+from worker.embedded import Broker, Child, EmbeddedStore, free_port, start_child
+from worker.kafka_client import connection, create_topics
+
+PARTITIONS = 4
+SAMPLE_S = 0.25
+STALLED_S = 60.0
+WINDOW = (0.15, 0.95)  # shares of all frames between which throughput is taken: no start, no end
+TICK_S = 0.005
+
+Sent = tuple[str, bytes]  # stream, image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What could be seen of the worker at one moment."""
+
+    moment: float
+    predictions: float
+    cpu_seconds: float
+
+
+@dataclass
+class Observed:
+    """One run. `predictions` are (stream, offset in its partition, parsed JSON, milliseconds since the frame)."""
+
+    frames: int
+    frames_per_second: float
+    cpu_ms_per_frame: float
+    peak_memory_bytes: int
+    latencies_ms: list[float]
+    metrics: dict[str, float]
+    predictions: dict[str, dict[str, Any]] = field(repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """For the report; latencies mean something only where frames came at a pace."""
+        p50, p90, p99 = np.percentile(self.latencies_ms, [50, 90, 99])
+        return {
+            "frames": self.frames,
+            "frames_per_second": self.frames_per_second,
+            "cpu_seconds_per_1000_frames": self.cpu_ms_per_frame,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "latency_ms": {"p50": p50, "p90": p90, "p99": p99},
+        }
+
+
+class Bench:
+    """An embedded broker and store, and one worker run after the other, each with topics and keys of its own."""
+
+    def __init__(self, broker: Broker, store: EmbeddedStore, folder: Path) -> None:
+        self._broker, self._store, self._folder = broker, store, folder
+        self._runs = 0
+
+    def run(self, bundle: Path, frames: Sequence[Sent], pace: float | None = None, **sections: Any) -> Observed:
+        """Send `frames`, all before the worker starts, or `pace` a second while it runs; return what was seen.
+
+        `sections` override parts of the worker's configuration.
+        """
+        self._runs += 1
+        config = self._config(bundle, sections)
+        create_topics(config.kafka, PARTITIONS)
+        if pace is None:
+            send(config.kafka, frames)
+        with self._worker(config) as child:
+            _wait_ready(child, config)
+            if pace is not None:
+                send(config.kafka, frames, pace)
+            samples = _watch(child, config, len(frames))
+            peak = _peak_memory(child)
+            metrics = scrape(config)
+        return _observed(config.kafka, len(frames), samples, peak, metrics)
+
+    def _config(self, bundle: Path, sections: dict[str, Any]) -> WorkerConfig:
+        tag = f"bench-{self._runs}"
+        kafka = {"bootstrap": self._broker.bootstrap, "group": tag, "session_timeout_ms": 6_000}
+        kafka |= {"heartbeat_interval_ms": 500, "fetch_max_wait_ms": 20}
+        kafka |= {
+            "topics": Topics(
+                frames=f"{tag}.frames", predictions=f"{tag}.out", updates=f"{tag}.log", dead_letters=f"{tag}.dlq"
+            )
+        }
+        return WorkerConfig(
+            **{
+                "worker": tag,
+                "kafka": Kafka(**kafka),
+                "store": Store(url=SecretStr(self._store.url), prefix=tag),
+                "bundle": {"path": bundle.resolve()},
+                "metrics": Metrics(port=free_port()),
+                "log": Log(format="text", level="warning"),
+                **sections,
+            }
+        )
+
+    @contextlib.contextmanager
+    def _worker(self, config: WorkerConfig) -> Iterator[Child]:
+        path = self._folder / f"{config.worker}.yaml"
+        content = config.model_dump(mode="json", exclude_none=True)
+        content["store"]["url"] = config.store.url.get_secret_value()
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
+        log = self._folder / f"{config.worker}.log"
+        command = [sys.executable, "-m", "worker", "worker", "--config", str(path)]
+        child = start_child("the worker", command, log, {**os.environ, "OMP_WAIT_POLICY": "passive"})
+        try:
+            yield child
+        except DriftkeelError as error:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
+            raise DriftkeelError(f"{error}; the worker's last lines:\n{tail}") from error
+        finally:
+            child.stop(20)
+
+
+def send(kafka: Kafka, frames: Sequence[Sent], pace: float | None = None) -> None:
+    """Send frames as fast as they go, or `pace` a second."""
+    producer = KafkaProducer(**connection(kafka), linger_ms=2, batch_size=64 << 10)
+    began, sent = time.perf_counter(), 0
+    while sent < len(frames):
+        due = len(frames) if pace is None else min(len(frames), int((time.perf_counter() - began) * pace) + 1)
+        for stream, image in frames[sent:due]:
+            producer.send(kafka.topics.frames, key=stream.encode(), value=image)
+        sent = max(sent, due)
+        if pace is not None:
+            time.sleep(TICK_S)
+    producer.flush()
+    producer.close()
+
+
+def scrape(config: WorkerConfig) -> dict[str, float]:
+    """The worker's metrics, by name with labels; empty while it does not answer."""
+    url = f"http://127.0.0.1:{config.metrics.port}/metrics"
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text = answer.read().decode()
+    except OSError:
+        return {}
+    pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+def _wait_ready(child: Child, config: WorkerConfig) -> None:
+    deadline = time.monotonic() + STALLED_S
+    while time.monotonic() < deadline and child.process.poll() is None:
+        with contextlib.suppress(OSError):
+            url = f"http://127.0.0.1:{config.metrics.port}/readyz"
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        time.sleep(0.05)
+    raise DriftkeelError("the worker did not become ready")
+
+
+def _watch(child: Child, config: WorkerConfig, frames: int) -> list[Sample]:
+    """Sample until all frames are predicted."""
+    samples: list[Sample] = []
+    last_news = time.monotonic()
+    while not samples or samples[-1].predictions < frames:
+        time.sleep(SAMPLE_S)
+        done = scrape(config).get("driftkeel_predictions_total", 0.0)
+        if not samples or done > samples[-1].predictions:
+            last_news = time.monotonic()
+        samples.append(Sample(time.monotonic(), done, _cpu_seconds(child)))
+        if child.process.poll() is not None or time.monotonic() - last_news > STALLED_S:
+            raise DriftkeelError(f"the worker stopped at {done:.0f} of {frames} predictions")
+    return samples
+
+
+def _observed(kafka: Kafka, frames: int, samples: list[Sample], peak: int, metrics: dict[str, float]) -> Observed:
+    sent = {f"{r.topic}/{r.partition}/{r.offset}": r.timestamp for r in _read(kafka, kafka.topics.frames, PARTITIONS)}
+    predictions, moments, latencies = {}, [], []
+    for record in _read(kafka, kafka.topics.predictions, 1):
+        prediction = json.loads(record.value)
+        if prediction["id"] in predictions:
+            continue
+        prediction["latency_ms"] = record.timestamp - sent[prediction["id"]]
+        predictions[prediction["id"]] = prediction
+        moments.append(record.timestamp)
+        latencies.append(float(prediction["latency_ms"]))
+    moments.sort()
+    first, last = (int(share * (len(moments) - 1)) for share in WINDOW)
+    inside = [s for s in samples if WINDOW[0] * frames <= s.predictions <= frames]
+    begin, end = inside[0], inside[-1]
+    return Observed(
+        frames=frames,
+        frames_per_second=(last - first) / max(1e-3, (moments[last] - moments[first]) / 1000),
+        cpu_ms_per_frame=1000 * (end.cpu_seconds - begin.cpu_seconds) / max(1.0, end.predictions - begin.predictions),
+        peak_memory_bytes=peak,
+        latencies_ms=latencies,
+        metrics=metrics,
+        predictions=predictions,
+    )
+
+
+def _read(kafka: Kafka, topic: str, partitions: int) -> Iterator[Any]:
+    """All records of a topic; none for two seconds is the end."""
+    consumer = KafkaConsumer(**connection(kafka), auto_offset_reset="earliest", enable_auto_commit=False)
+    consumer.assign([TopicPartition(topic, p) for p in range(partitions)])
+    consumer.seek_to_beginning()
+    quiet = 0
+    while quiet < 4:
+        polled = consumer.poll(timeout_ms=500, max_records=5_000)
+        quiet = 0 if polled else quiet + 1
+        for records in polled.values():
+            yield from records
+    consumer.close(autocommit=False)
+
+
+def _cpu_seconds(child: Child) -> float:
+    """Processor time of the worker, all threads; 0 where there is no /proc."""
+    try:
+        fields = Path(f"/proc/{child.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _peak_memory(child: Child) -> int:
+    """Largest resident set, in bytes; 0 where there is no /proc."""
+    try:
+        status = Path(f"/proc/{child.process.pid}/status").read_text()
+    except OSError:
+        return 0
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(found[1]) << 10 if found else 0
