@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from monitoring.drift import wants_update
 from monitoring.metrics import WorkerMetrics
+from monitoring.proxies import estimate
 from schemas.config import Adapt, Batch
 from worker.batcher import MicroBatch
 from worker.engine import Engine
@@ -31,13 +32,19 @@ class Scheduler:
         return [self._decided(batch, now) if batch.adapt else batch for batch in batches]
 
     def _decided(self, batch: MicroBatch, now: float) -> MicroBatch:
-        if self._on_demand and not wants_update(self._engine.resident(batch.stream).header.drift):
+        if self._on_demand and not self._wanted(batch.stream):
             self._metrics.left_out.labels("settled").inc()
             return replace(batch, adapt=False, reason=SETTLED)
         if self._late(batch, now):
             self._metrics.left_out.labels("overload").inc()
             return replace(batch, adapt=False, reason=self._overload)
         return batch
+
+    def _wanted(self, stream: str) -> bool:
+        manifest, header = self._engine.bundle.manifest, self._engine.resident(stream).header
+        clean = manifest.model.clean_accuracy
+        accuracy = estimate(header.proxies, manifest.calibration, clean).estimated_accuracy
+        return wants_update(header.drift, accuracy, clean)
 
     def _late(self, batch: MicroBatch, now: float) -> bool:
         fresh = batch.unpublished

@@ -1,7 +1,10 @@
+from meta.bundle import Bundle
 from monitoring.metrics import WorkerMetrics
 from schemas.config import Adapt, Batch
-from tests.worker.test_engine import batch
+from schemas.state import DriftWatch
+from tests.worker.test_engine import admit, batch
 from worker.batcher import MicroBatch
+from worker.engine import Engine
 from worker.schedule import Scheduler
 
 
@@ -39,3 +42,18 @@ def test_without_a_budget_everything_adapts() -> None:
     (late,), count = decide(Batch(), sent(at=0.0))
     assert late.adapt
     assert count == 0
+
+
+def test_settled_streams_are_left_out_and_counted(tiny_bundle: Bundle) -> None:
+    engine = Engine(tiny_bundle, watch=True)
+    admit(engine, "a", "b")
+    header = engine.resident("b").header
+    engine.resident("b").header = header.model_copy(update={"drift": DriftWatch(adapting=False)})
+    metrics = WorkerMetrics(0)
+    scheduler = Scheduler(Batch(), Adapt(mode="on_demand"), engine, metrics)
+    new, still = scheduler.decide([batch("a", 4), batch("b", 4)], 0.0)
+    assert new.adapt
+    assert (still.adapt, still.fold) == (False, True)
+    assert "settled" in still.reason
+    left_out = metrics.registry.get_sample_value("driftkeel_adaptations_left_out_total", {"reason": "settled"})
+    assert left_out == 1

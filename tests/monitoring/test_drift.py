@@ -1,0 +1,83 @@
+"""Drift detection on made-up signals: still, moved, drifting, broken."""
+
+import numpy as np
+import pytest
+
+from monitoring.drift import ACTIVE, UPKEEP, observe
+from monitoring.drift import wants_update as wants_update_at
+from schemas.state import DriftWatch
+
+LEVEL, DEVIATION = np.array([0.4, 0.85, 0.3]), np.array([0.08, 0.05, 0.06])
+
+
+def wants_update(watch: DriftWatch) -> bool:
+    """Of a healthy stream."""
+    return wants_update_at(watch, 0.9, 0.9)
+
+
+def signals(seed: int, count: int, moved: float = 0.0) -> list[list[float]]:
+    """Entropy up, confidence down, novelty up, by `moved` deviations."""
+    random = np.random.default_rng(seed)
+    return (LEVEL + DEVIATION * (random.standard_normal((count, 3)) + moved * np.array([1, -1, 1]))).tolist()
+
+
+def settled(seed: int = 0) -> DriftWatch:
+    watch = DriftWatch()
+    for values in signals(seed, 8 * ACTIVE):
+        watch = observe(watch, values)
+        if not wants_update(watch):
+            return watch
+    raise AssertionError("a stream that stands still never settled")
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_new_stream_adapts_and_settles(seed: int) -> None:
+    watch = DriftWatch()
+    assert wants_update(watch)
+    for number, values in enumerate(signals(seed, 4 * ACTIVE)):
+        assert wants_update(watch) or number >= ACTIVE - 1
+        watch = observe(watch, values)
+    assert settled(seed).seen == 0
+
+
+@pytest.mark.parametrize(("moved", "within"), [(2.0, 8), (3.0, 5), (4.0, 3)])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_shift_switches_adaptation_on_within_so_many_micro_batches(moved: float, within: int, seed: int) -> None:
+    watch = settled(seed)
+    for values in signals(100 + seed, within, moved):
+        watch = observe(watch, values)
+        if wants_update(watch):
+            return
+    raise AssertionError(f"a move of {moved} deviations was not seen within {within} micro-batches")
+
+
+def test_a_stream_that_stands_still_rarely_adapts() -> None:
+    adapting = 0
+    for seed in range(20):
+        watch = settled(seed)
+        for values in signals(1_000 + seed, 200):
+            watch = observe(watch, values)
+            adapting += wants_update(watch)
+    assert adapting / (20 * 200) < 0.15
+
+
+def test_it_goes_on_from_its_stored_form() -> None:
+    watch = settled()
+    again = DriftWatch.model_validate_json(watch.model_dump_json())
+    for values in signals(5, 20, 1.0):
+        watch, again = observe(watch, values), observe(again, values)
+    assert again == watch
+
+
+def test_signals_that_are_not_finite_change_nothing() -> None:
+    watch = settled()
+    assert observe(watch, [float("nan"), 0.5, 0.1]) == watch
+    assert observe(DriftWatch(), [0.1, float("inf"), 0.1]) == DriftWatch()
+
+
+def test_settled_streams_that_are_unwell_update_now_and_then() -> None:
+    watch, updates = settled(), 0
+    for _ in range(5 * UPKEEP):
+        watch = observe(watch, watch.mean)
+        updates += wants_update_at(watch, 0.7, 0.9)
+    assert updates == 5
