@@ -68,7 +68,8 @@ class MicroBatcher:
 
     def next_due(self) -> float | None:
         """When the next micro-batch closes by time; None where nothing waits."""
-        return min((self._due(waiting) for waiting in self._streams.values()), default=None)
+        pressed = self._pressed
+        return min((self._due(waiting, pressed) for waiting in self._streams.values()), default=None)
 
     def take(self, now: float, limit: int, busy: Container[str] = (), shares: int = 1) -> list[MicroBatch]:
         """Close what is due, one micro-batch a stream, up to `limit` frames in all; nothing of `busy` streams.
@@ -76,10 +77,11 @@ class MicroBatcher:
         The stream that had its last turn longest ago goes first: however much one sends, the others' turns come.
         What is due is divided by `shares`, so that as many passes find work, unless they would become too small.
         """
+        pressed = self._pressed
         due = [
             (self._turns.get(stream, 0), moment, stream)
             for stream, waiting in self._streams.items()
-            if stream not in busy and (moment := self._due(waiting)) <= now
+            if stream not in busy and (moment := self._due(waiting, pressed)) <= now
         ]
         if not due:
             return []
@@ -88,7 +90,7 @@ class MicroBatcher:
         room = min(limit, max(SMALL_PASS, -(-ready // shares)))
         batches: list[MicroBatch] = []
         for _, _, stream in sorted(due):
-            batch = self._close(stream, now)
+            batch = self._close(stream, now, pressed)
             if batches and len(batch.frames) > room:
                 self._put_back(batch)
                 break
@@ -128,8 +130,10 @@ class MicroBatcher:
         if len(self._turns) > MAX_TURNS:  # Streams that fell silent; the order of this dict is that of the turns.
             self._turns = dict(list(self._turns.items())[MAX_TURNS // 2 :])
 
-    def _due(self, waiting: _Waiting) -> float:
+    def _due(self, waiting: _Waiting, pressed: bool) -> float:
         if waiting.frames >= self._settings.max_batch and waiting.fresh:
+            return float("-inf")
+        if waiting.held and pressed:
             return float("-inf")
         moments = []
         if waiting.fresh:
@@ -138,7 +142,7 @@ class MicroBatcher:
             moments.append(waiting.held[0].received + self._hold)
         return min(moments)
 
-    def _close(self, stream: str, now: float) -> MicroBatch:
+    def _close(self, stream: str, now: float, pressed: bool) -> MicroBatch:
         waiting = self._streams[stream]
         fill = max(1, self._settings.max_batch - len(waiting.held))
         fresh, waiting.fresh = waiting.fresh[:fill], waiting.fresh[fill:]
@@ -147,8 +151,15 @@ class MicroBatcher:
             return MicroBatch(stream, frames, adapt=False, fold=True, reason="adaptation is switched off")
         if len(frames) >= self._settings.min_adapt:
             return MicroBatch(stream, frames, adapt=True, fold=True)
+        if pressed:
+            return MicroBatch(stream, frames, adapt=False, fold=True, reason="too few frames, and max_buffered wait")
         too_long = now >= frames[0].received + self._hold
         return MicroBatch(stream, frames, adapt=False, fold=too_long, reason="too few frames within max_hold_ms")
+
+    @property
+    def _pressed(self) -> bool:
+        """Whether no more frames can come: then those that are only held have to go."""
+        return self._count >= self._settings.max_buffered
 
     def _put_back(self, batch: MicroBatch) -> None:
         waiting = self._streams[batch.stream]

@@ -150,3 +150,17 @@ def test_busy_streams_wait_and_passes_share_what_is_due() -> None:
     assert [b.stream for b in first] == ["a", "b"]
     assert [b.stream for b in batcher.take(1.0, 256, busy={"a", "b", "c"}, shares=1)] == ["d", "e", "f"]
     assert len(batcher) == 16
+
+
+def test_frames_held_by_many_streams_make_room_when_memory_is_full() -> None:
+    batcher = MicroBatcher(Batch(max_batch=8, max_wait_ms=100, min_adapt=4, max_hold_ms=60_000, max_buffered=20))
+    for i in range(10):
+        batcher.add(frames(f"stream-{i}", 2))
+    for early in batcher.take(0.1, 64):
+        batcher.hold(early)
+    assert len(batcher) == 20
+    out = batcher.take(0.2, 6)
+    assert out
+    assert all(not b.adapt and b.fold and "max_buffered" in b.reason for b in out)
+    assert len(batcher) < 20
+    assert batcher.take(0.2, 64) == []
