@@ -60,11 +60,7 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What one pass says of the frames of one micro-batch, in order, before any update.
-
-    `novelty` is the distance of their mean features from the stream's running ones, in deviations of the source's;
-    not a number where nothing watches for drift.
-    """
+    """What one pass says of the frames of one micro-batch, in order, before any update."""
 
     batch: MicroBatch
     resident: Resident
@@ -73,12 +69,11 @@ class Outlook:
     top_confidence: list[list[float]]
     mean_confidence: float
     mean_entropy: float
-    novelty: float
 
     @property
-    def signals(self) -> tuple[float, float, float]:
+    def signals(self) -> tuple[float, float]:
         """For drift detection."""
-        return self.mean_entropy, self.mean_confidence, self.novelty
+        return self.mean_entropy, self.mean_confidence
 
 
 @dataclass(frozen=True)
@@ -113,9 +108,8 @@ class Engine:
     gathered, so that another thread may run them meanwhile. A stream must not be in two passes at once.
     """
 
-    def __init__(self, bundle: Bundle, step_scale: float = 1.0, watch: bool = False) -> None:
-        """`watch`: also compute what drift detection needs of frames that do not adapt."""
-        self.bundle, self._watch = bundle, watch
+    def __init__(self, bundle: Bundle, step_scale: float = 1.0) -> None:
+        self.bundle = bundle
         self.bundle_hash = bundle.hash
         self._method = bundle.method.with_step_scale(step_scale)
         self._residents: dict[str, Resident] = {}
@@ -191,17 +185,13 @@ class Engine:
         if gathered.adapting is not None:
             part = gathered.adapting
             forward = self._method.predict(self._frames(part), part.stream, part.state)
-            outlooks += self._outlooks(part, forward.answer, forward.features.detach())
+            outlooks += self._outlooks(part, forward.answer)
         first_passive = len(outlooks)
         if gathered.passive is not None:
             part = gathered.passive
             with torch.inference_mode():
                 rows = part.state["affine"].index_select(0, part.stream)
-                frames = self._frames(part)
-                if self._watch:
-                    outlooks += self._outlooks(part, *self.bundle.model.forward_with_features(frames, rows))
-                else:
-                    outlooks += self._outlooks(part, self.bundle.model(frames, rows), None)
+                outlooks += self._outlooks(part, self.bundle.model(self._frames(part), rows))
         return Pass(outlooks, outlooks[:first_passive], forward)
 
     def adapt(self, passed: Pass) -> Proposals:
@@ -244,14 +234,13 @@ class Engine:
         pixels = [frame.pixels for batch in part.batches for frame in batch.frames]
         return normalise_pixels(pixels, self.bundle.manifest.preprocess)
 
-    def _outlooks(self, part: Part, logits: Tensor, features: Tensor | None) -> list[Outlook]:
+    def _outlooks(self, part: Part, logits: Tensor) -> list[Outlook]:
         log_p = logits.log_softmax(1)
         entropy = (log_p.exp() * log_p).sum(1).neg()
         calibrated = (logits / self.bundle.manifest.calibration.temperature).softmax(1).nan_to_num()
         top = calibrated.topk(min(TOP, calibrated.shape[1]), 1)
         mean_entropy = per_stream_mean(entropy, part.stream, part.counts).tolist()
         mean_confidence = per_stream_mean(top.values[:, 0], part.stream, part.counts).tolist()
-        novelty = self._novelty(part, features).tolist()
         confidence, index = top.values.clamp_max(1.0).tolist(), top.indices.tolist()
         outlooks, start = [], 0
         for row, (batch, resident) in enumerate(zip(part.batches, part.residents, strict=True)):
@@ -265,18 +254,10 @@ class Engine:
                     top_confidence=confidence[start:end],
                     mean_confidence=mean_confidence[row],
                     mean_entropy=mean_entropy[row],
-                    novelty=novelty[row],
                 )
             )
             start = end
         return outlooks
-
-    def _novelty(self, part: Part, features: Tensor | None) -> Tensor:
-        if features is None or not self._watch:
-            return torch.full((len(part.batches),), torch.nan)
-        source = self._method.source
-        moved = per_stream_mean(features, part.stream, part.counts) - part.state["feature_mean"]
-        return (moved / source.std.clamp_min(1e-3)).square().mean(1).sqrt()
 
     def _grow(self) -> None:
         """Twice the slots. Memory that no stream uses yet is only promised by the kernel, not taken."""

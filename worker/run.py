@@ -108,7 +108,7 @@ class Worker:
         self._intake = Intake(config.frames, self._decoder, self._offsets, self._publisher, self.metrics)
         self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
         self._streams = Streams(
-            Engine(bundle, config.adapt.step_scale, watch=config.adapt.mode == "on_demand"),
+            Engine(bundle, config.adapt.step_scale),
             store,
             self._publisher,
             self.metrics,

@@ -7,7 +7,7 @@ from monitoring.drift import ACTIVE, UPKEEP, observe
 from monitoring.drift import wants_update as wants_update_at
 from schemas.state import DriftWatch
 
-LEVEL, DEVIATION = np.array([0.4, 0.85, 0.3]), np.array([0.08, 0.05, 0.06])
+LEVEL, DEVIATION = np.array([0.4, 0.85]), np.array([0.08, 0.05])
 
 
 def wants_update(watch: DriftWatch) -> bool:
@@ -16,9 +16,9 @@ def wants_update(watch: DriftWatch) -> bool:
 
 
 def signals(seed: int, count: int, moved: float = 0.0) -> list[list[float]]:
-    """Entropy up, confidence down, novelty up, by `moved` deviations."""
+    """Entropy up and confidence down by `moved` deviations."""
     random = np.random.default_rng(seed)
-    return (LEVEL + DEVIATION * (random.standard_normal((count, 3)) + moved * np.array([1, -1, 1]))).tolist()
+    return (LEVEL + DEVIATION * (random.standard_normal((count, 2)) + moved * np.array([1, -1]))).tolist()
 
 
 def settled(seed: int = 0) -> DriftWatch:
@@ -71,8 +71,8 @@ def test_it_goes_on_from_its_stored_form() -> None:
 
 def test_signals_that_are_not_finite_change_nothing() -> None:
     watch = settled()
-    assert observe(watch, [float("nan"), 0.5, 0.1]) == watch
-    assert observe(DriftWatch(), [0.1, float("inf"), 0.1]) == DriftWatch()
+    assert observe(watch, [float("nan"), 0.5]) == watch
+    assert observe(DriftWatch(), [0.1, float("inf")]) == DriftWatch()
 
 
 def test_settled_streams_that_are_unwell_update_now_and_then() -> None:

@@ -45,7 +45,7 @@ def test_without_a_budget_everything_adapts() -> None:
 
 
 def test_settled_streams_are_left_out_and_counted(tiny_bundle: Bundle) -> None:
-    engine = Engine(tiny_bundle, watch=True)
+    engine = Engine(tiny_bundle)
     admit(engine, "a", "b")
     header = engine.resident("b").header
     engine.resident("b").header = header.model_copy(update={"drift": DriftWatch(adapting=False)})
