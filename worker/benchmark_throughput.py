@@ -40,6 +40,7 @@ from worker.benchmark_throughput_engine import (
 )
 from worker.benchmark_throughput_worker import Bench, Observed, Sent
 from worker.embedded import embedded_services
+from worker.run import keep_freed_memory
 
 LARGE_WIDTHS = (32, 64, 96, 128)  # on 64 x 64 pixels: 150 million multiply-adds, 300 MFLOPs a frame
 LARGE_SIDE, LARGE_SOURCE_SIDE = 64, 128
@@ -68,6 +69,7 @@ def run_throughput(bundle_path: Path, report: Path | None, profile: Path | None,
     """Measure everything, print the ratios, write the report. Returns the exit code."""
     console = Console(highlight=False, soft_wrap=True)
     began = time.monotonic()
+    keep_freed_memory()  # as the worker does, so that the bare loop has it too
     plan = QUICK if quick else FULL
     with (
         tempfile.TemporaryDirectory(prefix="driftkeel-bench-") as scratch,
