@@ -96,6 +96,8 @@ class Step:
 
     def publish(self, flight: Flight) -> None:
         """Send the predictions as soon as they are there; the update is computed meanwhile."""
+        if flight.adapted.done():
+            flight.adapted.result()  # A pass that failed has no predictions to wait for; here is its error.
         passed, timed = flight.predicted.result()
         flight.published = True
         started = time.monotonic()
@@ -114,6 +116,8 @@ class Step:
 
         Returns the streams that another worker has claimed; their frames have changed nothing.
         """
+        if not flight.published:
+            self.publish(flight)
         passed, _ = flight.predicted.result()
         proposals, adapted = flight.adapted.result()
         started = time.monotonic()

@@ -1,0 +1,90 @@
+"""A step's promises where passes run beside the loop; the broker and the store are real in tests/system."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from meta.bundle import Bundle
+from monitoring.metrics import WorkerMetrics
+from schemas.config import Adapt, Batch, Kafka, Store
+from schemas.config import Guard as GuardSettings
+from tests.worker.test_engine import admit, batch
+from worker.batcher import MicroBatcher
+from worker.engine import Engine, Gathered, Pass
+from worker.guard import Guard
+from worker.offsets import Offsets
+from worker.publish import Publisher
+from worker.step import Step
+from worker.store import StateStore
+from worker.streams import Streams
+
+
+class Held(Engine):
+    """An engine whose passes wait until they may go on, and may fail."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.go, self.error = threading.Event(), None
+
+    def forward(self, gathered: Gathered) -> Pass:
+        self.go.wait(20)
+        if self.error is not None:
+            raise self.error
+        return super().forward(gathered)
+
+
+@pytest.fixture
+def engine(tiny_bundle: Bundle) -> Held:
+    return Held(tiny_bundle)
+
+
+@pytest.fixture
+def step(engine: Held, kafka_settings: Kafka, store_settings: Store):
+    metrics, offsets = WorkerMetrics(4), Offsets()
+    publisher = Publisher(kafka_settings, "w", threading.Event())
+    store = StateStore(store_settings)
+    streams = Streams(engine, store, publisher, metrics, "w", Adapt(), store_settings, lambda action: action())
+    streams.ensure(["a", "b"])
+    guard = Guard(GuardSettings(), engine.bundle.manifest.limits)
+    step = Step(streams, MicroBatcher(Batch()), guard, publisher, offsets, metrics, "w", lambda: None, 2)
+    yield step
+    engine.go.set()
+    step.close()
+    publisher.close()
+    store.close()
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_a_finished_step_has_published(engine: Held, step: Step, topic, kafka_settings: Kafka, adapt: bool) -> None:
+    """Also where prediction and update were done in the moment between two looks."""
+    engine.go.set()
+    flight = step.start([batch("a", 5, adapt=adapt)])
+    flight.adapted.result(20)
+    assert step.finish(flight) == []
+    assert engine.resident("a").header.frames == 5
+    assert len(topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) == 5)) == 5
+
+
+def test_a_stream_given_up_meanwhile_stores_nothing(engine: Held, step: Step) -> None:
+    flight = step.start([batch("a", 5), batch("b", 5)])
+    engine.release(["a"])
+    admit(engine, "a")
+    engine.go.set()
+    step.publish(flight)
+    assert step.finish(flight) == []
+    assert engine.resident("a").header.frames == 0
+    assert all((engine.tensors("a")[name] == like).all() for name, like in engine.like.items())
+    assert engine.resident("b").header.frames == 5
+
+
+def test_a_pass_that_fails_is_not_waited_for(engine: Held, step: Step) -> None:
+    engine.error = RuntimeError("broken")
+    engine.go.set()
+    flight = step.start([batch("a", 5)])
+    flight.adapted.exception(20)
+    with pytest.raises(RuntimeError, match="broken"):
+        step.publish(flight)
+    with pytest.raises(RuntimeError, match="broken"):
+        step.finish(flight)
