@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from PIL import Image
 from rich.console import Console
 
 from meta.bundle import Bundle, load_bundle, write_bundle
+from meta.mgg import GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics
-from schemas.bundle import Limits, Preprocess
+from schemas.bundle import Limits, MethodPart, Preprocess
 from worker.benchmark_throughput_demo import on_demand
 from worker.benchmark_throughput_engine import (
     Case,
@@ -78,7 +78,7 @@ def run_throughput(bundle_path: Path, report: Path | None, profile: Path | None,
     ):
         large_path = Path(scratch) / "large"
         small = load_bundle(bundle_path)
-        large = make_large_bundle(small, bundle_path, large_path)
+        large = make_large_bundle(small, large_path)
         bench = Bench(broker, store, logs)
         results: dict[str, Any] = {"machine": _machine(), "bundle": small.hash, "quick": quick}
         results["idle_stream_bytes"] = engine_memory(small)  # first, while nothing freed can be taken for new
@@ -105,10 +105,11 @@ def run_throughput(bundle_path: Path, report: Path | None, profile: Path | None,
     return 0
 
 
-def make_large_bundle(small: Bundle, small_path: Path, folder: Path) -> Bundle:
-    """An untrained net of about 300 MFLOPs a frame with the small bundle's generator: for speed, not for accuracy."""
+def make_large_bundle(small: Bundle, folder: Path) -> Bundle:
+    """An untrained net of about 300 MFLOPs a frame with an untrained generator: for speed, not for accuracy."""
     torch.manual_seed(0)
-    arguments = {"classes": 10, "channels": 3, "widths": LARGE_WIDTHS, "group": 8}
+    settings = GeneratorSettings()
+    arguments = {"classes": len(small.labels), "channels": 3, "widths": LARGE_WIDTHS, "group": 8}
     network = build_network("groupnorm-cnn", arguments)
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     model = AdaptableModel(network)
@@ -120,14 +121,15 @@ def make_large_bundle(small: Bundle, small_path: Path, folder: Path) -> Bundle:
         update={
             "name": "large-untrained",
             "model": old.model.model_copy(update={"arguments": {**arguments, "widths": list(LARGE_WIDTHS)}}),
+            "method": MethodPart(name="mgg", settings=settings.model_dump(mode="json")),
             "preprocess": Preprocess(mode="RGB", width=LARGE_SIDE, height=LARGE_SIDE, mean=[0.5] * 3, std=[0.25] * 3),
             "limits": Limits(raw_gradient_norm=1e9, source_distance=1e9),
         }
     )
     tensors = {
         "model": weights,
-        "generator": safetensors.torch.load_file(small_path / "generator.safetensors"),
-        "statistics": {"mean": source.mean, "std": source.std},
+        "generator": dict(LearnedOptimizer(settings, model).state_dict()),
+        "statistics": source.as_tensors(),
     }
     write_bundle(folder, manifest, tensors, small.labels)
     return load_bundle(folder)

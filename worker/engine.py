@@ -83,14 +83,20 @@ class Pass:
     outlooks: list[Outlook]
     adapting: list[Outlook]
     forward: Forward | None
+    passive: list[Outlook]
+    observed: State | None
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A stream's next state before the guard has seen it. `row` points into the update's tensors."""
+    """A stream's next state before the guard has seen it. `row` points into the tensors of all proposals.
+
+    `update` is False where the parameters stay and only what is known of the stream has moved.
+    """
 
     outlook: Outlook
     row: int
+    update: bool
     signals: dict[str, float]
     finite: bool
 
@@ -108,8 +114,9 @@ class Engine:
     gathered, so that another thread may run them meanwhile. A stream must not be in two passes at once.
     """
 
-    def __init__(self, bundle: Bundle, step_scale: float = 1.0) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, step_scale: float = 1.0, observe: bool = True) -> None:
+        """`observe` False: frames that do not adapt get the bare model's answer and leave no trace in the state."""
+        self.bundle, self._observe = bundle, observe
         self.bundle_hash = bundle.hash
         self._method = bundle.method.with_step_scale(step_scale)
         self._residents: dict[str, Resident] = {}
@@ -186,28 +193,38 @@ class Engine:
             part = gathered.adapting
             forward = self._method.predict(self._frames(part), part.stream, part.state)
             outlooks += self._outlooks(part, forward.answer)
-        first_passive = len(outlooks)
+        adapting, passive, observed = list(outlooks), list[Outlook](), None
         if gathered.passive is not None:
-            part = gathered.passive
-            with torch.inference_mode():
-                rows = part.state["affine"].index_select(0, part.stream)
-                outlooks += self._outlooks(part, self.bundle.model(self._frames(part), rows))
-        return Pass(outlooks, outlooks[:first_passive], forward)
+            passive, observed = self._predict_only(gathered.passive)
+        return Pass(adapting + passive, adapting, forward, passive, observed)
+
+    def _predict_only(self, part: Part) -> tuple[list[Outlook], State | None]:
+        frames = self._frames(part)
+        with torch.inference_mode():
+            if self._observe:
+                forward = self._method.predict(frames, part.stream, part.state)
+                return self._outlooks(part, forward.answer), self._method.observe(forward)
+            rows = part.state["affine"].index_select(0, part.stream)
+            return self._outlooks(part, self.bundle.model(frames, rows)), None
 
     def adapt(self, passed: Pass) -> Proposals:
-        """The update of every micro-batch that adapts."""
-        if passed.forward is None:
-            return Proposals([], {})
-        update = self._method.update(passed.forward)
-        finite = finite_rows(update.state).tolist()
-        signals = {name: values.tolist() for name, values in update.signals.items()}
-        return Proposals(
-            [
-                Proposal(outlook, row, {name: values[row] for name, values in signals.items()}, finite[row])
-                for row, outlook in enumerate(passed.adapting)
-            ],
-            update.state,
-        )
+        """The update of every micro-batch that adapts, and what the others have shown of their streams."""
+        proposals: list[Proposal] = []
+        states: list[State] = []
+        if passed.forward is not None:
+            update = self._method.update(passed.forward)
+            finite = finite_rows(update.state).tolist()
+            signals = {name: values.tolist() for name, values in update.signals.items()}
+            for row, outlook in enumerate(passed.adapting):
+                own = {name: values[row] for name, values in signals.items()}
+                proposals.append(Proposal(outlook, row, True, own, finite[row]))
+            states.append(update.state)
+        if passed.observed is not None:
+            finite, first = finite_rows(passed.observed).tolist(), len(proposals)
+            for row, outlook in enumerate(passed.passive):
+                proposals.append(Proposal(outlook, first + row, False, {}, finite[row]))
+            states.append(passed.observed)
+        return Proposals(proposals, _joined(states))
 
     def accept(self, proposals: Proposals, accepted: list[Proposal]) -> None:
         """Put accepted updates in place, once they are in the store."""
@@ -268,6 +285,12 @@ class Engine:
             tensor[:used] = old
             self._state[name] = tensor
         self._free = list(reversed(range(used, size)))
+
+
+def _joined(states: list[State]) -> State:
+    if len(states) < 2:
+        return states[0] if states else {}
+    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
 
 
 def normalise_pixels(pixels: Sequence[Pixels], preprocess: Preprocess) -> Tensor:

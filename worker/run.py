@@ -108,7 +108,7 @@ class Worker:
         self._intake = Intake(config.frames, self._decoder, self._offsets, self._publisher, self.metrics)
         self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
         self._streams = Streams(
-            Engine(bundle, config.adapt.step_scale),
+            Engine(bundle, config.adapt.step_scale, observe=config.adapt.enabled),
             store,
             self._publisher,
             self.metrics,

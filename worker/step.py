@@ -64,6 +64,14 @@ class _Judged:
     header: StreamHeader
     event: UpdateEvent
 
+    @property
+    def kept(self) -> Proposal | None:
+        """The proposal whose tensors become the stream's: an update that the guard took, or what was observed."""
+        proposal = self.proposal
+        if proposal is None or not (self.verdict.apply if proposal.update else proposal.finite):
+            return None
+        return proposal
+
 
 class Step:
     """Runs micro-batches through engine, guard, store and topics: `start`, then `publish`, then `finish`."""
@@ -177,7 +185,7 @@ class Step:
             if not outlook.batch.fold or not self._engine.holds(outlook.batch.stream, resident):
                 continue
             proposal = proposed.get(id(outlook))
-            if proposal is not None:
+            if proposal is not None and proposal.update:
                 verdict = self._guard.judge(proposal.signals, proposal.finite)
             else:
                 verdict = Verdict(False, outlook.batch.reason)
@@ -189,12 +197,10 @@ class Step:
     def _store(self, judged: list[_Judged], proposals: Proposals) -> list[str]:
         if not judged:
             return []
-        entries = [
-            (j.header, j.event, j.proposal.row if j.proposal is not None and j.verdict.apply else None) for j in judged
-        ]
+        entries = [(j.header, j.event, j.kept.row if j.kept is not None else None) for j in judged]
         accepted = self._streams.write(entries, proposals)
         kept = [j for j, good in zip(judged, accepted, strict=True) if good]
-        self._engine.accept(proposals, [j.proposal for j in kept if j.proposal is not None and j.verdict.apply])
+        self._engine.accept(proposals, [j.kept for j in kept if j.kept is not None])
         for j in kept:
             self._publisher.update(j.event)
             self._offsets.finished(frame.position for frame in j.outlook.batch.frames)

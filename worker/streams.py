@@ -114,7 +114,9 @@ class Streams:
             encode_header(header),
             event.model_dump_json().encode(),
             tensors and pack(tensors, self._compression),
-            snapshot=row is not None and self._snapshot_every > 0 and header.step % self._snapshot_every == 0,
+            snapshot=event.decision == "applied"
+            and self._snapshot_every > 0
+            and header.step % self._snapshot_every == 0,
         )
 
     def _admit(self, stream: str, claimed: Claimed) -> None:

@@ -72,12 +72,25 @@ def test_company_and_slots_do_not_matter(tiny_bundle) -> None:
         torch.testing.assert_close(together.tensors("b")[name], tensor, rtol=2e-3, atol=2e-4)
 
 
-def test_frames_without_an_update_change_nothing(engine: Engine) -> None:
+def test_frames_without_an_update_leave_the_parameters(engine: Engine) -> None:
     before = {n: t.clone() for n, t in engine.tensors("a").items()}
     passed = engine.predict([batch("a", 2, adapt=False)])
     assert len(passed.outlooks[0].top_index) == 2
+    (seen,) = engine.adapt(passed).proposals
+    assert not seen.update
+    engine.accept(engine.adapt(passed), [seen])
+    after = engine.tensors("a")
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert "feature_mean" in changed
+    assert not changed & {"affine", "first_moment", "second_moment", "memory_weight", "memory_bias", "age"}
+
+
+def test_an_engine_that_does_not_observe_changes_nothing(tiny_bundle) -> None:
+    engine = Engine(tiny_bundle, observe=False)
+    admit(engine, "a")
+    passed = engine.predict([batch("a", 2, adapt=False)])
     assert engine.adapt(passed).proposals == []
-    assert all(torch.equal(t, before[n]) for n, t in engine.tensors("a").items())
+    assert all(torch.equal(t, engine.like[n]) for n, t in engine.tensors("a").items())
 
 
 def test_released_slots_are_used_again_and_start_clean(engine: Engine) -> None:

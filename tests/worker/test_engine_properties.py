@@ -55,7 +55,7 @@ def bundle_with(network: str, folder: Path) -> Bundle:
     model = AdaptableModel(NETWORKS[network]())
     with torch.no_grad():
         source = feature_statistics(model.forward_with_features(torch.randn(64, 1, 28, 28))[1])
-    learned = LearnedOptimizer(GeneratorSettings(memory_precision="float32"))
+    learned = LearnedOptimizer(GeneratorSettings(memory_precision="float32"), model)
     for parameter in learned.parameters():
         parameter.requires_grad_(False)
     return Bundle(tiny.manifest, tiny.labels, model, MGG(model, source, learned, 4))
@@ -66,7 +66,7 @@ def run(engine: Engine, batches: list[MicroBatch]) -> dict[str, tuple[list[list[
     passed = engine.predict(batches)
     proposals = engine.adapt(passed)
     engine.accept(proposals, proposals.proposals)
-    signals = {p.outlook.batch.stream: p.signals for p in proposals.proposals}
+    signals = {p.outlook.batch.stream: p.signals for p in proposals.proposals if p.update}
     return {o.batch.stream: (o.top_confidence, signals.get(o.batch.stream, {})) for o in passed.outlooks}
 
 
