@@ -25,18 +25,19 @@ HEALTHY = 0.05  # estimated accuracy may be so far below that of clean frames
 UPKEEP = 4  # one micro-batch of so many of a settled but unhealthy stream adapts
 
 
-def wants_update(watch: DriftWatch, estimated_accuracy: float, clean_accuracy: float) -> bool:
+def wants_update(watch: DriftWatch | None, estimated_accuracy: float, clean_accuracy: float) -> bool:
     """Whether the stream's next micro-batch should make an update.
 
     A stream that has settled well below the accuracy of clean frames still makes one now and then: a slow way further.
     """
-    if watch.adapting:
+    if watch is None or watch.adapting:
         return True
     return estimated_accuracy < clean_accuracy - HEALTHY and watch.seen % UPKEEP == UPKEEP - 1
 
 
-def observe(watch: DriftWatch, signals: Sequence[float]) -> DriftWatch:
-    """The watch after one more micro-batch; signals that are not finite change nothing."""
+def observe(watch: DriftWatch | None, signals: Sequence[float]) -> DriftWatch:
+    """The watch after one more micro-batch, None for a new stream; signals that are not finite change nothing."""
+    watch = watch or DriftWatch()
     if not all(math.isfinite(value) for value in signals):
         return watch
     return _settling(watch, signals) if watch.adapting else _watching(watch, signals)

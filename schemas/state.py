@@ -56,7 +56,7 @@ class StreamHeader(BaseModel):
     events: int = Field(0, ge=0, description="update events so far")
     folded: str = Field("", description="rolling hash of the positions folded in, in order")
     proxies: RunningProxies = Field(default_factory=RunningProxies)
-    drift: DriftWatch = Field(default_factory=DriftWatch)
+    drift: DriftWatch | None = Field(None, description="null where nothing watches, and for a new stream")
 
     def has_folded(self, position: Position) -> bool:
         """Whether the frame at `position` has shaped this state already."""

@@ -302,8 +302,8 @@ def normalise_pixels(pixels: Sequence[Pixels], preprocess: Preprocess) -> Tensor
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def next_header(header: StreamHeader, outlook: Outlook, applied: bool) -> StreamHeader:
-    """The header after these frames have been folded in, with or without an update."""
+def next_header(header: StreamHeader, outlook: Outlook, applied: bool, watch: bool = False) -> StreamHeader:
+    """The header after these frames have been folded in, with or without an update; `watch` for drift too."""
     frames = outlook.batch.frames
     positions, folded = dict(header.positions), header.folded
     for frame in frames:
@@ -328,6 +328,6 @@ def next_header(header: StreamHeader, outlook: Outlook, applied: bool) -> Stream
             )
             if usable
             else proxies,
-            "drift": observe(header.drift, outlook.signals),
+            "drift": observe(header.drift, outlook.signals) if watch else header.drift,
         }
     )

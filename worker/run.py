@@ -127,6 +127,7 @@ class Worker:
             config.worker,
             self._keep_alive,
             self._lanes,
+            watch=config.adapt.mode == "on_demand",
         )
         self._scheduler = Scheduler(config.batch, config.adapt, self._streams.engine, self.metrics)
         self._flights: list[Flight] = []

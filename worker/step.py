@@ -87,11 +87,13 @@ class Step:
         worker: str,
         keep_alive: Callable[[], object],
         lanes: int,
+        watch: bool,
     ) -> None:
         self._streams, self._batcher, self._guard = streams, batcher, guard
         self._publisher, self._offsets, self._metrics = publisher, offsets, metrics
         self._worker, self._keep_alive = worker, keep_alive
         self._engine = engine = streams.engine
+        self._watch = watch
         self._writer = PredictionWriter(engine.bundle.labels, engine.bundle_hash, worker)
         self._threads = ThreadPoolExecutor(lanes, thread_name_prefix="pass")
 
@@ -189,7 +191,7 @@ class Step:
                 verdict = self._guard.judge(proposal.signals, proposal.finite)
             else:
                 verdict = Verdict(False, outlook.batch.reason)
-            header = next_header(resident.header, outlook, verdict.apply)
+            header = next_header(resident.header, outlook, verdict.apply, self._watch)
             event = self._event(outlook, verdict, proposal, resident.header, header, resident.token)
             judged.append(_Judged(outlook, verdict, proposal, header, event))
         return judged

@@ -48,7 +48,7 @@ def step(engine: Held, kafka_settings: Kafka, store_settings: Store):
     streams = Streams(engine, store, publisher, metrics, "w", Adapt(), store_settings, lambda action: action())
     streams.ensure(["a", "b"])
     guard = Guard(GuardSettings(), engine.bundle.manifest.limits)
-    step = Step(streams, MicroBatcher(Batch()), guard, publisher, offsets, metrics, "w", lambda: None, 2)
+    step = Step(streams, MicroBatcher(Batch()), guard, publisher, offsets, metrics, "w", lambda: None, 2, watch=False)
     yield step
     engine.go.set()
     step.close()
