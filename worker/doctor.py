@@ -17,9 +17,11 @@ from schemas.config import WorkerConfig
 from schemas.errors import DriftkeelError
 from worker.kafka_client import connection, open_client
 from worker.redis_client import connect
-from worker.store import StateStore
+from worker.store import StateStore, Write
 
 Level = Literal["ok", "warning", "failed"]
+OLDEST_REDIS = (6, 2)
+_NOBODY = "driftkeel-doctor"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def examine(config: WorkerConfig) -> Iterator[Finding]:
     for check in (_versions, _bundle, _store, _broker):
         try:
             yield from check(config)
-        except (DriftkeelError, KafkaError, OSError) as error:
+        except (DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError) as error:
             yield Finding(check.__name__.strip("_"), "failed", " ".join(str(error).split()) or type(error).__name__)
 
 
@@ -60,10 +62,14 @@ def _store(config: WorkerConfig) -> Iterator[Finding]:
     store.ping()
     yield Finding("store", "ok", f"{config.store.address} answers")
     # A round of what workers do, on a stream of its own, shows permissions as well as reachability.
-    store.claim(["driftkeel-doctor"], config.worker)
+    (claimed,) = store.claim([_NOBODY], config.worker)
+    store.write([Write(_NOBODY, claimed.token, 1, b"{}", b"", b"tensors", snapshot=True)])
+    store.overview([_NOBODY])
+    store.marks(config.kafka.group, [])
     client = connect(config.store)
-    client.delete(*store.keys("driftkeel-doctor"))
-    yield Finding("store", "ok", "states can be claimed and written")
+    client.delete(*store.keys(_NOBODY))
+    yield Finding("store", "ok", "states can be claimed, written and read")
+    yield _server_version(client)
     settings = {
         "appendonly": ("yes", "a restart of the store loses all states"),
         "maxmemory-policy": ("noeviction", "the store may throw states away when memory is short"),
@@ -76,11 +82,22 @@ def _store(config: WorkerConfig) -> Iterator[Finding]:
     store.close()
 
 
+def _server_version(client: Any) -> Finding:
+    try:
+        found = str(client.info("server").get("redis_version", ""))
+        old = bool(found) and tuple(int(part) for part in found.split(".")[:2]) < OLDEST_REDIS
+    except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, ValueError, AttributeError):
+        return Finding("store", "ok", "its version is not told; Redis 6.2 or newer is needed")
+    if old:
+        return Finding("store", "warning", f"Redis {found} is older than 6.2, with which nothing is tested; update it")
+    return Finding("store", "ok", f"speaks as Redis {found}")
+
+
 def _server_setting(client: Any, name: str) -> str | None:
     """None where the server does not tell: managed ones often refuse, and a Cluster answers per node."""
     try:
         found = client.config_get(name).get(name)
-    except redis.exceptions.RedisError:
+    except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, AttributeError):
         return None
     return found if isinstance(found, str) else None
 
