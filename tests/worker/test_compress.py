@@ -4,8 +4,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.state import encode_tensors
+from meta.bundle import load_bundle
+from schemas.config import Frames, Store
+from schemas.state import StreamHeader, encode_header, encode_tensors
+from tests.conftest import SHIPPED_BUNDLE, picture
 from worker.compress import pack, unpack
+from worker.decode import decode_image
+from worker.engine import normalise_pixels
 
 LIMIT = 1 << 20
 
@@ -33,3 +38,26 @@ def test_tensors_get_smaller() -> None:
     packed = pack(content, "deflate")
     assert len(packed) < 0.95 * len(content)
     assert pack(content, "none") == content
+
+
+def test_a_state_of_the_shipped_bundle_takes_at_most_60_percent_of_its_float32_bytes() -> None:
+    bundle = load_bundle(SHIPPED_BUNDLE)
+    method, preprocess = bundle.method, bundle.manifest.preprocess
+    state = method.fresh(1)
+    for step in range(20):
+        pixels = [decode_image(picture(16 * step + i), Frames(), preprocess) for i in range(16)]
+        frames = normalise_pixels(pixels, preprocess)
+        state = method.update(method.predict(frames, torch.zeros(16, dtype=torch.long), state)).state
+    header = StreamHeader(
+        stream="line-3/camera-17",
+        bundle=bundle.hash,
+        method="mgg",
+        positions={"frames/11": 123_456_789},
+        frames=320,
+        step=20,
+        folded="0" * 64,
+    )
+    tensors = {name: tensor[0] for name, tensor in state.items()}
+    raw = 4 * sum(tensor.numel() for tensor in tensors.values())
+    wire = len(encode_header(header)) + len(pack(encode_tensors(tensors, 20), Store().compression))
+    assert wire <= 0.6 * raw
