@@ -29,6 +29,7 @@ from worker.offsets import Offsets, Partition
 
 log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
+ASK_AGAIN_S = 0.5
 METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
 ASSIGNORS = {"range": RangePartitionAssignor, "cooperative-sticky": CooperativeStickyAssignor}
 LOST_MEMBERSHIP = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
@@ -73,7 +74,7 @@ class FrameConsumer:
 
     def __init__(self, settings: Kafka, offsets: Offsets, marks: Marks, stop: threading.Event) -> None:
         self._settings = settings
-        self.offsets, self._marks = offsets, marks
+        self.offsets, self._marks, self._stop = offsets, marks, stop
         self._compared: set[Partition] = set()
         self._gone: deque[Partition] = deque()
         self._last_commit = 0.0
@@ -148,6 +149,7 @@ class FrameConsumer:
             beginnings = self.consumer.beginning_offsets(older) if older else {}
         except (KafkaError, UnreachableError) as error:
             log.warning("partitions %s wait: %s", sorted(number for _, number in first), error)
+            self._stop.wait(ASK_AGAIN_S)
             return first
         for (_, number), offset in unknown.items():
             if offset > 0:
