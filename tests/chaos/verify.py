@@ -157,11 +157,14 @@ def _replay(history: list[UpdateEvent], images: dict[str, bytes], bundle: Bundle
     for event in history:
         if event.decision == "reset":
             state = method.fresh(1)
-        if event.decision != "applied":
+        observed = event.decision == "skipped" and event.loss is None and event.reason != "not finite"
+        if event.decision != "applied" and not observed:
             continue
         pixels = [decode_image(images[frame_id], Frames(), preprocess) for frame_id in event.frames]
         frames = normalise_pixels(pixels, preprocess)
-        state = method.update(method.predict(frames, torch.zeros(len(frames), dtype=torch.long), state)).state
+        forward = method.predict(frames, torch.zeros(len(frames), dtype=torch.long), state)
+        # Frames without an update move what is known of their stream; those that the guard refused change nothing.
+        state = method.observe(forward) if observed else method.update(forward).state
     source = bundle.model.source_affine
     moved = (state["affine"][0] - source).norm().clamp_min(1e-6)
     return float((state["affine"][0] - found.tensors["affine"]).norm() / moved)
