@@ -141,6 +141,7 @@ class Baseline:
         return self.descend(forward, loss, active, memory)
 
     def observe(self, forward: Forward) -> State:
+        """Running statistics of BatchNorm move with every frame that is predicted."""
         kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
         return forward.state | kept
 

@@ -110,8 +110,11 @@ class Neo(Source):
             logits = F.linear(centred, self.head.weight, self.head.bias)
         return self.forward_of(frames, None, stream, state, logits, None, feature_mean=mean, seen=seen)
 
+    def observe(self, forward: Forward) -> State:
+        return forward.state | {name: forward.kept[name] for name in ("feature_mean", "seen")}
+
     def update(self, forward: Forward) -> Update:
-        return self.unmoved(forward, {name: forward.kept[name] for name in ("feature_mean", "seen")})
+        return self.unmoved(forward, self.observe(forward))
 
 
 class Lame(Source):

@@ -114,6 +114,8 @@ def _run_group(
                 method.labels = torch.from_numpy(labels)
             state, lost = _guarded(method.update(forward).state, state)
             refused += lost
+        else:
+            state, _ = _guarded(method.observe(forward), state)
         advance(len(hits))
     return refused
 

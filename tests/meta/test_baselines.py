@@ -162,6 +162,24 @@ def test_frozen_and_half_precision_weights_adapt_all_the_same(name: str) -> None
     assert (state["affine"] - setup.model.source_affine).abs().max() > 1e-5
 
 
+@pytest.mark.parametrize("key", METHODS, ids="-".join)
+def test_frames_that_are_only_predicted_leave_the_parameters_alone(key: tuple[str, str]) -> None:
+    """As the worker does it for frames it does not adapt on: in inference mode, predict and observe."""
+    method = METHODS[key]
+    state = lived_in(method, 2)
+    frames, stream = drawn(6, 8), torch.arange(2).repeat(3)
+    with torch.inference_mode():
+        forward = method.predict(frames, stream, state)
+        after = method.observe(forward)
+    torch.testing.assert_close(forward.answer, method.predict(frames, stream, state).answer, rtol=1e-4, atol=1e-4)
+    assert after.keys() == state.keys()
+    assert torch.equal(after["affine"], state["affine"])
+    if key[0] == "neo":
+        assert after["seen"].tolist() == [12, 12]
+    if "norm_mean" in state:
+        assert not torch.equal(after["norm_mean"], state["norm_mean"])
+
+
 @pytest.mark.parametrize("name", sorted(set(BASELINES) - {"source", "bn", "lame", "neo"}))
 def test_streams_may_have_step_sizes_of_their_own(name: str) -> None:
     """As if each had its method to itself: that is how tuning tries several at once."""

@@ -329,10 +329,10 @@ def test_a_benchmark_from_data_to_report(blob_data: Path, tmp_path: Path) -> Non
     assert not any("/b8/" in line for line in said)
 
 
-def test_a_bundle_for_other_frames_is_refused(blob_data: Path, tmp_path: Path) -> None:
+def test_a_bundle_for_other_frames_is_refused(blob_data: Path, tmp_path: Path, tiny_bundle_path: Path) -> None:
     plan = small_plan(
         data={"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}},
-        models=[{"name": "small", "data": "blobs", "bundle": str(Path("bundles/fashion-mnist").absolute())}],
+        models=[{"name": "small", "data": "blobs", "bundle": str(tiny_bundle_path)}],
     )
     with pytest.raises(BundleError, match="not blobs's"):
         driver.run_accuracy(plan, tmp_path / "out.json", "test", driver.Progress(lambda _: None))
