@@ -90,7 +90,7 @@ class Baseline:
 
     name: ClassVar[str]
     published: ClassVar[Options] = {}
-    steps: ClassVar[tuple[float, ...]] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    steps: ClassVar[tuple[float, ...]] = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +199,8 @@ class _Bench:
         if cell.variant != "tuned" or cell.method == MGG_NAME:
             return [{}], []
         grid = BASELINES[cell.method].grid(batch_norm)
-        key = f"tuning/{cell.data}/{cell.model}/b{cell.batch}/{cell.method}/{cell.digest}"
+        tries = zlib.crc32(repr(grid).encode())
+        key = f"tuning/{cell.data}/{cell.model}/b{cell.batch}/{cell.method}/{cell.digest}/{tries:08x}"
         entry = journal.get(key)
         if entry is None:
             tried = [one for group in _differing_in_step(grid) for one in self._tried(cell, group)]
