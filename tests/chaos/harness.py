@@ -27,6 +27,7 @@ PARTITIONS = 4
 SESSION_S = 2.0
 FRAMES_PER_SECOND = 40
 SETTLE_S = 180.0
+JOIN_S = 60.0
 
 
 @dataclass
@@ -48,7 +49,16 @@ class Chaos:
         self.workers.append(self.site.start())
 
     def pick(self) -> WorkerProcess:
-        return self.random.choice(self.workers)
+        """One that has joined the group: the embedded broker may never let go of a worker that dies in between."""
+        deadline = time.monotonic() + JOIN_S
+        while not (joined := [worker for worker in self.workers if _has_joined(worker)]):
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"no worker could join the group in {JOIN_S:.0f} s: where their logs show no error, the embedded "
+                    "broker waits for a dead member (docs/guarantees.md)"
+                )
+            self.pause(0.1)
+        return self.random.choice(joined)
 
     # --- faults; each leaves at least one worker that will go on -------------------------------------------
 
@@ -169,6 +179,10 @@ class Chaos:
         if len(self.workers) == len(self.stopped):
             self.add_worker()
         return fault.__name__
+
+
+def _has_joined(worker: WorkerProcess) -> bool:
+    return "assigned partitions" in worker.log.read_text()
 
 
 FAULTS = [
