@@ -32,6 +32,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded,dev]'
 	@touch $@
 
+$(VENV)/.charts: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[charts]'
+	@touch $@
+
 # The demo looks for its images in a cache folder, in this package, and on the web, in this order.
 data:
 	@if [ ! -d /usr/share/datasets/fashion-mnist ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -42,7 +46,7 @@ data:
 demo: install data ## six drifting cameras through broker, store and worker; ARGS='--frames 1000 --seed 1'
 	$(BIN)/driftkeel demo $(ARGS)
 
-test: install data lint types ## everything that is checked: format, lint, types, unit and system tests
+test: install data lint types $(VENV)/.charts ## everything that is checked: format, lint, types, unit and system tests
 	$(BIN)/pytest -n 2 $(ARGS)
 
 chaos: install ## faults by the hundred; ARGS='--faults 200 --seed 1 --report out.json'
