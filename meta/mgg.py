@@ -180,10 +180,13 @@ class MGG:
         return Update(self._at_rest(update.state), update.signals)
 
     def observe(self, forward: Forward) -> State:
-        """The state after frames that were predicted and not adapted on: what is known of the stream moves, the
-        affine does not."""
-        statistics, _, _, _ = self._statistics(forward)
-        return forward.state | {name: tensor.detach() for name, tensor in statistics.items()} | self._carried(forward)
+        """The state after frames that were predicted and not adapted on: the belief moves, and with BatchNorm its
+        moments; the affine does not, nor do the feature statistics.
+
+        The anchor answers to gaps that it has closed itself. It was trained where about half of the window is new at
+        each update; where all of it is, the anchor would be let go as soon as it had worked, and swing.
+        """
+        return forward.state | self._carried(forward)
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -200,15 +203,17 @@ class MGG:
     def _statistics(self, forward: Forward) -> tuple[State, Tensor, Tensor, Tensor]:
         """The moved running statistics; and, of mean and deviation, the gaps to the source's in units of its deviation,
         and the ratio of the deviations, (S, F) each."""
-        stream, counts, state = forward.stream, forward.counts.clamp_min(1), forward.state
+        stream, frames, state = forward.stream, forward.counts.clamp_min(1), forward.state
         window = self.settings.feature_window
+        # See `observe`: large micro-batches must not replace the whole window either.
+        counts = frames.clamp(max=window / 2)
         features = forward.features
-        mean = running(state["feature_mean"], per_stream_mean(features, stream, counts), counts, window)
-        square = running(state["feature_square"], per_stream_mean(features**2, stream, counts), counts, window)
+        mean = running(state["feature_mean"], per_stream_mean(features, stream, frames), counts, window)
+        square = running(state["feature_square"], per_stream_mean(features**2, stream, frames), counts, window)
         probability = forward.kept.get("probability")
         if probability is None:
             probability = forward.logits.detach().softmax(1)
-        classes = running(state["feature_classes"], per_stream_mean(probability, stream, counts), counts, window)
+        classes = running(state["feature_classes"], per_stream_mean(probability, stream, frames), counts, window)
         share = self.settings.class_share
         expected, expected_std = self._known.expected(share * classes + (1 - share) / self.classes)
         std = deviation(mean, square)

@@ -48,10 +48,13 @@ class Chaos:
     def add_worker(self) -> None:
         self.workers.append(self.site.start())
 
-    def pick(self) -> WorkerProcess:
-        """One that has joined the group: the embedded broker may never let go of a worker that dies in between."""
+    def pick(self, awake: bool = False) -> WorkerProcess:
+        """One that has joined the group: the embedded broker may never let go of a worker that dies in between.
+
+        `awake`: and that is not stopped.
+        """
         deadline = time.monotonic() + JOIN_S
-        while not (joined := [worker for worker in self.workers if _has_joined(worker)]):
+        while not (joined := [w for w in self.workers if _has_joined(w) and not (awake and self._is_stopped(w))]):
             if time.monotonic() > deadline:
                 raise RuntimeError(
                     f"no worker could join the group in {JOIN_S:.0f} s: where their logs show no error, the embedded "
@@ -59,6 +62,9 @@ class Chaos:
                 )
             self.pause(0.1)
         return self.random.choice(joined)
+
+    def _is_stopped(self, worker: WorkerProcess) -> bool:
+        return any(worker is other for other, _ in self.stopped)
 
     # --- faults; each leaves at least one worker that will go on -------------------------------------------
 
@@ -73,7 +79,7 @@ class Chaos:
     def zombie(self) -> None:
         """SIGSTOP for longer than the session; it wakes up later, when others have its streams."""
         victim = self.pick()
-        if any(victim is worker for worker, _ in self.stopped):
+        if self._is_stopped(victim):
             return
         victim.signal(signal.SIGSTOP)
         self.stopped.append((victim, time.monotonic() + SESSION_S + self.random.uniform(0.5, 3)))
@@ -85,13 +91,13 @@ class Chaos:
         victim = self.pick()
         victim.signal(signal.SIGSTOP)
         self.pause(self.random.uniform(0.1, SESSION_S / 2))
-        if not any(victim is worker for worker, _ in self.stopped):
+        if not self._is_stopped(victim):
             victim.signal(signal.SIGCONT)
 
     def restart_worker(self) -> None:
         """SIGTERM, and another."""
         victim = self.pick()
-        if any(victim is worker for worker, _ in self.stopped):
+        if self._is_stopped(victim):
             return
         self._forget(victim)
         victim.process.terminate()
@@ -103,7 +109,7 @@ class Chaos:
         while len(self.workers) < goal:
             self.add_worker()
         while len(self.workers) > max(goal, len(self.stopped) + 1):
-            victim = next(w for w in self.workers if not any(w is s for s, _ in self.stopped))
+            victim = self.pick(awake=True)
             self._forget(victim)
             victim.process.terminate()
 

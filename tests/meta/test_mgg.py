@@ -97,14 +97,23 @@ def test_frames_as_the_source_knows_them_leave_the_source_in_charge() -> None:
     assert doses[0] < doses[1]
 
 
+def test_no_micro_batch_replaces_more_than_half_of_the_window() -> None:
+    state = METHOD.fresh(2)
+    half = METHOD.settings.feature_window // 2
+    frames = torch.randn(half, 1, 12, 12, generator=torch.Generator().manual_seed(6))
+    stream = torch.tensor([0] * half + [1] * 3 * half)
+    update = METHOD.update(METHOD.predict(torch.cat([frames, *[frames] * 3]), stream, state))
+    torch.testing.assert_close(update.state["feature_mean"][0], update.state["feature_mean"][1], rtol=1e-4, atol=1e-5)
+
+
 def test_watched_frames_move_what_is_known_and_not_the_affine() -> None:
     state = lived_in(2, 4)
     forward = METHOD.predict(torch.randn(6, 1, 12, 12), torch.tensor([0, 0, 0, 1, 1, 1]), state)
     watched, updated = METHOD.observe(forward), METHOD.update(forward).state
     assert set(watched) == set(updated)
-    for name in ("affine", "offset", "memory_weight", "first_moment", "age"):
+    for name in ("affine", "offset", "memory_weight", "first_moment", "age", "feature_mean"):
         assert torch.equal(watched[name], state[name]), name
-    for name in ("feature_mean", "feature_classes", "class_last"):
+    for name in ("class_last", "class_mix", "class_stay"):
         assert torch.equal(watched[name], updated[name]), name
         assert not torch.equal(watched[name], state[name]), name
 
