@@ -105,6 +105,8 @@ def _forward(frames: Tensor, valid: Tensor, belief: State) -> tuple[list[_Moment
 
 def _backward(moments: list[_Moment], valid: Tensor) -> Tensor:
     """(S, T, K): each frame's probabilities, corrected by the frames after it."""
+    if not any(bool(trusted.any()) for _, _, trusted, _ in moments):
+        return torch.stack([filtered for filtered, _, _, _ in moments], 1)  # Later frames say nothing of earlier ones.
     later = torch.ones_like(moments[0][0])
     smoothed = []
     for t in range(len(moments) - 1, -1, -1):
