@@ -44,24 +44,36 @@ class Chaos:
     stopped: list[tuple[WorkerProcess, float]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     longest_outage_s: float = 60
+    assignments: dict[int, int] = field(default_factory=dict)  # by worker's process id, when membership last changed
 
     def add_worker(self) -> None:
         self.workers.append(self.site.start())
 
-    def pick(self, awake: bool = False) -> WorkerProcess:
-        """One that has joined the group: the embedded broker may never let go of a worker that dies in between.
+    def await_group(self) -> None:
+        """Wait until all workers that run have been assigned partitions since the last of them came or went.
 
-        `awake`: and that is not stopped.
+        Kafka ends the session of a dead member in every phase. The embedded broker may wait for ever for one that dies
+        while the group forms (docs/guarantees.md), so that members come and go one change at a time; store, broker and
+        connections fail at any moment.
         """
         deadline = time.monotonic() + JOIN_S
-        while not (joined := [w for w in self.workers if _has_joined(w) and not (awake and self._is_stopped(w))]):
+        while not all(
+            _assignments(w) > self.assignments.get(w.process.pid, 0) for w in self.workers if not self._is_stopped(w)
+        ):
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"no worker could join the group in {JOIN_S:.0f} s: where their logs show no error, the embedded "
-                    "broker waits for a dead member (docs/guarantees.md)"
+                    f"the group did not form again in {JOIN_S:.0f} s: where the workers' logs show no error, the "
+                    "embedded broker waits for a dead member (docs/guarantees.md)"
                 )
             self.pause(0.1)
-        return self.random.choice(joined)
+
+    def group_changes(self) -> None:
+        """A worker is about to come or go."""
+        self.assignments = {w.process.pid: _assignments(w) for w in self.workers}
+
+    def pick(self) -> WorkerProcess:
+        """One that is not stopped."""
+        return self.random.choice([w for w in self.workers if not self._is_stopped(w)])
 
     def _is_stopped(self, worker: WorkerProcess) -> bool:
         return any(worker is other for other, _ in self.stopped)
@@ -70,7 +82,9 @@ class Chaos:
 
     def kill(self) -> None:
         """kill -9, and a replacement, at once or after the session is over."""
+        self.await_group()
         victim = self.pick()
+        self.group_changes()
         self._forget(victim)
         victim.kill()
         self.pause(self.random.choice([0.0, SESSION_S + 0.5]))
@@ -78,9 +92,9 @@ class Chaos:
 
     def zombie(self) -> None:
         """SIGSTOP for longer than the session; it wakes up later, when others have its streams."""
+        self.await_group()
         victim = self.pick()
-        if self._is_stopped(victim):
-            return
+        self.group_changes()
         victim.signal(signal.SIGSTOP)
         self.stopped.append((victim, time.monotonic() + SESSION_S + self.random.uniform(0.5, 3)))
         if len(self.workers) == len(self.stopped):
@@ -96,20 +110,23 @@ class Chaos:
 
     def restart_worker(self) -> None:
         """SIGTERM, and another."""
+        self.await_group()
         victim = self.pick()
-        if self._is_stopped(victim):
-            return
+        self.group_changes()
         self._forget(victim)
         victim.process.terminate()
         self.add_worker()
 
     def scale(self) -> None:
         """Up or down to one, two or three workers."""
-        goal = self.random.randint(1, 3)
+        self.await_group()
+        goal = max(self.random.randint(1, 3), len(self.stopped) + 1)
+        if goal != len(self.workers):
+            self.group_changes()
         while len(self.workers) < goal:
             self.add_worker()
-        while len(self.workers) > max(goal, len(self.stopped) + 1):
-            victim = self.pick(awake=True)
+        while len(self.workers) > goal:
+            victim = self.pick()
             self._forget(victim)
             victim.process.terminate()
 
@@ -187,8 +204,8 @@ class Chaos:
         return fault.__name__
 
 
-def _has_joined(worker: WorkerProcess) -> bool:
-    return "assigned partitions" in worker.log.read_text()
+def _assignments(worker: WorkerProcess) -> int:
+    return worker.log.read_text().count("assigned partitions")
 
 
 FAULTS = [
