@@ -121,12 +121,14 @@ class Chaos:
         """Up or down to one, two or three workers."""
         self.await_group()
         goal = max(self.random.randint(1, 3), len(self.stopped) + 1)
-        if goal != len(self.workers):
+        if goal > len(self.workers):
             self.group_changes()
         while len(self.workers) < goal:
             self.add_worker()
         while len(self.workers) > goal:
+            self.await_group()
             victim = self.pick()
+            self.group_changes()
             self._forget(victim)
             victim.process.terminate()
 
