@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from schemas.errors import ConfigError
+from schemas.policy import Policy, PolicyChange
 
 ENVIRONMENT_PREFIX = "DRIFTKEEL__"
 STORE_SCHEMES = (
@@ -39,6 +40,7 @@ class Topics(Section):
     frames: str = Field("frames", description="frames in; key = stream id, value = image bytes")
     predictions: str = Field("predictions", description="one prediction per frame out")
     updates: str = Field("updates", description="one update event per guard decision out")
+    commands: str = Field("commands", description="commands in; key = stream id or *")
     dead_letters: str = Field("frames.dlq", description="records that could not become frames, with the reason")
 
 
@@ -217,6 +219,8 @@ class WorkerConfig(BaseSettings):
     bundle: Bundle = Bundle()
     adapt: Adapt = Adapt()
     guard: Guard = Guard()
+    policy: Policy = Field(Policy(), description="of every stream, but for what `streams` and commands change")
+    streams: dict[str, PolicyChange] = Field(default_factory=dict, description="policies of single streams")
     metrics: Metrics = Metrics()
     log: Log = Log()
 
@@ -274,11 +278,11 @@ def _explain(problem: Any, where: str) -> str:
 
 
 def _nearest(location: list[str]) -> str:
-    valid = [key for key in _keys(WorkerConfig) if key.count(".") == len(location) - 1]
-    close = difflib.get_close_matches(".".join(location), valid, n=1, cutoff=0.5)
+    # A key in the wrong section is as common a mistake as a misspelt one, and surer to be seen.
+    close = [key for key in _keys(WorkerConfig) if key.split(".")[-1] == location[-1]][:1]
     if not close:
-        # A key in the wrong section is as common a mistake as a misspelt one.
-        close = [key for key in _keys(WorkerConfig) if key.split(".")[-1] == location[-1]][:1]
+        valid = [key for key in _keys(WorkerConfig) if key.count(".") == len(location) - 1]
+        close = difflib.get_close_matches(".".join(location), valid, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else "; 'driftkeel config' prints all valid keys"
 
 

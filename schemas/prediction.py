@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 PREDICTION_TYPE = "io.driftkeel.prediction.v1"
+Parameters = Literal["source", "adapted", "approved"]
 
 
 class ClassScore(BaseModel):
@@ -35,7 +36,7 @@ class Prediction(BaseModel):
     top: list[ClassScore]
     bundle: str = Field(description="content hash of the bundle")
     step: int = Field(ge=0, description="updates that the stream's parameters had seen; 0 is the source model")
-    parameters: Literal["source", "adapted"]
+    parameters: Parameters = Field(description="which ones answered")
     estimated_accuracy: float = Field(ge=0, le=1, description="the stream's accuracy now, as estimated without labels")
     worker: str
     wait_seconds: float = Field(ge=0, description="from the worker's receipt of the frame to its pass")

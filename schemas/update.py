@@ -7,8 +7,23 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from schemas.prediction import Parameters
+
 UPDATE_TYPE = "io.driftkeel.update.v1"
-Decision = Literal["applied", "skipped", "reset", "rolled_back", "imported"]
+# The first three judge an update that the stream's frames proposed. With the next three the parameters became what they
+# were, or what somebody brought. The last four are a person's word; the parameters stay.
+Decision = Literal[
+    "applied",
+    "partial",
+    "skipped",
+    "rolled_back",
+    "reset",
+    "imported",
+    "approved",
+    "frozen",
+    "unfrozen",
+    "policy",
+]
 
 
 class Proxies(BaseModel):
@@ -16,9 +31,14 @@ class Proxies(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    estimated_accuracy: float = Field(ge=0, le=1)
+    estimated_accuracy: float = Field(ge=0, le=1, description="of the parameters that adapt")
+    low: float | None = Field(None, ge=0, le=1, description="lower end of its 90% interval")
+    high: float | None = Field(None, ge=0, le=1, description="upper end")
+    source_accuracy: float | None = Field(None, ge=0, le=1, description="the same estimate for the source model")
     confidence: float = Field(ge=0, le=1)
     entropy: float = Field(ge=0, description="nats")
+    marginal_entropy: float | None = Field(None, ge=0, description="nats, of the mean prediction")
+    flip_rate: float | None = Field(None, ge=0, le=1, description="share of predictions that source does not share")
 
 
 class UpdateEvent(BaseModel):
@@ -41,8 +61,13 @@ class UpdateEvent(BaseModel):
     generated_gradient_norm: float | None = None
     cosine: float | None = Field(None, description="between raw and generated gradient")
     source_distance: float | None = Field(None, description="of the norm affine from source, after the decision")
+    layers: dict[str, float] = Field(default_factory=dict, description="how far each norm layer moved by the decision")
+    flipped: int | None = Field(None, ge=0, description="of the frames covered, those that source calls otherwise")
+    parameters: Parameters = Field("adapted", description="which ones answer for the stream after the decision")
     before: Proxies | None = None
     after: Proxies | None = None
+    command: str | None = Field(None, description="id of the command that asked for it")
+    previous: str = Field("", description="sha256 of the stream's previous event as published; empty for the first")
     token: int = Field(ge=0)
     bundle: str
     worker: str

@@ -1,0 +1,67 @@
+"""What a stream may do: who answers, when it may update, and how often."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime, time
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Mode = Literal["auto", "shadow", "canary", "approve"]
+SPAN = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+
+
+class Policy(BaseModel):
+    """The rules of one stream."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Mode = Field(
+        "auto",
+        description="auto: the adapted parameters answer while the guard trusts them; shadow: they adapt and report, "
+        "source answers; canary: they answer for canary_share of the streams; approve: the last approved ones answer",
+    )
+    canary_share: float = Field(0.1, ge=0, le=1, description="share of the streams, chosen by a hash of their names")
+    max_updates_per_hour: int = Field(0, ge=0, description="applied updates in an hour; 0: no limit")
+    quiet_hours: tuple[str, ...] = Field((), description="UTC spans without updates, such as 22:00-06:00")
+    frozen: bool = Field(False, description="no updates at all; the parameters stay as they are")
+
+    @field_validator("quiet_hours")
+    @classmethod
+    def _spans(cls, spans: tuple[str, ...]) -> tuple[str, ...]:
+        for span in spans:
+            if not SPAN.fullmatch(span):
+                raise ValueError(f"{span!r} is not a span such as 22:00-06:00")
+        return spans
+
+    def is_quiet(self, moment: datetime) -> bool:
+        """Whether `moment` (UTC) lies in a quiet span; a span may reach over midnight."""
+        now = moment.time()
+        for span in self.quiet_hours:
+            begin, end = (time.fromisoformat(part) for part in span.split("-"))
+            inside = begin <= now < end if begin <= end else now >= begin or now < end
+            if inside:
+                return True
+        return False
+
+
+class PolicyChange(BaseModel):
+    """Some of a policy's rules, to lay over those that hold; what is None stays."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mode: Mode | None = None
+    canary_share: float | None = Field(None, ge=0, le=1)
+    max_updates_per_hour: int | None = Field(None, ge=0)
+    quiet_hours: tuple[str, ...] | None = None
+    frozen: bool | None = None
+
+    @field_validator("quiet_hours")
+    @classmethod
+    def _spans(cls, spans: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return Policy(quiet_hours=spans).quiet_hours if spans is not None else None
+
+    def over(self, policy: Policy) -> Policy:
+        """`policy` with these rules changed."""
+        return policy.model_copy(update=self.model_dump(exclude_none=True))
