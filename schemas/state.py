@@ -14,8 +14,10 @@ from torch import Tensor
 
 from schemas.errors import StateError
 from schemas.frame import Position
+from schemas.policy import PolicyChange
 
 FORMAT_VERSION: Final = 1
+HOUR_S: Final = 3_600
 
 
 class RunningProxies(BaseModel):
@@ -41,6 +43,23 @@ class DriftWatch(BaseModel):
     fall: list[float] = Field(default_factory=list, description="and downwards")
 
 
+class HourlyUpdates(BaseModel):
+    """Updates applied within one hour of the clock."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    hour: int = Field(0, ge=0, description="hours since the epoch")
+    updates: int = Field(0, ge=0)
+
+    def within(self, now: float) -> int:
+        """How many in the hour of `now` (seconds since the epoch)."""
+        return self.updates if self.hour == int(now // HOUR_S) else 0
+
+    def and_one(self, now: float) -> HourlyUpdates:
+        """With one more at `now`."""
+        return HourlyUpdates(hour=int(now // HOUR_S), updates=self.within(now) + 1)
+
+
 class StreamHeader(BaseModel):
     """All of a stream's state but its tensors."""
 
@@ -57,6 +76,12 @@ class StreamHeader(BaseModel):
     folded: str = Field("", description="rolling hash of the positions folded in, in order")
     proxies: RunningProxies = Field(default_factory=RunningProxies)
     drift: DriftWatch | None = Field(None, description="null where nothing watches, and for a new stream")
+    last_event: str = Field("", description="sha256 of the last update event as published")
+    commands: dict[str, int] = Field(default_factory=dict, description="newest command obeyed, per topic/partition")
+    policy: PolicyChange | None = Field(None, description="what commands have changed of the stream's policy")
+    approved: int | None = Field(None, ge=0, description="step of the parameters that a person approved")
+    snapshot: int = Field(0, ge=0, description="step at which the newest snapshot was taken")
+    lately: HourlyUpdates = Field(default_factory=HourlyUpdates)
 
     def has_folded(self, position: Position) -> bool:
         """Whether the frame at `position` has shaped this state already."""

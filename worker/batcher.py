@@ -6,6 +6,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from schemas.config import Batch
+from schemas.prediction import Parameters
 from worker.decode import DecodedFrame
 
 MAX_TURNS = 1 << 16
@@ -17,7 +18,7 @@ class MicroBatch:
     """Frames of one stream, oldest first.
 
     `adapt`: they make an update. Otherwise, `fold` says whether they count as done without one, for `reason`, or
-    are only predicted now and come again with later frames.
+    are only predicted now and come again with later frames. `answer`: whose parameters predict.
     """
 
     stream: str
@@ -25,6 +26,7 @@ class MicroBatch:
     adapt: bool
     fold: bool
     reason: str = ""
+    answer: Parameters = "adapted"
 
     @property
     def unpublished(self) -> list[DecodedFrame]:

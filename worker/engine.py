@@ -13,9 +13,11 @@ from torch import Tensor
 
 from meta.bundle import Bundle
 from meta.method import Forward, State, finite_rows, put, take
+from meta.norms import NormMoments
 from meta.objective import per_stream_mean
 from monitoring.drift import observe
 from schemas.bundle import Preprocess
+from schemas.prediction import Parameters
 from schemas.state import RunningProxies, StreamHeader, StreamState
 from worker.batcher import MicroBatch
 from worker.decode import Pixels
@@ -23,6 +25,7 @@ from worker.decode import Pixels
 TOP = 3
 PROXY_WINDOW = 128
 FIRST_SLOTS = 16
+FIXED = ("affine", "norm_mean", "norm_variance")  # what of a state makes the model; the rest is for its updates
 
 
 @dataclass(eq=False)
@@ -30,13 +33,25 @@ class Resident:
     """A stream whose state is in memory: its slot in the engine's tensors, its header, the worker's token.
 
     `stored` says whether the store has these tensors; what is fresh or was reset is not there yet. A stream that
-    was released and admitted again has another object, by which what was begun before is known to be void.
+    was released and admitted again has another object, by which what was begun before is known to be void. `approved`
+    are the parameters that a person approved, of those in `FIXED`.
     """
 
     slot: int
     header: StreamHeader
     token: int
     stored: bool
+    approved: State | None = None
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Frames of a part for which parameters answer that do not adapt, source or approved, without the class filter:
+    which frames (N,) of the part, each one's row (N,) in the parameters, and these."""
+
+    frames: Tensor
+    stream: Tensor
+    parameters: State
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,7 @@ class Part:
     stream: Tensor
     counts: Tensor
     state: State
+    fixed: Fixed | None
 
 
 @dataclass(frozen=True)
@@ -60,10 +76,14 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What one pass says of the frames of one micro-batch, in order, before any update."""
+    """What one pass says of the frames of one micro-batch, in order, before any update.
+
+    `parameters` and their `step` are those that answered; the means are of the parameters that adapt.
+    """
 
     batch: MicroBatch
     resident: Resident
+    parameters: Parameters
     step: int
     top_index: list[list[int]]
     top_confidence: list[list[float]]
@@ -122,6 +142,7 @@ class Engine:
         self._residents: dict[str, Resident] = {}
         self._fresh = {name: tensor[0].clone() for name, tensor in self._method.fresh(1).items()}
         self._free: list[int] = []
+        self._source = {name: tensor for name, tensor in self._fresh.items() if name in FIXED}
         self._state: State = {
             name: tensor.new_empty(0, *tensor.shape, dtype=tensor.dtype) for name, tensor in self._fresh.items()
         }
@@ -191,8 +212,9 @@ class Engine:
         forward = None
         if gathered.adapting is not None:
             part = gathered.adapting
-            forward = self._method.predict(self._frames(part), part.stream, part.state)
-            outlooks += self._outlooks(part, forward.answer)
+            frames = self._frames(part)
+            forward = self._method.predict(frames, part.stream, part.state)
+            outlooks += self._outlooks(part, frames, forward.answer)
         adapting, passive, observed = list(outlooks), list[Outlook](), None
         if gathered.passive is not None:
             passive, observed = self._predict_only(gathered.passive)
@@ -203,9 +225,9 @@ class Engine:
         with torch.inference_mode():
             if self._observe:
                 forward = self._method.predict(frames, part.stream, part.state)
-                return self._outlooks(part, forward.answer), self._method.observe(forward)
+                return self._outlooks(part, frames, forward.answer), self._method.observe(forward)
             rows = part.state["affine"].index_select(0, part.stream)
-            return self._outlooks(part, self.bundle.model(frames, rows)), None
+            return self._outlooks(part, frames, self.bundle.model(frames, rows)), None
 
     def adapt(self, passed: Pass) -> Proposals:
         """The update of every micro-batch that adapts, and what the others have shown of their streams."""
@@ -245,28 +267,55 @@ class Engine:
         counts = torch.tensor([len(batch.frames) for batch in batches])
         stream = torch.arange(len(batches)).repeat_interleave(counts)
         slots = torch.tensor([resident.slot for resident in residents])
-        return Part(batches, residents, stream, counts, take(self._state, slots))
+        return Part(
+            batches, residents, stream, counts, take(self._state, slots), self._fixed(batches, residents, stream)
+        )
+
+    def _fixed(self, batches: list[MicroBatch], residents: list[Resident], stream: Tensor) -> Fixed | None:
+        rows = [row for row, batch in enumerate(batches) if batch.answer != "adapted"]
+        if not rows:
+            return None
+        place = torch.full((len(batches),), -1)
+        place[rows] = torch.arange(len(rows))
+        place = place.index_select(0, stream)
+        frames = (place >= 0).nonzero().flatten()
+        own = [_answering(batches[row], residents[row], self._source) for row in rows]
+        parameters = {name: torch.stack([state[name] for state in own]) for name in self._source}
+        return Fixed(frames, place.index_select(0, frames), parameters)
+
+    @torch.inference_mode()
+    def _answer_fixed(self, frames: Tensor, fixed: Fixed) -> Tensor:
+        """Logits (N, classes) of those frames alone."""
+        parameters, moments = fixed.parameters, None
+        if "norm_mean" in parameters:
+            none = torch.zeros(len(parameters["affine"]))
+            moments = NormMoments(fixed.stream, none, parameters["norm_mean"], parameters["norm_variance"])
+        chosen = frames.index_select(0, fixed.frames).contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.bundle.model(chosen, parameters["affine"].index_select(0, fixed.stream), moments)
+        return logits
 
     def _frames(self, part: Part) -> Tensor:
         pixels = [frame.pixels for batch in part.batches for frame in batch.frames]
         return normalise_pixels(pixels, self.bundle.manifest.preprocess)
 
-    def _outlooks(self, part: Part, logits: Tensor) -> list[Outlook]:
+    def _outlooks(self, part: Part, frames: Tensor, logits: Tensor) -> list[Outlook]:
         log_p = logits.log_softmax(1)
         entropy = (log_p.exp() * log_p).sum(1).neg()
-        calibrated = (logits / self.bundle.manifest.calibration.temperature).softmax(1).nan_to_num()
-        top = calibrated.topk(min(TOP, calibrated.shape[1]), 1)
+        top = self._top(logits)
         mean_entropy = per_stream_mean(entropy, part.stream, part.counts).tolist()
         mean_confidence = per_stream_mean(top.values[:, 0], part.stream, part.counts).tolist()
+        if part.fixed is not None:
+            top = self._top(logits.index_copy(0, part.fixed.frames, self._answer_fixed(frames, part.fixed)))
         confidence, index = top.values.clamp_max(1.0).tolist(), top.indices.tolist()
         outlooks, start = [], 0
         for row, (batch, resident) in enumerate(zip(part.batches, part.residents, strict=True)):
-            end = start + len(batch.frames)
+            end, step = start + len(batch.frames), _step_of(batch.answer, resident.header)
             outlooks.append(
                 Outlook(
                     batch=batch,
                     resident=resident,
-                    step=resident.header.step,
+                    parameters=batch.answer if step else "source",
+                    step=step,
                     top_index=index[start:end],
                     top_confidence=confidence[start:end],
                     mean_confidence=mean_confidence[row],
@@ -275,6 +324,11 @@ class Engine:
             )
             start = end
         return outlooks
+
+    def _top(self, logits: Tensor) -> torch.return_types.topk:
+        """The likeliest classes with their calibrated confidences."""
+        calibrated = (logits / self.bundle.manifest.calibration.temperature).softmax(1).nan_to_num()
+        return calibrated.topk(min(TOP, calibrated.shape[1]), 1)
 
     def _grow(self) -> None:
         """Twice the slots. Memory that no stream uses yet is only promised by the kernel, not taken."""
@@ -285,6 +339,18 @@ class Engine:
             tensor[:used] = old
             self._state[name] = tensor
         self._free = list(reversed(range(used, size)))
+
+
+def _answering(batch: MicroBatch, resident: Resident, source: State) -> State:
+    if batch.answer == "approved" and resident.approved is not None:
+        return resident.approved
+    return source
+
+
+def _step_of(parameters: Parameters, header: StreamHeader) -> int:
+    if parameters == "source":
+        return 0
+    return header.step if parameters == "adapted" else header.approved or 0
 
 
 def _joined(states: list[State]) -> State:

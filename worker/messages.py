@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 from json.encoder import encode_basestring as quoted
 
+from schemas.prediction import Parameters
+
 
 class PredictionWriter:
     """Writes the predictions of one worker under one bundle."""
@@ -18,9 +20,10 @@ class PredictionWriter:
         self._labels = [json.dumps(label, ensure_ascii=False) for label in labels]
         self._bundle, self._worker = quoted(bundle), quoted(worker)
 
-    def shared(self, stream: str, step: int, estimated_accuracy: float, pass_seconds: float) -> str:
+    def shared(
+        self, stream: str, step: int, parameters: Parameters, estimated_accuracy: float, pass_seconds: float
+    ) -> str:
         """The fields that all frames of a micro-batch share."""
-        parameters = "adapted" if step else "source"
         return (
             f'{{"schema_version":1,"stream":{quoted(stream)},"bundle":{self._bundle},"step":{step},'
             f'"parameters":"{parameters}","estimated_accuracy":{estimated_accuracy!r},"worker":{self._worker},'

@@ -24,6 +24,7 @@ from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, UnreachableError
 from schemas.frame import Frame
+from worker.answer import Policies
 from worker.batcher import MicroBatcher
 from worker.consume import FrameConsumer
 from worker.decode import Decoder
@@ -129,7 +130,8 @@ class Worker:
             self._lanes,
             watch=config.adapt.mode == "on_demand",
         )
-        self._scheduler = Scheduler(config.batch, config.adapt, self._streams.engine, self.metrics)
+        policies = Policies(config.policy, config.streams)
+        self._scheduler = Scheduler(config.batch, config.adapt, policies, self._streams.engine, self.metrics)
         self._flights: list[Flight] = []
         self._lag_shown = 0.0
         self._stash: list[Any] = []

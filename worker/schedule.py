@@ -1,16 +1,21 @@
-"""Which micro-batches adapt: not those of settled streams, and under overload none that are late.
+"""Which micro-batches adapt, and whose parameters answer them.
 
-Under overload the worker so saves time on adaptation before it lets predictions be late.
+No updates where the stream's policy says so, none of settled streams, and under overload none of those that are late:
+under overload the worker so saves time on adaptation before it lets predictions be late.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 
 from monitoring.drift import wants_update
 from monitoring.metrics import WorkerMetrics
 from monitoring.proxies import estimate
 from schemas.config import Adapt, Batch
+from schemas.policy import Policy
+from schemas.state import StreamHeader
+from worker.answer import Policies, answering
 from worker.batcher import MicroBatch
 from worker.engine import Engine
 
@@ -19,19 +24,27 @@ SETTLED = "settled: drift detection sees no move (adapt.mode is on_demand)"
 
 
 class Scheduler:
-    """Decides for every micro-batch of a pass whether its backward pass is worth it now."""
+    """Decides for every micro-batch of a pass who answers, and whether its backward pass is worth it now."""
 
-    def __init__(self, batch: Batch, adapt: Adapt, engine: Engine, metrics: WorkerMetrics) -> None:
+    def __init__(self, batch: Batch, adapt: Adapt, policies: Policies, engine: Engine, metrics: WorkerMetrics) -> None:
         self._patience = SHED_AFTER * batch.latency_budget_ms / 1000
         self._overload = f"overload: frames had used half of batch.latency_budget_ms = {batch.latency_budget_ms}"
         self._on_demand = adapt.mode == "on_demand"
-        self._engine, self._metrics = engine, metrics
+        self._policies, self._engine, self._metrics = policies, engine, metrics
 
     def decide(self, batches: list[MicroBatch], now: float) -> list[MicroBatch]:
         """The same micro-batches, those that shall not adapt marked and counted. `now` is seconds since the epoch."""
-        return [self._decided(batch, now) if batch.adapt else batch for batch in batches]
+        return [self._decided(batch, now) for batch in batches]
 
     def _decided(self, batch: MicroBatch, now: float) -> MicroBatch:
+        header = self._engine.resident(batch.stream).header
+        policy = self._policies.of(header)
+        batch = replace(batch, answer=answering(policy, header))
+        if not batch.adapt:
+            return batch
+        if reason := held_back(policy, header, now):
+            self._metrics.left_out.labels("policy").inc()
+            return replace(batch, adapt=False, reason=reason)
         if self._on_demand and not self._wanted(batch.stream):
             self._metrics.left_out.labels("settled").inc()
             return replace(batch, adapt=False, reason=SETTLED)
@@ -49,3 +62,15 @@ class Scheduler:
     def _late(self, batch: MicroBatch, now: float) -> bool:
         fresh = batch.unpublished
         return self._patience > 0 and bool(fresh) and now - fresh[0].sent > self._patience
+
+
+def held_back(policy: Policy, header: StreamHeader, now: float) -> str:
+    """Why the policy allows no update at `now` (seconds since the epoch); empty where it does."""
+    if policy.frozen:
+        return "policy: frozen"
+    if policy.is_quiet(datetime.fromtimestamp(now, UTC)):
+        return f"policy: quiet hours {', '.join(policy.quiet_hours)}"
+    most = policy.max_updates_per_hour
+    if most and header.lately.within(now) >= most:
+        return f"policy: {most} updates in this hour"
+    return ""

@@ -165,7 +165,7 @@ class Step:
         manifest, header = self._engine.bundle.manifest, outlook.resident.header
         stream = outlook.batch.stream
         accuracy = estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy).estimated_accuracy
-        shared = self._writer.shared(stream, outlook.step, accuracy, timed.seconds)
+        shared = self._writer.shared(stream, outlook.step, outlook.parameters, accuracy, timed.seconds)
         key = stream.encode()
         begun = timed.done - timed.seconds
         rows = zip(outlook.batch.frames, outlook.top_index, outlook.top_confidence, strict=True)
@@ -192,6 +192,8 @@ class Step:
             else:
                 verdict = Verdict(False, outlook.batch.reason)
             header = next_header(resident.header, outlook, verdict.apply, self._watch)
+            if verdict.apply:
+                header.lately = header.lately.and_one(time.time())
             event = self._event(outlook, verdict, proposal, resident.header, header, resident.token)
             judged.append(_Judged(outlook, verdict, proposal, header, event))
         return judged

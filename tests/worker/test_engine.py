@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -135,3 +136,34 @@ def test_header_counts_and_chains(engine: Engine) -> None:
     assert (second.frames, second.step, second.events) == (10, 1, 2)
     assert second.folded not in ("", first.folded)
     assert 0 < second.proxies.confidence <= 1
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_source_and_approved_parameters_answer_beside_those_that_adapt(engine: Engine, adapt: bool) -> None:
+    """Whoever answers, the same parameters adapt, and the means are theirs."""
+    step(engine, [batch("a", 6, 1), batch("b", 6, 2), batch("c", 6, 3)])
+    for stream in "abc":
+        engine.resident(stream).header.step = 5
+    tensors = {name: t.clone() for name, t in engine.tensors("b").items()}
+    approved = {"affine": tensors["affine"] * 1.3}
+    engine.resident("b").approved, engine.resident("b").header.approved = approved, 3
+    works = [batch(stream, 6, seed, adapt) for seed, stream in enumerate("abc", 4)]
+    plain = engine.predict(works)
+    passed = engine.predict(
+        [replace(works[0], answer="source"), replace(works[1], answer="approved"), works[2]],
+    )
+    model, preprocess = engine.bundle.model, engine.bundle.manifest.preprocess
+    temperature = engine.bundle.manifest.calibration.temperature
+    for outlook, rows, parameters, at in (
+        (passed.outlooks[0], model.source_affine.expand(6, -1), "source", 0),
+        (passed.outlooks[1], approved["affine"].expand(6, -1), "approved", 3),
+    ):
+        pixels = normalise_pixels([f.pixels for f in outlook.batch.frames], preprocess)
+        expected = (model(pixels, rows) / temperature).softmax(1).topk(3)
+        assert outlook.top_index == expected.indices.tolist()
+        assert torch.allclose(torch.tensor(outlook.top_confidence), expected.values, atol=1e-5)
+        assert (outlook.parameters, outlook.step) == (parameters, at)
+    assert passed.outlooks[2].top_confidence == plain.outlooks[2].top_confidence
+    assert [(o.parameters, o.step) for o in plain.outlooks] == [("adapted", 5)] * 3
+    assert [o.signals for o in passed.outlooks] == [o.signals for o in plain.outlooks]
+    assert passed.outlooks[1].top_confidence != plain.outlooks[1].top_confidence

@@ -1,10 +1,11 @@
 import json
 from datetime import UTC, datetime
+from typing import get_args
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.prediction import ClassScore, Prediction
+from schemas.prediction import ClassScore, Parameters, Prediction
 from worker.messages import PredictionWriter
 
 shares = st.floats(0, 1, width=32)
@@ -14,17 +15,25 @@ shares = st.floats(0, 1, width=32)
     stream=st.text(min_size=1),
     label=st.text(),
     step=st.integers(0, 1 << 40),
+    parameters=st.sampled_from(get_args(Parameters)),
     confidence=shares,
     accuracy=shares,
     waited=st.floats(0, 1e6),
     moment=st.datetimes(timezones=st.just(UTC)),
 )
 def test_bytes_are_what_the_contract_would_write(
-    stream: str, label: str, step: int, confidence: float, accuracy: float, waited: float, moment: datetime
+    stream: str,
+    label: str,
+    step: int,
+    parameters: Parameters,
+    confidence: float,
+    accuracy: float,
+    waited: float,
+    moment: datetime,
 ) -> None:
     labels = ["nut", label]
     writer = PredictionWriter(labels, "0123abcd", 'w "1"')
-    shared = writer.shared(stream, step, accuracy, 0.25)
+    shared = writer.shared(stream, step, parameters, accuracy, 0.25)
     content = writer.frame(shared, "frames/2/7", moment.isoformat(), [1, 0], [confidence, 0.0], waited)
     expected = Prediction(
         id="frames/2/7",
@@ -36,7 +45,7 @@ def test_bytes_are_what_the_contract_would_write(
         top=[ClassScore(index=1, label=label, confidence=confidence), ClassScore(index=0, label="nut", confidence=0)],
         bundle="0123abcd",
         step=step,
-        parameters="adapted" if step else "source",
+        parameters=parameters,
         estimated_accuracy=accuracy,
         worker='w "1"',
         wait_seconds=waited,

@@ -1,8 +1,12 @@
+import pytest
+
 from meta.bundle import Bundle
 from monitoring.metrics import WorkerMetrics
 from schemas.config import Adapt, Batch
+from schemas.policy import Policy, PolicyChange
 from schemas.state import DriftWatch
 from tests.worker.test_engine import admit, batch
+from worker.answer import Policies
 from worker.batcher import MicroBatch
 from worker.engine import Engine
 from worker.schedule import Scheduler
@@ -15,45 +19,85 @@ def sent(at: float, count: int = 4) -> MicroBatch:
     return made
 
 
-def decide(settings: Batch, *batches: MicroBatch, now: float = 100.0) -> tuple[list[MicroBatch], float]:
+NOW = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
+AUTO = Policies(Policy(), {})
+
+
+@pytest.fixture
+def engine(tiny_bundle: Bundle) -> Engine:
+    engine = Engine(tiny_bundle)
+    admit(engine, "a", "b")
+    return engine
+
+
+def left_out(metrics: WorkerMetrics, reason: str) -> float:
+    return metrics.registry.get_sample_value("driftkeel_adaptations_left_out_total", {"reason": reason}) or 0
+
+
+def decide(engine: Engine, settings: Batch, *batches: MicroBatch, now: float = 100.0) -> tuple[list[MicroBatch], float]:
     metrics = WorkerMetrics(0)
-    decided = Scheduler(settings, Adapt(), None, metrics).decide(list(batches), now)
-    return decided, metrics.registry.get_sample_value(
-        "driftkeel_adaptations_left_out_total", {"reason": "overload"}
-    ) or 0
+    decided = Scheduler(settings, Adapt(), AUTO, engine, metrics).decide(list(batches), now)
+    return decided, left_out(metrics, "overload")
 
 
-def test_late_frames_are_predicted_only_and_counted() -> None:
-    (late, fresh), count = decide(Batch(latency_budget_ms=1_000), sent(at=99.4), sent(at=99.6))
+def test_late_frames_are_predicted_only_and_counted(engine: Engine) -> None:
+    (late, fresh), count = decide(engine, Batch(latency_budget_ms=1_000), sent(at=99.4), sent(at=99.6))
     assert (late.adapt, late.fold) == (False, True)
     assert "overload" in late.reason
     assert fresh.adapt
     assert count == 1
 
 
-def test_frames_that_were_predicted_already_have_no_budget_left_to_miss() -> None:
+def test_frames_that_were_predicted_already_have_no_budget_left_to_miss(engine: Engine) -> None:
     held = sent(at=0.0)
     for frame in held.frames:
         frame.published = True
-    assert decide(Batch(latency_budget_ms=1_000), held)[0][0].adapt
+    assert decide(engine, Batch(latency_budget_ms=1_000), held)[0][0].adapt
 
 
-def test_without_a_budget_everything_adapts() -> None:
-    (late,), count = decide(Batch(), sent(at=0.0))
+def test_without_a_budget_everything_adapts(engine: Engine) -> None:
+    (late,), count = decide(engine, Batch(), sent(at=0.0))
     assert late.adapt
     assert count == 0
 
 
-def test_settled_streams_are_left_out_and_counted(tiny_bundle: Bundle) -> None:
-    engine = Engine(tiny_bundle)
-    admit(engine, "a", "b")
+def test_settled_streams_are_left_out_and_counted(engine: Engine) -> None:
     header = engine.resident("b").header
     engine.resident("b").header = header.model_copy(update={"drift": DriftWatch(adapting=False)})
     metrics = WorkerMetrics(0)
-    scheduler = Scheduler(Batch(), Adapt(mode="on_demand"), engine, metrics)
+    scheduler = Scheduler(Batch(), Adapt(mode="on_demand"), AUTO, engine, metrics)
     new, still = scheduler.decide([batch("a", 4), batch("b", 4)], 0.0)
     assert new.adapt
     assert (still.adapt, still.fold) == (False, True)
     assert "settled" in still.reason
-    left_out = metrics.registry.get_sample_value("driftkeel_adaptations_left_out_total", {"reason": "settled"})
-    assert left_out == 1
+    assert left_out(metrics, "settled") == 1
+
+
+@pytest.mark.parametrize(
+    ("policy", "now", "reason"),
+    [
+        (Policy(), NOW, ""),
+        (Policy(frozen=True), NOW, "policy: frozen"),
+        (Policy(quiet_hours=("08:00-09:00", "22:00-06:00")), NOW, "policy: quiet hours 08:00-09:00, 22:00-06:00"),
+        (Policy(quiet_hours=("22:30-06:00",)), NOW, ""),
+        (Policy(max_updates_per_hour=2), NOW, "policy: 2 updates in this hour"),
+        (Policy(max_updates_per_hour=3), NOW, ""),
+        (Policy(max_updates_per_hour=2), NOW + 3_600, ""),
+    ],
+)
+def test_the_policy_says_when_there_may_be_updates(engine: Engine, policy: Policy, now: float, reason: str) -> None:
+    header = engine.resident("a").header
+    header.lately = header.lately.and_one(NOW - 3_600).and_one(NOW - 60).and_one(NOW - 1)
+    metrics = WorkerMetrics(0)
+    (decided,) = Scheduler(Batch(), Adapt(), Policies(policy, {}), engine, metrics).decide([batch("a", 4)], now)
+    assert (decided.adapt, decided.reason) == (not reason, reason)
+    assert decided.fold
+    assert left_out(metrics, "policy") == bool(reason)
+
+
+def test_single_streams_and_commands_override_the_policy(engine: Engine) -> None:
+    policies = Policies(Policy(mode="shadow", frozen=True), {"b": PolicyChange(mode="auto")})
+    engine.resident("b").header.policy = PolicyChange(frozen=False)
+    a, b = Scheduler(Batch(), Adapt(), policies, engine, WorkerMetrics(0)).decide([batch("a", 4), batch("b", 4)], NOW)
+    assert (a.answer, a.adapt) == ("source", False)
+    assert (b.answer, b.adapt) == ("adapted", True)
