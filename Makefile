@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test chaos lint format types bundle results clean
+.PHONY: help install data demo test chaos lint format types reference bundle results clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,11 +29,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-index --no-deps $(TORCH) 2>/dev/null \
 		|| $(BIN)/pip install --quiet --index-url $(TORCH_INDEX) --no-deps $(TORCH) \
 		|| $(BIN)/pip install --quiet --no-deps $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded,video,dev]'
 	@touch $@
 
 $(VENV)/.charts: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[charts]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[charts,docs]'
 	@touch $@
 
 # The demo looks for its images in a cache folder, in this package, and on the web, in this order.
@@ -62,6 +62,9 @@ format: install ## put the code into its format
 
 types: install ## strict type check of schemas and worker
 	$(BIN)/mypy
+
+reference: install ## regenerate docs/reference from the code
+	$(BIN)/python -m worker.reference docs/reference
 
 bundle: install data ## rebuild bundles/fashion-mnist from nothing but the data set
 	$(BIN)/driftkeel meta train --config bundles/fashion-mnist.yaml --output bundles/fashion-mnist

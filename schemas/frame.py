@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from schemas.errors import FrameError
 
+FRAME_TYPE = "io.driftkeel.frame.v1"
 Headers = Sequence[tuple[str, bytes]]
 
 
