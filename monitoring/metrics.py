@@ -2,56 +2,58 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from monitoring.histogram import FrameHistogram
+from monitoring.streams import StreamSeries
+from schemas.command import Action
+from schemas.prediction import Parameters
 
 NORMS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1, 3, 10, 30, 100)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATIOS = tuple(i / 20 for i in range(1, 21))
 NATS = tuple(i / 5 for i in range(1, 16))
+# Every counter and histogram would have one more series that says when it began, which Prometheus does not read.
+disable_created_metrics()
+
+LATENCIES = (*SECONDS[2:], 30, 60, 300)
 BYTES = tuple(float(1 << i) for i in range(10, 27, 2))
-
-
-class FrameHistogram(Collector):
-    """A histogram that takes a whole pass at a time: the client's own costs more per value than a prediction."""
-
-    def __init__(self, name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
-        self._name, self._text = name, text
-        self._bounds = (*buckets, float("inf"))
-        self._counts, self._sum = [0] * len(self._bounds), 0.0
-        registry.register(self)
-
-    def observe_many(self, values: Iterable[float]) -> None:
-        """Finite values. Called from one thread only."""
-        bounds, counts, total = self._bounds, self._counts, 0.0
-        for value in values:
-            counts[bisect_left(bounds, value)] += 1
-            total += value
-        self._sum += total
-
-    def collect(self) -> Iterable[HistogramMetricFamily]:
-        labels = [*(str(float(bound)) for bound in self._bounds[:-1]), "+Inf"]
-        buckets = list(zip(labels, map(float, accumulate(self._counts)), strict=True))
-        yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=self._sum)
+STAGES = ("predict", "publish", "adapt", "settle", "store", "all")
+STORE_OPERATIONS = ("claim", "write")
+BROKER_OPERATIONS = ("publish", "poll", "commit")
+OUTCOMES = ("done", "refused")
+BAD_FRAMES = ("no_key", "bad_key", "empty", "too_large", "animated", "not_an_image", "damaged")
+LEFT_OUT = ("policy", "settled", "overload")
+DECISIONS = (
+    ("applied", "within_limits"),
+    *(("skipped", reason) for reason in ("not_finite", "gradient", "distance", "few_frames", "settled", "overload")),
+    ("rolled_back", "other"),
+    ("rolled_back", "command"),
+    ("reset", "command"),
+    ("reset", "stored_state"),
+)
 
 
 class WorkerMetrics:
     """All series of one worker, on a registry of its own.
 
-    Fleet-wide series have no stream label. At most `max_streams` streams have gauges of their own; which ones,
-    the order of their arrival decides.
+    Fleet-wide series have no stream label. At most `max_streams` streams have series of their own, those that need
+    it most. Several workers on one machine are several processes with a port each, and Prometheus adds them up.
     """
 
     def __init__(self, max_streams: int) -> None:
         self.registry = CollectorRegistry()
-        self._max_streams = max_streams
-        self._labelled: set[str] = set()
         r = self.registry
         self.build = Info("driftkeel_build", "Version of the worker and the bundle it runs.", registry=r)
         self.frames = Counter("driftkeel_frames", "Records taken from the frames topic.", registry=r)
@@ -61,8 +63,33 @@ class WorkerMetrics:
         self.frames_again = Counter(
             "driftkeel_frames_again", "Records read again whose stream state had folded them in already.", registry=r
         )
-        self.predictions = Counter("driftkeel_predictions", "Predictions acknowledged by the broker.", registry=r)
-        self.updates = Counter("driftkeel_updates", "Guard decisions.", ["decision"], registry=r)
+        self.predictions = Counter(
+            "driftkeel_predictions", "Predictions published; a frame that is read again counts again.", registry=r
+        )
+        self.answers = Counter(
+            "driftkeel_answers", "Predictions, by the parameters that made them.", ["parameters"], registry=r
+        )
+        self.updates = Counter(
+            "driftkeel_updates",
+            "Update events: what the guard or a person decided, by kind of reason.",
+            ["decision", "reason"],
+            registry=r,
+        )
+        self.commands = Counter(
+            "driftkeel_commands",
+            "Commands taken from the topic, by action and outcome.",
+            ["action", "outcome"],
+            registry=r,
+        )
+        self.estimated_frames = Counter(
+            "driftkeel_estimated_frames", "Frames whose accuracy is estimated for answers and source both.", registry=r
+        )
+        self.correct = Counter(
+            "driftkeel_estimated_correct_frames",
+            "Of these, frames that are right by estimate: as answered, and as source would have answered.",
+            ["by"],
+            registry=r,
+        )
         self.left_out = Counter(
             "driftkeel_adaptations_left_out", "Micro-batches folded in without an update.", ["reason"], registry=r
         )
@@ -70,6 +97,9 @@ class WorkerMetrics:
             "driftkeel_fenced_writes", "State writes refused because another worker holds the stream.", registry=r
         )
         self.store_errors = Counter("driftkeel_store_errors", "Calls that the store did not answer.", registry=r)
+        self.broker_errors = Counter(
+            "driftkeel_broker_errors", "Calls that the broker did not answer or refused.", ["operation"], registry=r
+        )
         self.step_seconds = Histogram(
             "driftkeel_step_seconds", "One step, by stage and in all.", ["stage"], buckets=SECONDS, registry=r
         )
@@ -78,6 +108,9 @@ class WorkerMetrics:
         )
         self.wait_seconds = FrameHistogram(
             "driftkeel_frame_wait_seconds", "From the receipt of a frame to its prediction.", SECONDS, r
+        )
+        self.latency_seconds = FrameHistogram(
+            "driftkeel_frame_latency_seconds", "From a record's timestamp to its prediction.", LATENCIES, r
         )
         self.batch_frames = Histogram("driftkeel_batch_frames", "Frames of a micro-batch.", buckets=FRAMES, registry=r)
         self.pass_streams = Histogram("driftkeel_pass_streams", "Streams in a pass.", buckets=FRAMES, registry=r)
@@ -99,46 +132,42 @@ class WorkerMetrics:
         self.lag = Gauge(
             "driftkeel_consumer_lag_records", "Records not finished yet.", ["topic", "partition"], registry=r
         )
+        self.partitions = Gauge("driftkeel_assigned_partitions", "Partitions that the worker reads.", registry=r)
         self.buffered = Gauge("driftkeel_buffered_frames", "Decoded frames that wait for their pass.", registry=r)
         self.resident = Gauge("driftkeel_resident_streams", "Streams whose state is in memory.", registry=r)
         self.last_progress = Gauge(
             "driftkeel_last_progress_timestamp_seconds", "When the last step ended or found nothing to do.", registry=r
         )
-        self.stream_accuracy = self._per_stream("estimated_accuracy_ratio", "Estimated accuracy, without labels.")
-        self.stream_confidence = self._per_stream("confidence_ratio", "Mean calibrated confidence of recent frames.")
-        self.stream_entropy = self._per_stream("entropy_nats", "Mean prediction entropy of recent frames.")
-        self.stream_raw_norm = self._per_stream("raw_gradient_norm", "Norm of the last unsupervised gradient.")
-        self.stream_generated_norm = self._per_stream("generated_gradient_norm", "Norm of the last generated gradient.")
-        self.stream_distance = self._per_stream("source_distance", "Distance of the norm affine from source.")
-        self.stream_step = self._per_stream("step", "Updates that the stream's parameters have seen.")
+        ProcessCollector(registry=r)
+        self.streams = StreamSeries(max_streams)
+        r.register(self.streams)
+        self._begin_at_zero()
 
-    def _per_stream(self, name: str, text: str) -> Gauge:
-        return Gauge(f"driftkeel_stream_{name}", text, ["stream"], registry=self.registry)
+    def _begin_at_zero(self) -> None:
+        """A counter that is there from the start: its first increase counts, and shows."""
+        for parameters in get_args(Parameters):
+            self.answers.labels(parameters)
+        for action in get_args(Action):
+            for outcome in OUTCOMES:
+                self.commands.labels(action, outcome)
+        for by in ("source", "answered"):
+            self.correct.labels(by)
+        for operation in BROKER_OPERATIONS:
+            self.broker_errors.labels(operation)
+        for kind in BAD_FRAMES:
+            self.bad_frames.labels(kind)
+        for decision, reason in DECISIONS:
+            self.updates.labels(decision, reason)
+        for reason in LEFT_OUT:
+            self.left_out.labels(reason)
+        for stage in STAGES:
+            self.step_seconds.labels(stage)
+        for operation in STORE_OPERATIONS:
+            self.store_seconds.labels(operation)
 
-    @property
-    def _stream_gauges(self) -> list[Gauge]:
-        return [
-            self.stream_accuracy,
-            self.stream_confidence,
-            self.stream_entropy,
-            self.stream_raw_norm,
-            self.stream_generated_norm,
-            self.stream_distance,
-            self.stream_step,
-        ]
-
-    def labels_stream(self, stream: str) -> bool:
-        """Whether this stream has series of its own."""
-        if stream not in self._labelled and len(self._labelled) < self._max_streams:
-            self._labelled.add(stream)
-        return stream in self._labelled
-
-    def forget_stream(self, stream: str) -> None:
-        """Remove a stream's series when another worker has it, so that no stale value stays."""
-        if stream in self._labelled:
-            self._labelled.remove(stream)
-            for gauge in self._stream_gauges:
-                gauge.remove_by_labels({"stream": stream})
+    def broker_error(self, operation: str) -> None:
+        """The broker did not answer a call, or refused it."""
+        self.broker_errors.labels(operation).inc()
 
     def set_lag(self, lags: dict[tuple[str, int], int]) -> None:
         """Lag of the assigned partitions, and of no others."""

@@ -42,7 +42,9 @@ def _seed(bench: Bench, path: Path, frames: int, seed: int) -> dict[str, Any]:
     for mode, adapt in MODES.items():
         seen = bench.run(path, sent, adapt=adapt)
         results[mode] = {**seen.summary(), **_accuracy(seen, reels)}
-        results[mode]["updates"] = seen.metrics.get('driftkeel_updates_total{decision="applied"}', 0.0)
+        results[mode]["updates"] = seen.metrics.get(
+            'driftkeel_updates_total{decision="applied",reason="within_limits"}', 0.0
+        )
     return results
 
 

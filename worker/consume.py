@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from kafka import KafkaConsumer, TopicPartition
@@ -72,8 +72,16 @@ class Marks(Protocol):
 class FrameConsumer:
     """The consumer. Only the worker's loop calls it, but for `note_gone`."""
 
-    def __init__(self, settings: Kafka, offsets: Offsets, marks: Marks, stop: threading.Event) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        settings: Kafka,
+        offsets: Offsets,
+        marks: Marks,
+        stop: threading.Event,
+        failed: Callable[[str], object] = str,
+    ) -> None:
+        """`failed` hears of every call that the broker did not answer or refused, to count them."""
+        self._settings, self._failed = settings, failed
         self.offsets, self._marks, self._stop = offsets, marks, stop
         self._compared: set[Partition] = set()
         self._gone: deque[Partition] = deque()
@@ -112,11 +120,13 @@ class FrameConsumer:
         try:
             polled = self.consumer.poll(timeout_ms=max(0, int(timeout_s * 1000)))
         except LOST_MEMBERSHIP as error:
+            self._failed("poll")
             log.warning("lost the consumer group (%s); joining again", error)
             polled = {}
         except KafkaError as error:
             if not error.retriable:
                 raise UnreachableError(f"the broker at {self._settings.bootstrap} refuses to go on: {error}") from error
+            self._failed("poll")
             log.warning("polling the broker at %s failed (%s); trying again", self._settings.bootstrap, error)
             polled = {}
         gone: set[Partition] = set()
@@ -213,10 +223,12 @@ class FrameConsumer:
             else:
                 self.consumer.commit_async(_with_metadata(offsets), callback=self._committed)
         except (KafkaError, UnreachableError) as error:
+            self._failed("commit")
             log.warning("offsets not committed (%s); their frames may be read again", error)
 
     def _committed(self, offsets: dict[TopicPartition, OffsetAndMetadata], answer: Any) -> None:
         if isinstance(answer, Exception):
+            self._failed("commit")
             log.warning("offsets not committed (%s); trying again with the next", answer)
         else:
             self.offsets.committed({(p.topic, p.partition): meta.offset for p, meta in offsets.items()})

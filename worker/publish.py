@@ -46,8 +46,11 @@ class Message:
 class Publisher:
     """An idempotent producer. `send` returns at once; `settle` waits until everything sent is acknowledged."""
 
-    def __init__(self, settings: Kafka, worker: str, stop: threading.Event) -> None:
-        self._settings, self._worker, self._stop = settings, worker, stop
+    def __init__(
+        self, settings: Kafka, worker: str, stop: threading.Event, failed: Callable[[str], object] = str
+    ) -> None:
+        """`failed` hears of every round in which the broker did not take all, to count them."""
+        self._settings, self._worker, self._stop, self._failed = settings, worker, stop, failed
         self._waiting: list[tuple[Message, Any]] = []
         self._prediction_headers = self._event_headers(PREDICTION_TYPE)
         self._update_headers = self._event_headers(UPDATE_TYPE)
@@ -86,6 +89,7 @@ class Publisher:
             failed, reason = self._unacknowledged(patient=rounds < PATIENT_ROUNDS)
             if not failed:
                 return
+            self._failed("publish")
             if self._stop.is_set():
                 raise UnreachableError(f"the broker at {self._settings.bootstrap} did not answer: {reason}")
             log.warning(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from monitoring import observe
 from monitoring.metrics import WorkerMetrics
 from monitoring.proxies import estimate
 from schemas.state import StreamHeader
@@ -111,15 +112,11 @@ class Step:
         passed, timed = flight.predicted.result()
         flight.published = True
         started = time.monotonic()
-        waits: list[float] = []
-        confidences: list[float] = []
+        answers = observe.Answers(timed.done)
         for outlook in passed.outlooks:
-            self._publish(outlook, timed, waits, confidences)
-        self._metrics.predictions.inc(len(waits))
-        self._metrics.wait_seconds.observe_many(waits)
-        self._metrics.confidence.observe_many(confidences)
-        self._metrics.step_seconds.labels("predict").observe(timed.seconds)
-        self._metrics.step_seconds.labels("publish").observe(time.monotonic() - started)
+            self._publish(outlook, timed, answers)
+        observe.answered(self._metrics, answers)
+        observe.took(self._metrics, predict=timed.seconds, publish=time.monotonic() - started)
 
     def finish(self, flight: Flight) -> list[str]:
         """Judge and store, once the predictions are acknowledged.
@@ -139,14 +136,13 @@ class Step:
             if not outlook.batch.fold and self._engine.holds(outlook.batch.stream, outlook.resident):
                 self._batcher.hold(outlook.batch)
         done = time.monotonic()
-        times = {
-            "adapt": adapted.seconds,
-            "settle": settled - started,
-            "store": done - settled,
-            "all": done - flight.started,
-        }
-        for stage, seconds in times.items():
-            self._metrics.step_seconds.labels(stage).observe(seconds)
+        observe.took(
+            self._metrics,
+            adapt=adapted.seconds,
+            settle=settled - started,
+            store=done - settled,
+            all=done - flight.started,
+        )
         return fenced
 
     def close(self) -> None:
@@ -161,7 +157,7 @@ class Step:
         done = time.monotonic()
         return proposals, Timed(done, done - middle)
 
-    def _publish(self, outlook: Outlook, timed: Timed, waits: list[float], confidences: list[float]) -> None:
+    def _publish(self, outlook: Outlook, timed: Timed, answers: observe.Answers) -> None:
         manifest, header = self._engine.bundle.manifest, outlook.resident.header
         stream = outlook.batch.stream
         accuracy = estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy).estimated_accuracy
@@ -172,11 +168,11 @@ class Step:
         for frame, index, confidence in rows:
             if frame.published:
                 continue
+            answers.by[outlook.parameters] += 1
             frame_id, moment = str(frame.position), frame.event_time.isoformat()
             content = self._writer.frame(shared, frame_id, moment, index, confidence, max(0.0, begun - frame.received))
             self._publisher.prediction(key, frame_id, moment, content, frame.traceparent)
-            waits.append(max(0.0, timed.done - frame.received))
-            confidences.append(confidence[0])
+            answers.add(frame.position, frame.received, frame.sent, confidence[0])
 
     def _judge(self, outlooks: list[Outlook], proposals: Proposals) -> list[_Judged]:
         """A decision for every micro-batch that counts as done with this step."""
@@ -208,7 +204,9 @@ class Step:
         for j in kept:
             self._publisher.update(j.event)
             self._offsets.finished(frame.position for frame in j.outlook.batch.frames)
-            self._observe(j)
+            here = self._engine.holds(j.header.stream, j.outlook.resident)
+            observe.decided(self._metrics, j.event, j.header if here else None)
+            observe.judged(self._metrics, j.event, j.outlook.mean_entropy, j.outlook.parameters)
         fenced = [j.header.stream for j, good in zip(judged, accepted, strict=True) if not good]
         self._metrics.fenced.inc(len(fenced))
         return fenced
@@ -251,30 +249,3 @@ class Step:
             bundle=self._engine.bundle_hash,
             worker=self._worker,
         )
-
-    def _observe(self, judged: _Judged) -> None:
-        metrics, event, stream = self._metrics, judged.event, judged.header.stream
-        metrics.updates.labels(event.decision).inc()
-        metrics.batch_frames.observe(len(judged.outlook.batch.frames))
-        metrics.entropy.observe(judged.outlook.mean_entropy)
-        if event.raw_gradient_norm is not None:
-            metrics.raw_norm.observe(event.raw_gradient_norm)
-        if event.generated_gradient_norm is not None:
-            metrics.generated_norm.observe(event.generated_gradient_norm)
-        if not metrics.labels_stream(stream):
-            return
-        gauges = [
-            (metrics.stream_raw_norm, event.raw_gradient_norm),
-            (metrics.stream_generated_norm, event.generated_gradient_norm),
-            (metrics.stream_distance, event.source_distance),
-            (metrics.stream_step, float(event.step)),
-        ]
-        if event.after is not None:
-            gauges += [
-                (metrics.stream_accuracy, event.after.estimated_accuracy),
-                (metrics.stream_confidence, event.after.confidence),
-                (metrics.stream_entropy, event.after.entropy),
-            ]
-        for gauge, value in gauges:
-            if value is not None:
-                gauge.labels(stream).set(value)

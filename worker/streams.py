@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 from pydantic import ValidationError
 
 from monitoring.metrics import WorkerMetrics
+from monitoring.observe import decided
 from schemas.config import Adapt
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
@@ -82,7 +83,7 @@ class Streams:
         streams = list(streams)
         self.engine.release(streams)
         for stream in streams:
-            self._metrics.forget_stream(stream)
+            self._metrics.streams.forget(stream)
         self._metrics.resident.set(len(self.engine))
 
     def write(self, entries: list[tuple[StreamHeader, UpdateEvent, int | None]], proposals: Proposals) -> list[bool]:
@@ -138,7 +139,7 @@ class Streams:
                 worker=self._worker,
             )
             self._publisher.update(event)
-            self._metrics.updates.labels("reset").inc()
+            decided(self._metrics, event, state.header)
         self.engine.admit(state, claimed.token, stored=bool(claimed.header) and not reset)
 
     def _restored(self, stream: str, claimed: Claimed) -> tuple[StreamState, str | None]:

@@ -1,9 +1,22 @@
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitoring.metrics import FrameHistogram, WorkerMetrics
+from monitoring import observe
+from monitoring.histogram import FrameHistogram
+from monitoring.metrics import WorkerMetrics
+from monitoring.reference import table
+from schemas.frame import Position
+from schemas.policy import PolicyChange
+from schemas.state import DriftWatch, StreamHeader
+from schemas.update import Proxies, UpdateEvent
 
-UNITLESS = {"norm", "cosine", "distance", "step", "frames", "streams"}
+UNITLESS = {"norm", "cosine", "distance", "step", "frames", "streams", "partitions"}
+UNITLESS |= {"score", "adapting", "source", "frozen", "gcount", "gsum"}  # scores and flags
 
 
 def families(metrics: WorkerMetrics):
@@ -13,7 +26,7 @@ def families(metrics: WorkerMetrics):
 def test_names_follow_the_conventions() -> None:
     metrics = WorkerMetrics(10)
     for family in families(metrics):
-        if family.name.endswith(("_created", "_info")):
+        if family.name.endswith("_info") or family.name.startswith("process_"):  # the client's own
             continue
         assert family.name.startswith("driftkeel_")
         assert family.documentation
@@ -23,16 +36,162 @@ def test_names_follow_the_conventions() -> None:
             assert unit in {"seconds", "bytes", "ratio", "nats", "records", *UNITLESS}, family.name
 
 
+def event(stream: str, **fields) -> UpdateEvent:
+    given = {
+        "id": f"{stream}@1",
+        "time": datetime(2026, 1, 1, tzinfo=UTC),
+        "decision": "applied",
+        "reason": "within limits",
+        "frames": ["f/0/1", "f/0/2", "f/0/3", "f/0/4"],
+        "step": 1,
+        "token": 1,
+        "bundle": "b",
+        "worker": "w",
+    }
+    return UpdateEvent(stream=stream, **{**given, **fields})
+
+
+def proxies(accuracy: float = 0.8, **fields) -> Proxies:
+    return Proxies(estimated_accuracy=accuracy, confidence=accuracy, entropy=0.5, **fields)
+
+
+def header(stream: str, **fields) -> StreamHeader:
+    return StreamHeader(stream=stream, bundle="b", method="mgg", **fields)
+
+
+def decide(metrics: WorkerMetrics, stream: str, **fields) -> None:
+    observe.decided(metrics, event(stream, **fields), header(stream))
+
+
+def shown(metrics: WorkerMetrics) -> set[str]:
+    text = generate_latest(metrics.registry).decode()
+    families = text_string_to_metric_families(text)
+    steps = next(family for family in families if family.name == "driftkeel_stream_step")
+    return {sample.labels["stream"] for sample in steps.samples}
+
+
+def value(metrics: WorkerMetrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"driftkeel_{name}", labels)
+
+
 def test_stream_series_are_bounded_and_removed() -> None:
     metrics = WorkerMetrics(max_streams=3)
     for i in range(10):
-        if metrics.labels_stream(f"cam-{i}"):
-            metrics.stream_step.labels(f"cam-{i}").set(i)
-    text = generate_latest(metrics.registry).decode()
-    assert text.count("driftkeel_stream_step{") == 3
-    metrics.forget_stream("cam-1")
-    assert 'stream="cam-1"' not in generate_latest(metrics.registry).decode()
-    assert metrics.labels_stream("cam-9")
+        decide(metrics, f"cam-{i}", after=proxies(0.9 - i / 100))
+    assert shown(metrics) == {"cam-7", "cam-8", "cam-9"}  # the worst
+    metrics.streams.forget("cam-8")
+    assert shown(metrics) == {"cam-7", "cam-9", "cam-6"}
+    assert value(metrics, "fleet_streams", condition="any") == 9
+    assert value(metrics, "fleet_streams", condition="shown") == 3
+    assert value(metrics, "fleet_estimated_accuracy_ratio_bucket", le="0.85") == 4
+
+
+def test_streams_in_need_are_shown_first(monkeypatch) -> None:
+    metrics = WorkerMetrics(max_streams=2)
+    for i in range(5):
+        decide(metrics, f"cam-{i}", after=proxies(0.5 + i / 10))
+    assert shown(metrics) == {"cam-0", "cam-1"}
+    decide(metrics, "cam-4", decision="skipped", reason="gradient norm 9 above its limit 4", after=proxies(0.9))
+    moving = DriftWatch(adapting=False, mean=[1.0], variance=[1.0], rise=[5.0], fall=[0.0])
+    observe.decided(metrics, event("cam-3", after=proxies(0.9)), header("cam-3", drift=moving))
+    assert shown(metrics) == {"cam-0", "cam-1"}  # a choice stands for a while
+    later = time.time() + 40
+    monkeypatch.setattr("monitoring.streams.time", lambda: later)
+    assert shown(metrics) == {"cam-3", "cam-4"}
+    assert value(metrics, "fleet_streams", condition="in_trouble") == 1
+    assert value(metrics, "fleet_streams", condition="drifting") == 1
+    monkeypatch.setattr("monitoring.streams.time", lambda: later + 400)
+    assert shown(metrics) == {"cam-3", "cam-0"}  # trouble has passed
+
+
+def test_a_stream_shows_what_its_event_says_and_nothing_for_none() -> None:
+    metrics = WorkerMetrics(5)
+    full = proxies(0.8, low=0.7, high=0.9, source_accuracy=0.6, marginal_entropy=1.5, flip_rate=0.25)
+    decide(metrics, "a", after=full, raw_gradient_norm=2.0, cosine=0.5, source_distance=3.0, parameters="source")
+    decide(metrics, "b", after=proxies())
+    for name, expected in {
+        "estimated_accuracy_low_ratio": 0.7,
+        "estimated_accuracy_high_ratio": 0.9,
+        "source_accuracy_ratio": 0.6,
+        "marginal_entropy_nats": 1.5,
+        "flip_ratio": 0.25,
+        "raw_gradient_norm": 2.0,
+        "gradient_cosine": 0.5,
+        "source_distance": 3.0,
+        "answers_source": 1.0,
+    }.items():
+        assert value(metrics, f"stream_{name}", stream="a") == expected, name
+        assert value(metrics, f"stream_{name}", stream="b") == (0.0 if name == "answers_source" else None), name
+    decide(metrics, "a", decision="skipped", reason="too few frames", after=full)
+    assert value(metrics, "stream_source_distance", stream="a") == 3.0  # it has not moved
+    decide(metrics, "a", decision="reset", reason="asked", command="c1", step=0, frames=[])
+    assert value(metrics, "stream_source_distance", stream="a") is None
+    assert value(metrics, "updates_total", decision="reset", reason="command") == 1.0
+
+
+def test_frozen_is_what_the_stream_s_policy_says() -> None:
+    metrics = WorkerMetrics(5)
+    for frozen in (True, False):
+        kept = header("a", policy=PolicyChange(frozen=frozen))
+        observe.decided(metrics, event("a", decision="frozen" if frozen else "unfrozen", command="c"), kept)
+        assert value(metrics, "stream_frozen", stream="a") == frozen
+
+
+def test_a_stream_that_has_left_counts_but_leaves_no_series() -> None:
+    metrics = WorkerMetrics(5)
+    observe.decided(metrics, event("gone"), None)
+    assert shown(metrics) == set()
+    assert value(metrics, "updates_total", decision="applied", reason="within_limits") == 1.0
+
+
+def test_reasons_with_numbers_in_them_become_few_labels() -> None:
+    metrics = WorkerMetrics(1)
+    for i in range(50):
+        for reason in (f"gradient norm {i} above its limit 4", f"distance from source {i} above", f"new reason {i}"):
+            decide(metrics, "a", decision="skipped", reason=reason)
+    for kind in ("gradient", "distance", "other"):
+        assert value(metrics, "updates_total", decision="skipped", reason=kind) == 50.0
+
+
+def test_frames_saved_count_only_where_both_are_estimated() -> None:
+    metrics = WorkerMetrics(1)
+    both = event("a", after=proxies(0.75, source_accuracy=0.5))
+    observe.judged(metrics, both, 0.4, "adapted")
+    observe.judged(metrics, both, 0.4, "source")
+    observe.judged(metrics, both, 0.4, "approved")
+    observe.judged(metrics, event("a", after=proxies(0.75)), 0.4, "adapted")
+    assert value(metrics, "estimated_frames_total") == 8.0
+    assert value(metrics, "estimated_correct_frames_total", by="source") == 4.0
+    assert value(metrics, "estimated_correct_frames_total", by="answered") == 5.0
+    assert value(metrics, "batch_frames_count") == 4.0
+
+
+def test_the_slowest_frame_of_a_pass_is_an_exemplar() -> None:
+    metrics = WorkerMetrics(1)
+    answers = observe.Answers(time.monotonic())
+    for offset, late in enumerate((0.2, 3.0, 0.3)):
+        answers.add(Position("frames", 1, offset), answers.done - 0.1, time.time() - late, 0.9)
+    answers.add(Position("frames", 1, 9), answers.done, 0.0, 0.9)  # a record that does not say when it was sent
+    answers.by["adapted"] += 4
+    observe.answered(metrics, answers)
+    text = openmetrics(metrics.registry).decode()
+    (line,) = [line for line in text.splitlines() if "# {" in line]
+    assert 'le="5.0"' in line
+    assert 'frame="frames/1/1"' in line
+    assert value(metrics, "frame_latency_seconds_count") == 3.0
+    assert value(metrics, "frame_wait_seconds_count") == 4.0
+    assert value(metrics, "answers_total", parameters="adapted") == 4.0
+
+
+def test_a_position_too_long_for_an_exemplar_is_left_out() -> None:
+    registry = CollectorRegistry()
+    FrameHistogram("driftkeel_x_seconds", "X.", (1.0,), registry).observe_many([0.5], (0.5, "t" * 249 + "/0/1"))
+    assert "# {" not in openmetrics(registry).decode()
+
+
+def test_the_table_of_metrics_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert page.read_text() == table(), "run: python -m monitoring.reference > docs/metrics.md"
 
 
 def test_lag_of_lost_partitions_disappears() -> None:

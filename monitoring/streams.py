@@ -1,0 +1,233 @@
+"""Series of single streams, for those that need to be looked at, and of all streams together.
+
+A site may have thousands of streams, and Prometheus pays for each series. So a stream's newest values are kept in
+memory, and only at a scrape becomes clear which streams show theirs: those in trouble first, then those that drift,
+the newest, and then those with the lowest estimated accuracy. All streams count in the distributions and numbers of
+the fleet.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from itertools import accumulate
+from time import time
+from typing import NamedTuple
+
+from prometheus_client.core import GaugeHistogramMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from monitoring.drift import ALARM
+from monitoring.reasons import TROUBLE, reason_kind
+from schemas.state import StreamHeader
+from schemas.update import UpdateEvent
+
+CHOICE_S = 30.0  # a choice of streams stands for so long, so that series do not come and go with every scrape
+NEW_S = 600.0  # a stream counts as new for so long
+STAY = 0.05  # estimated accuracy by which another stream must be worse to take a shown one's place
+TROUBLED_S = 300.0  # and as in trouble for so long after the last refused or undone update
+DRIFTING = ALARM / 2
+RATIOS = tuple(i / 20 for i in range(1, 20))
+
+
+class StreamView(NamedTuple):
+    """What is shown of a stream; None is not shown. Times are seconds since the epoch."""
+
+    first_seen: float
+    last_decision: float
+    step: float
+    answers_source: float
+    frozen: float
+    last_update: float | None = None
+    troubled: float | None = None
+    accuracy: float | None = None
+    low: float | None = None
+    high: float | None = None
+    source_accuracy: float | None = None
+    confidence: float | None = None
+    entropy: float | None = None
+    marginal_entropy: float | None = None
+    flip_rate: float | None = None
+    raw_norm: float | None = None
+    generated_norm: float | None = None
+    cosine: float | None = None
+    distance: float | None = None
+    drift: float | None = None
+    adapting: float | None = None
+
+    def in_trouble(self, now: float) -> bool:
+        """Whether an update was refused or undone lately, or the source model had to take over."""
+        return bool(self.answers_source and self.step) or (self.troubled or 0.0) > now - TROUBLED_S
+
+    @property
+    def drifting(self) -> bool:
+        return (self.drift or 0.0) > DRIFTING
+
+
+# Field of the view, name behind driftkeel_stream_, help.
+GAUGES = (
+    ("accuracy", "estimated_accuracy_ratio", "Estimated accuracy of the parameters that adapt, without labels."),
+    ("low", "estimated_accuracy_low_ratio", "Lower end of the estimate's 90% interval."),
+    ("high", "estimated_accuracy_high_ratio", "Upper end of the estimate's 90% interval."),
+    ("source_accuracy", "source_accuracy_ratio", "Estimated accuracy of the source model on the same frames."),
+    ("confidence", "confidence_ratio", "Mean calibrated confidence of recent frames."),
+    ("entropy", "entropy_nats", "Mean prediction entropy of recent frames."),
+    ("marginal_entropy", "marginal_entropy_nats", "Entropy of the mean prediction; near 0, one class is all it says."),
+    ("flip_rate", "flip_ratio", "Share of recent predictions that the source model does not share."),
+    ("raw_norm", "raw_gradient_norm", "Norm of the last unsupervised gradient."),
+    ("generated_norm", "generated_gradient_norm", "Norm of the last generated gradient."),
+    ("cosine", "gradient_cosine", "Cosine between the last unsupervised and generated gradient."),
+    ("distance", "source_distance", "Distance of the norm affine from source after the last update."),
+    ("drift", "drift_score", f"Drift detection's largest cumulative sum, in deviations; above {ALARM:g} it alarms."),
+    ("adapting", "adapting", "1 while drift detection has the stream adapt, 0 where it has settled."),
+    ("step", "step", "Updates that the stream's parameters have seen."),
+    ("answers_source", "answers_source", "1 where the source model answers, 0 where adapted parameters do."),
+    ("frozen", "frozen", "1 where somebody has frozen the stream."),
+    ("last_decision", "last_decision_timestamp_seconds", "When the stream's newest frames were judged."),
+    ("last_update", "last_update_timestamp_seconds", "When this worker last applied an update to the stream."),
+)
+_BACK = ("rolled_back", "reset", "imported")
+
+
+def next_view(before: StreamView | None, event: UpdateEvent, header: StreamHeader, now: float) -> StreamView:
+    """The view after one more event. What an event does not say of its gradients stays as it was."""
+    if before is None:
+        before = StreamView(now, now, 0.0, 0.0, 0.0)
+    kept: dict[str, float | None] = {
+        "raw_norm": before.raw_norm,
+        "generated_norm": before.generated_norm,
+        "cosine": before.cosine,
+        "distance": before.distance,
+    }
+    if event.decision in _BACK:
+        kept = dict.fromkeys(kept)
+    for field, value in (
+        ("raw_norm", event.raw_gradient_norm),
+        ("generated_norm", event.generated_gradient_norm),
+        ("cosine", event.cosine),
+        ("distance", event.source_distance),
+    ):
+        if value is not None:
+            kept[field] = value
+    after, watch = event.after, header.drift
+    troubled = event.decision == "rolled_back" or reason_kind(event) in TROUBLE
+    return StreamView(
+        first_seen=before.first_seen,
+        last_decision=now,
+        step=float(event.step),
+        answers_source=float(event.parameters == "source"),
+        frozen=float(bool(header.policy and header.policy.frozen)),
+        last_update=now if event.decision in ("applied", "partial") else before.last_update,
+        troubled=now if troubled else before.troubled,
+        accuracy=after.estimated_accuracy if after else before.accuracy,
+        low=after.low if after else before.low,
+        high=after.high if after else before.high,
+        source_accuracy=after.source_accuracy if after else before.source_accuracy,
+        confidence=after.confidence if after else before.confidence,
+        entropy=after.entropy if after else before.entropy,
+        marginal_entropy=after.marginal_entropy if after else before.marginal_entropy,
+        flip_rate=after.flip_rate if after else before.flip_rate,
+        drift=max((0.0, *watch.rise, *watch.fall)) if watch else None,
+        adapting=float(watch.adapting) if watch else None,
+        **kept,
+    )
+
+
+class StreamSeries(Collector):
+    """The newest view of every resident stream, and at a scrape the series of those that are chosen.
+
+    The worker's loop calls `put` and `forget`; a scrape comes from another thread and sees whole views.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._views: dict[str, StreamView] = {}
+        self._chosen: set[str] = set()
+        self._chosen_at = -math.inf
+
+    def get(self, stream: str) -> StreamView | None:
+        return self._views.get(stream)
+
+    def put(self, stream: str, view: StreamView) -> None:
+        self._views[stream] = view
+
+    def forget(self, stream: str) -> None:
+        """Another worker has it: no stale value stays."""
+        self._views.pop(stream, None)
+
+    def describe(self) -> Iterable[Metric]:
+        for _, name, text in GAUGES:
+            yield GaugeMetricFamily(f"driftkeel_stream_{name}", text, labels=["stream"])
+        yield _distribution("accuracy", "Estimated accuracy of all streams of the worker now.", [])
+        yield _distribution("source_accuracy", "The same for the source model.", [])
+        yield _condition_family()
+
+    def collect(self) -> Iterable[Metric]:
+        now, views = time(), dict(self._views)
+        chosen = self._choice(views, now)
+        for field, name, text in GAUGES:
+            family = GaugeMetricFamily(f"driftkeel_stream_{name}", text, labels=["stream"])
+            for stream, view in chosen:
+                value = getattr(view, field)
+                if value is not None:
+                    family.add_metric([stream], value)
+            yield family
+        yield _distribution(
+            "accuracy",
+            "Estimated accuracy of all streams of the worker now.",
+            [v.accuracy for v in views.values() if v.accuracy is not None],
+        )
+        yield _distribution(
+            "source_accuracy",
+            "The same for the source model.",
+            [v.source_accuracy for v in views.values() if v.source_accuracy is not None],
+        )
+        yield self._conditions(views, len(chosen), now)
+
+    def _choice(self, views: dict[str, StreamView], now: float) -> list[tuple[str, StreamView]]:
+        self._chosen &= set(views)
+        places_free = len(self._chosen) < min(self._most, len(views))
+        if places_free or now - self._chosen_at > CHOICE_S:
+            self._chosen_at = now
+            self._chosen = set(heapq.nlargest(self._most, views, key=lambda s: self._need(s, views[s], now)))
+        return [(stream, views[stream]) for stream in sorted(self._chosen)]
+
+    def _need(self, stream: str, view: StreamView, now: float) -> tuple[bool, bool, bool, float]:
+        """The larger, the more it should be seen; of nearly equal need, those that are seen stay."""
+        new = view.first_seen > now - NEW_S
+        accuracy = 1.0 if view.accuracy is None else view.accuracy
+        return view.in_trouble(now), view.drifting, new, STAY * (stream in self._chosen) - accuracy
+
+    def _conditions(self, views: dict[str, StreamView], shown: int, now: float) -> GaugeMetricFamily:
+        every = list(views.values())
+        counts = {
+            "any": len(every),
+            "shown": shown,
+            "in_trouble": sum(view.in_trouble(now) for view in every),
+            "drifting": sum(view.drifting for view in every),
+            "adapting": sum(view.adapting == 1.0 for view in every),
+            "answered_by_source": sum(view.answers_source == 1.0 for view in every),
+            "frozen": sum(view.frozen == 1.0 for view in every),
+        }
+        family = _condition_family()
+        for condition, count in counts.items():
+            family.add_metric([condition], count)
+        return family
+
+
+def _condition_family() -> GaugeMetricFamily:
+    text = "Streams of the worker by condition; any: all, shown: those with series of their own."
+    return GaugeMetricFamily("driftkeel_fleet_streams", text, labels=["condition"])
+
+
+def _distribution(kind: str, text: str, values: list[float]) -> GaugeHistogramMetricFamily:
+    counts = [0] * (len(RATIOS) + 1)
+    for value in values:
+        counts[bisect_left(RATIOS, value)] += 1
+    labels = [*map(str, RATIOS), "+Inf"]
+    buckets = list(zip(labels, map(float, accumulate(counts)), strict=True))
+    name = {"accuracy": "estimated_accuracy", "source_accuracy": "source_accuracy"}[kind]
+    return GaugeHistogramMetricFamily(f"driftkeel_fleet_{name}_ratio", text, buckets=buckets, gsum_value=sum(values))
