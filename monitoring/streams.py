@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import accumulate
 from time import time
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from prometheus_client.core import GaugeHistogramMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from monitoring.drift import ALARM
 from monitoring.reasons import TROUBLE, reason_kind
 from schemas.state import StreamHeader
-from schemas.update import UpdateEvent
+from schemas.update import Decision, UpdateEvent
 
 CHOICE_S = 30.0  # a choice of streams stands for so long, so that series do not come and go with every scrape
 NEW_S = 600.0  # a stream counts as new for so long
@@ -38,6 +38,7 @@ class StreamView(NamedTuple):
 
     first_seen: float
     last_decision: float
+    decision: float
     step: float
     answers_source: float
     frozen: float
@@ -67,6 +68,7 @@ class StreamView(NamedTuple):
         return (self.drift or 0.0) > DRIFTING
 
 
+DECISIONS = get_args(Decision)
 # Field of the view, name behind driftkeel_stream_, help.
 GAUGES = (
     ("accuracy", "estimated_accuracy_ratio", "Estimated accuracy of the parameters that adapt, without labels."),
@@ -86,8 +88,10 @@ GAUGES = (
     ("step", "step", "Updates that the stream's parameters have seen."),
     ("answers_source", "answers_source", "1 where the source model answers, 0 where adapted parameters do."),
     ("frozen", "frozen", "1 where somebody has frozen the stream."),
+    ("decision", "decision", f"The newest decision: {', '.join(f'{i} {d}' for i, d in enumerate(DECISIONS))}."),
     ("last_decision", "last_decision_timestamp_seconds", "When the stream's newest frames were judged."),
     ("last_update", "last_update_timestamp_seconds", "When this worker last applied an update to the stream."),
+    ("troubled", "last_trouble_timestamp_seconds", "When an update of the stream was last refused or undone."),
 )
 _BACK = ("rolled_back", "reset", "imported")
 
@@ -95,7 +99,7 @@ _BACK = ("rolled_back", "reset", "imported")
 def next_view(before: StreamView | None, event: UpdateEvent, header: StreamHeader, now: float) -> StreamView:
     """The view after one more event. What an event does not say of its gradients stays as it was."""
     if before is None:
-        before = StreamView(now, now, 0.0, 0.0, 0.0)
+        before = StreamView(now, now, 0.0, 0.0, 0.0, 0.0)
     kept: dict[str, float | None] = {
         "raw_norm": before.raw_norm,
         "generated_norm": before.generated_norm,
@@ -117,6 +121,7 @@ def next_view(before: StreamView | None, event: UpdateEvent, header: StreamHeade
     return StreamView(
         first_seen=before.first_seen,
         last_decision=now,
+        decision=float(DECISIONS.index(event.decision)),
         step=float(event.step),
         answers_source=float(event.parameters == "source"),
         frozen=float(bool(header.policy and header.policy.frozen)),

@@ -16,7 +16,7 @@ from schemas.state import DriftWatch, StreamHeader
 from schemas.update import Proxies, UpdateEvent
 
 UNITLESS = {"norm", "cosine", "distance", "step", "frames", "streams", "partitions"}
-UNITLESS |= {"score", "adapting", "source", "frozen", "gcount", "gsum"}  # scores and flags
+UNITLESS |= {"score", "adapting", "decision", "source", "frozen", "gcount", "gsum"}  # scores and flags
 
 
 def families(metrics: WorkerMetrics):
@@ -119,13 +119,17 @@ def test_a_stream_shows_what_its_event_says_and_nothing_for_none() -> None:
         "gradient_cosine": 0.5,
         "source_distance": 3.0,
         "answers_source": 1.0,
+        "decision": 0.0,
     }.items():
         assert value(metrics, f"stream_{name}", stream="a") == expected, name
-        assert value(metrics, f"stream_{name}", stream="b") == (0.0 if name == "answers_source" else None), name
+        assert value(metrics, f"stream_{name}", stream="b") == (
+            0.0 if name in ("answers_source", "decision") else None
+        ), name
     decide(metrics, "a", decision="skipped", reason="too few frames", after=full)
     assert value(metrics, "stream_source_distance", stream="a") == 3.0  # it has not moved
     decide(metrics, "a", decision="reset", reason="asked", command="c1", step=0, frames=[])
     assert value(metrics, "stream_source_distance", stream="a") is None
+    assert value(metrics, "stream_decision", stream="a") == 4.0
     assert value(metrics, "updates_total", decision="reset", reason="command") == 1.0
 
 

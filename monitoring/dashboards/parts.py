@@ -1,0 +1,292 @@
+"""Panels and variables as all dashboards have them: a title, what question it answers, queries, a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grafana_foundation_sdk.builders import (
+    common,
+    dashboard,
+    heatmap,
+    prometheus,
+    stat,
+    statetimeline,
+    table,
+    timeseries,
+)
+from grafana_foundation_sdk.models.common import (
+    DataSourceRef,
+    GraphThresholdsStyleMode,
+    LegendDisplayMode,
+    LegendPlacement,
+    ScaleDistribution,
+    SortOrder,
+    StackingMode,
+    TooltipDisplayMode,
+    VisibilityMode,
+)
+from grafana_foundation_sdk.models.dashboard import (
+    DashboardCursorSync,
+    DashboardLinkType,
+    DataTransformerConfig,
+    DynamicConfigValue,
+    Threshold,
+    ThresholdsMode,
+    ValueMap,
+    ValueMappingResult,
+    VariableRefresh,
+    VariableSort,
+)
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+
+TAG = "driftkeel"
+SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
+JOB = 'job=~"$job"'
+RATE = "[$__rate_interval]"
+GREEN, YELLOW, ORANGE, RED, BLUE, GREY = "green", "#EAB839", "orange", "red", "blue", "#888888"
+ADAPTED, SOURCE_MODEL = "blue", "#8B5A2B"  # as in the demo's picture: blue adapted, brown source
+Query = tuple[str, str]  # PromQL, legend
+Steps = Sequence[tuple[float | None, str]]  # from which value on, colour; the first from the beginning
+CALM: Steps = ((None, BLUE),)
+NONE_IS_GOOD: Steps = ((None, GREEN), (1, RED))
+ACCURACY: Steps = ((None, RED), (0.6, ORANGE), (0.75, YELLOW), (0.85, GREEN))
+
+
+def board(title: str, uid: str, description: str) -> dashboard.Dashboard:
+    """An empty dashboard with the variables datasource and job, and links to its sisters."""
+    sisters = (
+        dashboard.DashboardLink("Driftkeel")
+        .type(DashboardLinkType.DASHBOARDS)
+        .tags([TAG])
+        .include_vars(True)
+        .keep_time(True)
+        .tooltip("The other dashboards, with the same variables and time")
+    )
+    return (
+        dashboard.Dashboard(f"Driftkeel / {title}")
+        .uid(f"driftkeel-{uid}")
+        .description(description)
+        .tags([TAG])
+        .time("now-1h", "now")
+        .refresh("10s")
+        .timezone("browser")
+        .tooltip(DashboardCursorSync.CROSSHAIR)
+        .link(sisters)
+        .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
+        .with_variable(
+            variable("job", "Job", "label_values(driftkeel_build_info, job)")
+            .multi(True)
+            .include_all(True)
+            .all_value(".*")
+        )
+    )
+
+
+def variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
+    return (
+        dashboard.QueryVariable(name)
+        .label(label)
+        .datasource(SOURCE)
+        .query(query)
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(VariableSort.NATURAL_ASC)
+    )
+
+
+def annotation(name: str, expr: str, color: str) -> dashboard.AnnotationQuery:
+    return dashboard.AnnotationQuery().name(name).datasource(SOURCE).enable(True).icon_color(color).expr(expr)
+
+
+def thresholds(steps: Steps) -> dashboard.ThresholdsConfig:
+    levels = [Threshold(value=value, color=color) for value, color in steps]
+    return dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(levels)
+
+
+def number(
+    title: str,
+    description: str,
+    expr: str,
+    unit: str = "short",
+    steps: Steps = CALM,
+    names: Mapping[float, tuple[str, str]] | None = None,
+    width: int = 4,
+) -> stat.Panel:
+    """One number, the newest; `names` gives values a text and a colour."""
+    panel = (
+        stat.Panel()
+        .title(title)
+        .description(description)
+        .datasource(SOURCE)
+        .with_target(_target(expr, "", 0))
+        .unit(unit)
+        .thresholds(thresholds(steps))
+        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+        .span(width)
+        .height(4)
+    )
+    return panel.mappings([_value_map(names)]) if names else panel
+
+
+def lines(
+    title: str,
+    description: str,
+    queries: Sequence[Query],
+    unit: str,
+    *,
+    width: int = 12,
+    stacked: bool = False,
+    log_scale: bool = False,
+    limits: Steps = (),
+    least: float | None = 0.0,
+    most: float | None = None,
+    exemplars: bool = False,
+) -> timeseries.Panel:
+    """Curves over time. `limits` are drawn as dashed lines; `least` and `most` bound the axis where given."""
+    panel = (
+        timeseries.Panel()
+        .title(title)
+        .description(description)
+        .datasource(SOURCE)
+        .targets([_target(expr, legend, i, exemplars) for i, (expr, legend) in enumerate(queries)])
+        .unit(unit)
+        .span(width)
+        .height(8)
+        .line_width(1)
+        .fill_opacity(30 if stacked else 5)
+        .show_points(VisibilityMode.NEVER)
+        .legend(
+            common.VizLegendOptions()
+            .display_mode(LegendDisplayMode.LIST)
+            .placement(LegendPlacement.BOTTOM)
+            .show_legend(True)
+        )
+        .tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.DESCENDING))
+    )
+    if least is not None and not log_scale:
+        panel.min(least)
+    if most is not None:
+        panel.max(most)
+    if stacked:
+        panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL))
+    if log_scale:
+        panel.scale_distribution(common.ScaleDistributionConfig().type(ScaleDistribution.LOG).log(10))
+    if limits:
+        panel.thresholds(thresholds(limits))
+        panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(GraphThresholdsStyleMode.DASHED))
+    return panel
+
+
+def colored(panel: timeseries.Panel, colors: Mapping[str, str]) -> timeseries.Panel:
+    """The same with fixed colours by legend."""
+    for legend, color in colors.items():
+        panel.override_by_name(legend, [DynamicConfigValue("color", {"mode": "fixed", "fixedColor": color})])
+    return panel
+
+
+def band(panel: timeseries.Panel, low: str, high: str) -> timeseries.Panel:
+    """The area between two curves filled, and the curves themselves without a line."""
+    hidden = [
+        DynamicConfigValue("custom.lineWidth", 0),
+        DynamicConfigValue("color", {"mode": "fixed", "fixedColor": BLUE}),
+    ]
+    fill = [DynamicConfigValue("custom.fillBelowTo", low), DynamicConfigValue("custom.fillOpacity", 20)]
+    panel.override_by_name(low, [*hidden, DynamicConfigValue("custom.fillOpacity", 0)])
+    return panel.override_by_name(high, [*hidden, *fill])
+
+
+def states(
+    title: str,
+    description: str,
+    queries: Sequence[Query],
+    names: Mapping[str, Mapping[float, tuple[str, str]]],
+    width: int = 24,
+) -> statetimeline.Panel:
+    """Numbers that stand for states, as coloured spans; `names` by legend."""
+    panel = (
+        statetimeline.Panel()
+        .title(title)
+        .description(description)
+        .datasource(SOURCE)
+        .targets([_target(expr, legend, i) for i, (expr, legend) in enumerate(queries)])
+        .show_value(VisibilityMode.AUTO)
+        .merge_values(True)
+        .row_height(0.85)
+        .span(width)
+        .height(7)
+        .unit("short")
+        .thresholds(thresholds(((None, GREY),)))
+    )
+    for legend, of_legend in names.items():
+        mapping = [{"type": "value", "options": _options(of_legend)}]
+        panel.override_by_name(legend, [DynamicConfigValue("mappings", mapping)])
+    return panel
+
+
+def buckets(
+    title: str, description: str, expr: str, unit: str, width: int = 12, exemplars: bool = False
+) -> heatmap.Panel:
+    """A histogram over time; `expr` is summed by le."""
+    query = _target(expr, "{{le}}", 0, exemplars).format(PromQueryFormat.HEATMAP)
+    return (
+        heatmap.Panel()
+        .title(title)
+        .description(description)
+        .datasource(SOURCE)
+        .with_target(query)
+        .calculate(False)
+        .y_axis(heatmap.YAxisConfig().unit(unit))
+        .unit("short")
+        .thresholds(thresholds(CALM))
+        .span(width)
+        .height(8)
+    )
+
+
+def rows_by(
+    label: str,
+    title: str,
+    description: str,
+    columns: Sequence[tuple[str, str, str, Steps]],
+    link: str,
+    height: int = 10,
+) -> table.Panel:
+    """A table with a row per value of `label`; columns are (name, PromQL that keeps that label alone, unit, steps)."""
+    panel = table.Panel().title(title).description(description).datasource(SOURCE).span(24).height(height)
+    panel.unit("short").thresholds(thresholds(CALM))
+    names = {label: label.capitalize()}
+    for i, (name, expr, unit, steps) in enumerate(columns):
+        panel.with_target(_target(expr, name, i).format(PromQueryFormat.TABLE).instant())
+        names[f"Value #{_ref(i)}"] = name
+        look: dict[str, Any] = {"unit": unit}
+        if len(steps) > 1:
+            look["custom.cellOptions"] = {"type": "color-background", "mode": "gradient"}
+            levels = [{"value": value, "color": color} for value, color in steps]
+            look["thresholds"] = {"mode": "absolute", "steps": levels}
+        panel.override_by_name(name, [DynamicConfigValue(key, value) for key, value in look.items()])
+    to = [{"title": f"Look at this {label}", "url": link}]
+    panel.override_by_name(label.capitalize(), [DynamicConfigValue("links", to)])
+    panel.with_transformation(DataTransformerConfig("joinByField", options={"byField": label, "mode": "outer"}))
+    hidden = {"Time": True, **{f"Time {i + 1}": True for i in range(len(columns))}}
+    return panel.with_transformation(
+        DataTransformerConfig("organize", options={"excludeByName": hidden, "renameByName": names, "indexByName": {}})
+    )
+
+
+def _ref(index: int) -> str:
+    return chr(ord("A") + index)
+
+
+def _target(expr: str, legend: str, index: int, exemplars: bool = False) -> prometheus.Dataquery:
+    query = prometheus.Dataquery().datasource(SOURCE).expr(expr).legend_format(legend).ref_id(_ref(index)).range()
+    return query.exemplar(True) if exemplars else query
+
+
+def _value_map(names: Mapping[float, tuple[str, str]]) -> ValueMap:
+    return ValueMap(
+        options={f"{v:g}": ValueMappingResult(text=text, color=color) for v, (text, color) in names.items()}
+    )
+
+
+def _options(names: Mapping[float, tuple[str, str]]) -> dict[str, Any]:
+    return {f"{v:g}": {"text": text, "color": color, "index": i} for i, (v, (text, color)) in enumerate(names.items())}

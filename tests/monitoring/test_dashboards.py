@@ -1,0 +1,82 @@
+"""The dashboards' JSON is what the code says, and asks only for metrics that there are."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monitoring.dashboards.__main__ import FOLDER, files
+from monitoring.reference import rows
+
+BOARDS = {name: json.loads(content) for name, content in files().items()}
+PANELS = [(name, panel) for name, board in BOARDS.items() for panel in board["panels"] if panel["type"] != "row"]
+OTHERS = {"up", "scrape_duration_seconds"}  # Prometheus' own
+
+
+def known() -> set[str]:
+    """All sample names that a worker can have."""
+    parts = {"histogram": ("_bucket", "_sum", "_count"), "gaugehistogram": ("_bucket", "_gsum", "_gcount")}
+    return {name + part for name, kind, _, _ in rows() for part in parts.get(kind, ("",))} | OTHERS
+
+
+def names_in(expr: str) -> set[str]:
+    return set(re.findall(r"\b((?:driftkeel|process|scrape)_\w+|up)\b", re.sub(r'"[^"]*"|by \([^)]*\)', "", expr)))
+
+
+def test_the_json_is_up_to_date() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == set(BOARDS)
+    for name, content in files().items():
+        assert (FOLDER / name).read_text() == content, "run: python -m monitoring.dashboards"
+
+
+@pytest.mark.parametrize(("board", "panel"), PANELS, ids=[f"{b}: {p['title']}" for b, p in PANELS])
+def test_every_panel_says_what_it_shows(board: str, panel: dict[str, Any]) -> None:
+    assert len(panel["description"]) > 15
+    assert panel["fieldConfig"]["defaults"]["unit"]
+    if panel["type"] in ("stat", "table", "heatmap"):
+        assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"]
+    assert panel["targets"]
+    for target in panel["targets"]:
+        found = names_in(target["expr"])
+        assert found | set(re.findall("ALERTS", target["expr"])), target["expr"]
+        assert found <= known(), target["expr"]
+        assert "$job" in target["expr"] or "ALERTS" in target["expr"]
+        assert target["datasource"]["uid"] == "${datasource}"
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_boards_are_linked_and_nothing_overlaps(name: str) -> None:
+    board = BOARDS[name]
+    assert [v["name"] for v in board["templating"]["list"]][:2] == ["datasource", "job"]
+    (link,) = board["links"]
+    assert link["tags"] == ["driftkeel"] == board["tags"]
+    uids = {other["uid"] for other in BOARDS.values()}
+    assert len(uids) == len(BOARDS)
+    assert set(re.findall(r"/d/([\w-]+)", json.dumps(board))) <= uids
+    cells = [p["gridPos"] for p in board["panels"]]
+    for a, b in combinations(cells, 2):
+        apart = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
+        assert apart or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
+    assert all(cell["x"] + cell["w"] <= 24 for cell in cells)
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def test_every_series_of_a_stream_is_on_its_page() -> None:
+    shown = {
+        name
+        for panel in BOARDS["stream.json"]["panels"]
+        for t in panel.get("targets", ())
+        for name in names_in(t["expr"])
+    }
+    shown |= {name for a in BOARDS["stream.json"]["annotations"]["list"] for name in names_in(a["expr"])}
+    assert {name for name in known() if name.startswith("driftkeel_stream_")} == shown
+
+
+def test_provisioning_finds_the_folder() -> None:
+    compose = (Path(__file__).parents[2] / "deploy" / "compose.yaml").read_text()
+    assert "./grafana/dashboards:/var/lib/grafana/dashboards:ro" in compose
