@@ -31,3 +31,7 @@ class DataError(DriftkeelError):
 
 class UnreachableError(DriftkeelError):
     """The broker or the store does not answer at its address."""
+
+
+class SourceError(DriftkeelError):
+    """A video, camera or picture cannot be read, or its frames cannot be sent."""

@@ -17,6 +17,7 @@ from schemas.config import effective_yaml, load_config
 from schemas.errors import DriftkeelError
 from worker.benchmark_cli import benchmark_app
 from worker.streams_cli import streams_app
+from worker.video_cli import produce, watch
 
 app = typer.Typer(
     name="driftkeel",
@@ -100,6 +101,10 @@ def doctor(config: ConfigOption = None) -> None:
         failed |= finding.level == "failed"
         print(f"{finding.level:8s} {finding.subject:9s} {finding.text}")
     raise typer.Exit(int(failed))
+
+
+app.command()(produce)
+app.command()(watch)
 
 
 def main() -> None:

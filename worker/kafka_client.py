@@ -7,7 +7,7 @@ import logging
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from kafka import KafkaAdminClient
@@ -97,8 +97,8 @@ def until_reached(
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-def require_topics(settings: Kafka, stop: threading.Event | None = None) -> None:
-    """Check that the broker answers and has the four topics.
+def require_topics(settings: Kafka, stop: threading.Event | None = None, only: Sequence[str] | None = None) -> None:
+    """Check that the broker answers and has the topics of a worker, or `only` these.
 
     Raises UnreachableError, or ConfigError that names the missing topics.
     """
@@ -110,7 +110,7 @@ def require_topics(settings: Kafka, stop: threading.Event | None = None) -> None
     finally:
         admin.close()
     topics = settings.topics
-    needed = [topics.frames, topics.predictions, topics.updates, topics.dead_letters]
+    needed = only or [topics.frames, topics.predictions, topics.updates, topics.dead_letters]
     missing = [topic for topic in needed if topic not in known]
     if missing:
         raise ConfigError(

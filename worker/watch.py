@@ -1,0 +1,176 @@
+"""`driftkeel watch`: what workers say of their streams, as lines, JSON or a live table, or drawn into the frames."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from kafka import KafkaConsumer, TopicPartition
+from PIL import Image, ImageDraw
+from pydantic import ValidationError
+from rich.table import Table
+
+from schemas.config import Kafka, WorkerConfig
+from schemas.errors import SourceError
+from schemas.prediction import Prediction
+from worker.decode import FORMATS
+from worker.kafka_client import connection, open_client, require_topics, until_reached
+
+REMEMBERED_IDS = 100_000
+FETCH_TIMEOUT_MS = 2_000
+BAR = 18  # height in pixels of the strip that a label stands in
+
+
+class Watcher:
+    """Reads the predictions topic without a group: watching changes nothing for anybody else."""
+
+    def __init__(self, config: WorkerConfig, streams: set[str], beginning: bool, stop: threading.Event) -> None:
+        self._kafka, self._streams, self._stop = config.kafka, streams, stop
+        self._seen: OrderedDict[str, None] = OrderedDict()
+        topic = self._kafka.topics.predictions
+        require_topics(self._kafka, stop, [topic])
+        self._consumer = _consumer(self._kafka, stop)
+        places = [TopicPartition(topic, number) for number in self._consumer.partitions_for_topic(topic)]
+        self._consumer.assign(places)
+        (self._consumer.seek_to_beginning if beginning else self._consumer.seek_to_end)(*places)
+        for place in places:
+            self._consumer.position(place)  # now, and not with the first poll
+
+    def predictions(self) -> Iterator[Prediction]:
+        """Each once, until the run stops; a record that is no prediction is passed over."""
+        while not self._stop.is_set():
+            for records in self._consumer.poll(timeout_ms=200).values():
+                for record in records:
+                    prediction = _parsed(record.value)
+                    if prediction and self._wanted(prediction):
+                        yield prediction
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._consumer.close(autocommit=False)
+
+    def _wanted(self, prediction: Prediction) -> bool:
+        if (self._streams and prediction.stream not in self._streams) or prediction.id in self._seen:
+            return False
+        self._seen[prediction.id] = None
+        if len(self._seen) > REMEMBERED_IDS:
+            self._seen.popitem(last=False)
+        return True
+
+
+def _consumer(kafka: Kafka, stop: threading.Event) -> Any:
+    def make() -> Any:
+        return open_client(
+            KafkaConsumer,
+            **connection(kafka),
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=kafka.fetch_max_wait_ms,
+        )
+
+    return until_reached(make, f"the broker at {kafka.bootstrap}", kafka.connect_timeout_s, stop)
+
+
+def _parsed(content: bytes | None) -> Prediction | None:
+    try:
+        return Prediction.model_validate_json(content or b"")
+    except ValidationError:
+        return None
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: labels and names come from outside, and must not move the cursor."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def line(prediction: Prediction) -> str:
+    """A prediction as one line."""
+    return (
+        f"{prediction.event_time.astimezone():%H:%M:%S}  {printable(prediction.stream):20s} "
+        f"{printable(prediction.label):16s} {prediction.confidence:5.0%}  {prediction.parameters:8s} "
+        f"step {prediction.step:<6d} accuracy ~{prediction.estimated_accuracy:4.0%}  {printable(prediction.id)}"
+    )
+
+
+@dataclass
+class Board:
+    """The newest prediction of each stream, and how many there were."""
+
+    newest: dict[str, Prediction] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def take(self, prediction: Prediction) -> None:
+        """Add one."""
+        self.newest[prediction.stream] = prediction
+        self.counts[prediction.stream] = self.counts.get(prediction.stream, 0) + 1
+
+    def table(self) -> Table:
+        """A row a stream."""
+        table = Table("stream", "frames", "label", "confidence", "answered by", "step", "estimated accuracy")
+        for name, last in sorted(self.newest.items()):
+            table.add_row(
+                printable(name),
+                f"{self.counts[name]:,}",
+                printable(last.label),
+                f"{last.confidence:.0%}",
+                last.parameters,
+                str(last.step),
+                f"{last.estimated_accuracy:.0%}",
+            )
+        return table
+
+
+class Drawer:
+    """Fetches the frame of a prediction, writes the label into it, and keeps it as a JPEG."""
+
+    def __init__(self, config: WorkerConfig, folder: Path, stop: threading.Event) -> None:
+        self._folder, self._limits, self._topic = folder, config.frames, config.kafka.topics.frames
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SourceError(f"{folder} cannot be made: {error.strerror}") from error
+        self._consumer = _consumer(config.kafka, stop)
+
+    def draw(self, prediction: Prediction) -> Path | None:
+        """Where the picture is; None where the topic has dropped the frame, or it is no picture within the limits."""
+        content = self._frame(prediction.id)
+        picture = self._decoded(content) if content else None
+        if picture is None:
+            return None
+        canvas = Image.new("RGB", (max(picture.width, 160), picture.height + BAR))
+        canvas.paste(picture, (0, BAR))
+        text = f"{printable(prediction.label)} {prediction.confidence:.0%} {prediction.parameters}"
+        ImageDraw.Draw(canvas).text((3, 3), text.encode("latin-1", "replace").decode("latin-1"), fill="white")
+        partition, offset = prediction.id.split("/")[-2:]
+        path = self._folder / f"{quote(prediction.stream, safe='')}-{partition}-{offset}.jpg"
+        canvas.save(path, "JPEG", quality=90)
+        return path
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._consumer.close(autocommit=False)
+
+    def _frame(self, frame_id: str) -> bytes | None:
+        topic, partition, offset = (["", "", *frame_id.rsplit("/", 2)])[-3:]
+        if topic != self._topic or not (partition.isdigit() and offset.isdigit()):
+            return None
+        place = TopicPartition(topic, int(partition))
+        self._consumer.assign([place])
+        self._consumer.seek(place, int(offset))
+        records = self._consumer.poll(timeout_ms=FETCH_TIMEOUT_MS, max_records=1).get(place, [])
+        return records[0].value if records and records[0].offset == int(offset) else None
+
+    def _decoded(self, content: bytes) -> Image.Image | None:
+        try:
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if max(image.size) > self._limits.max_side or image.width * image.height > self._limits.max_pixels:
+                return None
+            return image.convert("RGB")
+        except Exception:  # noqa: BLE001 - decoders fail on hostile bytes in ways that no list of exceptions covers
+            return None
