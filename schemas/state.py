@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from datetime import datetime
 from typing import Final, Literal
 
 import safetensors
@@ -15,6 +16,7 @@ from torch import Tensor
 from schemas.errors import StateError
 from schemas.frame import Position
 from schemas.policy import PolicyChange
+from schemas.update import Proxies
 
 FORMAT_VERSION: Final = 1
 HOUR_S: Final = 3_600
@@ -97,6 +99,17 @@ class StreamState(BaseModel):
     tensors: dict[str, Tensor]
 
 
+class Snapshot(BaseModel):
+    """What is kept beside the tensors of a state that a stream may return to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    time: datetime
+    reason: str
+    proxies: Proxies | None = None
+    header: StreamHeader
+
+
 def encode_header(header: StreamHeader) -> bytes:
     """The header's bytes for the store."""
     return header.model_dump_json().encode()
@@ -135,9 +148,31 @@ def decode_state(header: bytes, blob: bytes, like: dict[str, Tensor], max_bytes:
     if len(blob) > max_bytes:
         raise StateError(f"the stored state has {len(blob)} bytes, more than store.max_state_bytes = {max_bytes}")
     parsed = decode_header(header)
+    return StreamState(header=parsed, tensors=decode_tensors(blob, parsed.step, like))
+
+
+def decode_snapshot(content: bytes, blob: bytes, like: dict[str, Tensor], bundle: str) -> tuple[Snapshot, StreamState]:
+    """A kept snapshot of a stream under `bundle`, checked like a state. Raises StateError."""
+    snapshot = read_snapshot(content)
+    if snapshot.header.bundle != bundle:
+        raise StateError(f"the snapshot belongs to bundle {snapshot.header.bundle}, this site runs {bundle}")
+    tensors = decode_tensors(blob, snapshot.header.step, like)
+    return snapshot, StreamState(header=snapshot.header, tensors=tensors)
+
+
+def read_snapshot(content: bytes) -> Snapshot:
+    """What `Snapshot.model_dump_json` wrote. Raises StateError."""
+    try:
+        return Snapshot.model_validate_json(content)
+    except ValidationError as error:
+        raise StateError(f"a stored snapshot cannot be read: {error.errors()[0]['msg']}") from error
+
+
+def decode_tensors(blob: bytes, expected_step: int, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stored tensors of that step, with the names, shapes and dtypes of `like` and finite values. Raises StateError."""
     step = _tensor_metadata(blob).get("step")
-    if step != str(parsed.step):
-        raise StateError(f"the stored tensors are of step {step}, their header is of step {parsed.step}")
+    if step != str(expected_step):
+        raise StateError(f"the stored tensors are of step {step}, their header is of step {expected_step}")
     try:
         tensors = safetensors.torch.load(blob)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -153,7 +188,7 @@ def decode_state(header: bytes, blob: bytes, like: dict[str, Tensor], max_bytes:
             )
         if not bool(torch.isfinite(found).all()):
             raise StateError(f"stored tensor {name!r} has values that are not finite")
-    return StreamState(header=parsed, tensors=tensors)
+    return tensors
 
 
 def decode_header(header: bytes) -> StreamHeader:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
@@ -47,7 +49,7 @@ class UpdateEvent(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    id: str = Field(description="stream@number, number counting the events of the stream")
+    id: str = Field(pattern=r"@\d+$", description="stream@number, number counting the events of the stream")
     stream: str
     time: datetime
     decision: Decision
@@ -71,3 +73,31 @@ class UpdateEvent(BaseModel):
     token: int = Field(ge=0)
     bundle: str
     worker: str
+
+    @property
+    def number(self) -> int:
+        """Which of the stream's events this is; the first is 1."""
+        return int(self.id.rsplit("@", 1)[1])
+
+
+@dataclass(frozen=True)
+class SealedEvent:
+    """An event and its bytes. Whoever publishes it again sends the same bytes: the next event carries their hash."""
+
+    event: UpdateEvent
+    content: bytes
+
+    @property
+    def digest(self) -> str:
+        """What the stream's next event carries as `previous`."""
+        return digest(self.content)
+
+
+def seal(event: UpdateEvent) -> SealedEvent:
+    """The event as it is published and stored."""
+    return SealedEvent(event, event.model_dump_json().encode())
+
+
+def digest(content: bytes) -> str:
+    """Of an event's bytes, as the chain carries it."""
+    return hashlib.sha256(content).hexdigest()

@@ -63,7 +63,7 @@ def _store(config: WorkerConfig) -> Iterator[Finding]:
     yield Finding("store", "ok", f"{config.store.address} answers")
     # A round of what workers do, on a stream of its own, shows permissions as well as reachability.
     (claimed,) = store.claim([_NOBODY], config.worker)
-    store.write([Write(_NOBODY, claimed.token, 1, b"{}", b"", b"tensors", snapshot=True)])
+    store.write([Write(_NOBODY, claimed.token, 1, b"{}", b"", b"tensors", snapshot=b"{}")])
     store.overview([_NOBODY])
     store.marks(config.kafka.group, [])
     client = connect(config.store)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from monitoring.drift import observe
 from schemas.bundle import Preprocess
 from schemas.prediction import Parameters
 from schemas.state import RunningProxies, StreamHeader, StreamState
+from worker.answer import named
 from worker.batcher import MicroBatch
 from worker.decode import Pixels
 
@@ -111,7 +112,8 @@ class Pass:
 class Proposal:
     """A stream's next state before the guard has seen it. `row` points into the tensors of all proposals.
 
-    `update` is False where the parameters stay and only what is known of the stream has moved.
+    `update` is False where the parameters stay and only what is known of the stream has moved. `layers` says how far
+    each norm layer moves.
     """
 
     outlook: Outlook
@@ -119,6 +121,7 @@ class Proposal:
     update: bool
     signals: dict[str, float]
     finite: bool
+    layers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,11 @@ class Engine:
         self._residents: dict[str, Resident] = {}
         self._fresh = {name: tensor[0].clone() for name, tensor in self._method.fresh(1).items()}
         self._free: list[int] = []
-        self._source = {name: tensor for name, tensor in self._fresh.items() if name in FIXED}
+        self.fixed = {name: tensor for name, tensor in self._fresh.items() if name in FIXED}
+        places = bundle.model.places
+        self._layers = [place.layer for place in places]
+        sizes = torch.tensor([place.end - place.scale for place in places])
+        self._layer_of = torch.arange(len(places)).repeat_interleave(sizes)
         self._state: State = {
             name: tensor.new_empty(0, *tensor.shape, dtype=tensor.dtype) for name, tensor in self._fresh.items()
         }
@@ -170,12 +177,12 @@ class Engine:
         """Whether the stream is still the same resident: not released meanwhile, nor released and admitted again."""
         return self._residents.get(stream) is resident
 
-    def admit(self, state: StreamState, token: int, stored: bool) -> None:
+    def admit(self, state: StreamState, token: int, stored: bool, approved: State | None = None) -> None:
         """Make a stream resident."""
         if not self._free:
             self._grow()
         slot = self._free.pop()
-        self._residents[state.header.stream] = Resident(slot, state.header, token, stored)
+        self._residents[state.header.stream] = Resident(slot, state.header, token, stored, approved)
         for name, tensor in self._state.items():
             tensor[slot] = state.tensors[name]
 
@@ -237,9 +244,10 @@ class Engine:
             update = self._method.update(passed.forward)
             finite = finite_rows(update.state).tolist()
             signals = {name: values.tolist() for name, values in update.signals.items()}
+            layers = self.distances(passed.forward.state["affine"], update.state["affine"])
             for row, outlook in enumerate(passed.adapting):
                 own = {name: values[row] for name, values in signals.items()}
-                proposals.append(Proposal(outlook, row, True, own, finite[row]))
+                proposals.append(Proposal(outlook, row, True, own, finite[row], layers[row]))
             states.append(update.state)
         if passed.observed is not None:
             finite, first = finite_rows(passed.observed).tolist(), len(proposals)
@@ -247,6 +255,21 @@ class Engine:
                 proposals.append(Proposal(outlook, first + row, False, {}, finite[row]))
             states.append(passed.observed)
         return Proposals(proposals, _joined(states))
+
+    def distances(self, before: Tensor, after: Tensor) -> list[dict[str, float]]:
+        """How far each norm layer is from where it was, for every row of two affines (S, P); four digits."""
+        change = (after - before).detach()
+        squared = change.new_zeros(len(change), len(self._layers)).index_add_(1, self._layer_of, change * change)
+        return [
+            {layer: float(f"{distance:.4g}") for layer, distance in zip(self._layers, row, strict=True)}
+            for row in squared.sqrt().tolist()
+        ]
+
+    def replace(self, stream: str, tensors: State) -> None:
+        """Give a stream other tensors, once they are in the store. It must be in no pass."""
+        slot = self._residents[stream].slot
+        for name, tensor in self._state.items():
+            tensor[slot] = tensors[name]
 
     def accept(self, proposals: Proposals, accepted: list[Proposal]) -> None:
         """Put accepted updates in place, once they are in the store."""
@@ -279,8 +302,8 @@ class Engine:
         place[rows] = torch.arange(len(rows))
         place = place.index_select(0, stream)
         frames = (place >= 0).nonzero().flatten()
-        own = [_answering(batches[row], residents[row], self._source) for row in rows]
-        parameters = {name: torch.stack([state[name] for state in own]) for name in self._source}
+        own = [_answering(batches[row], residents[row], self.fixed) for row in rows]
+        parameters = {name: torch.stack([state[name] for state in own]) for name in self.fixed}
         return Fixed(frames, place.index_select(0, frames), parameters)
 
     @torch.inference_mode()
@@ -314,7 +337,7 @@ class Engine:
                 Outlook(
                     batch=batch,
                     resident=resident,
-                    parameters=batch.answer if step else "source",
+                    parameters=named(batch.answer, resident.header),
                     step=step,
                     top_index=index[start:end],
                     top_confidence=confidence[start:end],

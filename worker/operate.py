@@ -6,26 +6,28 @@ goes on from what was written here: no worker has to be stopped, and no frame is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from torch import Tensor
-
+from schemas.command import Command
 from schemas.config import WorkerConfig
 from schemas.errors import StateError
 from schemas.state import (
+    Snapshot,
     StreamHeader,
     StreamState,
     decode_file,
     decode_header,
     decode_state,
     encode_file,
-    encode_header,
-    encode_tensors,
+    read_snapshot,
 )
-from schemas.update import Decision, UpdateEvent
-from worker.compress import pack
-from worker.store import Claimed, Overview, StateStore, Write
+from schemas.update import UpdateEvent
+from worker.answer import Policies
+from worker.engine import Engine
+from worker.obey import Entry, Place, Subject, imported, obey
+from worker.store import Claimed, Overview, StateStore
+from worker.streams import after_last_event, as_write, chosen_snapshot
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class Listed:
 
 
 class Operator:
-    """Reads and changes stored streams. `like` are the tensors of a stream that has seen nothing."""
+    """Reads and changes stored streams; `engine` has none of them, and knows what they look like."""
 
-    def __init__(
-        self, config: WorkerConfig, store: StateStore, bundle: str, like: dict[str, Tensor], name: str
-    ) -> None:
+    def __init__(self, config: WorkerConfig, store: StateStore, engine: Engine, name: str) -> None:
         self._limit, self._compression = config.store.max_state_bytes, config.store.compression
-        self._store, self._bundle, self._like, self._name = store, bundle, like, name
+        self._store, self._engine, self._name = store, engine, name
+        self._bundle, self._like = engine.bundle_hash, engine.like
+        self._place = Place.of(engine, Policies(config.policy, config.streams), name)
 
     def listed(self, streams: list[str] | None = None) -> list[Listed]:
         """These streams, or all, by name. Raises StateError for an unknown one."""
@@ -70,9 +72,9 @@ class Operator:
             header = None
         return Listed(stream, found.owner, found.token, header, found.tensor_bytes, found.snapshots)
 
-    def snapshot_steps(self, stream: str) -> list[int]:
-        """The steps at which snapshots were taken, newest first."""
-        return [decode_header(header).step for header, _ in self._store.snapshots(stream)]
+    def snapshots(self, stream: str) -> list[Snapshot]:
+        """What is kept for rollback, newest first."""
+        return [read_snapshot(said) for said, _ in self._store.snapshots(stream)]
 
     def export(self, stream: str) -> bytes:
         """The stream's state as one file."""
@@ -81,24 +83,27 @@ class Operator:
 
     def reset(self, stream: str, reason: str) -> UpdateEvent:
         """Back to the source model."""
-        self._known(stream)
-        return self._replace(stream, self._like, 0, "reset", reason)
+        return self._obey(Command(stream=stream, action="reset", reason=reason))
 
     def rollback(self, stream: str, back: int, reason: str) -> UpdateEvent:
         """Back to a snapshot: 1 is the newest."""
+        command = Command(stream=stream, action="rollback", snapshot=back, reason=reason)
         self._known(stream)
-        snapshots = self._store.snapshots(stream)
-        if not 1 <= back <= len(snapshots):
-            raise StateError(f"stream {stream!r} has {len(snapshots)} snapshots, there is no number {back}")
-        state = decode_state(*snapshots[back - 1], self._like, self._limit)
-        self._check_bundle(state)
-        return self._replace(stream, state.tensors, state.header.step, "rolled_back", reason)
+        chosen_snapshot(self._store.snapshots(stream), stream, back, self._like, self._bundle)
+        return self._obey(command)
 
     def import_file(self, stream: str, content: bytes, reason: str) -> UpdateEvent:
         """The parameters of a file; the stream keeps its own position, or starts without one."""
         state = decode_file(content, self._like, self._limit)
         self._check_bundle(state)
-        return self._replace(stream, state.tensors, state.header.step, "imported", reason)
+        return self._change(
+            stream,
+            lambda subject, token: imported(state.tensors, state.header.step, reason, subject, self._place, token),
+        )
+
+    def _obey(self, command: Command) -> UpdateEvent:
+        self._known(command.stream)
+        return self._change(command.stream, lambda subject, token: obey(command, subject, self._place, token))
 
     def _check_bundle(self, state: StreamState) -> None:
         if state.header.bundle != self._bundle:
@@ -110,38 +115,28 @@ class Operator:
             raise _unknown(stream)
         return stored
 
-    def _replace(
-        self, stream: str, tensors: dict[str, Tensor], step: int, decision: Decision, reason: str
-    ) -> UpdateEvent:
+    def _change(self, stream: str, change: Callable[[Subject, int], Entry]) -> UpdateEvent:
         (claimed,) = self._store.claim([stream], self._name)
-        try:
-            old = decode_header(claimed.header) if claimed.header else None
-        except StateError:
-            old = None
-        if old is None:
-            old = StreamHeader(stream=stream, bundle=self._bundle, method="mgg")
-        header = old.model_copy(update={"step": step, "events": old.events + 1, "bundle": self._bundle})
-        event = UpdateEvent(
-            id=f"{stream}@{header.events}",
-            stream=stream,
-            time=datetime.now(UTC),
-            decision=decision,
-            reason=reason,
-            frames=[],
-            step=step,
-            token=claimed.token,
-            bundle=self._bundle,
-            worker=self._name,
-        )
+        entry = change(self._subject(stream, claimed), claimed.token)
+        write = as_write(entry, claimed.token, self._compression)
         # Events wait beside the state, one a line, until the stream's next worker publishes them.
-        events = b"\n".join([*(claimed.event or b"").splitlines(), event.model_dump_json().encode()])
-        content = pack(encode_tensors(tensors, step), self._compression)
-        write = Write(stream, claimed.token, header.events, encode_header(header), events, content)
-        if self._store.write([write]) != [True]:
+        waiting = [*(claimed.event or b"").splitlines(), write.event]
+        if self._store.write([replace(write, event=b"\n".join(waiting))]) != [True]:
             raise StateError(
                 f"a worker claimed stream {stream!r} at the same moment and nothing was changed; try again"
             )
-        return event
+        return entry.events[-1].event
+
+    def _subject(self, stream: str, claimed: Claimed) -> Subject:
+        header = StreamHeader(stream=stream, bundle=self._bundle, method=self._engine.bundle.method_name)
+        tensors = self._like
+        try:
+            header = decode_header(claimed.header) if claimed.header else header
+            tensors = decode_state(claimed.header or b"", claimed.tensors or b"", self._like, self._limit).tensors
+        except StateError:  # What cannot be read is about to be replaced.
+            header = header if header.events else after_last_event(header, claimed.event)
+        snapshots = self._store.snapshots(stream)
+        return Subject(header, tensors, lambda back: chosen_snapshot(snapshots, stream, back, self._like, self._bundle))
 
 
 def _unknown(stream: str) -> StateError:

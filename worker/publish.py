@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any
 
 from kafka import KafkaProducer
@@ -16,7 +15,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 from schemas.config import Kafka
 from schemas.errors import FrameError, UnreachableError
 from schemas.prediction import PREDICTION_TYPE
-from schemas.update import UPDATE_TYPE, UpdateEvent
+from schemas.update import UPDATE_TYPE, SealedEvent
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, connection, open_client, until_reached
 
 log = logging.getLogger("driftkeel.publish")
@@ -151,12 +150,10 @@ class Publisher:
             headers.append(("traceparent", traceparent.encode()))
         self.send(Message(self._settings.topics.predictions, stream, content, headers))
 
-    def update(self, event: UpdateEvent) -> None:
-        self.update_bytes(event.stream, event.id, event.time, event.model_dump_json().encode())
-
-    def update_bytes(self, stream: str, event_id: str, time: datetime, content: bytes) -> None:
-        headers = [*self._update_headers, ("ce_id", event_id.encode()), ("ce_time", time.isoformat().encode())]
-        self.send(Message(self._settings.topics.updates, stream.encode(), content, headers))
+    def update(self, sealed: SealedEvent) -> None:
+        event = sealed.event
+        headers = [*self._update_headers, ("ce_id", event.id.encode()), ("ce_time", event.time.isoformat().encode())]
+        self.send(Message(self._settings.topics.updates, event.stream.encode(), sealed.content, headers))
 
     def dead_letter(self, record: Any, error: FrameError) -> None:
         """The record as it was, with the reason in extra headers."""

@@ -19,15 +19,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from meta.method import State
 from monitoring import observe
 from monitoring.metrics import WorkerMetrics
 from monitoring.proxies import estimate
-from schemas.state import StreamHeader
-from schemas.update import UpdateEvent
+from schemas.state import Snapshot, StreamHeader
+from schemas.update import SealedEvent, UpdateEvent, seal
+from worker.answer import named
 from worker.batcher import MicroBatch, MicroBatcher
 from worker.engine import Gathered, Outlook, Pass, Proposal, Proposals, next_header
 from worker.guard import Guard, Verdict
 from worker.messages import PredictionWriter
+from worker.obey import Entry
 from worker.offsets import Offsets
 from worker.publish import Publisher
 from worker.streams import Streams
@@ -63,7 +66,8 @@ class _Judged:
     verdict: Verdict
     proposal: Proposal | None
     header: StreamHeader
-    event: UpdateEvent
+    sealed: SealedEvent
+    snapshot: Snapshot | None
 
     @property
     def kept(self) -> Proposal | None:
@@ -191,22 +195,25 @@ class Step:
             if verdict.apply:
                 header.lately = header.lately.and_one(time.time())
             event = self._event(outlook, verdict, proposal, resident.header, header, resident.token)
-            judged.append(_Judged(outlook, verdict, proposal, header, event))
+            snapshot = self._streams.snapshot(resident.header, header, event)
+            sealed = seal(event)
+            header.last_event = sealed.digest
+            judged.append(_Judged(outlook, verdict, proposal, header, sealed, snapshot))
         return judged
 
     def _store(self, judged: list[_Judged], proposals: Proposals) -> list[str]:
         if not judged:
             return []
-        entries = [(j.header, j.event, j.kept.row if j.kept is not None else None) for j in judged]
-        accepted = self._streams.write(entries, proposals)
+        entries = [Entry(j.header, (j.sealed,), _row(proposals, j.kept), snapshot=j.snapshot) for j in judged]
+        accepted = self._streams.write(entries)
         kept = [j for j, good in zip(judged, accepted, strict=True) if good]
         self._engine.accept(proposals, [j.kept for j in kept if j.kept is not None])
         for j in kept:
-            self._publisher.update(j.event)
+            self._publisher.update(j.sealed)
             self._offsets.finished(frame.position for frame in j.outlook.batch.frames)
             here = self._engine.holds(j.header.stream, j.outlook.resident)
-            observe.decided(self._metrics, j.event, j.header if here else None)
-            observe.judged(self._metrics, j.event, j.outlook.mean_entropy, j.outlook.parameters)
+            observe.decided(self._metrics, j.sealed.event, j.header if here else None)
+            observe.judged(self._metrics, j.sealed.event, j.outlook.mean_entropy, j.outlook.parameters)
         fenced = [j.header.stream for j, good in zip(judged, accepted, strict=True) if not good]
         self._metrics.fenced.inc(len(fenced))
         return fenced
@@ -243,9 +250,16 @@ class Step:
             generated_gradient_norm=signal("generated_gradient_norm"),
             cosine=signal("cosine"),
             source_distance=signal("source_distance") if verdict.apply else None,
+            layers=proposal.layers if proposal and verdict.apply else {},
+            parameters=named(outlook.batch.answer, after),
+            previous=before.last_event,
             before=estimate(before.proxies, manifest.calibration, clean),
             after=estimate(after.proxies, manifest.calibration, clean),
             token=token,
             bundle=self._engine.bundle_hash,
             worker=self._worker,
         )
+
+
+def _row(proposals: Proposals, kept: Proposal | None) -> State | None:
+    return None if kept is None else {name: tensor[kept.row] for name, tensor in proposals.state.items()}

@@ -1,10 +1,11 @@
 """Stream states in Redis: claimed by token, written together with their position, in one atomic script.
 
-A stream has three keys, which share a hash tag and so lie on one node of a Cluster:
+A stream has four keys, which share a hash tag and so lie on one node of a Cluster:
 
     {prefix}:{stream}            hash: token, owner, header, event
     {prefix}:{stream}:tensors    the tensors, which may expire when the stream is idle
     {prefix}:{stream}:snapshots  list of earlier states, newest first
+    {prefix}:{stream}:approved   parameters that a person approved, where one did
 
 A partition has one, {prefix}:mark:{group}/{topic}/{partition}: all of its frames before this offset are in the states.
 Where Kafka's committed offset is further, the store has lost what it knew, by a crash or from a backup.
@@ -40,10 +41,11 @@ local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
 redis.call('HSET', KEYS[1], 'owner', ARGV[1])
 redis.call('HDEL', KEYS[1], 'written')
 local stored = redis.call('HMGET', KEYS[1], 'header', 'event')
-return {token, stored[1], redis.call('GET', KEYS[2]), stored[2]}
+return {token, stored[1], redis.call('GET', KEYS[2]), stored[2], redis.call('GET', KEYS[4])}
 """
 
-# ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep, number.
+# ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep, number,
+# approved or ''.
 _WRITE = """
 local stored = redis.call('HMGET', KEYS[1], 'token', 'written')
 if stored[1] ~= ARGV[1] then return 0 end
@@ -51,6 +53,7 @@ if stored[2] == ARGV[8] then return 1 end
 if stored[2] and tonumber(stored[2]) > tonumber(ARGV[8]) then return 0 end
 redis.call('HSET', KEYS[1], 'header', ARGV[2], 'event', ARGV[3], 'written', ARGV[8])
 if ARGV[4] ~= '' then redis.call('SET', KEYS[2], ARGV[4]) end
+if ARGV[9] ~= '' then redis.call('SET', KEYS[4], ARGV[9]) end
 if ARGV[6] ~= '' then
   redis.call('LPUSH', KEYS[3], ARGV[6])
   redis.call('LTRIM', KEYS[3], 0, ARGV[7] - 1)
@@ -74,6 +77,7 @@ class Claimed:
     header: bytes | None
     tensors: bytes | None
     event: bytes | None
+    approved: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,10 @@ class Overview:
 
 @dataclass(frozen=True)
 class Write:
-    """A state to write. `tensors` None leaves the stored ones as they are; `snapshot` keeps this state for rollback.
+    """A state to write. `tensors` None leaves the stored ones as they are, and so does `approved`.
 
-    `number` grows from write to write of a stream; `tensors` are as `pack` gave them.
+    `snapshot` keeps these tensors for rollback, under what it says of them. `number` grows from write to write of a
+    stream; tensors are as `pack` gave them.
     """
 
     stream: str
@@ -100,7 +105,8 @@ class Write:
     header: bytes
     event: bytes
     tensors: bytes | None
-    snapshot: bool = False
+    snapshot: bytes | None = None
+    approved: bytes | None = None
 
 
 class StateStore:
@@ -114,7 +120,7 @@ class StateStore:
     def keys(self, stream: str) -> list[str]:
         """The stream's keys; the braces make its name their hash tag."""
         base = f"{self._settings.prefix}:{{{quote(stream, safe='')}}}"
-        return [base, f"{base}:tensors", f"{base}:snapshots"]
+        return [base, f"{base}:tensors", f"{base}:snapshots", f"{base}:approved"]
 
     def reconnected(self) -> bool:
         """Whether connections were opened since the last call, but for the very first.
@@ -130,7 +136,10 @@ class StateStore:
     def claim(self, streams: list[str], owner: str) -> list[Claimed]:
         """Take over streams, in order."""
         rows = self._scripts(_CLAIM, [(self.keys(stream), [owner]) for stream in streams])
-        return [Claimed(int(token), header, self._unpacked(tensors), event) for token, header, tensors, event in rows]
+        return [
+            Claimed(int(token), header, self._unpacked(tensors), event, self._unpacked(approved))
+            for token, header, tensors, event, approved in rows
+        ]
 
     def write(self, writes: list[Write]) -> list[bool]:
         """Write states, in order; False where another worker has claimed the stream since."""
@@ -139,11 +148,12 @@ class StateStore:
 
     def read(self, stream: str) -> Claimed:
         """What is stored, without claiming it. The token is 0 for an unknown stream."""
-        meta, tensors, _ = self.keys(stream)
+        meta, tensors, _, approved = self.keys(stream)
 
         def run(client: Any) -> Claimed:
             token, header, event = client.hmget(meta, "token", "header", "event")
-            return Claimed(int(token or 0), header, self._unpacked(client.get(tensors)), event)
+            parts = [self._unpacked(client.get(key)) for key in (tensors, approved)]
+            return Claimed(int(token or 0), header, parts[0], event, parts[1])
 
         return self._reach(run)
 
@@ -151,7 +161,7 @@ class StateStore:
         """What is stored, in order, without the tensors themselves."""
         commands: list[tuple[Any, ...]] = []
         for stream in streams:
-            meta, tensors, snapshots = self.keys(stream)
+            meta, tensors, snapshots, _ = self.keys(stream)
             commands += [
                 ("HMGET", meta, "token", "owner", "header"),
                 ("STRLEN", tensors),
@@ -165,10 +175,10 @@ class StateStore:
         ]
 
     def snapshots(self, stream: str) -> list[tuple[bytes, bytes]]:
-        """Kept states as (header, tensors), newest first."""
+        """Kept states as (what was said of them, tensors), newest first."""
         packed = self._reach(lambda client: client.lrange(self.keys(stream)[2], 0, -1))
         kept = [_split(content) for content in packed]
-        return [(header, unpack(tensors, self._settings.max_state_bytes)) for header, tensors in kept]
+        return [(said, unpack(tensors, self._settings.max_state_bytes)) for said, tensors in kept]
 
     def streams(self) -> Iterator[str]:
         """All streams that have a state, in no order."""
@@ -193,10 +203,10 @@ class StateStore:
 
     def _arguments(self, write: Write) -> list[Any]:
         settings = self._settings
-        snapshot = _join(write.header, write.tensors) if write.snapshot and write.tensors else b""
+        snapshot = _join(write.snapshot, write.tensors) if write.snapshot and write.tensors else b""
         return [
             *(write.token, write.header, write.event, write.tensors or b"", settings.idle_ttl_s),
-            *(snapshot, settings.snapshots, write.number),
+            *(snapshot, settings.snapshots, write.number, write.approved or b""),
         ]
 
     def _unpacked(self, tensors: bytes | None) -> bytes | None:
@@ -237,8 +247,8 @@ class StateStore:
             raise UnreachableError(f"the store at {address} does not answer: {error}") from error
 
 
-def _join(header: bytes, tensors: bytes) -> bytes:
-    return struct.pack("<I", len(header)) + header + tensors
+def _join(said: bytes, tensors: bytes) -> bytes:
+    return struct.pack("<I", len(said)) + said + tensors
 
 
 def _split(content: bytes) -> tuple[bytes, bytes]:

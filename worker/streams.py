@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from pydantic import ValidationError
 
+from meta.method import State
 from monitoring.metrics import WorkerMetrics
 from monitoring.observe import decided
 from schemas.config import Adapt
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
-from schemas.state import StreamHeader, StreamState, decode_header, decode_state, encode_header, encode_tensors
-from schemas.update import UpdateEvent
+from schemas.state import (
+    Snapshot,
+    StreamHeader,
+    StreamState,
+    decode_header,
+    decode_snapshot,
+    decode_state,
+    decode_tensors,
+    encode_header,
+    encode_tensors,
+)
+from schemas.update import SealedEvent, UpdateEvent, digest, seal
 from worker.compress import pack
-from worker.engine import Engine, Proposals
+from worker.engine import Engine
+from worker.obey import Entry
 from worker.publish import Publisher
 from worker.store import Claimed, StateStore, Write
 
 log = logging.getLogger("driftkeel.streams")
 Result = TypeVar("Result")
+Compression = Literal["none", "deflate"]
+
+
+@dataclass(frozen=True)
+class _Restored:
+    """What a claim found, and why it is not what was stored, where it is not."""
+
+    state: StreamState
+    reset: str | None = None
+    approved: State | None = None
 
 
 class Heal(Protocol):
@@ -65,8 +88,15 @@ class Streams:
     def _claim(self, streams: list[str]) -> None:
         with self._metrics.store_seconds.labels("claim").time():
             claims = self._heal(lambda: self._store.claim(streams, self._worker))
+        lost = []
         for stream, claimed in zip(streams, claims, strict=True):
-            self._admit(stream, claimed)
+            self._publish_again(stream, claimed.event)
+            restored = self._restored(stream, claimed)
+            stored = claimed.header is not None and not restored.reset
+            self.engine.admit(restored.state, claimed.token, stored, restored.approved)
+            if restored.reset:
+                lost.append(self._lost(restored.state.header, restored.reset))
+        self._explain(lost)
 
     @property
     def crowded(self) -> bool:
@@ -86,88 +116,175 @@ class Streams:
             self._metrics.streams.forget(stream)
         self._metrics.resident.set(len(self.engine))
 
-    def write(self, entries: list[tuple[StreamHeader, UpdateEvent, int | None]], proposals: Proposals) -> list[bool]:
-        """Store new headers with their events, and tensors where the third is a row of `proposals`.
+    def write(self, entries: Sequence[Entry]) -> list[bool]:
+        """Store states with the events that explain them; False for streams that another worker has claimed since.
 
-        False for streams that another worker has claimed since.
+        In memory headers and approved parameters follow; the engine's tensors are the caller's.
         """
-        writes = [self._as_write(header, event, row, proposals) for header, event, row in entries]
+        writes = [self._as_write(entry) for entry in entries]
         with self._metrics.store_seconds.labels("write").time():
             accepted = self._heal(lambda: self._store.write(writes))
-        for (header, _, _), write, good in zip(entries, writes, accepted, strict=True):
-            if good and header.stream in self.engine:
-                resident = self.engine.resident(header.stream)
-                resident.header, resident.stored = header, True
+        for entry, write, good in zip(entries, writes, accepted, strict=True):
+            if good and entry.header.stream in self.engine:
+                resident = self.engine.resident(entry.header.stream)
+                resident.header, resident.stored = entry.header, True
+                resident.approved = entry.approved or resident.approved
             if write.tensors:
                 self._metrics.state_bytes.observe(len(write.tensors))
         return accepted
 
-    def _as_write(self, header: StreamHeader, event: UpdateEvent, row: int | None, proposals: Proposals) -> Write:
-        tensors = None
-        if row is not None:
-            tensors = encode_tensors({name: t[row] for name, t in proposals.state.items()}, header.step)
-        elif not self.engine.resident(header.stream).stored:
-            tensors = encode_tensors(self.engine.tensors(header.stream), header.step)
-        return Write(
-            header.stream,
-            event.token,
-            header.events,
-            encode_header(header),
-            event.model_dump_json().encode(),
-            tensors and pack(tensors, self._compression),
-            snapshot=event.decision == "applied"
-            and self._snapshot_every > 0
-            and header.step % self._snapshot_every == 0,
-        )
+    def snapshot(self, before: StreamHeader, after: StreamHeader, event: UpdateEvent) -> Snapshot | None:
+        """What to keep of an update for rollback: one every `store.snapshot_every` updates, of streams that do well."""
+        due = self._snapshot_every > 0 and abs(after.step - before.snapshot) >= self._snapshot_every
+        if not due or event.decision != "applied" or not _does_well(event):
+            return None
+        after.snapshot = after.step
+        reason = f"{self._snapshot_every} updates since the last"
+        return Snapshot(time=event.time, reason=reason, proxies=event.after, header=after)
 
-    def _admit(self, stream: str, claimed: Claimed) -> None:
-        for content in (claimed.event or b"").splitlines():
-            self._publish_again(stream, content)
-        state, reset = self._restored(stream, claimed)
-        if reset:
-            log.warning("stream %s restarts from source: %s", stream, reset)
-            event = UpdateEvent(
-                id=f"{stream}@{state.header.events}",
-                stream=stream,
-                time=datetime.now(UTC),
-                decision="reset",
-                reason=reset,
-                frames=[],
-                step=0,
-                token=claimed.token,
-                bundle=self.engine.bundle_hash,
-                worker=self._worker,
-            )
-            self._publisher.update(event)
-            decided(self._metrics, event, state.header)
-        self.engine.admit(state, claimed.token, stored=bool(claimed.header) and not reset)
+    def kept(self, stream: str, back: int) -> tuple[Snapshot, State]:
+        """The stream's `back`th newest snapshot. Raises StateError where there is none that fits."""
+        snapshots = self._heal(lambda: self._store.snapshots(stream))
+        return chosen_snapshot(snapshots, stream, back, self.engine.like, self.engine.bundle_hash)
 
-    def _restored(self, stream: str, claimed: Claimed) -> tuple[StreamState, str | None]:
+    def _as_write(self, entry: Entry) -> Write:
+        resident = self.engine.resident(entry.header.stream)
+        if entry.tensors is None and not resident.stored:
+            entry = replace(entry, tensors=self.engine.tensors(entry.header.stream))
+        return as_write(entry, resident.token, self._compression)
+
+    def _restored(self, stream: str, claimed: Claimed) -> _Restored:
         """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""
         bundle, method = self.engine.bundle_hash, self.engine.bundle.method_name
-        header = StreamHeader(stream=stream, bundle=bundle, method=method)
+        fresh = StreamHeader(stream=stream, bundle=bundle, method=method)
         if claimed.header is None:
-            return StreamState(header=header, tensors=self.engine.like), None
+            return self._from_source(fresh, None)
         try:
             old = decode_header(claimed.header)
             if old.stream != stream:
                 raise StateError(f"the stored state belongs to stream {old.stream!r}")
-            header = old.model_copy(update={"bundle": bundle, "method": method, "step": 0, "events": old.events + 1})
-            if (old.bundle, old.method) != (bundle, method):
-                reason = f"the stored state belongs to bundle {old.bundle} ({old.method}), this is {bundle} ({method})"
-                return StreamState(header=header, tensors=self.engine.like), reason
+        except StateError as error:
+            return self._from_source(after_last_event(fresh, claimed.event), str(error))
+        fresh = old.model_copy(update={"bundle": bundle, "method": method, "step": 0, "snapshot": 0})
+        if (old.bundle, old.method) != (bundle, method):
+            fresh.approved = None
+            reason = f"the stored state belongs to bundle {old.bundle} ({old.method}), this is {bundle} ({method})"
+            return self._from_source(fresh, reason)
+        approved = self._approved(old, claimed.approved)
+        fresh.approved = old.approved if approved else None
+        try:
             if claimed.tensors is None:
                 raise StateError("the stored state expired while the stream was idle, or its tensors were evicted")
-            return decode_state(claimed.header, claimed.tensors, self.engine.like, self._max_state_bytes), None
+            state = decode_state(claimed.header, claimed.tensors, self.engine.like, self._max_state_bytes)
         except StateError as error:
-            return StreamState(header=header, tensors=self.engine.like), str(error)
+            return self._from_source(fresh, str(error), approved)
+        state.header.approved = fresh.approved
+        return _Restored(state, None, approved)
 
-    def _publish_again(self, stream: str, content: bytes) -> None:
-        """The last event may not have reached the topic before its worker died. Consumers deduplicate on its id."""
+    def _from_source(self, header: StreamHeader, reason: str | None, approved: State | None = None) -> _Restored:
+        return _Restored(StreamState(header=header, tensors=self.engine.like), reason, approved)
+
+    def _approved(self, header: StreamHeader, content: bytes | None) -> State | None:
+        """Where approved parameters are damaged or gone, source answers: nobody approved anything else."""
+        if header.approved is None:
+            return None
         try:
-            event = UpdateEvent.model_validate_json(content)
-        except ValidationError:
-            log.warning("the stored event of stream %s cannot be read and is not published again", stream)
+            if content is None:
+                raise StateError("they are not in the store")
+            return decode_tensors(content, header.approved, self.engine.fixed)
+        except StateError as error:
+            log.error("approved parameters of stream %s cannot be used, source answers: %s", header.stream, error)
+            return None
+
+    def _lost(self, header: StreamHeader, reason: str) -> Entry:
+        """What restarts from source, and says so."""
+        log.warning("stream %s restarts from source: %s", header.stream, reason)
+        header = header.model_copy(update={"events": header.events + 1})
+        event = UpdateEvent(
+            id=f"{header.stream}@{header.events}",
+            stream=header.stream,
+            time=datetime.now(UTC),
+            decision="reset",
+            reason=reason,
+            frames=[],
+            step=header.step,
+            source_distance=0.0,
+            parameters="source" if header.approved is None else "approved",
+            previous=header.last_event,
+            token=self.engine.resident(header.stream).token,
+            bundle=self.engine.bundle_hash,
+            worker=self._worker,
+        )
+        sealed = seal(event)
+        header.last_event = sealed.digest
+        return Entry(header, (sealed,))
+
+    def _explain(self, entries: list[Entry]) -> None:
+        """Stored before they are published, like all events: a crash between must not make two different ones."""
+        if not entries:
             return
-        if event.stream == stream:
-            self._publisher.update(event)
+        for entry, good in zip(entries, self.write(entries), strict=True):
+            if good:
+                self.publish(entry)
+            else:
+                self.release([entry.header.stream])
+
+    def publish(self, entry: Entry) -> None:
+        """Events that are stored, to topic and metrics."""
+        header = entry.header if entry.header.stream in self.engine else None
+        for sealed in entry.events:
+            self._publisher.update(sealed)
+            decided(self._metrics, sealed.event, header)
+
+    def _publish_again(self, stream: str, content: bytes | None) -> None:
+        """The last events may not have reached the topic before their worker died. Consumers deduplicate on the id."""
+        for line in (content or b"").splitlines():
+            try:
+                event = UpdateEvent.model_validate_json(line)
+            except ValidationError:
+                log.warning("a stored event of stream %s cannot be read and is not published again", stream)
+                continue
+            if event.stream == stream:
+                self._publisher.update(SealedEvent(event, line))
+
+
+def as_write(entry: Entry, token: int, compression: Compression) -> Write:
+    """The bytes for the store."""
+    header, tensors, approved = entry.header, entry.tensors, entry.approved
+    return Write(
+        header.stream,
+        token,
+        header.events,
+        encode_header(header),
+        b"\n".join(sealed.content for sealed in entry.events),
+        pack(encode_tensors(tensors, header.step), compression) if tensors is not None else None,
+        entry.snapshot.model_dump_json().encode() if entry.snapshot else None,
+        pack(encode_tensors(approved, header.approved or 0), compression) if approved is not None else None,
+    )
+
+
+def chosen_snapshot(
+    snapshots: Sequence[tuple[bytes, bytes]], stream: str, back: int, like: State, bundle: str
+) -> tuple[Snapshot, State]:
+    """The `back`th of stored snapshots, 1 being the newest. Raises StateError where there is none that fits."""
+    if not 1 <= back <= len(snapshots):
+        raise StateError(f"stream {stream!r} has {len(snapshots)} snapshots, there is no number {back}")
+    snapshot, state = decode_snapshot(*snapshots[back - 1], like, bundle)
+    return snapshot, state.tensors
+
+
+def _does_well(event: UpdateEvent) -> bool:
+    """Whether a snapshot taken now would be one to return to: no worse than source, as far as anybody can tell."""
+    seen = event.after
+    return seen is None or seen.source_accuracy is None or seen.estimated_accuracy >= seen.source_accuracy
+
+
+def after_last_event(header: StreamHeader, content: bytes | None) -> StreamHeader:
+    """A header that is lost still has its last event beside it: the numbers and the chain go on from there."""
+    last = (content or b"").splitlines()[-1:]
+    try:
+        return header.model_copy(
+            update={"events": UpdateEvent.model_validate_json(last[0]).number, "last_event": digest(last[0])}
+        )
+    except (IndexError, ValidationError):
+        return header

@@ -12,6 +12,7 @@ from schemas.config import load_config
 from schemas.errors import StateError
 
 if TYPE_CHECKING:
+    from schemas.state import Snapshot
     from schemas.update import UpdateEvent
     from worker.operate import Operator
 
@@ -31,7 +32,7 @@ def _operator(config: Path | None) -> Operator:
     settings = load_config(config)
     bundle = load_bundle(settings.bundle.path, settings.bundle.factories, settings.adapt.method)
     name = f"operator {getpass.getuser()}"
-    return Operator(settings, StateStore(settings.store), bundle.hash, Engine(bundle).like, name)
+    return Operator(settings, StateStore(settings.store), Engine(bundle), name)
 
 
 @streams_app.command("list")
@@ -50,8 +51,8 @@ def show(stream: StreamArgument, config: ConfigOption = None) -> None:
     operator = _operator(config)
     (found,) = operator.listed([stream])
     print(f"{found.condition}, owner {found.owner}, token {found.token}, {found.tensor_bytes} bytes")
-    snapshots = ", ".join(f"{i}: step {step}" for i, step in enumerate(operator.snapshot_steps(stream), 1))
-    print(f"snapshots, newest first: {snapshots or 'none'}")
+    kept = operator.snapshots(stream)
+    print(f"snapshots, newest first: {', '.join(map(_brief, range(1, len(kept) + 1), kept)) or 'none'}")
     print(found.header.model_dump_json(indent=2) if found.header else "the header cannot be read")
 
 
@@ -97,6 +98,12 @@ def rollback(
 ) -> None:
     """Put a stream back to one of its snapshots."""
     _say(_operator(config).rollback(stream, back, reason))
+
+
+def _brief(number: int, snapshot: Snapshot) -> str:
+    seen = snapshot.proxies
+    estimate = f", estimated accuracy {seen.estimated_accuracy:.1%}" if seen else ""
+    return f"{number}: step {snapshot.header.step} ({snapshot.time:%Y-%m-%d %H:%M:%S}{estimate})"
 
 
 def _say(event: UpdateEvent) -> None:

@@ -157,7 +157,8 @@ def _replay(history: list[UpdateEvent], images: dict[str, bytes], bundle: Bundle
     for event in history:
         if event.decision == "reset":
             state = method.fresh(1)
-        observed = event.decision == "skipped" and event.loss is None and event.reason != "not finite"
+        seen_only = event.decision == "skipped" and event.loss is None and bool(event.frames)
+        observed = seen_only and event.reason != "not finite"
         if event.decision != "applied" and not observed:
             continue
         pixels = [decode_image(images[frame_id], Frames(), preprocess) for frame_id in event.frames]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from schemas.update import seal
 from tests.conftest import picture
 from tests.system.conftest import Site, WorkerProcess, run_cli
 from worker.embedded import free_port
@@ -37,7 +38,7 @@ def test_reset_and_rollback_while_a_worker_runs(site: Site, config: str) -> None
     ids = feed(site, worker, 40, 40)
     assert site.header("cam").step == 5
     assert re.search(r"cam +40 +5 +\d+ ok +worker-1", streams(config, "list"))
-    assert "1: step 4, 2: step 2" in streams(config, "show", "cam")
+    assert re.search(r"1: step 4 \(.*\), 2: step 2 \(.*estimated accuracy", streams(config, "show", "cam"))
 
     assert "rolled_back, now at step 2" in streams(config, "rollback", "cam", "2", "--reason", "looked odd")
     ids += feed(site, worker, 8, 48)
@@ -56,9 +57,15 @@ def test_reset_and_rollback_while_a_worker_runs(site: Site, config: str) -> None
     assert sorted(numbers) == list(range(1, max(numbers) + 1))
     operators = [numbers[n] for n in sorted(numbers) if numbers[n].decision in ("rolled_back", "reset")]
     assert [(e.decision, e.step, e.reason) for e in operators] == [
-        ("rolled_back", 2, "looked odd"),
+        ("rolled_back", 2, operators[0].reason),
         ("reset", 0, "reset by hand"),
     ]
+    assert re.fullmatch(r"to snapshot 2, step 2, .* UTC; looked odd", operators[0].reason)
+    assert operators[0].layers
+    assert operators[0].source_distance > operators[1].source_distance == 0
+    # And each is the next link of the stream's chain.
+    for number in range(2, max(numbers) + 1):
+        assert numbers[number].previous == seal(numbers[number - 1]).digest
 
 
 def test_export_and_import(site: Site, config: str, tmp_path: Path) -> None:

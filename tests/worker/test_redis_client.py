@@ -24,7 +24,10 @@ def exercise(store: StateStore) -> None:
     assert {c.token for c in store.claim(STREAMS, "old")} == {1}
     assert {c.token for c in store.claim(STREAMS, "w")} == {2}
     assert store.write([Write(s, 1, 1, b"z", b"z", b"z") for s in STREAMS]) == [False] * 40
-    assert store.write([Write(s, 2, 1, s.encode(), b"e", b"t" * 5_000, snapshot=True) for s in STREAMS]) == [True] * 40
+    assert (
+        store.write([Write(s, 2, 1, s.encode(), b"e", b"t" * 5_000, snapshot=s.encode()) for s in STREAMS])
+        == [True] * 40
+    )
     assert [c.header for c in store.claim(STREAMS, "w2")] == [s.encode() for s in STREAMS]
     assert sorted(store.streams()) == sorted(STREAMS)
     assert store.snapshots("cam-3") == [(b"cam-3", b"t" * 5_000)]

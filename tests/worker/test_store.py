@@ -35,7 +35,7 @@ def test_a_zombie_is_refused_and_changes_nothing(store: StateStore) -> None:
 
 def test_a_write_that_comes_twice_counts_once_and_a_late_one_undoes_nothing(store: StateStore) -> None:
     store.claim(["cam"], "w")
-    first = Write("cam", 1, 9, b"h9", b"e9", b"t9", snapshot=True)
+    first = Write("cam", 1, 9, b"h9", b"e9", b"t9", snapshot=b"s9")
     assert store.write([first]) == [True]
     assert store.write([first]) == [True]
     assert len(store.snapshots("cam")) == 1
@@ -96,8 +96,8 @@ def test_snapshots_are_kept_newest_first_and_bounded(store_settings: Store) -> N
     store = StateStore(store_settings.model_copy(update={"snapshots": 2}))
     store.claim(["cam"], "w")
     for i in range(4):
-        store.write([Write("cam", 1, i, b"h%d" % i, b"e", b"t%d" % i, snapshot=i != 1)])
-    assert store.snapshots("cam") == [(b"h3", b"t3"), (b"h2", b"t2")]
+        store.write([Write("cam", 1, i, b"h%d" % i, b"e", b"t%d" % i, snapshot=b"s%d" % i if i != 1 else None)])
+    assert store.snapshots("cam") == [(b"s3", b"t3"), (b"s2", b"t2")]
     assert store.snapshots("unknown") == []
 
 
@@ -106,7 +106,7 @@ def test_idle_tensors_expire_and_the_header_stays(store_settings: Store, store_u
     store.claim(["cam"], "w")
     store.write([write("cam", 1)])
     client = redis.Redis.from_url(store_url)
-    meta, tensors, _ = store.keys("cam")
+    meta, tensors, *_ = store.keys("cam")
     assert 0 < client.ttl(tensors) <= 100
     assert client.ttl(meta) == -1
     client.expire(tensors, 10)
@@ -115,6 +115,15 @@ def test_idle_tensors_expire_and_the_header_stays(store_settings: Store, store_u
     StateStore(store_settings).write([write("cam", 1, None, number=3)])
     assert client.ttl(tensors) == -1
     client.close()
+
+
+def test_approved_parameters_stay_until_others_are_approved(store: StateStore) -> None:
+    store.claim(["cam"], "w")
+    store.write([Write("cam", 1, 1, b"h", b"e", b"t", approved=b"a1")])
+    store.write([write("cam", 1, number=2)])
+    assert store.read("cam").approved == b"a1"
+    store.write([Write("cam", 1, 3, b"h", b"e", None, approved=b"a2")])
+    assert store.claim(["cam"], "w")[0].approved == b"a2"
 
 
 def test_reading_claims_nothing(store: StateStore) -> None:
