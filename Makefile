@@ -63,8 +63,9 @@ format: install ## put the code into its format
 types: install ## strict type check of schemas and worker
 	$(BIN)/mypy
 
-reference: install ## regenerate docs/reference from the code
+reference: install ## regenerate docs/reference and docs/metrics.md from the code
 	$(BIN)/python -m worker.reference docs/reference
+	$(BIN)/python -m monitoring.reference > docs/metrics.md
 
 bundle: install data ## rebuild bundles/fashion-mnist from nothing but the data set
 	$(BIN)/driftkeel meta train --config bundles/fashion-mnist.yaml --output bundles/fashion-mnist

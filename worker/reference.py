@@ -1,6 +1,6 @@
 """Write docs/reference from the code: `make reference`. A test holds the folder to what this writes.
 
-Command line, configuration and metrics as Markdown, messages as JSON Schemas and as one AsyncAPI 3 document.
+Command line and configuration as Markdown, messages as JSON Schemas and as one AsyncAPI 3 document.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import yaml
 from pydantic import BaseModel, SecretStr
 from pydantic_core import PydanticUndefined
 
-from monitoring.metrics import WorkerMetrics
 from schemas.bundle import Manifest
 from schemas.command import COMMAND_TYPE, Command
 from schemas.config import ENVIRONMENT_PREFIX, Topics, WorkerConfig
@@ -38,7 +37,7 @@ PICTURES = {"type": "string", "format": "binary", "description": "JPEG, PNG or W
 
 def reference() -> dict[str, str]:
     """Every generated file: path below docs/reference, and its text."""
-    files = {"cli.md": command_line(), "config.md": configuration(), "metrics.md": metrics()}
+    files = {"cli.md": command_line(), "config.md": configuration()}
     files["asyncapi.yaml"] = f"# {GENERATED}\n" + yaml.safe_dump(asyncapi(), sort_keys=False, width=120)
     for name, model in SCHEMAS.items():
         files[f"schemas/{name}.json"] = json.dumps(_schema(model), indent=2, ensure_ascii=False) + "\n"
@@ -108,29 +107,6 @@ def _type(schema: dict[str, Any]) -> str:
 
 def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
-
-
-def metrics() -> str:
-    """Every series of a worker, from its own registry."""
-    families = sorted(WorkerMetrics(0).registry.collect(), key=lambda family: family.name)
-    labels = _labels()
-    rows = [
-        f"| `{_series(family.name, family.type)}` | {family.type} | {labels.get(family.name, '')} "
-        f"| {_cell(family.documentation)} |"
-        for family in families
-    ]
-    table = "| series | type | labels | |\n|---|---|---|---|\n" + "\n".join(rows)
-    return f"# Metrics\n\n{GENERATED}\n\nOn `metrics.port`, path `/metrics`.\n\n{table}\n"
-
-
-def _series(name: str, kind: str) -> str:
-    return {"counter": f"{name}_total", "info": f"{name}_info"}.get(kind, name)
-
-
-def _labels() -> dict[str, str]:
-    """Label names by metric; families without a sample do not tell theirs."""
-    described = [value for value in vars(WorkerMetrics(0)).values() if hasattr(value, "describe")]
-    return {d.describe()[0].name: ", ".join(f"`{label}`" for label in d._labelnames) for d in described}
 
 
 def asyncapi() -> dict[str, Any]:
