@@ -20,7 +20,6 @@ from torch import Tensor
 
 from meta.baselines import Baseline, Setup, build
 from meta.generator import MetaGradientGenerator
-from meta.method import AdaptationMethod
 from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
 from meta.norms import AdaptableModel
@@ -42,12 +41,17 @@ class Bundle:
     manifest: Manifest
     labels: list[str]
     model: AdaptableModel
-    method: AdaptationMethod
+    method: MGG | PaperMGG | Baseline
     method_name: str = MGG_NAME
 
     @property
     def hash(self) -> str:
         return self.manifest.content_hash
+
+    @property
+    def statistics(self) -> SourceStatistics:
+        """Features of clean source frames."""
+        return self.method.setup.source if isinstance(self.method, Baseline) else self.method.source
 
 
 def write_bundle(

@@ -89,7 +89,8 @@ class FrameAffine(threading.local):
 
     `rows` is (B, P), one row a frame, or None for the source affine; `moments` replaces the running statistics of
     BatchNorm layers where it is set; `features` collects each layer's rectified and pooled output (B, C) where it is
-    a list; `first_features` is that of the first layer as the source affine would make it.
+    a list; `first_features` is that of the first layer as the source affine would make it. `head` is what went into
+    the last linear layer in the thread's last pass.
     """
 
     def __init__(self) -> None:
@@ -97,6 +98,7 @@ class FrameAffine(threading.local):
         self.moments: NormMoments | None = None
         self.features: list[Tensor] | None = None
         self.first_features: Tensor | None = None
+        self.head: Tensor | None = None
 
 
 class StreamNorm(nn.Module):
@@ -248,6 +250,10 @@ class AdaptableModel(nn.Module):
                 "run it as it is, or train one with GroupNorm, LayerNorm or BatchNorm"
             )
         self.network = network.float().eval()
+        linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+        self.head = linear[-1] if linear else None
+        if self.head is not None:
+            self.head.register_forward_pre_hook(self._remember_head)
         for parameter in self.network.parameters():
             parameter.requires_grad_(False)
         for name, tensor in self.network.state_dict().items():
@@ -290,6 +296,9 @@ class AdaptableModel(nn.Module):
             if layer.shift is not None:
                 parts.append(layer.shift.flatten())
         return torch.cat(parts)
+
+    def _remember_head(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.frame_affine.head = inputs[0].detach()
 
     def forward(self, frames: Tensor, rows: Tensor | None = None, moments: NormMoments | None = None) -> Tensor:
         """Logits (B, classes) of frames (B, ch, h, w) under affine rows (B, P), or the source affine.

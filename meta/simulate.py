@@ -13,10 +13,14 @@ from meta.shifts import Shift
 class SimulatedStream:
     """One camera: a mixture of shifts whose severity moves over time, and a class mix that moves too.
 
-    About a third of all episodes have nothing wrong, so that a generator also learns to leave well alone.
+    About a third of all episodes have nothing wrong, so that a generator also learns to leave well alone. Each image
+    is seen in `repeat` frames in a row, moved by up to a pixel.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, shifts: dict[str, Shift], random: torch.Generator) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, shifts: dict[str, Shift], random: torch.Generator, repeat: int = 1
+    ) -> None:
+        self.repeat = repeat
         self.images, self.labels, self.random = images, labels, random
         self.shifts = list(shifts.values())
         self.by_class = [torch.nonzero(labels == c).flatten() for c in range(int(labels.max()) + 1)]
@@ -41,11 +45,16 @@ class SimulatedStream:
         """The next `frames` images in [0, 1], float (b, ch, h, w), and their labels (b,)."""
         if self.step >= self.next_mix:
             self._remix()
-        classes = torch.multinomial(self.mix, frames, replacement=True, generator=self.random)
+        items = -(-frames // self.repeat)
+        classes = torch.multinomial(self.mix, items, replacement=True, generator=self.random)
         if self.in_runs:
             classes = classes.sort().values
         chosen = torch.stack([self._one_of(self.by_class[int(c)]) for c in classes])
+        if self.repeat > 1:
+            chosen = chosen.repeat_interleave(self.repeat)[:frames]
         images = self.images[chosen].float() / 255
+        if self.repeat > 1:
+            images = self._moved(images)
         severity = torch.full((frames,), self.severity())
         if self.course == 4:  # frames of one stream from good and bad places
             severity = severity * torch.rand(frames, generator=self.random)
@@ -74,6 +83,11 @@ class SimulatedStream:
 
     def _one_of(self, indices: Tensor) -> Tensor:
         return indices[torch.randint(len(indices), (), generator=self.random)]
+
+    def _moved(self, images: Tensor) -> Tensor:
+        """Each frame displaced by up to one pixel, as on a belt."""
+        moves = torch.randint(-1, 2, (len(images), 2), generator=self.random).tolist()
+        return torch.stack([torch.roll(image, move, (1, 2)) for image, move in zip(images, moves, strict=True)])
 
     def _remix(self) -> None:
         """Draw a class mix from a Dirichlet distribution, from nearly even to nearly one class."""

@@ -1,4 +1,4 @@
-"""Accuracy without labels: what a stream's calibrated confidence says of its accuracy."""
+"""Accuracy without labels: what a stream's running signals say of its accuracy."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from schemas.update import Proxies
 
 
 def estimate(proxies: RunningProxies, calibration: Calibration, clean_accuracy: float) -> Proxies:
-    """The estimate for a stream's recent frames.
+    """The estimate for a stream's recent frames, as `meta.proxies` made it.
 
-    A line from mean confidence to accuracy, fitted on simulated shifts (a regression form of the difference of
+    Bundles without an estimator have a line from mean confidence to accuracy (a regression form of the difference of
     confidences, Guillory et al., ICCV 2021). A stream that has shown nothing yet counts as clean.
     """
-    fitted = calibration.intercept + calibration.slope * proxies.confidence
-    accuracy = fitted if proxies.frames else clean_accuracy
+    accuracy = proxies.accuracy
+    if accuracy is None:
+        fitted = calibration.intercept + calibration.slope * proxies.confidence
+        accuracy = min(1.0, max(0.0, fitted)) if proxies.frames else clean_accuracy
+    signals = proxies.signals
     return Proxies(
-        estimated_accuracy=min(1.0, max(0.0, accuracy)), confidence=proxies.confidence, entropy=proxies.entropy
+        estimated_accuracy=accuracy,
+        low=proxies.low,
+        high=proxies.high,
+        source_accuracy=proxies.source_accuracy if proxies.shadowed else None,
+        confidence=proxies.confidence,
+        entropy=proxies.entropy,
+        marginal_entropy=max(0.0, signals["marginal"]) if "marginal" in signals else None,
+        flip_rate=min(1.0, max(0.0, signals["flips"])) if proxies.shadowed else None,
     )

@@ -7,7 +7,7 @@ import json
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 
 class Part(BaseModel):
@@ -51,17 +51,54 @@ class MethodPart(Part):
     settings: dict[str, Any] = Field(default_factory=dict)
 
 
+class Estimator(Part):
+    """From a stream's signals to its accuracy: logistic regression on n standardised signals and their products.
+
+    `adapted` and `source` hold 1 + n + n (n + 1) / 2 weights each. At the estimate `levels[i]`, nine of ten streams in
+    calibration lay between it plus `low[i]` and plus `high[i]`; in between, these are interpolated.
+    """
+
+    signals: list[str] = Field(min_length=1, max_length=64)
+    centre: list[FiniteFloat]
+    scale: list[FiniteFloat]
+    adapted: list[FiniteFloat]
+    source: list[FiniteFloat]
+    levels: list[FiniteFloat] = Field(min_length=1, max_length=64)
+    low: list[FiniteFloat]
+    high: list[FiniteFloat]
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Estimator:
+        n = len(self.signals)
+        weights = 1 + n + n * (n + 1) // 2
+        if len(self.centre) != n or len(self.scale) != n or min(self.scale) <= 0:
+            raise ValueError(f"centre and scale need {n} values, scales above zero")
+        if len(self.adapted) != weights or len(self.source) != weights:
+            raise ValueError(f"adapted and source need {weights} weights for {n} signals")
+        if not len(self.levels) == len(self.low) == len(self.high) or sorted(self.levels) != self.levels:
+            raise ValueError("levels, low and high need equal lengths, levels rising")
+        return self
+
+
 class Calibration(Part):
     """From logits to honest numbers, fitted on simulated shifts.
 
-    Confidence is softmax(logits / temperature). The estimated accuracy of a stream is
+    Confidence is softmax(logits / t) with log t = log temperature + softening * (mean confidence - estimated accuracy),
+    both of the stream's recent frames. Without an estimator the estimated accuracy of a stream is
     `intercept + slope * mean confidence`, within [0, 1].
     """
 
     temperature: float = Field(gt=0)
+    source_temperature: float | None = Field(None, gt=0, description="of source's plain answers; null: as the others")
+    softening: FiniteFloat = Field(0.0, ge=0, le=100)
     intercept: float
     slope: float
     error: float = Field(ge=0, description="mean absolute error of the estimate in calibration")
+    threshold: float = Field(0.9, ge=0, le=1, description="clean frames are as often surer than this as they are right")
+    entropies: list[FiniteFloat] = Field(
+        default_factory=list, max_length=1_000, description="quantiles of the source model's entropy on clean frames"
+    )
+    estimator: Estimator | None = None
 
 
 class Limits(Part):
@@ -69,6 +106,11 @@ class Limits(Part):
 
     raw_gradient_norm: float = Field(gt=0)
     source_distance: float = Field(gt=0)
+    generated_gradient_norm: float | None = Field(None, gt=0)
+    cosine: float | None = Field(None, ge=-1, le=1, description="lower end of the running mean")
+    gain_error: float | None = Field(
+        None, ge=0, description="source was estimated to do better by no more than this where it did not"
+    )
 
 
 class FileEntry(Part):

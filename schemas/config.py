@@ -171,12 +171,35 @@ class Adapt(Section):
 
 
 class Guard(Section):
-    """Limits of the guard, as factors of what the bundle saw in calibration."""
+    """What the guard lets pass; factors are of what the bundle saw in calibration."""
 
+    source_share: float = Field(
+        0.125, ge=0, le=1, description="frames that source answers too, besides those of new and doubtful streams"
+    )
     max_gradient_factor: float = Field(
         4.0, gt=0, description="raw gradient norms above factor x bundle limit are skipped"
     )
     max_distance_factor: float = Field(2.0, gt=0, description="updates that lead further from source are skipped")
+    max_jump: float = Field(
+        8.0, gt=0, description="deviations above the stream's own level at which an update is shrunk to that limit"
+    )
+    min_entropy: float = Field(
+        0.02, ge=0, lt=1, description="of ln(classes): answers surer than this, where source disagrees, are a collapse"
+    )
+    min_marginal_entropy: float = Field(
+        0.25,
+        ge=0,
+        lt=1,
+        description="of ln(classes): answers more one-sided than this, where source disagrees, are one",
+    )
+    max_repeats: float = Field(
+        0.5, ge=0, le=1, description="share of repeated or blank frames above which none teaches"
+    )
+    max_alike: int = Field(256, ge=1, description="frames in a row of one class, after which more of them do not teach")
+    false_alarm: float = Field(
+        1e-4, gt=0, lt=1, description="most alarms per micro-batch of a stream that has not moved; see docs"
+    )
+    never_worse: bool = Field(True, description="let source answer where it is estimated to do better")
 
 
 class Bundle(Section):

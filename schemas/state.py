@@ -10,7 +10,7 @@ from typing import Final, Literal
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
 from schemas.errors import StateError
@@ -30,6 +30,50 @@ class RunningProxies(BaseModel):
     frames: int = Field(0, ge=0)
     confidence: float = Field(0.0, ge=0, le=1)
     entropy: float = Field(0.0, ge=0)
+    signals: dict[str, FiniteFloat] = Field(default_factory=dict, max_length=64, description="of meta.proxies")
+    generated: int = Field(0, ge=0, description="frames that made an update, on which the generator's signals rest")
+    shadowed: int = Field(0, ge=0, description="frames that the source model has answered too")
+    accuracy: float | None = Field(None, ge=0, le=1, description="as estimated from the signals")
+    low: float | None = Field(None, ge=0, le=1)
+    high: float | None = Field(None, ge=0, le=1)
+    source_accuracy: float | None = Field(None, ge=0, le=1)
+
+
+class Level(BaseModel):
+    """A robust running level of a positive signal: centre and spread of its logarithm."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seen: int = Field(0, ge=0)
+    centre: FiniteFloat = 0.0
+    spread: FiniteFloat = Field(0.0, ge=0, description="mean absolute deviation")
+
+
+class GuardState(BaseModel):
+    """What the guard knows of a stream."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    gradient: Level = Field(default_factory=Level, description="of the raw gradient's norm")
+    update: Level = Field(default_factory=Level, description="of the generated gradient's norm")
+    cosine: FiniteFloat = Field(0.0, ge=-1.01, le=1.01, description="running mean, between raw and generated gradient")
+    cosines: int = Field(0, ge=0, description="updates it rests on")
+    wealth: FiniteFloat = Field(
+        0.0, description="logarithm, of the bet that the stream is not what source was made for"
+    )
+    stake: FiniteFloat = Field(0.0, description="what the next bet stakes")
+    slopes: FiniteFloat = Field(0.0, ge=0, description="squared slopes of the bets so far")
+    alarms: int = Field(0, ge=0, description="times that the bet was won")
+    shifted: bool = Field(False, description="whether it was won, and the stream has not come back since")
+    watchful: int = Field(0, ge=0, description="frames that source is still to answer in full")
+    recent: list[int] = Field(default_factory=list, max_length=64, description="checksums of the newest frames' pixels")
+    dominant: int = Field(-1, ge=-1, description="class that fills the newest frames; -1: none does")
+    alike: int = Field(0, ge=0, description="frames in a row that one class fills")
+    trusted: bool = Field(True, description="whether the adapted parameters are believed to do no worse than source")
+    doubted: int = Field(0, ge=0, description="frames since that changed to no")
+    rest: int = Field(0, ge=0, description="frames to go before updates begin again after a reset")
+    resets: int = Field(0, ge=0, description="recent resets; each doubles the rest")
+    sound: int = Field(0, ge=0, description="frames since the last reset")
 
 
 class DriftWatch(BaseModel):
@@ -77,6 +121,7 @@ class StreamHeader(BaseModel):
     events: int = Field(0, ge=0, description="update events so far")
     folded: str = Field("", description="rolling hash of the positions folded in, in order")
     proxies: RunningProxies = Field(default_factory=RunningProxies)
+    guard: GuardState = Field(default_factory=GuardState)
     drift: DriftWatch | None = Field(None, description="null where nothing watches, and for a new stream")
     last_event: str = Field("", description="sha256 of the last update event as published")
     commands: dict[str, int] = Field(default_factory=dict, description="newest command obeyed, per topic/partition")

@@ -64,7 +64,9 @@ class UpdateEvent(BaseModel):
     cosine: float | None = Field(None, description="between raw and generated gradient")
     source_distance: float | None = Field(None, description="of the norm affine from source, after the decision")
     layers: dict[str, float] = Field(default_factory=dict, description="how far each norm layer moved by the decision")
-    flipped: int | None = Field(None, ge=0, description="of the frames covered, those that source calls otherwise")
+    flipped: int | None = Field(
+        None, ge=0, description="of the frames that source answered too, those it calls otherwise"
+    )
     parameters: Parameters = Field("adapted", description="which ones answer for the stream after the decision")
     before: Proxies | None = None
     after: Proxies | None = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence, Set
+import zlib
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,17 +16,21 @@ from meta.bundle import Bundle
 from meta.method import Forward, State, finite_rows, put, take
 from meta.norms import NormMoments
 from meta.objective import per_stream_mean
+from meta.proxies import WINDOW, Observed, Observer, fold
 from monitoring.drift import observe
-from schemas.bundle import Preprocess
+from schemas.bundle import Estimator, Preprocess
 from schemas.prediction import Parameters
-from schemas.state import RunningProxies, StreamHeader, StreamState
+from schemas.state import GuardState, RunningProxies, StreamHeader, StreamState
 from worker.answer import named
 from worker.batcher import MicroBatch
 from worker.decode import Pixels
+from worker.guard import Sight, watched
 
 TOP = 3
-PROXY_WINDOW = 128
 FIRST_SLOTS = 16
+SOURCE_SHARE = 1 / 8
+BLANK_DEVIATION, BLANK_PIXELS = 2.0, 1_024  # of 255 grey levels, over so many of the pixels
+WAY = {"affine", "offset"}  # what of a state an update moves that can be gone in part
 FIXED = ("affine", "norm_mean", "norm_variance")  # what of a state makes the model; the rest is for its updates
 
 
@@ -57,7 +62,10 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Part:
-    """Micro-batches gathered for one forward: pixels, each frame's row in `state`, and a copy of the streams' rows."""
+    """Micro-batches gathered for one forward: pixels, each frame's row in `state`, and a copy of the streams' rows.
+
+    `shadow` (n,) are the places of the frames that the source model answers too.
+    """
 
     batches: list[MicroBatch]
     residents: list[Resident]
@@ -65,6 +73,7 @@ class Part:
     counts: Tensor
     state: State
     fixed: Fixed | None
+    shadow: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,8 @@ class Outlook:
     top_confidence: list[list[float]]
     mean_confidence: float
     mean_entropy: float
+    observed: Observed | None
+    sight: Sight
 
     @property
     def signals(self) -> tuple[float, float]:
@@ -129,6 +140,17 @@ class Proposals:
     proposals: list[Proposal]
     state: State
 
+    def shrink(self, proposal: Proposal, share: float, held: State) -> None:
+        """Go only so much of the way from the parameters that the stream `held`."""
+        for name in WAY & set(self.state):
+            row = self.state[name][proposal.row]
+            row.copy_(torch.lerp(held[name], row, share))
+
+    def replace(self, proposal: Proposal, state: State) -> None:
+        """Propose this state instead."""
+        for name, tensor in state.items():
+            self.state[name][proposal.row] = tensor
+
 
 class Engine:
     """Holds the resident streams' tensors, row by row, and runs passes over them.
@@ -137,9 +159,17 @@ class Engine:
     gathered, so that another thread may run them meanwhile. A stream must not be in two passes at once.
     """
 
-    def __init__(self, bundle: Bundle, step_scale: float = 1.0, observe: bool = True) -> None:
-        """`observe` False: frames that do not adapt get the bare model's answer and leave no trace in the state."""
+    def __init__(
+        self, bundle: Bundle, step_scale: float = 1.0, observe: bool = True, source_share: float = SOURCE_SHARE
+    ) -> None:
+        """`observe` False: frames that do not adapt get the bare model's answer and leave no trace in the state.
+
+        `source_share`: of the frames, those that source answers too; more of new and doubtful streams, none with 0.
+        """
         self.bundle, self._observe = bundle, observe
+        calibration = bundle.manifest.calibration
+        self._observer = Observer(bundle.model, bundle.statistics, calibration.threshold, calibration.entropies)
+        self._shadow_every = round(1 / source_share) if source_share else 0
         self.bundle_hash = bundle.hash
         self._method = bundle.method.with_step_scale(step_scale)
         self._residents: dict[str, Resident] = {}
@@ -219,22 +249,24 @@ class Engine:
         forward = None
         if gathered.adapting is not None:
             part = gathered.adapting
-            frames = self._frames(part)
+            frames, sights = self._frames(part)
             forward = self._method.predict(frames, part.stream, part.state)
-            outlooks += self._outlooks(part, frames, forward.answer)
-        adapting, passive, observed = list(outlooks), list[Outlook](), None
+            observed = self._observer.observe(frames, forward, part.shadow)
+            outlooks += self._outlooks(part, frames, forward.answer, observed, sights)
+        adapting, passive, kept = list(outlooks), list[Outlook](), None
         if gathered.passive is not None:
-            passive, observed = self._predict_only(gathered.passive)
-        return Pass(adapting + passive, adapting, forward, passive, observed)
+            passive, kept = self._predict_only(gathered.passive)
+        return Pass(adapting + passive, adapting, forward, passive, kept)
 
     def _predict_only(self, part: Part) -> tuple[list[Outlook], State | None]:
-        frames = self._frames(part)
+        frames, sights = self._frames(part)
         with torch.inference_mode():
             if self._observe:
                 forward = self._method.predict(frames, part.stream, part.state)
-                return self._outlooks(part, frames, forward.answer), self._method.observe(forward)
+                observed = self._observer.observe(frames, forward, part.shadow)
+                return self._outlooks(part, frames, forward.answer, observed, sights), self._method.observe(forward)
             rows = part.state["affine"].index_select(0, part.stream)
-            return self._outlooks(part, frames, self.bundle.model(frames, rows)), None
+            return self._outlooks(part, frames, self.bundle.model(frames, rows), None, sights), None
 
     def adapt(self, passed: Pass) -> Proposals:
         """The update of every micro-batch that adapts, and what the others have shown of their streams."""
@@ -291,8 +323,27 @@ class Engine:
         stream = torch.arange(len(batches)).repeat_interleave(counts)
         slots = torch.tensor([resident.slot for resident in residents])
         return Part(
-            batches, residents, stream, counts, take(self._state, slots), self._fixed(batches, residents, stream)
+            batches,
+            residents,
+            stream,
+            counts,
+            take(self._state, slots),
+            self._fixed(batches, residents, stream),
+            self._shadowed(batches, residents),
         )
+
+    def _shadowed(self, batches: list[MicroBatch], residents: list[Resident]) -> Tensor:
+        """Every so many frames of a stream, counted over its life; all where the guard watches. So the same frames
+        again when a step is repeated."""
+        chosen: list[int] = []
+        start = 0
+        if every := self._shadow_every:
+            for batch, resident in zip(batches, residents, strict=True):
+                count, header = len(batch.frames), resident.header
+                step = 1 if watched(header.guard, header.proxies) else every
+                chosen += range(start + (-header.frames) % step, start + count, step)
+                start += count
+        return torch.tensor(chosen, dtype=torch.long)
 
     def _fixed(self, batches: list[MicroBatch], residents: list[Resident], stream: Tensor) -> Fixed | None:
         rows = [row for row, batch in enumerate(batches) if batch.answer != "adapted"]
@@ -317,14 +368,31 @@ class Engine:
         logits: Tensor = self.bundle.model(chosen, parameters["affine"].index_select(0, fixed.stream), moments)
         return logits
 
-    def _frames(self, part: Part) -> Tensor:
+    def _frames(self, part: Part) -> tuple[Tensor, list[tuple[list[int], float]]]:
+        """The model's input; and of every micro-batch the frames' checksums and how many of them are blank."""
         pixels = [frame.pixels for batch in part.batches for frame in batch.frames]
-        return normalise_pixels(pixels, self.bundle.manifest.preprocess)
+        stacked = np.stack(pixels)
+        blank = blank_frames(stacked)
+        checksums = [zlib.crc32(np.ascontiguousarray(one).data) for one in pixels]
+        looks, start = [], 0
+        for batch in part.batches:
+            end = start + len(batch.frames)
+            looks.append((checksums[start:end], float(blank[start:end].mean())))
+            start = end
+        return normalise_pixels(stacked, self.bundle.manifest.preprocess), looks
 
-    def _outlooks(self, part: Part, frames: Tensor, logits: Tensor) -> list[Outlook]:
+    def _outlooks(
+        self,
+        part: Part,
+        frames: Tensor,
+        logits: Tensor,
+        observed: list[Observed] | None,
+        looks: list[tuple[list[int], float]],
+    ) -> list[Outlook]:
         log_p = logits.log_softmax(1)
         entropy = (log_p.exp() * log_p).sum(1).neg()
         top = self._top(logits)
+        classes = top.indices[:, 0].tolist()
         mean_entropy = per_stream_mean(entropy, part.stream, part.counts).tolist()
         mean_confidence = per_stream_mean(top.values[:, 0], part.stream, part.counts).tolist()
         if part.fixed is not None:
@@ -343,6 +411,8 @@ class Engine:
                     top_confidence=confidence[start:end],
                     mean_confidence=mean_confidence[row],
                     mean_entropy=mean_entropy[row],
+                    observed=observed[row] if observed is not None else None,
+                    sight=_sight(looks[row], classes[start:end], observed[row] if observed is not None else None),
                 )
             )
             start = end
@@ -364,6 +434,20 @@ class Engine:
         self._free = list(reversed(range(used, size)))
 
 
+def _sight(look: tuple[list[int], float], classes: list[int], observed: Observed | None) -> Sight:
+    dominant = max(set(classes), key=classes.count)
+    rank = None if observed is None else observed.rank
+    return Sight(look[0], look[1], dominant, classes.count(dominant) / len(classes), rank)
+
+
+def blank_frames(frames: np.ndarray) -> np.ndarray:
+    """(B,) bool: which frames uint8 (B, h, w) or (B, h, w, 3) are nearly one colour."""
+    some = frames.reshape(len(frames), -1, 1 if frames.ndim == 3 else frames.shape[-1])
+    some = some[:, :: max(1, some.shape[1] // BLANK_PIXELS)]
+    blank: np.ndarray = (some.std(1, dtype=np.float32) < BLANK_DEVIATION).all(1)
+    return blank
+
+
 def _answering(batch: MicroBatch, resident: Resident, source: State) -> State:
     if batch.answer == "approved" and resident.approved is not None:
         return resident.approved
@@ -382,27 +466,32 @@ def _joined(states: list[State]) -> State:
     return {name: torch.cat([state[name] for state in states]) for name in states[0]}
 
 
-def normalise_pixels(pixels: Sequence[Pixels], preprocess: Preprocess) -> Tensor:
+def normalise_pixels(pixels: Sequence[Pixels] | np.ndarray, preprocess: Preprocess) -> Tensor:
     """Decoded pixels, uint8 (h, w) or (h, w, 3), to the model's input: float (B, ch, h, w), channels-last."""
-    stacked = torch.from_numpy(np.stack(pixels))
+    stacked = torch.from_numpy(pixels if isinstance(pixels, np.ndarray) else np.stack(pixels))
     images = stacked.unsqueeze(1) if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2)
     mean = torch.tensor(preprocess.mean).view(1, -1, 1, 1) * 255
     std = torch.tensor(preprocess.std).view(1, -1, 1, 1) * 255
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def next_header(header: StreamHeader, outlook: Outlook, applied: bool, watch: bool = False) -> StreamHeader:
-    """The header after these frames have been folded in, with or without an update; `watch` for drift too."""
+def next_header(
+    header: StreamHeader,
+    outlook: Outlook,
+    applied: bool,
+    watch: bool = False,
+    proxies: RunningProxies | None = None,
+    guard: GuardState | None = None,
+) -> StreamHeader:
+    """The header after these frames have been folded in, with or without an update; `watch` for drift too.
+
+    `proxies` and `guard` are what is known after them; as before where None.
+    """
     frames = outlook.batch.frames
     positions, folded = dict(header.positions), header.folded
     for frame in frames:
         positions[frame.position.log] = frame.position.offset
         folded = hashlib.sha256(f"{folded}{frame.position}".encode()).hexdigest()
-    proxies = header.proxies
-    usable = math.isfinite(outlook.mean_confidence) and math.isfinite(outlook.mean_entropy)
-    # A plain mean until the window is full, then an exponential one.
-    seen = min(proxies.frames, PROXY_WINDOW - len(frames)) if proxies.frames else 0
-    weight = len(frames) / (len(frames) + max(0, seen))
     return header.model_copy(
         update={
             "positions": positions,
@@ -410,13 +499,27 @@ def next_header(header: StreamHeader, outlook: Outlook, applied: bool, watch: bo
             "frames": header.frames + len(frames),
             "step": header.step + applied,
             "events": header.events + 1,
-            "proxies": RunningProxies(
-                frames=proxies.frames + len(frames),
-                confidence=proxies.confidence + weight * (outlook.mean_confidence - proxies.confidence),
-                entropy=max(0.0, proxies.entropy + weight * (outlook.mean_entropy - proxies.entropy)),
-            )
-            if usable
-            else proxies,
+            "proxies": proxies or header.proxies,
+            "guard": guard or header.guard,
             "drift": observe(header.drift, outlook.signals) if watch else header.drift,
         }
     )
+
+
+def next_proxies(
+    proxies: RunningProxies, outlook: Outlook, generated: Mapping[str, float], estimator: Estimator | None
+) -> RunningProxies:
+    """What is known of the stream's accuracy after these frames; `generated` are the signals of their update."""
+    frames = len(outlook.batch.frames)
+    if not (math.isfinite(outlook.mean_confidence) and math.isfinite(outlook.mean_entropy)):
+        return proxies
+    # A plain mean until the window is full, then an exponential one.
+    weight = frames / (frames + max(0, min(proxies.frames, WINDOW - frames)))
+    moved = proxies.model_copy(
+        update={
+            "frames": proxies.frames + frames,
+            "confidence": proxies.confidence + weight * (outlook.mean_confidence - proxies.confidence),
+            "entropy": max(0.0, proxies.entropy + weight * (outlook.mean_entropy - proxies.entropy)),
+        }
+    )
+    return moved if outlook.observed is None else fold(moved, outlook.observed, generated, estimator)

@@ -109,7 +109,7 @@ class Worker:
         self._intake = Intake(config.frames, self._decoder, self._offsets, self._publisher, self.metrics)
         self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
         self._streams = Streams(
-            Engine(bundle, config.adapt.step_scale, observe=config.adapt.enabled),
+            Engine(bundle, config.adapt.step_scale, config.adapt.enabled, config.guard.source_share),
             store,
             self._publisher,
             self.metrics,

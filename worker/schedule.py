@@ -39,7 +39,7 @@ class Scheduler:
     def _decided(self, batch: MicroBatch, now: float) -> MicroBatch:
         header = self._engine.resident(batch.stream).header
         policy = self._policies.of(header)
-        batch = replace(batch, answer=answering(policy, header))
+        batch = replace(batch, answer=answering(policy, header, header.guard.trusted))
         if not batch.adapt:
             return batch
         if reason := held_back(policy, header, now):

@@ -27,8 +27,9 @@ from schemas.state import Snapshot, StreamHeader
 from schemas.update import SealedEvent, UpdateEvent, seal
 from worker.answer import named
 from worker.batcher import MicroBatch, MicroBatcher
-from worker.engine import Gathered, Outlook, Pass, Proposal, Proposals, next_header
+from worker.engine import Gathered, Outlook, Pass, Proposal, Proposals
 from worker.guard import Guard, Verdict
+from worker.judge import judge
 from worker.messages import PredictionWriter
 from worker.obey import Entry
 from worker.offsets import Offsets
@@ -63,19 +64,10 @@ class Flight:
 @dataclass(frozen=True)
 class _Judged:
     outlook: Outlook
-    verdict: Verdict
-    proposal: Proposal | None
+    kept: Proposal | None
     header: StreamHeader
     sealed: SealedEvent
     snapshot: Snapshot | None
-
-    @property
-    def kept(self) -> Proposal | None:
-        """The proposal whose tensors become the stream's: an update that the guard took, or what was observed."""
-        proposal = self.proposal
-        if proposal is None or not (self.verdict.apply if proposal.update else proposal.finite):
-            return None
-        return proposal
 
 
 class Step:
@@ -187,18 +179,15 @@ class Step:
             if not outlook.batch.fold or not self._engine.holds(outlook.batch.stream, resident):
                 continue
             proposal = proposed.get(id(outlook))
-            if proposal is not None and proposal.update:
-                verdict = self._guard.judge(proposal.signals, proposal.finite)
-            else:
-                verdict = Verdict(False, outlook.batch.reason)
-            header = next_header(resident.header, outlook, verdict.apply, self._watch)
+            judgement = judge(self._engine, self._guard, outlook, proposals, proposal, self._watch)
+            verdict, header = judgement.verdict, judgement.header
             if verdict.apply:
                 header.lately = header.lately.and_one(time.time())
             event = self._event(outlook, verdict, proposal, resident.header, header, resident.token)
             snapshot = self._streams.snapshot(resident.header, header, event)
             sealed = seal(event)
             header.last_event = sealed.digest
-            judged.append(_Judged(outlook, verdict, proposal, header, sealed, snapshot))
+            judged.append(_Judged(outlook, judgement.kept, header, sealed, snapshot))
         return judged
 
     def _store(self, judged: list[_Judged], proposals: Proposals) -> list[str]:
@@ -239,7 +228,7 @@ class Step:
             id=f"{after.stream}@{after.events}",
             stream=after.stream,
             time=datetime.now(UTC),
-            decision="applied" if verdict.apply else "skipped",
+            decision=verdict.decision,
             reason=verdict.reason,
             frames=[str(frame.position) for frame in outlook.batch.frames],
             step=after.step,
@@ -249,9 +238,10 @@ class Step:
             raw_gradient_norm=signal("raw_gradient_norm"),
             generated_gradient_norm=signal("generated_gradient_norm"),
             cosine=signal("cosine"),
-            source_distance=signal("source_distance") if verdict.apply else None,
-            layers=proposal.layers if proposal and verdict.apply else {},
-            parameters=named(outlook.batch.answer, after),
+            source_distance=0.0 if verdict.back else signal("source_distance") if verdict.apply else None,
+            layers=_moved(verdict, proposal),
+            flipped=outlook.observed.flipped if outlook.observed is not None else None,
+            parameters=named(outlook.batch.answer if after.guard.trusted else "source", after),
             previous=before.last_event,
             before=estimate(before.proxies, manifest.calibration, clean),
             after=estimate(after.proxies, manifest.calibration, clean),
@@ -263,3 +253,10 @@ class Step:
 
 def _row(proposals: Proposals, kept: Proposal | None) -> State | None:
     return None if kept is None else {name: tensor[kept.row] for name, tensor in proposals.state.items()}
+
+
+def _moved(verdict: Verdict, proposal: Proposal | None) -> dict[str, float]:
+    """How far each layer moved by an update that was accepted, whole or in part."""
+    if proposal is None or not verdict.apply:
+        return {}
+    return {layer: float(f"{verdict.share * moved:.4g}") for layer, moved in proposal.layers.items()}

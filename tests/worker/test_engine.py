@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from meta.proxies import SIGNALS
 from schemas.frame import Position
-from schemas.state import StreamHeader, StreamState
+from schemas.state import RunningProxies, StreamHeader, StreamState
 from worker.batcher import MicroBatch
 from worker.decode import DecodedFrame
-from worker.engine import Engine, next_header, normalise_pixels
+from worker.engine import Engine, blank_frames, next_header, next_proxies, normalise_pixels
 
 
 def batch(stream: str, count: int, seed: int = 0, adapt: bool = True) -> MicroBatch:
@@ -135,7 +136,58 @@ def test_header_counts_and_chains(engine: Engine) -> None:
     second = next_header(first, engine.predict([batch("a", 6)]).outlooks[0], applied=False)
     assert (second.frames, second.step, second.events) == (10, 1, 2)
     assert second.folded not in ("", first.folded)
-    assert 0 < second.proxies.confidence <= 1
+
+
+def test_proxies_are_running_means(engine: Engine) -> None:
+    outlooks = [engine.predict([batch("a", count, count)]).outlooks[0] for count in (4, 6)]
+    proxies = engine.resident("a").header.proxies
+    for outlook in outlooks:
+        proxies = next_proxies(proxies, outlook, {"novelty": 1.0}, None)
+    assert (proxies.frames, proxies.shadowed, proxies.generated) == (10, 10, 10)
+    means = [o.mean_confidence for o in outlooks]
+    assert proxies.confidence == pytest.approx(0.4 * means[0] + 0.6 * means[1])
+    assert set(proxies.signals) == set(SIGNALS) - {"dose"}
+    for name in ("confidence", "odd", "marginal", "dropout"):
+        expected = 0.4 * outlooks[0].observed.own[name] + 0.6 * outlooks[1].observed.own[name]
+        assert proxies.signals[name] == pytest.approx(expected)
+
+
+def test_a_sample_of_the_frames_is_answered_by_source_too(engine: Engine) -> None:
+    """All of a new stream's; later every eighth, counted over the stream's life; the same in every repetition."""
+    step(engine, [batch("a", 16, 1)])
+    work = batch("a", 12, 2)
+    passed = engine.predict([work, batch("b", 3, 3)])
+    frames = normalise_pixels([f.pixels for f in work.frames], engine.bundle.manifest.preprocess)
+    logits = engine.bundle.model(frames)
+    seen = passed.outlooks[0].observed
+    assert seen.shadowed == 12
+    assert seen.shadow["source_confidence"] == pytest.approx(float(logits.softmax(1).amax(1).mean()), abs=1e-5)
+    answers = torch.tensor([row[0] for row in passed.outlooks[0].top_index])
+    assert seen.flipped == int((answers != logits.argmax(1)).sum())
+    header = engine.resident("a").header
+    engine.resident("a").header = header.model_copy(update={"frames": 1_003, "proxies": RunningProxies(frames=1_003)})
+    seen = engine.predict([work]).outlooks[0].observed  # The frames 1,008 of the stream and on: the sixth alone.
+    assert seen.shadowed == 1
+    assert seen.shadow["source_confidence"] == pytest.approx(float(logits[5].softmax(0).max()), abs=1e-5)
+    engine.resident("a").header.guard.watchful = 1
+    assert engine.predict([work]).outlooks[0].observed.shadowed == 12
+
+
+def test_without_a_source_share_source_is_never_asked(tiny_bundle) -> None:
+    engine = Engine(tiny_bundle, source_share=0)
+    admit(engine, "a")
+    seen = engine.predict([batch("a", 4)]).outlooks[0].observed
+    assert (seen.shadowed, seen.flipped, seen.rank) == (0, None, None)
+
+
+def test_blank_frames_are_told_from_dark_ones() -> None:
+    random = np.random.default_rng(0)
+    noisy = random.normal(8, 4, (28, 28)).clip(0, 255).astype(np.uint8)
+    dots = np.full((28, 28), 200, np.uint8)
+    dots[:2, :2] = 0
+    assert blank_frames(np.stack([np.full((28, 28), 77, np.uint8), noisy, dots])).tolist() == [True, False, False]
+    colour = np.tile(np.array([10, 90, 200], np.uint8), (1, 300, 300, 1))
+    assert blank_frames(colour).tolist() == [True]
 
 
 @pytest.mark.parametrize("adapt", [True, False])

@@ -1,0 +1,85 @@
+"""What a verdict makes of a stream's parameters and header."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from schemas.bundle import Limits
+from schemas.config import Guard as GuardSettings
+from tests.worker.test_engine import admit, batch
+from worker.engine import Engine
+from worker.guard import Guard, Verdict
+from worker.judge import Judgement, judge
+
+LIMITS = Limits(raw_gradient_norm=1e9, source_distance=1e9)
+
+
+class Fixed(Guard):
+    """A guard that has made up its mind."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(GuardSettings(), LIMITS)
+        self.verdict = verdict
+
+    def judge(self, *_: object) -> Verdict:
+        return self.verdict
+
+
+@pytest.fixture
+def engine(tiny_bundle) -> Engine:
+    engine = Engine(tiny_bundle)
+    admit(engine, "a", "b")
+    turn(engine, Verdict("applied", ""), 1)
+    return engine
+
+
+def turn(engine: Engine, verdict: Verdict, seed: int, adapt: bool = True) -> Judgement:
+    passed = engine.predict([batch("b", 5, 9), batch("a", 6, seed, adapt)])
+    proposals = engine.adapt(passed)
+    (outlook,) = (o for o in passed.outlooks if o.batch.stream == "a")
+    (proposal,) = (p for p in proposals.proposals if p.outlook is outlook)
+    judgement = judge(engine, Fixed(verdict), outlook, proposals, proposal, watch=False)
+    engine.accept(proposals, [judgement.kept] if judgement.kept is not None else [])
+    engine.resident("a").header = judgement.header
+    return judgement
+
+
+def test_a_skipped_update_leaves_every_tensor(engine: Engine) -> None:
+    before = {name: tensor.clone() for name, tensor in engine.tensors("a").items()}
+    judgement = turn(engine, Verdict("skipped", "why"), 2)
+    assert (judgement.kept, judgement.header.step, judgement.header.frames) == (None, 1, 12)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.tensors("a").items())
+
+
+def test_a_partial_update_goes_part_of_the_way(engine: Engine) -> None:
+    before = engine.tensors("a")["affine"].clone()
+    other = Engine(engine.bundle)
+    admit(other, "a", "b")
+    turn(other, Verdict("applied", ""), 1)
+    turn(other, Verdict("applied", ""), 2)
+    whole = other.tensors("a")
+    assert turn(engine, Verdict("partial", "", 0.25), 2).header.step == 2
+    part = engine.tensors("a")
+    torch.testing.assert_close(part["affine"], torch.lerp(before, whole["affine"], 0.25))
+    assert torch.equal(part["second_moment"], whole["second_moment"])
+
+
+@pytest.mark.parametrize("decision", ["rolled_back", "reset"])
+def test_going_back_leads_to_source_and_nobody_else_moves(engine: Engine, decision: str) -> None:
+    before = {name: tensor.clone() for name, tensor in engine.tensors("b").items()}
+    judgement = turn(engine, Verdict(decision, ""), 2)
+    assert judgement.header.step == 0
+    assert all(torch.equal(tensor, engine.like[name]) for name, tensor in engine.tensors("a").items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.tensors("b").items())
+    signals = judgement.header.proxies.signals
+    assert signals["confidence"] == signals["source_confidence"]
+    assert (signals["flips"], signals["distance"]) == (0, 0)
+
+
+def test_frames_without_an_update_are_seen_by_the_guard_too(engine: Engine) -> None:
+    judgement = turn(engine, Verdict("applied", "not asked"), 3, adapt=False)
+    assert judgement.verdict.decision == "skipped"
+    assert judgement.header.step == 1
+    assert len(judgement.header.guard.recent) == 12
+    assert judgement.header.proxies.shadowed == 12
