@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install data demo test chaos lint format types reference bundle results clean
+.PHONY: help install data prometheus demo test chaos lint format types reference bundle results clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -46,7 +46,16 @@ data:
 demo: install data ## six drifting cameras through broker, store and worker; ARGS='--frames 1000 --seed 1'
 	$(BIN)/driftkeel demo $(ARGS)
 
-test: install data lint types $(VENV)/.charts ## everything that is checked: format, lint, types, unit and system tests
+# Prometheus itself, to test alerts, metrics and dashboards with: unpacked from Debian's package into the environment, so
+# that no service is installed. Tests that need it are skipped where it cannot be had.
+prometheus: install
+	@command -v promtool >/dev/null || [ -x $(BIN)/promtool ] || { \
+		mkdir -p $(VENV)/prometheus && cd $(VENV)/prometheus \
+		&& { apt-get -qq download prometheus || { apt-get -qq update && apt-get -qq download prometheus; }; } \
+		&& dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin && mv usr/bin/* ../bin/ && cd .. && rm -r prometheus; \
+	} >/dev/null 2>&1 || echo "Debian's prometheus cannot be fetched here; the tests that need it will be skipped"
+
+test: install data lint types prometheus $(VENV)/.charts ## everything that is checked: format, lint, types, unit and system tests
 	$(BIN)/pytest -n 2 $(ARGS)
 
 chaos: install ## faults by the hundred; ARGS='--faults 200 --seed 1 --report out.json'

@@ -37,10 +37,10 @@ BAD_FRAMES = ("no_key", "bad_key", "empty", "too_large", "animated", "not_an_ima
 LEFT_OUT = ("policy", "settled", "overload")
 DECISIONS = (
     ("applied", "within_limits"),
-    *(("skipped", reason) for reason in ("not_finite", "gradient", "distance", "few_frames", "settled", "overload")),
-    ("rolled_back", "other"),
-    ("rolled_back", "command"),
-    ("reset", "command"),
+    ("partial", "shrunk"),
+    *(("skipped", reason) for reason in ("not_finite", "gradient", "distance", "turned", "camera", "one_class")),
+    *(("skipped", reason) for reason in ("resting", "few_frames", "policy", "settled", "overload")),
+    *((decision, reason) for decision in ("rolled_back", "reset") for reason in ("collapse", "worse", "command")),
     ("reset", "stored_state"),
 )
 

