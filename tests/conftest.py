@@ -74,6 +74,7 @@ def kafka_settings(bootstrap: str) -> Iterator[Kafka]:
             frames=f"frames-{tag}",
             predictions=f"predictions-{tag}",
             updates=f"updates-{tag}",
+            commands=f"commands-{tag}",
             dead_letters=f"frames-{tag}.dlq",
         ),
         session_timeout_ms=2_000,
@@ -85,7 +86,7 @@ def kafka_settings(bootstrap: str) -> Iterator[Kafka]:
     yield settings
     admin = KafkaAdminClient(bootstrap_servers=bootstrap)
     topics = settings.topics
-    admin.delete_topics([topics.frames, topics.predictions, topics.updates, topics.dead_letters])
+    admin.delete_topics([topics.frames, topics.predictions, topics.updates, topics.commands, topics.dead_letters])
     admin.close()
 
 

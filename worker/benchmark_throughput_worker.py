@@ -102,7 +102,11 @@ class Bench:
         kafka |= {"heartbeat_interval_ms": 500, "fetch_max_wait_ms": 20}
         kafka |= {
             "topics": Topics(
-                frames=f"{tag}.frames", predictions=f"{tag}.out", updates=f"{tag}.log", dead_letters=f"{tag}.dlq"
+                frames=f"{tag}.frames",
+                predictions=f"{tag}.out",
+                updates=f"{tag}.log",
+                commands=f"{tag}.commands",
+                dead_letters=f"{tag}.dlq",
             )
         }
         return WorkerConfig(

@@ -16,6 +16,7 @@ import typer
 from schemas.config import effective_yaml, load_config
 from schemas.errors import DriftkeelError
 from worker.benchmark_cli import benchmark_app
+from worker.command_cli import command_app
 from worker.streams_cli import streams_app
 from worker.video_cli import produce, watch
 
@@ -30,6 +31,7 @@ bundle_app = typer.Typer(help="Look at bundles.", no_args_is_help=True)
 app.add_typer(meta_app, name="meta")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(streams_app, name="streams")
+app.add_typer(command_app, name="command")
 app.add_typer(benchmark_app, name="benchmark")
 
 ConfigOption = Annotated[

@@ -114,6 +114,9 @@ def _broker(config: WorkerConfig) -> Iterator[Finding]:
     for topic in (topics.frames, topics.predictions, topics.updates, topics.dead_letters):
         if topic not in known:
             yield Finding("broker", "failed", f"topic {topic} is missing; create it, or correct kafka.topics")
+    if topics.commands not in known:
+        text = f"topic {topics.commands} is missing: workers run, and take no commands; create it with one partition"
+        yield Finding("broker", "warning", f"{text} and retention.ms=-1")
     if topics.frames in known:
         yield _partitions(kafka, topics.frames)
 

@@ -200,6 +200,11 @@ class Engine:
     def __len__(self) -> int:
         return len(self._residents)
 
+    @property
+    def streams(self) -> Set[str]:
+        """All resident streams."""
+        return self._residents.keys()
+
     def resident(self, stream: str) -> Resident:
         return self._residents[stream]
 

@@ -120,7 +120,10 @@ def require_topics(settings: Kafka, stop: threading.Event | None = None, only: S
 
 
 def create_topics(settings: Kafka, frame_partitions: int) -> None:
-    """Create the four topics: frames with the given partitions, the others with one each."""
+    """Create the five topics: frames with the given partitions, the others with one each.
+
+    Commands are kept for ever: they also hold for streams that come later.
+    """
     topics = settings.topics
     wanted = {
         topics.frames: {"num_partitions": frame_partitions, "replication_factor": 1},
@@ -128,6 +131,7 @@ def create_topics(settings: Kafka, frame_partitions: int) -> None:
             topic: {"num_partitions": 1, "replication_factor": 1}
             for topic in (topics.predictions, topics.updates, topics.dead_letters)
         },
+        topics.commands: {"num_partitions": 1, "replication_factor": 1, "configs": {"retention.ms": "-1"}},
     }
     arguments = connection(settings)
     what = f"the broker at {settings.bootstrap}"

@@ -26,7 +26,9 @@ from schemas.errors import ConfigError, UnreachableError
 from schemas.frame import Frame
 from worker.answer import Policies
 from worker.batcher import MicroBatcher
+from worker.commands import CommandList, CommandReader
 from worker.consume import FrameConsumer
+from worker.control import Control
 from worker.decode import Decoder
 from worker.engine import Engine
 from worker.guard import Guard
@@ -46,6 +48,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 GLANCE_S = 0.01  # between looks at the topic while passes run
 STUCK_AFTER_S = 60.0
 LAG_INTERVAL_S = 1.0
+COMMANDS_PATIENCE_S = 10.0
 
 
 def installed_version() -> str:
@@ -131,6 +134,21 @@ class Worker:
             watch=config.adapt.mode == "on_demand",
         )
         policies = Policies(config.policy, config.streams)
+        commands = CommandList()
+        self._commands = CommandReader(config.kafka, commands)
+        self._control = Control(
+            commands,
+            self._streams,
+            store,
+            self._publisher,
+            self.metrics,
+            policies,
+            config.worker,
+            self._heal,
+            self._keep_alive,
+        )
+        if not self._commands.caught_up.wait(COMMANDS_PATIENCE_S):
+            log.warning("topic %s is not read to its end yet; commands come later", config.kafka.topics.commands)
         self._scheduler = Scheduler(config.batch, config.adapt, policies, self._streams.engine, self.metrics)
         self._flights: list[Flight] = []
         self._lag_shown = 0.0
@@ -187,12 +205,14 @@ class Worker:
             frames = self._intake.take(records, self._load, self._keep_alive)
             # Partitions that went while the store or the broker was waited for are read again, from their oldest.
             self._batcher.add(f for f in frames if (f.position.topic, f.position.partition) not in self._dropped)
+        self._obey()
         self._start()
         if self._flights:
             self._move_on()
         if self._store.reconnected():
             self._begin_again()
         self._trim()
+        self._control.look_after_the_rest()
         self._consumer.commit()
         assigned = self._consumer.assignment()
         self._assigned = bool(assigned)
@@ -202,10 +222,16 @@ class Worker:
         self.metrics.buffered.set(len(self._batcher))
         self._show_lag()
 
+    def _obey(self) -> None:
+        """Commands that have come, to streams that are in no step."""
+        self._control.listen()
+        if fenced := self._control.run(self._busy):
+            self._rewind(fenced)
+
     def _start(self) -> None:
         """Begin passes of what is due, one more than there are threads for; a stream is in one at a time."""
         while sum(not flight.adapted.done() for flight in self._flights) <= self._lanes:
-            busy = self._busy
+            busy = self._busy | self._control.due
             due = self._batcher.take(time.monotonic(), self.config.batch.max_pass, busy, self._lanes + 1)
             if not due:
                 return
@@ -272,7 +298,7 @@ class Worker:
         self._receive(0.05)
 
     def _load(self, streams: list[str]) -> Callable[[Frame], bool]:
-        self._streams.ensure(streams)
+        self._control.met(self._streams.ensure(streams))
         engine = self._streams.engine
 
         def is_folded(frame: Frame) -> bool:
@@ -341,6 +367,7 @@ class Worker:
             stack.callback(self._store.close)
             stack.callback(self._probe.close)
             stack.callback(self._publisher.close)
+            stack.callback(self._commands.close)
             stack.callback(self._consumer.close)
             stack.callback(self._consumer.commit, now=True)
             with contextlib.suppress(UnreachableError):  # The next owner publishes the last events again.

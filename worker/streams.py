@@ -77,13 +77,16 @@ class Streams:
         self._compression = settings.compression
         self._heal = heal
 
-    def ensure(self, wanted: Iterable[str]) -> None:
-        """Make streams resident."""
+    def ensure(self, wanted: Iterable[str]) -> list[str]:
+        """Make streams resident; returns those that were not."""
         wanted = list(dict.fromkeys(wanted))
+        new: dict[str, None] = {}
         # Again, because streams that were resident may go while a store that is away is waited for.
         while missing := [stream for stream in wanted if stream not in self.engine]:
             self._claim(missing)
+            new |= dict.fromkeys(missing)
             self._metrics.resident.set(len(self.engine))
+        return list(new)
 
     def _claim(self, streams: list[str]) -> None:
         with self._metrics.store_seconds.labels("claim").time():

@@ -1,0 +1,141 @@
+"""`driftkeel command ...`: tell the workers, through the commands topic, what shall become of streams."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from schemas.command import Command
+from schemas.config import load_config
+from schemas.errors import ConfigError
+from schemas.policy import Mode, PolicyChange
+
+if TYPE_CHECKING:
+    from schemas.update import UpdateEvent
+
+command_app = typer.Typer(
+    help="Tell the workers what shall become of a stream, or of all of them; each command is done once, and audited.",
+    no_args_is_help=True,
+)
+
+StreamArgument = Annotated[str, typer.Argument(help="Stream id, or '*' for every stream.")]
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="The workers' YAML file.")]
+ReasonOption = Annotated[str, typer.Option(help="Goes into the update event.")]
+ByOption = Annotated[str, typer.Option(help="Who asks; the user's name if not given.")]
+WaitOption = Annotated[float, typer.Option(min=0, help="Seconds to wait for the update event that confirms it.")]
+
+
+@command_app.command()
+def freeze(
+    stream: StreamArgument,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by: ByOption = "",
+    wait: WaitOption = 15,
+) -> None:
+    """No more updates; the parameters stay as they are."""
+    _send(config, wait, stream=stream, action="freeze", reason=reason, by=by)
+
+
+@command_app.command()
+def unfreeze(
+    stream: StreamArgument,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by: ByOption = "",
+    wait: WaitOption = 15,
+) -> None:
+    """Updates again."""
+    _send(config, wait, stream=stream, action="unfreeze", reason=reason, by=by)
+
+
+@command_app.command()
+def reset(
+    stream: StreamArgument,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by: ByOption = "",
+    wait: WaitOption = 15,
+) -> None:
+    """Back to the source model; an approval is taken back too."""
+    _send(config, wait, stream=stream, action="reset", reason=reason, by=by)
+
+
+@command_app.command()
+def rollback(
+    stream: StreamArgument,
+    back: Annotated[int, typer.Argument(min=1, help="Which snapshot; 1 is the newest.")] = 1,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by: ByOption = "",
+    wait: WaitOption = 15,
+) -> None:
+    """Back to a snapshot."""
+    _send(config, wait, stream=stream, action="rollback", snapshot=back, reason=reason, by=by)
+
+
+@command_app.command()
+def approve(
+    stream: StreamArgument,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by: ByOption = "",
+    wait: WaitOption = 15,
+) -> None:
+    """Let the parameters as they are now answer, where the stream's mode is approve."""
+    _send(config, wait, stream=stream, action="approve", reason=reason, by=by)
+
+
+@command_app.command()
+def policy(
+    stream: StreamArgument,
+    mode: Annotated[Mode | None, typer.Option(help="Who answers.")] = None,
+    canary_share: Annotated[float | None, typer.Option(help="Share of the streams in mode canary.")] = None,
+    max_updates_per_hour: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
+    quiet_hours: Annotated[
+        list[str] | None, typer.Option(help="UTC span such as 22:00-06:00, once for each; 'none' for none.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Take back all that commands have changed.")] = False,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by: ByOption = "",
+    wait: WaitOption = 15,
+) -> None:
+    """Change rules of the policy; those not named stay."""
+    named = {"mode": mode, "canary_share": canary_share, "max_updates_per_hour": max_updates_per_hour}
+    change: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    if quiet_hours:
+        change["quiet_hours"] = [] if quiet_hours == ["none"] else quiet_hours
+    if bool(change) == clear:
+        raise ConfigError("say what to change, or --clear alone to take back what commands have changed")
+    _send(config, wait, stream=stream, action="policy", policy=change, reason=reason, by=by)
+
+
+def _send(config: Path | None, wait: float, **fields: Any) -> None:
+    from worker.send_command import send_command
+
+    try:
+        if isinstance(fields.get("policy"), dict):
+            fields["policy"] = PolicyChange.model_validate(fields["policy"])
+        command = Command(**{**fields, "by": fields["by"] or getpass.getuser()})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+    print(f"command {command.id} sent", file=sys.stderr)
+    events = [_say(event) for event in send_command(load_config(config).kafka, command, wait)]
+    if not events and wait:
+        print(
+            f"no worker has confirmed it within {wait:g} s; once one runs and knows the stream, it obeys",
+            file=sys.stderr,
+        )
+    raise typer.Exit(int(bool(wait) and (not events or "skipped" in events)))
+
+
+def _say(event: UpdateEvent) -> str:
+    print(f"{event.id}: {event.decision}, now at step {event.step}: {event.reason}", flush=True)
+    return event.decision
