@@ -15,6 +15,9 @@ COPY schemas schemas
 COPY meta meta
 COPY monitoring monitoring
 COPY worker worker
+COPY driftkeel.example.yaml ./
+COPY bundles/fashion-mnist bundles/fashion-mnist
+COPY deploy deploy
 RUN pip install --constraint constraints.txt .
 
 FROM python:3.11-slim-bookworm
@@ -28,9 +31,9 @@ ENV PATH=/opt/driftkeel/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     OMP_WAIT_POLICY=passive \
-    DRIFTKEEL__BUNDLE__PATH=/opt/bundles/fashion-mnist \
     DRIFTKEEL__METRICS__HOST=0.0.0.0
-WORKDIR /tmp
+# The default of bundle.path is relative: bundles/fashion-mnist. A variable would go before every configuration file.
+WORKDIR /opt
 USER 10001
 EXPOSE 9464
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \

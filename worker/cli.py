@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -17,12 +18,12 @@ from schemas.config import effective_yaml, load_config
 from schemas.errors import DriftkeelError
 from worker.benchmark_cli import benchmark_app
 from worker.command_cli import command_app
+from worker.site_cli import init, local
 from worker.streams_cli import streams_app
 from worker.video_cli import produce, watch
 
 app = typer.Typer(
     name="driftkeel",
-    help="Keeps image classifiers on course while their cameras drift.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -37,6 +38,21 @@ app.add_typer(benchmark_app, name="benchmark")
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; without it, defaults and DRIFTKEEL__ variables.")
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"driftkeel {version('driftkeel')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Keeps image classifiers on course while their cameras drift."""
 
 
 @app.command()
@@ -63,13 +79,14 @@ def demo(
     report: Annotated[Path | None, typer.Option(help="Also write the results as JSON here.")] = None,
     html: Annotated[Path, typer.Option(help="Where the report with charts goes.")] = Path("demo-report.html"),
     picture: Annotated[Path | None, typer.Option(help="Also write the charts alone, as SVG, here.")] = None,
-    bundle: Annotated[Path, typer.Option(help="The bundle to run.")] = Path("bundles/fashion-mnist"),
+    bundle: Annotated[Path | None, typer.Option(help="The bundle to run; the example's where not given.")] = None,
     view: Annotated[bool, typer.Option(help="Live table; --no-view prints plain lines.")] = True,
 ) -> None:
     """Six drifting cameras through a real broker, a real store and a worker, on this machine, with results."""
     from worker.demo.run import run_demo
+    from worker.site import EXAMPLE_BUNDLE, shipped
 
-    raise typer.Exit(run_demo(frames, seed, report, html, bundle, view, picture))
+    raise typer.Exit(run_demo(frames, seed, report, html, bundle or shipped(EXAMPLE_BUNDLE), view, picture))
 
 
 @meta_app.command("train")
@@ -105,6 +122,8 @@ def doctor(config: ConfigOption = None) -> None:
     raise typer.Exit(int(failed))
 
 
+app.command()(init)
+app.command()(local)
 app.command()(produce)
 app.command()(watch)
 

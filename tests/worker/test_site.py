@@ -1,0 +1,80 @@
+"""What `driftkeel init` writes is what a worker reads, and what the repository's own files say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from schemas.config import WorkerConfig, load_config
+from schemas.errors import ConfigError
+from worker.site import EXAMPLE_BUNDLE, local_services, shipped, site_compose, write_site
+
+
+def test_the_configuration_is_the_defaults_and_what_was_asked_for(tmp_path: Path) -> None:
+    written = write_site(tmp_path / "site", "kafka-1:9092,kafka-2:9092", "rediss://u:p@store:6380/1", None)
+    assert all(path.exists() for path in written)
+    config = load_config(tmp_path / "site" / "driftkeel.yaml")
+    assert config.kafka.bootstrap == "kafka-1:9092,kafka-2:9092"
+    assert config.store.url.get_secret_value() == "rediss://u:p@store:6380/1"
+    assert (tmp_path / "site" / config.bundle.path / "manifest.json").is_file()
+    plain = load_config(None)
+    same = {"worker", "kafka", "store"}
+    assert config.model_dump(exclude=same) == plain.model_dump(exclude=same)
+    assert config.kafka.model_copy(update={"bootstrap": plain.kafka.bootstrap}) == plain.kafka
+    assert config.worker == plain.worker  # made at start: workers that share the file do not share a name
+    text = (tmp_path / "site" / "driftkeel.yaml").read_text()
+    assert text.count("#") > 50
+
+
+def test_the_bundle_comes_along(tmp_path: Path, tiny_bundle_path: Path) -> None:
+    write_site(tmp_path / "site", None, None, tiny_bundle_path)
+    config = load_config(tmp_path / "site" / "driftkeel.yaml")
+    copies = {p.name: p.read_bytes() for p in (tmp_path / "site" / config.bundle.path).iterdir()}
+    assert copies == {p.name: p.read_bytes() for p in tiny_bundle_path.iterdir()}
+
+
+def test_the_compose_file_is_the_repository_s_but_for_the_worker_s_files(tmp_path: Path) -> None:
+    ours = yaml.safe_load(site_compose())
+    theirs = yaml.safe_load(shipped("deploy/compose.yaml").read_text())
+    worker = ours["services"]["worker"]
+    assert worker.pop("command") == ["worker", "--config", "/site/driftkeel.yaml"]
+    mounts = worker.pop("volumes")
+    assert worker.pop("working_dir") == "/site"
+    assert theirs["services"]["worker"].pop("build") == {"context": ".."}
+    assert ours == theirs
+    write_site(tmp_path, None, None, None)
+    relative = [v for service in ours["services"].values() for v in service.get("volumes", []) if v.startswith("./")]
+    assert len(relative) >= 3
+    assert all((tmp_path / mount.split(":")[0]).exists() for mount in [*relative, *mounts])
+    # A variable of the image or of the compose file would silently go before the mounted configuration.
+    image = (Path(__file__).parents[2] / "Dockerfile").read_text()
+    assert "DRIFTKEEL__BUNDLE__" not in image + site_compose()
+    assert re.search(rf"COPY {EXAMPLE_BUNDLE} /opt/{EXAMPLE_BUNDLE}\n", image)
+    assert re.search(r"(?m)^WORKDIR /opt$", image)
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "compose.yaml").write_text("mine")
+    with pytest.raises(ConfigError, match=r"compose.yaml exists already; name another folder"):
+        write_site(tmp_path, None, None, None)
+    assert [p.name for p in tmp_path.iterdir()] == ["compose.yaml"]
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="scheme 'http' is not one of redis"):
+        write_site(tmp_path / "a", None, "http://store", None)
+    with pytest.raises(ConfigError, match=r"is no bundle: it has no manifest.json"):
+        write_site(tmp_path / "b", None, None, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_local_services_are_local_and_disturb_nobody(bootstrap: str) -> None:
+    config = WorkerConfig()
+    elsewhere = config.model_copy(update={"kafka": config.kafka.model_copy(update={"bootstrap": "kafka-1:9092"})})
+    taken = config.model_copy(update={"kafka": config.kafka.model_copy(update={"bootstrap": bootstrap})})
+    for wrong, message in ((elsewhere, "a local one needs 127.0.0.1:PORT"), (taken, "something listens on port")):
+        with pytest.raises(ConfigError, match=message), local_services(wrong):
+            pass

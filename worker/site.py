@@ -1,0 +1,129 @@
+"""What an installation carries besides code, and what `driftkeel init` makes of it: a folder to run a site from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import ValidationError
+
+from schemas.config import Kafka, WorkerConfig
+from schemas.errors import ConfigError, DriftkeelError
+from worker.embedded import start_broker, start_store
+from worker.kafka_client import create_topics
+
+EXAMPLE_BUNDLE = "bundles/fashion-mnist"
+LOCAL_PARTITIONS = 4
+LOOPBACK = ("127.0.0.1", "localhost")
+_IMAGE_IS_BUILT = "    build: {context: ..}\n"
+_SITE_IS_MOUNTED = """\
+    command: ["worker", "--config", "/site/driftkeel.yaml"]
+    working_dir: /site
+    volumes:
+      - ./driftkeel.yaml:/site/driftkeel.yaml:ro
+      - ./bundles:/site/bundles:ro
+"""
+
+
+def shipped(name: str) -> Path:
+    """A file or folder of the repository, also where only the wheel is installed. Raises DriftkeelError."""
+    for root in (Path(__file__).parent / "shipped", Path(__file__).parents[1]):
+        if (root / name).exists():
+            return root / name
+    raise DriftkeelError(f"this installation lacks {name}; install driftkeel again")
+
+
+def site_config(bootstrap: str | None, store: str | None, bundle: str) -> str:
+    """Every option of a worker with its default and meaning; these three as given, None keeps the default.
+
+    Raises ConfigError.
+    """
+    text = shipped("driftkeel.example.yaml").read_text(encoding="utf-8")
+    # Workers that share a file must not share a name.
+    text = text.replace("\nworker: ", "\n# worker: ", 1)
+    for key, value in (("bootstrap", bootstrap), ("url", store), ("path", bundle)):
+        if value is not None:
+            quoted = json.dumps(value).replace("\\", r"\\")
+            text = re.sub(rf"(?m)^(  {key}: )\S+", rf"\g<1>{quoted}", text, count=1)
+    try:
+        WorkerConfig(**yaml.safe_load(text))  # what is written can be read
+    except ValidationError as error:
+        raise ConfigError("; ".join(problem["msg"] for problem in error.errors())) from error
+    return text
+
+
+def site_compose() -> str:
+    """The repository's compose file, with the site's configuration and bundles, and an image that is there already."""
+    text = shipped("deploy/compose.yaml").read_text(encoding="utf-8")
+    return text.replace("-f deploy/compose.yaml up --build", "up").replace(_IMAGE_IS_BUILT, _SITE_IS_MOUNTED)
+
+
+def write_site(folder: Path, bootstrap: str | None, store: str | None, bundle: Path | None) -> list[Path]:
+    """Write configuration, compose file with what it mounts, and a copy of the bundle; returns what was written.
+
+    Overwrites nothing. Raises ConfigError.
+    """
+    source = bundle or shipped(EXAMPLE_BUNDLE)
+    if not (source / "manifest.json").is_file():
+        raise ConfigError(f"{source} is no bundle: it has no manifest.json")
+    copy = Path("bundles") / source.resolve().name
+    texts = {
+        Path("driftkeel.yaml"): site_config(bootstrap, store, copy.as_posix()),
+        Path("compose.yaml"): site_compose(),
+    }
+    folders = {
+        copy: source,
+        Path("prometheus"): shipped("deploy/prometheus"),
+        Path("grafana"): shipped("deploy/grafana"),
+    }
+    existing = [str(folder / name) for name in (*texts, *folders) if (folder / name).exists()]
+    if existing:
+        raise ConfigError(f"{', '.join(existing)} exists already; name another folder, or remove it first")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        for name, origin in folders.items():
+            shutil.copytree(origin, folder / name)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return [folder / name for name in (*texts, *folders)]
+
+
+@contextmanager
+def local_services(config: WorkerConfig) -> Iterator[None]:
+    """A broker and a store at the configured addresses, with the topics, all gone afterwards. Raises DriftkeelError."""
+    broker_port = _local_port("kafka.bootstrap", config.kafka.bootstrap)
+    address = urlsplit(config.store.url.get_secret_value())
+    store_port = _local_port("store.url", f"{address.hostname}:{address.port or 6379}")
+    with tempfile.TemporaryDirectory(prefix="driftkeel-", ignore_cleanup_errors=True) as scratch:
+        broker = start_broker(Path(scratch) / "broker.log", broker_port)
+        store = start_store(Path(scratch) / "store", Path(scratch) / "store.log", store_port)
+        try:
+            create_topics(_plain(config.kafka), LOCAL_PARTITIONS)
+            yield
+        finally:
+            broker.child.stop(0)  # it takes seconds to act on a polite request, and has nothing to lose
+            store.child.stop()
+
+
+def _local_port(key: str, address: str) -> int:
+    host, _, port = address.rpartition(":")
+    if host not in LOOPBACK or not port.isdigit():
+        raise ConfigError(f"{key} is {address}: a local one needs 127.0.0.1:PORT")
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", int(port))) == 0:
+            raise ConfigError(f"{key}: something listens on port {port} already; stop it, or configure another port")
+    return int(port)
+
+
+def _plain(kafka: Kafka) -> Kafka:
+    return kafka.model_copy(update={"security_protocol": "PLAINTEXT"})
