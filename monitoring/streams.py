@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from monitoring.drift import ALARM
 from monitoring.reasons import CAMERA, TROUBLE, reason_kind
+from schemas.config import Guard
 from schemas.state import StreamHeader
 from schemas.update import Decision, UpdateEvent
 
@@ -29,6 +30,7 @@ CHOICE_S = 30.0  # a choice of streams stands for so long, so that series do not
 NEW_S = 600.0  # a stream counts as new for so long
 STAY = 0.05  # estimated accuracy by which another stream must be worse to take a shown one's place
 TROUBLED_S = 300.0  # and as in trouble for so long after the last refused or undone update
+EVIDENCE = -math.log(Guard().false_alarm)  # at which the guard's bet is won, with the default of that setting
 DRIFTING = 0.5  # of the drift score, which is 1 at the alarm
 RATIOS = tuple(i / 20 for i in range(1, 20))
 
@@ -42,6 +44,8 @@ class StreamView(NamedTuple):
     step: float
     answers_source: float
     frozen: float
+    trusted: float = 1.0
+    shifted: float = 0.0
     blind: float = 0.0
     last_update: float | None = None
     troubled: float | None = None
@@ -61,8 +65,8 @@ class StreamView(NamedTuple):
     adapting: float | None = None
 
     def in_trouble(self, now: float) -> bool:
-        """Whether an update was refused or undone lately, or the source model had to take over."""
-        return bool(self.answers_source and self.step) or (self.troubled or 0.0) > now - TROUBLED_S
+        """Whether an update was refused or undone lately, or the guard does not trust the adapted parameters."""
+        return not self.trusted or (self.troubled or 0.0) > now - TROUBLED_S
 
     @property
     def drifting(self) -> bool:
@@ -89,6 +93,8 @@ GAUGES = (
     ("step", "step", "Updates that the stream's parameters have seen."),
     ("answers_source", "answers_source", "1 where the source model answers, 0 where adapted parameters do."),
     ("frozen", "frozen", "1 where somebody has frozen the stream."),
+    ("shifted", "shifted", "1 once the guard is sure that the frames are not what source was made for."),
+    ("trusted", "trusted", "0 while the guard has source answer, because it is estimated to do better."),
     ("blind", "blind", "1 while most frames are blank or repeat: a covered or frozen camera."),
     ("decision", "decision", f"The newest decision: {', '.join(f'{i} {d}' for i, d in enumerate(DECISIONS))}."),
     ("last_decision", "last_decision_timestamp_seconds", "When the stream's newest frames were judged."),
@@ -138,10 +144,18 @@ def next_view(before: StreamView | None, event: UpdateEvent, header: StreamHeade
         entropy=after.entropy if after else before.entropy,
         marginal_entropy=after.marginal_entropy if after else before.marginal_entropy,
         flip_rate=after.flip_rate if after else before.flip_rate,
-        drift=max((0.0, *watch.rise, *watch.fall)) / ALARM if watch else None,
+        drift=_drift(header),
+        trusted=float(header.guard.trusted),
+        shifted=float(header.guard.shifted),
         adapting=float(watch.adapting) if watch else None,
         **kept,
     )
+
+
+def _drift(header: StreamHeader) -> float:
+    """Of the cumulative sums and of the guard's bet, the one that is nearer to its alarm."""
+    sums = max((0.0, *header.drift.rise, *header.drift.fall)) if header.drift else 0.0
+    return max(sums / ALARM, header.guard.wealth / EVIDENCE)
 
 
 class StreamSeries(Collector):
@@ -216,6 +230,7 @@ class StreamSeries(Collector):
             "shown": shown,
             "in_trouble": sum(view.in_trouble(now) for view in every),
             "drifting": sum(view.drifting for view in every),
+            "shifted": sum(view.shifted == 1.0 for view in every),
             "adapting": sum(view.adapting == 1.0 for view in every),
             "answered_by_source": sum(view.answers_source == 1.0 for view in every),
             "frozen": sum(view.frozen == 1.0 for view in every),

@@ -51,8 +51,8 @@ def build() -> Dashboard:
         .with_panel(
             number(
                 "In trouble",
-                "Streams of which an update was refused or undone in the last five minutes, or for which source "
-                "answers although they have adapted.",
+                "Streams of which an update was refused or undone in the last five minutes, or that source answers "
+                "because it is estimated to do better.",
                 condition("in_trouble"),
                 steps=few_is_good,
                 width=3,

@@ -149,13 +149,15 @@ def build() -> Dashboard:
         .with_panel(
             states(
                 "Decisions and state",
-                "The newest decision at each scrape, who answers, whether drift detection has the stream adapt, and "
-                "whether it is frozen or blind.",
+                "The newest decision at each scrape; who answers; whether drift detection has the stream adapt; "
+                "whether it is frozen, shifted, trusted by the guard, and sees.",
                 [
                     (newest("decision"), "decision"),
                     (newest("answers_source"), "answers"),
                     (newest("adapting"), "adapting"),
                     (newest("frozen"), "frozen"),
+                    (newest("shifted"), "frames"),
+                    (newest("trusted"), "guard"),
                     (newest("blind"), "camera"),
                 ],
                 {
@@ -163,6 +165,8 @@ def build() -> Dashboard:
                     "answers": {0.0: ("adapted", BLUE), 1.0: ("source", SOURCE_MODEL)},
                     "adapting": {0.0: ("settled", GREEN), 1.0: ("adapting", BLUE)},
                     "frozen": {0.0: ("no", GREY), 1.0: ("frozen", YELLOW)},
+                    "frames": {0.0: ("as source knows", GREEN), 1.0: ("shifted", ORANGE)},
+                    "guard": {0.0: ("doubts", RED), 1.0: ("trusts", GREEN)},
                     "camera": {0.0: ("sees", GREEN), 1.0: ("blind", RED)},
                 },
             )

@@ -16,7 +16,18 @@ from schemas.state import DriftWatch, StreamHeader
 from schemas.update import Proxies, UpdateEvent
 
 UNITLESS = {"norm", "cosine", "distance", "step", "frames", "streams", "partitions"}
-UNITLESS |= {"score", "adapting", "decision", "blind", "source", "frozen", "gcount", "gsum"}  # scores and flags
+UNITLESS |= {
+    "score",
+    "adapting",
+    "decision",
+    "blind",
+    "shifted",
+    "trusted",
+    "source",
+    "frozen",
+    "gcount",
+    "gsum",
+}  # scores and flags
 
 
 def families(metrics: WorkerMetrics):
