@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from meta.method import State
 from meta.proxies import as_source
-from schemas.state import StreamHeader
+from schemas.state import Snapshot, StreamHeader
 from worker.engine import Engine, Outlook, Proposal, Proposals, next_header, next_proxies
 from worker.guard import Guard, Verdict
+
+Restored = tuple[Snapshot, State]
+
+
+def no_snapshot(stream: str) -> Restored | None:
+    """Where none are kept."""
+    return None
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict, the header after it, and the proposal whose tensors become the stream's; None: they stay."""
+    """A verdict, the header after it, and the proposal whose tensors become the stream's; None: they stay.
+
+    `went_back_to`: the snapshot that the stream was rolled back to.
+    """
 
     verdict: Verdict
     header: StreamHeader
     kept: Proposal | None
+    went_back_to: Restored | None = None
 
 
 def judge(
-    engine: Engine, guard: Guard, outlook: Outlook, proposals: Proposals, proposal: Proposal | None, watch: bool
+    engine: Engine,
+    guard: Guard,
+    outlook: Outlook,
+    proposals: Proposals,
+    proposal: Proposal | None,
+    watch: bool,
+    newest: Callable[[str], Restored | None] = no_snapshot,
 ) -> Judgement:
     """Judge one micro-batch. Where less than the whole update is accepted, its row in `proposals` changes.
 
-    A stream goes back to source here; who keeps snapshots may do better for a verdict that says `rolled_back`.
+    A verdict that says `rolled_back` leads to the `newest` snapshot of the stream, and to source where it has none.
     """
     before = outlook.resident.header
     update = proposal is not None and proposal.update
@@ -32,17 +51,19 @@ def judge(
     estimator = engine.bundle.manifest.calibration.estimator
     proxies = next_proxies(before.proxies, outlook, signals, estimator)
     state = guard.observe(before.guard, outlook.sight, proxies)
-    verdict = Verdict("skipped", outlook.batch.reason)
+    verdict, restored = Verdict("skipped", outlook.batch.reason), None
     if proposal is not None and update:
         verdict = guard.judge(before.guard, state, outlook.sight, proxies, signals, proposal.finite)
         if verdict.back:
-            verdict = replace(verdict, decision="reset")
-            proposals.replace(proposal, engine.like)
+            restored = newest(outlook.batch.stream) if verdict.decision == "rolled_back" else None
+            if restored is None:
+                verdict = replace(verdict, decision="reset")
+            proposals.replace(proposal, restored[1] if restored else engine.like)
             proxies = as_source(proxies)
         elif verdict.share < 1:
             proposals.shrink(proposal, verdict.share, engine.tensors(outlook.batch.stream))
     header = next_header(before, outlook, verdict.apply, watch, proxies, state)
     if verdict.back:
-        header.step = 0
+        header.step = header.snapshot = restored[0].header.step if restored else 0
     taken = verdict.apply or verdict.back if update else proposal is not None and proposal.finite
-    return Judgement(verdict, header, proposal if taken else None)
+    return Judgement(verdict, header, proposal if taken else None, restored)

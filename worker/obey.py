@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from torch import Tensor
 
 from meta.method import State
+from meta.proxies import as_source
 from schemas.command import Action, Command
 from schemas.errors import StateError
 from schemas.policy import PolicyChange
-from schemas.state import Snapshot, StreamHeader
+from schemas.state import GuardState, Snapshot, StreamHeader
 from schemas.update import Decision, SealedEvent, UpdateEvent, seal
 from worker.answer import Policies, answering, named
 from worker.engine import Engine
@@ -167,8 +168,11 @@ def _under(header: StreamHeader, change: PolicyChange) -> StreamHeader:
 
 
 def _moved(header: StreamHeader, step: int) -> StreamHeader:
-    """The header of other parameters: what drift detection knew of the old ones is void, the position stays."""
-    return header.model_copy(update={"step": step, "snapshot": step, "drift": None})
+    """The header of other parameters: what guard and drift detection knew of the old ones is void; positions stay."""
+    proxies = as_source(header.proxies)
+    return header.model_copy(
+        update={"step": step, "snapshot": step, "drift": None, "guard": GuardState(), "proxies": proxies}
+    )
 
 
 def _brief(value: object) -> str:

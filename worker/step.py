@@ -29,7 +29,7 @@ from worker.answer import named
 from worker.batcher import MicroBatch, MicroBatcher
 from worker.engine import Gathered, Outlook, Pass, Proposal, Proposals
 from worker.guard import Guard, Verdict
-from worker.judge import judge
+from worker.judge import Judgement, judge
 from worker.messages import PredictionWriter
 from worker.obey import Entry
 from worker.offsets import Offsets
@@ -179,11 +179,16 @@ class Step:
             if not outlook.batch.fold or not self._engine.holds(outlook.batch.stream, resident):
                 continue
             proposal = proposed.get(id(outlook))
-            judgement = judge(self._engine, self._guard, outlook, proposals, proposal, self._watch)
+            newest = self._streams.newest
+            judgement = judge(self._engine, self._guard, outlook, proposals, proposal, self._watch, newest)
             verdict, header = judgement.verdict, judgement.header
             if verdict.apply:
                 header.lately = header.lately.and_one(time.time())
+            if not self._engine.holds(outlook.batch.stream, resident):
+                continue  # It went while the store was asked for a snapshot.
             event = self._event(outlook, verdict, proposal, resident.header, header, resident.token)
+            if verdict.back:
+                event = event.model_copy(update=self._way_back(outlook.batch.stream, judgement))
             snapshot = self._streams.snapshot(resident.header, header, event)
             sealed = seal(event)
             header.last_event = sealed.digest
@@ -191,6 +196,8 @@ class Step:
         return judged
 
     def _store(self, judged: list[_Judged], proposals: Proposals) -> list[str]:
+        # A snapshot may have been waited for, and streams have gone meanwhile.
+        judged = [j for j in judged if self._engine.holds(j.header.stream, j.outlook.resident)]
         if not judged:
             return []
         entries = [Entry(j.header, (j.sealed,), _row(proposals, j.kept), snapshot=j.snapshot) for j in judged]
@@ -238,7 +245,7 @@ class Step:
             raw_gradient_norm=signal("raw_gradient_norm"),
             generated_gradient_norm=signal("generated_gradient_norm"),
             cosine=signal("cosine"),
-            source_distance=0.0 if verdict.back else signal("source_distance") if verdict.apply else None,
+            source_distance=signal("source_distance") if verdict.apply else None,
             layers=_moved(verdict, proposal),
             flipped=outlook.observed.flipped if outlook.observed is not None else None,
             parameters=named(outlook.batch.answer if after.guard.trusted else "source", after),
@@ -249,6 +256,18 @@ class Step:
             bundle=self._engine.bundle_hash,
             worker=self._worker,
         )
+
+    def _way_back(self, stream: str, judgement: Judgement) -> dict[str, Any]:
+        """What the event says of going back: where to, and how far each layer moves by it."""
+        source, restored = self._engine.like["affine"], judgement.went_back_to
+        affine = source if restored is None else restored[1]["affine"]
+        said: dict[str, Any] = {
+            "source_distance": float((affine - source).norm()),
+            "layers": self._engine.distances(self._engine.tensors(stream)["affine"][None], affine[None])[0],
+        }
+        if restored is not None:
+            said["reason"] = f"{judgement.verdict.reason}; to the snapshot of step {restored[0].header.step}"
+        return said
 
 
 def _row(proposals: Proposals, kept: Proposal | None) -> State | None:

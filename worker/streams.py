@@ -139,7 +139,7 @@ class Streams:
     def snapshot(self, before: StreamHeader, after: StreamHeader, event: UpdateEvent) -> Snapshot | None:
         """What to keep of an update for rollback: one every `store.snapshot_every` updates, of streams that do well."""
         due = self._snapshot_every > 0 and abs(after.step - before.snapshot) >= self._snapshot_every
-        if not due or event.decision != "applied" or not _does_well(event):
+        if not due or event.decision != "applied" or not _does_well(after, event):
             return None
         after.snapshot = after.step
         reason = f"{self._snapshot_every} updates since the last"
@@ -149,6 +149,14 @@ class Streams:
         """The stream's `back`th newest snapshot. Raises StateError where there is none that fits."""
         snapshots = self._heal(lambda: self._store.snapshots(stream))
         return chosen_snapshot(snapshots, stream, back, self.engine.like, self.engine.bundle_hash)
+
+    def newest(self, stream: str) -> tuple[Snapshot, State] | None:
+        """The newest snapshot; None where there is none that fits."""
+        try:
+            return self.kept(stream, 1)
+        except StateError as error:
+            log.warning("stream %s goes back to source, not to a snapshot: %s", stream, error)
+            return None
 
     def _as_write(self, entry: Entry) -> Write:
         resident = self.engine.resident(entry.header.stream)
@@ -276,9 +284,11 @@ def chosen_snapshot(
     return snapshot, state.tensors
 
 
-def _does_well(event: UpdateEvent) -> bool:
+def _does_well(header: StreamHeader, event: UpdateEvent) -> bool:
     """Whether a snapshot taken now would be one to return to: no worse than source, as far as anybody can tell."""
     seen = event.after
+    if not header.guard.trusted:
+        return False
     return seen is None or seen.source_accuracy is None or seen.estimated_accuracy >= seen.source_accuracy
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 import torch
 
 from schemas.bundle import Limits
 from schemas.config import Guard as GuardSettings
+from schemas.state import Snapshot
 from tests.worker.test_engine import admit, batch
 from worker.engine import Engine
 from worker.guard import Guard, Verdict
-from worker.judge import Judgement, judge
+from worker.judge import Judgement, judge, no_snapshot
 
 LIMITS = Limits(raw_gradient_norm=1e9, source_distance=1e9)
 
@@ -34,12 +37,12 @@ def engine(tiny_bundle) -> Engine:
     return engine
 
 
-def turn(engine: Engine, verdict: Verdict, seed: int, adapt: bool = True) -> Judgement:
+def turn(engine: Engine, verdict: Verdict, seed: int, adapt: bool = True, newest=no_snapshot) -> Judgement:
     passed = engine.predict([batch("b", 5, 9), batch("a", 6, seed, adapt)])
     proposals = engine.adapt(passed)
     (outlook,) = (o for o in passed.outlooks if o.batch.stream == "a")
     (proposal,) = (p for p in proposals.proposals if p.outlook is outlook)
-    judgement = judge(engine, Fixed(verdict), outlook, proposals, proposal, watch=False)
+    judgement = judge(engine, Fixed(verdict), outlook, proposals, proposal, False, newest)
     engine.accept(proposals, [judgement.kept] if judgement.kept is not None else [])
     engine.resident("a").header = judgement.header
     return judgement
@@ -75,6 +78,18 @@ def test_going_back_leads_to_source_and_nobody_else_moves(engine: Engine, decisi
     signals = judgement.header.proxies.signals
     assert signals["confidence"] == signals["source_confidence"]
     assert (signals["flips"], signals["distance"]) == (0, 0)
+
+
+def test_a_rollback_leads_to_the_newest_snapshot_and_a_reset_does_not(engine: Engine) -> None:
+    good = {name: tensor.clone() for name, tensor in engine.tensors("a").items()}
+    header = engine.resident("a").header
+    snapshot = Snapshot(time=datetime(2026, 1, 2, tzinfo=UTC), reason="", header=header)
+    turn(engine, Verdict("applied", ""), 2)
+    judgement = turn(engine, Verdict("rolled_back", ""), 3, newest=lambda stream: (snapshot, good))
+    assert (judgement.verdict.decision, judgement.header.step, judgement.header.frames) == ("rolled_back", 1, 18)
+    assert all(torch.equal(tensor, good[name]) for name, tensor in engine.tensors("a").items())
+    again = turn(engine, Verdict("reset", ""), 4, newest=lambda stream: (snapshot, good))
+    assert (again.verdict.decision, again.header.step) == ("reset", 0)
 
 
 def test_frames_without_an_update_are_seen_by_the_guard_too(engine: Engine) -> None:
