@@ -16,6 +16,7 @@ import typer
 
 from schemas.config import effective_yaml, load_config
 from schemas.errors import DriftkeelError
+from worker.audit_cli import audit_app
 from worker.benchmark_cli import benchmark_app
 from worker.command_cli import command_app
 from worker.site_cli import init, local
@@ -33,6 +34,7 @@ app.add_typer(meta_app, name="meta")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(streams_app, name="streams")
 app.add_typer(command_app, name="command")
+app.add_typer(audit_app, name="audit")
 app.add_typer(benchmark_app, name="benchmark")
 
 ConfigOption = Annotated[

@@ -1,0 +1,107 @@
+"""The audit trail of workers that ran, were killed and were told things; read back by the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from schemas.command import Command
+from schemas.policy import PolicyChange
+from tests.conftest import picture
+from tests.system.conftest import Site, run_cli
+from worker.audit.history import rebuilt
+from worker.audit.read import histories, read_topic
+from worker.send_command import send_command
+
+
+@pytest.fixture
+def config(site: Site, tmp_path: Path) -> str:
+    path = tmp_path / "site.yaml"
+    site.config["store"] = {**site.config["store"], "snapshot_every": 2}
+    path.write_text(yaml.safe_dump(site.config))
+    return str(path)
+
+
+def audit(*arguments: str, code: int = 0) -> str:
+    result = run_cli("audit", *arguments)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_the_topic_alone_tells_the_history(site: Site, config: str, tmp_path: Path) -> None:
+    streams = ["cam-1", "cam-2"]
+    worker = site.start()
+    site.send([(stream, picture(i)) for i in range(40) for stream in streams])
+    site.wait_folded(worker, dict.fromkeys(streams, 40))
+    for command in (
+        Command(stream="cam-1", action="rollback", by="kim", reason="looked odd"),
+        Command(stream="cam-1", action="policy", policy=PolicyChange(mode="shadow")),
+        Command(stream="cam-2", action="freeze"),
+    ):
+        assert len(list(send_command(site.kafka, command, 20))) == 1
+    site.send([(stream, picture(i)) for i in range(40) for stream in streams])
+    worker.kill()  # In the middle: the next one publishes again what may not have reached the topic.
+    second = site.start()
+    site.wait_folded(second, dict.fromkeys(streams, 80))
+    assert "reset, now at step 0" in run_cli("streams", "reset", "cam-2", "--config", config).stdout
+    site.send([("cam-2", picture(i)) for i in range(8)])
+    site.wait_folded(second, {"cam-2": 88})
+    assert second.stop() == 0
+
+    found = histories(read_topic(site.kafka))
+    for stream in streams:
+        header, outline = site.header(stream), rebuilt(found[stream])
+        assert (outline.step, outline.events, outline.frames, outline.folded, outline.last_event) == (
+            header.step,
+            header.events,
+            header.frames,
+            header.folded,
+            header.last_event,
+        )
+    moved = next(e for e in found["cam-1"] if e.decision == "applied")
+    assert moved.layers
+    assert any(moved.layers.values())
+
+    assert "sound: 2 streams" in audit("verify", "--config", config, "--store", "--complete")
+    shown = audit("show", "--config", config, "--stream", "cam-1")
+    for text in ("rolled_back", "looked odd; by kim", "mode=shadow", "applied", "→"):
+        assert text in shown
+    assert all(stream in audit("show", "--config", config) for stream in streams)
+    page = tmp_path / "audit.html"
+    audit("report", "--config", config, "--output", str(page))
+    assert "The record is whole" in page.read_text()
+    table = tmp_path / "audit.csv"
+    audit("export", "--config", config, "--format", "csv", "--output", str(table))
+    assert len(table.read_text().splitlines()) == 1 + sum(map(len, found.values()))
+
+    # A record that somebody has tampered with does not pass.
+    trail = tmp_path / "trail.jsonl"
+    audit("export", "--config", config, "--output", str(trail))
+    assert "sound: 2 streams" in audit("verify", "--file", str(trail))
+    lines = trail.read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if "looked odd" in line)
+    number = next(e.number for e in found["cam-1"] if "looked odd" in e.reason)
+    trail.write_text("\n".join([*lines[:place], lines[place].replace("looked odd", "routine"), *lines[place + 1 :]]))
+    assert f"altered    cam-1@{number} " in audit("verify", "--file", str(trail), code=1)
+    trail.write_text("\n".join([*lines[:place], *lines[place + 1 :]]))
+    assert f"missing    cam-1@{number} " in audit("verify", "--file", str(trail), code=1)
+    audit("report", "--file", str(trail), "--output", str(page))
+    assert "The record is not whole" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "--stream", "nobody"], "no events of stream 'nobody'"),
+        (["verify", "--file", "/nowhere"], "/nowhere cannot be read"),
+        (["export", "--output", "/nowhere/x"], "/nowhere/x cannot be written"),
+        (["export", "--output", "x", "--stream", "cam"], "jsonl is the record as it was published"),
+    ],
+)
+def test_mistakes_are_one_line(config: str, arguments: list[str], message: str) -> None:
+    result = run_cli("audit", *arguments, "--config", config)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,79 @@
+"""The audit trail as files: the published bytes one a line, or a table."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from schemas.errors import ConfigError, StateError
+from schemas.update import UpdateEvent
+from worker.audit.read import Record
+
+PROXIES = ("estimated_accuracy", "low", "high", "source_accuracy", "confidence", "entropy", "flip_rate")
+PLAIN = (
+    *("id", "stream", "time", "decision", "reason", "step", "loss", "entropy", "discrepancy", "raw_gradient_norm"),
+    *("generated_gradient_norm", "cosine", "source_distance", "flipped", "parameters", "command", "previous"),
+    *("token", "bundle", "worker"),
+)
+
+
+def write_lines(records: Iterable[Record], path: Path) -> int:
+    """Every event's bytes as published, once for each time it was; `driftkeel audit verify --file` reads them."""
+    count = 0
+    with _open(path, "wb") as file:
+        for record in records:
+            file.write(record.content.replace(b"\n", b" ") + b"\n")
+            count += 1
+    return count
+
+
+def table(events: Sequence[UpdateEvent]) -> dict[str, list[Any]]:
+    """Column by column; the layers that events name have a column each."""
+    columns: dict[str, list[Any]] = {"number": [event.number for event in events]}
+    columns |= {name: [getattr(event, name) for event in events] for name in PLAIN}
+    columns["frames"] = [len(event.frames) for event in events]
+    columns["first_frame"] = [event.frames[0] if event.frames else None for event in events]
+    columns["last_frame"] = [event.frames[-1] if event.frames else None for event in events]
+    for moment in ("before", "after"):
+        for name in PROXIES:
+            columns[f"{moment}_{name}"] = [getattr(getattr(event, moment), name, None) for event in events]
+    for layer in dict.fromkeys(layer for event in events for layer in event.layers):
+        columns[f"layer_{layer}"] = [event.layers.get(layer) for event in events]
+    return columns
+
+
+def write_csv(columns: dict[str, list[Any]], path: Path) -> None:
+    """With a header line; times in ISO 8601, what is not known left empty."""
+    with _open(path, "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for row in zip(*columns.values(), strict=True):
+            writer.writerow([_cell(value) for value in row])
+
+
+def write_parquet(columns: dict[str, list[Any]], path: Path) -> None:
+    """Raises ConfigError where pyarrow is not installed."""
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ConfigError("Parquet needs the package pyarrow: pip install 'driftkeel[parquet]'") from error
+    with _open(path, "wb") as file:
+        parquet.write_table(arrow.table(columns), file)
+
+
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return f"'{value}"  # Stream names and reasons come from outside: no spreadsheet shall compute them.
+    return value.isoformat() if hasattr(value, "isoformat") else value
+
+
+def _open(path: Path, mode: str) -> Any:
+    try:
+        return path.open(mode) if "b" in mode else path.open(mode, encoding="utf-8", newline="")
+    except OSError as error:
+        raise StateError(f"{path} cannot be written: {error.strerror}") from error

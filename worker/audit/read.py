@@ -1,0 +1,96 @@
+"""Update events from their topic, or from a file with one a line, as they were published: byte by byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+from pydantic import ValidationError
+
+from schemas.config import Kafka
+from schemas.errors import StateError, UnreachableError
+from schemas.update import UpdateEvent
+from worker.kafka_client import connection, open_client, require_topics
+
+MAX_LINE_BYTES = 4 << 20
+PATIENCE_MS = 10_000  # for a broker that has records and does not send them
+
+
+@dataclass(frozen=True)
+class Record:
+    """Bytes that should be an event, and where they were found."""
+
+    content: bytes
+    where: str
+
+    @property
+    def event(self) -> UpdateEvent | None:
+        """None where they are no event."""
+        try:
+            return UpdateEvent.model_validate_json(self.content)
+        except ValidationError:
+            return None
+
+
+def read_topic(settings: Kafka) -> Iterator[Record]:
+    """All records that are in the updates topic now, each partition in its order.
+
+    Raises ConfigError where there is no such topic, UnreachableError where the broker is away.
+    """
+    topic = settings.topics.updates
+    require_topics(settings, only=[topic])
+    try:
+        consumer = open_client(
+            KafkaConsumer, **connection(settings), group_id=None, enable_auto_commit=False, fetch_max_wait_ms=50
+        )
+        try:
+            for number in sorted(consumer.partitions_for_topic(topic) or ()):
+                yield from _partition(consumer, TopicPartition(topic, number))
+        finally:
+            consumer.close(autocommit=False)
+    except KafkaError as error:
+        raise UnreachableError(f"the broker at {settings.bootstrap} does not send {topic}: {error}") from error
+
+
+def _partition(consumer: KafkaConsumer, partition: TopicPartition) -> Iterator[Record]:
+    consumer.assign([partition])
+    end = consumer.end_offsets([partition])[partition]
+    consumer.seek_to_beginning(partition)
+    while consumer.position(partition) < end:
+        records = consumer.poll(timeout_ms=PATIENCE_MS).get(partition)
+        if not records:
+            raise UnreachableError(f"the broker sends no more of {partition.topic}/{partition.partition}; try again")
+        for record in records:
+            if record.offset < end:
+                yield Record(record.value or b"", f"{record.topic}/{record.partition}/{record.offset}")
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """One record a line, as `driftkeel audit export` writes them. Raises StateError where it cannot be read."""
+    try:
+        with path.open("rb") as lines:
+            number = 0
+            while line := lines.readline(MAX_LINE_BYTES):
+                number += 1
+                if not line.endswith(b"\n") and len(line) == MAX_LINE_BYTES:
+                    raise StateError(f"{path}, line {number} is longer than any event; is it one event a line?")
+                if line.strip():
+                    yield Record(line.rstrip(b"\r\n"), f"{path.name}, line {number}")
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def histories(records: Iterable[Record]) -> dict[str, list[UpdateEvent]]:
+    """The events of every stream, in order, each once; what is no event is left out.
+
+    Where a number has several contents, because the store had fallen behind, the last one counts.
+    """
+    found: dict[str, dict[int, UpdateEvent]] = {}
+    for record in records:
+        event = record.event
+        if event is not None:
+            found.setdefault(event.stream, {})[event.number] = event
+    return {stream: [events[n] for n in sorted(events)] for stream, events in sorted(found.items())}

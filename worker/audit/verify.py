@@ -1,0 +1,125 @@
+"""Is the audit trail whole, and as it was written? Each event carries the hash of its stream's previous one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
+
+from schemas.state import StreamHeader
+from schemas.update import UpdateEvent, digest
+from worker.audit.read import Record
+
+Kind = Literal["unreadable", "altered", "missing", "forked", "reordered", "beginning"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with which event."""
+
+    kind: Kind
+    event: str
+    text: str
+
+
+@dataclass
+class Verdict:
+    """All that was found. `beginning`s are no faults where the topic keeps events for a limited time."""
+
+    streams: int = 0
+    events: int = 0
+    copies: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        """Whether nothing is wrong but for what is older than the topic keeps."""
+        return all(finding.kind == "beginning" for finding in self.findings)
+
+
+@dataclass
+class _Stream:
+    contents: dict[int, list[tuple[bytes, UpdateEvent, str]]] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+
+
+def verify(records: Iterable[Record], stored: Mapping[str, StreamHeader] | None = None) -> Verdict:
+    """Check all records, in the order in which they lie in the topic or the file.
+
+    The chain cannot tell what is wrong with a stream's last events, as none follows them: `stored`, the headers in
+    the store, can.
+    """
+    verdict, streams = Verdict(), dict[str, _Stream]()
+    for record in records:
+        event = record.event
+        if event is None:
+            verdict.findings.append(Finding("unreadable", record.where, "is no update event"))
+        elif event.id != f"{event.stream}@{event.number}":
+            verdict.findings.append(Finding("altered", event.id, f"says it is of stream {event.stream!r}"))
+        else:
+            _collect(streams.setdefault(event.stream, _Stream()), event, record, verdict)
+    verdict.streams = len(streams)
+    for name, stream in sorted(streams.items()):
+        verdict.findings += _links(name, stream)
+        verdict.findings += _order(name, stream.order)
+    for name, header in sorted((stored or {}).items()):
+        verdict.findings += _end(name, streams.get(name, _Stream()), header)
+    return verdict
+
+
+def _collect(stream: _Stream, event: UpdateEvent, record: Record, verdict: Verdict) -> None:
+    versions = stream.contents.setdefault(event.number, [])
+    if any(content == record.content for content, _, _ in versions):
+        verdict.copies += 1  # Published again after a crash.
+        return
+    if not versions:
+        verdict.events += 1
+        stream.order.append(event.number)
+    else:
+        places = ", ".join(where for _, _, where in versions)
+        text = f"another content at {record.where} than at {places}"
+        verdict.findings.append(Finding("forked", event.id, text))
+    versions.append((record.content, event, record.where))
+
+
+def _links(name: str, stream: _Stream) -> list[Finding]:
+    """Gaps in the numbers, and events that do not carry the hash of the one before them."""
+    findings = []
+    numbers = sorted(stream.contents)
+    if numbers[0] > 1:
+        text = f"is the oldest here; {numbers[0] - 1} before it are not"
+        findings.append(Finding("beginning", f"{name}@{numbers[0]}", text))
+    elif any(event.previous for _, event, _ in stream.contents[1]):
+        findings.append(Finding("altered", f"{name}@1", "is the first, and names a previous one"))
+    for before, after in pairwise(numbers):
+        if after > before + 1:
+            last = f" to {name}@{after - 1}" if after > before + 2 else ""
+            findings.append(Finding("missing", f"{name}@{before + 1}{last}", f"between {name}@{before} and @{after}"))
+            continue
+        known = {digest(content) for content, _, _ in stream.contents[before]}
+        if any(event.previous not in known for _, event, _ in stream.contents[after]):
+            text = f"does not have the hash that {name}@{after} carries: one of the two was altered"
+            findings.append(Finding("altered", f"{name}@{before}", text))
+    return findings
+
+
+def _order(name: str, order: list[int]) -> list[Finding]:
+    findings, newest = [], 0
+    for number in order:
+        if number < newest:
+            findings.append(Finding("reordered", f"{name}@{number}", f"comes after {name}@{newest}"))
+        newest = max(newest, number)
+    return findings
+
+
+def _end(name: str, stream: _Stream, header: StreamHeader) -> list[Finding]:
+    """Compare with what the store says was the last event; newer ones may have come since it was asked."""
+    if not header.events:
+        return []
+    last = f"{name}@{header.events}"
+    if header.events not in stream.contents:
+        return [Finding("missing", last, "is the newest in the store")]
+    if header.last_event not in {digest(content) for content, _, _ in stream.contents[header.events]}:
+        return [Finding("altered", last, "is not what the store has the hash of")]
+    return []

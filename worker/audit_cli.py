@@ -1,0 +1,165 @@
+"""`driftkeel audit ...`: what changed in a stream, when, by how much and why; and whether the record is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from schemas.config import load_config
+from schemas.errors import ConfigError, StateError
+
+if TYPE_CHECKING:
+    from schemas.state import StreamHeader
+    from schemas.update import UpdateEvent
+    from worker.audit.read import Record
+
+audit_app = typer.Typer(help="What changed, when, by how much and why; from the topic or a file.", no_args_is_help=True)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="The workers' YAML file.")]
+FileOption = Annotated[
+    Path | None, typer.Option("--file", "-f", help="Read this file, one event a line, instead of the topic.")
+]
+StreamOption = Annotated[
+    list[str] | None, typer.Option("--stream", "-s", help="Only this stream; several are allowed.")
+]
+SinceOption = Annotated[datetime | None, typer.Option(help="Only events from this time on, UTC.")]
+UntilOption = Annotated[datetime | None, typer.Option(help="Only events before this time, UTC.")]
+
+
+@audit_app.command()
+def show(
+    config: ConfigOption = None,
+    file: FileOption = None,
+    stream: StreamOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    last: Annotated[int, typer.Option(min=1, help="Spans of a stream, newest.")] = 50,
+) -> None:
+    """A line per stream; with --stream what happened to it over time."""
+    from rich.console import Console
+
+    from worker.audit.show import show_stream, show_streams
+
+    console = Console()
+    console = console if console.is_terminal else Console(width=200)
+    found = _histories(config, file, stream, since, until)
+    if not stream:
+        show_streams(console, found)
+    for name, events in found.items() if stream else ():
+        show_stream(console, name, events, last)
+
+
+@audit_app.command()
+def report(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path("audit.html"),
+    config: ConfigOption = None,
+    file: FileOption = None,
+    stream: StreamOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+) -> None:
+    """One HTML page with charts, to keep or to send."""
+    from worker.audit.verify import verify
+
+    try:
+        from worker.audit.report import write_report
+    except ImportError as error:
+        raise ConfigError("the charts need matplotlib: pip install 'driftkeel[embedded]'") from error
+    verdict = verify(_records(config, file))
+    chain = "The record is whole: every event has the hash that the next one carries."
+    if not verdict.sound:
+        chain = f"The record is not whole: {len(verdict.findings)} findings; 'driftkeel audit verify' names them."
+    found = _histories(config, file, stream, since, until)
+    write_report(output, found, chain)
+    print(f"{output}: {len(found)} streams, {sum(map(len, found.values()))} events")
+
+
+@audit_app.command()
+def export(
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    format: Annotated[
+        Literal["jsonl", "csv", "parquet"], typer.Option(help="jsonl: the bytes as published, for verify --file.")
+    ] = "jsonl",
+    config: ConfigOption = None,
+    file: FileOption = None,
+    stream: StreamOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+) -> None:
+    """The events as a file: as published, or as a table."""
+    from worker.audit.export import table, write_csv, write_lines, write_parquet
+
+    if format == "jsonl":
+        if stream or since or until:
+            raise ConfigError(
+                "jsonl is the record as it was published, whole: it knows no --stream, --since or --until"
+            )
+        print(f"{output}: {write_lines(_records(config, file), output)} records")
+        return
+    found = _histories(config, file, stream, since, until)
+    columns = table([event for events in found.values() for event in events])
+    (write_csv if format == "csv" else write_parquet)(columns, output)
+    print(f"{output}: {len(columns['id'])} events, {len(columns)} columns")
+
+
+@audit_app.command()
+def verify(
+    config: ConfigOption = None,
+    file: FileOption = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="Compare each stream's end with the store too; stop its workers before.")
+    ] = False,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="Streams must begin with their first event, however old.")
+    ] = False,
+) -> None:
+    """Name every event that is missing, altered, reordered or forked; exit code 1 where there is one."""
+    from worker.audit.verify import verify as examine
+
+    headers = _headers(config) if store else None
+    verdict = examine(_records(config, file), headers)
+    for finding in verdict.findings:
+        print(f"{finding.kind:10s} {finding.event} {finding.text}")
+    sound = verdict.sound and not (complete and verdict.findings)
+    copies = f", {verdict.copies} published again with the same bytes" if verdict.copies else ""
+    print(f"{'sound' if sound else 'NOT SOUND'}: {verdict.streams} streams, {verdict.events} events{copies}")
+    raise typer.Exit(int(not sound))
+
+
+def _records(config: Path | None, file: Path | None) -> Iterator[Record]:
+    from worker.audit.read import read_file, read_topic
+
+    return read_file(file) if file is not None else read_topic(load_config(config).kafka)
+
+
+def _histories(
+    config: Path | None,
+    file: Path | None,
+    streams: list[str] | None,
+    since: datetime | None,
+    until: datetime | None,
+) -> dict[str, list[UpdateEvent]]:
+    from worker.audit.history import within
+    from worker.audit.read import histories
+
+    begin, end = (moment and moment.replace(tzinfo=moment.tzinfo or UTC) for moment in (since, until))
+    found = within(histories(_records(config, file)), streams or [], begin, end)
+    if missing := [stream for stream in streams or [] if stream not in found]:
+        raise StateError(f"no events of stream {missing[0]!r} there; without --stream all are shown")
+    return found
+
+
+def _headers(config: Path | None) -> dict[str, StreamHeader]:
+    from schemas.state import decode_header
+    from worker.store import StateStore
+
+    client = StateStore(load_config(config).store)
+    names = list(client.streams())
+    found = zip(names, client.overview(names), strict=True)
+    headers = {name: decode_header(seen.header) for name, seen in found if seen.header}
+    client.close()
+    return headers
