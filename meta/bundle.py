@@ -27,8 +27,10 @@ from meta.objective import SourceStatistics
 from meta.paper import PaperMGG, PaperSettings
 from schemas.bundle import FileEntry, Manifest
 from schemas.errors import BundleError
+from schemas.verdict import Verdict
 
 MANIFEST = "manifest.json"
+VERDICT = "verdict.json"
 MGG_NAME = "mgg"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 8 << 30
@@ -55,7 +57,11 @@ class Bundle:
 
 
 def write_bundle(
-    folder: Path, manifest: Manifest, tensors: dict[str, dict[str, Tensor]], labels: Iterable[str]
+    folder: Path,
+    manifest: Manifest,
+    tensors: dict[str, dict[str, Tensor]],
+    labels: Iterable[str],
+    verdict: Verdict | None = None,
 ) -> Manifest:
     """Write a bundle; `manifest.files` is filled in here. `tensors` maps a file's stem to its content.
 
@@ -67,6 +73,8 @@ def write_bundle(
         for stem, content in tensors.items()
     }
     contents["labels.txt"] = "".join(f"{label}\n" for label in labels).encode()
+    if verdict is not None:
+        contents[VERDICT] = (verdict.model_dump_json(indent=2) + "\n").encode()
     entries = {
         name: FileEntry(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
         for name, content in sorted(contents.items())
@@ -106,9 +114,9 @@ def load_bundle(folder: Path, factories: Iterable[str] = (), method: str = MGG_N
     manifest = read_manifest(folder)
     contents = {name: _checked_file(folder, name, entry) for name, entry in manifest.files.items()}
     labels = _part(contents, folder, "labels.txt").decode("utf-8").split("\n")[:-1]
-    network = build_network(manifest.model.architecture, manifest.model.arguments, factories)
+    network = build_network(manifest.model.architecture, manifest.model.arguments, factories).float()
     _load_weights(network, _tensors(contents, folder, "model.safetensors"), "model.safetensors")
-    model = AdaptableModel(network.to(memory_format=torch.channels_last))
+    model = AdaptableModel(network)
     source = _statistics(_tensors(contents, folder, "statistics.safetensors"), model, len(labels))
     generator = _tensors(contents, folder, "generator.safetensors")
     _check_output(model, manifest, labels, folder)
@@ -143,6 +151,34 @@ def model_weights(folder: Path) -> dict[str, Tensor]:
     name = "model.safetensors"
     files = read_manifest(folder).files
     return _tensors({name: _checked_file(folder, name, files[name])} if name in files else {}, folder, name)
+
+
+def portable_rule(folder: Path) -> tuple[GeneratorSettings, dict[str, Tensor]]:
+    """Settings and weights of a bundle's generator without its anchor: what serves any model. Raises BundleError.
+
+    The bundle's model is not built, so no code of its maker is needed.
+    """
+    name, manifest = "generator.safetensors", read_manifest(folder)
+    if manifest.method.name != MGG_NAME:
+        raise BundleError(f"{folder} has the generator {manifest.method.name!r}, which serves its own model only")
+    entries = {name: manifest.files[name]} if name in manifest.files else {}
+    tensors = _tensors({key: _checked_file(folder, key, entry) for key, entry in entries.items()}, folder, name)
+    try:
+        settings = GeneratorSettings.model_validate(manifest.method.settings)
+    except ValidationError as error:
+        raise BundleError(f"{folder}: method settings: {error.errors()[0]['msg']}") from error
+    return settings, {key: tensor for key, tensor in tensors.items() if not key.startswith("anchor.")}
+
+
+def read_verdict(folder: Path) -> Verdict | None:
+    """What was measured when the bundle was made, checked; None where it has no such file. Raises BundleError."""
+    entry = read_manifest(folder).files.get(VERDICT)
+    if entry is None:
+        return None
+    try:
+        return Verdict.model_validate_json(_checked_file(folder, VERDICT, entry))
+    except ValidationError as error:
+        raise BundleError(f"{folder / VERDICT} is no valid verdict: {error.errors()[0]['msg']}") from error
 
 
 def _baseline(name: str, manifest: Manifest, model: AdaptableModel, source: SourceStatistics, classes: int) -> Baseline:
@@ -206,8 +242,9 @@ def _statistics(tensors: dict[str, Tensor], model: AdaptableModel, classes: int)
 
 def _check_output(model: AdaptableModel, manifest: Manifest, labels: list[str], folder: Path) -> None:
     shape = (1, manifest.preprocess.channels, manifest.preprocess.height, manifest.preprocess.width)
-    with torch.inference_mode():
+    with torch.no_grad():
         try:
+            model.fit_layout(torch.zeros(shape))
             logits = model(torch.zeros(shape))
         except RuntimeError as error:
             raise BundleError(f"{folder}: the model cannot take frames of shape {shape}: {error}") from error

@@ -14,7 +14,7 @@ from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, feature_statistics
 from meta.shifts import TUNING
 from meta.simulate import SimulatedStream
-from meta.source import as_frames
+from meta.source import as_frames, frames_at_once
 from meta.train import Preprocessing, draw
 from schemas.bundle import Calibration, Limits
 
@@ -23,8 +23,8 @@ from schemas.bundle import Calibration, Limits
 def source_statistics(model: AdaptableModel, images: Tensor, preprocessing: Preprocessing) -> SourceStatistics:
     """Feature statistics on clean images uint8 (N, ch, h, w), over all and per class."""
     features, probability = [], []
-    for start in range(0, len(images), 500):
-        frames = as_frames(images[start : start + 500].float() / 255, preprocessing.mean, preprocessing.std)
+    for part in images.split(frames_at_once(images)):
+        frames = as_frames(part.float() / 255, preprocessing.mean, preprocessing.std)
         logits, pooled = model.forward_with_features(frames)
         features.append(pooled)
         probability.append(logits.softmax(1))

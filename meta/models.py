@@ -7,7 +7,10 @@ worker's own config, so that bytes from outside cannot choose what is imported.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,13 +136,37 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def import_from(folder: Path | None) -> None:
+    """Let factories be imported from a folder too, after what is installed."""
+    if folder is not None and str(folder.resolve()) not in sys.path:
+        sys.path.append(str(folder.resolve()))
+
+
+def _imported(name: str) -> Callable[..., nn.Module]:
+    """The function behind `module:function`, `timm:NAME` or `torchvision:NAME`."""
+    module, _, function = name.partition(":")
+    try:
+        if module == "timm":
+            return partial(importlib.import_module("timm").create_model, function)
+        if module == "torchvision":
+            return partial(importlib.import_module("torchvision.models").get_model, function)
+        found: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
+        return found
+    except (ImportError, ValueError) as error:
+        raise BundleError(
+            f"architecture {name!r}: cannot import {module!r} ({error}); install it, or name the folder it lies in "
+            "(bundle.code in a worker's config, --code of 'driftkeel bundle create')"
+        ) from error
+    except AttributeError as error:
+        raise BundleError(f"architecture {name!r}: module {module!r} has no {function!r}") from error
+
+
 def build_network(architecture: str, arguments: dict[str, Any], factories: Iterable[str] = ()) -> nn.Module:
     """The untrained network of a bundle. `factories` are the `module:function` names that the config trusts."""
     if architecture in ARCHITECTURES:
         factory = ARCHITECTURES[architecture]
     elif architecture in set(factories):
-        module, _, function = architecture.partition(":")
-        factory = getattr(importlib.import_module(module), function)
+        factory = _imported(architecture)
     else:
         known = ", ".join(sorted(ARCHITECTURES))
         raise BundleError(
@@ -148,8 +175,11 @@ def build_network(architecture: str, arguments: dict[str, Any], factories: Itera
         )
     try:
         network = factory(**arguments)
-    except TypeError as error:
-        raise BundleError(f"architecture {architecture!r} does not take the bundle's arguments: {error}") from error
+    except Exception as error:  # Somebody else's code; whatever it raises, the site should read what was asked of it.
+        raise BundleError(
+            f"architecture {architecture!r} does not take the bundle's arguments {arguments}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(network, nn.Module):
         raise BundleError(f"architecture {architecture!r} returned {type(network).__name__}, not a torch module")
     return network

@@ -88,15 +88,15 @@ class FrameAffine(threading.local):
     """What the pass under way asks of every layer, shared by all layers of one model; each thread has its own pass.
 
     `rows` is (B, P), one row a frame, or None for the source affine; `moments` replaces the running statistics of
-    BatchNorm layers where it is set; `features` collects each layer's rectified and pooled output (B, C) where it is
-    a list; `first_features` is that of the first layer as the source affine would make it. `head` is what went into
-    the last linear layer in the thread's last pass.
+    BatchNorm layers where it is set; `features` collects each layer's rectified and pooled output (B, C), with the
+    layer's place in the affine, where it is a list; `first_features` is that of the first layer as the source affine
+    would make it. `head` is what went into the last linear layer in the thread's last pass.
     """
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None
         self.moments: NormMoments | None = None
-        self.features: list[Tensor] | None = None
+        self.features: list[tuple[int, Tensor]] | None = None
         self.first_features: Tensor | None = None
         self.head: Tensor | None = None
 
@@ -145,9 +145,9 @@ class StreamNorm(nn.Module):
                 shift = self._shaped(rows[:, place.shift : place.end], x)
         out = x_hat * scale if shift is None else torch.addcmul(shift, x_hat, scale)
         if self.frame_affine.features is not None:
-            if not self.frame_affine.features:
+            if self.place.scale == 0:
                 self.frame_affine.first_features = self._under_source(x_hat.detach())
-            self.frame_affine.features.append(self._pooled(out))
+            self.frame_affine.features.append((self.place.scale, self._pooled(out)))
         return out
 
     @torch.no_grad()
@@ -223,6 +223,7 @@ class AdaptableModel(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        self.memory_format = torch.channels_last
         self.frame_affine = FrameAffine()
         self.layers: list[StreamNorm] = []
         swapped: dict[int, StreamNorm] = {}
@@ -298,7 +299,7 @@ class AdaptableModel(nn.Module):
         return torch.cat(parts)
 
     def _remember_head(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.frame_affine.head = inputs[0].detach()
+        self.frame_affine.head = inputs[0].detach() if inputs[0].dim() == 2 else None
 
     def forward(self, frames: Tensor, rows: Tensor | None = None, moments: NormMoments | None = None) -> Tensor:
         """Logits (B, classes) of frames (B, ch, h, w) under affine rows (B, P), or the source affine.
@@ -307,7 +308,7 @@ class AdaptableModel(nn.Module):
         """
         self.frame_affine.rows, self.frame_affine.moments = rows, moments
         try:
-            return self.network(frames)
+            return self.network(frames.contiguous(memory_format=self.memory_format))
         finally:
             self.frame_affine.rows = self.frame_affine.moments = None
 
@@ -326,12 +327,36 @@ class AdaptableModel(nn.Module):
         self.frame_affine.features = []
         try:
             logits = self(frames, rows, moments)
+            # By place, not by when they ran: a model may run its layers in another order than it names them.
+            features = dict(self.frame_affine.features)
             first = self.frame_affine.first_features
-            if first is None:
-                raise BundleError("the forward pass used none of the model's norm layers")
-            return logits, torch.cat(self.frame_affine.features, 1), first
+            if first is None or len(features) != len(self.layers) or len(self.frame_affine.features) != len(features):
+                raise BundleError(self._misuse([place for place, _ in self.frame_affine.features]))
+            return logits, torch.cat([features[place] for place in sorted(features)], 1), first
         finally:
             self.frame_affine.features = self.frame_affine.first_features = None
+
+    def _misuse(self, used: list[int]) -> str:
+        for layer in self.layers:
+            if (times := used.count(layer.place.scale)) != 1:
+                return (
+                    f"the forward pass uses norm layer {layer.place.layer!r} {times} times, not once; "
+                    "remove layers without use, and give each place a layer of its own"
+                )
+        return "the forward pass used none of the model's norm layers"
+
+    def fit_layout(self, frames: Tensor) -> None:
+        """Lay weights and frames out channels-last, which is fastest, unless the network takes pictures apart with
+        `view` and cannot run so; (B, ch, h, w) frames to try it with. Raises RuntimeError where neither runs."""
+        for self.memory_format in (torch.channels_last, torch.contiguous_format):
+            self.network.to(memory_format=self.memory_format)
+            try:
+                with torch.no_grad():
+                    self(frames)
+                return
+            except RuntimeError:
+                if self.memory_format is torch.contiguous_format:
+                    raise
 
 
 def _joined(statistics: list[Tensor]) -> Tensor:

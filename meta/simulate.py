@@ -23,7 +23,7 @@ class SimulatedStream:
         self.repeat = repeat
         self.images, self.labels, self.random = images, labels, random
         self.shifts = list(shifts.values())
-        self.by_class = [torch.nonzero(labels == c).flatten() for c in range(int(labels.max()) + 1)]
+        self.by_class = [torch.nonzero(labels == c).flatten() for c in labels.unique()]
         self.begin()
 
     def begin(self) -> None:

@@ -17,6 +17,11 @@ def as_frames(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((images - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
+def frames_at_once(images: Tensor) -> int:
+    """How many images (N, ch, h, w) of this size to pass at a time where no gradient is wanted."""
+    return max(1, 400_000 // (images.shape[2] * images.shape[3]))
+
+
 def image_tensor(images: np.ndarray) -> Tensor:
     """Images uint8 (N, h, w) or (N, h, w, 3) as (N, ch, h, w)."""
     tensor = torch.from_numpy(images.copy())
@@ -71,8 +76,8 @@ def _augmented(images: Tensor, random: torch.Generator) -> Tensor:
 @torch.inference_mode()
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor) -> float:
     """Share of images (N, ch, h, w) in [0, 1] that the network labels as `labels` (N,) says."""
-    right = 0
-    for start in range(0, len(labels), 500):
-        frames = as_frames(images[start : start + 500], mean, std)
-        right += int((network(frames).argmax(1) == labels[start : start + 500]).sum())
+    right, size = 0, frames_at_once(images)
+    for start in range(0, len(labels), size):
+        frames = as_frames(images[start : start + size], mean, std)
+        right += int((network(frames).argmax(1) == labels[start : start + size]).sum())
     return right / len(labels)

@@ -207,6 +207,7 @@ class Bundle(Section):
 
     path: Path = Field(Path("bundles/fashion-mnist"), description="folder with manifest.json")
     factories: tuple[str, ...] = Field((), description="'module:function' names that a bundle may ask for")
+    code: Path | None = Field(None, description="folder from which factories are imported, after what is installed")
 
 
 class Metrics(Section):

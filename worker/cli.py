@@ -18,6 +18,7 @@ from schemas.config import effective_yaml, load_config
 from schemas.errors import DriftkeelError
 from worker.audit_cli import audit_app
 from worker.benchmark_cli import benchmark_app
+from worker.bundle_cli import bundle_app
 from worker.command_cli import command_app
 from worker.site_cli import init, local
 from worker.streams_cli import streams_app
@@ -29,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 meta_app = typer.Typer(help="At the centre: train generators, make bundles.", no_args_is_help=True)
-bundle_app = typer.Typer(help="Look at bundles.", no_args_is_help=True)
 app.add_typer(meta_app, name="meta")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(streams_app, name="streams")
@@ -100,16 +100,6 @@ def meta_train(
     from meta.recipe import build_bundle, read_recipe
 
     build_bundle(read_recipe(config), output, f"driftkeel meta train --config {config} --output {output}")
-
-
-@bundle_app.command("show")
-def bundle_show(path: Path) -> None:
-    """Check every hash of a bundle and print its manifest."""
-    from meta.bundle import load_bundle
-
-    bundle = load_bundle(path)
-    print(bundle.manifest.model_dump_json(indent=2))
-    print(f"sound: bundle {bundle.hash}, {bundle.model.coordinates} norm coordinates", file=sys.stderr)
 
 
 @app.command()

@@ -12,11 +12,11 @@ import redis.exceptions
 from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaError
 
-from meta.bundle import load_bundle
 from schemas.config import WorkerConfig
 from schemas.errors import DriftkeelError
 from worker.kafka_client import connection, open_client
 from worker.redis_client import connect
+from worker.site_bundle import site_bundle
 from worker.store import StateStore, Write
 
 Level = Literal["ok", "warning", "failed"]
@@ -52,7 +52,7 @@ def _versions(config: WorkerConfig) -> Iterator[Finding]:
 
 
 def _bundle(config: WorkerConfig) -> Iterator[Finding]:
-    bundle = load_bundle(config.bundle.path, config.bundle.factories, config.adapt.method)
+    bundle = site_bundle(config)
     text = f"{bundle.manifest.name} {bundle.hash}, {len(bundle.labels)} labels, every hash matches"
     yield Finding("bundle", "ok", text)
 

@@ -22,6 +22,7 @@ from schemas.config import ENVIRONMENT_PREFIX, Topics, WorkerConfig
 from schemas.frame import FRAME_TYPE
 from schemas.prediction import PREDICTION_TYPE, Prediction
 from schemas.update import UPDATE_TYPE, UpdateEvent
+from schemas.verdict import Verdict
 from worker.cli import app
 
 SCHEMAS: dict[str, type[BaseModel]] = {
@@ -30,6 +31,7 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "command": Command,
     "config": WorkerConfig,
     "manifest": Manifest,
+    "verdict": Verdict,
 }
 GENERATED = "Generated from the code by `make reference`; do not edit."
 PICTURES = {"type": "string", "format": "binary", "description": "JPEG, PNG or WebP, one picture"}

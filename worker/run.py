@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from meta.bundle import load_bundle
 from monitoring.http import serve_metrics
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
@@ -37,6 +36,7 @@ from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_s
 from worker.offsets import Offsets, Partition
 from worker.publish import Publisher
 from worker.schedule import Scheduler
+from worker.site_bundle import site_bundle
 from worker.step import Flight, Step
 from worker.store import StateStore
 from worker.streams import Streams
@@ -80,7 +80,7 @@ class Worker:
         self._lanes = config.threads or torch.get_num_threads()
         torch.set_num_threads(1)
         check_checksum_speed()
-        bundle = load_bundle(config.bundle.path, config.bundle.factories, config.adapt.method)
+        bundle = site_bundle(config)
         log.info("bundle %s (%s) from %s", bundle.hash, bundle.manifest.name, config.bundle.path)
         self.metrics = WorkerMetrics(config.metrics.max_stream_labels)
         self.metrics.build.info({"version": installed_version(), "bundle": bundle.hash, "worker": config.worker})

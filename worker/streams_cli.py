@@ -24,13 +24,13 @@ StreamArgument = Annotated[str, typer.Argument(help="Stream id.")]
 
 
 def _operator(config: Path | None) -> Operator:
-    from meta.bundle import load_bundle
     from worker.engine import Engine
     from worker.operate import Operator
+    from worker.site_bundle import site_bundle
     from worker.store import StateStore
 
     settings = load_config(config)
-    bundle = load_bundle(settings.bundle.path, settings.bundle.factories, settings.adapt.method)
+    bundle = site_bundle(settings)
     name = f"operator {getpass.getuser()}"
     return Operator(settings, StateStore(settings.store), Engine(bundle), name)
 

@@ -1,0 +1,1 @@
+"""From somebody's trained classifier to a bundle, as `driftkeel bundle create` does it."""

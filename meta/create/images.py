@@ -1,0 +1,192 @@
+"""Labelled images for a bundle: a folder per class, a flat folder without labels, or an .npz file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from schemas.bundle import Preprocess
+from schemas.errors import DataError, FrameError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+LEAST_IMAGES, LEAST_PER_CLASS = 100, 5
+MOST_BYTES = 1 << 30  # of decoded pixels
+SHARES = {"generator": 0.6, "calibration": 0.2, "measurement": 0.2}
+Pixels = npt.NDArray[np.uint8]
+Decode = Callable[[bytes, Preprocess], Pixels]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Images:
+    """uint8 (N, ch, h, w), and labels int64 (N,), or None where nobody labelled them."""
+
+    images: Tensor
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, index: Tensor) -> Images:
+        return Images(self.images[index], None if self.labels is None else self.labels[index])
+
+
+def read_labels(path: Path | None, data: Path) -> list[str]:
+    """One label a line, in the order of the network's outputs; without a file, the folders of `data` by name."""
+    if path is None:
+        labels = sorted(child.name for child in data.iterdir() if child.is_dir()) if data.is_dir() else []
+        if len(labels) < 2:
+            raise DataError(f"{data} has no folder per class to take labels from; name them with --labels")
+        return labels
+    try:
+        labels = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read labels {path}: {error}") from error
+    if len(labels) < 2 or not all(label.strip() for label in labels):
+        raise DataError(f"labels {path}: one label a line is needed, two or more, none of them empty")
+    if len(set(labels)) != len(labels):
+        raise DataError(f"labels {path}: a label stands there twice")
+    return labels
+
+
+def image_files(data: Path, labels: list[str]) -> tuple[list[Path], list[int] | None]:
+    """The image files under `data`, sorted, and their classes; None where they lie in one flat folder."""
+    if not data.is_dir():
+        raise DataError(f"{data} is no folder of images and no .npz file")
+    folders = sorted(child for child in data.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not folders:
+        return [path for path in sorted(data.iterdir()) if path.suffix.lower() in SUFFIXES], None
+    number = {label: i for i, label in enumerate(labels)}
+    if unknown := [folder.name for folder in folders if folder.name not in number]:
+        raise DataError(
+            f"{data}: folder {unknown[0]!r} is none of the {len(labels)} labels; folders are named by label"
+        )
+    paths, classes = [], []
+    for folder in folders:
+        found = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
+        paths += found
+        classes += [number[folder.name]] * len(found)
+    return paths, classes
+
+
+def common_size(paths: list[Path]) -> tuple[int, int]:
+    """Width and height that all image files share. Raises DataError where sizes differ."""
+    sizes = {size for size, _ in _looked_at(paths)}
+    if len(sizes) != 1:
+        raise DataError(f"the images have {len(sizes)} different sizes; say --size WxH, that of the model's training")
+    return sizes.pop()
+
+
+def common_mode(paths: list[Path]) -> Literal["L", "RGB"]:
+    """L where no image file has colours."""
+    return "L" if all(mode.startswith(("L", "1", "I", "F")) for _, mode in _looked_at(paths)) else "RGB"
+
+
+def _looked_at(paths: list[Path]) -> Iterator[tuple[tuple[int, int], str]]:
+    for path in paths:
+        with contextlib.suppress(OSError), Image.open(path) as image:  # Bad ones are named when they are decoded.
+            yield image.size, image.mode
+
+
+def read_files(
+    paths: list[Path],
+    classes: list[int] | None,
+    preprocess: Preprocess,
+    decode: Decode,
+    limit: int,
+    seed: int,
+    say: Say,
+) -> Images:
+    """Decoded and resized as a worker does it. Beyond `limit`, images are drawn by seed. Raises DataError."""
+    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
+    limit = min(limit, MOST_BYTES // (preprocess.channels * preprocess.height * preprocess.width))
+    if len(order) > limit:
+        say(f"data: {limit} of {len(order)} images are used; --max-images sets how many, up to a gigabyte of pixels")
+    pixels, kept, bad = [], [], []
+    for i in sorted(order[:limit]):
+        try:
+            pixels.append(decode(paths[i].read_bytes(), preprocess))
+            kept.append(i)
+        except (OSError, FrameError) as error:
+            bad.append(f"{paths[i]} ({error})")
+    if bad:
+        say(f"data: {len(bad)} files are left out, first {bad[0]}")
+    if not pixels:
+        raise DataError(f"no image can be read; files must end with {', '.join(SUFFIXES)}")
+    labels = None if classes is None else torch.tensor([classes[i] for i in kept])
+    return Images(as_tensor(np.stack(pixels)), labels)
+
+
+def read_npz(path: Path, limit: int, seed: int) -> Images:
+    """`images` uint8 (N, h, w) or (N, h, w, 3), and `labels` (N,) where there are any. Raises DataError."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            images = content["images"]
+            labels = content.get("labels")
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise DataError(f"{path}: an .npz with the arrays 'images' and 'labels' is needed: {error}") from error
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
+        raise DataError(f"{path}: 'images' must be uint8 (N, h, w) or (N, h, w, 3), not {images.dtype} {images.shape}")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise DataError(f"{path}: 'labels' must be whole numbers, one for each of the {len(images)} images")
+    limit = min(limit, max(1, MOST_BYTES // max(1, images[:1].nbytes)))
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:limit].sort().values.numpy()
+    as_labels = None if labels is None else torch.from_numpy(labels[chosen].astype(np.int64))
+    return Images(as_tensor(images[chosen]), as_labels)
+
+
+def as_tensor(pixels: Pixels) -> Tensor:
+    """uint8 (N, h, w) or (N, h, w, ch) as (N, ch, h, w)."""
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels))
+    return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2).contiguous()
+
+
+def without_duplicates(images: Images, say: Say) -> Images:
+    """Each picture once: the same one must not train and measure."""
+    first: dict[bytes, int] = {}
+    for i, image in enumerate(images.images):
+        first.setdefault(hashlib.sha256(image.numpy().tobytes()).digest(), i)
+    if len(first) < len(images):
+        say(f"data: {len(images) - len(first)} images stand there more than once and are used once")
+    return images.take(torch.tensor(sorted(first.values())))
+
+
+def split(images: Images, classes: int, seed: int, say: Say, by_class: bool = True) -> dict[str, Images]:
+    """Generator, calibration and measurement: three parts without a common image, `by_class` each with every class
+    there is.
+
+    Raises DataError for too few images.
+    """
+    if images.labels is None:
+        raise DataError("images must be labelled before they are divided")
+    if int(images.labels.min()) < 0 or int(images.labels.max()) >= classes:
+        raise DataError(f"a label of the images is outside of 0 to {classes - 1}, which --labels names")
+    counts = torch.bincount(images.labels, minlength=classes)
+    few = [int(c) for c in counts.nonzero().flatten() if by_class and counts[c] < LEAST_PER_CLASS]
+    if len(images) < LEAST_IMAGES or few:
+        where = f"class {few[0]} has {int(counts[few[0]])}" if few else f"there are {len(images)}"
+        raise DataError(
+            f"too few images: {where}; {LEAST_IMAGES} are needed in all, and {LEAST_PER_CLASS} of each class that is "
+            "shown; some thousand make good estimates"
+        )
+    if by_class and (absent := int((counts == 0).sum())):
+        say(f"data: {absent} of {classes} classes have no image, so nothing is known of how they fare")
+    random = torch.Generator().manual_seed(seed)
+    groups = [torch.nonzero(images.labels == c).flatten() for c in counts.nonzero()] if by_class else []
+    parts: dict[str, list[Tensor]] = {name: [] for name in SHARES}
+    for group in groups or [torch.arange(len(images))]:
+        shuffled = group[torch.randperm(len(group), generator=random)]
+        own = [max(1, round(SHARES[name] * len(group))) for name in ("calibration", "measurement")]
+        for name, index in zip(SHARES, shuffled.split([len(group) - sum(own), *own]), strict=True):
+            parts[name].append(index)
+    return {name: images.take(torch.cat(index)) for name, index in parts.items()}

@@ -1,0 +1,195 @@
+"""Somebody's network: its weights read, its fitness for adaptation checked, each refusal with its reason."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from meta.norms import AdaptableModel
+from schemas.errors import BundleError
+
+NESTED = ("state_dict", "model_state_dict", "model")  # where training loops put the weights in a checkpoint
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
+TOLERANCE = 1e-3  # of the largest logit
+Say = Callable[[str], None]
+
+
+def read_weights(path: Path, say: Say) -> dict[str, Tensor]:
+    """The state dict in a .safetensors file, or in a .pt or .pth file, which is loaded without running any code.
+
+    Raises BundleError.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise BundleError(f"cannot read the weights {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise BundleError(
+            f"{path} holds more than tensors, and would run code if it were loaded; save the weights alone with "
+            "torch.save(model.state_dict(), ...) or safetensors.torch.save_file"
+        ) from error
+    except (safetensors.SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise BundleError(f"{path} is no file of weights: {' '.join(str(error).split())[:200]}") from error
+    nested = next((name for name in NESTED if isinstance(content, dict) and isinstance(content.get(name), dict)), None)
+    if nested is not None:
+        say(f"weights: taken from {nested!r} of the checkpoint")
+        content = content[nested]
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise BundleError(f"{path} holds no named tensors; save model.state_dict()")
+    return _without_prefix(tensors, say)
+
+
+def _without_prefix(tensors: dict[str, Tensor], say: Say) -> dict[str, Tensor]:
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            say(f"weights: names begin with {prefix!r}, which is left out")
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path, say: Say) -> dict[str, Tensor]:
+    """Load weights into `network`, which becomes float32 and goes into eval mode. Returns the state dict to ship.
+
+    Raises BundleError where names or shapes do not fit, or where a weight is not finite.
+    """
+    low = sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point() and t.dtype != torch.float32})
+    if low or any(p.dtype != torch.float32 for p in network.parameters()):
+        say(f"weights: {', '.join(low) or 'the network'} converted to float32, in which the worker computes")
+    network.float().eval()
+    try:
+        wrong = network.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        shapes = " ".join(str(error).split()).partition(":")[2].strip()
+        raise BundleError(f"{path} does not fit the network: {shapes[:300]}; check --model-args") from error
+    if wrong.missing_keys or wrong.unexpected_keys:
+        raise BundleError(
+            f"{path} does not fit the network: it lacks {_some(wrong.missing_keys)} "
+            f"and has {_some(wrong.unexpected_keys)} that the network does not know; check --model and --model-args"
+        )
+    for name, tensor in network.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BundleError(f"{path}: weight {name!r} is not finite")
+    if dropout := [name for name, module in network.named_modules() if "drop" in type(module).__name__.lower()]:
+        say(f"network: {len(dropout)} dropout layers stay off: it always runs in eval mode")
+    return {name: tensor.detach().clone().contiguous() for name, tensor in network.state_dict().items()}
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" if names else "nothing"
+
+
+def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> AdaptableModel:
+    """The network with its norm layers swapped, after proof that it predicts what it did before.
+
+    frames (B, ch, h, w), B >= 2, standardised as in operation. The network is changed in place. Raises BundleError for
+    a network that cannot be adapted: several inputs, other outputs than logits (B, classes), random or batch-dependent
+    answers, nothing to adapt, norm layers of a kind that does more than normalise.
+    """
+    _one_input(network)
+    before = _logits(network, frames, classes)
+    if not torch.equal(before, _logits(network, frames, classes)):
+        raise BundleError(
+            "the network answers the same frames differently in eval mode: something in it is random, such as dropout "
+            "with training=True; make it depend on self.training"
+        )
+    alone = torch.cat([_logits(network, frame, classes) for frame in frames.split(1)])
+    _same(before, alone, "a frame's answer depends on the others in its batch, so cameras would mix")
+    swapped = _own_norms(network)
+    model = AdaptableModel(network)
+    doubt = f"; suspect: {', '.join(swapped)}" if swapped else ""
+    try:
+        model.fit_layout(frames)
+        rows = model.source_affine.expand(len(frames), -1).clone().requires_grad_()
+        after, _, _ = model.forward_with_inputs(frames, rows)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise BundleError(
+            f"the network does not run with its norm layers swapped ({_line(error)}){doubt}; "
+            "it must call its norm layers as modules, and these must only normalise"
+        ) from error
+    _same(before, after.detach(), f"with its norm layers swapped the network does not predict what it did{doubt}")
+    _has_gradient(after, rows)
+    kinds = {type(layer.norm).__name__: 0 for layer in model.layers}
+    for layer in model.layers:
+        kinds[type(layer.norm).__name__] += 1
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    say(f"network: {found} with {model.coordinates} scales and shifts to adapt; predictions reproduce")
+    if model.memory_format is torch.contiguous_format:
+        say("network: runs with frames laid out channel by channel only (it uses view); reshape would be faster")
+    return model
+
+
+def _one_input(network: nn.Module) -> None:
+    parameters = list(inspect.signature(network.forward).parameters.values())
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(needed) > 1:
+        raise BundleError(
+            f"the network takes {len(needed)} inputs ({', '.join(needed)}); a frame is one: "
+            "wrap it in a module whose forward takes the picture alone"
+        )
+
+
+@torch.no_grad()
+def _logits(network: nn.Module, frames: Tensor, classes: int) -> Tensor:
+    """What the network makes of contiguous frames, checked to be logits (B, classes)."""
+    try:
+        out = network(frames.contiguous())
+    except Exception as error:  # Somebody else's code: whatever it raises is the reason.
+        raise BundleError(
+            f"the network cannot take frames of shape {tuple(frames.shape)}: {_line(error)}; "
+            "--size WxH and --mode must be those of its training"
+        ) from error
+    if not isinstance(out, Tensor):
+        raise BundleError(
+            f"the network returns a {type(out).__name__}, not logits; wrap it in a module that returns the logits alone"
+        )
+    if out.dim() != 2 or out.shape[0] != len(frames):
+        raise BundleError(
+            f"the network returns {tuple(out.shape)} for {len(frames)} frames, not one row of logits each"
+        )
+    if out.shape[1] != classes:
+        raise BundleError(f"the network has {out.shape[1]} classes, the labels are {classes}; check --labels")
+    if not bool(torch.isfinite(out).all()):
+        raise BundleError("the network's logits are not finite; check --mean, --std and the weights")
+    return out.float()
+
+
+def _same(expected: Tensor, found: Tensor, problem: str) -> None:
+    off = float((expected - found).abs().max())
+    if not off <= TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise BundleError(f"{problem} (logits differ by up to {off:.3g})")
+
+
+def _own_norms(network: nn.Module) -> list[str]:
+    """Norm layers of classes outside of torch: those may do more than normalise."""
+    kinds = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+    return sorted(
+        {
+            f"{type(module).__module__}.{type(module).__name__}"
+            for module in network.modules()
+            if isinstance(module, kinds) and not type(module).__module__.startswith("torch.nn.")
+        }
+    )
+
+
+def _has_gradient(logits: Tensor, rows: Tensor) -> None:
+    if logits.grad_fn is None:
+        raise BundleError("no gradient reaches the norm layers: the network's forward runs under torch.no_grad")
+    (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), [rows], allow_unused=True)
+    if gradient is None or not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
+        raise BundleError("no usable gradient reaches the norm layers: the network cuts it, or its weights overflow")
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

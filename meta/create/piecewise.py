@@ -1,0 +1,78 @@
+"""The generator's method with a few streams at a time, for models whose activations would not fit into memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from meta.method import Forward, State, Update
+from meta.mgg import MGG, LearnedOptimizer
+from meta.norms import AdaptableModel
+from meta.objective import SourceStatistics
+
+PASS_PIXELS = 1 << 20
+
+
+class PiecewiseMGG(MGG):
+    """As MGG, but `predict` runs forward and update of some streams after the other and keeps no graph.
+
+    What a stream gets is the same: it does not depend on who shares its pass.
+    """
+
+    def __init__(
+        self, model: AdaptableModel, source: SourceStatistics, learned: LearnedOptimizer, classes: int, frames: int
+    ) -> None:
+        """frames: the most in one pass; a stream's micro-batch stays whole."""
+        super().__init__(model, source, learned, classes)
+        self._frames = frames
+
+    def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
+        groups = _groups(torch.bincount(stream, minlength=len(state["affine"])).tolist(), self._frames)
+        passed, updated, heads = [], [], []
+        for first, last in groups:
+            chosen = (stream >= first) & (stream < last)
+            part = {name: tensor[first:last] for name, tensor in state.items()}
+            forward = super().predict(frames[chosen], stream[chosen] - first, part)
+            heads.append(self.model.frame_affine.head)
+            updated.append(super().update(forward))
+            passed.append(Forward(**{**vars(forward), "logits": forward.logits.detach(), "rows": None}))
+            passed[-1].features.detach_()
+        kept = {name: torch.cat([forward.kept[name] for forward in passed]) for name in passed[0].kept}
+        known = [head for head in heads if head is not None]
+        self.model.frame_affine.head = torch.cat(known) if len(known) == len(heads) else None
+        self._next = _joined(updated)
+        return Forward(
+            logits=torch.cat([forward.logits for forward in passed]),
+            features=torch.cat([forward.features for forward in passed]),
+            rows=None,
+            stream=stream,
+            counts=torch.cat([forward.counts for forward in passed]),
+            state=state,
+            kept=kept,
+        )
+
+    def update(self, forward: Forward) -> Update:
+        """The update that `predict` has worked out already; of the newest forward only."""
+        return self._next
+
+
+def frames_in_pass(images: Tensor) -> int:
+    """How many images (N, ch, h, w) of this size go through a network with gradients at a time."""
+    return max(8, PASS_PIXELS // (images.shape[2] * images.shape[3]))
+
+
+def _groups(counts: list[int], frames: int) -> list[tuple[int, int]]:
+    """Ranges of streams, in order, that have about as many frames as fit."""
+    groups, first, total = [], 0, 0
+    for number, count in enumerate(counts):
+        if total and total + count > frames:
+            groups.append((first, number))
+            first, total = number, 0
+        total += count
+    return [*groups, (first, len(counts))]
+
+
+def _joined(updates: list[Update]) -> Update:
+    state = {name: torch.cat([update.state[name] for update in updates]) for name in updates[0].state}
+    signals = {name: torch.cat([update.signals[name] for update in updates]) for name in updates[0].signals}
+    return Update(state, signals)

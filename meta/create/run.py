@@ -1,0 +1,337 @@
+"""From a network, its weights and its images to a bundle with a verdict, in stages that can be resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from meta.bundle import load_bundle, portable_rule, read_manifest, write_bundle
+from meta.calibrate import calibrate, source_statistics
+from meta.create import images as data
+from meta.create.images import Decode, Images
+from meta.create.measure import BATCH, measure, recommend, total_gain
+from meta.create.network import adaptable, load_weights, read_weights
+from meta.create.piecewise import PiecewiseMGG, frames_in_pass
+from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.models import build_network
+from meta.norms import AdaptableModel
+from meta.objective import SourceStatistics
+from meta.source import as_frames
+from meta.train import Preprocessing, Problem, TrainingSettings, meta_train
+from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart, Preprocess
+from schemas.errors import BundleError, ConfigError, DataError
+from schemas.verdict import Verdict
+
+Say = Callable[[str], None]
+LEAST_PER_CLASS_STATISTICS = 10
+ROUGH = 1_000  # images below which the numbers are rough
+
+
+class CreateSettings(BaseModel):
+    """What a bundle is made from. `architecture` is a built-in name, `module:function`, `timm:NAME` or
+    `torchvision:NAME`; width, height and mode default to those that all images share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    architecture: str
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    weights: Path
+    data: Path
+    labels: Path | None = None
+    generator: Path | None = Field(None, description="bundle whose generator's rule is taken over")
+    width: int | None = Field(None, ge=1, le=4_096)
+    height: int | None = Field(None, ge=1, le=4_096)
+    mode: Literal["L", "RGB"] | None = None
+    mean: list[float]
+    std: list[float]
+    steps: int | None = Field(None, ge=0, description="of meta-training; 300, or 0 with a generator")
+    calibration_windows: int = Field(12, ge=2)
+    frames: int = Field(320, ge=BATCH, description="a camera shows in the measurement")
+    repeats: int = Field(2, ge=1, description="cameras for each setting of the measurement")
+    max_images: int = Field(10_000, ge=data.LEAST_IMAGES)
+    seed: int = 0
+
+    @property
+    def meta_steps(self) -> int:
+        if self.steps is not None:
+            return self.steps
+        return 300 if self.generator is None else 0
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What all stages share."""
+
+    settings: CreateSettings
+    preprocess: Preprocess
+    preprocessing: Preprocessing
+    labels: list[str]
+    weights: dict[str, Tensor]
+    model: AdaptableModel
+    parts: dict[str, Images]
+    truth: Literal["labels", "source"]
+
+    def part(self, name: str) -> tuple[Tensor, Tensor]:
+        found = self.parts[name]
+        if found.labels is None:
+            raise DataError("images must be labelled before they are divided")
+        return found.images, found.labels
+
+
+def create_bundle(
+    settings: CreateSettings, name: str, output: Path, command: str, decode: Decode, say: Say = print
+) -> Manifest:
+    """Check, measure, train, calibrate, judge and pack; the result is loaded once as a check.
+
+    `decode` turns an image file's bytes into pixels as the worker does. Finished stages lie beside the output until
+    the bundle is written, in a folder named after all inputs; another run with the same inputs goes on from them.
+    Raises BundleError, ConfigError or DataError.
+    """
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        say(text)
+
+    subject = _prepare(settings, decode, note)
+    work = output.parent / f"{output.name}.work" / _digest(subject)
+    work.mkdir(parents=True, exist_ok=True)
+    source = _statistics(subject, work, note)
+    learned, made = _generator(subject, source, work, say)
+    frames = frames_in_pass(subject.part("generator")[0])
+    method = PiecewiseMGG(subject.model, source, learned, len(subject.labels), frames)
+    calibration, limits = _calibration(subject, method, work, say)
+    verdict = _verdict(subject, method, made, notes, work, say)
+    manifest = Manifest(
+        name=name,
+        created_by=command,
+        model=ModelPart(
+            architecture=settings.architecture, arguments=settings.arguments, clean_accuracy=verdict.clean_accuracy
+        ),
+        method=MethodPart(name="mgg", settings=learned.settings.model_dump(mode="json")),
+        preprocess=subject.preprocess,
+        calibration=calibration,
+        limits=limits,
+        files={},
+    )
+    tensors = {
+        "model": subject.weights,
+        "generator": dict(learned.state_dict()),
+        "statistics": source.as_tensors(),
+    }
+    manifest = write_bundle(output, manifest, tensors, subject.labels, verdict)
+    load_bundle(output, [settings.architecture])
+    shutil.rmtree(work.parent)
+    return manifest
+
+
+# --- the stages ----------------------------------------------------------------------------------------------------
+
+
+def _prepare(settings: CreateSettings, decode: Decode, say: Say) -> _Subject:
+    torch.manual_seed(settings.seed)
+    labels = data.read_labels(settings.labels, settings.data)
+    images, preprocess = _images(settings, labels, decode, say)
+    images = data.without_duplicates(images, say)
+    preprocessing = Preprocessing(torch.tensor(preprocess.mean), torch.tensor(preprocess.std))
+    network = build_network(settings.architecture, settings.arguments, [settings.architecture])
+    weights = load_weights(network, read_weights(settings.weights, say), settings.weights, say)
+    shown = as_frames(images.images[:8].float() / 255, preprocessing.mean, preprocessing.std)
+    model = adaptable(network, shown, len(labels), say)
+    truth: Literal["labels", "source"] = "labels"
+    if images.labels is None:
+        truth = "source"
+        images = Images(images.images, _answers(model, images.images, preprocessing))
+        say("data: no labels, so right means what the source model says of the undisturbed image; accuracy is unknown")
+    parts = data.split(images, len(labels), settings.seed, say, by_class=truth == "labels")
+    _check_accuracy(model, parts["generator"], preprocessing, len(labels), say)
+    if len(images) < ROUGH:
+        say(f"data: {len(images)} images make rough estimates; {ROUGH} or more are better")
+    return _Subject(settings, preprocess, preprocessing, labels, weights, model, parts, truth)
+
+
+def _images(settings: CreateSettings, labels: list[str], decode: Decode, say: Say) -> tuple[Images, Preprocess]:
+    """The images, and how they become the network's input."""
+    given = (settings.width, settings.height)
+    if settings.data.suffix == ".npz":
+        images = data.read_npz(settings.data, settings.max_images, settings.seed)
+        mode, height, width = "L" if images.images.shape[1] == 1 else "RGB", *images.images.shape[2:]
+        if settings.mode not in (None, mode) or given not in ((None, None), (width, height)):
+            raise DataError(f"{settings.data} holds {mode} images of {width}x{height}; --size and --mode say otherwise")
+        return images, _preprocess(settings, mode, width, height)
+    paths, classes = data.image_files(settings.data, labels)
+    if not paths:
+        raise DataError(f"no image under {settings.data}; files must end with {', '.join(data.SUFFIXES)}")
+    width, height = (settings.width, settings.height) if None not in given else data.common_size(paths)
+    preprocess = _preprocess(settings, settings.mode or data.common_mode(paths), width, height)
+    read = data.read_files(paths, classes, preprocess, decode, settings.max_images, settings.seed, say)
+    return read, preprocess
+
+
+def _preprocess(settings: CreateSettings, mode: str, width: int | None, height: int | None) -> Preprocess:
+    channels = 1 if mode == "L" else 3
+    mean, std = (given * channels if len(given) == 1 else given for given in (settings.mean, settings.std))
+    try:
+        return Preprocess.model_validate({"mode": mode, "width": width, "height": height, "mean": mean, "std": std})
+    except ValidationError as error:
+        raise ConfigError(f"--size, --mode, --mean, --std: {error.errors()[0]['msg']}") from error
+
+
+@torch.inference_mode()
+def _answers(model: AdaptableModel, images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """The source model's classes (N,) of images uint8 (N, ch, h, w)."""
+    found = [
+        model(as_frames(part.float() / 255, preprocessing.mean, preprocessing.std)).argmax(1)
+        for part in images.split(frames_in_pass(images))
+    ]
+    return torch.cat(found).clone()
+
+
+def _check_accuracy(
+    model: AdaptableModel, images: Images, preprocessing: Preprocessing, classes: int, say: Say
+) -> None:
+    """A network that is wrong on clean images was given other pixels or labels than in its training."""
+    right = float((_answers(model, images.images, preprocessing) == images.labels).float().mean())
+    if right < 2 / (classes + 1):
+        raise BundleError(
+            f"the network is right on {right:.1%} of the images, about as chance has it: check --mean, --std, --size, "
+            "--mode and the order of --labels; all must be as in its training"
+        )
+    say(f"network: right on {right:.1%} of the images for the generator")
+
+
+def _digest(subject: _Subject) -> str:
+    """Changes with every input that the stages see."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    digest.update(subject.settings.model_dump_json(exclude={"weights", "data", "labels", "generator"}).encode())
+    digest.update(json.dumps([subject.labels, subject.preprocess.model_dump(), subject.truth]).encode())
+    digest.update(safetensors.torch.save(dict(sorted(subject.weights.items()))))
+    for name in subject.parts:
+        for tensor in subject.part(name):
+            digest.update(tensor.numpy().tobytes())
+    if subject.settings.generator is not None:
+        digest.update(read_manifest(subject.settings.generator).content_hash.encode())
+    return digest.hexdigest()[:16]
+
+
+def _statistics(subject: _Subject, work: Path, say: Say) -> SourceStatistics:
+    images, labels = subject.part("generator")
+    fewest = int(torch.bincount(labels, minlength=len(subject.labels)).min())
+    by_class = fewest >= LEAST_PER_CLASS_STATISTICS
+    if not by_class:
+        say(f"statistics: over all classes, not per class: these need {LEAST_PER_CLASS_STATISTICS} images of every one")
+    path = work / "statistics.safetensors"
+    if not path.exists():
+        found = source_statistics(subject.model, images, subject.preprocessing).as_tensors()
+        kept = {name: tensor for name, tensor in found.items() if by_class or not name.startswith("class_")}
+        _keep(path, safetensors.torch.save(kept))
+    return SourceStatistics(**safetensors.torch.load_file(path))
+
+
+def _generator(subject: _Subject, source: SourceStatistics, work: Path, say: Say) -> tuple[LearnedOptimizer, str]:
+    """The generator, and how it was made."""
+    settings, steps = subject.settings, subject.settings.meta_steps
+    torch.manual_seed(settings.seed)
+    if settings.generator is None:
+        if not steps:
+            raise ConfigError(
+                "--steps 0 leaves the generator untrained; name a bundle with --generator to take one over"
+            )
+        form, rule, made = GeneratorSettings(), None, f"trained in {steps} steps"
+    else:
+        form, rule = portable_rule(settings.generator)
+        form = form if steps else form.model_copy(update={"anchor_rank": 0})
+        made = f"rule of bundle {read_manifest(settings.generator).content_hash}"
+        made += f", trained on in {steps} steps" if steps else ", as it is"
+    learned = LearnedOptimizer(form, subject.model)
+    if rule is not None:
+        wrong = learned.load_state_dict(rule, strict=False)
+        if wrong.unexpected_keys or any(not name.startswith("anchor.") for name in wrong.missing_keys):
+            raise BundleError(f"the generator of {settings.generator} does not fit its own settings")
+    path = work / "generator.safetensors"
+    if path.exists():
+        say("generator: there already, from the run before")
+        learned.load_state_dict(safetensors.torch.load_file(path))
+    else:
+        _train(subject, source, learned, say)
+        _keep(path, safetensors.torch.save(dict(learned.state_dict())))
+    return learned.requires_grad_(False).eval(), made
+
+
+def _train(subject: _Subject, source: SourceStatistics, learned: LearnedOptimizer, say: Say) -> None:
+    """Measure the model's gradients, and train where there are steps to train."""
+    images, labels = subject.part("generator")
+    steps, seed = subject.settings.meta_steps, subject.settings.seed
+    streams = min(16, max(2, frames_in_pass(images) // BATCH))
+    training = TrainingSettings(meta_steps=max(1, steps), streams=streams, seed=seed)
+    random = torch.Generator().manual_seed(seed)
+    started = time.monotonic()
+    method = MGG(subject.model, source, learned, len(subject.labels))
+    problem = Problem(method, images, labels, subject.preprocessing, training, random)
+    if not steps:
+        say("generator: taken over without training")
+        return
+    # Eight micro-batches of eight frames were passed; a training step passes about nine, and backwards twice.
+    seconds = (time.monotonic() - started) / 8 * 9 / 8 * 1.6 * training.unroll * steps
+    say(f"generator: {steps} steps of training, about {max(1, round(seconds / 60))} minutes on this machine")
+    meta_train([problem], training, say)
+
+
+def _calibration(subject: _Subject, method: MGG, work: Path, say: Say) -> tuple[Calibration, Limits]:
+    path = work / "calibration.json"
+    if not path.exists():
+        images, labels = subject.part("calibration")
+        say("calibration: simulated cameras on images of their own")
+        windows, seed = subject.settings.calibration_windows, subject.settings.seed + 1
+        fitted = calibrate(method, images, labels, subject.preprocessing, seed, windows)
+        _keep(path, json.dumps([part.model_dump(mode="json") for part in fitted]).encode())
+    calibration, limits = json.loads(path.read_text())
+    return Calibration.model_validate(calibration), Limits.model_validate(limits)
+
+
+def _verdict(subject: _Subject, method: PiecewiseMGG, made: str, notes: list[str], work: Path, say: Say) -> Verdict:
+    path = work / "verdict.json"
+    if path.exists():
+        return Verdict.model_validate_json(path.read_bytes())
+    settings, held_out = subject.settings, subject.parts["measurement"]
+    images, labels = subject.part("measurement")
+    clean = float((_answers(subject.model, images, subject.preprocessing) == labels).float().mean())
+    measured = measure(
+        method, held_out, subject.preprocessing, settings.frames, settings.repeats, settings.seed + 2, say
+    )
+    recommendation, reasons = recommend(measured)
+    gain, error = total_gain(measured)
+    verdict = Verdict(
+        recommendation=recommendation,
+        reasons=reasons,
+        truth=subject.truth,
+        clean_accuracy=clean,
+        gain=gain,
+        gain_error=error,
+        settings=measured,
+        generator=made,
+        images={name: len(part) for name, part in subject.parts.items()},
+        batch=BATCH,
+        seed=settings.seed,
+        notes=notes,
+    )
+    _keep(path, verdict.model_dump_json().encode())
+    return verdict
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Whole or not at all, whenever the run is broken off."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)

@@ -1,0 +1,462 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import meta.create.run
+from meta.bundle import load_bundle, read_verdict
+from meta.create.images import Images, read_files, read_labels, read_npz, split, without_duplicates
+from meta.create.measure import measure, recommend
+from meta.create.network import adaptable, load_weights, read_weights
+from meta.create.piecewise import PiecewiseMGG
+from meta.create.run import CreateSettings, create_bundle
+from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.models import build_network
+from meta.norms import AdaptableModel
+from meta.objective import feature_statistics
+from meta.train import Preprocessing
+from schemas.bundle import Manifest, Preprocess
+from schemas.config import Frames
+from schemas.errors import BundleError, ConfigError, DataError
+from schemas.verdict import Measured
+from tests.conftest import SHIPPED_BUNDLE
+from tests.foreign import LABELS, SIDE, batchnorm_net, layernorm_net, pictures, trained, write_folder
+from worker.decode import decode_image
+
+NETS = {"batchnorm_net": batchnorm_net, "layernorm_net": layernorm_net}
+
+
+def decode(content: bytes, preprocess: Preprocess) -> np.ndarray:
+    return decode_image(content, Frames(), preprocess)
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as somebody would have it: checkpoints and images."""
+    folder = tmp_path_factory.mktemp("own")
+    for name, build in NETS.items():
+        torch.save(trained(build).state_dict(), folder / f"{name}.pt")
+    write_folder(folder / "images")
+    return folder
+
+
+def wanted(own: Path, net: str = "batchnorm_net", **changes: Any) -> CreateSettings:
+    given = {
+        "architecture": f"tests.foreign:{net}",
+        "weights": own / f"{net}.pt",
+        "data": own / "images",
+        "mean": [0.3],
+        "std": [0.2],
+        "steps": 2,
+        "calibration_windows": 2,
+        "frames": 48,
+        "repeats": 1,
+    }
+    return CreateSettings.model_validate(given | changes)
+
+
+def create(settings: CreateSettings, output: Path, say: Callable[[str], None] = quiet) -> Manifest:
+    return create_bundle(settings, "mine", output, "test", decode, say)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_a_bundle_from_somebodys_checkpoint(own: Path, tmp_path: Path, net: str) -> None:
+    manifest = create(wanted(own, net), tmp_path / "bundle")
+    assert not (tmp_path / "bundle.work").exists()
+    with pytest.raises(BundleError, match=r"list it under bundle.factories"):
+        load_bundle(tmp_path / "bundle")
+    bundle = load_bundle(tmp_path / "bundle", [f"tests.foreign:{net}"])
+    assert bundle.hash == manifest.content_hash
+    assert bundle.labels == LABELS
+    assert manifest.preprocess == Preprocess(mode="L", width=SIDE, height=SIDE, mean=[0.3], std=[0.2])
+
+    network = NETS[net]()
+    network.load_state_dict(torch.load(own / f"{net}.pt"))
+    frames = torch.randn(4, 1, SIDE, SIDE)
+    torch.testing.assert_close(bundle.model(frames), network.eval()(frames), rtol=1e-4, atol=1e-4)
+
+    verdict = read_verdict(tmp_path / "bundle")
+    assert verdict is not None
+    assert verdict.images == {"generator": 90, "calibration": 30, "measurement": 30}
+    assert verdict.clean_accuracy == manifest.model.clean_accuracy > 0.8
+    assert {m.setting for m in verdict.settings} >= {"focus_loss", "no shift"}
+
+
+def test_same_inputs_same_bundle(own: Path, tmp_path: Path) -> None:
+    first, second = (create(wanted(own), tmp_path / name) for name in ("first", "second"))
+    assert first == second
+    assert create(wanted(own, seed=1), tmp_path / "third") != first
+
+
+def test_broken_off_runs_go_on_where_they_were(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = create(wanted(own), tmp_path / "whole")
+    with monkeypatch.context() as broken:
+        broken.setattr(meta.create.run, "calibrate", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            create(wanted(own), tmp_path / "bundle")
+    with monkeypatch.context() as broken:
+        broken.setattr(meta.create.run, "meta_train", _interrupt)
+        with pytest.raises(KeyboardInterrupt):  # Another seed takes nothing over.
+            create(wanted(own, seed=1), tmp_path / "bundle")
+        assert create(wanted(own), tmp_path / "bundle") == whole
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_rule_of_another_bundle_is_taken_over(own: Path, tmp_path: Path) -> None:
+    manifest = create(wanted(own, steps=None, generator=SHIPPED_BUNDLE), tmp_path / "bundle")
+    assert manifest.method.settings["anchor_rank"] == 0
+    bundle = load_bundle(tmp_path / "bundle", ["tests.foreign:batchnorm_net"])
+    shipped = load_bundle(SHIPPED_BUNDLE)
+    assert isinstance(bundle.method, MGG)
+    assert isinstance(shipped.method, MGG)
+    assert torch.equal(bundle.method.learned.rule.output, shipped.method.learned.rule.output)
+    assert not torch.equal(bundle.method.learned.gradient_scale, shipped.method.learned.gradient_scale)
+
+    more = create(wanted(own, steps=2, generator=SHIPPED_BUNDLE), tmp_path / "more")
+    assert more.method.settings["anchor_rank"] == 16
+    with pytest.raises(ConfigError, match="untrained"):
+        create(wanted(own, steps=0), tmp_path / "none")
+    paper = SHIPPED_BUNDLE.with_name("fashion-mnist-paper")
+    with pytest.raises(BundleError, match="serves its own model only"):
+        create(wanted(own, generator=paper), tmp_path / "none")
+
+
+def test_images_without_labels(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("".join(f"{label}\n" for label in LABELS))
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, path in enumerate(sorted((own / "images").rglob("*.png"))):
+        (flat / f"{number}.png").write_bytes(path.read_bytes())
+    settings = wanted(own, data=flat, labels=tmp_path / "labels.txt")
+    said: list[str] = []
+    manifest = create(settings, tmp_path / "bundle", said.append)
+    verdict = read_verdict(tmp_path / "bundle")
+    assert verdict is not None
+    assert (verdict.truth, manifest.model.clean_accuracy) == ("source", 1.0)
+    assert any("accuracy is unknown" in note for note in verdict.notes)
+
+
+# --- networks ----------------------------------------------------------------------------------------------------
+
+
+class Answering(nn.Module):
+    """A small classifier that does something odd with its answer."""
+
+    def __init__(self, change: Callable[[Tensor], Any], norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.change = change
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3), norm or nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(8 * (SIDE - 2) ** 2, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.head(self.layers(x)))
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask
+
+
+class NormAndMore(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2 + 1
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(torch.relu(self.norm(self.first(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (TwoInputs, r"takes 2 inputs \(x, mask\)"),
+        (lambda: Answering(lambda z: (z, z)), "returns a tuple, not logits"),
+        (lambda: Answering(lambda z: {"logits": z}), "returns a dict, not logits"),
+        (lambda: Answering(lambda z: z[:, :2]), "has 2 classes, the labels are 3"),
+        (lambda: Answering(lambda z: z.sum(0)), "not one row of logits each"),
+        (lambda: Answering(lambda z: z / 0), "logits are not finite"),
+        (lambda: Answering(lambda z: nn.functional.dropout(z)), "something in it is random"),
+        (lambda: Answering(lambda z: z - z.mean(0)), "depends on the others in its batch"),
+        (lambda: Answering(lambda z: z, nn.Identity()), "nothing can adapt"),
+        (lambda: Answering(lambda z: z, nn.BatchNorm2d(8, track_running_stats=False)), "in its batch"),
+        (lambda: Answering(lambda z: z, NormAndMore(2, 8)), r"does not predict what it did; suspect: .*NormAndMore"),
+        (lambda: Answering(lambda z: z.detach()), "no gradient reaches"),
+        (Twice, "uses norm layer 'norm' 2 times"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 3)), "cannot take frames of shape .*--size WxH"),
+    ],
+)
+def test_networks_that_cannot_be_adapted(build: Callable[[], nn.Module], message: str) -> None:
+    torch.manual_seed(0)
+    network = build().eval()
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.rand_like(parameter)
+    with pytest.raises(BundleError, match=message):
+        adaptable(network, torch.randn(6, 1, SIDE, SIDE), 3, quiet)
+
+
+def test_channels_keep_their_place_where_layers_run_in_another_order() -> None:
+    network = batchnorm_net().eval()
+    model = AdaptableModel(network)
+    frames = torch.randn(5, 1, SIDE, SIDE)
+    model.fit_layout(frames)
+    assert model.memory_format is torch.contiguous_format
+    assert [layer.place.layer for layer in model.layers] == ["last_norm", "norm"]
+    rows = model.source_affine.expand(5, -1).clone()
+    place = model.layers[0].place
+    rows[:, place.scale : place.end] = 0
+    _, features, first = model.forward_with_inputs(frames, rows)
+    assert (features[:, :16] == 0).all()
+    assert not (features[:, 16:] == 0).all()
+    assert first.shape == (5, 16)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18", "nowhere:build", "json:build", "odd:"])
+def test_architectures_that_are_not_there(name: str) -> None:
+    with pytest.raises(BundleError, match=r"list it under bundle\.factories"):
+        build_network(name, {})
+    with pytest.raises(BundleError, match=f"architecture '{name}'"):
+        build_network(name, {}, [name])
+
+
+def test_a_factory_that_fails() -> None:
+    with pytest.raises(BundleError, match=r"does not take the bundle's arguments \{'classes': 'x'\}"):
+        build_network("groupnorm-cnn", {"classes": "x"})
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_checkpoints_as_training_loops_leave_them(tmp_path: Path, half: bool) -> None:
+    source = batchnorm_net()
+    weights = {f"module.{name}": t.half() if half and t.is_floating_point() else t for name, t in _weights(source)}
+    torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "w.pt")
+    said: list[str] = []
+    network = batchnorm_net()
+    shipped = load_weights(network, read_weights(tmp_path / "w.pt", said.append), tmp_path / "w.pt", said.append)
+    for name, tensor in _weights(source):
+        torch.testing.assert_close(shipped[name], tensor, rtol=1e-3, atol=1e-3)
+        assert shipped[name].dtype == tensor.dtype
+    assert ("converted to float32" in " ".join(said)) == half
+    assert "dropout" in " ".join(said)
+    assert not network.training
+
+
+def _weights(network: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(network.state_dict().items())
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    def load(tensors: dict[str, Tensor]) -> None:
+        save_file(tensors, tmp_path / "w.safetensors")
+        path = tmp_path / "w.safetensors"
+        load_weights(batchnorm_net(), read_weights(path, quiet), path, quiet)
+
+    weights = dict(_weights(batchnorm_net()))
+    with pytest.raises(BundleError, match=r"lacks head.bias and has odd"):
+        load({name: t for name, t in weights.items() if name != "head.bias"} | {"odd": torch.zeros(1)})
+    with pytest.raises(BundleError, match=r"size mismatch for head.bias.*check --model-args"):
+        load(weights | {"head.bias": torch.zeros(4)})
+    with pytest.raises(BundleError, match=r"weight 'head.bias' is not finite"):
+        load(weights | {"head.bias": torch.full((3,), torch.nan)})
+
+
+def test_files_that_are_no_weights(tmp_path: Path) -> None:
+    torch.save(batchnorm_net(), tmp_path / "whole.pt")
+    with pytest.raises(BundleError, match=r"would run code if it were loaded; save the weights alone"):
+        read_weights(tmp_path / "whole.pt", quiet)
+    for name in ("w.safetensors", "w.pt"):
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+        with pytest.raises(BundleError, match=r"no file of weights|would run code"):
+            read_weights(tmp_path / name, quiet)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(BundleError, match="no named tensors"):
+        read_weights(tmp_path / "list.pt", quiet)
+    with pytest.raises(BundleError, match="cannot read the weights"):
+        read_weights(tmp_path / "absent.pt", quiet)
+
+
+# --- images ------------------------------------------------------------------------------------------------------
+
+
+def test_parts_share_no_image_and_have_every_class() -> None:
+    images, labels = pictures(150, 0)
+    images = np.concatenate([images, images[:7]])
+    labels = np.concatenate([labels, labels[:7]])
+    once = without_duplicates(Images(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels)), quiet)
+    assert len(once) == 150
+    parts = split(once, 3, 0, quiet)
+    seen = [image.numpy().tobytes() for part in parts.values() for image in part.images]
+    assert len(set(seen)) == len(seen) == 150
+    for part in parts.values():
+        assert part.labels is not None
+        assert set(part.labels.tolist()) == {0, 1, 2}
+
+
+def test_too_few_images() -> None:
+    images, labels = pictures(90, 0)
+    with pytest.raises(DataError, match="there are 90; 100 are needed"):
+        split(Images(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels)), 3, 0, quiet)
+    images, labels = pictures(120, 0)
+    labels[:2] = 3
+    with pytest.raises(DataError, match="class 3 has 2"):
+        split(Images(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels)), 4, 0, quiet)
+    with pytest.raises(DataError, match="outside of 0 to 2"):
+        split(Images(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels)), 3, 0, quiet)
+
+
+def test_classes_without_images_are_said(own: Path, tmp_path: Path) -> None:
+    images, labels = pictures(150, 0)
+    said: list[str] = []
+    split(Images(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels)), 5, 0, said.append)
+    assert said == ["data: 2 of 5 classes have no image, so nothing is known of how they fare"]
+
+
+def test_images_of_other_sizes(own: Path, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images")
+    Image.new("RGB", (40, 20)).save(folder / "bolt" / "large.png")
+    with pytest.raises(DataError, match="2 different sizes; say --size WxH"):
+        create(wanted(own, data=folder), tmp_path / "bundle")
+    (folder / "nut" / "broken.png").write_bytes(b"\x89PNG nothing")
+    said: list[str] = []
+    paths = sorted(folder.rglob("*.png"))
+    preprocess = Preprocess(mode="L", width=SIDE, height=SIDE, mean=[0.3], std=[0.2])
+    images = read_files(paths, [0] * len(paths), preprocess, decode, 1_000, 0, said.append)
+    assert images.images.shape == (151, 1, SIDE, SIDE)
+    assert "broken.png (" in said[0]
+    assert len(read_files(paths, None, preprocess, decode, 100, 0, quiet)) in (99, 100)
+
+
+def test_folders_and_labels_that_do_not_match(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("bolt\nnut\n")
+    with pytest.raises(DataError, match="folder 'washer' is none of the 2 labels"):
+        create(wanted(own, labels=tmp_path / "labels.txt"), tmp_path / "bundle")
+    (tmp_path / "labels.txt").write_text("bolt\nnut\nwasher\nscrew\n")
+    with pytest.raises(BundleError, match="has 3 classes, the labels are 4"):
+        create(wanted(own, labels=tmp_path / "labels.txt"), tmp_path / "bundle")
+    (tmp_path / "labels.txt").write_text("washer\nbolt\nnut\n")
+    with pytest.raises(BundleError, match=r"about as chance has it: check .*order of --labels"):
+        create(wanted(own, labels=tmp_path / "labels.txt"), tmp_path / "bundle")
+    (tmp_path / "labels.txt").write_text("nut\nnut\n")
+    with pytest.raises(DataError, match="stands there twice"):
+        read_labels(tmp_path / "labels.txt", own)
+    with pytest.raises(DataError, match="no folder per class"):
+        read_labels(None, tmp_path)
+
+
+def test_arrays(own: Path, tmp_path: Path) -> None:
+    images, labels = pictures(150, 0)
+    np.savez(tmp_path / "data.npz", images=images, labels=labels)
+    (tmp_path / "labels.txt").write_text("".join(f"{label}\n" for label in LABELS))
+    settings = wanted(own, data=tmp_path / "data.npz", labels=tmp_path / "labels.txt")
+    assert create(settings, tmp_path / "bundle").preprocess.width == SIDE
+    with pytest.raises(DataError, match="holds L images of 12x12"):
+        create(settings.model_copy(update={"width": 9, "height": 9}), tmp_path / "bundle")
+    np.savez(tmp_path / "odd.npz", images=images.astype(np.float32), labels=labels)
+    with pytest.raises(DataError, match="must be uint8"):
+        read_npz(tmp_path / "odd.npz", 1_000, 0)
+    np.savez(tmp_path / "odd.npz", images=images, labels=labels[:9])
+    with pytest.raises(DataError, match="one for each of the 150 images"):
+        read_npz(tmp_path / "odd.npz", 1_000, 0)
+    np.savez(tmp_path / "odd.npz", images=np.array([{}]), labels=labels)
+    with pytest.raises(DataError, match=r"an .npz with the arrays"):
+        read_npz(tmp_path / "odd.npz", 1_000, 0)
+
+
+# --- the verdict -------------------------------------------------------------------------------------------------
+
+
+def settings_with(gain: float, healthy: float, error: float = 0.004) -> list[Measured]:
+    shifts = ("light_failing", "focus_loss", "shot_noise", "haze", "tilt")
+    found = [Measured(setting=s, frames=640, source=0.6, adapted=0.6 + gain, error=error) for s in shifts]
+    return [*found, Measured(setting="no shift", frames=640, source=0.9, adapted=0.9 + healthy, error=error)]
+
+
+@pytest.mark.parametrize(
+    ("gain", "healthy", "error", "expected", "reason"),
+    [
+        (0.08, -0.004, 0.004, "adapt", "+8.0"),
+        (0.015, 0.0, 0.004, "adapt with care", "the gain is small"),
+        (0.08, -0.03, 0.004, "adapt with care", "it loses there"),
+        (0.08, -0.03, 0.02, "adapt with care", "cannot be ruled out"),
+        (0.02, -0.06, 0.004, "do not adapt", "loses more there"),
+        (0.0, 0.0, 0.004, "do not adapt", "too small"),
+        (0.03, 0.0, 0.05, "do not adapt", "told from chance"),
+        (-0.05, 0.0, 0.004, "do not adapt", "too small"),
+    ],
+)
+def test_verdicts(gain: float, healthy: float, error: float, expected: str, reason: str) -> None:
+    recommendation, reasons = recommend(settings_with(gain, healthy, error))
+    assert recommendation == expected
+    assert reason in " ".join(reasons)
+
+
+def a_method(classes: int = 3, **changes: Any) -> tuple[AdaptableModel, Any, LearnedOptimizer]:
+    torch.manual_seed(3)
+    model = AdaptableModel(layernorm_net(classes))
+    source = feature_statistics(model.forward_with_features(torch.randn(64, 1, SIDE, SIDE))[1])
+    learned = LearnedOptimizer(GeneratorSettings.model_validate(changes), model).requires_grad_(False)
+    return model, source, learned
+
+
+def test_a_method_that_does_nothing_gains_nothing() -> None:
+    model, source, learned = a_method(class_filter=False)
+    method = PiecewiseMGG(model, source, learned, 3, 32)
+    method.step_scale = 0.0
+    images, labels = pictures(120, 0)
+    held_out = Images(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels))
+    found = measure(method, held_out, Preprocessing(torch.tensor([0.3]), torch.tensor([0.2])), 48, 1, 0, quiet)
+    assert [(m.gain, m.error) for m in found] == [(0.0, 0.0)] * 7
+    method.step_scale = 10.0
+    found = measure(method, held_out, Preprocessing(torch.tensor([0.3]), torch.tensor([0.2])), 48, 1, 0, quiet)
+    assert any(m.gain for m in found)
+
+
+def test_a_few_streams_at_a_time_give_what_all_at_once_give() -> None:
+    model, source, learned = a_method()
+    whole, pieces = MGG(model, source, learned, 3), PiecewiseMGG(model, source, learned, 3, 8)
+    state, other = whole.fresh(5), pieces.fresh(5)
+    stream = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 4, 4])
+    for _ in range(3):
+        frames = torch.randn(len(stream), 1, SIDE, SIDE)
+        forward, piecewise = whole.predict(frames, stream, state), pieces.predict(frames, stream, other)
+        torch.testing.assert_close(piecewise.answer, forward.answer)
+        torch.testing.assert_close(piecewise.features, forward.features.detach())
+        assert model.frame_affine.head is not None
+        assert len(model.frame_affine.head) == len(stream)
+        update, joined = whole.update(forward), pieces.update(piecewise)
+        torch.testing.assert_close(joined.signals, update.signals)
+        state, other = update.state, joined.state
+        torch.testing.assert_close(other, state)
+
+
+def test_an_altered_verdict_is_refused(own: Path, tmp_path: Path) -> None:
+    create(wanted(own), tmp_path / "bundle")
+    path = tmp_path / "bundle" / "verdict.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"gain": 0.5}))
+    with pytest.raises(BundleError, match=r"verdict.json"):
+        load_bundle(tmp_path / "bundle", ["tests.foreign:batchnorm_net"])
+
+
+def test_bundles_without_a_verdict() -> None:
+    assert read_verdict(SHIPPED_BUNDLE) is None
