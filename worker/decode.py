@@ -89,13 +89,7 @@ def decode_image(content: bytes, limits: Frames, preprocess: Preprocess) -> Pixe
 
     Raises FrameError with kind not_an_image, animated, too_large or damaged.
     """
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        raise FrameError("not_an_image", f"the bytes are none of {', '.join(FORMATS)}") from error
-    except Exception as error:  # Decoders fail on hostile bytes in ways that no list of exceptions covers.
-        raise FrameError("damaged", f"the image header cannot be read: {error}") from error
-    _check_size(image, limits)
+    image = open_image(content, limits)
     try:
         if getattr(image, "n_frames", 1) != 1:
             raise FrameError("animated", "the image has several frames; send one record per frame")
@@ -110,6 +104,21 @@ def decode_image(content: bytes, limits: Frames, preprocess: Preprocess) -> Pixe
         raise
     except Exception as error:  # As above: a damaged image may fail anywhere between its first and last byte.
         raise FrameError("damaged", f"the image cannot be decoded: {error}") from error
+
+
+def open_image(content: bytes, limits: Frames) -> Image.Image:
+    """The image with its header read and its size checked, no pixel decoded yet.
+
+    Raises FrameError with kind not_an_image, too_large or damaged.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise FrameError("not_an_image", f"the bytes are none of {', '.join(FORMATS)}") from error
+    except Exception as error:  # Decoders fail on hostile bytes in ways that no list of exceptions covers.
+        raise FrameError("damaged", f"the image header cannot be read: {error}") from error
+    _check_size(image, limits)
+    return image
 
 
 def _check_size(image: Image.Image, limits: Frames) -> None:
