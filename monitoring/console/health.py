@@ -1,0 +1,98 @@
+"""How a stream is doing, in one word and one sentence, so that a page can put first what needs somebody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from schemas.prediction import Parameters
+from schemas.update import UpdateEvent
+
+Level = Literal["act", "watch", "good", "silent"]
+ACT_DROP, WATCH_DROP = 0.08, 0.04  # of estimated accuracy below that of clean frames
+EASE = 0.015  # a level that holds goes on holding until the drop is so much smaller: no tile flickers
+SOURCE_POINTS = 0.05  # the source model does so much better
+REFUSED = 4  # proposed updates in a row that the guard refused
+RECENT = 12  # events that still count as news
+SILENT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a stream. Accuracies are estimates in [0, 1], None where nothing has been said yet.
+
+    `clean` is the accuracy to expect without drift, `last` seconds since the epoch of the newest record, `events` the
+    newest ones, oldest first.
+    """
+
+    accuracy: float | None
+    source: float | None
+    clean: float | None
+    parameters: Parameters | None
+    events: Sequence[UpdateEvent]
+    last: float
+
+
+@dataclass(frozen=True)
+class Health:
+    """`need` orders streams: higher first."""
+
+    level: Level
+    reason: str
+    need: float
+
+
+def judge(evidence: Evidence, now: float, before: Level = "good") -> Health:
+    """The worst that holds; `now` is seconds since the epoch, `before` the level so far."""
+    drop = _drop(evidence)
+    if now - evidence.last > SILENT_S:
+        since = datetime.fromtimestamp(evidence.last, UTC).strftime("%H:%M:%S")
+        reason = f"no frames since {since} UTC" if evidence.last else "no frames yet"
+        return Health("silent", reason, 0.5)
+    for level, reason in _findings(evidence, drop, before):
+        return Health(level, reason, (3.0 if level == "act" else 2.0) + drop)
+    return Health("good", "as on clean frames" if evidence.accuracy is not None else "answering", 1.0 + drop)
+
+
+def _findings(evidence: Evidence, drop: float, before: Level) -> list[tuple[Level, str]]:
+    recent = list(evidence.events)[-RECENT:]
+    found: list[tuple[Level, str]] = []
+    if drop >= ACT_DROP - (EASE if before == "act" else 0.0):
+        found.append(("act", f"drifted: {100 * drop:.0f} points below clean"))
+    undone = [event for event in recent if event.decision == "rolled_back" and event.command is None]
+    if undone:
+        found.append(("act", f"rolled back: {undone[-1].reason}"))
+    refused = _refused_in_a_row(recent)
+    if refused >= REFUSED:
+        found.append(("act", f"{refused} updates refused: {recent[-1].reason}"))
+    if evidence.source is not None and evidence.accuracy is not None:
+        ahead = evidence.source - evidence.accuracy
+        if ahead >= SOURCE_POINTS and evidence.parameters != "source":
+            found.append(("act", f"source would do better by {100 * ahead:.0f} points"))
+        elif ahead >= SOURCE_POINTS:
+            found.append(("watch", "source answers: it does better"))
+    if drop >= WATCH_DROP - (EASE if before in {"act", "watch"} else 0.0):
+        found.append(("watch", f"{100 * drop:.0f} points below clean"))
+    return found
+
+
+def _drop(evidence: Evidence) -> float:
+    if evidence.accuracy is None or evidence.clean is None:
+        return 0.0
+    return max(0.0, evidence.clean - evidence.accuracy)
+
+
+def was_refused(event: UpdateEvent) -> bool:
+    """Whether an update was proposed and the guard said no; other skipped frames proposed none."""
+    return event.decision == "skipped" and event.raw_gradient_norm is not None
+
+
+def _refused_in_a_row(events: Sequence[UpdateEvent]) -> int:
+    count = 0
+    for event in reversed(events):
+        if not was_refused(event):
+            break
+        count += 1
+    return count

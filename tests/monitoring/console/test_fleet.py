@@ -1,0 +1,171 @@
+"""What the console says of streams: health, order, bounded memory, changes only."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from monitoring.console.fleet import Fleet
+from monitoring.console.health import REFUSED, SILENT_S, Evidence, judge
+from monitoring.console.series import CAPACITY, Series
+from tests.monitoring.console.records import event, prediction
+
+NOW = 1_000_000.0
+
+
+def evidence(**changes: Any) -> Evidence:
+    return Evidence(
+        **{
+            "accuracy": 0.9,
+            "source": None,
+            "clean": 0.91,
+            "parameters": "adapted",
+            "events": [],
+            "last": NOW,
+            **changes,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "words"),
+    [
+        ({}, "good", "as on clean frames"),
+        ({"accuracy": 0.85}, "watch", "6 points below clean"),
+        ({"accuracy": 0.6}, "act", "31 points below clean"),
+        ({"accuracy": 0.6, "clean": None}, "good", ""),
+        ({"source": 0.97}, "act", "source would do better by 7 points"),
+        ({"source": 0.97, "parameters": "source"}, "watch", "source answers"),
+        ({"last": NOW - SILENT_S - 1}, "silent", "no frames since"),
+        ({"last": 0.0}, "silent", "no frames yet"),
+        (
+            {"events": [event("s", i, decision="skipped", reason="gradient norm") for i in range(REFUSED)]},
+            "act",
+            "4 updates refused: gradient norm",
+        ),
+        (
+            # Frames that proposed no update were left out, not refused.
+            {"events": [event("s", i, decision="skipped", raw_gradient_norm=None) for i in range(REFUSED)]},
+            "good",
+            "",
+        ),
+        ({"events": [event("s", 1, decision="rolled_back", reason="worse")]}, "act", "rolled back: worse"),
+        ({"events": [event("s", 1, decision="rolled_back", command="c")]}, "good", ""),
+    ],
+)
+def test_health(changes: dict[str, Any], level: str, words: str) -> None:
+    health = judge(evidence(**changes), NOW)
+    assert health.level == level
+    assert words in health.reason
+
+
+def test_a_level_holds_a_little_longer_than_it_took_to_reach() -> None:
+    between = evidence(accuracy=0.91 - 0.075)
+    assert judge(between, NOW, "watch").level == "watch"
+    assert judge(between, NOW, "act").level == "act"
+
+
+def test_the_worst_stream_has_the_greatest_need() -> None:
+    fleet = Fleet(10, clean=0.91)
+    for name, accuracy in (("fine", 0.9), ("lost", 0.5), ("worse", 0.4), ("low", 0.85)):
+        fleet.take_prediction(prediction(name))
+        fleet.take_update(event(name, 1, accuracy))
+    tiles = {tile["name"]: tile for tile in fleet.changes(0)["tiles"]}
+    assert sorted(tiles, key=lambda name: -tiles[name]["need"]) == ["worse", "lost", "low", "fine"]
+    assert [tiles[name]["level"] for name in ("worse", "lost", "low", "fine")] == ["act", "act", "watch", "good"]
+
+
+def test_only_what_changed_is_told() -> None:
+    fleet = Fleet(10, clean=0.9)
+    for name in ("a", "b"):
+        fleet.take_prediction(prediction(name))
+    first = fleet.changes(0)
+    assert first["all"]
+    assert {tile["name"] for tile in first["tiles"]} == {"a", "b"}
+    assert fleet.changes(first["version"])["tiles"] == []
+    fleet.take_prediction(prediction("b", label="bolt"), frames=3)
+    (tile,) = fleet.changes(first["version"])["tiles"]
+    assert (tile["name"], tile["label"], tile["frames"]) == ("b", "bolt", 4)
+
+
+def test_an_event_that_comes_twice_counts_once() -> None:
+    fleet = Fleet(10)
+    one = event("a", 1)
+    fleet.take_update(one)
+    fleet.take_update(one)
+    detail = fleet.detail(0, 0, 0)
+    assert detail is not None
+    assert len(detail["events"]) == detail["next_point"] == 1
+
+
+def test_the_longest_silent_stream_makes_room_and_pages_are_told() -> None:
+    fleet = Fleet(2)
+    for name in ("a", "b"):
+        fleet.take_prediction(prediction(name))
+    known = fleet.changes(0)
+    fleet.take_prediction(prediction("c"))
+    changes = fleet.changes(known["version"])
+    assert [tile["name"] for tile in changes["tiles"]] == ["c"]
+    assert changes["gone"] == [tile["i"] for tile in known["tiles"] if tile["name"] == "a"]
+    assert fleet.named("a") is None
+    assert len(fleet.changes(0)["tiles"]) == 2
+
+
+def test_detail_goes_on_where_the_page_is() -> None:
+    fleet = Fleet(2, clean=0.9)
+    for number in range(1, 4):
+        fleet.take_update(event("a", number))
+    first = fleet.detail(0, 0, 0)
+    assert first is not None
+    fleet.take_update(event("a", 4, 0.7, source=0.6, low=0.65, high=0.75))
+    fresh = fleet.detail(0, first["next_point"], first["next_event"])
+    assert fresh is not None
+    assert [e["id"] for e in fresh["events"]] == ["a@4"]
+    points = fresh["points"]
+    assert (points["accuracy"], points["source"], points["low"], points["high"]) == ([0.7], [0.6], [0.65], [0.75])
+    assert points["cosine"] == [None]
+
+
+def test_the_outcome_of_a_command_is_told_once() -> None:
+    fleet = Fleet(2)
+    fleet.take_update(event("a", 1))
+    version = fleet.changes(0)["version"]
+    fleet.take_update(event("a", 2, None, decision="reset", command="c-1"))
+    told = fleet.changes(version)
+    assert [(e["command"], e["decision"]) for e in told["results"]] == [("c-1", "reset")]
+    assert fleet.changes(told["version"])["results"] == []
+
+
+def test_series_keep_the_newest_points_in_order() -> None:
+    series = Series(capacity=50)
+    for number in range(1, 121):
+        series.add(event("a", number, number / 200), refused=False)
+    columns = series.since(0)
+    assert columns["accuracy"] == [pytest.approx(n / 200) for n in range(71, 121)]
+    assert len(series.since(118)["accuracy"]) == 2
+    assert series.since(120)["accuracy"] == []
+
+
+def test_the_outline_of_a_series_does_not_wobble() -> None:
+    series = Series()
+    seen: list[float] = []
+    for number in range(1, CAPACITY * 2):
+        series.add(event("a", number, (number % 90) / 100), refused=False)
+        outline = series.outline("accuracy", 60)
+        assert len(outline) <= 60
+        if number > CAPACITY:
+            # Every mean but the newest was there before.
+            assert np.isin(outline[:-1], seen).all()
+        seen = outline.tolist()
+
+
+def test_numbers_that_are_not_finite_become_none() -> None:
+    series = Series()
+    series.add(event("a", 1, None, raw_gradient_norm=math.nan, source_distance=math.inf), refused=False)
+    columns = series.since(0)
+    assert columns["raw"] == [None]
+    assert columns["distance"] == [None]
+    assert columns["accuracy"] == [None]

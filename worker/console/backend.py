@@ -1,0 +1,134 @@
+"""The console's way to broker and store: blocking clients, called from threads of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from kafka import KafkaProducer
+from kafka.errors import KafkaError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from monitoring.console.app import Picture
+from schemas.command import COMMAND_TYPE, Command
+from schemas.config import WorkerConfig
+from schemas.errors import UnreachableError
+from schemas.prediction import Prediction
+from worker.console.site import Site
+from worker.console.thumbnails import Thumbnails
+from worker.console.topics import TopicReader
+from worker.kafka_client import connection, open_client
+from worker.store import StateStore
+
+SEND_TIMEOUT_S = 10.0
+
+
+class _Watch(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    adapting: bool = True
+
+
+class _Header(BaseModel):
+    """What the console shows of a stored header. The whole of it is `schemas.state`, which needs torch: seconds."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    frames: int | None = None
+    step: int | None = None
+    method: str | None = None
+    bundle: str | None = None
+    drift: _Watch | None = None
+
+
+class Outside:
+    """The `monitoring.console.app.Backend` of a real site."""
+
+    def __init__(self, config: WorkerConfig, topics: TopicReader, site: Site) -> None:
+        self._config, self._topics, self._site = config, topics, site
+        self._thumbnails = Thumbnails(config.kafka, config.frames)
+        self._store = StateStore(config.store)
+        self._store_lock = threading.Lock()
+        self._producer: Any = None
+        self._producer_lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="console")
+
+    async def thumbnails(self, wanted: list[Prediction], large: bool) -> list[Picture]:
+        return await self._run(self._thumbnails.get, wanted, large) if wanted else []
+
+    async def send(self, command: Command) -> None:
+        await self._run(self._send, command)
+
+    async def stored(self, stream: str) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = await self._run(self._stored, stream)
+        return found
+
+    def site(self) -> dict[str, Any]:
+        return {**self._site.figures(), "topics": self._topics.reached}
+
+    def known_streams(self) -> list[str]:
+        """The streams that have a state. Raises UnreachableError."""
+        with self._store_lock:
+            return sorted(self._store.streams())
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._thumbnails.close()
+        self._store.close()
+        if self._producer is not None:
+            self._producer.close(timeout=2)
+
+    async def _run(self, action: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, action, *arguments)
+
+    def _send(self, command: Command) -> None:
+        """Acknowledged by the broker, or an error."""
+        kafka = self._config.kafka
+        headers = [
+            ("ce_specversion", b"1.0"),
+            ("ce_type", COMMAND_TYPE.encode()),
+            ("ce_source", b"driftkeel/console"),
+            ("ce_id", command.id.encode()),
+            ("content-type", b"application/json"),
+        ]
+        try:
+            with self._producer_lock:
+                if self._producer is None:
+                    self._producer = open_client(
+                        KafkaProducer,
+                        **connection(kafka),
+                        acks="all",
+                        max_block_ms=int(1_000 * SEND_TIMEOUT_S),
+                        allow_auto_create_topics=False,
+                    )
+                future = self._producer.send(
+                    kafka.topics.commands,
+                    key=command.stream.encode(),
+                    value=command.model_dump_json().encode(),
+                    headers=headers,
+                )
+            future.get(timeout=SEND_TIMEOUT_S)
+        except (KafkaError, OSError) as error:
+            raise UnreachableError(
+                f"the command could not be sent to topic {kafka.topics.commands}: {error or type(error).__name__}"
+            ) from error
+
+    def _stored(self, stream: str) -> dict[str, Any] | None:
+        with self._store_lock:
+            (found,) = self._store.overview([stream])
+        if not found.token:
+            return None
+        header = _Header()
+        with contextlib.suppress(ValidationError):  # A damaged header is the worker's to mend; the rest can be shown.
+            header = _Header.model_validate_json(found.header or b"{}")
+        return {
+            "owner": found.owner,
+            "token": found.token,
+            "bytes": found.tensor_bytes,
+            "snapshots": found.snapshots,
+            "drift": None if header.drift is None else "moving" if header.drift.adapting else "settled",
+            **header.model_dump(exclude={"drift"}),
+        }

@@ -1,0 +1,128 @@
+"""`driftkeel console`: threads that read, one loop that serves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+
+import uvicorn
+from pydantic import ValidationError
+
+from monitoring.console.app import make_app
+from monitoring.console.fleet import Fleet
+from monitoring.console.security import is_loopback
+from schemas.bundle import Manifest
+from schemas.config import Console, WorkerConfig
+from schemas.errors import ConfigError, UnreachableError
+from worker.console.backend import Outside
+from worker.console.site import Site
+from worker.console.topics import TopicReader
+
+log = logging.getLogger("driftkeel.console")
+MAX_CONNECTIONS = 256
+
+
+class _Server(uvicorn.Server):
+    """Stops on SIGTERM and Ctrl-C as a worker does: with exit code 0, and not by the signal itself."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._end)
+        yield
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+
+def overridden(config: WorkerConfig, host: str | None, port: int | None, token: str | None) -> WorkerConfig:
+    """`config` with what the command line says of the console. Raises ConfigError."""
+    given = {name: value for name, value in (("host", host), ("port", port), ("token", token)) if value is not None}
+    try:
+        console = Console.model_validate({**config.console.model_dump(), **given})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise ConfigError(f"--{problem['loc'][0]}: {problem['msg']}") from error
+    return config.model_copy(update={"console": console})
+
+
+def run_console(config: WorkerConfig) -> None:
+    """Serve until SIGTERM or Ctrl-C. Raises ConfigError for an address without a token, or one that is taken."""
+    settings = config.console
+    if not is_loopback(settings.host) and settings.token is None:
+        raise ConfigError(
+            f"console.host {settings.host} can be reached from elsewhere and needs console.token "
+            "(DRIFTKEEL__CONSOLE__TOKEN, at least 16 characters)"
+        )
+    listening = _listen(settings.host, settings.port)
+    stop = threading.Event()
+    fleet = Fleet(settings.max_streams, _clean_accuracy(config))
+    topics = TopicReader(config.kafka, fleet, stop)
+    urls = list(settings.workers) or [f"http://{_reachable(config.metrics.host)}:{config.metrics.port}/metrics"]
+    site = Site(urls, stop)
+    outside = Outside(config, topics, site)
+    try:
+        fleet.note_stored(outside.known_streams())
+    except UnreachableError as error:
+        log.warning("%s; its streams show once their records come", error)
+    topics.start()
+    site.start()
+    try:
+        _serve(fleet, outside, config, listening)
+    finally:
+        stop.set()
+        outside.close()
+        topics.join(timeout=5)
+
+
+def _serve(fleet: Fleet, outside: Outside, config: WorkerConfig, listening: socket.socket) -> None:
+    server: _Server | None = None
+    app = make_app(fleet, outside, config.console, lambda: server is not None and server.should_exit)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_graceful_shutdown=3,
+        )
+    )
+    host, port = listening.getsockname()[:2]
+    print(f"console: http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)  # noqa: T201
+    asyncio.run(server.serve(sockets=[listening]))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(f"console: cannot bind {host}:{port}: {error.strerror or error}; set console.port") from error
+
+
+def _clean_accuracy(config: WorkerConfig) -> float | None:
+    """What the bundle promises on clean frames; a console may run where the bundle is not."""
+    try:
+        # Not by meta.bundle, which would load torch for this one number.
+        content = (config.bundle.path / "manifest.json").read_bytes()
+        return Manifest.model_validate_json(content).model.clean_accuracy
+    except (OSError, ValidationError) as error:
+        log.warning(
+            "no bundle can be read at %s (%s); the console cannot say how far below clean frames a stream is",
+            config.bundle.path,
+            type(error).__name__,
+        )
+        return None
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - compared, not bound

@@ -1,0 +1,191 @@
+"""Small pictures of the frames on a page: fetched one by one at the place that a prediction names, never all of them.
+
+The frames topic is most of a site's traffic. A console that followed it would double what the broker sends; one that
+nobody looks at reads no frame at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+from PIL import Image
+
+from monitoring.console.app import Picture
+from schemas.config import Frames, Kafka
+from schemas.errors import FrameError
+from schemas.frame import Position
+from schemas.prediction import Prediction
+from worker.decode import open_image
+from worker.kafka_client import connection, open_client
+
+SMALL, LARGE = 160, 480  # pixels of the longer side
+CRISP = 96  # up to this side a frame is kept as it is, as PNG
+EVERY_S = 0.9  # a stream's picture is made at most so often
+PATIENCE_S = 2.0  # for one request's frames
+KEPT = 1_024  # pictures
+
+
+def thumbnail(content: bytes, limits: Frames, side: int) -> bytes:
+    """`content` decoded, shrunk to `side` pixels and written anew: nothing of its own bytes reaches a browser.
+
+    Raises FrameError as `worker.decode.open_image` does.
+    """
+    image = open_image(content, limits)
+    try:
+        if image.format == "JPEG":
+            image.draft("RGB", (side, side))
+        picture = image.convert("L" if image.mode in {"1", "L"} else "RGB")
+        picture.thumbnail((side, side), Image.Resampling.BILINEAR)
+        out = io.BytesIO()
+        clean = Image.frombytes(picture.mode, picture.size, picture.tobytes())
+        if max(clean.size) <= CRISP:
+            clean.save(out, "PNG", compress_level=1)
+        else:
+            clean.save(out, "JPEG", quality=80)
+        return out.getvalue()
+    except Exception as error:  # A damaged image may fail anywhere between its first and last byte.
+        raise FrameError("damaged", f"the image cannot be decoded: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Kept:
+    made: float
+    picture: Picture
+
+
+class Thumbnails:
+    """Pictures by stream, made when asked for. One caller at a time reads from the broker; others wait for it."""
+
+    def __init__(self, kafka: Kafka, limits: Frames) -> None:
+        self._kafka, self._limits = kafka, limits
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, bool], _Kept] = OrderedDict()
+        self._reader = FrameReader(kafka)
+
+    def get(self, wanted: list[Prediction], large: bool) -> list[Picture]:
+        """At most one picture per prediction; without those whose frame cannot be had soon, or cannot be decoded."""
+        with self._lock:
+            missing = self._missing(wanted, large)
+            if missing:
+                found = self._reader.read({position for position, _ in missing})
+                for position, prediction in missing:
+                    self._make(prediction, large, found.get(position))
+            kept = [self._kept.get((prediction.stream, large)) for prediction in wanted]
+        return [entry.picture for entry in kept if entry is not None and entry.picture.image]
+
+    def close(self) -> None:
+        with self._lock:
+            self._reader.close()
+
+    def _missing(self, wanted: list[Prediction], large: bool) -> list[tuple[Position, Prediction]]:
+        now = time.monotonic()
+        missing = []
+        for prediction in wanted:
+            kept = self._kept.get((prediction.stream, large))
+            if kept is not None and (kept.picture.prediction.id == prediction.id or now - kept.made < EVERY_S):
+                continue
+            position = _position(prediction.id, self._kafka.topics.frames)
+            if position is not None:
+                missing.append((position, prediction))
+        return missing
+
+    def _make(self, prediction: Prediction, large: bool, content: bytes | None) -> None:
+        key = (prediction.stream, large)
+        if content is None and key in self._kept:
+            return  # Not there in time: the older picture is better than none.
+        image = b""
+        if content is not None and len(content) <= self._limits.max_bytes:
+            # The worker has told of a bad frame with a dead letter; here the last good picture gives way to none.
+            with contextlib.suppress(FrameError):
+                image = thumbnail(content, self._limits, LARGE if large else SMALL)
+        self._kept[key] = _Kept(time.monotonic(), Picture(prediction, image))
+        self._kept.move_to_end(key)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+
+
+class FrameReader:
+    """Single records by their position."""
+
+    def __init__(self, kafka: Kafka) -> None:
+        self._kafka = kafka
+        self._consumer: Any = None
+
+    def read(self, wanted: set[Position]) -> dict[Position, bytes]:
+        """The values found within a short while. A broker that does not answer gives none."""
+        try:
+            if self._consumer is None:
+                self._consumer = open_client(
+                    KafkaConsumer,
+                    **connection(self._kafka),
+                    enable_auto_commit=False,
+                    auto_offset_reset="latest",
+                    fetch_max_wait_ms=self._kafka.fetch_max_wait_ms,
+                )
+            return self._fetch(self._consumer, wanted)
+        except (KafkaError, OSError):
+            self.close()
+            return {}
+
+    def close(self) -> None:
+        if self._consumer is not None:
+            consumer, self._consumer = self._consumer, None
+            consumer.close(autocommit=False)
+
+    def _fetch(self, consumer: Any, wanted: set[Position]) -> dict[Position, bytes]:
+        left: dict[TopicPartition, list[int]] = {}
+        for position in sorted(wanted):
+            left.setdefault(TopicPartition(position.topic, position.partition), []).append(position.offset)
+        existing = consumer.partitions_for_topic(self._kafka.topics.frames) or set()
+        left = {partition: offsets for partition, offsets in left.items() if partition.partition in existing}
+        consumer.assign(sorted(left))
+        for partition, offsets in left.items():
+            consumer.seek(partition, offsets[0])
+        found: dict[Position, bytes] = {}
+        deadline = time.monotonic() + PATIENCE_S
+        while left and time.monotonic() < deadline:
+            for partition, records in consumer.poll(timeout_ms=100, max_records=10_000).items():
+                _pick(partition, records, left, found, consumer.seek)
+                if not left.get(partition):
+                    left.pop(partition, None)
+                    consumer.pause(partition)
+        consumer.assign([])
+        return found
+
+
+def _pick(
+    partition: TopicPartition,
+    records: list[Any],
+    left: dict[TopicPartition, list[int]],
+    found: dict[Position, bytes],
+    seek: Callable[[TopicPartition, int], object],
+) -> None:
+    """Take what was asked for from `records`, and go on at the next offset that is."""
+    offsets = left.get(partition, [])
+    values = {record.offset: record.value for record in records}
+    newest = max(values, default=-1)
+    for offset in offsets:
+        if values.get(offset) is not None:
+            found[Position(partition.topic, partition.partition, offset)] = values[offset]
+    # What lies before the newest record and did not come has been deleted or compacted away.
+    left[partition] = [offset for offset in offsets if offset > newest]
+    if left[partition] and left[partition][0] > newest + 1:
+        seek(partition, left[partition][0])
+
+
+def _position(frame: str, topic: str) -> Position | None:
+    """A frame id as its position; None for one that is none, or of another topic."""
+    name, _, rest = frame.rpartition("/")
+    name, _, partition = name.rpartition("/")
+    if name != topic or not (partition.isdecimal() and rest.isdecimal()) or max(len(partition), len(rest)) > 18:
+        return None
+    return Position(name, int(partition), int(rest))

@@ -1,0 +1,121 @@
+"""Predictions and update events from their topics into the console's fleet.
+
+No consumer group: a console takes nothing from anybody, and several may run. It begins a little before the end, and
+where it falls far behind it goes back there: what is on a page is what is new.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+from pydantic import ValidationError
+
+from monitoring.console.fleet import Fleet
+from schemas.config import Kafka
+from schemas.errors import UnreachableError
+from schemas.prediction import Prediction
+from schemas.update import UpdateEvent
+from worker.kafka_client import LONGEST_PAUSE_S, connection, open_client
+
+log = logging.getLogger("driftkeel.console")
+HISTORY = 2_000  # records of each partition before its end
+BEHIND = 20_000  # records; further behind than this, go back to the end
+PAUSE_S = 0.25  # between two polls: pages are told twice a second, and many small fetches cost more than few large ones
+LOOK_ROUND_S = 10.0  # how often to look for new partitions, and how far behind this is
+MAX_BYTES = 1 << 20  # of one record; larger ones are nothing that a worker of ours wrote
+
+
+class TopicReader(threading.Thread):
+    """Reads until `stop` is set; a broker that goes away is waited for."""
+
+    def __init__(self, settings: Kafka, fleet: Fleet, stop: threading.Event) -> None:
+        super().__init__(name="console-topics", daemon=True)
+        self._settings, self._fleet, self._stop_event = settings, fleet, stop
+        self.reached = False
+        self._updates = settings.topics.updates
+        self._refused = 0
+
+    def run(self) -> None:
+        while not self._stop_event.is_set():
+            try:
+                consumer = open_client(
+                    KafkaConsumer,
+                    **connection(self._settings),
+                    enable_auto_commit=False,
+                    auto_offset_reset="latest",
+                    fetch_max_wait_ms=self._settings.fetch_max_wait_ms,
+                )
+                try:
+                    self._read(consumer)
+                finally:
+                    consumer.close(autocommit=False)
+            except (KafkaError, OSError, UnreachableError) as error:
+                self.reached = False
+                log.warning("the topics cannot be read (%s); trying again", " ".join(str(error).split()))
+                self._stop_event.wait(LONGEST_PAUSE_S)
+
+    def _read(self, consumer: Any) -> None:
+        look_round = 0.0
+        while not self._stop_event.is_set():
+            if time.monotonic() >= look_round:
+                look_round = time.monotonic() + LOOK_ROUND_S
+                self._assign(consumer)
+            polled = consumer.poll(timeout_ms=200, max_records=5_000)
+            for partition, records in polled.items():
+                self.take(partition.topic, records)
+            self._stop_event.wait(PAUSE_S)
+
+    def _assign(self, consumer: Any) -> None:
+        """All partitions there are, each where reading goes on."""
+        topics = (self._settings.topics.predictions, self._updates)
+        known = {
+            TopicPartition(topic, number) for topic in topics for number in consumer.partitions_for_topic(topic) or ()
+        }
+        if not known:
+            raise UnreachableError(f"the broker has no topic {' and no topic '.join(topics)}")
+        old = consumer.assignment()
+        places = {partition: consumer.position(partition) for partition in known & old}
+        if known != old:
+            consumer.assign(sorted(known))
+        ends = consumer.end_offsets(sorted(known))
+        for partition in known:
+            place = places.get(partition)
+            if place is None or place < ends[partition] - BEHIND:
+                begin = consumer.beginning_offsets([partition])[partition]
+                consumer.seek(partition, max(begin, ends[partition] - HISTORY))
+            elif known != old:
+                consumer.seek(partition, place)
+        self.reached = True
+
+    def take(self, topic: str, records: list[Any]) -> None:
+        """Records of one topic, oldest first. Of a stream's predictions only the newest is looked into."""
+        if topic == self._updates:
+            for record in records:
+                event = self._parsed(UpdateEvent, record.value)
+                if event is not None:
+                    self._fleet.take_update(event)
+            return
+        newest: dict[bytes, tuple[Any, int]] = {}
+        for record in records:
+            if record.key:
+                newest[record.key] = (record, newest.get(record.key, (None, 0))[1] + 1)
+        for record, count in newest.values():
+            prediction = self._parsed(Prediction, record.value)
+            if prediction is not None:
+                self._fleet.take_prediction(prediction, count)
+
+    def _parsed(self, kind: Any, content: bytes | None) -> Any:
+        try:
+            if content is None or len(content) > MAX_BYTES:
+                raise ValueError("empty, or too large")
+            return kind.model_validate_json(content)
+        except (ValidationError, ValueError) as error:
+            self._refused += 1
+            if self._refused & (self._refused - 1) == 0:  # the first, second, fourth, ...: never a flood
+                log.warning("%d records are no %s of this version: %s", self._refused, kind.__name__, str(error)[:200])
+            return None
