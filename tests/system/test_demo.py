@@ -73,7 +73,7 @@ def test_interrupted_demo_stops_all_it_started(tmp_path: Path) -> None:
         if "/9" not in line and re.search(r"^\d+/\d+ frames", line):
             break
     children = [int(pid) for pid in Path(f"/proc/{demo.pid}/task/{demo.pid}/children").read_text().split()]
-    assert len(children) == 3
+    assert len(children) == 4
     demo.send_signal(signal.SIGINT)
     demo.communicate(timeout=60)
     assert demo.returncode == 130

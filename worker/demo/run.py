@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from meta.bundle import Bundle, load_bundle
 from meta.data import fashion_mnist
 from schemas.config import Batch, Frames, Kafka, Log, Metrics, Store, WorkerConfig
 from schemas.config import Bundle as BundleSettings
+from schemas.config import Console as ConsoleSettings
 from schemas.errors import DriftkeelError
 from schemas.prediction import Prediction
 from schemas.update import UpdateEvent
@@ -39,7 +42,14 @@ STALLED_S = 60.0
 
 
 def run_demo(
-    frames: int, seed: int, report: Path | None, html: Path, bundle_path: Path, view: bool, picture: Path | None
+    frames: int,
+    seed: int,
+    report: Path | None,
+    html: Path,
+    bundle_path: Path,
+    view: bool,
+    picture: Path | None,
+    page: bool,
 ) -> int:
     """Returns the exit code: 0 only if every frame has its prediction."""
     console = Console()
@@ -53,7 +63,11 @@ def run_demo(
             create_topics(config.kafka, PARTITIONS)
             console.print(f"broker {broker.bootstrap}, store {store.url}", highlight=False)
             console.print(f"worker metrics: http://127.0.0.1:{config.metrics.port}/metrics", highlight=False)
-            with _worker(config, folder) as child, open_view(view, console) as screen:
+            with (
+                _worker(config, folder) as child,
+                _page(config, folder, page, console),
+                open_view(view, console) as screen,
+            ):
                 started = time.monotonic()
                 _replay(config.kafka, board, child, folder / "worker.log", screen)
                 board.seconds = time.monotonic() - started
@@ -108,8 +122,20 @@ def _config(broker: Broker, store: EmbeddedStore, bundle: Path) -> WorkerConfig:
         batch=Batch(max_wait_ms=200),
         bundle=BundleSettings(path=bundle.resolve()),
         metrics=Metrics(port=free_port()),
+        console=ConsoleSettings(port=_usual_port()),
         log=Log(format="text"),
     )
+
+
+def _usual_port() -> int:
+    """The console's own port, so that a bookmark works; another one where it is taken."""
+    usual = ConsoleSettings().port
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", usual))
+        except OSError:
+            return free_port()
+    return usual
 
 
 @contextmanager
@@ -126,6 +152,21 @@ def _worker(config: WorkerConfig, folder: Path) -> Iterator[Child]:
         yield child
     finally:
         child.stop(20)
+
+
+@contextmanager
+def _page(config: WorkerConfig, folder: Path, wanted: bool, console: Console) -> Iterator[None]:
+    """The web console, where it is wanted and its packages are there. The demo does not depend on it."""
+    if not wanted or importlib.util.find_spec("uvicorn") is None:
+        yield
+        return
+    command = [sys.executable, "-m", "worker", "console", "--config", str(folder / "worker.yaml")]
+    child = start_child("the console", command, folder / "console.log")
+    console.print(f"console: http://127.0.0.1:{config.console.port}/", highlight=False)
+    try:
+        yield
+    finally:
+        child.stop()
 
 
 def _replay(kafka: Kafka, board: Scoreboard, worker: Child, worker_log: Path, screen: Any) -> None:
