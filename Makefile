@@ -33,7 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.charts: $(VENV)/.installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[charts,docs,parquet,browser]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[charts,docs,parquet,browser,otel]'
 	@touch $@
 
 # The demo looks for its images in a cache folder, in this package, and on the web, in this order.

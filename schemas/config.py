@@ -246,6 +246,15 @@ class Log(Section):
     format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, JSON elsewhere")
 
 
+class Traces(Section):
+    """OpenTelemetry spans of steps; needs the extra `otel`."""
+
+    endpoint: str | None = Field(
+        None, pattern=r"^https?://", description="OTLP over HTTP, such as http://collector:4318/v1/traces; null: none"
+    )
+    sample_ratio: float = Field(1.0, ge=0, le=1, description="share of steps that are traced")
+
+
 class WorkerConfig(BaseSettings):
     """Everything that a worker can be told."""
 
@@ -267,6 +276,7 @@ class WorkerConfig(BaseSettings):
     metrics: Metrics = Metrics()
     console: Console = Console()
     log: Log = Log()
+    traces: Traces = Traces()
 
     @classmethod
     def settings_customise_sources(

@@ -175,7 +175,8 @@ class Control:
         for action, sealed in zip(obeyed.actions, entry.events, strict=True):
             event = sealed.event
             self._metrics.commands.labels(action, "refused" if event.decision == "skipped" else "done").inc()
-            log.info("%s: %s (%s)", event.id, event.decision, event.reason)
+            about = {"stream": stream, "command": event.command, "decision": event.decision}
+            log.info("%s: %s (%s)", event.id, event.decision, event.reason, extra=about)
 
 
 def _meant(waiting: list[Numbered], resident: Resident) -> list[Numbered]:

@@ -73,7 +73,7 @@ class Intake:
 
     def _bury(self, bad: list[tuple[Any, FrameError]], keep_alive: Callable[[], object]) -> None:
         for record, error in bad:
-            log.warning("frame %s is a dead letter: %s", _position(record), error, extra={"kind": error.kind})
+            log.warning("frame %s is a dead letter: %s", _position(record), error, extra=_about(record, error))
             self._publisher.dead_letter(record, error)
             self._metrics.bad_frames.labels(error.kind).inc()
         self._publisher.settle(keep_alive)
@@ -82,3 +82,9 @@ class Intake:
 
 def _position(record: Any) -> Position:
     return Position(record.topic, record.partition, record.offset)
+
+
+def _about(record: Any, error: FrameError) -> dict[str, str]:
+    """What a log line of a record can be found by."""
+    stream = (record.key or b"")[:200].decode("utf-8", "replace")
+    return {"kind": error.kind, "frame": str(_position(record)), "stream": stream}

@@ -1,4 +1,8 @@
-"""Logging to standard error: text for people, one JSON object a line for machines."""
+"""Logging to standard error: text for people, one JSON object a line for machines.
+
+A line about a stream has it as `stream`, one about a frame has its position as `frame`: the id of its prediction, and
+what its update event and its trace name too.
+"""
 
 from __future__ import annotations
 

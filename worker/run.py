@@ -40,6 +40,7 @@ from worker.site_bundle import site_bundle
 from worker.step import Flight, Step
 from worker.store import StateStore
 from worker.streams import Streams
+from worker.trace import open_trace
 
 log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
@@ -84,6 +85,7 @@ class Worker:
         log.info("bundle %s (%s) from %s", bundle.hash, bundle.manifest.name, config.bundle.path)
         self.metrics = WorkerMetrics(config.metrics.max_stream_labels)
         self.metrics.build.info({"version": installed_version(), "bundle": bundle.hash, "worker": config.worker})
+        self._trace = open_trace(config.traces, config.worker)
         self._probe = StateStore(config.store)
         self._healthy_store = True
         self._assigned = False
@@ -132,6 +134,7 @@ class Worker:
             self._keep_alive,
             self._lanes,
             watch=config.adapt.mode == "on_demand",
+            trace=self._trace,
         )
         policies = Policies(config.policy, config.streams)
         commands = CommandList()
@@ -363,6 +366,8 @@ class Worker:
             stack.callback(log.info, "worker %s stopped", self.config.worker)
             stack.callback(self._server.close)
             stack.callback(self._decoder.close)
+            if self._trace is not None:
+                stack.callback(self._trace.close)
             stack.callback(self._step.close)
             stack.callback(self._store.close)
             stack.callback(self._probe.close)

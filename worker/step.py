@@ -11,6 +11,7 @@ under way; a stream is in one step at a time.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -35,6 +36,9 @@ from worker.obey import Entry
 from worker.offsets import Offsets
 from worker.publish import Publisher
 from worker.streams import Streams
+from worker.trace import Span, Trace
+
+log = logging.getLogger("driftkeel.step")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Flight:
     predicted: Future[tuple[Pass, Timed]]
     adapted: Future[tuple[Proposals, Timed]]
     published: bool = False
+    publishing: Span = (0.0, 0.0)
 
     @property
     def next(self) -> Future[Any]:
@@ -85,12 +90,13 @@ class Step:
         keep_alive: Callable[[], object],
         lanes: int,
         watch: bool,
+        trace: Trace | None = None,
     ) -> None:
         self._streams, self._batcher, self._guard = streams, batcher, guard
         self._publisher, self._offsets, self._metrics = publisher, offsets, metrics
         self._worker, self._keep_alive = worker, keep_alive
         self._engine = engine = streams.engine
-        self._watch = watch
+        self._watch, self._trace = watch, trace
         self._writer = PredictionWriter(engine.bundle.labels, engine.bundle_hash, worker)
         self._threads = ThreadPoolExecutor(lanes, thread_name_prefix="pass")
 
@@ -111,8 +117,9 @@ class Step:
         answers = observe.Answers(timed.done)
         for outlook in passed.outlooks:
             self._publish(outlook, timed, answers)
+        flight.publishing = started, time.monotonic()
         observe.answered(self._metrics, answers)
-        observe.took(self._metrics, predict=timed.seconds, publish=time.monotonic() - started)
+        observe.took(self._metrics, predict=timed.seconds, publish=flight.publishing[1] - started)
 
     def finish(self, flight: Flight) -> list[str]:
         """Judge and store, once the predictions are acknowledged.
@@ -139,7 +146,29 @@ class Step:
             store=done - settled,
             all=done - flight.started,
         )
+        if self._trace is not None:
+            self._tell(self._trace, flight, {"settle": (started, settled), "store": (settled, done)})
         return fenced
+
+    @staticmethod
+    def _tell(trace: Trace, flight: Flight, stages: dict[str, Span]) -> None:
+        """A step that is over, to those who follow frames through several systems."""
+        passed, predicted = flight.predicted.result()
+        _, adapted = flight.adapted.result()
+        frames = [frame for outlook in passed.outlooks for frame in outlook.batch.frames]
+        stages = {
+            "consume": (min(frame.received for frame in frames), flight.started),
+            "predict": (predicted.done - predicted.seconds, predicted.done),
+            "publish": flight.publishing,
+            "adapt": (adapted.done - adapted.seconds, adapted.done),
+            **stages,
+        }
+        about = {
+            "driftkeel.frames": len(frames),
+            "driftkeel.streams": sorted(flight.streams),
+            "driftkeel.positions": [str(frame.position) for frame in frames],
+        }
+        trace.step(stages, (frame.traceparent for frame in frames), about)
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
@@ -206,6 +235,7 @@ class Step:
         self._engine.accept(proposals, [j.kept for j in kept if j.kept is not None])
         for j in kept:
             self._publisher.update(j.sealed)
+            _say(j.sealed.event)
             self._offsets.finished(frame.position for frame in j.outlook.batch.frames)
             here = self._engine.holds(j.header.stream, j.outlook.resident)
             observe.decided(self._metrics, j.sealed.event, j.header if here else None)
@@ -279,3 +309,11 @@ def _moved(verdict: Verdict, proposal: Proposal | None) -> dict[str, float]:
     if proposal is None or not verdict.apply:
         return {}
     return {layer: float(f"{verdict.share * moved:.4g}") for layer, moved in proposal.layers.items()}
+
+
+def _say(event: UpdateEvent) -> None:
+    """To the log: what took a stream back, for everybody; the rest for who asks. Found by stream and frame position."""
+    level = logging.WARNING if event.decision in ("rolled_back", "reset") else logging.DEBUG
+    if log.isEnabledFor(level):
+        about = {"stream": event.stream, "frame": event.frames[-1], "decision": event.decision}
+        log.log(level, "%s: %s (%s)", event.id, event.decision, event.reason, extra=about)

@@ -209,7 +209,7 @@ class Streams:
 
     def _lost(self, header: StreamHeader, reason: str) -> Entry:
         """What restarts from source, and says so."""
-        log.warning("stream %s restarts from source: %s", header.stream, reason)
+        log.warning("stream %s restarts from source: %s", header.stream, reason, extra={"stream": header.stream})
         header = header.model_copy(update={"events": header.events + 1})
         event = UpdateEvent(
             id=f"{header.stream}@{header.events}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -19,6 +21,7 @@ from worker.publish import Publisher
 from worker.step import Step
 from worker.store import StateStore
 from worker.streams import Streams
+from worker.trace import Trace
 
 
 class Held(Engine):
@@ -40,20 +43,27 @@ def engine(tiny_bundle: Bundle) -> Held:
     return Held(tiny_bundle)
 
 
-@pytest.fixture
-def step(engine: Held, kafka_settings: Kafka, store_settings: Store):
+@contextmanager
+def make_step(engine: Held, kafka: Kafka, store_settings: Store, trace: Trace | None = None) -> Iterator[Step]:
+    """A step with the streams a and b, a publisher and a store."""
     metrics, offsets = WorkerMetrics(4), Offsets()
-    publisher = Publisher(kafka_settings, "w", threading.Event())
+    publisher = Publisher(kafka, "w", threading.Event())
     store = StateStore(store_settings)
     streams = Streams(engine, store, publisher, metrics, "w", Adapt(), store_settings, lambda action: action())
     streams.ensure(["a", "b"])
-    guard = Guard(GuardSettings(), engine.bundle.manifest.limits)
-    step = Step(streams, MicroBatcher(Batch()), guard, publisher, offsets, metrics, "w", lambda: None, 2, watch=False)
+    guard, batcher = Guard(GuardSettings(), engine.bundle.manifest.limits), MicroBatcher(Batch())
+    step = Step(streams, batcher, guard, publisher, offsets, metrics, "w", lambda: None, 2, watch=False, trace=trace)
     yield step
     engine.go.set()
     step.close()
     publisher.close()
     store.close()
+
+
+@pytest.fixture
+def step(engine: Held, kafka_settings: Kafka, store_settings: Store):
+    with make_step(engine, kafka_settings, store_settings) as step:
+        yield step
 
 
 @pytest.mark.parametrize("adapt", [True, False])

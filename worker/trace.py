@@ -1,0 +1,97 @@
+"""Spans of steps for OpenTelemetry. Nothing is loaded and nothing is done unless `traces.endpoint` is set.
+
+A step serves many frames of many streams, so it is a trace of its own, linked to the traces that its frames belong to
+by their `traceparent` headers (W3C Trace Context). Its spans are made when it is over, from the times that the worker
+has taken anyhow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any, Protocol
+
+from schemas.config import Traces
+from schemas.errors import ConfigError
+
+MOST_LINKS = 128  # as many as the SDK keeps of a span
+EXPORT_TIMEOUT_S = 2.0  # a collector that is away must not hold up the end of a worker
+Span = tuple[float, float]  # begin and end, monotonic seconds
+
+
+class Trace(Protocol):
+    """Where a step's times go."""
+
+    def step(self, stages: Mapping[str, Span], traceparents: Iterable[str | None], about: Mapping[str, Any]) -> None:
+        """One step that is over: its stages, the frames' headers, and attributes."""
+
+    def close(self) -> None:
+        """Send what waits."""
+
+
+class StepTrace:
+    """Spans through a tracer provider of the OpenTelemetry SDK."""
+
+    def __init__(self, provider: Any) -> None:
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._provider, self._tracer = provider, provider.get_tracer("driftkeel")
+        self._propagator, self._kind = TraceContextTextMapPropagator(), SpanKind.CONSUMER
+
+    def step(self, stages: Mapping[str, Span], traceparents: Iterable[str | None], about: Mapping[str, Any]) -> None:
+        from opentelemetry.trace import set_span_in_context
+
+        # Spans have the time of day; stages may have begun before the clock was set, so one moment is compared.
+        offset = time.time_ns() - time.monotonic_ns()
+        spans = {name: tuple(offset + int(t * 1e9) for t in span) for name, span in stages.items()}
+        whole = self._tracer.start_span(
+            "step",
+            links=self._links(traceparents),
+            start_time=min(begin for begin, _ in spans.values()),
+            attributes=dict(about),
+            kind=self._kind,
+        )
+        parent = set_span_in_context(whole)
+        for name, (begin, end) in spans.items():
+            self._tracer.start_span(name, context=parent, start_time=begin).end(end)
+        whole.end(max(end for _, end in spans.values()))
+
+    def close(self) -> None:
+        self._provider.shutdown()
+
+    def _links(self, traceparents: Iterable[str | None]) -> list[Any]:
+        from opentelemetry.trace import Link, get_current_span
+
+        links = []
+        for text in islice(dict.fromkeys(t for t in traceparents if t), MOST_LINKS):
+            context = get_current_span(self._propagator.extract({"traceparent": text})).get_span_context()
+            if context.is_valid:
+                links.append(Link(context))
+        return links
+
+
+def open_trace(settings: Traces, worker: str) -> Trace | None:
+    """A trace to the endpoint; None where none is set. Raises ConfigError where OpenTelemetry is missing."""
+    if settings.endpoint is None:
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
+    except ImportError as error:
+        raise ConfigError(
+            f"traces.endpoint is set, but OpenTelemetry is not installed ({error.name}); pip install 'driftkeel[otel]'"
+        ) from error
+    provider = TracerProvider(
+        sampler=TraceIdRatioBased(settings.sample_ratio),
+        resource=Resource.create({"service.name": "driftkeel", "service.instance.id": worker}),
+        shutdown_on_exit=False,
+    )
+    provider.add_span_processor(
+        BatchSpanProcessor(OTLPSpanExporter(endpoint=settings.endpoint, timeout=EXPORT_TIMEOUT_S))
+    )
+    return StepTrace(provider)
