@@ -12,7 +12,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help install data prometheus demo test chaos lint format types reference bundle results clean
+.PHONY: help install data prometheus demo test chaos lint format types reference docs bundle results clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -83,6 +83,9 @@ types: install ## strict type check of schemas and worker
 reference: install ## regenerate docs/reference and docs/metrics.md from the code
 	$(BIN)/python -m worker.reference docs/reference
 	$(BIN)/python -m monitoring.reference > docs/metrics.md
+
+docs: $(VENV)/.charts ## build the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bundle: install data ## rebuild bundles/fashion-mnist from nothing but the data set
 	$(BIN)/driftkeel meta train --config bundles/fashion-mnist.yaml --output bundles/fashion-mnist
