@@ -96,13 +96,13 @@ def test_prometheus_and_grafana_find_what_they_need() -> None:
     assert provider["options"]["path"] in mounts
     mounted = dict(volume.split(":")[1::-1] for volume in services["prometheus"]["volumes"])
     (rules,) = scrape["rule_files"]
-    assert list((DEPLOY / mounted[rules.removesuffix("/*.yml")]).glob("*.yml"))
+    assert list((DEPLOY / mounted["/etc/prometheus"]).glob(rules.removeprefix("/etc/prometheus/")))
     assert scrape["scrape_configs"][0]["job_name"] == "driftkeel"  # as the alerts call it
 
 
 def test_the_chart_has_the_alerts_and_dashboards_themselves() -> None:
     manifests = rendered(EVERYTHING)
-    alerts = yaml.safe_load((DEPLOY.parent / "monitoring" / "alerts" / "driftkeel.yml").read_text())
+    alerts = yaml.safe_load((DEPLOY / "prometheus" / "alerts" / "driftkeel.yml").read_text())
     assert manifests["PrometheusRule"]["spec"] == alerts
     boards = {path.name: path.read_text() for path in (DEPLOY / "grafana" / "dashboards").iterdir()}
     assert manifests["Dashboards"]["data"] == boards

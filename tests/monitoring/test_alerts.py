@@ -14,7 +14,7 @@ from tests.monitoring.test_dashboards import known, names_in
 from tests.servers import prometheus_tool
 
 ROOT = Path(__file__).parents[2]
-RULES = ROOT / "monitoring" / "alerts" / "driftkeel.yml"
+RULES = ROOT / "deploy" / "prometheus" / "alerts" / "driftkeel.yml"
 TESTS = Path(__file__).with_name("alerts.test.yml")
 
 
