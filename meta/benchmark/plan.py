@@ -174,10 +174,13 @@ def _methods(
 
 
 def _bundle_digest(bundle: Path) -> str:
+    """Of what the benchmark runs. Calibration and limits are not in it: a bundle may be calibrated anew."""
     try:
-        return hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
-    except OSError as error:
-        raise ConfigError(f"generators: {bundle} is no bundle: {error.strerror}") from error
+        manifest = json.loads((bundle / "manifest.json").read_bytes())
+        content = {part: manifest[part] for part in ("model", "method", "preprocess", "files")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"generators: {bundle} is no bundle: {error}") from error
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(config: BenchmarkConfig, model: ModelConfig, extra: Any) -> str:
