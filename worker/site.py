@@ -10,11 +10,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import ValidationError
 
+from schemas.bundle import Manifest
 from schemas.config import Kafka, WorkerConfig
 from schemas.errors import ConfigError, DriftkeelError
 from worker.embedded import start_broker, start_store
@@ -41,18 +43,17 @@ def shipped(name: str) -> Path:
     raise DriftkeelError(f"this installation lacks {name}; install driftkeel again")
 
 
-def site_config(bootstrap: str | None, store: str | None, bundle: str) -> str:
-    """Every option of a worker with its default and meaning; these three as given, None keeps the default.
+def site_config(changes: dict[str, Any]) -> str:
+    """Every option of a worker with its default and meaning; `changes` are values by the last part of their keys.
 
     Raises ConfigError.
     """
     text = shipped("driftkeel.example.yaml").read_text(encoding="utf-8")
     # Workers that share a file must not share a name.
     text = text.replace("\nworker: ", "\n# worker: ", 1)
-    for key, value in (("bootstrap", bootstrap), ("url", store), ("path", bundle)):
-        if value is not None:
-            quoted = json.dumps(value).replace("\\", r"\\")
-            text = re.sub(rf"(?m)^(  {key}: )\S+", rf"\g<1>{quoted}", text, count=1)
+    for key, value in changes.items():
+        quoted = json.dumps(value).replace("\\", r"\\")
+        text = re.sub(rf"(?m)^(  {key}: )\S+", rf"\g<1>{quoted}", text, count=1)
     try:
         WorkerConfig(**yaml.safe_load(text))  # what is written can be read
     except ValidationError as error:
@@ -66,17 +67,25 @@ def site_compose() -> str:
     return text.replace("-f deploy/compose.yaml up --build", "up").replace(_IMAGE_IS_BUILT, _SITE_IS_MOUNTED)
 
 
-def write_site(folder: Path, bootstrap: str | None, store: str | None, bundle: Path | None) -> list[Path]:
+def write_site(
+    folder: Path, bootstrap: str | None, store: str | None, bundle: Path | None, code: Path | None = None
+) -> list[Path]:
     """Write configuration, compose file with what it mounts, and a copy of the bundle; returns what was written.
 
-    Overwrites nothing. Raises ConfigError.
+    `bootstrap` and `store` are addresses, None keeps the defaults. `code` is the folder of the function that builds the
+    bundle's model, where it is not one of ours: to name it allows the bundle to run that function. Overwrites nothing.
+    Raises ConfigError.
     """
     source = bundle or shipped(EXAMPLE_BUNDLE)
+    copy = Path("bundles") / source.resolve().name
+    changes: dict[str, Any] = {"path": copy.as_posix()}
+    changes |= {"bootstrap": bootstrap} if bootstrap else {}
+    changes |= {"url": store} if store else {}
+    changes |= {"factories": [_factory(source)], "code": str(code.resolve())} if code else {}
     if not (source / "manifest.json").is_file():
         raise ConfigError(f"{source} is no bundle: it has no manifest.json")
-    copy = Path("bundles") / source.resolve().name
     texts = {
-        Path("driftkeel.yaml"): site_config(bootstrap, store, copy.as_posix()),
+        Path("driftkeel.yaml"): site_config(changes),
         Path("compose.yaml"): site_compose(),
     }
     folders = {
@@ -96,6 +105,19 @@ def write_site(folder: Path, bootstrap: str | None, store: str | None, bundle: P
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
     return [folder / name for name in (*texts, *folders)]
+
+
+def _factory(bundle: Path) -> str:
+    """The `module:function` that a bundle's model is built by. Raises ConfigError."""
+    try:
+        manifest = Manifest.model_validate_json((bundle / "manifest.json").read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ConfigError(f"{bundle} is no bundle: its manifest.json cannot be read") from error
+    if ":" not in manifest.model.architecture:
+        raise ConfigError(
+            f"{bundle} needs no code: its model {manifest.model.architecture} is built in; leave --code out"
+        )
+    return manifest.model.architecture
 
 
 @contextmanager

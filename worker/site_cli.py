@@ -19,11 +19,15 @@ def init(
     bundle: Annotated[
         Path | None, typer.Option(help="The bundle to run, copied; the example's where not given.")
     ] = None,
+    code: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the function that builds the bundle's model; allows the bundle to run it."),
+    ] = None,
 ) -> None:
     """Write a commented configuration, a compose file and a bundle: a folder to run a site from."""
     from worker.site import write_site
 
-    for path in write_site(folder, bootstrap, store, bundle):
+    for path in write_site(folder, bootstrap, store, bundle, code):
         print(f"wrote {path}")
     print(f"next: cd {folder} && driftkeel doctor --config driftkeel.yaml")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,19 @@ def test_the_bundle_comes_along(tmp_path: Path, tiny_bundle_path: Path) -> None:
     config = load_config(tmp_path / "site" / "driftkeel.yaml")
     copies = {p.name: p.read_bytes() for p in (tmp_path / "site" / config.bundle.path).iterdir()}
     assert copies == {p.name: p.read_bytes() for p in tiny_bundle_path.iterdir()}
+
+
+def test_code_is_allowed_where_it_is_named(tmp_path: Path, tiny_bundle_path: Path) -> None:
+    shutil.copytree(tiny_bundle_path, tmp_path / "mine")
+    manifest = tmp_path / "mine" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"groupnorm-cnn"', '"my_net:build"'))
+    write_site(tmp_path / "site", None, None, tmp_path / "mine", tmp_path)
+    config = load_config(tmp_path / "site" / "driftkeel.yaml")
+    assert (config.bundle.factories, config.bundle.code) == (("my_net:build",), tmp_path)
+    write_site(tmp_path / "plain", None, None, tmp_path / "mine")
+    assert load_config(tmp_path / "plain" / "driftkeel.yaml").bundle.factories == ()
+    with pytest.raises(ConfigError, match="is built in; leave --code out"):
+        write_site(tmp_path / "other", None, None, tiny_bundle_path, tmp_path)
 
 
 def test_the_compose_file_is_the_repository_s_but_for_the_worker_s_files(tmp_path: Path) -> None:
