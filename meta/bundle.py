@@ -48,6 +48,7 @@ class Bundle:
 
     @property
     def hash(self) -> str:
+        """The content hash: sixteen hexadecimal digits."""
         return self.manifest.content_hash
 
     @property

@@ -70,6 +70,7 @@ class LabelledImages:
         return len(self.labels)
 
     def part(self, start: int, stop: int) -> LabelledImages:
+        """Rows from `start` to before `stop`."""
         return LabelledImages(self.images[start:stop], self.labels[start:stop])
 
 

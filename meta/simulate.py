@@ -39,6 +39,7 @@ class SimulatedStream:
 
     @property
     def over(self) -> bool:
+        """Whether all of its steps are played."""
         return self.step >= self.length
 
     def next(self, frames: int) -> tuple[Tensor, Tensor]:

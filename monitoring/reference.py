@@ -41,6 +41,7 @@ def rows() -> Iterable[tuple[str, str, str, str]]:
 
 
 def table() -> str:
+    """The whole page."""
     lines = [f"| `{name}` | {kind} | {labels} | {text.replace('|', '/')} |" for name, kind, labels, text in rows()]
     return HEAD + "\n".join(lines) + "\n"
 

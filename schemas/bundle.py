@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator,
 
 
 class Part(BaseModel):
+    """A part of the manifest; unknown fields are errors, and nothing can be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -33,6 +35,7 @@ class Preprocess(Part):
 
     @property
     def channels(self) -> int:
+        """1 for mode L, 3 for RGB."""
         return 1 if self.mode == "L" else 3
 
 
@@ -114,6 +117,8 @@ class Limits(Part):
 
 
 class FileEntry(Part):
+    """Content and size of a file of the bundle."""
+
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     size: int = Field(ge=0)
 

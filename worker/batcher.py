@@ -30,6 +30,7 @@ class MicroBatch:
 
     @property
     def unpublished(self) -> list[DecodedFrame]:
+        """Those whose prediction has not left yet."""
         return [frame for frame in self.frames if not frame.published]
 
 

@@ -248,6 +248,7 @@ class FrameConsumer:
         return lags
 
     def close(self) -> None:
+        """Leave the group; nothing more is committed."""
         self.consumer.close(autocommit=False, timeout_ms=5_000)
 
 

@@ -60,6 +60,7 @@ class Decoder:
         return [result for part in self._pool.map(lambda p: self._part(p, received), parts) for result in part]
 
     def close(self) -> None:
+        """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
     def _part(self, frames: Sequence[Frame], received: float) -> list[DecodedFrame | FrameError]:

@@ -87,6 +87,8 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class Broker:
+    """A running broker; it takes connections on `port` of loopback."""
+
     child: Child
     port: int
 
@@ -97,6 +99,8 @@ class Broker:
 
 @dataclass(frozen=True)
 class EmbeddedStore:
+    """A running store; it takes connections on `port` of loopback."""
+
     child: Child
     port: int
 

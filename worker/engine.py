@@ -137,6 +137,8 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Proposals:
+    """The updates that a pass proposes, and the rows of state that they would leave."""
+
     proposals: list[Proposal]
     state: State
 

@@ -151,6 +151,7 @@ class Publisher:
         self.send(Message(self._settings.topics.predictions, stream, content, headers))
 
     def update(self, sealed: SealedEvent) -> None:
+        """An update event, as sealed for the audit chain."""
         event = sealed.event
         headers = [*self._update_headers, ("ce_id", event.id.encode()), ("ce_time", event.time.isoformat().encode())]
         self.send(Message(self._settings.topics.updates, event.stream.encode(), sealed.content, headers))

@@ -53,6 +53,7 @@ COMMANDS_PATIENCE_S = 10.0
 
 
 def installed_version() -> str:
+    """The distribution's version; `unknown` where it was not installed but copied."""
     try:
         return version("driftkeel")
     except PackageNotFoundError:

@@ -155,22 +155,26 @@ def _coloured(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def gaussian_noise(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """Independent normal noise."""
     scale = (0.04, 0.06, 0.08, 0.09, 0.10)[severity - 1]
     return images + scale * _normal(images.shape, random)
 
 
 def shot_noise(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """Poisson noise of few photons."""
     photons = (500, 250, 100, 75, 50)[severity - 1]
     return torch.poisson(images * photons, generator=random) / photons
 
 
 def impulse_noise(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """Pixels turned black or white."""
     amount = (0.01, 0.02, 0.03, 0.05, 0.07)[severity - 1]
     draw = torch.rand(images.shape, generator=random)
     return torch.where(draw < amount / 2, 0.0, torch.where(draw < amount, 1.0, images))
 
 
 def defocus_blur(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """A disc of confusion, antialiased."""
     radius, alias = ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1.0, 0.2), (1.5, 0.1))[severity - 1]
     reach = math.ceil(radius) + 1
     taps = torch.arange(-reach, reach + 1)
@@ -197,16 +201,19 @@ def glass_blur(images: Tensor, severity: int, random: torch.Generator) -> Tensor
 
 
 def motion_blur(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """A one-sided Gaussian trail in a direction of each image's own."""
     radius, sigma = ((6, 1.0), (6, 1.5), (6, 2.0), (8, 2.0), (9, 2.5))[severity - 1]
     return _motion(images, radius, sigma, _uniform((len(images),), -45, 45, random))
 
 
 def zoom_blur(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """The mean over zooms into the centre."""
     factors = [1 + step / 100 for step in range((6, 11, 16, 21, 26)[severity - 1])]
     return (images + sum(_clipped_zoom(images, factor) for factor in factors)) / (len(factors) + 1)
 
 
 def snow(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """Flakes blown in one direction over a whitened picture."""
     mean, deviation, zoom, threshold, radius, sigma, keep = (
         (0.1, 0.2, 1.0, 0.6, 8, 3.0, 0.95),
         (0.1, 0.2, 1.0, 0.5, 10, 4.0, 0.9),
@@ -225,6 +232,7 @@ def snow(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
 
 
 def frost(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """Ice crystals over part of the picture; a generated texture, see above."""
     keep, amount = ((1.0, 0.2), (1.0, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))[severity - 1]
     size = max(images.shape[2:])
     rough, fine = _plasma(len(images), size, 2.0, random), _plasma(len(images), size, 1.5, random)
@@ -234,6 +242,7 @@ def frost(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
 
 
 def fog(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """A plasma fractal as veil."""
     amount, decay = ((0.2, 3.0), (0.5, 3.0), (0.75, 2.5), (1.0, 2.0), (1.5, 1.75))[severity - 1]
     veil = _plasma(len(images), max(images.shape[2:]), decay, random)[:, None, : images.shape[2], : images.shape[3]]
     brightest = images.amax((1, 2, 3), keepdim=True)
@@ -249,12 +258,14 @@ def brightness(images: Tensor, severity: int, random: torch.Generator) -> Tensor
 
 
 def contrast(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """Pixels pulled towards the mean of their image and channel."""
     keep = (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1]
     mean = images.mean((2, 3), keepdim=True)
     return mean + keep * (images - mean)
 
 
 def elastic_transform(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """A random affine map and a smoothed random displacement of pixels."""
     size = images.shape[3]
     strength, sigma, jitter = (
         (0.0, 0.0, 0.08),
@@ -282,6 +293,7 @@ def elastic_transform(images: Tensor, severity: int, random: torch.Generator) ->
 
 
 def pixelate(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """Shrunk and enlarged again, without smoothing."""
     share = (0.95, 0.9, 0.85, 0.75, 0.65)[severity - 1]
     height, width = images.shape[2:]
     small = (int(width * share), int(height * share))
@@ -290,6 +302,7 @@ def pixelate(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
 
 
 def jpeg_compression(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """Through JPEG at low quality."""
     quality = (80, 65, 58, 50, 40)[severity - 1]
 
     def recompress(image: Image.Image) -> Image.Image:
@@ -304,15 +317,18 @@ def jpeg_compression(images: Tensor, severity: int, random: torch.Generator) -> 
 
 
 def speckle_noise(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """Normal noise in proportion to the pixel."""
     scale = (0.06, 0.1, 0.12, 0.16, 0.2)[severity - 1]
     return images + images * scale * _normal(images.shape, random)
 
 
 def gaussian_blur(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """A Gaussian blur."""
     return _gaussian(images, (0.4, 0.6, 0.7, 0.8, 1.0)[severity - 1])
 
 
 def spatter(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
+    """Drops of water on the lens, or of mud."""
     mean, deviation, sigma, threshold, last, mud = (
         (0.62, 0.1, 0.7, 0.7, 0.5, False),
         (0.65, 0.1, 0.8, 0.7, 0.5, False),

@@ -53,6 +53,7 @@ class DataSet:
 
     @property
     def channels(self) -> int:
+        """1 for grey, 3 for colour."""
         return len(self.mean)
 
 
@@ -100,6 +101,7 @@ class Cifar10C:
         self.folder = folder
 
     def shifted(self, shift: str, severity: int) -> np.ndarray:
+        """Test images under a published shift, uint8 (N, h, w, 3); severity 1 to 5."""
         images = self._array(shift)
         each = len(images) // 5
         return images[(severity - 1) * each : severity * each]

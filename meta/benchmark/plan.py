@@ -121,6 +121,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """What a person calls it."""
         return f"{self.data}/{self.model}/b{self.batch}/{self.method}{'-' if self.variant else ''}{self.variant}"
 
     @property

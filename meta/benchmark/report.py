@@ -73,9 +73,11 @@ class Journal:
                 self.entries[entry["key"]] = entry
 
     def get(self, key: str) -> dict[str, Any] | None:
+        """The entry of this key; None where it was not measured yet."""
         return self.entries.get(key)
 
     def add(self, key: str, **content: Any) -> dict[str, Any]:
+        """Append an entry to the journal's file."""
         entry = {"key": key, **content}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         ended = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")

@@ -40,6 +40,7 @@ class Frames:
 
 
 def load_frames(pool: Pool, conditions: list[Condition], mean: Tensor, std: Tensor) -> Frames:
+    """All images of a pool under every condition, in memory as uint8."""
     stack = np.stack([pool.images(*condition) for condition in conditions])
     return Frames(stack, {condition: i for i, condition in enumerate(conditions)}, pool.labels, mean, std)
 

@@ -61,6 +61,7 @@ class Results:
         self.settings = [setting for setting in SETTINGS if setting in present]
 
     def records(self, place: Place, entry: Entry, setting: str) -> list[Record]:
+        """Records of one method in one setting, a record per seed."""
         return self._by.get((place, entry, setting), [])
 
     def accuracy(self, place: Place, entry: Entry, setting: str) -> tuple[float, float] | None:
@@ -81,6 +82,7 @@ class Results:
         return {key: fmean(found) for key, found in values.items()}
 
     def mean_gain(self, place: Place, entry: Entry, setting: str) -> float | None:
+        """Mean gain over source in points; None without records."""
         gains = self.gains(place, entry, setting)
         return fmean(gains.values()) if gains else None
 

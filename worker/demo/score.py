@@ -54,6 +54,7 @@ class CameraScore:
 
     @property
     def answered(self) -> int:
+        """Frames that have their prediction."""
         return int(self.predicted.sum())
 
     def accuracies(self) -> tuple[float, float]:
