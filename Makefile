@@ -80,9 +80,10 @@ format: install ## put the code into its format
 types: install ## strict type check of schemas and worker
 	$(BIN)/mypy
 
-reference: install ## regenerate docs/reference and docs/metrics.md from the code
+reference: install ## regenerate docs/reference, docs/metrics.md and the dashboards from the code
 	$(BIN)/python -m worker.reference docs/reference
 	$(BIN)/python -m monitoring.reference > docs/metrics.md
+	$(BIN)/python -m monitoring.dashboards
 
 docs: $(VENV)/.charts ## build the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -150,6 +150,7 @@ class WorkerMetrics:
         for action in get_args(Action):
             for outcome in OUTCOMES:
                 self.commands.labels(action, outcome)
+        self.commands.labels("unreadable", "refused")
         for by in ("source", "answered"):
             self.correct.labels(by)
         for operation in BROKER_OPERATIONS:
