@@ -128,7 +128,7 @@ def next_view(before: StreamView | None, event: UpdateEvent, header: StreamHeade
     kind = reason_kind(event)
     return StreamView(
         first_seen=before.first_seen,
-        last_decision=now,
+        last_decision=now if event.frames else before.last_decision,
         decision=float(DECISIONS.index(event.decision)),
         step=float(event.step),
         answers_source=float(event.parameters == "source"),

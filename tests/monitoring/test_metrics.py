@@ -1,7 +1,10 @@
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest import mock
 
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,6 +13,7 @@ from monitoring import observe
 from monitoring.histogram import FrameHistogram
 from monitoring.metrics import WorkerMetrics
 from monitoring.reference import table
+from monitoring.streams import StreamView
 from schemas.frame import Position
 from schemas.policy import PolicyChange
 from schemas.state import DriftWatch, StreamHeader
@@ -142,6 +146,45 @@ def test_a_stream_shows_what_its_event_says_and_nothing_for_none() -> None:
     assert value(metrics, "stream_source_distance", stream="a") is None
     assert value(metrics, "stream_decision", stream="a") == 4.0
     assert value(metrics, "updates_total", decision="reset", reason="command") == 1.0
+
+
+def test_a_command_is_no_sign_of_frames(monkeypatch) -> None:
+    metrics = WorkerMetrics(5)
+    for moment, frames in ((1_000.0, ["f/0/1"]), (2_000.0, [])):
+        monkeypatch.setattr("monitoring.observe.time.time", lambda moment=moment: moment)
+        observe.decided(metrics, event("a", decision="applied" if frames else "frozen", frames=frames), header("a"))
+    assert value(metrics, "stream_last_decision_timestamp_seconds", stream="a") == 1_000.0
+
+
+views = st.builds(
+    StreamView,
+    first_seen=st.sampled_from([0.0, 9_900.0]),
+    last_decision=st.just(0.0),
+    decision=st.just(0.0),
+    step=st.just(1.0),
+    answers_source=st.just(0.0),
+    frozen=st.just(0.0),
+    troubled=st.sampled_from([None, 0.0, 9_900.0]),
+    trusted=st.sampled_from([0.0, 1.0]),
+    drift=st.sampled_from([0.0, 0.6]),
+    accuracy=st.none() | st.floats(0, 1),
+)
+
+
+@given(st.dictionaries(st.text(min_size=1, max_size=3), views, max_size=12), st.integers(0, 6))
+def test_who_is_shown_needs_it_no_less_than_who_is_not(streams: dict[str, StreamView], most: int) -> None:
+    metrics, now = WorkerMetrics(most), 10_000.0
+    for stream, view in streams.items():
+        metrics.streams.put(stream, view)
+    with mock.patch("monitoring.streams.time", return_value=now):
+        seen = shown(metrics)
+    assert len(seen) == min(most, len(streams))
+
+    def need(stream: str) -> tuple[bool, bool, bool]:
+        view = streams[stream]
+        return view.in_trouble(now), view.drifting, view.first_seen > now - 600
+
+    assert all(need(stream) >= need(other) for stream in seen for other in set(streams) - seen)
 
 
 def test_frozen_is_what_the_stream_s_policy_says() -> None:

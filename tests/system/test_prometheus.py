@@ -214,6 +214,7 @@ def test_every_panel_and_every_alert_gets_data(fed: tuple[Site, Prometheus]) -> 
     (series,) = {s["seriesLabels"]["__name__"] for s in found}
     assert series == "driftkeel_frame_latency_seconds_bucket"
     assert found[0]["exemplars"][0]["labels"]["frame"].startswith(site.kafka.topics.frames)
+    assert 'reason="other"' not in worker.metrics()  # every reason of the guard has its kind
     check = subprocess.run(
         [prometheus_tool("promtool"), "check", "metrics"], input=worker.metrics(), text=True, capture_output=True
     )
