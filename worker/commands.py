@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError
 from pydantic import ValidationError
 
 from schemas.command import EVERY_STREAM, Command
@@ -99,7 +98,10 @@ class CommandList:
         try:
             if content is None or len(content) > MAX_BYTES:
                 raise ValueError(f"{len(content or b'')} bytes, where a command has 1 to {MAX_BYTES}")
-            return Command.model_validate_json(content)
+            command = Command.model_validate_json(content)
+            if "id" not in command.model_fields_set:  # All workers must call it the same.
+                command = command.model_copy(update={"id": f"record:{position.partition}:{position.offset}"})
+            return command
         except ValidationError as error:
             problem = error.errors()[0]
             reason = f"{'.'.join(map(str, problem['loc']))} {problem['msg']}"
@@ -131,8 +133,8 @@ class CommandReader:
                     log.warning("the broker has no topic %s: this worker takes no commands until it is created", topic)
                     warned = True
                     self.caught_up.set()
-            except (KafkaError, OSError) as error:
-                log.warning("the commands topic cannot be read (%s); trying again", error)
+            except Exception as error:  # noqa: BLE001 - whatever the client raises, this thread must go on
+                log.warning("the commands topic cannot be read (%s: %s); trying again", type(error).__name__, error)
             self._stop.wait(LOOK_AGAIN_S if warned else 1.0)
 
     def _follow(self, topic: str) -> bool | None:

@@ -102,7 +102,7 @@ def explained(change: _Change, command: Command | None, subject: Subject, place:
         step=header.step,
         source_distance=float((affine - place.source["affine"]).norm()),
         layers=moved,
-        parameters=named(answering(place.policies.of(header), header), header),
+        parameters=named(answering(place.policies.of(header), header, header.guard.trusted), header),
         command=command.id if command else None,
         previous=before.last_event,
         token=token,

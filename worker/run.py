@@ -114,6 +114,7 @@ class Worker:
         self._decoder = Decoder(config.frames, bundle.manifest.preprocess)
         self._intake = Intake(config.frames, self._decoder, self._offsets, self._publisher, self.metrics)
         self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
+        policies = Policies(config.policy, config.streams)
         self._streams = Streams(
             Engine(bundle, config.adapt.step_scale, config.adapt.enabled, config.guard.source_share),
             store,
@@ -123,6 +124,7 @@ class Worker:
             config.adapt,
             config.store,
             self._heal,
+            policies,
         )
         self._step = Step(
             self._streams,
@@ -137,7 +139,6 @@ class Worker:
             watch=config.adapt.mode == "on_demand",
             trace=self._trace,
         )
-        policies = Policies(config.policy, config.streams)
         commands = CommandList()
         self._commands = CommandReader(config.kafka, commands)
         self._control = Control(

@@ -16,6 +16,7 @@ from monitoring.observe import decided
 from schemas.config import Adapt
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
+from schemas.policy import Policy
 from schemas.state import (
     Snapshot,
     StreamHeader,
@@ -28,6 +29,7 @@ from schemas.state import (
     encode_tensors,
 )
 from schemas.update import SealedEvent, UpdateEvent, digest, seal
+from worker.answer import Policies, answering, named
 from worker.compress import pack
 from worker.engine import Engine
 from worker.obey import Entry
@@ -68,7 +70,9 @@ class Streams:
         limits: Adapt,
         settings: StoreSettings,
         heal: Heal,
+        policies: Policies | None = None,
     ) -> None:
+        self._policies = policies or Policies(Policy(), {})
         self.engine, self._store, self._publisher, self._metrics = engine, store, publisher, metrics
         self._worker = worker
         by_bytes = limits.max_resident_bytes // engine.state_bytes
@@ -220,7 +224,7 @@ class Streams:
             frames=[],
             step=header.step,
             source_distance=0.0,
-            parameters="source" if header.approved is None else "approved",
+            parameters=named(answering(self._policies.of(header), header), header),
             previous=header.last_event,
             token=self.engine.resident(header.stream).token,
             bundle=self.engine.bundle_hash,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,11 +13,18 @@ import pytest
 import yaml
 
 from schemas.command import EVERY_STREAM, Command
+from schemas.config import WorkerConfig
 from schemas.policy import PolicyChange
 from schemas.update import UpdateEvent, seal
 from tests.conftest import picture
 from tests.system.conftest import Site, WorkerProcess, run_cli
 from worker.send_command import send_command
+
+
+@pytest.fixture(autouse=True)
+def full_batches(site: Site) -> None:
+    """Eight frames make a micro-batch, however busy the machine is."""
+    site.config["batch"] = {**site.config["batch"], "max_wait_ms": 5_000}
 
 
 @pytest.fixture
@@ -194,7 +202,7 @@ def test_policies_say_who_answers_and_when_there_are_updates(site: Site) -> None
     events = events_of(site, "auto", lambda es: len(es) >= 5)
     applied = Counter(e.time.hour for e in events if e.decision == "applied")
     assert max(applied.values()) == 3
-    assert len(applied) > 1 or events[-1].reason == "policy: 3 updates in this hour"
+    assert len(applied) > 1 or "policy: 3 updates in this hour" in {e.reason for e in events}
 
     # The approved parameters outlive their worker.
     assert worker.stop() == 0
@@ -247,3 +255,24 @@ def test_mistakes_are_not_sent(config: str, arguments: list[str], message: str) 
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_every_command_of_the_documentation_does_what_it_says(
+    site: Site, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "control.md"
+    worker = site.start()
+    feed(site, worker, "cam-7", 40)
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("driftkeel ")]
+    assert len(lines) > 15
+    monkeypatch.chdir(tmp_path)
+    assert config == str(tmp_path / "site.yaml")
+    root = str(page.parents[1])
+    for _, *arguments in lines:
+        result = run_cli(*arguments, PYTHONPATH=root)
+        assert result.returncode == 0, (arguments, result.stdout, result.stderr)
+        assert result.stdout
+    assert site.header("cam-7").policy == PolicyChange(frozen=False)
+    settings = re.search(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)[1]
+    WorkerConfig(**yaml.safe_load(settings))

@@ -1,0 +1,163 @@
+"""What is stored and what is in memory agree, and every event is published with the same bytes, whoever does it."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime
+
+import pytest
+import redis
+import torch
+
+from meta.bundle import Bundle
+from monitoring.metrics import WorkerMetrics
+from schemas.command import Command
+from schemas.config import Adapt, Kafka, Store
+from schemas.policy import Policy
+from schemas.state import GuardState
+from schemas.update import Proxies, UpdateEvent, seal
+from worker.answer import Policies
+from worker.engine import Engine
+from worker.obey import Entry, Place, Subject, obey
+from worker.publish import Publisher
+from worker.store import StateStore
+from worker.streams import Streams
+
+
+class Site:
+    """As many workers' streams as a test wants, on one store and one topic."""
+
+    def __init__(self, bundle: Bundle, kafka: Kafka, settings: Store) -> None:
+        self.bundle, self.kafka, self.settings = bundle, kafka, settings
+        self.store = StateStore(settings)
+        self._publishers: list[Publisher] = []
+
+    def worker(self, name: str, **more: object) -> Streams:
+        publisher = Publisher(self.kafka, name, threading.Event())
+        self._publishers.append(publisher)
+        settings = self.settings.model_copy(update={"snapshot_every": 2, **more})
+        engine = Engine(self.bundle)
+        return Streams(
+            engine, StateStore(settings), publisher, WorkerMetrics(4), name, Adapt(), settings, lambda act: act()
+        )
+
+    def settle(self) -> None:
+        for publisher in self._publishers:
+            publisher.settle(lambda: None)
+
+    def close(self) -> None:
+        for publisher in self._publishers:
+            publisher.close()
+
+
+@pytest.fixture
+def site(tiny_bundle: Bundle, kafka_settings: Kafka, store_settings: Store):
+    site = Site(tiny_bundle, kafka_settings, store_settings)
+    yield site
+    site.close()
+
+
+def change(streams: Streams, action: str, tensors=None) -> Entry:
+    """What `action` makes of cam, not stored yet."""
+    resident = streams.engine.resident("cam")
+    own = {name: t.clone() for name, t in streams.engine.tensors("cam").items()}
+    place = Place.of(streams.engine, Policies(Policy(), {}), "w")
+    return obey(
+        Command(stream="cam", action=action), Subject(resident.header, own, lambda back: None), place, resident.token
+    )
+
+
+def test_an_event_that_was_stored_and_not_published_comes_with_the_same_bytes(site: Site, topic) -> None:
+    first = site.worker("first")
+    first.ensure(["cam"])
+    entry = change(first, "freeze")
+    assert first.write([entry]) == [True]
+    # It dies here, before it publishes. Two others meet the stream, one after the other.
+    for name in ("second", "third"):
+        site.worker(name).ensure(["cam"])
+        site.settle()
+    read = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 2)
+    assert [r.value for r in read] == [entry.events[0].content] * 2
+
+
+@pytest.mark.parametrize("lost", ["tensors", "header"])
+def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
+    site: Site, topic, store_url: str, lost: str
+) -> None:
+    first = site.worker("first")
+    first.ensure(["cam"])
+    entry = change(first, "freeze")
+    entry.header.step = 3
+    assert first.write([entry]) == [True]
+    client = redis.Redis.from_url(store_url)
+    meta, tensors, *_ = site.store.keys("cam")
+    if lost == "tensors":
+        client.delete(tensors)
+    else:
+        client.hset(meta, "header", b"\xff damaged")
+    client.close()
+    second = site.worker("second")
+    second.ensure(["cam"])
+    site.worker("third").ensure(["cam"])
+    site.settle()
+    found = {r.value for r in topic.read(site.kafka.topics.updates, lambda rs: len({r.value for r in rs}) >= 2)}
+    events = sorted((UpdateEvent.model_validate_json(value) for value in found), key=lambda e: e.number)
+    assert [(e.number, e.decision) for e in events] == [(1, "frozen"), (2, "reset")]
+    assert events[1].previous == entry.events[0].digest
+    header = second.engine.resident("cam").header
+    assert (header.events, header.step, header.last_event) == (2, 0, seal(events[1]).digest)
+
+
+def test_approved_parameters_survive_their_worker_and_go_with_their_bundle(site: Site) -> None:
+    first = site.worker("first")
+    first.ensure(["cam"])
+    tensors = {name: t.clone() for name, t in first.engine.tensors("cam").items()}
+    tensors["affine"] += 0.5
+    first.engine.replace("cam", tensors)
+    assert first.write([change(first, "approve")]) == [True]
+    second = site.worker("second")
+    second.ensure(["cam"])
+    resident = second.engine.resident("cam")
+    assert resident.header.approved == 0
+    assert torch.equal(resident.approved["affine"], tensors["affine"])
+    assert set(resident.approved) == set(second.engine.fixed)
+    third = site.worker("third")
+    third.engine.bundle_hash = "another"
+    third.ensure(["cam"])
+    assert third.engine.resident("cam").header.approved is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "trusted", "taken"),
+    [
+        ({}, True, True),
+        ({"decision": "partial"}, True, False),
+        ({}, False, False),
+        ({"after": Proxies(estimated_accuracy=0.5, source_accuracy=0.6, confidence=0.5, entropy=1)}, True, False),
+        ({"after": Proxies(estimated_accuracy=0.7, source_accuracy=0.6, confidence=0.5, entropy=1)}, True, True),
+    ],
+)
+def test_snapshots_are_taken_of_streams_that_do_well(site: Site, changes: dict, trusted: bool, taken: bool) -> None:
+    streams = site.worker("w")
+    streams.ensure(["cam"])
+    before = streams.engine.resident("cam").header
+    after = before.model_copy(update={"step": 2, "guard": GuardState(trusted=trusted)})
+    event = UpdateEvent(
+        id="cam@2",
+        stream="cam",
+        time=datetime.now(UTC),
+        decision="applied",
+        reason="",
+        frames=[],
+        step=2,
+        token=1,
+        bundle="b",
+        worker="w",
+    ).model_copy(update=changes)
+    snapshot = streams.snapshot(before, after, event)
+    assert (snapshot is not None) == taken
+    assert after.snapshot == (2 if taken else 0)
+    # One that could not be taken when it was due is taken as soon as the stream does well.
+    later = after.model_copy(update={"step": 3, "guard": GuardState()})
+    good = event.model_copy(update={"step": 3, "decision": "applied", "after": None})
+    assert (streams.snapshot(after, later, good) is not None) == (not taken)
