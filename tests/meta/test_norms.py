@@ -240,6 +240,15 @@ def test_the_gradient_passes_through_the_batch_moments() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(7, 3), (7, 3, 4, 5)])
+def test_the_gradient_of_stream_normalisation_is_that_of_its_definition(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    stream, share = torch.tensor([0, 2, 1, 0, 0, 2, 2]), torch.tensor([0.3, 1.0, 0.0], dtype=torch.float64)
+    moments = NormMoments(stream, share, torch.randn(3, 3).double(), torch.rand(3, 3).double() + 0.5)
+    assert torch.autograd.gradcheck(lambda x: moments.normalise(x, slice(0, 3), 1e-5), [x])
+
+
 @pytest.mark.parametrize("dims", [(2, 3), (1, 2)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_pooled_features_have_the_gradient_of_their_definition(
