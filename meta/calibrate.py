@@ -47,12 +47,13 @@ def calibrate(
     preprocessing: Preprocessing,
     seed: int,
     windows: int = 12,
+    streams: int = 24,
 ) -> tuple[Calibration, Limits]:
     """Run the finished method on simulated streams it was not trained on, and fit what the bundle promises.
 
-    images uint8 (N, ch, h, w), labels (N,); `windows` of eight micro-batches are taken from each of 24 streams.
+    images uint8 (N, ch, h, w), labels (N,); `windows` of eight micro-batches are taken from each of the `streams`.
     """
-    seen = _observe(method, images, labels, preprocessing, seed, windows)
+    seen = _observe(method, images, labels, preprocessing, seed, windows, streams)
     temperature = _temperature(seen.logits.flatten(0, 1), seen.labels.flatten())
     confidence = (seen.logits / temperature).softmax(-1).amax(-1).mean(1).numpy()
     accuracy = seen.right.float().mean(1).numpy()
@@ -72,10 +73,16 @@ def calibrate(
 
 
 def _observe(
-    method: AdaptationMethod, images: Tensor, labels: Tensor, preprocessing: Preprocessing, seed: int, windows: int
+    method: AdaptationMethod,
+    images: Tensor,
+    labels: Tensor,
+    preprocessing: Preprocessing,
+    seed: int,
+    windows: int,
+    streams: int,
 ) -> _Observed:
     random = torch.Generator().manual_seed(seed)
-    cameras = [SimulatedStream(images, labels, TUNING, random) for _ in range(24)]
+    cameras = [SimulatedStream(images, labels, TUNING, random) for _ in range(streams)]
     frames, window = 16, 8
     steps = windows * window
     state = {name: tensor.detach() for name, tensor in method.fresh(len(cameras)).items()}

@@ -98,6 +98,7 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
     answers, nothing to adapt, norm layers of a kind that does more than normalise.
     """
     _one_input(network)
+    network.float().eval()
     before = _logits(network, frames, classes)
     if not torch.equal(before, _logits(network, frames, classes)):
         raise BundleError(

@@ -112,7 +112,7 @@ def test_broken_off_runs_go_on_where_they_were(own: Path, tmp_path: Path, monkey
         assert create(wanted(own), tmp_path / "bundle") == whole
 
 
-def _interrupt(*arguments: object) -> None:
+def _interrupt(*arguments: object, **options: object) -> None:
     raise KeyboardInterrupt
 
 
