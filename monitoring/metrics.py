@@ -42,6 +42,8 @@ DECISIONS = (
     *(("skipped", reason) for reason in ("resting", "few_frames", "policy", "settled", "overload")),
     *((decision, reason) for decision in ("rolled_back", "reset") for reason in ("collapse", "worse", "command")),
     ("reset", "stored_state"),
+    ("reset", "bundle"),
+    ("carried", "bundle"),
 )
 
 

@@ -23,6 +23,7 @@ _KINDS = (
     ("overload:", "overload"),
     ("too few frames", "few_frames"),
     ("switched off", "switched_off"),
+    (" bundle ", "bundle"),
     ("the stored", "stored_state"),
 )
 OTHER, COMMAND = "other", "command"

@@ -101,7 +101,7 @@ GAUGES = (
     ("last_update", "last_update_timestamp_seconds", "When this worker last applied an update to the stream."),
     ("troubled", "last_trouble_timestamp_seconds", "When an update of the stream was last refused or undone."),
 )
-_BACK = ("rolled_back", "reset", "imported")
+_BACK = ("rolled_back", "reset", "imported", "carried")
 
 
 def next_view(before: StreamView | None, event: UpdateEvent, header: StreamHeader, now: float) -> StreamView:

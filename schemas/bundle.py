@@ -146,6 +146,28 @@ class Manifest(Part):
 
     @property
     def content_hash(self) -> str:
-        """Sixteen hexadecimal digits that change with any byte of the bundle."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        """Sixteen hexadecimal digits that change with any byte of the bundle.
+
+        A field that a later version adds does not change it for bundles that do not have the field.
+        """
+        return _digest(self.model_dump(mode="json", exclude_defaults=True))
+
+    @property
+    def model_hash(self) -> str:
+        """Changes with all that gives a stream's parameters their meaning: network, weights, preprocessing, labels."""
+        model = [self.model.architecture, self.model.arguments, self.preprocess.model_dump(mode="json")]
+        return _digest([*model, *(self._sha256(name) for name in ("model.safetensors", "labels.txt"))])
+
+    @property
+    def generator_hash(self) -> str:
+        """Changes with the method, its settings and what it has learned."""
+        return _digest([self.method.model_dump(mode="json"), self._sha256("generator.safetensors")])
+
+    def _sha256(self, name: str) -> str | None:
+        entry = self.files.get(name)
+        return entry.sha256 if entry else None
+
+
+def _digest(content: Any) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -208,6 +208,19 @@ class Bundle(Section):
     path: Path = Field(Path("bundles/fashion-mnist"), description="folder with manifest.json")
     factories: tuple[str, ...] = Field((), description="'module:function' names that a bundle may ask for")
     code: Path | None = Field(None, description="folder from which factories are imported, after what is installed")
+    on_change: Literal["reset", "carry", "shadow"] = Field(
+        "reset",
+        description="streams of another bundle start from source (reset); keep their parameters where `previous` has "
+        "the same model (carry); or do so where they can, and source answers first (shadow)",
+    )
+    previous: tuple[Path, ...] = Field((), description="folders of the bundles that streams may be carried over from")
+    shadow_frames: int = Field(256, ge=1, description="frames of a stream that source answers after a change in shadow")
+
+    @model_validator(mode="after")
+    def _somewhere_to_carry_from(self) -> Bundle:
+        if self.on_change == "carry" and not self.previous:
+            raise ValueError("on_change: carry needs the folders of earlier bundles in previous")
+        return self
 
 
 class Metrics(Section):

@@ -129,6 +129,7 @@ class StreamHeader(BaseModel):
     approved: int | None = Field(None, ge=0, description="step of the parameters that a person approved")
     snapshot: int = Field(0, ge=0, description="step at which the newest snapshot was taken")
     lately: HourlyUpdates = Field(default_factory=HourlyUpdates)
+    probation: int = Field(0, ge=0, description="frames that source answers yet, after a change of bundle")
 
     def has_folded(self, position: Position) -> bool:
         """Whether the frame at `position` has shaped this state already."""
@@ -215,13 +216,7 @@ def read_snapshot(content: bytes) -> Snapshot:
 
 def decode_tensors(blob: bytes, expected_step: int, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Stored tensors of that step, with the names, shapes and dtypes of `like` and finite values. Raises StateError."""
-    step = _tensor_metadata(blob).get("step")
-    if step != str(expected_step):
-        raise StateError(f"the stored tensors are of step {step}, their header is of step {expected_step}")
-    try:
-        tensors = safetensors.torch.load(blob)
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise StateError(f"the stored tensors are damaged: {error}") from error
+    tensors = _loaded(blob, expected_step)
     if set(tensors) != set(like):
         raise StateError(f"the stored state has tensors {sorted(tensors)}, this bundle needs {sorted(like)}")
     for name, expected in like.items():
@@ -234,6 +229,31 @@ def decode_tensors(blob: bytes, expected_step: int, like: dict[str, Tensor]) -> 
         if not bool(torch.isfinite(found).all()):
             raise StateError(f"stored tensor {name!r} has values that are not finite")
     return tensors
+
+
+def decode_matching(blob: bytes, expected_step: int, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the stored tensors of that step that have the name, shape and dtype of one of `like`, and finite values.
+
+    Raises StateError where the bytes are not tensors of that step.
+    """
+    return {
+        name: tensor
+        for name, tensor in _loaded(blob, expected_step).items()
+        if name in like
+        and tensor.shape == like[name].shape
+        and tensor.dtype == like[name].dtype
+        and bool(torch.isfinite(tensor).all())
+    }
+
+
+def _loaded(blob: bytes, expected_step: int) -> dict[str, Tensor]:
+    step = _tensor_metadata(blob).get("step")
+    if step != str(expected_step):
+        raise StateError(f"the stored tensors are of step {step}, their header is of step {expected_step}")
+    try:
+        return dict(safetensors.torch.load(blob))
+    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        raise StateError(f"the stored tensors are damaged: {error}") from error
 
 
 def decode_header(header: bytes) -> StreamHeader:

@@ -13,7 +13,8 @@ from schemas.prediction import Parameters
 
 UPDATE_TYPE = "io.driftkeel.update.v1"
 # The first three judge an update that the stream's frames proposed. With the next three the parameters became what they
-# were, or what somebody brought. The last four are a person's word; the parameters stay.
+# were, or what somebody brought. The next four are a person's word; the parameters stay. With the last one they went on
+# under another bundle.
 Decision = Literal[
     "applied",
     "partial",
@@ -25,6 +26,7 @@ Decision = Literal[
     "frozen",
     "unfrozen",
     "policy",
+    "carried",
 ]
 
 

@@ -26,13 +26,14 @@ class Policies:
 
 
 def answering(policy: Policy, header: StreamHeader, trusted: bool = True) -> Parameters:
-    """`trusted`: whether the guard believes that the adapted parameters do no worse than source.
+    """`trusted`: whether the guard believes that the adapted parameters do no worse than source. After a change of
+    bundle they may be on probation too.
 
     Parameters that a person approved answer whatever the guard thinks of their successors.
     """
     if policy.mode == "approve":
         return "source" if header.approved is None else "approved"
-    if policy.mode == "shadow" or not trusted:
+    if policy.mode == "shadow" or not trusted or header.probation:
         return "source"
     if policy.mode == "canary" and not in_share(header.stream, policy.canary_share):
         return "source"

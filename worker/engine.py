@@ -509,6 +509,7 @@ def next_header(
             "proxies": proxies or header.proxies,
             "guard": guard or header.guard,
             "drift": observe(header.drift, outlook.signals) if watch else header.drift,
+            "probation": max(0, header.probation - len(frames)),
         }
     )
 

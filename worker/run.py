@@ -41,6 +41,7 @@ from worker.step import Flight, Step
 from worker.store import StateStore
 from worker.streams import Streams
 from worker.trace import open_trace
+from worker.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
@@ -115,8 +116,9 @@ class Worker:
         self._intake = Intake(config.frames, self._decoder, self._offsets, self._publisher, self.metrics)
         self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
         policies = Policies(config.policy, config.streams)
+        engine = Engine(bundle, config.adapt.step_scale, config.adapt.enabled, config.guard.source_share)
         self._streams = Streams(
-            Engine(bundle, config.adapt.step_scale, config.adapt.enabled, config.guard.source_share),
+            engine,
             store,
             self._publisher,
             self.metrics,
@@ -125,6 +127,7 @@ class Worker:
             config.store,
             self._heal,
             policies,
+            Upgrade(config.bundle, engine),
         )
         self._step = Step(
             self._streams,
@@ -154,7 +157,7 @@ class Worker:
         )
         if not self._commands.caught_up.wait(COMMANDS_PATIENCE_S):
             log.warning("topic %s is not read to its end yet; commands come later", config.kafka.topics.commands)
-        self._scheduler = Scheduler(config.batch, config.adapt, policies, self._streams.engine, self.metrics)
+        self._scheduler = Scheduler(config.batch, config.adapt, policies, engine, self.metrics)
         self._flights: list[Flight] = []
         self._lag_shown = 0.0
         self._stash: list[Any] = []

@@ -14,6 +14,7 @@ from meta.method import State
 from monitoring.metrics import WorkerMetrics
 from monitoring.observe import decided
 from schemas.config import Adapt
+from schemas.config import Bundle as BundleSettings
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
 from schemas.policy import Policy
@@ -28,13 +29,14 @@ from schemas.state import (
     encode_header,
     encode_tensors,
 )
-from schemas.update import SealedEvent, UpdateEvent, digest, seal
+from schemas.update import Decision, SealedEvent, UpdateEvent, digest, seal
 from worker.answer import Policies, answering, named
 from worker.compress import pack
 from worker.engine import Engine
 from worker.obey import Entry
 from worker.publish import Publisher
 from worker.store import Claimed, StateStore, Write
+from worker.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
 Result = TypeVar("Result")
@@ -46,8 +48,9 @@ class _Restored:
     """What a claim found, and why it is not what was stored, where it is not."""
 
     state: StreamState
-    reset: str | None = None
+    change: str | None = None
     approved: State | None = None
+    decision: Decision = "reset"
 
 
 class Heal(Protocol):
@@ -71,10 +74,11 @@ class Streams:
         settings: StoreSettings,
         heal: Heal,
         policies: Policies | None = None,
+        upgrade: Upgrade | None = None,
     ) -> None:
         self._policies = policies or Policies(Policy(), {})
         self.engine, self._store, self._publisher, self._metrics = engine, store, publisher, metrics
-        self._worker = worker
+        self._worker, self._upgrade = worker, upgrade or Upgrade(BundleSettings(), engine)
         by_bytes = limits.max_resident_bytes // engine.state_bytes
         self._max_resident = max(1, min(limits.max_resident_streams, by_bytes))
         self._max_state_bytes, self._snapshot_every = settings.max_state_bytes, settings.snapshot_every
@@ -95,15 +99,15 @@ class Streams:
     def _claim(self, streams: list[str]) -> None:
         with self._metrics.store_seconds.labels("claim").time():
             claims = self._heal(lambda: self._store.claim(streams, self._worker))
-        lost = []
+        changed = []
         for stream, claimed in zip(streams, claims, strict=True):
             self._publish_again(stream, claimed.event)
             restored = self._restored(stream, claimed)
-            stored = claimed.header is not None and not restored.reset
+            stored = claimed.header is not None and not restored.change
             self.engine.admit(restored.state, claimed.token, stored, restored.approved)
-            if restored.reset:
-                lost.append(self._lost(restored.state.header, restored.reset))
-        self._explain(lost)
+            if restored.change:
+                changed.append(self._changed(restored, restored.change))
+        self._explain(changed)
 
     @property
     def crowded(self) -> bool:
@@ -180,11 +184,9 @@ class Streams:
                 raise StateError(f"the stored state belongs to stream {old.stream!r}")
         except StateError as error:
             return self._from_source(after_last_event(fresh, claimed.event), str(error))
-        fresh = old.model_copy(update={"bundle": bundle, "method": method, "step": 0, "snapshot": 0})
         if (old.bundle, old.method) != (bundle, method):
-            fresh.approved = None
-            reason = f"the stored state belongs to bundle {old.bundle} ({old.method}), this is {bundle} ({method})"
-            return self._from_source(fresh, reason)
+            return self._moved(old, claimed)
+        fresh = old.model_copy(update={"step": 0, "snapshot": 0})
         approved = self._approved(old, claimed.approved)
         fresh.approved = old.approved if approved else None
         try:
@@ -195,6 +197,17 @@ class Streams:
             return self._from_source(fresh, str(error), approved)
         state.header.approved = fresh.approved
         return _Restored(state, None, approved)
+
+    def _moved(self, old: StreamHeader, claimed: Claimed) -> _Restored:
+        """From another bundle."""
+        if claimed.tensors is not None and len(claimed.tensors) > self._max_state_bytes:
+            claimed = replace(claimed, tensors=None)
+        moved = self._upgrade.moved(old, claimed.tensors)
+        if moved.tensors is None:
+            return self._from_source(moved.header, moved.why)
+        approved = self._approved(old, claimed.approved)
+        moved.header.approved = old.approved if approved else None
+        return _Restored(StreamState(header=moved.header, tensors=moved.tensors), moved.why, approved, "carried")
 
     def _from_source(self, header: StreamHeader, reason: str | None, approved: State | None = None) -> _Restored:
         return _Restored(StreamState(header=header, tensors=self.engine.like), reason, approved)
@@ -211,19 +224,23 @@ class Streams:
             log.error("approved parameters of stream %s cannot be used, source answers: %s", header.stream, error)
             return None
 
-    def _lost(self, header: StreamHeader, reason: str) -> Entry:
-        """What restarts from source, and says so."""
-        log.warning("stream %s restarts from source: %s", header.stream, reason, extra={"stream": header.stream})
+    def _changed(self, restored: _Restored, reason: str) -> Entry:
+        """What restarts from source or goes on under another bundle, and says so."""
+        header, affine = restored.state.header, restored.state.tensors["affine"]
+        if restored.decision == "reset":
+            log.warning("stream %s restarts from source: %s", header.stream, reason, extra={"stream": header.stream})
+        else:
+            log.info("stream %s: %s", header.stream, reason, extra={"stream": header.stream})
         header = header.model_copy(update={"events": header.events + 1})
         event = UpdateEvent(
             id=f"{header.stream}@{header.events}",
             stream=header.stream,
             time=datetime.now(UTC),
-            decision="reset",
+            decision=restored.decision,
             reason=reason,
             frames=[],
             step=header.step,
-            source_distance=0.0,
+            source_distance=float((affine - self.engine.like["affine"]).norm()),
             parameters=named(answering(self._policies.of(header), header), header),
             previous=header.last_event,
             token=self.engine.resident(header.stream).token,

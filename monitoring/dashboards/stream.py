@@ -37,6 +37,7 @@ COLORS = {
     "frozen": YELLOW,
     "unfrozen": GREEN,
     "policy": "purple",
+    "carried": "purple",
 }
 
 

@@ -26,3 +26,22 @@ def test_file_names_stay_inside_the_bundle(tiny_bundle, name: str) -> None:
 def test_preprocessing_must_make_sense(changes: dict) -> None:
     with pytest.raises(ValidationError):
         Preprocess.model_validate({"mode": "L", "width": 28, "height": 28, "mean": [0.5], "std": [0.2], **changes})
+
+
+def test_a_field_that_a_later_version_adds_does_not_change_the_hash(tiny_bundle) -> None:
+    """Else an upgrade of the worker would look like another bundle, and restart every stream."""
+    manifest = tiny_bundle.manifest
+
+    class Later(Manifest):
+        signed_by: str | None = None
+
+    assert Later.model_validate(manifest.model_dump()).content_hash == manifest.content_hash
+    assert Later.model_validate({**manifest.model_dump(), "signed_by": "us"}).content_hash != manifest.content_hash
+
+
+def test_the_models_hash_is_about_the_model_alone(tiny_bundle) -> None:
+    manifest = tiny_bundle.manifest
+    renamed = manifest.model_copy(update={"name": "other"})
+    assert renamed.model_hash == manifest.model_hash
+    brighter = manifest.preprocess.model_copy(update={"mean": [0.4]})
+    assert manifest.model_copy(update={"preprocess": brighter}).model_hash != manifest.model_hash

@@ -117,27 +117,40 @@ def test_streams_beyond_memory_live_in_the_store(site: Site) -> None:
     worker.wait_until(lambda: "driftkeel_resident_streams 2.0" in worker.metrics(), "shrinking to two streams")
 
 
-def test_another_bundle_restarts_from_source_and_says_so(site: Site, tmp_path) -> None:
+@pytest.mark.parametrize("on_change", ["reset", "carry", "shadow"])
+def test_another_bundle_takes_streams_over_and_says_so(site: Site, tmp_path, on_change: str) -> None:
     import shutil
 
+    old = site.config["bundle"]["path"]
     first = site.start()
     frames = [("cam", picture(i)) for i in range(16)]
     before = site.send(frames)
     site.wait_folded(first, {"cam": 16})
     assert first.stop() == 0
-    folder = shutil.copytree(site.config["bundle"]["path"], tmp_path / "other")
+    steps = site.header("cam").step
+    folder = shutil.copytree(old, tmp_path / "other")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "name": "other"}))
-    second = site.start(bundle={"path": str(folder)})
+    previous = [] if on_change == "reset" else [str(old)]
+    second = site.start(
+        bundle={"path": str(folder), "on_change": on_change, "previous": previous, "shadow_frames": 8},
+        batch={"max_batch": 8, "max_wait_ms": 2_000, "min_adapt": 8},
+    )
     after = site.send(frames)
     site.wait_folded(second, {"cam": 32})
     site.assert_folded_once({"cam": before + after})
-    events = site.events(
-        lambda es: any(e.decision == "reset" for e in es) and len({f for e in es for f in e.frames}) == 32
-    )
-    reset = next(e for e in events if e.decision == "reset")
-    assert "belongs to bundle" in reset.reason
-    assert site.predictions(after)[after[0]][0].step == 0
+    decision = "reset" if on_change == "reset" else "carried"
+    published = site.events(lambda es: len({f for e in es for f in e.frames}) == 32)
+    events = list({e.id: e for e in published}.values())  # The last one before the change may come twice.
+    assert [e.id for e in events] == [f"cam@{n + 1}" for n in range(len(events))]
+    moved = next(e for e in events if e.decision == decision)
+    assert "from bundle" in moved.reason or "belongs to bundle" in moved.reason
+    assert moved.step == (0 if on_change == "reset" else steps) == events[events.index(moved) + 1].step - 1
+    predictions = site.predictions(after)
+    answers = [predictions[frame_id][0] for frame_id in after]
+    assert answers[0].step == (steps if on_change == "carry" else 0)
+    assert {p.parameters for p in answers[:8]} == {"adapted" if on_change == "carry" else "source"}
+    assert {p.parameters for p in answers[8:]} == {"adapted"}
 
 
 @pytest.mark.parametrize("field", ["header", "tensors"])
