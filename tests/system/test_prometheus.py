@@ -189,7 +189,7 @@ def test_every_panel_and_every_alert_gets_data(fed: tuple[Site, Prometheus]) -> 
     (worker,) = site.running
     wanted = {**panel_queries(), **annotation_queries(), **alert_operands()}
     assert len(wanted) > 100
-    rounds, deadline = count(), time.monotonic() + 90
+    rounds, deadline = count(), time.monotonic() + 180
     empty = list(wanted)
     while empty:
         assert worker.process.poll() is None, worker.log.read_text()
