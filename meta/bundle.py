@@ -83,9 +83,16 @@ def write_bundle(
     manifest = manifest.model_copy(update={"files": entries})
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    rewrite_manifest(folder, manifest)
     return manifest
+
+
+def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
+    """Give a bundle another manifest; its files stay."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2)
+    partial = folder / f".{MANIFEST}"
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,22 +1,41 @@
-"""Calibration at the centre: source statistics, temperature, the accuracy estimate, and what is normal."""
+"""Calibration at the centre: source statistics, temperatures, the accuracy estimate, and what is normal."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meta.method import AdaptationMethod
+from meta.estimator import AccuracyModel, Array, fit_estimator, joined
+from meta.mgg import MGG
 from meta.norms import AdaptableModel
-from meta.objective import SourceStatistics, feature_statistics
+from meta.objective import SourceStatistics, entropy, feature_statistics
+from meta.paper import PaperMGG
+from meta.proxies import Observer
 from meta.shifts import TUNING
-from meta.simulate import SimulatedStream
 from meta.source import as_frames, frames_at_once
-from meta.train import Preprocessing, draw
+from meta.train import Preprocessing
+from meta.watch import WINDOW_STEPS, Watched, cameras, watch
 from schemas.bundle import Calibration, Limits
+
+STREAMS = 24  # simulated at a time
+ROUNDS = 5  # of cameras; each has a part of the tuning shifts to itself
+STRENGTH = 1.6  # of severities, so that the estimate has seen bad days too
+# The estimator's: of signals that say nearly the same (entropy, ATC's share, stay, ...) one each.
+FITTED = (
+    *("confidence", "answer_confidence", "dropout", "marginal", "changed", "discrepancy", "distance"),
+    *("odd", "odd_last", "off_prototype", "novelty"),
+    *("source_confidence", "source_odd", "source_odd_last", "flips", "source_backing"),
+)
+QUANTILES = 65  # of the source model's entropy on clean frames
+RARE = 0.001  # share of calibration that lies beyond a limit
+COSINE_STEPS = 64  # updates over which the guard averages the cosine
+SOFTENINGS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
+LEAST_MARGIN = 0.02
 
 
 @torch.no_grad()
@@ -31,78 +50,96 @@ def source_statistics(model: AdaptableModel, images: Tensor, preprocessing: Prep
     return feature_statistics(torch.cat(features), torch.cat(probability))
 
 
-@dataclass
-class _Observed:
-    logits: Tensor  # (windows, frames, classes)
-    right: Tensor  # (windows, frames)
-    labels: Tensor  # (windows, frames)
-    gradient_norms: Tensor
-    distances: Tensor
-
-
 def calibrate(
-    method: AdaptationMethod,
+    method: MGG | PaperMGG,
     images: Tensor,
     labels: Tensor,
     preprocessing: Preprocessing,
     seed: int,
     windows: int = 12,
-    streams: int = 24,
+    streams: int = STREAMS,
 ) -> tuple[Calibration, Limits]:
     """Run the finished method on simulated streams it was not trained on, and fit what the bundle promises.
 
-    images uint8 (N, ch, h, w), labels (N,); `windows` of eight micro-batches are taken from each of the `streams`.
+    images uint8 (N, ch, h, w), labels (N,); `windows` of eight micro-batches are taken from each of the `streams` in
+    each round, once with updates and once without. No two rounds have a shift in common, so that the errors of the
+    estimate are measured on shifts that it was not fitted to.
     """
-    seen = _observe(method, images, labels, preprocessing, seed, windows, streams)
-    temperature = _temperature(seen.logits.flatten(0, 1), seen.labels.flatten())
-    confidence = (seen.logits / temperature).softmax(-1).amax(-1).mean(1).numpy()
-    accuracy = seen.right.float().mean(1).numpy()
-    slope, intercept = np.polyfit(confidence, accuracy, 1)
-    estimate = np.clip(intercept + slope * confidence, 0, 1)
+    threshold, entropies = _clean(method.model, images, labels, preprocessing)
+    observer = Observer(method.model, method.source, threshold, entropies)
+    names = list(TUNING)
+    adapted, groups = [], []
+    for number in range(ROUNDS):
+        shifts = {name: TUNING[name] for name in names[number::ROUNDS]}
+        both = []
+        for adapt in (True, False):
+            random = torch.Generator().manual_seed(1_000 * seed + 2 * number + adapt)
+            line = cameras(images, labels, shifts, streams, random, STRENGTH)
+            both.append(watch(method, observer, line, preprocessing, windows * WINDOW_STEPS, adapt))
+        adapted.append(both[0])
+        groups.append(joined([seen.table(FITTED) for seen in both]))
+    estimator, guess, truth = fit_estimator(FITTED, groups)
+    plain = torch.cat([part for seen in adapted for part in seen.plain])
+    answers = torch.cat([part for seen in adapted for part in seen.answers])
+    right = torch.cat([part for seen in adapted for part in seen.labels])
+    temperature, softening = _softened(answers, right, _excess(adapted, AccuracyModel(estimator)))
+    slope, intercept = _line(adapted, temperature)
     calibration = Calibration(
         temperature=temperature,
-        intercept=float(intercept),
-        slope=float(slope),
-        error=float(np.abs(estimate - accuracy).mean()),
+        source_temperature=_temperature(plain, right),
+        softening=softening,
+        intercept=intercept,
+        slope=slope,
+        error=float(np.abs(guess - truth)[:, 0].mean()),
+        threshold=threshold,
+        entropies=entropies,
+        estimator=estimator,
     )
-    limits = Limits(
-        raw_gradient_norm=float(seen.gradient_norms.quantile(0.999)),
-        source_distance=float(seen.distances.quantile(0.999)),
-    )
-    return calibration, limits
+    return calibration, _limits(adapted, guess, truth)
 
 
-def _observe(
-    method: AdaptationMethod,
-    images: Tensor,
-    labels: Tensor,
-    preprocessing: Preprocessing,
-    seed: int,
-    windows: int,
-    streams: int,
-) -> _Observed:
-    random = torch.Generator().manual_seed(seed)
-    cameras = [SimulatedStream(images, labels, TUNING, random) for _ in range(streams)]
-    frames, window = 16, 8
-    steps = windows * window
-    state = {name: tensor.detach() for name, tensor in method.fresh(len(cameras)).items()}
-    logits, truths, norms, distances = [], [], [], []
-    for _ in range(steps):
-        for camera in cameras:
-            if camera.over:
-                camera.begin()
-        batch, truth, stream = draw(cameras, frames, preprocessing)
-        forward = method.predict(batch, stream, state)
-        logits.append(forward.answer.view(len(cameras), frames, -1))
-        truths.append(truth.view(len(cameras), frames))
-        update = method.update(forward)
-        state = {name: tensor.detach() for name, tensor in update.state.items()}
-        norms.append(update.signals["raw_gradient_norm"])
-        distances.append(update.signals["source_distance"])
-    # Windows of consecutive micro-batches of one stream: (streams x windows, frames in a window).
-    joined = torch.stack(logits, 1).reshape(len(cameras) * steps // window, window * frames, -1)
-    truth = torch.stack(truths, 1).reshape(joined.shape[:2])
-    return _Observed(joined, joined.argmax(-1) == truth, truth, torch.cat(norms), torch.cat(distances))
+@torch.no_grad()
+def _clean(
+    model: AdaptableModel, images: Tensor, labels: Tensor, preprocessing: Preprocessing
+) -> tuple[float, list[float]]:
+    """ATC's threshold, above which as many clean frames lie as are right; and quantiles of the entropy, in ln K."""
+    logits = torch.cat(
+        [
+            model(as_frames(part.float() / 255, preprocessing.mean, preprocessing.std))
+            for part in images.split(frames_at_once(images))
+        ]
+    )
+    right = float((logits.argmax(1) == labels).float().mean())
+    threshold = float(logits.softmax(1).amax(1).quantile(1 - right))
+    steps = torch.linspace(0, 1, QUANTILES + 2)[1:-1]
+    quantiles = (entropy(logits) / math.log(logits.shape[1])).quantile(steps)
+    return threshold, [float(f"{value:.5g}") for value in quantiles.tolist()]
+
+
+def _excess(adapted: Sequence[Watched], model: AccuracyModel) -> Tensor:
+    """For every frame, the stream's mean confidence over its estimated accuracy, as it was known before the frame."""
+    parts = []
+    for seen in adapted:
+        before = None
+        for step, labels in enumerate(seen.labels):
+            frames = len(labels) // len(seen.proxies[step])
+            excess = before if before is not None else np.zeros(len(seen.proxies[step]))
+            parts.append(torch.from_numpy(excess).float().repeat_interleave(frames))
+            values = np.array([[one.signals.get(name, math.nan) for name in FITTED] for one in seen.proxies[step]])
+            confidence = np.array([one.signals["answer_confidence"] for one in seen.proxies[step]])
+            before = confidence - model.of(values)[:, 0]
+    return torch.cat(parts)
+
+
+def _softened(logits: Tensor, labels: Tensor, excess: Tensor) -> tuple[float, float]:
+    """Temperature, and how it follows the excess of confidence, with the lowest negative log-likelihood."""
+    tried = []
+    for softening in SOFTENINGS:
+        softer = logits / (softening * excess).exp().unsqueeze(1)
+        temperature = _temperature(softer, labels)
+        tried.append((float(F.cross_entropy(softer / temperature, labels)), temperature, softening))
+    _, temperature, softening = min(tried)
+    return temperature, softening
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:
@@ -110,3 +147,41 @@ def _temperature(logits: Tensor, labels: Tensor) -> float:
     candidates = torch.logspace(-1, 1, 81)
     losses = torch.stack([F.cross_entropy(logits / t, labels) for t in candidates])
     return float(candidates[int(losses.argmin())])
+
+
+def _line(adapted: Sequence[Watched], temperature: float) -> tuple[float, float]:
+    """Slope and intercept from mean confidence to accuracy, over windows, for those who have no signals."""
+    confidence, accuracy = [], []
+    for seen in adapted:
+        streams = len(seen.proxies[0])
+        for start in range(0, len(seen.labels), WINDOW_STEPS):
+            part = slice(start, start + WINDOW_STEPS)
+            sure = [(a / temperature).softmax(1).amax(1).view(streams, -1).mean(1) for a in seen.answers[part]]
+            hits = [
+                (a.argmax(1) == y).float().view(streams, -1).mean(1)
+                for a, y in zip(seen.answers[part], seen.labels[part], strict=True)
+            ]
+            confidence.append(torch.stack(sure).mean(0))
+            accuracy.append(torch.stack(hits).mean(0))
+    slope, intercept = np.polyfit(torch.cat(confidence).numpy(), torch.cat(accuracy).numpy(), 1)
+    return float(slope), float(intercept)
+
+
+def _limits(adapted: Sequence[Watched], guess: Array, truth: Array) -> Limits:
+    norms = {
+        name: torch.stack([signals[name] for seen in adapted for signals in seen.signals])
+        for name in ("raw_gradient_norm", "generated_gradient_norm", "source_distance")
+    }
+    upper = {name: max(1e-6, float(values.flatten().quantile(1 - RARE))) for name, values in norms.items()}
+    cosines = torch.cat([_running_mean(torch.stack([s["cosine"] for s in seen.signals])) for seen in adapted])
+    harmless = truth[:, 0] >= truth[:, 1]
+    gain = (guess[:, 0] - guess[:, 1])[harmless]
+    margin = -float(np.quantile(gain, 10 * RARE)) if len(gain) else LEAST_MARGIN
+    return Limits(**upper, cosine=max(-1.0, float(cosines.quantile(RARE)) - 0.05), gain_error=max(LEAST_MARGIN, margin))
+
+
+def _running_mean(values: Tensor) -> Tensor:
+    """Means of (T, S) over the guard's window, once there are enough."""
+    steps = min(COSINE_STEPS, len(values))
+    sums = torch.cat([torch.zeros(1, values.shape[1]), values.cumsum(0)])
+    return ((sums[steps:] - sums[:-steps]) / steps).flatten()

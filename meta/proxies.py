@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meta.estimator import AccuracyModel
 from meta.method import Forward, State
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, entropy, per_stream_mean
-from schemas.bundle import Estimator
 from schemas.state import RunningProxies
 
 OWN = (
@@ -35,10 +35,6 @@ SHADOW = (
 SIGNALS = OWN + GENERATED + SHADOW
 WINDOW = 128  # frames over which signals are averaged, exponentially once there are so many
 DROPPED, MASKS = 0.4, 4
-MOST_DEVIATION, MOST_PRODUCT = 3.5, 6.0  # an estimate does not go on beyond what calibration showed
-LEAST_SHARE = 0.005
-NO_SHARES = ("discrepancy", "distance", "odd", "odd_last", "gap", "source_odd", "source_odd_last", "source_rank")
-SHARES = frozenset(SIGNALS) - frozenset(NO_SHARES) - frozenset(GENERATED)
 TINY = 1e-12
 
 
@@ -213,7 +209,7 @@ def _rows(signals: State) -> list[dict[str, float]]:
 
 
 def fold(
-    before: RunningProxies, seen: Observed, generated: Mapping[str, float], estimator: Estimator | None
+    before: RunningProxies, seen: Observed, generated: Mapping[str, float], model: AccuracyModel | None
 ) -> RunningProxies:
     """The running signals after one more micro-batch, and the accuracies that they say.
 
@@ -223,8 +219,7 @@ def fold(
     frames = before.frames - seen.frames  # The caller has counted them already.
     _move(signals, seen.own, seen.frames, frames)
     _move(signals, seen.shadow, seen.shadowed, before.shadowed)
-    ours = {name: math.log1p(max(0.0, value)) for name, value in generated.items() if name in GENERATED}
-    sound = {name: value for name, value in ours.items() if math.isfinite(value)}
+    sound = {n: math.log1p(max(0.0, v)) for n, v in generated.items() if n in GENERATED and math.isfinite(v)}
     _move(signals, sound, seen.frames, before.generated)
     after = before.model_copy(
         update={
@@ -233,10 +228,10 @@ def fold(
             "generated": before.generated + (seen.frames if sound else 0),
         }
     )
-    if estimator is not None:
-        after.accuracy, after.source_accuracy = estimate_accuracies(estimator, signals)
-        after.low = _bounded(after.accuracy + float(np.interp(after.accuracy, estimator.levels, estimator.low)))
-        after.high = _bounded(after.accuracy + float(np.interp(after.accuracy, estimator.levels, estimator.high)))
+    if model is not None:
+        after.accuracy, after.source_accuracy = model.accuracies(signals)
+        low, high = model.interval(np.array([after.accuracy]))
+        after.low, after.high = float(low[0]), float(high[0])
     return after
 
 
@@ -264,38 +259,3 @@ def _move(signals: dict[str, float], new: Mapping[str, float], frames: int, seen
     for name, value in new.items():
         old = signals.get(name, value)
         signals[name] = old + weight * (value - old)
-
-
-def _bounded(accuracy: float) -> float:
-    return min(1.0, max(0.0, accuracy))
-
-
-def design(estimator_signals: np.ndarray) -> np.ndarray:
-    """(N, n) standardised signals to (N, 1 + n + n (n + 1) / 2): a constant, the signals, and their products."""
-    n = estimator_signals.shape[1]
-    first, second = np.triu_indices(n)
-    products = (estimator_signals[:, first] * estimator_signals[:, second]).clip(-MOST_PRODUCT, MOST_PRODUCT)
-    return np.concatenate([np.ones((len(estimator_signals), 1)), estimator_signals, products], 1)
-
-
-def standardised(values: np.ndarray, centre: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """(N, n): in deviations, bounded; what is missing (NaN) counts as usual."""
-    return np.nan_to_num((values - centre) / scale).clip(-MOST_DEVIATION, MOST_DEVIATION)
-
-
-def spread_out(names: Sequence[str], values: np.ndarray) -> np.ndarray:
-    """(N, n): shares become log odds, in which accuracy is about linear."""
-    shares = [name in SHARES for name in names]
-    inside = values[:, shares].clip(LEAST_SHARE, 1 - LEAST_SHARE)
-    made = values.copy()
-    made[:, shares] = np.log(inside / (1 - inside))
-    return made
-
-
-def estimate_accuracies(estimator: Estimator, signals: Mapping[str, float]) -> tuple[float, float]:
-    """Of the adapted parameters and of source."""
-    names = estimator.signals
-    values = spread_out(names, np.array([[signals.get(name, np.nan) for name in names]]))
-    inputs = design(standardised(values, np.array(estimator.centre), np.array(estimator.scale)))[0]
-    adapted, source = (float(inputs @ np.array(weights)) for weights in (estimator.adapted, estimator.source))
-    return 1 / (1 + math.exp(-max(-30.0, min(30.0, adapted)))), 1 / (1 + math.exp(-max(-30.0, min(30.0, source))))

@@ -14,13 +14,19 @@ class SimulatedStream:
     """One camera: a mixture of shifts whose severity moves over time, and a class mix that moves too.
 
     About a third of all episodes have nothing wrong, so that a generator also learns to leave well alone. Each image
-    is seen in `repeat` frames in a row, moved by up to a pixel.
+    is seen in `repeat` frames in a row, moved by up to a pixel; `strength` multiplies severities, up to 1.
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, shifts: dict[str, Shift], random: torch.Generator, repeat: int = 1
+        self,
+        images: Tensor,
+        labels: Tensor,
+        shifts: dict[str, Shift],
+        random: torch.Generator,
+        repeat: int = 1,
+        strength: float = 1.0,
     ) -> None:
-        self.repeat = repeat
+        self.repeat, self.strength = repeat, strength
         self.images, self.labels, self.random = images, labels, random
         self.shifts = list(shifts.values())
         self.by_class = [torch.nonzero(labels == c).flatten() for c in labels.unique()]
@@ -32,7 +38,7 @@ class SimulatedStream:
         how_many = [0, 0, 1, 1, 2, 3][int(self._number(0, 6))]
         order = torch.randperm(len(self.shifts), generator=self.random)[:how_many]
         self.active = [(self.shifts[int(i)], torch.rand(4, generator=self.random)) for i in order]
-        self.peak = self._number(0.3, 1.0) / max(1, how_many) ** 0.5
+        self.peak = min(1.0, self.strength * self._number(0.3, 1.0) / max(1, how_many) ** 0.5)
         self.course = int(self._number(0, 5))
         self.onset = self._number(0, 0.4)
         self._remix()

@@ -129,6 +129,7 @@ class Manifest(Part):
     schema_version: Literal[1] = 1
     name: str
     created_by: str = Field(description="the command that makes this bundle")
+    calibrated_by: str = Field("", description="the command that has since fitted calibration and limits anew")
     model: ModelPart
     method: MethodPart
     preprocess: Preprocess

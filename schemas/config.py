@@ -174,7 +174,10 @@ class Guard(Section):
     """What the guard lets pass; factors are of what the bundle saw in calibration."""
 
     source_share: float = Field(
-        0.125, ge=0, le=1, description="frames that source answers too, besides those of new and doubtful streams"
+        0.125,
+        ge=0,
+        le=1,
+        description="micro-batches that source answers too; besides, all of new and doubtful streams",
     )
     max_gradient_factor: float = Field(
         4.0, gt=0, description="raw gradient norms above factor x bundle limit are skipped"

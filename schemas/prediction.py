@@ -37,7 +37,7 @@ class Prediction(BaseModel):
     bundle: str = Field(description="content hash of the bundle")
     step: int = Field(ge=0, description="updates that the stream's parameters had seen; 0 is the source model")
     parameters: Parameters = Field(description="which ones answered")
-    estimated_accuracy: float = Field(ge=0, le=1, description="the stream's accuracy now, as estimated without labels")
+    estimated_accuracy: float = Field(ge=0, le=1, description="of the answers now, as estimated without labels")
     worker: str
     wait_seconds: float = Field(ge=0, description="from the worker's receipt of the frame to its pass")
     pass_seconds: float = Field(ge=0, description="decode to logits, of the whole pass")

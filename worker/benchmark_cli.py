@@ -78,3 +78,32 @@ def throughput(
     from worker.benchmark_throughput import run_throughput
 
     raise typer.Exit(run_throughput(bundle, report, profile, quick))
+
+
+BundleOption = Annotated[Path, typer.Option(help="The bundle to measure.")]
+
+
+@benchmark_app.command()
+def proxies(
+    report: Annotated[Path, typer.Option("--report", "-o", help="JSON file to write.")],
+    quick: Annotated[bool, typer.Option(help="One seed, shorter streams: at most five minutes.")] = False,
+    bundle: BundleOption = Path("bundles/fashion-mnist"),
+) -> None:
+    """How far estimated accuracies are from the truth on held-out shifts: all signals alone, and together."""
+    from meta.benchmark.proxies import run_proxies
+
+    command = f"driftkeel benchmark proxies --report {report}{' --quick' if quick else ''} --bundle {bundle}"
+    run_proxies(bundle, report, command, quick)
+
+
+@benchmark_app.command()
+def guard(
+    report: Annotated[Path, typer.Option("--report", "-o", help="JSON file to write.")],
+    quick: Annotated[bool, typer.Option(help="Shorter attacks, three kinds of streams: at most five minutes.")] = False,
+    bundle: BundleOption = Path("bundles/fashion-mnist"),
+) -> None:
+    """Attacks on engine and guard, the gain that the guard leaves, and what it costs."""
+    from worker.benchmark_guard import run_guard
+
+    command = f"driftkeel benchmark guard --report {report}{' --quick' if quick else ''} --bundle {bundle}"
+    run_guard(bundle, report, command, quick)

@@ -37,6 +37,18 @@ def bundle_show(
     print(f"sound: bundle {bundle.hash}, {bundle.model.coordinates} norm coordinates", file=sys.stderr)
 
 
+@bundle_app.command("calibrate")
+def bundle_calibrate(
+    path: Annotated[Path, typer.Argument(help="A bundle of Fashion-MNIST; its manifest is written anew.")],
+    seed: Annotated[int, typer.Option(help="Of the simulated streams.")] = 1,
+    windows: Annotated[int, typer.Option(min=2, help="Of 128 frames, from each stream.")] = 12,
+) -> None:
+    """Fit calibration and limits anew; model, generator and statistics stay bit for bit. A few minutes."""
+    from meta.recipe import calibrate_bundle
+
+    calibrate_bundle(path, f"driftkeel bundle calibrate {path} --seed {seed} --windows {windows}", seed, windows)
+
+
 @bundle_app.command("create")
 def bundle_create(
     model: Annotated[

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from meta.bundle import Bundle
+from meta.estimator import AccuracyModel
 from meta.method import Forward, State, finite_rows, put, take
 from meta.norms import NormMoments
 from meta.objective import per_stream_mean
 from meta.proxies import WINDOW, Observed, Observer, fold
 from monitoring.drift import observe
-from schemas.bundle import Estimator, Preprocess
+from schemas.bundle import Calibration, Preprocess
 from schemas.prediction import Parameters
 from schemas.state import GuardState, RunningProxies, StreamHeader, StreamState
 from worker.answer import named
@@ -166,11 +167,12 @@ class Engine:
     ) -> None:
         """`observe` False: frames that do not adapt get the bare model's answer and leave no trace in the state.
 
-        `source_share`: of the frames, those that source answers too; more of new and doubtful streams, none with 0.
+        `source_share`: micro-batches that source answers too; besides, all of new and doubtful streams. 0: none.
         """
         self.bundle, self._observe = bundle, observe
         calibration = bundle.manifest.calibration
         self._observer = Observer(bundle.model, bundle.statistics, calibration.threshold, calibration.entropies)
+        self.accuracy_model = AccuracyModel(calibration.estimator) if calibration.estimator else None
         self._shadow_every = round(1 / source_share) if source_share else 0
         self.bundle_hash = bundle.hash
         self._method = bundle.method.with_step_scale(step_scale)
@@ -340,16 +342,18 @@ class Engine:
         )
 
     def _shadowed(self, batches: list[MicroBatch], residents: list[Resident]) -> Tensor:
-        """Every so many frames of a stream, counted over its life; all where the guard watches. So the same frames
-        again when a step is repeated."""
+        """Every so many micro-batches of a stream, by its own count, so that a step that is repeated asks the same; all
+        where the guard watches. Whole ones, because a few frames are hardly cheaper."""
         chosen: list[int] = []
         start = 0
-        if every := self._shadow_every:
-            for batch, resident in zip(batches, residents, strict=True):
-                count, header = len(batch.frames), resident.header
-                step = 1 if watched(header.guard, header.proxies) else every
-                chosen += range(start + (-header.frames) % step, start + count, step)
-                start += count
+        for batch, resident in zip(batches, residents, strict=True):
+            header, end = resident.header, start + len(batch.frames)
+            if every := self._shadow_every:
+                # Streams that began together do not all ask in the same pass.
+                turn = header.events + zlib.crc32(batch.stream.encode())
+                if watched(header.guard, header.proxies) or turn % every == 0:
+                    chosen += range(start, end)
+            start = end
         return torch.tensor(chosen, dtype=torch.long)
 
     def _fixed(self, batches: list[MicroBatch], residents: list[Resident], stream: Tensor) -> Fixed | None:
@@ -398,12 +402,17 @@ class Engine:
     ) -> list[Outlook]:
         log_p = logits.log_softmax(1)
         entropy = (log_p.exp() * log_p).sum(1).neg()
-        top = self._top(logits)
+        calibration = self.bundle.manifest.calibration
+        temperatures = torch.tensor([temperature(calibration, one.header.proxies) for one in part.residents])
+        logits = logits / temperatures.index_select(0, part.stream).unsqueeze(1)
+        top = _likeliest(logits)
         classes = top.indices[:, 0].tolist()
         mean_entropy = per_stream_mean(entropy, part.stream, part.counts).tolist()
         mean_confidence = per_stream_mean(top.values[:, 0], part.stream, part.counts).tolist()
         if part.fixed is not None:
-            top = self._top(logits.index_copy(0, part.fixed.frames, self._answer_fixed(frames, part.fixed)))
+            fixed = self._answer_fixed(frames, part.fixed)
+            fixed = fixed / (calibration.source_temperature or calibration.temperature)
+            top = _likeliest(logits.index_copy(0, part.fixed.frames, fixed))
         confidence, index = top.values.clamp_max(1.0).tolist(), top.indices.tolist()
         outlooks, start = [], 0
         for row, (batch, resident) in enumerate(zip(part.batches, part.residents, strict=True)):
@@ -424,11 +433,6 @@ class Engine:
             )
             start = end
         return outlooks
-
-    def _top(self, logits: Tensor) -> torch.return_types.topk:
-        """The likeliest classes with their calibrated confidences."""
-        calibrated = (logits / self.bundle.manifest.calibration.temperature).softmax(1).nan_to_num()
-        return calibrated.topk(min(TOP, calibrated.shape[1]), 1)
 
     def _grow(self) -> None:
         """Twice the slots. Memory that no stream uses yet is only promised by the kernel, not taken."""
@@ -453,6 +457,19 @@ def blank_frames(frames: np.ndarray) -> np.ndarray:
     some = some[:, :: max(1, some.shape[1] // BLANK_PIXELS)]
     blank: np.ndarray = (some.std(1, dtype=np.float32) < BLANK_DEVIATION).all(1)
     return blank
+
+
+def _likeliest(logits: Tensor) -> torch.return_types.topk:
+    """The first classes with their confidences, of logits that are calibrated."""
+    return logits.softmax(1).nan_to_num().topk(min(TOP, logits.shape[1]), 1)
+
+
+def temperature(calibration: Calibration, proxies: RunningProxies) -> float:
+    """Of a stream's answers: the surer they are beyond their estimated accuracy, the softer they become."""
+    if proxies.accuracy is None or not calibration.softening:
+        return calibration.temperature
+    excess = proxies.signals.get("answer_confidence", proxies.accuracy) - proxies.accuracy
+    return calibration.temperature * math.exp(calibration.softening * excess)
 
 
 def _answering(batch: MicroBatch, resident: Resident, source: State) -> State:
@@ -515,7 +532,7 @@ def next_header(
 
 
 def next_proxies(
-    proxies: RunningProxies, outlook: Outlook, generated: Mapping[str, float], estimator: Estimator | None
+    proxies: RunningProxies, outlook: Outlook, generated: Mapping[str, float], model: AccuracyModel | None
 ) -> RunningProxies:
     """What is known of the stream's accuracy after these frames; `generated` are the signals of their update."""
     frames = len(outlook.batch.frames)
@@ -530,4 +547,4 @@ def next_proxies(
             "entropy": max(0.0, proxies.entropy + weight * (outlook.mean_entropy - proxies.entropy)),
         }
     )
-    return moved if outlook.observed is None else fold(moved, outlook.observed, generated, estimator)
+    return moved if outlook.observed is None else fold(moved, outlook.observed, generated, model)

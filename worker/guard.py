@@ -18,7 +18,7 @@ from schemas.update import Decision
 YOUNG = 256  # frames of a new stream that source answers in full
 WATCH = 256  # frames that it answers after an alarm or a doubt
 RECENT = 16  # checksums kept: a loop of so many frames is a repetition
-FILLS = 0.9  # share of a micro-batch at which one class fills it
+FILLS = 0.75  # share of a micro-batch at which one class fills it
 LEVEL_SEEN, LEVEL_WINDOW = 16, 64  # updates before a stream has a level of its own; and those it rests on
 LEAST_SPREAD = 0.25  # of a level, so that a steady stream is no trap
 LEAST_SHARE = 0.1  # of an update that is shrunk
@@ -85,9 +85,7 @@ class Guard:
         if state.sound > FORGIVEN:
             state.resets = 0
         state.recent = [*before.recent, *sight.checksums][-RECENT:]
-        same = sight.share >= FILLS and sight.dominant == state.dominant
-        state.dominant = sight.dominant if sight.share >= FILLS else -1
-        state.alike = state.alike + frames if same else 0
+        self._count_alike(state, sight, frames)
         self._bet(state, sight, proxies)
         self._trust(state, frames, proxies)
         return state
@@ -116,6 +114,15 @@ class Guard:
             return Verdict("skipped", f"distance from source {distance:.3g} above its limit {self._max_distance:.3g}")
         return self._measured(state, signals)
 
+    def _count_alike(self, state: GuardState, sight: Sight, frames: int) -> None:
+        """Up while one class fills the micro-batches, but for errors; down, and sooner, while others come."""
+        if sight.share < FILLS:
+            state.alike = max(0, state.alike - 4 * frames)
+        elif sight.dominant == state.dominant:
+            state.alike = min(state.alike, self.settings.max_alike) + frames
+        else:
+            state.dominant, state.alike = sight.dominant, frames
+
     # --- rules -----------------------------------------------------------------------------------------------------
 
     def _teaches_nothing(self, before: GuardState, state: GuardState, sight: Sight) -> str:
@@ -129,7 +136,7 @@ class Guard:
         if repeats / frames > most:
             return f"{repeats / frames:.0%} of the frames repeat earlier ones: frozen camera?"
         if state.alike > self.settings.max_alike:
-            return f"one class for {state.alike} frames"
+            return f"one class for more than {self.settings.max_alike} frames"
         if state.rest:
             return f"resting after a reset, {state.rest} frames to go"
         return ""

@@ -48,8 +48,7 @@ def judge(
     before = outlook.resident.header
     update = proposal is not None and proposal.update
     signals = proposal.signals if proposal is not None else {}
-    estimator = engine.bundle.manifest.calibration.estimator
-    proxies = next_proxies(before.proxies, outlook, signals, estimator)
+    proxies = next_proxies(before.proxies, outlook, signals, engine.accuracy_model)
     state = guard.observe(before.guard, outlook.sight, proxies)
     verdict, restored = Verdict("skipped", outlook.batch.reason), None
     if proposal is not None and update:

@@ -185,7 +185,10 @@ class Step:
     def _publish(self, outlook: Outlook, timed: Timed, answers: observe.Answers) -> None:
         manifest, header = self._engine.bundle.manifest, outlook.resident.header
         stream = outlook.batch.stream
-        accuracy = estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy).estimated_accuracy
+        proxies = estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy)
+        accuracy = proxies.estimated_accuracy
+        if outlook.batch.answer == "source" and proxies.source_accuracy is not None:
+            accuracy = proxies.source_accuracy
         shared = self._writer.shared(stream, outlook.step, outlook.parameters, accuracy, timed.seconds)
         key = stream.encode()
         begun = timed.done - timed.seconds

@@ -18,7 +18,14 @@ SOURCE = {"bundle": str(SHIPPED_BUNDLE)}
 
 def build(folder: Path, **content: object) -> torch.Tensor:
     recipe = Recipe.model_validate(
-        {"name": "small", "data": "fashion-mnist", "source": SOURCE, "calibration_windows": 2, **content}
+        {
+            "name": "small",
+            "data": "fashion-mnist",
+            "source": SOURCE,
+            "calibration_windows": 2,
+            "calibration_streams": 2,
+            **content,
+        }
     )
     manifest = build_bundle(recipe, folder, "a test", say=lambda text: None)
     bundle = load_bundle(folder)

@@ -1,0 +1,203 @@
+"""How honest the accuracy estimate is: on shifts that neither generator nor calibration has seen.
+
+Every signal alone gets the same fit and interval as the combination, on the tuning shifts, so that what is compared is
+the signal. Truth is the accuracy over the same frames with the same weights: exponential, about 128 frames. Its own
+sampling error is part of what is measured; `mae_points_512` and `spearman_512` are over four such windows together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meta import data
+from meta.benchmark import corruptions
+from meta.benchmark.report import commit
+from meta.bundle import Bundle, load_bundle
+from meta.estimator import AccuracyModel, Array, Table, fit_estimator, joined
+from meta.proxies import SIGNALS, Observer
+from meta.shifts import HELD_OUT, TUNING, Shift
+from meta.source import image_tensor
+from meta.train import Preprocessing
+from meta.watch import WINDOW_STEPS, Watched, cameras, watch
+from schemas.bundle import Estimator
+from schemas.errors import BundleError
+
+CAMERAS = 30
+BARS = {"mae_points": 4.0, "spearman": 0.9, "coverage90": [0.85, 0.95]}
+BINS = 15  # of the expected calibration error
+
+
+def run_proxies(
+    folder: Path, report: Path, command: str, quick: bool, seeds: int = 3, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Measure, write the report, and return it. Raises BundleError where the bundle has no estimator."""
+    bundle = load_bundle(folder)
+    estimator = bundle.manifest.calibration.estimator
+    if estimator is None:
+        raise BundleError(f"{folder} has no accuracy estimator; run 'driftkeel bundle calibrate {folder}'")
+    torch.set_num_threads(2)
+    windows, runs = (6, range(1)) if quick else (12, range(seeds))
+    say("tuning shifts, for every signal alone")
+    fitted = _single_signals(bundle, windows)
+    families: dict[str, dict[str, Shift]] = {
+        "held_out": HELD_OUT,
+        "corruptions": {name: as_shift(one) for name, one in corruptions.TEST.items()},
+    }
+    result: dict[str, Any] = {}
+    everything: dict[str, list[Table]] = {"adapted": [], "unadapted": []}
+    for family, shifts in families.items():
+        for adapt in (True, False):
+            say(f"{family}, {'adapted' if adapt else 'unadapted'}")
+            seen = [_watched(bundle, shifts, seed, windows, adapt) for seed in runs]
+            kind = "adapted" if adapt else "unadapted"
+            tables = [one.table() for one in seen]
+            everything[kind] += tables
+            result[f"{family}/{kind}"] = _all_scores(tables, estimator, fitted) | {
+                "confidence": _honesty(bundle, seen),
+                "accuracy": round(float(np.mean([t.truth[:, 0].mean() for t in tables])), 4),
+            }
+    for kind, tables in everything.items():
+        result[kind] = _all_scores(tables, estimator, fitted)
+    result["all"] = _all_scores(everything["adapted"] + everything["unadapted"], estimator, fitted)
+    content = {
+        "command": command,
+        "commit": commit(),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "bundle": bundle.hash,
+        "seeds": len(runs),
+        "cameras": CAMERAS,
+        "frames_per_camera": windows * 128,
+        "bars": BARS,
+        "results": result,
+    }
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for kind in ("adapted", "unadapted", "all"):
+        say(f"{kind}: {json.dumps(result[kind]['combination'])}")
+    return content
+
+
+def as_shift(corruption: corruptions.Corruption) -> Shift:
+    """A corruption of the accuracy benchmark as a shift: severity in (0, 1] is one of its five."""
+
+    def shift(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+        shifted, levels = images.clone(), (5 * severity).ceil().long()
+        for level in levels.unique().tolist():
+            if level:
+                own = levels == level
+                shifted[own] = corruption(images[own], level, random).clamp(0, 1)
+        return shifted
+
+    return shift
+
+
+def _watched(
+    bundle: Bundle, shifts: dict[str, Shift], seed: int, windows: int, adapt: bool, part: str = "test"
+) -> Watched:
+    own = data.fashion_mnist("test") if part == "test" else data.fashion_mnist("train").part(*data.CALIBRATION_PART)
+    preprocess, calibration = bundle.manifest.preprocess, bundle.manifest.calibration
+    random = torch.Generator().manual_seed(10_000 + 2 * seed + adapt)
+    images, labels = image_tensor(own.images), torch.from_numpy(own.labels)
+    observer = Observer(bundle.model, bundle.statistics, calibration.threshold, calibration.entropies)
+    preprocessing = Preprocessing(torch.tensor(preprocess.mean), torch.tensor(preprocess.std))
+    streams = cameras(images, labels, shifts, CAMERAS, random)
+    model = AccuracyModel(calibration.estimator) if calibration.estimator is not None else None
+    return watch(bundle.method, observer, streams, preprocessing, windows * WINDOW_STEPS, adapt, model)
+
+
+def _single_signals(bundle: Bundle, windows: int, rounds: int = 3) -> dict[str, Estimator]:
+    names, groups = list(TUNING), []
+    for number in range(rounds):
+        shifts = {name: TUNING[name] for name in names[number::rounds]}
+        groups.append(
+            joined(
+                [_watched(bundle, shifts, 100 + number, windows, adapt, "tuning").table() for adapt in (True, False)]
+            )
+        )
+    fitted = {}
+    for place, name in enumerate(SIGNALS):
+        own = [Table(group.values[:, place : place + 1], group.truth) for group in groups]
+        fitted[name] = fit_estimator([name], own)[0]
+    return fitted
+
+
+def _all_scores(tables: Sequence[Table], estimator: Estimator, fitted: dict[str, Estimator]) -> dict[str, Any]:
+    signals = {
+        name: _scores([Table(t.values[:, place : place + 1], t.truth) for t in tables], fitted[name])
+        for place, name in enumerate(SIGNALS)
+    }
+    places = [SIGNALS.index(name) for name in estimator.signals]
+    own = [Table(t.values[:, places], t.truth) for t in tables]
+    return {"combination": _scores(own, estimator), "source": _scores(own, estimator, target=1), **signals}
+
+
+def _scores(tables: Sequence[Table], estimator: Estimator, target: int = 0) -> dict[str, float]:
+    """Of one estimator on the windows of these streams. Rows are moments, camera by camera."""
+    model = AccuracyModel(estimator)
+    guess = [model.of(table.values)[:, target] for table in tables]
+    truth = [table.truth[:, target] for table in tables]
+    low, high = model.interval(np.concatenate(guess))
+    real = np.concatenate(truth)
+    error = real - np.concatenate(guess)
+    long_guess, long_truth = (np.concatenate([_four(one) for one in values]) for values in (guess, truth))
+    return {
+        "mae_points": round(100 * float(np.abs(error).mean()), 2),
+        "spearman": round(spearman(np.concatenate(guess), np.concatenate(truth)), 3),
+        **({} if target else {"coverage90": round(float(((real >= low) & (real <= high)).mean()), 3)}),
+        "bias_points": round(-100 * float(error.mean()), 2),
+        "mae_points_512": round(100 * float(np.abs(long_guess - long_truth).mean()), 2),
+        "spearman_512": round(spearman(long_guess, long_truth), 3),
+    }
+
+
+def _four(values: Array) -> Array:
+    """Means over four moments in a row of each camera."""
+    by_moment = values.reshape(-1, CAMERAS)
+    whole = len(by_moment) // 4 * 4
+    return by_moment[:whole].reshape(-1, 4, CAMERAS).mean(1).ravel()
+
+
+def spearman(first: Array, second: Array) -> float:
+    """Rank correlation, ties ranked by their mean."""
+    ranks = []
+    for values in (first, second):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum() - (counts - 1) / 2)[inverse])
+    if min(np.ptp(r) for r in ranks) == 0:
+        return 0.0
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _honesty(bundle: Bundle, seen: Sequence[Watched]) -> dict[str, float]:
+    """Expected calibration error (Guo et al., ICML 2017), in points, of published confidences and of raw ones."""
+    calibration = bundle.manifest.calibration
+    raw, published, right = [], [], []
+    for one in seen:
+        before = None
+        for step, (answers, labels) in enumerate(zip(one.answers, one.labels, strict=True)):
+            proxies = one.proxies[step]
+            excess = (
+                torch.zeros(len(labels)) if before is None else before.repeat_interleave(len(labels) // len(proxies))
+            )
+            temperature = calibration.temperature * (calibration.softening * excess).exp()
+            raw.append(answers.softmax(1).amax(1))
+            published.append((answers / temperature.unsqueeze(1)).softmax(1).amax(1))
+            right.append(answers.argmax(1) == labels)
+            before = torch.tensor([p.signals["answer_confidence"] - (p.accuracy or 0.0) for p in proxies])
+    hits = torch.cat(right).float()
+    return {"ece_points": _ece(torch.cat(published), hits), "ece_points_raw": _ece(torch.cat(raw), hits)}
+
+
+def _ece(confidence: Tensor, right: Tensor) -> float:
+    places = (confidence * BINS).long().clamp(max=BINS - 1)
+    gap = torch.zeros(BINS).index_add(0, places, confidence - right)
+    return round(100 * float(gap.abs().sum()) / max(1, len(right)), 2) if not math.isnan(float(gap.sum())) else math.nan

@@ -1,0 +1,157 @@
+"""From signals to accuracy: a small logistic regression, and intervals that held on shifts it was not fitted to.
+
+The link is that of shares: accuracy is about linear in the log odds of confidence-like signals. Products of signals let
+one signal weigh another; the ridge that keeps them small is the one that does best on shifts left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from schemas.bundle import Estimator
+
+Array = npt.NDArray[np.float64]
+MOST_DEVIATION, MOST_PRODUCT = 3.5, 6.0  # an estimate does not go on beyond what calibration showed
+LEAST_SHARE = 0.005
+NO_SHARES = {"discrepancy", "distance", "odd", "odd_last", "gap", "novelty", "dose"}
+NO_SHARES |= {"source_odd", "source_odd_last", "source_rank"}
+RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LEVELS = 6  # of the estimate, at which the spread of errors is measured
+COVERAGE = 0.9
+
+
+@dataclass(frozen=True)
+class Table:
+    """What streams showed, (N, n) in the order of the signals' names with NaN for what was missing, and what was true,
+    (N, 2): the accuracy of the adapted parameters and of source."""
+
+    values: Array
+    truth: Array
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    return Table(np.concatenate([t.values for t in tables]), np.concatenate([t.truth for t in tables]))
+
+
+class AccuracyModel:
+    """An estimator ready for use."""
+
+    def __init__(self, estimator: Estimator) -> None:
+        self.signals = tuple(estimator.signals)
+        self._centre, self._scale = np.array(estimator.centre), np.array(estimator.scale)
+        self._weights = np.array([estimator.adapted, estimator.source]).T
+        self._levels, self._low, self._high = (
+            np.array(values) for values in (estimator.levels, estimator.low, estimator.high)
+        )
+
+    def accuracies(self, signals: Mapping[str, float]) -> tuple[float, float]:
+        """Of the adapted parameters and of source, from signals by name; those that are missing count as usual."""
+        adapted, source = self.of(np.array([[signals.get(name, math.nan) for name in self.signals]]))[0].tolist()
+        return adapted, source
+
+    def of(self, values: Array) -> Array:
+        """(N, 2) for values (N, n) in the order of `signals`."""
+        return _shares(_inputs(self.signals, values, self._centre, self._scale) @ self._weights)
+
+    def interval(self, accuracy: Array) -> tuple[Array, Array]:
+        """The ends (N,) of the 90% intervals around estimates (N,) for the adapted parameters."""
+        low = accuracy + np.interp(accuracy, self._levels, self._low)
+        high = accuracy + np.interp(accuracy, self._levels, self._high)
+        return low.clip(0, 1), high.clip(0, 1)
+
+
+def fit_estimator(names: Sequence[str], groups: Sequence[Table]) -> tuple[Estimator, Array, Array]:
+    """Fit to all groups. What it says of each group without having seen it, (N, 2), and the truth, say how it errs:
+    its ridge and intervals come from these. No two groups should have a shift in common.
+    """
+    whole = joined(groups)
+    spread = _spread_out(names, whole.values)
+    known = np.isfinite(spread)
+    count = known.sum(0).clip(1)
+    centre = np.where(known, spread, 0).sum(0) / count
+    scale = np.sqrt((np.where(known, spread - centre, 0) ** 2).sum(0) / count) + 1e-6
+    inputs = [_inputs(names, group.values, centre, scale) for group in groups]
+    unseen = {ridge: _left_out(inputs, groups, ridge) for ridge in RIDGES}
+    ridge = min(RIDGES, key=lambda r: float(np.abs(unseen[r] - whole.truth).mean()))
+    weights = [_regress(np.concatenate(inputs), whole.truth[:, target], ridge) for target in (0, 1)]
+    levels, low, high = _errors(unseen[ridge][:, 0], whole.truth[:, 0])
+    estimator = Estimator(
+        signals=list(names),
+        centre=_rounded(centre),
+        scale=_rounded(scale),
+        adapted=_rounded(weights[0]),
+        source=_rounded(weights[1]),
+        levels=levels,
+        low=low,
+        high=high,
+    )
+    return estimator, unseen[ridge], whole.truth
+
+
+def _left_out(inputs: Sequence[Array], groups: Sequence[Table], ridge: float) -> Array:
+    parts = []
+    for out in range(len(groups)):
+        others = [i for i in range(len(groups)) if i != out] or [out]
+        seen, truth = np.concatenate([inputs[i] for i in others]), np.concatenate([groups[i].truth for i in others])
+        weights = [_regress(seen, truth[:, target], ridge) for target in (0, 1)]
+        parts.append(_shares(inputs[out] @ np.stack(weights, 1)))
+    return np.concatenate(parts)
+
+
+def _errors(estimate: Array, truth: Array) -> tuple[list[float], list[float], list[float]]:
+    """Levels of the estimate, and the quantiles of truth minus estimate around each."""
+    order = np.argsort(estimate)
+    levels, low, high = [], [], []
+    for part in np.array_split(order, max(1, min(LEVELS, len(order) // 20))):
+        error = truth[part] - estimate[part]
+        levels.append(float(estimate[part].mean()))
+        low.append(float(np.quantile(error, (1 - COVERAGE) / 2)))
+        high.append(float(np.quantile(error, (1 + COVERAGE) / 2)))
+    return _rounded(levels), _rounded(low), _rounded(high)
+
+
+def _inputs(names: Sequence[str], values: Array, centre: Array, scale: Array) -> Array:
+    """(N, 1 + n + n (n + 1) / 2): a constant, the standardised signals, and their products."""
+    deviations = (_spread_out(names, values) - centre) / scale
+    bounded = np.nan_to_num(deviations).clip(-MOST_DEVIATION, MOST_DEVIATION)
+    first, second = np.triu_indices(bounded.shape[1])
+    products = (bounded[:, first] * bounded[:, second]).clip(-MOST_PRODUCT, MOST_PRODUCT)
+    return np.concatenate([np.ones((len(bounded), 1)), bounded, products], 1)
+
+
+def _spread_out(names: Sequence[str], values: Array) -> Array:
+    """Shares become log odds."""
+    shares = [name not in NO_SHARES for name in names]
+    made = values.copy()
+    inside = values[:, shares].clip(LEAST_SHARE, 1 - LEAST_SHARE)
+    made[:, shares] = np.log(inside / (1 - inside))
+    return made
+
+
+def _regress(inputs: Array, truth: Array, ridge: float) -> Array:
+    """Logistic regression on shares, by Newton's method; the constant is free."""
+    weights = np.zeros(inputs.shape[1])
+    mean = min(0.999, max(0.001, float(truth.mean())))
+    weights[0] = math.log(mean / (1 - mean))
+    penalty = np.full(inputs.shape[1], ridge)
+    penalty[0] = 0
+    for _ in range(8):
+        guess = _shares(inputs @ weights)
+        slope = inputs.T @ (truth - guess) / len(inputs) - penalty * weights
+        curvature = (inputs.T * np.maximum(guess * (1 - guess), 0.02)) @ inputs / len(inputs)
+        weights = weights + np.linalg.solve(curvature + np.diag(penalty + 1e-9), slope)
+    return weights
+
+
+def _shares(odds: Array) -> Array:
+    made: Array = 1 / (1 + np.exp(-odds.clip(-30, 30)))
+    return made
+
+
+def _rounded(values: Sequence[float] | Array) -> list[float]:
+    return [float(f"{value:.6g}") for value in values]

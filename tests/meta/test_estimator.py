@@ -1,0 +1,61 @@
+import math
+
+import numpy as np
+import pytest
+
+from meta.estimator import AccuracyModel, Table, fit_estimator
+from schemas.bundle import Estimator
+
+NAMES = ["confidence", "odd", "flips"]
+
+
+def table(seed: int, count: int = 600) -> Table:
+    """Accuracy that follows from confidence and oddness together, and is seen through some noise."""
+    random = np.random.default_rng(seed)
+    confidence, odd, flips = random.uniform(0.3, 0.99, count), random.uniform(0, 2, count), random.uniform(0, 1, count)
+    odds = np.log(confidence / (1 - confidence)) - odd + random.normal(0, 0.15, count)
+    adapted = 1 / (1 + np.exp(-odds))
+    return Table(np.stack([confidence, odd, flips], 1), np.stack([adapted, adapted * (1 - 0.5 * flips)], 1))
+
+
+@pytest.fixture(scope="module")
+def estimator() -> Estimator:
+    return fit_estimator(NAMES, [table(seed) for seed in range(3)])[0]
+
+
+def test_two_signals_together_say_what_neither_says_alone(estimator: Estimator) -> None:
+    unseen = table(9)
+    together = np.abs(AccuracyModel(estimator).of(unseen.values) - unseen.truth).mean(0)
+    assert together[0] < 0.03
+    assert together[1] < 0.06
+    for place, name in enumerate(NAMES[:2]):
+        groups = [Table(t.values[:, [place]], t.truth) for t in map(table, range(3))]
+        alone = AccuracyModel(fit_estimator([name], groups)[0])
+        error = np.abs(alone.of(unseen.values[:, [place]])[:, 0] - unseen.truth[:, 0]).mean()
+        assert error > 2 * together[0]
+
+
+def test_intervals_cover_about_nine_of_ten(estimator: Estimator) -> None:
+    unseen, model = table(9, 2_000), AccuracyModel(estimator)
+    low, high = model.interval(model.of(unseen.values)[:, 0])
+    inside = (unseen.truth[:, 0] >= low) & (unseen.truth[:, 0] <= high)
+    assert 0.85 < inside.mean() < 0.95
+
+
+def test_errors_are_those_on_groups_left_out() -> None:
+    """A group whose accuracy is nothing like the others' widens the intervals, though the fit has seen it."""
+    groups = [table(seed) for seed in range(3)]
+    strange = Table(groups[2].values, 1 - groups[2].truth)
+    plain, odd = (fit_estimator(NAMES, part)[0] for part in (groups, [*groups[:2], strange]))
+    width = [np.mean(np.array(e.high) - np.array(e.low)) for e in (plain, odd)]
+    assert width[1] > 3 * width[0]
+
+
+def test_estimates_stay_shares_whatever_the_signals(estimator: Estimator) -> None:
+    model = AccuracyModel(estimator)
+    for signals in ({}, {"confidence": 1.0, "odd": 1e9, "flips": -1e9}, {"confidence": 0.0, "odd": -1e9}):
+        adapted, source = model.accuracies(signals)
+        assert 0 <= adapted <= 1
+        assert 0 <= source <= 1
+    usual = dict.fromkeys(NAMES, math.nan)
+    assert model.accuracies({}) == model.accuracies(usual)

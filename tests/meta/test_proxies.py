@@ -1,0 +1,88 @@
+"""Signals of a pass, their running means, and what becomes of them when parameters go back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meta.bundle import Bundle
+from meta.proxies import SHADOW, SIGNALS, WINDOW, Observed, Observer, as_source, fold
+from schemas.state import RunningProxies
+
+ENTROPIES = [0.1, 0.2, 0.3, 0.4]
+
+
+@pytest.fixture
+def observer(tiny_bundle: Bundle) -> Observer:
+    return Observer(tiny_bundle.model, tiny_bundle.statistics, 0.3, ENTROPIES)
+
+
+def seen(
+    observer: Observer, bundle: Bundle, moved: float = 0.0, streams: int = 2
+) -> tuple[list[Observed], torch.Tensor]:
+    torch.manual_seed(0)
+    frames, stream = torch.randn(streams * 8, 1, 28, 28), torch.arange(streams).repeat_interleave(8)
+    state = bundle.method.fresh(streams)
+    state["affine"] = state["affine"] + moved * torch.randn_like(state["affine"][0])
+    forward = bundle.method.predict(frames, stream, state)
+    chosen = torch.arange(4)  # of the first stream only
+    return observer.observe(frames, forward, chosen), forward.logits.detach()
+
+
+def test_signals_are_means_over_each_streams_own_frames(observer: Observer, tiny_bundle: Bundle) -> None:
+    (first, second), logits = seen(observer, tiny_bundle, 0.3)
+    for one, own in zip((first, second), logits.split(8), strict=True):
+        highest = own.softmax(1).amax(1)
+        assert one.own["confidence"] == pytest.approx(float(highest.mean()), abs=1e-5)
+        assert one.own["above"] == pytest.approx(float((highest >= 0.3).float().mean()))
+        assert one.own["distance"] > 0
+    assert (first.shadowed, second.shadowed) == (4, 0)
+    assert (second.rank, second.flipped) == (None, None)
+    assert set(first.own) | set(first.shadow) <= set(SIGNALS)
+
+
+def test_parameters_of_source_agree_with_source(observer: Observer, tiny_bundle: Bundle) -> None:
+    (first, _), _ = seen(observer, tiny_bundle)
+    assert (first.shadow["flips"], first.shadow["moved"], first.flipped) == (0, 0, 0)
+    assert first.own["distance"] == 0
+    assert first.shadow["gap"] == pytest.approx(0, abs=1e-6)
+    (moved, _), _ = seen(observer, tiny_bundle, 3.0)
+    assert moved.shadow["gap"] != 0
+    assert moved.shadow["source_confidence"] == first.shadow["source_confidence"]
+
+
+def test_ranks_lie_among_those_of_clean_frames(observer: Observer) -> None:
+    ranks = observer._rank(torch.tensor([0.0, 0.25, 0.3, 9.0]))
+    assert ranks.tolist() == pytest.approx([-0.5, 0.0, 0.125, 0.5])
+
+
+def test_running_means_are_plain_at_first_and_then_forget() -> None:
+    proxies, values = RunningProxies(), [0.0, 1.0]
+    for value in values:
+        one = Observed(16, {"confidence": value}, 8, {"flips": value})
+        proxies = fold(proxies.model_copy(update={"frames": proxies.frames + 16}), one, {}, None)
+    assert proxies.signals == {"confidence": 0.5, "flips": 0.5}
+    assert proxies.shadowed == 16
+    one = Observed(16, {"confidence": 0.5}, 0, {})
+    late = proxies.model_copy(update={"frames": 10_016})
+    assert fold(late, one, {}, None).signals == {"confidence": 0.5, "flips": 0.5}
+    late.signals["confidence"] = 0.0
+    assert fold(late, one, {}, None).signals["confidence"] == pytest.approx(0.5 * 16 / WINDOW)
+
+
+def test_signals_that_are_not_finite_are_left_out() -> None:
+    proxies = fold(RunningProxies(frames=8), Observed(8, {}, 0, {}), {"novelty": float("nan"), "dose": 0.5}, None)
+    assert set(proxies.signals) == {"dose"}
+    fold(RunningProxies(frames=8), Observed(8, {}, 0, {}), {"novelty": -5.0, "loss": 3.0}, None)
+
+
+def test_parameters_that_went_back_are_known_by_what_source_did() -> None:
+    signals = dict.fromkeys(SIGNALS, 0.25) | dict.fromkeys(SHADOW, 0.75)
+    before = RunningProxies(frames=900, shadowed=100, signals=signals, accuracy=0.2, low=0.1, source_accuracy=0.8)
+    after = as_source(before)
+    assert after.accuracy == 0.8
+    assert after.low is None
+    assert after.signals["confidence"] == after.signals["source_confidence"] == 0.75
+    assert (after.signals["flips"], after.signals["distance"]) == (0, 0)
+    assert "dose" not in after.signals
+    assert after.frames < WINDOW
