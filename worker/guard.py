@@ -222,7 +222,7 @@ class Guard:
             return
         gain = ours - source
         if state.trusted:
-            if gain < 0 and proxies.shadowed >= ENOUGH:
+            if gain < -margin / 2 and proxies.shadowed >= ENOUGH:  # Nearly so: look closer.
                 state.watchful = max(state.watchful, frames)
             if gain < -margin and proxies.shadowed >= ENOUGH:
                 state.trusted, state.doubted, state.watchful = False, 0, WATCH
