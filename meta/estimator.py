@@ -43,7 +43,7 @@ class AccuracyModel:
 
     def __init__(self, estimator: Estimator) -> None:
         self.signals = tuple(estimator.signals)
-        self._centre, self._scale = np.array(estimator.centre), np.array(estimator.scale)
+        self._inputs = _Inputs(self.signals, np.array(estimator.centre), np.array(estimator.scale))
         self._weights = np.array([estimator.adapted, estimator.source]).T
         self._levels, self._low, self._high = (
             np.array(values) for values in (estimator.levels, estimator.low, estimator.high)
@@ -56,7 +56,7 @@ class AccuracyModel:
 
     def of(self, values: Array) -> Array:
         """(N, 2) for values (N, n) in the order of `signals`."""
-        return _shares(_inputs(self.signals, values, self._centre, self._scale) @ self._weights)
+        return _shares(self._inputs.of(values) @ self._weights)
 
     def interval(self, accuracy: Array) -> tuple[Array, Array]:
         """The ends (N,) of the 90% intervals around estimates (N,) for the adapted parameters."""
@@ -70,12 +70,12 @@ def fit_estimator(names: Sequence[str], groups: Sequence[Table]) -> tuple[Estima
     its ridge and intervals come from these. No two groups should have a shift in common.
     """
     whole = joined(groups)
-    spread = _spread_out(names, whole.values)
+    spread = _spread_out(_are_shares(names), whole.values)
     known = np.isfinite(spread)
     count = known.sum(0).clip(1)
     centre = np.where(known, spread, 0).sum(0) / count
     scale = np.sqrt((np.where(known, spread - centre, 0) ** 2).sum(0) / count) + 1e-6
-    inputs = [_inputs(names, group.values, centre, scale) for group in groups]
+    inputs = [_Inputs(names, centre, scale).of(group.values) for group in groups]
     unseen = {ridge: _left_out(inputs, groups, ridge) for ridge in RIDGES}
     ridge = min(RIDGES, key=lambda r: float(np.abs(unseen[r] - whole.truth).mean()))
     weights = [_regress(np.concatenate(inputs), whole.truth[:, target], ridge) for target in (0, 1)]
@@ -115,22 +115,29 @@ def _errors(estimate: Array, truth: Array) -> tuple[list[float], list[float], li
     return _rounded(levels), _rounded(low), _rounded(high)
 
 
-def _inputs(names: Sequence[str], values: Array, centre: Array, scale: Array) -> Array:
-    """(N, 1 + n + n (n + 1) / 2): a constant, the standardised signals, and their products."""
-    deviations = (_spread_out(names, values) - centre) / scale
-    bounded = np.nan_to_num(deviations).clip(-MOST_DEVIATION, MOST_DEVIATION)
-    first, second = np.triu_indices(bounded.shape[1])
-    products = (bounded[:, first] * bounded[:, second]).clip(-MOST_PRODUCT, MOST_PRODUCT)
-    return np.concatenate([np.ones((len(bounded), 1)), bounded, products], 1)
+class _Inputs:
+    """From signals (N, n) to (N, 1 + n + n (n + 1) / 2): a constant, the standardised signals, and their products."""
+
+    def __init__(self, names: Sequence[str], centre: Array, scale: Array) -> None:
+        self._shares = _are_shares(names)
+        self._centre, self._scale = centre, scale
+        self._first, self._second = np.triu_indices(len(names))
+
+    def of(self, values: Array) -> Array:
+        deviations = (_spread_out(self._shares, values) - self._centre) / self._scale
+        bounded = np.clip(np.where(np.isnan(deviations), 0, deviations), -MOST_DEVIATION, MOST_DEVIATION)
+        products = bounded[:, self._first] * bounded[:, self._second]
+        return np.concatenate([np.ones((len(bounded), 1)), bounded, products.clip(-MOST_PRODUCT, MOST_PRODUCT)], 1)
 
 
-def _spread_out(names: Sequence[str], values: Array) -> Array:
+def _are_shares(names: Sequence[str]) -> npt.NDArray[np.bool_]:
+    return np.array([name not in NO_SHARES for name in names])
+
+
+def _spread_out(shares: npt.NDArray[np.bool_], values: Array) -> Array:
     """Shares become log odds."""
-    shares = [name not in NO_SHARES for name in names]
-    made = values.copy()
-    inside = values[:, shares].clip(LEAST_SHARE, 1 - LEAST_SHARE)
-    made[:, shares] = np.log(inside / (1 - inside))
-    return made
+    inside = values.clip(LEAST_SHARE, 1 - LEAST_SHARE)
+    return np.where(shares, np.log(inside / (1 - inside)), values)
 
 
 def _regress(inputs: Array, truth: Array, ridge: float) -> Array:

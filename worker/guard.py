@@ -77,7 +77,8 @@ class Guard:
 
     def observe(self, before: GuardState, sight: Sight, proxies: RunningProxies) -> GuardState:
         """What is known after a micro-batch, whether it makes an update or not. `proxies` are those after it."""
-        state = before.model_copy(deep=True)
+        own = {"gradient": before.gradient.model_copy(), "update": before.update.model_copy()}
+        state = before.model_copy(update=own)
         frames = len(sight.checksums)
         state.watchful = max(0, state.watchful - frames)
         state.rest = max(0, state.rest - frames)
