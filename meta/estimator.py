@@ -35,6 +35,7 @@ class Table:
 
 
 def joined(tables: Sequence[Table]) -> Table:
+    """One after another."""
     return Table(np.concatenate([t.values for t in tables]), np.concatenate([t.truth for t in tables]))
 
 

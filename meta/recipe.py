@@ -147,6 +147,7 @@ def calibrate_bundle(
 
 
 def preprocessing_of(manifest: Manifest) -> Preprocessing:
+    """The standardisation that a bundle states."""
     return Preprocessing(torch.tensor(manifest.preprocess.mean), torch.tensor(manifest.preprocess.std))
 
 
