@@ -119,8 +119,8 @@ class Control:
         self._streams.release(fenced)
         return fenced
 
-    def look_after_the_rest(self) -> None:
-        """Claim streams that nobody holds, have them obey, and let them go again; some at a time."""
+    def look_after_the_rest(self, busy: Container[str]) -> list[str]:
+        """Claim streams that nobody holds, have them obey, and let them go again; some at a time. Returns as `run`."""
         now = time.monotonic()
         for stream in [stream for stream, moment in self._nobodys.items() if moment <= now]:
             del self._nobodys[stream]
@@ -132,10 +132,12 @@ class Control:
         waiting = self._disobedient([stream for stream in looked_at if stream not in self._engine])
         chosen = waiting[:CLAIMED_AT_ONCE]
         self._orphans.extend(waiting[CLAIMED_AT_ONCE:])
-        if chosen:
-            self.met(self._streams.ensure(chosen))
-            self.run(())
-            self._streams.release(chosen)
+        if not chosen:
+            return []
+        self.met(self._streams.ensure(chosen))
+        fenced = self.run(busy)
+        self._streams.release(chosen)
+        return fenced
 
     def _disobedient(self, streams: list[str]) -> list[str]:
         if not streams:

@@ -15,7 +15,7 @@ from torch import Tensor
 from meta.bundle import Bundle
 from meta.estimator import AccuracyModel
 from meta.method import Forward, State, finite_rows, put, take
-from meta.norms import NormMoments
+from meta.norms import AdaptableModel, NormMoments
 from meta.objective import per_stream_mean
 from meta.proxies import WINDOW, Observed, Observer, fold
 from monitoring.drift import observe
@@ -368,17 +368,6 @@ class Engine:
         parameters = {name: torch.stack([state[name] for state in own]) for name in self.fixed}
         return Fixed(frames, place.index_select(0, frames), parameters)
 
-    @torch.inference_mode()
-    def _answer_fixed(self, frames: Tensor, fixed: Fixed) -> Tensor:
-        """Logits (N, classes) of those frames alone."""
-        parameters, moments = fixed.parameters, None
-        if "norm_mean" in parameters:
-            none = torch.zeros(len(parameters["affine"]))
-            moments = NormMoments(fixed.stream, none, parameters["norm_mean"], parameters["norm_variance"])
-        chosen = frames.index_select(0, fixed.frames).contiguous(memory_format=torch.channels_last)
-        logits: Tensor = self.bundle.model(chosen, parameters["affine"].index_select(0, fixed.stream), moments)
-        return logits
-
     def _frames(self, part: Part) -> tuple[Tensor, list[tuple[list[int], float]]]:
         """The model's input; and of every micro-batch the frames' checksums and how many of them are blank."""
         pixels = [frame.pixels for batch in part.batches for frame in batch.frames]
@@ -410,7 +399,7 @@ class Engine:
         mean_entropy = per_stream_mean(entropy, part.stream, part.counts).tolist()
         mean_confidence = per_stream_mean(top.values[:, 0], part.stream, part.counts).tolist()
         if part.fixed is not None:
-            fixed = self._answer_fixed(frames, part.fixed)
+            fixed = answer_fixed(self.bundle.model, frames, part.fixed)
             fixed = fixed / (calibration.source_temperature or calibration.temperature)
             top = _likeliest(logits.index_copy(0, part.fixed.frames, fixed))
         confidence, index = top.values.clamp_max(1.0).tolist(), top.indices.tolist()
@@ -470,6 +459,18 @@ def temperature(calibration: Calibration, proxies: RunningProxies) -> float:
         return calibration.temperature
     excess = proxies.signals.get("answer_confidence", proxies.accuracy) - proxies.accuracy
     return calibration.temperature * math.exp(calibration.softening * excess)
+
+
+@torch.inference_mode()
+def answer_fixed(model: AdaptableModel, frames: Tensor, fixed: Fixed) -> Tensor:
+    """Logits (N, classes) of those of the frames (B, ch, h, w) alone, under their parameters."""
+    parameters, moments = fixed.parameters, None
+    if "norm_mean" in parameters:
+        none = torch.zeros(len(parameters["affine"]))
+        moments = NormMoments(fixed.stream, none, parameters["norm_mean"], parameters["norm_variance"])
+    chosen = frames.index_select(0, fixed.frames).contiguous(memory_format=torch.channels_last)
+    logits: Tensor = model(chosen, parameters["affine"].index_select(0, fixed.stream), moments)
+    return logits
 
 
 def _answering(batch: MicroBatch, resident: Resident, source: State) -> State:

@@ -220,7 +220,8 @@ class Worker:
         if self._store.reconnected():
             self._begin_again()
         self._trim()
-        self._control.look_after_the_rest()
+        if fenced := self._control.look_after_the_rest(self._busy):
+            self._rewind(fenced)
         self._consumer.commit()
         assigned = self._consumer.assignment()
         self._assigned = bool(assigned)

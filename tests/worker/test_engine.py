@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 import torch
 
+from meta.models import build_network
+from meta.norms import AdaptableModel
 from meta.proxies import SIGNALS
 from schemas.frame import Position
 from schemas.state import RunningProxies, StreamHeader, StreamState
 from worker.batcher import MicroBatch
 from worker.decode import DecodedFrame
-from worker.engine import Engine, blank_frames, next_header, next_proxies, normalise_pixels
+from worker.engine import Engine, Fixed, answer_fixed, blank_frames, next_header, next_proxies, normalise_pixels
 
 
 def batch(stream: str, count: int, seed: int = 0, adapt: bool = True) -> MicroBatch:
@@ -222,3 +224,23 @@ def test_source_and_approved_parameters_answer_beside_those_that_adapt(engine: E
     assert [(o.parameters, o.step) for o in plain.outlooks] == [("adapted", 5)] * 3
     assert [o.signals for o in passed.outlooks] == [o.signals for o in plain.outlooks]
     assert passed.outlooks[1].top_confidence != plain.outlooks[1].top_confidence
+
+
+def test_approved_normalisation_statistics_answer_too() -> None:
+    """A BatchNorm model that was approved is its affine and its running statistics, and needs no other frames."""
+    model = AdaptableModel(build_network("batchnorm-cnn", {"classes": 4, "channels": 1, "widths": [8, 8]}))
+    frames = torch.randn(5, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+    source = {"affine": model.source_affine, "norm_mean": model.source_mean, "norm_variance": model.source_variance}
+    approved = {
+        "affine": model.source_affine * 1.2,
+        "norm_mean": model.source_mean + 0.3,
+        "norm_variance": model.source_variance * 1.5,
+    }
+    both = {name: torch.stack([source[name], approved[name]]) for name in source}
+    answers = answer_fixed(model, frames, Fixed(torch.arange(5), torch.tensor([0, 1, 0, 1, 1]), both))
+    torch.testing.assert_close(answers[[0, 2]], model(frames[[0, 2]]))
+    for layer in model.layers:
+        layer.norm.running_mean += 0.3
+        layer.norm.running_var *= 1.5
+    expected = model(frames[[1, 3, 4]], approved["affine"].expand(3, -1))
+    torch.testing.assert_close(answers[[1, 3, 4]], expected)

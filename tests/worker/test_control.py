@@ -1,0 +1,102 @@
+"""Who obeys when: not a stream in a step, and nobody's streams without disturbing others."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from meta.bundle import Bundle
+from monitoring.metrics import WorkerMetrics
+from schemas.command import Command
+from schemas.config import Adapt, Kafka, Store
+from schemas.frame import Position
+from schemas.policy import Policy
+from worker.answer import Policies
+from worker.commands import CommandList
+from worker.control import Control
+from worker.engine import Engine
+from worker.publish import Publisher
+from worker.store import StateStore
+from worker.streams import Streams
+
+
+class Worker:
+    """A worker without frames."""
+
+    def __init__(self, bundle: Bundle, kafka: Kafka, store: Store, commands: CommandList) -> None:
+        self.publisher = Publisher(kafka, "w", threading.Event())
+        client, metrics, policies = StateStore(store), WorkerMetrics(0), Policies(Policy(), {})
+        self.streams = Streams(
+            Engine(bundle), client, self.publisher, metrics, "w", Adapt(), store, lambda act: act(), policies
+        )
+        self.control = Control(
+            commands, self.streams, client, self.publisher, metrics, policies, "w", lambda act: act(), lambda: None
+        )
+
+    def policy(self, stream: str):
+        return self.streams.engine.resident(stream).header.policy
+
+
+@pytest.fixture
+def commands() -> CommandList:
+    return CommandList()
+
+
+@pytest.fixture
+def worker(tiny_bundle: Bundle, kafka_settings: Kafka, store_settings: Store, commands: CommandList):
+    worker = Worker(tiny_bundle, kafka_settings, store_settings, commands)
+    yield worker
+    worker.publisher.close()
+
+
+def tell(commands: CommandList, offset: int, stream: str, action: str = "freeze") -> None:
+    command = Command(stream=stream, action=action)
+    commands.add(Position("commands", 0, offset), command.model_dump_json(exclude_none=True).encode())
+
+
+def test_a_stream_in_a_step_obeys_after_it(worker: Worker, commands: CommandList) -> None:
+    worker.control.met(worker.streams.ensure(["a", "b"]))
+    tell(commands, 0, "*")
+    worker.control.listen()
+    assert worker.control.run({"a"}) == []
+    assert worker.policy("a") is None
+    assert worker.control.due == {"a"}
+    assert worker.policy("b").frozen
+    assert worker.control.run(()) == []
+    assert worker.policy("a").frozen
+    assert worker.control.due == set()
+
+
+def test_nobodys_streams_obey_and_a_step_under_way_is_left_alone(
+    worker: Worker, commands: CommandList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.control.met(worker.streams.ensure(["silent"]))
+    tell(commands, 0, "silent", "unfreeze")
+    worker.control.listen()
+    worker.control.run(())
+    worker.streams.release(["silent"])
+    worker.control.met(worker.streams.ensure(["busy"]))
+    tell(commands, 1, "*")
+    worker.control.listen()
+    assert worker.control.look_after_the_rest({"busy"}) == []
+    assert "silent" not in worker.streams.engine
+    later = time.monotonic() + 10
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert worker.control.look_after_the_rest({"busy"}) == []
+    assert worker.policy("busy") is None
+    # It has obeyed, and was let go.
+    assert "silent" not in worker.streams.engine
+    worker.control.met(worker.streams.ensure(["silent"]))
+    assert worker.policy("silent").frozen
+    assert worker.control.due == {"busy"}
+
+
+def test_a_stream_that_another_claims_is_let_go(worker: Worker, commands: CommandList, store_settings: Store) -> None:
+    worker.control.met(worker.streams.ensure(["a"]))
+    StateStore(store_settings).claim(["a"], "another")
+    tell(commands, 0, "a")
+    worker.control.listen()
+    assert worker.control.run(()) == ["a"]
+    assert "a" not in worker.streams.engine
