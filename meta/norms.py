@@ -193,9 +193,10 @@ class StreamNorm(nn.Module):
                 shift = self._shaped(rows[:, place.shift : place.end], x)
         out = x_hat * scale if shift is None else torch.addcmul(shift, x_hat, scale)
         if self.frame_affine.features is not None:
+            pooled = self._pooled(out)
             if self.place.scale == 0:
-                self.frame_affine.first_features = self._under_source(x_hat.detach())
-            self.frame_affine.features.append((self.place.scale, self._pooled(out)))
+                self.frame_affine.first_features = pooled if rows is None else self._under_source(x_hat.detach())
+            self.frame_affine.features.append((self.place.scale, pooled))
         return out
 
     @torch.no_grad()

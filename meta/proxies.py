@@ -20,7 +20,7 @@ from torch import Tensor
 from meta.estimator import AccuracyModel
 from meta.method import Forward, State
 from meta.norms import AdaptableModel
-from meta.objective import SourceStatistics, entropy, per_stream_mean
+from meta.objective import SourceStatistics, per_stream_mean
 from schemas.state import RunningProxies
 
 OWN = (
@@ -72,7 +72,14 @@ class Observer:
         self._entropies = torch.tensor(list(entropies))
         self._dropped = _dropped_heads(model)
         self._last = slice(model.feature_count - model.layers[-1].feature_count, model.feature_count)
-        self._first = slice(0, model.layers[0].feature_count)
+        self._class_mean = source.class_mean
+        if source.class_mean is not None and source.class_square is not None:
+            spread = source.class_square - source.class_mean**2
+            self._class_weight = 1 / spread.clamp_min(1e-4 * source.scale**2)
+            # The nearest class mean in the last layer, each feature in source deviations: |m|^2 / 2 - x m is smallest.
+            means = source.class_mean[:, self._last] / source.scale[self._last]
+            self._class_way = (means / source.scale[self._last]).T.contiguous()
+            self._class_bias = -(means**2).sum(1) / 2
 
     @torch.no_grad()
     def observe(self, frames: Tensor, forward: Forward, chosen: Tensor) -> list[Observed]:
@@ -94,8 +101,7 @@ class Observer:
         head = self.model.frame_affine.head
         logits, answer = forward.logits.detach(), forward.answer
         frames, log_mix = self._frame_signals(logits, head), _marginal(forward, logits)
-        probability = answer.softmax(1)
-        frames["answer_confidence"] = probability.amax(1)
+        frames["answer_confidence"] = answer.log_softmax(1).amax(1).exp()
         features = forward.features.detach()[:, : self.source.mean.numel()]
         frames |= self._oddness(features, logits)
         frames["changed"] = (answer.argmax(1) != logits.argmax(1)).float()
@@ -135,10 +141,11 @@ class Observer:
         return self._means(measured, stream, counts), counts, logits
 
     def _frame_signals(self, logits: Tensor, head: Tensor | None) -> State:
-        highest = logits.softmax(1).amax(1)
+        log_p = logits.log_softmax(1)
+        highest = log_p.amax(1).exp()
         found = {
             "confidence": highest,
-            "entropy": entropy(logits) / math.log(logits.shape[1]),
+            "entropy": -(log_p.exp() * log_p).sum(1) / math.log(logits.shape[1]),
             "above": (highest >= self.threshold).float(),
         }
         if head is not None and self._dropped is not None and len(head) == len(logits):
@@ -160,23 +167,14 @@ class Observer:
     def _oddness(self, features: Tensor, logits: Tensor) -> State:
         """How far a frame's features (B, F) lie from those of clean frames of the class it is called."""
         said = logits.argmax(1)
-        if self.source.class_mean is None or self.source.class_square is None:
+        if self._class_mean is None:
             apart = ((features - self.source.mean) / self.source.scale) ** 2
-            nearest = said
+            off = torch.zeros(len(said))
         else:
-            mean = self.source.class_mean
-            spread = (self.source.class_square - mean**2).clamp_min(1e-4 * self.source.scale**2)
-            apart = (features - mean[said]) ** 2 / spread[said]
-            last = (
-                features[:, self._last] / self.source.scale[self._last],
-                mean[:, self._last] / self.source.scale[self._last],
-            )
-            nearest = torch.cdist(*last).argmin(1)
-        return {
-            "odd": apart.clamp(max=100).mean(1).log1p(),
-            "odd_last": apart[:, self._last].clamp(max=100).mean(1).log1p(),
-            "off_prototype": (nearest != said).float(),
-        }
+            apart = (features - self._class_mean[said]) ** 2 * self._class_weight[said]
+            off = (torch.addmm(self._class_bias, features[:, self._last], self._class_way).argmax(1) != said).float()
+        apart = apart.clamp(max=100)
+        return {"odd": apart.mean(1).log1p(), "odd_last": apart[:, self._last].mean(1).log1p(), "off_prototype": off}
 
     def _means(self, frames: State, stream: Tensor, counts: Tensor) -> State:
         joined = torch.stack(list(frames.values()), 1).nan_to_num()
