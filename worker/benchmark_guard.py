@@ -141,8 +141,10 @@ def run_guard(
     bundle = load_bundle(folder)
     attacks = _attacks(bundle, quick, say)
     streams = _streams(bundle, quick, say)
-    cost = cost_share(bundle, 8 if quick else 30)
-    say(f"guard and proxies take {cost['share']:.1%} of a step")
+    shares = (GuardSettings().source_share, GuardSettings().source_share / 2)
+    cost = {f"source_share {share}": cost_share(bundle, 8 if quick else 30, share) for share in shares}
+    for name, one in cost.items():
+        say(f"guard and proxies take {one['share']:.1%} of a step with {name}")
     content = {
         "command": command,
         "commit": commit(),
@@ -293,15 +295,18 @@ class _Blind:
         return [Observed(count, {}, 0, {}) for count in forward.counts.long().tolist()]
 
 
-def cost_share(bundle: Bundle, rounds: int) -> dict[str, float]:
+def cost_share(bundle: Bundle, rounds: int, source_share: float) -> dict[str, float]:
     """Time of a step of four streams x 16 frames with guard and proxies over one without, less 1: medians of
-    whole rounds of eight steps, in which every stream is answered by source once, taken in turns.
+    whole rounds of so many steps, in which every stream is answered by source once, taken in turns.
 
     One thread, as each of a worker's passes has; streams past their youth, as most are.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with_guard, without = Bench(bundle), Bench(bundle, GuardSettings(source_share=0))
+    with_guard, without = (
+        Bench(bundle, GuardSettings(source_share=source_share)),
+        Bench(bundle, GuardSettings(source_share=0)),
+    )
     without.engine._observer = _Blind()  # type: ignore[assignment]
     pool = data.fashion_mnist("test").images
     names = ["a", "b", "c", "d"]
@@ -309,7 +314,8 @@ def cost_share(bundle: Bundle, rounds: int) -> dict[str, float]:
         bench.serve({name: pool[i * 320 : i * 320 + 320] for i, name in enumerate(names)})
     times: list[tuple[float, float]] = []
     served = {name: Served() for name in names}
-    for number in range(8 * rounds):
+    steps = round(1 / source_share)
+    for number in range(steps * rounds):
         pixels = pool[4_000 + 64 * (number % 90) :][:64]
         begin = time.perf_counter()
         with_guard._turn([with_guard._batch(n, pixels[16 * i : 16 * i + 16]) for i, n in enumerate(names)], served)
@@ -321,5 +327,5 @@ def cost_share(bundle: Bundle, rounds: int) -> dict[str, float]:
         without.engine.accept(proposals, proposals.proposals)
         times.append((middle - begin, time.perf_counter() - middle))
     torch.set_num_threads(threads)
-    ours, plain = np.median(np.array(times).reshape(rounds, 8, 2).mean(1), 0)
+    ours, plain = np.median(np.array(times).reshape(rounds, steps, 2).mean(1), 0)
     return {"share": round(float(ours / plain - 1), 4), "seconds": float(ours), "seconds_without": float(plain)}
