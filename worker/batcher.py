@@ -18,7 +18,8 @@ class MicroBatch:
     """Frames of one stream, oldest first.
 
     `adapt`: they make an update. Otherwise, `fold` says whether they count as done without one, for `reason`, or
-    are only predicted now and come again with later frames. `answer`: whose parameters predict.
+    are only predicted now and come again with later frames. `answer`: whose parameters predict. `hurried`: they are
+    predicted as fast as can be, and teach nothing.
     """
 
     stream: str
@@ -27,6 +28,7 @@ class MicroBatch:
     fold: bool
     reason: str = ""
     answer: Parameters = "adapted"
+    hurried: bool = False
 
     @property
     def unpublished(self) -> list[DecodedFrame]:

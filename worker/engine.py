@@ -6,7 +6,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -83,6 +83,7 @@ class Gathered:
 
     adapting: Part | None
     passive: Part | None
+    hurried: Part | None
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,8 @@ class Engine:
         """Copy the states that the micro-batches need."""
         return Gathered(
             self._part([batch for batch in batches if batch.adapt]),
-            self._part([batch for batch in batches if not batch.adapt]),
+            self._part([batch for batch in batches if not (batch.adapt or self._hurries(batch))]),
+            self._part([batch for batch in batches if self._hurries(batch)]),
         )
 
     def forward(self, gathered: Gathered) -> Pass:
@@ -264,18 +266,32 @@ class Engine:
             outlooks += self._outlooks(part, frames, forward.answer, observed, sights)
         adapting, passive, kept = list(outlooks), list[Outlook](), None
         if gathered.passive is not None:
-            passive, kept = self._predict_only(gathered.passive)
-        return Pass(adapting + passive, adapting, forward, passive, kept)
+            passive, kept = self._watch(gathered.passive)
+        hurried = self._hurry(gathered.hurried) if gathered.hurried is not None else []
+        return Pass(adapting + passive + hurried, adapting, forward, passive, kept)
 
-    def _predict_only(self, part: Part) -> tuple[list[Outlook], State | None]:
+    def _hurries(self, batch: MicroBatch) -> bool:
+        return not batch.adapt and (batch.hurried or not self._observe)
+
+    def _watch(self, part: Part) -> tuple[list[Outlook], State]:
+        """Frames that make no update, but show what their stream is like."""
         frames, sights = self._frames(part)
         with torch.inference_mode():
-            if self._observe:
-                forward = self._method.predict(frames, part.stream, part.state)
-                observed = self._observer.observe(frames, forward, part.shadow)
-                return self._outlooks(part, frames, forward.answer, observed, sights), self._method.observe(forward)
-            rows = part.state["affine"].index_select(0, part.stream)
-            return self._outlooks(part, frames, self.bundle.model(frames, rows), None, sights), None
+            forward = self._method.predict(frames, part.stream, part.state)
+            observed = self._observer.observe(frames, forward, part.shadow)
+            return self._outlooks(part, frames, forward.answer, observed, sights), self._method.observe(forward)
+
+    def _hurry(self, part: Part) -> list[Outlook]:
+        """One forward of the bare model under the parameters that answer: no class filter, no question to source."""
+        frames, sights = self._frames(part)
+        parameters = {name: part.state[name] for name in FIXED if name in part.state}
+        if part.fixed is not None:
+            rows = part.stream.index_select(0, part.fixed.frames)
+            for name, own in part.fixed.parameters.items():
+                parameters[name] = parameters[name].index_copy(0, rows, own.index_select(0, part.fixed.stream))
+            part = replace(part, fixed=None)
+        logits = answer_barely(self.bundle.model, frames, part.stream, parameters)
+        return self._outlooks(part, frames, logits, None, sights)
 
     def adapt(self, passed: Pass) -> Proposals:
         """The update of every micro-batch that adapts, and what the others have shown of their streams."""
@@ -348,7 +364,7 @@ class Engine:
         start = 0
         for batch, resident in zip(batches, residents, strict=True):
             header, end = resident.header, start + len(batch.frames)
-            if every := self._shadow_every:
+            if (every := self._shadow_every) and not self._hurries(batch):
                 # Streams that began together do not all ask in the same pass.
                 turn = header.events + zlib.crc32(batch.stream.encode())
                 if watched(header.guard, header.proxies) or turn % every == 0:
@@ -461,15 +477,20 @@ def temperature(calibration: Calibration, proxies: RunningProxies) -> float:
     return calibration.temperature * math.exp(calibration.softening * excess)
 
 
-@torch.inference_mode()
 def answer_fixed(model: AdaptableModel, frames: Tensor, fixed: Fixed) -> Tensor:
     """Logits (N, classes) of those of the frames (B, ch, h, w) alone, under their parameters."""
-    parameters, moments = fixed.parameters, None
+    chosen = frames.index_select(0, fixed.frames).contiguous(memory_format=torch.channels_last)
+    return answer_barely(model, chosen, fixed.stream, fixed.parameters)
+
+
+@torch.inference_mode()
+def answer_barely(model: AdaptableModel, frames: Tensor, stream: Tensor, parameters: State) -> Tensor:
+    """Logits (B, classes) of frames (B, ch, h, w), each under its row `stream` (B,) of the parameters in `FIXED`."""
+    moments = None
     if "norm_mean" in parameters:
         none = torch.zeros(len(parameters["affine"]))
-        moments = NormMoments(fixed.stream, none, parameters["norm_mean"], parameters["norm_variance"])
-    chosen = frames.index_select(0, fixed.frames).contiguous(memory_format=torch.channels_last)
-    logits: Tensor = model(chosen, parameters["affine"].index_select(0, fixed.stream), moments)
+        moments = NormMoments(stream, none, parameters["norm_mean"], parameters["norm_variance"])
+    logits: Tensor = model(frames, parameters["affine"].index_select(0, stream), moments)
     return logits
 
 
@@ -526,7 +547,7 @@ def next_header(
             "events": header.events + 1,
             "proxies": proxies or header.proxies,
             "guard": guard or header.guard,
-            "drift": observe(header.drift, outlook.signals) if watch else header.drift,
+            "drift": observe(header.drift, outlook.signals) if watch and not outlook.batch.hurried else header.drift,
             "probation": max(0, header.probation - len(frames)),
         }
     )

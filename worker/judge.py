@@ -48,7 +48,10 @@ def judge(
     before = outlook.resident.header
     update = proposal is not None and proposal.update
     signals = proposal.signals if proposal is not None else {}
-    proxies = next_proxies(before.proxies, outlook, signals, engine.accuracy_model)
+    # What hurried frames look like depends on who answered them.
+    proxies = before.proxies
+    if not outlook.batch.hurried:
+        proxies = next_proxies(before.proxies, outlook, signals, engine.accuracy_model)
     state = guard.observe(before.guard, outlook.sight, proxies)
     verdict, restored = Verdict("skipped", outlook.batch.reason), None
     if proposal is not None and update:

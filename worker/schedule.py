@@ -40,17 +40,18 @@ class Scheduler:
         header = self._engine.resident(batch.stream).header
         policy = self._policies.of(header)
         batch = replace(batch, answer=answering(policy, header, header.guard.trusted))
+        late = self._late(batch, now)
         if not batch.adapt:
-            return batch
+            return replace(batch, hurried=late)
         if reason := held_back(policy, header, now):
             self._metrics.left_out.labels("policy").inc()
-            return replace(batch, adapt=False, reason=reason)
+            return replace(batch, adapt=False, hurried=late, reason=reason)
+        if late:
+            self._metrics.left_out.labels("overload").inc()
+            return replace(batch, adapt=False, hurried=True, reason=self._overload)
         if self._on_demand and not self._wanted(batch.stream):
             self._metrics.left_out.labels("settled").inc()
             return replace(batch, adapt=False, reason=SETTLED)
-        if self._late(batch, now):
-            self._metrics.left_out.labels("overload").inc()
-            return replace(batch, adapt=False, reason=self._overload)
         return batch
 
     def _wanted(self, stream: str) -> bool:

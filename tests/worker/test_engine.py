@@ -244,3 +244,22 @@ def test_approved_normalisation_statistics_answer_too() -> None:
         layer.norm.running_var *= 1.5
     expected = model(frames[[1, 3, 4]], approved["affine"].expand(3, -1))
     torch.testing.assert_close(answers[[1, 3, 4]], expected)
+
+
+@pytest.mark.parametrize("answer", ["adapted", "source"])
+def test_hurried_frames_are_answered_by_one_bare_forward_and_teach_nothing(engine: Engine, answer) -> None:
+    """Under overload: no class filter, no question to source, and in the state nothing but the position moves."""
+    engine.resident("a").header.step = 1
+    model, moved = engine.bundle.model, engine.tensors("a")["affine"].add_(0.3)
+    hurried = replace(batch("a", 6, adapt=False), answer=answer, hurried=True)
+    passed = engine.predict([batch("b", 4), hurried, batch("c", 4, adapt=False)])
+    outlook = next(one for one in passed.outlooks if one.batch is hurried)
+    rows = (moved if answer == "adapted" else model.source_affine).expand(6, -1)
+    pixels = normalise_pixels([frame.pixels for frame in hurried.frames], engine.bundle.manifest.preprocess)
+    with torch.inference_mode():
+        expected = (model(pixels, rows) / engine.bundle.manifest.calibration.temperature).softmax(1).topk(3, 1)
+    assert outlook.top_index == expected.indices.tolist()
+    assert torch.tensor(outlook.top_confidence).allclose(expected.values, atol=1e-5)
+    assert outlook.parameters == answer
+    assert outlook.observed is None
+    assert {p.outlook.batch.stream for p in engine.adapt(passed).proposals} == {"b", "c"}

@@ -42,9 +42,9 @@ def decide(engine: Engine, settings: Batch, *batches: MicroBatch, now: float = 1
 
 def test_late_frames_are_predicted_only_and_counted(engine: Engine) -> None:
     (late, fresh), count = decide(engine, Batch(latency_budget_ms=1_000), sent(at=99.4), sent(at=99.6))
-    assert (late.adapt, late.fold) == (False, True)
+    assert (late.adapt, late.fold, late.hurried) == (False, True, True)
     assert "overload" in late.reason
-    assert fresh.adapt
+    assert (fresh.adapt, fresh.hurried) == (True, False)
     assert count == 1
 
 
