@@ -26,7 +26,7 @@ from worker.kafka_client import create_topics
 
 PARTITIONS = 4
 STREAMS = [f"cam-{i}" for i in range(12)]
-PICTURES = [picture(i) for i in range(200)]
+PICTURES = [picture(i) for i in range(1_009)]  # each stream's differ: the guard lets repeated ones teach nothing
 SESSION_S = 6.0
 FRAMES_PER_SECOND = 120
 
@@ -106,7 +106,9 @@ class Feeder:
 
 def send(producer: Any, kafka: Kafka, index: int) -> None:
     stream = STREAMS[index % len(STREAMS)]
-    producer.send(kafka.topics.frames, key=stream.encode(), value=PICTURES[index % 200], partition=partition_of(index))
+    producer.send(
+        kafka.topics.frames, key=stream.encode(), value=PICTURES[index % len(PICTURES)], partition=partition_of(index)
+    )
 
 
 def predictions(site: Site, until: int | None = None) -> list[tuple[float, int, str]]:
