@@ -18,7 +18,7 @@ COPY worker worker
 COPY driftkeel.example.yaml ./
 COPY bundles/fashion-mnist bundles/fashion-mnist
 COPY deploy deploy
-RUN pip install --constraint constraints.txt '.[console]'
+RUN pip install --constraint constraints.txt .
 
 FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="driftkeel" \

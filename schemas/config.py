@@ -94,6 +94,13 @@ class Store(Section):
     compression: Literal["none", "deflate"] = Field(
         "deflate", description="of stored tensors, without loss; none where states are large and the network is fast"
     )
+    write_interval_ms: int = Field(
+        0,
+        ge=0,
+        le=60_000,
+        description="a stream's state is written so often; what a crash costs is read and predicted again. "
+        "0: after every step",
+    )
     max_state_bytes: int = Field(64 << 20, ge=1_024, description="a stored state larger than this is refused")
     idle_ttl_s: int = Field(
         0, ge=0, description="states of streams idle for so long expire, and restart from source; 0 keeps them"
@@ -139,8 +146,8 @@ class Batch(Section):
     latency_budget_ms: int = Field(
         0,
         ge=0,
-        description="from a record's timestamp to its prediction; frames that have used half of it are only predicted; "
-        "0: every frame is adapted on, however late",
+        description="from a record's timestamp to its prediction; frames that have used half of it are only predicted, "
+        "and teach nothing; 0: every frame is adapted on, however late",
     )
 
     @model_validator(mode="after")

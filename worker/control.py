@@ -10,7 +10,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,6 @@ from worker.answer import Policies
 from worker.commands import CommandList, Numbered
 from worker.engine import Engine, Resident
 from worker.obey import Entry, Place, Subject, obey
-from worker.publish import Publisher
 from worker.store import StateStore
 from worker.streams import Heal, Streams
 
@@ -50,15 +49,15 @@ class Control:
         commands: CommandList,
         streams: Streams,
         store: StateStore,
-        publisher: Publisher,
         metrics: WorkerMetrics,
         policies: Policies,
         worker: str,
         heal: Heal,
-        keep_alive: Callable[[], object],
+        flush: Callable[[Collection[str]], list[str]],
     ) -> None:
+        """`flush` writes what streams have become, returns those that are refused, and has their events published."""
         self._commands, self._streams, self._store = commands, streams, store
-        self._publisher, self._metrics, self._heal, self._keep_alive = publisher, metrics, heal, keep_alive
+        self._metrics, self._heal, self._flush = metrics, heal, flush
         self._engine: Engine = streams.engine
         self._place = Place.of(self._engine, policies, worker)
         self._due: set[str] = set()
@@ -102,14 +101,15 @@ class Control:
         ready = [stream for stream in self._due if stream not in busy]
         if not ready:
             return []
-        # The events that lie beside the states must be in the topic before others take their place.
-        self._publisher.settle(self._keep_alive)
+        # Commands find the stream as it is stored; and the events beside it are in the topic before theirs are there.
+        refused = self._flush(ready)
+        self._streams.release(refused)
         obeyed = [found for stream in ready if (found := self._obeyed(stream)) is not None]
         self._due.difference_update(ready)
         # Some may have gone to other workers while store or broker were waited for.
         obeyed = [found for found in obeyed if found.entry.header.stream in self._engine]
         if not obeyed:
-            return []
+            return refused
         accepted = self._streams.write([found.entry for found in obeyed])
         fenced = [found.entry.header.stream for found, good in zip(obeyed, accepted, strict=True) if not good]
         for found, good in zip(obeyed, accepted, strict=True):
@@ -117,7 +117,7 @@ class Control:
                 self._finish(found)
         self._metrics.fenced.inc(len(fenced))
         self._streams.release(fenced)
-        return fenced
+        return refused + fenced
 
     def look_after_the_rest(self, busy: Container[str]) -> list[str]:
         """Claim streams that nobody holds, have them obey, and let them go again; some at a time. Returns as `run`."""

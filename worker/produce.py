@@ -233,9 +233,7 @@ class Player:
         style = self.wishes.style
         pictures = _reconnecting(item, style, self.stop) if item.live else item.pictures(style, skip)
         nothing = True
-        # Of what comes as it is taken, no frame waits for the next one.
-        marked = _knowing_the_last(pictures) if item.remembered else ((picture, False) for picture in pictures)
-        for picture, last in marked:
+        for picture, last in _knowing_the_last(pictures):
             nothing = False
             if not self._send(item, picture, round_name, last):
                 return
@@ -274,7 +272,7 @@ class Player:
         self.tally.bytes += len(picture.content)
         if time.monotonic() - self._noted > NOTE_EVERY_S:
             self.remember()
-        return not self._enough()
+        return True
 
     def _pace(self, picture: Picture) -> None:
         """Wait until it is the picture's turn: by its video's clock; where it has none, by `fps`."""

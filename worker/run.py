@@ -32,6 +32,7 @@ from worker.decode import Decoder
 from worker.engine import Engine
 from worker.guard import Guard
 from worker.intake import Intake
+from worker.journal import Journal
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed, require_topics, until_reached
 from worker.offsets import Offsets, Partition
 from worker.publish import Publisher
@@ -129,12 +130,20 @@ class Worker:
             policies,
             Upgrade(config.bundle, engine),
         )
+        self._journal = Journal(
+            self._streams,
+            self._publisher,
+            self._offsets,
+            self.metrics,
+            config.store.write_interval_ms,
+            self._keep_alive,
+        )
         self._step = Step(
             self._streams,
             self._batcher,
             Guard(config.guard, bundle.manifest.limits),
             self._publisher,
-            self._offsets,
+            self._journal,
             self.metrics,
             config.worker,
             self._keep_alive,
@@ -148,12 +157,11 @@ class Worker:
             commands,
             self._streams,
             store,
-            self._publisher,
             self.metrics,
             policies,
             config.worker,
             self._heal,
-            self._keep_alive,
+            self._journal.flush,
         )
         if not self._commands.caught_up.wait(COMMANDS_PATIENCE_S):
             log.warning("topic %s is not read to its end yet; commands come later", config.kafka.topics.commands)
@@ -197,6 +205,7 @@ class Worker:
                 self._turn()
             while self._flights:
                 self._move_on()
+            self._journal.flush()
         except UnreachableError as error:
             if not self._stop.is_set():
                 raise
@@ -217,6 +226,7 @@ class Worker:
         self._start()
         if self._flights:
             self._move_on()
+        self._refused(self._journal.flush_due())
         if self._store.reconnected():
             self._begin_again()
         self._trim()
@@ -255,12 +265,16 @@ class Worker:
                 self._step.publish(flight)
             if flight.adapted.done():
                 self._start_again()
-                if fenced := self._step.finish(flight):
-                    self._rewind(fenced)
-                    # Two workers with frames of one stream (it moved) would refuse each other for ever in lockstep.
-                    span = time.monotonic() - flight.started + self.config.batch.max_wait_ms / 1000
-                    self._stop.wait(random.uniform(0, 2 * span))  # noqa: S311
+                self._refused(self._step.finish(flight), time.monotonic() - flight.started)
                 self._flights.remove(flight)
+
+    def _refused(self, fenced: list[str], span: float = 0.0) -> None:
+        """Another worker has claimed these streams; `span` is how long the step took that found out."""
+        if fenced:
+            self._rewind(fenced)
+            # Two workers with frames of one stream (it moved) would refuse each other for ever in lockstep.
+            span += self.config.batch.max_wait_ms / 1000
+            self._stop.wait(random.uniform(0, 2 * span))  # noqa: S311
 
     def _start_again(self) -> None:
         if not self._stop.is_set():
@@ -273,6 +287,7 @@ class Worker:
 
     def _trim(self) -> None:
         if self._streams.crowded:
+            self._refused(self._journal.flush())
             self._streams.trim(self._batcher.streams | self._busy)
 
     def _show_lag(self) -> None:

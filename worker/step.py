@@ -3,6 +3,7 @@
 1. Predictions leave before their frames change anything, and are acknowledged before the state moves past them:
    a frame at or before a stored position has been predicted for certain.
 2. State, position and update event are written together; a crash before that repeats the step, one after it does not.
+   With `store.write_interval_ms` this holds for the steps since the last write, together (see `worker.journal`).
 3. Offsets may be committed only for frames whose state is stored.
 
 The passes themselves run in threads, each pass in one. While a step is published, acknowledged and stored, others are
@@ -11,7 +12,6 @@ under way; a stream is in one step at a time.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -20,25 +20,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from meta.method import State
 from monitoring import observe
 from monitoring.metrics import WorkerMetrics
 from monitoring.proxies import estimate
-from schemas.state import Snapshot, StreamHeader
-from schemas.update import SealedEvent, UpdateEvent, seal
+from schemas.state import StreamHeader
+from schemas.update import UpdateEvent, seal
 from worker.answer import named
 from worker.batcher import MicroBatch, MicroBatcher
 from worker.engine import Gathered, Outlook, Pass, Proposal, Proposals
 from worker.guard import Guard, Verdict
+from worker.journal import Folded, Journal
 from worker.judge import Judgement, judge
 from worker.messages import PredictionWriter
-from worker.obey import Entry
-from worker.offsets import Offsets
 from worker.publish import Publisher
 from worker.streams import Streams
 from worker.trace import Span, Trace
-
-log = logging.getLogger("driftkeel.step")
 
 
 @dataclass(frozen=True)
@@ -66,15 +62,6 @@ class Flight:
         return self.adapted if self.published or self.adapted.done() else self.predicted
 
 
-@dataclass(frozen=True)
-class _Judged:
-    outlook: Outlook
-    kept: Proposal | None
-    header: StreamHeader
-    sealed: SealedEvent
-    snapshot: Snapshot | None
-
-
 class Step:
     """Runs micro-batches through engine, guard, store and topics: `start`, then `publish`, then `finish`."""
 
@@ -84,7 +71,7 @@ class Step:
         batcher: MicroBatcher,
         guard: Guard,
         publisher: Publisher,
-        offsets: Offsets,
+        journal: Journal,
         metrics: WorkerMetrics,
         worker: str,
         keep_alive: Callable[[], object],
@@ -93,7 +80,7 @@ class Step:
         trace: Trace | None = None,
     ) -> None:
         self._streams, self._batcher, self._guard = streams, batcher, guard
-        self._publisher, self._offsets, self._metrics = publisher, offsets, metrics
+        self._publisher, self._journal, self._metrics = publisher, journal, metrics
         self._worker, self._keep_alive = worker, keep_alive
         self._engine = engine = streams.engine
         self._watch, self._trace = watch, trace
@@ -124,7 +111,7 @@ class Step:
     def finish(self, flight: Flight) -> list[str]:
         """Judge and store, once the predictions are acknowledged.
 
-        Returns the streams that another worker has claimed; their frames have changed nothing.
+        Returns streams that another worker has claimed; their frames have changed nothing in the store.
         """
         if not flight.published:
             self.publish(flight)
@@ -133,8 +120,8 @@ class Step:
         started = time.monotonic()
         self._publisher.settle(self._keep_alive)
         settled = time.monotonic()
-        judged = self._judge(passed.outlooks, proposals)
-        fenced = self._store(judged, proposals)
+        self._judge(passed.outlooks, proposals)
+        fenced = self._journal.flush_due()
         for outlook in passed.outlooks:
             if not outlook.batch.fold and self._engine.holds(outlook.batch.stream, outlook.resident):
                 self._batcher.hold(outlook.batch)
@@ -202,13 +189,13 @@ class Step:
             self._publisher.prediction(key, frame_id, moment, content, frame.traceparent)
             answers.add(frame.position, frame.received, frame.sent, confidence[0])
 
-    def _judge(self, outlooks: list[Outlook], proposals: Proposals) -> list[_Judged]:
-        """A decision for every micro-batch that counts as done with this step."""
+    def _judge(self, outlooks: list[Outlook], proposals: Proposals) -> None:
+        """A decision for every micro-batch that counts as done with this step; in memory, streams are what it says."""
         proposed = {id(p.outlook): p for p in proposals.proposals}
-        judged = []
+        folded, accepted = [], []
         for outlook in outlooks:
-            resident = outlook.resident
-            if not outlook.batch.fold or not self._engine.holds(outlook.batch.stream, resident):
+            resident, batch = outlook.resident, outlook.batch
+            if not batch.fold or not self._engine.holds(batch.stream, resident):
                 continue
             proposal = proposed.get(id(outlook))
             newest = self._streams.newest
@@ -224,28 +211,17 @@ class Step:
             snapshot = self._streams.snapshot(resident.header, header, event)
             sealed = seal(event)
             header.last_event = sealed.digest
-            judged.append(_Judged(outlook, judgement.kept, header, sealed, snapshot))
-        return judged
-
-    def _store(self, judged: list[_Judged], proposals: Proposals) -> list[str]:
-        # A snapshot may have been waited for, and streams have gone meanwhile.
-        judged = [j for j in judged if self._engine.holds(j.header.stream, j.outlook.resident)]
-        if not judged:
-            return []
-        entries = [Entry(j.header, (j.sealed,), _row(proposals, j.kept), snapshot=j.snapshot) for j in judged]
-        accepted = self._streams.write(entries)
-        kept = [j for j, good in zip(judged, accepted, strict=True) if good]
-        self._engine.accept(proposals, [j.kept for j in kept if j.kept is not None])
-        for j in kept:
-            self._publisher.update(j.sealed)
-            _say(j.sealed.event)
-            self._offsets.finished(frame.position for frame in j.outlook.batch.frames)
-            here = self._engine.holds(j.header.stream, j.outlook.resident)
-            observe.decided(self._metrics, j.sealed.event, j.header if here else None)
-            observe.judged(self._metrics, j.sealed.event, j.outlook.mean_entropy, j.outlook.parameters)
-        fenced = [j.header.stream for j, good in zip(judged, accepted, strict=True) if not good]
-        self._metrics.fenced.inc(len(fenced))
-        return fenced
+            positions = [frame.position for frame in batch.frames]
+            moved = judgement.kept is not None
+            entropy, answered = outlook.mean_entropy, outlook.parameters
+            folded.append(Folded(resident, header, sealed, moved, positions, entropy, answered, snapshot))
+            if judgement.kept is not None:
+                accepted.append(judgement.kept)
+        self._engine.accept(proposals, accepted)
+        for one in folded:
+            # A snapshot may have been waited for, and streams have gone meanwhile.
+            if self._engine.holds(one.header.stream, one.resident):
+                self._journal.add(one)
 
     def _event(
         self,
@@ -303,20 +279,8 @@ class Step:
         return said
 
 
-def _row(proposals: Proposals, kept: Proposal | None) -> State | None:
-    return None if kept is None else {name: tensor[kept.row] for name, tensor in proposals.state.items()}
-
-
 def _moved(verdict: Verdict, proposal: Proposal | None) -> dict[str, float]:
     """How far each layer moved by an update that was accepted, whole or in part."""
     if proposal is None or not verdict.apply:
         return {}
     return {layer: float(f"{verdict.share * moved:.4g}") for layer, moved in proposal.layers.items()}
-
-
-def _say(event: UpdateEvent) -> None:
-    """To the log: what took a stream back, for everybody; the rest for who asks. Found by stream and frame position."""
-    level = logging.WARNING if event.decision in ("rolled_back", "reset") else logging.DEBUG
-    if log.isEnabledFor(level):
-        about = {"stream": event.stream, "frame": event.frames[-1], "decision": event.decision}
-        log.log(level, "%s: %s (%s)", event.id, event.decision, event.reason, extra=about)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import signal
 import threading
@@ -28,6 +29,12 @@ SESSION_S = 2.0
 FRAMES_PER_SECOND = 40
 SETTLE_S = 180.0
 JOIN_S = 60.0
+WRITE_INTERVALS_MS = [0, 400]
+# The guard lets every update pass: what is checked is where updates go, and the replay knows no limits of a guard.
+PERMISSIVE = {
+    **{"never_worse": False, "min_entropy": 0.0, "min_marginal_entropy": 0.0, "max_repeats": 1.0},
+    **{"max_alike": 1_000_000, "max_jump": 1e9, "max_distance_factor": 1e9, "max_gradient_factor": 1e9},
+}
 
 
 @dataclass
@@ -47,7 +54,9 @@ class Chaos:
     assignments: dict[int, int] = field(default_factory=dict)  # by worker's process id, when membership last changed
 
     def add_worker(self) -> None:
-        self.workers.append(self.site.start())
+        """One that writes after every step, or one that always has something in memory that the store has not."""
+        store = {**self.site.config["store"], "write_interval_ms": self.random.choice(WRITE_INTERVALS_MS)}
+        self.workers.append(self.site.start(store=store))
 
     def await_group(self) -> None:
         """Wait until all workers that run have been assigned partitions since the last of them came or went.
@@ -235,12 +244,12 @@ class Feeder:
 
     def _run(self) -> None:
         producer = KafkaProducer(bootstrap_servers=self._kafka.bootstrap, batch_size=0)
-        pictures = [picture(self._seed * 1_000 + i) for i in range(64)]
-        index = 0
-        while not self._stop.wait(1 / FRAMES_PER_SECOND):
-            stream, image = STREAMS[index % len(STREAMS)], pictures[index % len(pictures)]
-            producer.send(self._kafka.topics.frames, key=stream.encode(), value=image)
-            index += 1
+        for index in itertools.count():
+            if self._stop.wait(1 / FRAMES_PER_SECOND):
+                break
+            # Each another picture: the guard lets repeated ones teach nothing.
+            image = picture(self._seed * 1_000_000 + index)
+            producer.send(self._kafka.topics.frames, key=STREAMS[index % len(STREAMS)].encode(), value=image)
         producer.flush(timeout=60)
         producer.close()
 
@@ -307,6 +316,7 @@ def _site(bundle: Path, folder: Path, seed: int) -> Iterator[tuple[Chaos, Kafka]
     settings = Store(url=store.url)
     site = Site(kafka, settings, bundle, folder, Topic(kafka.bootstrap))
     site.config["store"] = {"url": f"redis://127.0.0.1:{to_store.port}/0"}
+    site.config["guard"] = PERMISSIVE
     site.config["kafka"]["connect_timeout_s"] = 60
     site.config["store"]["connect_timeout_s"] = 60
     chaos = Chaos(site, store, folder, to_broker, to_store, random.Random(seed))

@@ -11,8 +11,8 @@ import pytest
 
 from schemas.config import Log
 from schemas.update import UpdateEvent
+from worker.journal import _say
 from worker.log import set_up_logging
-from worker.step import _say
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_every_decision_is_there_for_who_asks(capsys: pytest.CaptureFixture[str]
 
 
 def test_people_get_text_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert json.loads(lines(capsys)[0])["logger"] == "driftkeel.step"  # auto, and this is no terminal
+    assert json.loads(lines(capsys)[0])["logger"] == "driftkeel.journal"  # auto, and this is no terminal
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     (line,) = lines(capsys)
     assert line.endswith("WARNING cam@7: rolled_back (collapse: of all kinds)")

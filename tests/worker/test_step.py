@@ -16,6 +16,7 @@ from tests.worker.test_engine import admit, batch
 from worker.batcher import MicroBatcher
 from worker.engine import Engine, Gathered, Pass
 from worker.guard import Guard
+from worker.journal import Journal
 from worker.offsets import Offsets
 from worker.publish import Publisher
 from worker.step import Step
@@ -52,7 +53,8 @@ def make_step(engine: Held, kafka: Kafka, store_settings: Store, trace: Trace | 
     streams = Streams(engine, store, publisher, metrics, "w", Adapt(), store_settings, lambda action: action())
     streams.ensure(["a", "b"])
     guard, batcher = Guard(GuardSettings(), engine.bundle.manifest.limits), MicroBatcher(Batch())
-    step = Step(streams, batcher, guard, publisher, offsets, metrics, "w", lambda: None, 2, watch=False, trace=trace)
+    journal = Journal(streams, publisher, offsets, metrics, 0, lambda: None)
+    step = Step(streams, batcher, guard, publisher, journal, metrics, "w", lambda: None, 2, watch=False, trace=trace)
     yield step
     engine.go.set()
     step.close()

@@ -29,10 +29,6 @@ export class Grid {
     this.#order = order;
   }
 
-  get order() {
-    return this.#order;
-  }
-
   get shown() {
     return this.#tiles;
   }

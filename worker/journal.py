@@ -1,0 +1,131 @@
+"""What steps have made of streams and the store does not have yet.
+
+With `store.write_interval_ms` a stream's state is written so often, and not after every step: states of megabytes cost
+more to write than to compute. What is in between lives in memory alone, and nothing that follows from it leaves the
+worker: its update events are published, and its offsets finished, once the state that contains them is stored. Whoever
+owns the stream after a crash so begins at the stored position, with the stored parameters, and folds the same frames
+again; only their predictions, which left at once, appear twice, with the same ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from monitoring import observe
+from monitoring.metrics import WorkerMetrics
+from schemas.frame import Position
+from schemas.prediction import Parameters
+from schemas.state import Snapshot, StreamHeader
+from schemas.update import SealedEvent, UpdateEvent
+from worker.engine import Resident
+from worker.obey import Entry
+from worker.offsets import Offsets
+from worker.publish import Publisher
+from worker.streams import Streams
+
+log = logging.getLogger("driftkeel.journal")
+MOST_EVENTS = 32  # of a stream that wait; they lie beside its state until the next write
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What a step has made of one micro-batch. The engine has its tensors; `moved` says whether they changed."""
+
+    resident: Resident
+    header: StreamHeader
+    sealed: SealedEvent
+    moved: bool
+    positions: list[Position]
+    mean_entropy: float
+    answered: Parameters
+    snapshot: Snapshot | None = None
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    since: float
+    folded: list[Folded]
+
+    def due(self, now: float, interval: float) -> bool:
+        # A snapshot is taken of the tensors as they are now.
+        urgent = self.folded[-1].snapshot is not None or len(self.folded) >= MOST_EVENTS
+        return urgent or now - self.since >= interval
+
+
+class Journal:
+    """Belongs to the worker's loop."""
+
+    def __init__(
+        self,
+        streams: Streams,
+        publisher: Publisher,
+        offsets: Offsets,
+        metrics: WorkerMetrics,
+        interval_ms: int,
+        keep_alive: Callable[[], object],
+    ) -> None:
+        self._streams, self._publisher, self._offsets, self._metrics = streams, publisher, offsets, metrics
+        self._interval, self._keep_alive = interval_ms / 1000, keep_alive
+        self._waiting: dict[str, _Waiting] = {}
+
+    def add(self, folded: Folded) -> None:
+        """The stream in memory is now what `folded` says."""
+        stream = folded.header.stream
+        folded.resident.header = folded.header
+        waiting = self._waiting.get(stream)
+        if waiting is None or waiting.folded[0].resident is not folded.resident:
+            waiting = self._waiting[stream] = _Waiting(time.monotonic(), [])
+        waiting.folded.append(folded)
+
+    def flush_due(self) -> list[str]:
+        """Write what has waited long enough; see `flush`."""
+        now = time.monotonic()
+        return self.flush([s for s, waiting in self._waiting.items() if waiting.due(now, self._interval)])
+
+    def flush(self, streams: Collection[str] | None = None) -> list[str]:
+        """Write what waits, of these streams or of all. Returns those that another worker has claimed since."""
+        chosen = self._waiting.keys() if streams is None else streams
+        if not chosen:
+            return []
+        # Predictions are acknowledged before the position moves past their frames; and the events of the last write
+        # are in the topic before others take their place beside the state.
+        self._publisher.settle(self._keep_alive)
+        taken = [self._waiting.pop(stream).folded for stream in list(chosen) if stream in self._waiting]
+        # A stream that was given up meanwhile begins again from what is stored.
+        taken = [folded for folded in taken if self._held(folded[0])]
+        if not taken:
+            return []
+        accepted = self._streams.write([self._entry(folded) for folded in taken])
+        for folded, good in zip(taken, accepted, strict=True):
+            if good:
+                self._stored(folded)
+        fenced = [folded[0].header.stream for folded, good in zip(taken, accepted, strict=True) if not good]
+        self._metrics.fenced.inc(len(fenced))
+        return fenced
+
+    def _held(self, folded: Folded) -> bool:
+        return self._streams.engine.holds(folded.header.stream, folded.resident)
+
+    def _entry(self, folded: list[Folded]) -> Entry:
+        last = folded[-1]
+        tensors = self._streams.engine.tensors(last.header.stream) if any(f.moved for f in folded) else None
+        return Entry(last.header, tuple(f.sealed for f in folded), tensors, snapshot=last.snapshot)
+
+    def _stored(self, folded: list[Folded]) -> None:
+        for one in folded:
+            self._publisher.update(one.sealed)
+            _say(one.sealed.event)
+            self._offsets.finished(one.positions)
+            observe.decided(self._metrics, one.sealed.event, one.header if self._held(one) else None)
+            observe.judged(self._metrics, one.sealed.event, one.mean_entropy, one.answered)
+
+
+def _say(event: UpdateEvent) -> None:
+    """To the log: what took a stream back, for everybody; the rest for who asks. Found by stream and frame position."""
+    level = logging.WARNING if event.decision in ("rolled_back", "reset") else logging.DEBUG
+    if log.isEnabledFor(level):
+        about = {"stream": event.stream, "frame": event.frames[-1], "decision": event.decision}
+        log.log(level, "%s: %s (%s)", event.id, event.decision, event.reason, extra=about)
