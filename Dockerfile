@@ -18,7 +18,7 @@ COPY worker worker
 COPY driftkeel.example.yaml ./
 COPY bundles/fashion-mnist bundles/fashion-mnist
 COPY deploy deploy
-RUN pip install --constraint constraints.txt .
+RUN pip install --constraint constraints.txt '.[console]'
 
 FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="driftkeel" \

@@ -51,7 +51,9 @@ class UpdateEvent(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    id: str = Field(pattern=r"@\d+$", description="stream@number, number counting the events of the stream")
+    id: str = Field(
+        pattern=r"@[1-9][0-9]{0,17}$", description="stream@number, number counting the events of the stream"
+    )
     stream: str
     time: datetime
     decision: Decision

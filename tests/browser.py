@@ -10,17 +10,22 @@ from typing import Any
 import pytest
 
 
+def chromium_options() -> dict[str, Any]:
+    """How to launch the browser; `executable_path` is None where there is none."""
+    named = os.environ.get("DRIFTKEEL_TEST_BROWSER")
+    found = named or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    # Root, in a container, is refused a sandbox by the kernel; the pages are ours.
+    return {"executable_path": found, "args": ["--no-sandbox"] if os.geteuid() == 0 else []}
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A headless browser; the test is skipped where there is none."""
     driver = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'driftkeel[browser]'")
-    named = os.environ.get("DRIFTKEEL_TEST_BROWSER")
-    path = named or shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
+    options = chromium_options()
+    if options["executable_path"] is None:
         pytest.skip("no Chromium: apt-get install chromium, or name one with DRIFTKEEL_TEST_BROWSER")
     with driver.sync_playwright() as playwright:
-        # Root, in a container, is refused a sandbox by the kernel; the pages are ours.
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        chromium = playwright.chromium.launch(executable_path=path, args=arguments)
+        chromium = playwright.chromium.launch(**options)
         yield chromium
         chromium.close()

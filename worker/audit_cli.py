@@ -118,12 +118,13 @@ def verify(
     ] = False,
 ) -> None:
     """Name every event that is missing, altered, reordered or forked; exit code 1 where there is one."""
+    from worker.audit.show import printable
     from worker.audit.verify import verify as examine
 
     headers = _headers(config) if store else None
     verdict = examine(_records(config, file), headers)
     for finding in verdict.findings:
-        print(f"{finding.kind:10s} {finding.event} {finding.text}")
+        print(printable(f"{finding.kind:10s} {finding.event} {finding.text}"))
     sound = verdict.sound and not (complete and verdict.findings)
     copies = f", {verdict.copies} published again with the same bytes" if verdict.copies else ""
     print(f"{'sound' if sound else 'NOT SOUND'}: {verdict.streams} streams, {verdict.events} events{copies}")

@@ -233,7 +233,9 @@ class Player:
         style = self.wishes.style
         pictures = _reconnecting(item, style, self.stop) if item.live else item.pictures(style, skip)
         nothing = True
-        for picture, last in _knowing_the_last(pictures):
+        # Of what comes as it is taken, no frame waits for the next one.
+        marked = _knowing_the_last(pictures) if item.remembered else ((picture, False) for picture in pictures)
+        for picture, last in marked:
             nothing = False
             if not self._send(item, picture, round_name, last):
                 return
@@ -272,7 +274,7 @@ class Player:
         self.tally.bytes += len(picture.content)
         if time.monotonic() - self._noted > NOTE_EVERY_S:
             self.remember()
-        return True
+        return not self._enough()
 
     def _pace(self, picture: Picture) -> None:
         """Wait until it is the picture's turn: by its video's clock; where it has none, by `fps`."""

@@ -186,10 +186,12 @@ class Camera:
         self.name = f"{quote(self.address, safe='/:')}#{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
 
     def pictures(self, style: Style, skip: int) -> Iterator[Picture]:
-        """Its frames as they come, until it ends; `skip` is where numbers go on after a reconnection."""
+        """Its frames as they come; `skip` is where numbers go on after a reconnection. Raises SourceError once gone."""
         with _opened(self._address, self._format) as container:
             for picture in _frames(container, style, 0, self.address):
                 yield Picture(picture.content, picture.content_type, skip + picture.index)
+            if "://" in self._address and not container.duration:
+                raise SourceError(f"{self.address} broke off: a stream without an end ended")
 
 
 class JpegPipe:

@@ -181,7 +181,7 @@ class Fleet:
             "level": stream.health.level,
             "reason": stream.health.reason,
             "need": round(stream.health.need, 4),
-            "accuracy": stream.accuracy,
+            "accuracy": stream.steady_accuracy,
             "source": proxies.source_accuracy if proxies else None,
             "label": prediction.label if prediction else None,
             "confidence": prediction.confidence if prediction else None,

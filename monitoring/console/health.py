@@ -53,7 +53,16 @@ def judge(evidence: Evidence, now: float, before: Level = "good") -> Health:
         return Health("silent", reason, 0.5)
     for level, reason in _findings(evidence, drop, before):
         return Health(level, reason, (3.0 if level == "act" else 2.0) + drop)
-    return Health("good", "as on clean frames" if evidence.accuracy is not None else "answering", 1.0 + drop)
+    return Health("good", _praise(evidence), 1.0 + drop)
+
+
+def _praise(evidence: Evidence) -> str:
+    if evidence.accuracy is None:
+        return "answering"
+    gain = evidence.accuracy - evidence.source if evidence.source is not None else 0.0
+    if gain >= SOURCE_POINTS:
+        return f"held: {100 * gain:.0f} points above source"
+    return "as on clean frames"
 
 
 def _findings(evidence: Evidence, drop: float, before: Level) -> list[tuple[Level, str]]:
@@ -61,9 +70,9 @@ def _findings(evidence: Evidence, drop: float, before: Level) -> list[tuple[Leve
     found: list[tuple[Level, str]] = []
     if drop >= ACT_DROP - (EASE if before == "act" else 0.0):
         found.append(("act", f"drifted: {100 * drop:.0f} points below clean"))
-    undone = [event for event in recent if event.decision == "rolled_back" and event.command is None]
+    undone = [event for event in recent if event.decision in {"rolled_back", "reset"} and event.command is None]
     if undone:
-        found.append(("act", f"rolled back: {undone[-1].reason}"))
+        found.append(("act", f"{undone[-1].decision.replace('_', ' ')}: {undone[-1].reason}"))
     refused = _refused_in_a_row(recent)
     if refused >= REFUSED:
         found.append(("act", f"{refused} updates refused: {recent[-1].reason}"))

@@ -29,6 +29,7 @@ EVERYTHING = {
     "volumeMounts": [{"name": "bundle", "mountPath": "/bundle", "readOnly": True}],
     "networkPolicy": {"metricsFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}]},
     "imagePullSecrets": [{"name": "registry"}],
+    "console": {"enabled": True, "token": {"name": "console"}, "hosts": ["console.example"]},
     "podAnnotations": {"a": "b"},
     "nodeSelector": {"kubernetes.io/arch": "amd64"},
 }
@@ -46,7 +47,13 @@ def rendered(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
         chart.validate_schema(chart.merge_values(values))
         files = chart.render(values, name="site", namespace="line-1")
     manifests = [m for name, text in files.items() if name.endswith(".yaml") for m in yaml.safe_load_all(text) if m]
-    return {m["kind"] if "dashboards" not in m["metadata"]["name"] else "Dashboards": m for m in manifests}
+    return {_key(manifest): manifest for manifest in manifests}
+
+
+def _key(manifest: dict[str, Any]) -> str:
+    """The kind, with a word before it where the chart has two of a kind."""
+    kind, name = str(manifest["kind"]), str(manifest["metadata"]["name"])
+    return "Dashboards" if "dashboards" in name else f"Console{kind}" if name.endswith("-console") else kind
 
 
 def environment_names(text: str) -> set[str]:
@@ -119,6 +126,7 @@ def test_kubernetes_takes_what_the_chart_renders(values: dict[str, Any]) -> None
     expected = {"ConfigMap", "Deployment", "NetworkPolicy", "PodDisruptionBudget", "Service", "ServiceAccount"}
     if values == EVERYTHING:
         expected |= {"ScaledObject", "ServiceMonitor", "PrometheusRule", "Dashboards"}
+        expected |= {"ConsoleDeployment", "ConsoleService", "ConsoleNetworkPolicy"}
     if values.get("networkPolicy", {}).get("enabled") is False:
         expected -= {"NetworkPolicy"}
     assert set(manifests) == expected

@@ -160,27 +160,47 @@ def test_a_working_site_in_a_browser(browser: Any, site: Site, start: Callable[.
 
 
 def test_rolling_back_by_button(browser: Any, site: Site, start: Callable[..., ConsoleProcess]) -> None:
-    """The command that a button sends arrives in its topic, and the event that answers it is shown."""
-    console = start()
-    publish_predictions(site, [prediction("cam-1")])
+    """The button's command reaches the worker, the worker does it, and the page says what came of it."""
+    worker = site.start(store={**site.config["store"], "snapshot_every": 1})
+    site.send([("cam-1", picture(i)) for i in range(24)])
+    site.wait_folded(worker, {"cam-1": 24})
+    console = start(workers=[f"http://127.0.0.1:{worker.port}/metrics"])
     page, wrong = open_page(browser, f"{console.url}#/stream/cam-1", color_scheme="dark")
-    page.locator(".state", has_text="fine").wait_for()
+    page.locator(".events li").first.wait_for()
     page.get_by_role("button", name="Roll back").click()
-    page.get_by_role("button", name="Cancel").click()
+    page.locator("dialog").get_by_role("button", name="Cancel").click()
     page.get_by_role("button", name="Roll back").click()
     page.get_by_label("Reason").fill("it looks <b>wrong</b>")
     page.screenshot(path=_shot("confirm.png"))
     page.locator("dialog").get_by_role("button", name="Roll back").click()
-    page.locator(".result", has_text="waiting for the worker").wait_for()
+    page.locator(".result", has_text="Roll back: rolled back").wait_for()
     (record,) = site.topic.read(site.kafka.topics.commands, lambda records: len(records) == 1)
     command = Command.model_validate_json(record.value)
     assert (command.stream, command.action, command.snapshot) == ("cam-1", "rollback", 1)
-    assert (command.reason, command.by) == ("it looks <b>wrong</b>", "console")
-    assert record.key == b"cam-1"
-    answer = event("cam-1", 1, None, decision="rolled_back", reason="asked for", command=command.id, step=7)
-    publish_events(site, [answer])
-    page.locator(".result", has_text="Roll back: rolled back, asked for (step 7)").wait_for()
+    assert (command.reason, command.by, record.key) == ("it looks <b>wrong</b>", "console", b"cam-1")
+    (done,) = [e for e in site.events(lambda es: any(e.command for e in es)) if e.command]
+    assert (done.command, done.decision) == (command.id, "rolled_back")
     page.locator(".events .decision", has_text="rolled back").wait_for()
+    for button, result in (("Shadow", "policy"), ("Freeze", "frozen"), ("Reset", "reset")):
+        page.get_by_role("button", name=f"{button}…", exact=True).click()
+        page.locator("dialog").get_by_role("button", name=button).click()
+        page.locator(".result", has_text=f"{button}: {result}").wait_for()
+    assert wrong == []
+
+
+def test_a_command_that_no_worker_answers_waits(browser: Any, site: Site, start: Callable[..., ConsoleProcess]) -> None:
+    console = start()
+    publish_predictions(site, [prediction("cam-1")])
+    page, wrong = open_page(browser, f"{console.url}#/stream/cam-1")
+    page.locator(".state", has_text="fine").wait_for()
+    page.get_by_role("button", name="Reset").click()
+    page.locator("dialog").get_by_role("button", name="Reset").click()
+    page.locator(".result", has_text="waiting for the worker").wait_for()
+    (record,) = site.topic.read(site.kafka.topics.commands, lambda records: len(records) == 1)
+    answer = Command.model_validate_json(record.value).id
+    said = {"decision": "skipped", "reason": "cannot reset", "raw_gradient_norm": None, "command": answer}
+    publish_events(site, [event("cam-1", 1, None, **said)])
+    page.locator(".result", has_text="Reset: not done, cannot reset").wait_for()
     assert wrong == []
 
 

@@ -56,6 +56,9 @@ def test_the_wheel_alone_has_all_that_commands_need(packages: Path, tmp_path: Pa
     assert str(site_packages) in run(scripts / "python", "-c", script, cwd=tmp_path)
     for package in ("schemas", "meta", "monitoring", "worker"):
         assert (site_packages / package / "py.typed").is_file()
+    pages = site_packages / "monitoring" / "console" / "static"
+    for name in ("index.html", "main.js", "console.css", "vendor/uPlot.esm.js", "vendor/uPlot-LICENSE"):
+        assert (pages / name).is_file()
 
 
 def test_the_sdist_has_what_the_wheel_is_made_of_and_no_more(packages: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from schemas.errors import StateError
 from schemas.state import StreamHeader
@@ -17,6 +19,7 @@ from schemas.update import Proxies, SealedEvent, UpdateEvent, seal
 from worker.audit.export import table, write_csv, write_lines
 from worker.audit.history import rebuilt, spans, within
 from worker.audit.read import Record, histories, read_file
+from worker.audit.show import show_stream, show_streams
 from worker.audit.verify import verify
 
 BEGIN = datetime(2026, 3, 1, tzinfo=UTC)
@@ -212,3 +215,28 @@ def test_events_are_json_that_others_can_check(tmp_path: Path) -> None:
 
     first, second = chain("cam", 2)
     assert json.loads(second.content)["previous"] == hashlib.sha256(first.content).hexdigest()
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "9" * 5_000, "\u0663", ""])
+def test_numbers_that_no_event_has(number: str) -> None:
+    content = chain("cam", 1)[0].content.replace(b"cam@1", f"cam@{number}".encode())
+    assert named([Record(content, "here")]) == [("unreadable", "here")]
+
+
+def test_names_do_not_steer_the_terminal() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    name = "\x1b[2Jcam\u202e"
+    events = [sealed.event for sealed in chain(name, 3, reason="\x1b]0;x\x07")]
+    show_streams(console, {name: events})
+    show_stream(console, name, events, 10)
+    shown = console.file.getvalue()
+    assert "cam" in shown
+    assert not any(bad in shown for bad in ("\x1b[2J", "\x1b]0", "\x07", "\u202e"))
+
+
+def test_layers_may_be_called_anything(tmp_path: Path) -> None:
+    from worker.audit.report import write_report
+
+    events = [sealed.event for sealed in chain("cam", 3, layers={"$\\frac$": 1.0, "<b>": 0.5})]
+    write_report(tmp_path / "a.html", {"cam": events}, "")
+    assert "<b>" not in (tmp_path / "a.html").read_text()

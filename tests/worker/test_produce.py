@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from schemas.errors import ConfigError, SourceError
 from schemas.frame import Position, parse_frame
 from tests.conftest import Topic, picture
 from tests.videos import make_video
+from worker.embedded import free_port
 from worker.produce import MAX_ON_THE_WAY, Player, Sender, Tally, Wishes, explained, produce
 from worker.sources import Item, Picture, Style, find
 
@@ -185,6 +187,63 @@ def test_what_waits_for_the_broker_is_bounded(kafka_settings: Kafka) -> None:
         assert not sender.make_room(1, wait=True)
     finally:
         sender.close()
+
+
+def test_a_camera_waits_for_nobody(kafka_settings: Kafka) -> None:
+    _, items = find("lavfi:testsrc=size=64x48:rate=5:duration=1")
+    sender = Sender(WorkerConfig(kafka=kafka_settings), threading.Event())
+    try:
+        sender.make_room(MAX_ON_THE_WAY, wait=False)  # as if the broker had answered nothing for long
+        player = Player("cam", items, sender, kafka_settings, Wishes(), threading.Event())
+        player.play()
+        assert (player.tally.sent, player.tally.dropped) == (0, 5)
+    finally:
+        sender.close()
+
+
+class BreakingCamera(ThreadingHTTPServer):
+    """A network camera that sends three JPEGs and hangs up; from the fourth connection on it refuses."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), self.Handler)
+        self.connections = 0
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.server.connections += 1  # type: ignore[attr-defined]
+            if self.server.connections > 3:  # type: ignore[attr-defined]
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", "multipart/x-mixed-replace;boundary=frame")
+            self.end_headers()
+            for number in range(3):
+                content = picture(number, (64, 48), format="JPEG")
+                head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(content)}\r\n\r\n"
+                self.wfile.write(head.encode() + content + b"\r\n")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+
+def test_a_camera_that_is_gone_is_opened_again(site: Site) -> None:
+    camera = BreakingCamera()
+    _, items = find(f"http://user:secret@127.0.0.1:{camera.server_port}/live")
+    try:
+        (tally,) = site.run({"cam": items}, Wishes(limit=8))
+    finally:
+        camera.shutdown()
+        camera.server_close()
+    assert tally.sent == 8
+    assert site.ids(8) == [str(i) for i in range(8)]
+    assert all(b"secret" not in dict(r.headers)["ce_source"] for r in site.records(8))
+
+
+def test_a_camera_that_was_never_there_is_an_error(site: Site) -> None:
+    _, items = find(f"http://127.0.0.1:{free_port()}/live")
+    with pytest.raises(SourceError, match=r"/live cannot be opened: Connection refused"):
+        site.run({"cam": items}, Wishes(limit=8))
 
 
 class Waits(threading.Event):

@@ -134,7 +134,7 @@ def _layers(axes: Axes, times: npt.NDArray[np.float64], events: Sequence[UpdateE
     axes.pcolormesh(edges, np.arange(len(names) + 1), moved, cmap="Blues", rasterized=False)
     axes.invert_yaxis()
     every = max(1, len(names) // 12)
-    axes.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize=7)
+    axes.set_yticks(np.arange(0, len(names), every) + 0.5, names[::every], fontsize=7, parse_math=False)
 
 
 def _mark(axes: Axes, times: npt.NDArray[np.float64], events: Sequence[UpdateEvent]) -> None:

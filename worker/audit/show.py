@@ -24,7 +24,7 @@ def show_streams(console: Console, histories: dict[str, list[UpdateEvent]]) -> N
     table.add_column("estimated accuracy", justify="right")
     table.add_column("answers")
     for stream, events in histories.items():
-        table.add_row(*[Text(cell) for cell in _summary(stream, events)])
+        table.add_row(*[Text(printable(cell)) for cell in _summary(stream, events)])
     console.print(table)
 
 
@@ -50,7 +50,7 @@ def _summary(stream: str, events: Sequence[UpdateEvent]) -> list[str]:
 def show_stream(console: Console, stream: str, events: Sequence[UpdateEvent], last: int) -> None:
     """A stream over time: spans of what was decided, newest last."""
     found = spans(events)
-    console.print(Text(f"{stream}: {len(events)} events in {len(found)} spans", style="bold"))
+    console.print(Text(f"{printable(stream)}: {len(events)} events in {len(found)} spans", style="bold"))
     table = Table(box=None, header_style="bold")
     for name in ("from", "to", "first", "decision", "events", "step", "distance", "layers that moved most"):
         table.add_column(name, justify="right" if name in ("events", "step", "distance") else "left", overflow="fold")
@@ -78,7 +78,12 @@ def _row(span: Span) -> list[Text]:
         flips,
         span.reason,
     ]
-    return [Text(cell, style=COLOURS.get(span.decision, "cyan")) for cell in cells]
+    return [Text(printable(cell), style=COLOURS.get(span.decision, "cyan")) for cell in cells]
+
+
+def printable(text: str) -> str:
+    """Names and reasons come from outside: nothing in them may steer the terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def number(value: float | None) -> str:

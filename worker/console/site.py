@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -33,24 +35,44 @@ class Site(threading.Thread):
     def __init__(self, urls: list[str], stop: threading.Event) -> None:
         super().__init__(name="console-metrics", daemon=True)
         self._stop_event = stop
-        self._workers = [_Worker(url) for url in urls]
+        self._urls = urls
+        self._workers: dict[str, _Worker] = {}
 
     def run(self) -> None:
         while not self._stop_event.is_set():
-            for worker in self._workers:
+            urls = [address for url in self._urls for address in every_address(url)]
+            workers = {url: self._workers.get(url) or _Worker(url) for url in urls}
+            self._workers = workers
+            for worker in workers.values():
                 _ask(worker)
             self._stop_event.wait(EVERY_S)
 
     def figures(self) -> dict[str, Any]:
         """Sums over the workers that answer."""
-        up = [worker for worker in self._workers if worker.up]
+        workers = list(self._workers.values())
+        up = [worker for worker in workers if worker.up]
         return {
-            "workers": len(self._workers),
+            "workers": len(workers),
             "up": len(up),
             "per_second": sum(worker.per_second for worker in up),
             "lag": sum(worker.sums.get(LAG, 0.0) for worker in up),
             "bad": sum(worker.sums.get(BAD, 0.0) for worker in up),
         }
+
+
+def every_address(url: str) -> list[str]:
+    """A name that stands for several workers (a headless service) as one URL for each of their addresses."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname is None:  # A certificate is for the name.
+        return [url]
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
+    except OSError:
+        return [url]
+    hosts = sorted({str(address[0]) for _, _, _, _, address in found})
+    # One that has both kinds of address is still one worker.
+    chosen = [host for host in hosts if ":" not in host] or [f"[{host}]" for host in hosts]
+    return [parts._replace(netloc=f"{host}:{parts.port or 80}").geturl() for host in chosen]
 
 
 def _ask(worker: _Worker) -> None:

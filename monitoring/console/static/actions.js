@@ -35,7 +35,7 @@ export class Actions {
       const name = this.#waiting.get(event.command);
       if (name === undefined) continue;
       this.#waiting.delete(event.command);
-      this.#say(`${name}: ${event.decision.replace("_", " ")}, ${event.reason || "done"} (step ${event.step})`, "good");
+      this.#say(`${name}: ${event.decision === "skipped" ? "not done" : event.decision.replace("_", " ")}, ${event.reason || "done"} (step ${event.step})`, event.decision === "skipped" ? "act" : "good");
     }
   }
 

@@ -38,6 +38,11 @@ export class FleetData {
   }
 }
 
+// Whether a stream stands behind one that needs somebody less: then the order is not right even for a moment.
+export function isUpset(order, tiles) {
+  return order.some((index, i) => i > 0 && RANK[tiles.get(index)?.level] < RANK[tiles.get(order[i - 1])?.level]);
+}
+
 const NAMES = new Intl.Collator("en", { numeric: true });
 const COMPARE = {
   need: (a, b) => RANK[a.level] - RANK[b.level] || Math.round(10 * b.need) - Math.round(10 * a.need),

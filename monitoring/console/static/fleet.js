@@ -1,7 +1,7 @@
 // The first page: all cameras, those that need somebody first.
 
 import { Grid } from "./grid.js";
-import { LEVELS, LEVEL_WORDS } from "./fleet-data.js";
+import { LEVELS, LEVEL_WORDS, isUpset } from "./fleet-data.js";
 import { h, text } from "./dom.js";
 import { keepPictures } from "./pictures.js";
 
@@ -10,7 +10,6 @@ const choice = { level: null, words: "", sort: "need" }; // kept while other pag
 
 export class FleetPage {
   #sorted = 0;
-  #timer = 0;
 
   constructor(data) {
     this.data = data;
@@ -44,14 +43,14 @@ export class FleetPage {
     this.grid.close();
     this.stopPictures();
     removeEventListener("keydown", this.onkey);
-    clearTimeout(this.#timer);
   }
 
-  // New data has come. Tiles change at once, their order every two seconds and never under a pointer or a focus.
+  // New data has come. Tiles change at once, their order at most every two seconds (at once where a level changed) and never under a pointer or a focus.
   update() {
     this.#count();
-    const wait = SORT_EVERY_MS - (performance.now() - this.#sorted);
-    if (wait <= 0 && !this.grid.list.matches(":hover, :focus-within")) this.sort();
+    const due = performance.now() - this.#sorted > SORT_EVERY_MS
+      || (choice.sort === "need" && isUpset(this.grid.order, this.data.tiles));
+    if (due && !this.grid.list.matches(":hover, :focus-within")) this.sort();
     else this.grid.draw();
   }
 

@@ -29,6 +29,10 @@ export class Grid {
     this.#order = order;
   }
 
+  get order() {
+    return this.#order;
+  }
+
   get shown() {
     return this.#tiles;
   }

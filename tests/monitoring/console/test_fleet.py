@@ -34,6 +34,12 @@ def evidence(**changes: Any) -> Evidence:
     ("changes", "level", "words"),
     [
         ({}, "good", "as on clean frames"),
+        ({"source": 0.6}, "good", "held: 30 points above source"),
+        (
+            {"events": [event("s", 1, decision="reset", reason="source does better")]},
+            "act",
+            "reset: source does better",
+        ),
         ({"accuracy": 0.85}, "watch", "6 points below clean"),
         ({"accuracy": 0.6}, "act", "31 points below clean"),
         ({"accuracy": 0.6, "clean": None}, "good", ""),

@@ -7,6 +7,11 @@ app.kubernetes.io/name: driftkeel
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{- define "driftkeel.console" -}}
+app.kubernetes.io/name: driftkeel-console
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end -}}
+
 {{- define "driftkeel.labels" -}}
 {{ include "driftkeel.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}

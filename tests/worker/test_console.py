@@ -1,0 +1,109 @@
+"""The console's sources: figures from metrics, pictures from hostile bytes, frames by their position."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from prometheus_client import generate_latest
+
+from monitoring.metrics import WorkerMetrics
+from schemas.config import Frames, Kafka
+from schemas.errors import FrameError
+from tests.conftest import Topic, picture
+from tests.monitoring.console.records import prediction
+from worker.console.site import BAD, LAG, PREDICTIONS, every_address, read_sums
+from worker.console.thumbnails import SMALL, Thumbnails, _position, thumbnail
+
+LIMITS = Frames()
+
+
+def test_figures_are_read_from_what_a_worker_shows() -> None:
+    metrics = WorkerMetrics(5)
+    metrics.predictions.inc(7)
+    metrics.bad_frames.labels("damaged").inc(2)
+    metrics.bad_frames.labels("empty").inc()
+    metrics.set_lag({("frames", 0): 3, ("frames", 1): 4})
+    sums = read_sums(generate_latest(metrics.registry).decode())
+    assert sums == {PREDICTIONS: 7, LAG: 7, BAD: 3}
+    assert read_sums("") == {PREDICTIONS: 0, LAG: 0, BAD: 0}
+
+
+def test_a_name_becomes_its_addresses() -> None:
+    assert every_address("http://localhost:9464/metrics") == ["http://127.0.0.1:9464/metrics"]
+    assert every_address("http://[::1]:9464/metrics") == ["http://[::1]:9464/metrics"]
+    assert every_address("https://site.example/metrics") == ["https://site.example/metrics"]
+    assert every_address("http://no.such.name.invalid/metrics") == ["http://no.such.name.invalid/metrics"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "size", "format", "kind"),
+    [("L", (28, 28), "PNG", "PNG"), ("RGB", (1280, 720), "JPEG", "JPEG"), ("RGB", (64, 96), "WEBP", "PNG")],
+)
+def test_thumbnails_are_small_and_written_anew(mode: str, size: tuple[int, int], format: str, kind: str) -> None:
+    source = Image.open(io.BytesIO(picture(1, size, format, mode)))
+    out = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x010E] = "a secret of the camera"
+    source.save(out, format, exif=exif)
+    small = thumbnail(out.getvalue(), LIMITS, SMALL)
+    assert b"secret" not in small
+    made = Image.open(io.BytesIO(small))
+    assert made.format == kind
+    assert max(made.size) <= SMALL
+    assert max(made.size) == min(SMALL, max(size))
+
+
+@given(st.binary(max_size=200), st.integers(0, 400))
+def test_hostile_bytes_give_an_error_and_nothing_else(noise: bytes, place: int) -> None:
+    good = picture(2)
+    for content in (noise, good[:place], good[:place] + noise + good[place + len(noise) :]):
+        try:
+            Image.open(io.BytesIO(thumbnail(content, LIMITS, SMALL))).verify()
+        except FrameError:
+            continue
+
+
+def test_too_large_a_picture_is_refused_before_it_is_decoded() -> None:
+    with pytest.raises(FrameError, match="max_pixels"):
+        thumbnail(picture(0, (400, 300)), Frames(max_pixels=100_000), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("frame", "found"),
+    [
+        ("frames/2/17", (2, 17)),
+        ("other/2/17", None),
+        ("frames/-1/17", None),
+        ("frames/1", None),
+        ("", None),
+        ("frames/1/" + 30 * "9", None),
+    ],
+)
+def test_positions_from_records_are_checked(frame: str, found: tuple[int, int] | None) -> None:
+    position = _position(frame, "frames")
+    assert (position and (position.partition, position.offset)) == found
+
+
+def test_frames_are_fetched_one_by_one(kafka_settings: Kafka, topic: Topic) -> None:
+    """Many streams, several partitions, one frame each from anywhere in the topic; what is not there is left out."""
+    frames: list[tuple[bytes | None, bytes | None, list[Any]]] = [
+        (f"s{i % 7}".encode(), picture(i), []) for i in range(140)
+    ]
+    sent = topic.send(kafka_settings.topics.frames, frames)
+    chosen = {f"s{i % 7}": i for i in (3, 40, 75, 76, 120, 134, 138)}
+    asked = [
+        prediction(stream, id=f"{sent[i].topic}/{sent[i].partition}/{sent[i].offset}") for stream, i in chosen.items()
+    ]
+    asked += [prediction("lost", id=f"{kafka_settings.topics.frames}/0/999999")]
+    asked += [prediction("nowhere", id=f"{kafka_settings.topics.frames}/77/0")]
+    thumbnails = Thumbnails(kafka_settings, LIMITS)
+    pictures = {p.prediction.stream: p.image for p in thumbnails.get(asked, large=False)}
+    thumbnails.close()
+    assert set(pictures) == set(chosen)
+    for stream, i in chosen.items():
+        assert pictures[stream] == thumbnail(picture(i), LIMITS, SMALL)
