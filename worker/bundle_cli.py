@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from schemas.config import Batch, Frames
 from schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ def bundle_create(
     Broken off, the same command goes on with the stage that was not finished.
     """
     from meta.bundle import read_verdict
+    from meta.create.piecewise import frames_in_pass
     from meta.create.run import CreateSettings, create_bundle
     from meta.models import import_from
-    from schemas.config import Frames
     from worker.decode import decode_image
     from worker.site import EXAMPLE_BUNDLE, shipped
 
@@ -125,7 +126,7 @@ def bundle_create(
     if verdict is not None:
         print(_table(verdict))
     print(f"\nbundle {manifest.content_hash} written to {output}. For the worker's config:\n")
-    print(_config(output, model, code))
+    print(_config(output, model, code, frames_in_pass(manifest.preprocess.height, manifest.preprocess.width)))
 
 
 def _settings(kind: Any, given: dict[str, Any]) -> Any:
@@ -176,10 +177,14 @@ def _table(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def _config(output: Path, model: str, code: Path) -> str:
+def _config(output: Path, model: str, code: Path, frames: int) -> str:
     lines = ["bundle:", f"  path: {output}"]
     if ":" in model:
         lines.append(f'  factories: ["{model}"]  # the bundle may run this code, and no other')
         if model.partition(":")[0] not in ("timm", "torchvision"):
             lines.append(f"  code: {code.resolve()}  # the folder it lies in; not needed where it is installed")
+    usual = Batch()
+    if frames < usual.max_pass:
+        sizes = f"{{max_batch: {min(usual.max_batch, frames)}, max_pass: {frames}}}"
+        lines.append(f"batch: {sizes}  # pictures of this size take much memory in a pass")
     return "\n".join(lines)

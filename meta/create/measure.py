@@ -89,7 +89,7 @@ def _cameras(labels: Tensor, frames: int, repeats: int, random: torch.Generator)
 
 @torch.inference_mode()
 def _source(method: PiecewiseMGG, batch: Tensor) -> Tensor:
-    return torch.cat([method.model(part) for part in batch.split(frames_in_pass(batch))])
+    return torch.cat([method.model(part) for part in batch.split(frames_in_pass(*batch.shape[2:]))])
 
 
 def _measured(setting: str, right: Tensor, images: int) -> Measured:

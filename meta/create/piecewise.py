@@ -56,9 +56,9 @@ class PiecewiseMGG(MGG):
         return self._next
 
 
-def frames_in_pass(images: Tensor) -> int:
-    """How many images (N, ch, h, w) of this size go through a network with gradients at a time."""
-    return max(8, PASS_PIXELS // (images.shape[2] * images.shape[3]))
+def frames_in_pass(height: int, width: int) -> int:
+    """How many images of this size go through a network with gradients at a time."""
+    return max(8, PASS_PIXELS // (height * width))
 
 
 def _groups(counts: list[int], frames: int) -> list[tuple[int, int]]:

@@ -99,6 +99,8 @@ def create_bundle(
     Raises BundleError, ConfigError or DataError.
     """
     notes: list[str] = []
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"{output} is there already; new bundles lie next to old ones: name another --output")
 
     def note(text: str) -> None:
         notes.append(text)
@@ -109,7 +111,7 @@ def create_bundle(
     work.mkdir(parents=True, exist_ok=True)
     source = _statistics(subject, work, note)
     learned, made = _generator(subject, source, work, say)
-    frames = frames_in_pass(subject.part("generator")[0])
+    frames = frames_in_pass(subject.preprocess.height, subject.preprocess.width)
     method = PiecewiseMGG(subject.model, source, learned, len(subject.labels), frames)
     calibration, limits = _calibration(subject, method, work, say)
     verdict = _verdict(subject, method, made, notes, work, say)
@@ -193,7 +195,7 @@ def _answers(model: AdaptableModel, images: Tensor, preprocessing: Preprocessing
     """The source model's classes (N,) of images uint8 (N, ch, h, w)."""
     found = [
         model(as_frames(part.float() / 255, preprocessing.mean, preprocessing.std)).argmax(1)
-        for part in images.split(frames_in_pass(images))
+        for part in images.split(frames_in_pass(*images.shape[2:]))
     ]
     return torch.cat(found).clone()
 
@@ -273,7 +275,7 @@ def _train(subject: _Subject, source: SourceStatistics, learned: LearnedOptimize
     """Measure the model's gradients, and train where there are steps to train."""
     images, labels = subject.part("generator")
     steps, seed = subject.settings.meta_steps, subject.settings.seed
-    streams = min(16, max(2, frames_in_pass(images) // BATCH))
+    streams = min(16, max(2, frames_in_pass(*images.shape[2:]) // BATCH))
     training = TrainingSettings(meta_steps=max(1, steps), streams=streams, seed=seed)
     random = torch.Generator().manual_seed(seed)
     started = time.monotonic()
@@ -295,7 +297,7 @@ def _calibration(subject: _Subject, method: MGG, work: Path, say: Say) -> tuple[
         say("calibration: simulated cameras on images of their own")
         windows, seed = subject.settings.calibration_windows, subject.settings.seed + 1
         # As many cameras as fit into a pass, in each of ten runs: what is large is slow too.
-        streams = min(6, max(2, frames_in_pass(images) // BATCH))
+        streams = min(6, max(2, frames_in_pass(*images.shape[2:]) // BATCH))
         fitted = calibrate(method, images, labels, subject.preprocessing, seed, windows, streams=streams)
         _keep(path, json.dumps([part.model_dump(mode="json") for part in fitted]).encode())
     calibration, limits = json.loads(path.read_text())

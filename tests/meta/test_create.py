@@ -370,7 +370,7 @@ def test_arrays(own: Path, tmp_path: Path) -> None:
     settings = wanted(own, data=tmp_path / "data.npz", labels=tmp_path / "labels.txt")
     assert create(settings, tmp_path / "bundle").preprocess.width == SIDE
     with pytest.raises(DataError, match="holds L images of 12x12"):
-        create(settings.model_copy(update={"width": 9, "height": 9}), tmp_path / "bundle")
+        create(settings.model_copy(update={"width": 9, "height": 9}), tmp_path / "other")
     np.savez(tmp_path / "odd.npz", images=images.astype(np.float32), labels=labels)
     with pytest.raises(DataError, match="must be uint8"):
         read_npz(tmp_path / "odd.npz", 1_000, 0)

@@ -41,6 +41,10 @@ def test_from_a_checkpoint_to_adapted_predictions(site: Site, tmp_path: Path) ->
     assert f"verdict: {verdict.recommendation}" in created.stdout
     section = yaml.safe_load(created.stdout.partition("worker's config:")[2])
 
+    again = run_cli("bundle", "create", *[f"--{name}={part}" for name, part in options.items()])
+    assert again.returncode == 1
+    assert "is there already" in again.stderr
+
     shown = run_cli("bundle", "show", str(bundle))
     assert shown.returncode == 1
     assert "list it under bundle.factories" in shown.stderr
