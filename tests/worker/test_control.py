@@ -32,7 +32,7 @@ class Worker:
             Engine(bundle), client, self.publisher, metrics, "w", Adapt(), store, lambda act: act(), policies
         )
         self.control = Control(
-            commands, self.streams, client, self.publisher, metrics, policies, "w", lambda act: act(), lambda: None
+            commands, self.streams, client, metrics, policies, "w", lambda act: act(), lambda streams: []
         )
 
     def policy(self, stream: str):
