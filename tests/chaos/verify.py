@@ -40,6 +40,7 @@ class Outcome:
     not_folded: int = 0
     folded_twice: int = 0
     zombie_writes: int = 0
+    forked_events: int = 0
     state_mismatches: int = 0
     events_missing: int = 0
     largest_difference: float = 0.0
@@ -48,7 +49,7 @@ class Outcome:
     @property
     def sound(self) -> bool:
         bad = (self.lost, self.not_folded, self.folded_twice, self.zombie_writes, self.state_mismatches)
-        return not any(bad) and not self.events_missing
+        return not any(bad) and not self.events_missing and not self.forked_events
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,7 +79,7 @@ def verify(
     outcome.lost = len(set(images) - set(predicted))
     outcome.predicted_twice = sum(count > 1 for count in predicted.values())
     bundle = load_bundle(bundle_path)
-    events = _events(site, kafka)
+    events, outcome.forked_events = _events(site, kafka)
     store = StateStore(site.store)
     for stream, ids in sent.items():
         if ids:
@@ -100,13 +101,18 @@ def _predictions(site: Site, kafka: Kafka, wanted: set[str]) -> dict[str, int]:
     return counts
 
 
-def _events(site: Site, kafka: Kafka) -> dict[str, dict[int, UpdateEvent]]:
-    """Events by stream and number; copies of one event count once."""
+def _events(site: Site, kafka: Kafka) -> tuple[dict[str, dict[int, UpdateEvent]], int]:
+    """Events by stream and number, and how many numbers have two contents. Copies of one event count once.
+
+    Only a write that was not refused is published, and no two may be taken under one number: a zombie's would be.
+    """
     events: dict[str, dict[int, UpdateEvent]] = {}
+    contents: dict[str, set[bytes]] = {}
     for record in site.topic.read_quiet(kafka.topics.updates, lambda records: False):
         event = UpdateEvent.model_validate_json(record.value)
-        events.setdefault(event.stream, {})[int(event.id.rsplit("@", 1)[1])] = event
-    return events
+        events.setdefault(event.stream, {})[event.number] = event
+        contents.setdefault(event.id, set()).add(record.value)
+    return events, sum(len(found) > 1 for found in contents.values())
 
 
 def _check_stream(
