@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from schemas.update import UpdateEvent
+from schemas.update import Decision, UpdateEvent
 
-DECISIONS = (
-    *("applied", "partial", "skipped", "rolled_back", "reset", "imported", "approved", "frozen", "unfrozen", "policy"),
-    "refused",  # skipped, and the guard's doing
-)
+DECISIONS = (*get_args(Decision), "refused")  # the last: skipped, and the guard's doing; stream.js has the same list
 COLUMNS = (
     *("time", "accuracy", "low", "high", "source", "entropy", "raw", "generated", "cosine", "distance", "flips"),
     "decision",  # place in DECISIONS

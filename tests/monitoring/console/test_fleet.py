@@ -48,13 +48,13 @@ def evidence(**changes: Any) -> Evidence:
         ({"last": NOW - SILENT_S - 1}, "silent", "no frames since"),
         ({"last": 0.0}, "silent", "no frames yet"),
         (
-            {"events": [event("s", i, decision="skipped", reason="gradient norm") for i in range(REFUSED)]},
+            {"events": [event("s", i, decision="skipped", reason="gradient norm") for i in range(1, REFUSED + 1)]},
             "act",
             "4 updates refused: gradient norm",
         ),
         (
             # Frames that proposed no update were left out, not refused.
-            {"events": [event("s", i, decision="skipped", raw_gradient_norm=None) for i in range(REFUSED)]},
+            {"events": [event("s", i, decision="skipped", raw_gradient_norm=None) for i in range(1, REFUSED + 1)]},
             "good",
             "",
         ),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 
 import pytest
 
 from monitoring.console.app import STATIC
+from monitoring.console.series import DECISIONS
 
 OWN = [path for path in STATIC.iterdir() if path.is_file()]
 TEXTS = ("ink", "soft", "faint", "good", "watch", "act", "silent")
@@ -68,3 +70,9 @@ def test_the_chart_library_is_as_published_with_its_licence() -> None:
     vendored = hashlib.sha256((STATIC / "vendor" / "uPlot.esm.js").read_bytes()).hexdigest()
     assert vendored == "5dd9b3281aa64b461b42d9945f6adb2649d346502b12281a9ae0d46599a80eba"
     assert "MIT" in (STATIC / "vendor" / "uPlot-LICENSE").read_text()
+
+
+def test_the_page_knows_every_decision() -> None:
+    found = re.search(r"DECISIONS = (\[.*?\])", (STATIC / "stream.js").read_text())
+    assert found
+    assert tuple(json.loads(found[1])) == DECISIONS
