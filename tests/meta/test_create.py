@@ -103,17 +103,21 @@ def test_broken_off_runs_go_on_where_they_were(own: Path, tmp_path: Path, monkey
     whole = create(wanted(own), tmp_path / "whole")
     with monkeypatch.context() as broken:
         broken.setattr(meta.create.run, "calibrate", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             create(wanted(own), tmp_path / "bundle")
     with monkeypatch.context() as broken:
         broken.setattr(meta.create.run, "meta_train", _interrupt)
-        with pytest.raises(KeyboardInterrupt):  # Another seed takes nothing over.
+        with pytest.raises(Interrupted):  # Another seed takes nothing over.
             create(wanted(own, seed=1), tmp_path / "bundle")
         assert create(wanted(own), tmp_path / "bundle") == whole
 
 
+class Interrupted(Exception):
+    pass
+
+
 def _interrupt(*arguments: object, **options: object) -> None:
-    raise KeyboardInterrupt
+    raise Interrupted
 
 
 def test_the_rule_of_another_bundle_is_taken_over(own: Path, tmp_path: Path) -> None:
