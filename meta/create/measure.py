@@ -110,7 +110,18 @@ def total_gain(settings: list[Measured]) -> tuple[float, float]:
 
 
 def recommend(settings: list[Measured]) -> tuple[Recommendation, list[str]]:
-    """The verdict and its reasons. A loss counts as far as it is more than two standard errors."""
+    """The verdict and its reasons. A loss counts as far as it is more than two standard errors.
+
+    Where classes in runs do worst, the reasons also say what holds for cameras that have none: their owner knows.
+    """
+    recommendation, reasons = _judged(settings)
+    others = [m for m in settings if m.setting != IN_RUNS]
+    if recommendation != "adapt" and len(others) < len(settings) and min(settings, key=lambda m: m.gain) not in others:
+        reasons.append(f"for cameras that never show one class for long: {_judged(others)[0]}")
+    return recommendation, reasons
+
+
+def _judged(settings: list[Measured]) -> tuple[Recommendation, list[str]]:
     gain, error = total_gain(settings)
     worst = min(settings, key=lambda m: m.gain)
     certain = -worst.gain - 2 * worst.error

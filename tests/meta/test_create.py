@@ -414,6 +414,15 @@ def test_verdicts(gain: float, healthy: float, error: float, expected: str, reas
     assert reason in " ".join(reasons)
 
 
+def test_what_holds_for_cameras_without_runs_of_a_class() -> None:
+    runs = Measured(setting="no shift, classes in runs", frames=640, source=0.9, adapted=0.6, error=0.01)
+    recommendation, reasons = recommend([*settings_with(0.08, -0.004), runs])
+    assert recommendation == "do not adapt"
+    assert reasons[-1] == "for cameras that never show one class for long: adapt"
+    _, reasons = recommend([*settings_with(0.0, -0.02), runs.model_copy(update={"adapted": 0.9})])
+    assert "one class for long" not in " ".join(reasons)
+
+
 def a_method(classes: int = 3, **changes: Any) -> tuple[AdaptableModel, Any, LearnedOptimizer]:
     torch.manual_seed(3)
     model = AdaptableModel(layernorm_net(classes))
