@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meta.bundle import Bundle
+from meta.bundle import MGG_NAME, Bundle
 from meta.estimator import AccuracyModel
 from meta.method import Forward, State, finite_rows, put, take
 from meta.norms import AdaptableModel, NormMoments
@@ -172,7 +172,12 @@ class Engine:
         """
         self.bundle, self._observe = bundle, observe
         calibration = bundle.manifest.calibration
-        self._observer = Observer(bundle.model, bundle.statistics, calibration.threshold, calibration.entropies)
+        # A baseline reports no features, and the estimate is calibrated for the bundle's own generator.
+        self._observer = (
+            Observer(bundle.model, bundle.statistics, calibration.threshold, calibration.entropies)
+            if bundle.method_name == MGG_NAME
+            else None
+        )
         self.accuracy_model = AccuracyModel(calibration.estimator) if calibration.estimator else None
         self._shadow_every = round(1 / source_share) if source_share else 0
         self.bundle_hash = bundle.hash
@@ -262,7 +267,7 @@ class Engine:
             part = gathered.adapting
             frames, sights = self._frames(part)
             forward = self._method.predict(frames, part.stream, part.state)
-            observed = self._observer.observe(frames, forward, part.shadow)
+            observed = self._look(frames, forward, part)
             outlooks += self._outlooks(part, frames, forward.answer, observed, sights)
         adapting, passive, kept = list(outlooks), list[Outlook](), None
         if gathered.passive is not None:
@@ -278,7 +283,7 @@ class Engine:
         frames, sights = self._frames(part)
         with torch.inference_mode():
             forward = self._method.predict(frames, part.stream, part.state)
-            observed = self._observer.observe(frames, forward, part.shadow)
+            observed = self._look(frames, forward, part)
             return self._outlooks(part, frames, forward.answer, observed, sights), self._method.observe(forward)
 
     def _hurry(self, part: Part) -> list[Outlook]:
@@ -292,6 +297,9 @@ class Engine:
             part = replace(part, fixed=None)
         logits = answer_barely(self.bundle.model, frames, part.stream, parameters)
         return self._outlooks(part, frames, logits, None, sights)
+
+    def _look(self, frames: Tensor, forward: Forward, part: Part) -> list[Observed] | None:
+        return None if self._observer is None else self._observer.observe(frames, forward, part.shadow)
 
     def adapt(self, passed: Pass) -> Proposals:
         """The update of every micro-batch that adapts, and what the others have shown of their streams."""
