@@ -21,8 +21,9 @@ from schemas.state import StreamHeader, decode_header
 from schemas.update import SealedEvent
 from worker.answer import Policies
 from worker.commands import CommandList, Numbered
-from worker.engine import Engine, Resident
+from worker.engine import Engine
 from worker.obey import Entry, Place, Subject, obey
+from worker.resident import Resident
 from worker.store import StateStore
 from worker.streams import Heal, Streams
 

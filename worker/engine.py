@@ -26,6 +26,7 @@ from worker.answer import named
 from worker.batcher import MicroBatch
 from worker.decode import Pixels
 from worker.guard import Sight, watched
+from worker.resident import Headers, Resident
 
 TOP = 3
 FIRST_SLOTS = 16
@@ -33,22 +34,6 @@ SOURCE_SHARE = 1 / 8
 BLANK_DEVIATION, BLANK_PIXELS = 2.0, 1_024  # of 255 grey levels, over so many of the pixels
 WAY = {"affine", "offset"}  # what of a state an update moves that can be gone in part
 FIXED = ("affine", "norm_mean", "norm_variance")  # what of a state makes the model; the rest is for its updates
-
-
-@dataclass(eq=False)
-class Resident:
-    """A stream whose state is in memory: its slot in the engine's tensors, its header, the worker's token.
-
-    `stored` says whether the store has these tensors; what is fresh or was reset is not there yet. A stream that
-    was released and admitted again has another object, by which what was begun before is known to be void. `approved`
-    are the parameters that a person approved, of those in `FIXED`.
-    """
-
-    slot: int
-    header: StreamHeader
-    token: int
-    stored: bool
-    approved: State | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +50,13 @@ class Fixed:
 class Part:
     """Micro-batches gathered for one forward: pixels, each frame's row in `state`, and a copy of the streams' rows.
 
-    `shadow` (n,) are the places of the frames that the source model answers too.
+    `shadow` (n,) are the places of the frames that the source model answers too. `headers` are the residents' as they
+    were when this was gathered, which another thread may read.
     """
 
     batches: list[MicroBatch]
     residents: list[Resident]
+    headers: list[StreamHeader]
     stream: Tensor
     counts: Tensor
     state: State
@@ -183,6 +170,7 @@ class Engine:
         self.bundle_hash = bundle.hash
         self._method = bundle.method.with_step_scale(step_scale)
         self._residents: dict[str, Resident] = {}
+        self._headers = Headers()
         self._fresh = {name: tensor[0].clone() for name, tensor in self._method.fresh(1).items()}
         self._free: list[int] = []
         self.fixed = {name: tensor for name, tensor in self._fresh.items() if name in FIXED}
@@ -204,6 +192,10 @@ class Engine:
         """Bytes of one stream's tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._fresh.values())
 
+    @property
+    def _slots(self) -> int:
+        return next(iter(self._state.values())).shape[0]
+
     def __contains__(self, stream: str) -> bool:
         return stream in self._residents
 
@@ -222,12 +214,25 @@ class Engine:
         """Whether the stream is still the same resident: not released meanwhile, nor released and admitted again."""
         return self._residents.get(stream) is resident
 
+    def reserve(self, slots: int) -> None:
+        """Have so many slots. Memory that no stream uses yet is only promised by the kernel, not taken.
+
+        To grow later copies all states, and what they leave behind stays with the process.
+        """
+        used = self._slots
+        size = max(slots, used)
+        for name, old in self._state.items():
+            tensor = old.new_empty(size, *old.shape[1:])
+            tensor[:used] = old
+            self._state[name] = tensor
+        self._free = [*reversed(range(used, size)), *self._free]
+
     def admit(self, state: StreamState, token: int, stored: bool, approved: State | None = None) -> None:
         """Make a stream resident."""
         if not self._free:
-            self._grow()
+            self.reserve(max(FIRST_SLOTS, 2 * self._slots))
         slot = self._free.pop()
-        self._residents[state.header.stream] = Resident(slot, state.header, token, stored, approved)
+        self._residents[state.header.stream] = Resident(slot, state.header, token, stored, approved, self._headers)
         for name, tensor in self._state.items():
             tensor[slot] = state.tensors[name]
 
@@ -236,7 +241,12 @@ class Engine:
         for stream in streams:
             resident = self._residents.pop(stream, None)
             if resident is not None:
+                self._headers.forget(resident)
                 self._free.append(resident.slot)
+
+    def rest(self, now: float) -> None:
+        """Let streams that are idle take less memory, some at a time; `now` is monotonic seconds."""
+        self._headers.rest(now)
 
     def least_recent(self, count: int, keep: Set[str]) -> list[str]:
         """The `count` streams that were used longest ago, but for those in `keep`."""
@@ -352,26 +362,28 @@ class Engine:
         for batch in batches:  # The order of this dict is the order of use.
             resident = self._residents[batch.stream] = self._residents.pop(batch.stream)
             residents.append(resident)
+        headers = [resident.header for resident in residents]
         counts = torch.tensor([len(batch.frames) for batch in batches])
         stream = torch.arange(len(batches)).repeat_interleave(counts)
         slots = torch.tensor([resident.slot for resident in residents])
         return Part(
             batches,
             residents,
+            headers,
             stream,
             counts,
             take(self._state, slots),
             self._fixed(batches, residents, stream),
-            self._shadowed(batches, residents),
+            self._shadowed(batches, headers),
         )
 
-    def _shadowed(self, batches: list[MicroBatch], residents: list[Resident]) -> Tensor:
+    def _shadowed(self, batches: list[MicroBatch], headers: list[StreamHeader]) -> Tensor:
         """Every so many micro-batches of a stream, by its own count, so that a step that is repeated asks the same; all
         where the guard watches. Whole ones, because a few frames are hardly cheaper."""
         chosen: list[int] = []
         start = 0
-        for batch, resident in zip(batches, residents, strict=True):
-            header, end = resident.header, start + len(batch.frames)
+        for batch, header in zip(batches, headers, strict=True):
+            end = start + len(batch.frames)
             if (every := self._shadow_every) and not self._hurries(batch):
                 # Streams that began together do not all ask in the same pass.
                 turn = header.events + zlib.crc32(batch.stream.encode())
@@ -416,7 +428,7 @@ class Engine:
         log_p = logits.log_softmax(1)
         entropy = (log_p.exp() * log_p).sum(1).neg()
         calibration = self.bundle.manifest.calibration
-        temperatures = torch.tensor([temperature(calibration, one.header.proxies) for one in part.residents])
+        temperatures = torch.tensor([temperature(calibration, one.proxies) for one in part.headers])
         logits = logits / temperatures.index_select(0, part.stream).unsqueeze(1)
         top = _likeliest(logits)
         classes = top.indices[:, 0].tolist()
@@ -428,13 +440,13 @@ class Engine:
             top = _likeliest(logits.index_copy(0, part.fixed.frames, fixed))
         confidence, index = top.values.clamp_max(1.0).tolist(), top.indices.tolist()
         outlooks, start = [], 0
-        for row, (batch, resident) in enumerate(zip(part.batches, part.residents, strict=True)):
-            end, step = start + len(batch.frames), _step_of(batch.answer, resident.header)
+        for row, (batch, header) in enumerate(zip(part.batches, part.headers, strict=True)):
+            end, step = start + len(batch.frames), _step_of(batch.answer, header)
             outlooks.append(
                 Outlook(
                     batch=batch,
-                    resident=resident,
-                    parameters=named(batch.answer, resident.header),
+                    resident=part.residents[row],
+                    parameters=named(batch.answer, header),
                     step=step,
                     top_index=index[start:end],
                     top_confidence=confidence[start:end],
@@ -446,16 +458,6 @@ class Engine:
             )
             start = end
         return outlooks
-
-    def _grow(self) -> None:
-        """Twice the slots. Memory that no stream uses yet is only promised by the kernel, not taken."""
-        used = next(iter(self._state.values())).shape[0]
-        size = max(FIRST_SLOTS, 2 * used)
-        for name, old in self._state.items():
-            tensor = old.new_empty(size, *old.shape[1:])
-            tensor[:used] = old
-            self._state[name] = tensor
-        self._free = list(reversed(range(used, size)))
 
 
 def _sight(look: tuple[list[int], float], classes: list[int], observed: Observed | None) -> Sight:

@@ -20,10 +20,10 @@ from schemas.frame import Position
 from schemas.prediction import Parameters
 from schemas.state import Snapshot, StreamHeader
 from schemas.update import SealedEvent, UpdateEvent
-from worker.engine import Resident
 from worker.obey import Entry
 from worker.offsets import Offsets
 from worker.publish import Publisher
+from worker.resident import Resident
 from worker.streams import Streams
 
 log = logging.getLogger("driftkeel.journal")

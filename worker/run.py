@@ -230,6 +230,7 @@ class Worker:
         if self._store.reconnected():
             self._begin_again()
         self._trim()
+        self._streams.engine.rest(time.monotonic())
         if fenced := self._control.look_after_the_rest(self._busy):
             self._rewind(fenced)
         self._consumer.commit()

@@ -81,6 +81,7 @@ class Streams:
         self._worker, self._upgrade = worker, upgrade or Upgrade(BundleSettings(), engine)
         by_bytes = limits.max_resident_bytes // engine.state_bytes
         self._max_resident = max(1, min(limits.max_resident_streams, by_bytes))
+        engine.reserve(self._max_resident)
         self._max_state_bytes, self._snapshot_every = settings.max_state_bytes, settings.snapshot_every
         self._compression = settings.compression
         self._heal = heal
