@@ -55,6 +55,9 @@ class GeneratorSettings(BaseModel):
     entropy_weight: float = Field(default=1.0, ge=0)
     discrepancy_weight: float = Field(default=10.0, ge=0)
     feature_window: int = Field(default=32, ge=1, description="frames over which feature statistics are averaged")
+    norm_window: int = Field(
+        default=256, ge=1, description="frames over which BatchNorm moments are averaged: several runs of a class"
+    )
     class_share: float = Field(
         default=0.8, ge=0, le=1, description="how far the class mix of a stream explains its features; the rest is even"
     )
@@ -194,7 +197,7 @@ class MGG:
         """BatchNorm layers normalise with a running mean over the window, which starts at the source's."""
         if not self.model.batch_channels:
             return None
-        share = 1 - (1 - 1 / self.settings.feature_window) ** counts
+        share = 1 - (1 - 1 / self.settings.norm_window) ** counts
         return NormMoments(stream, share, state["norm_mean"], state["norm_variance"])
 
     def _carried(self, forward: Forward) -> State:

@@ -182,7 +182,7 @@ class _Bench:
 
     def _method(self, cell: Cell, options: Options) -> Method:
         if cell.method == MGG_NAME:
-            generator = next(g for g in self.config.generators if g.variant == cell.variant)
+            generator = self.config.generator(cell)
             method: MGG = self.source.generator(load_bundle(generator.bundle))
             return method
         return build(cell.method, self.source.setup, **options)

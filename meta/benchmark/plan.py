@@ -81,6 +81,11 @@ class BenchmarkConfig(BaseModel):
                 raise ValueError(f"unknown models {sorted(set(entry.models) - known)}; known: {sorted(known)}")
         return self
 
+    def generator(self, cell: Cell) -> GeneratorConfig:
+        """The one that the cell measures."""
+        model = next(m for m in self.models if (m.data, m.name) == (cell.data, cell.model))
+        return next(g for g in self.generators if g.variant == cell.variant and _matches(g.models, model))
+
     def quick(self) -> BenchmarkConfig:
         """The first model only, few frames, one seed, one batch size: whether everything works."""
         first = self.models[0]

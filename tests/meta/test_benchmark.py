@@ -403,3 +403,20 @@ def test_tables_by_hand(tmp_path: Path) -> None:
 def test_tuning_and_test_shifts_are_apart() -> None:
     assert set(driver.TEST) == set(TEST)
     assert not set(TEST) & set(TUNING)
+
+
+def test_each_model_is_measured_with_its_own_generator() -> None:
+    bundle = Path(__file__).parents[2] / "bundles/fashion-mnist"
+    config = BenchmarkConfig.model_validate(
+        {
+            "data": {"d": {"kind": "fashion-mnist"}},
+            "models": [{"name": name, "data": "d", "bundle": str(bundle)} for name in ("one", "two")],
+            "generators": [
+                {"variant": "ours", "bundle": str(bundle), "models": ["d/one"]},
+                {"variant": "ours", "bundle": f"{bundle}-batchnorm", "models": ["d/two"]},
+            ],
+            "runs": [{"methods": ["mgg"], "seeds": [0]}],
+        }
+    )
+    cells = cells_of(config, {("d", "one"): False, ("d", "two"): False})
+    assert [config.generator(cell).bundle.name for cell in cells] == ["fashion-mnist", "fashion-mnist-batchnorm"]
