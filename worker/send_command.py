@@ -29,7 +29,7 @@ def send_command(settings: Kafka, command: Command, wait_s: float) -> Iterator[U
     try:
         answers = _from_now_on(settings)
         try:
-            _send(settings, command)
+            put_command(settings, command)
             yield from _confirmations(answers, command, wait_s)
         finally:
             answers.close(autocommit=False)
@@ -37,7 +37,8 @@ def send_command(settings: Kafka, command: Command, wait_s: float) -> Iterator[U
         raise UnreachableError(f"the broker at {settings.bootstrap} does not take the command: {error}") from error
 
 
-def _send(settings: Kafka, command: Command) -> None:
+def put_command(settings: Kafka, command: Command) -> None:
+    """Send the command, and wait until the broker has it. Raises KafkaError."""
     producer = open_client(KafkaProducer, **connection(settings), acks="all", allow_auto_create_topics=False)
     headers = [
         ("ce_specversion", b"1.0"),

@@ -15,13 +15,16 @@ from typing import Any
 
 from kafka import KafkaProducer
 
+from schemas.command import EVERY_STREAM, Command
 from schemas.config import Kafka, Store, Topics
+from schemas.policy import PolicyChange
 from tests.chaos.proxy import FlakyProxy
 from tests.chaos.verify import Outcome, frames_in_topic, verify
 from tests.conftest import Topic, picture
 from tests.system.conftest import Site, WorkerProcess
 from worker.embedded import Broker, EmbeddedStore, free_port, start_broker, start_store
 from worker.kafka_client import create_topics
+from worker.send_command import put_command
 
 STREAMS = [f"cam-{i}" for i in range(8)]
 PARTITIONS = 4
@@ -50,6 +53,7 @@ class Chaos:
     workers: list[WorkerProcess] = field(default_factory=list)
     stopped: list[tuple[WorkerProcess, float]] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    commands: list[Command] = field(default_factory=list)
     longest_outage_s: float = 60
     assignments: dict[int, int] = field(default_factory=dict)  # by worker's process id, when membership last changed
 
@@ -174,6 +178,15 @@ class Chaos:
         self.pause(self.random.uniform(0.5, 2))
         proxy.delay_s = 0.0
 
+    def command(self) -> None:
+        """Tell a stream, or all of them, what shall become of it."""
+        action = self.random.choice(["reset", "rollback", "approve", "policy"])
+        change = PolicyChange(canary_share=self.random.random()) if action == "policy" else None
+        stream = self.random.choice([*STREAMS, EVERY_STREAM])
+        command = Command(id=f"chaos-{len(self.commands)}", stream=stream, action=action, policy=change)
+        put_command(self.site.kafka, command)
+        self.commands.append(command)
+
     # -----------------------------------------------------------------------------------------------------
 
     def _away(self, proxy: FlakyProxy, seconds: float) -> None:
@@ -230,6 +243,7 @@ FAULTS = [
         Chaos.broker_away,
         Chaos.slow,
     ),
+    *(Chaos.command, Chaos.command),
 ]
 
 
@@ -275,7 +289,7 @@ def run(faults: int, seed: int, bundle: Path, folder: Path, say: Any = print, lo
         say("settling")
         sent, images = frames_in_topic(chaos.site, direct)
         _settle(chaos, sent)
-        outcome = verify(chaos.site, direct, sent, images, bundle)
+        outcome = verify(chaos.site, direct, sent, images, bundle, chaos.commands)
     outcome.faults, outcome.by_kind, outcome.seed = faults, chaos.counts, seed
     outcome.seconds = time.monotonic() - began
     return outcome
@@ -286,7 +300,13 @@ def _settle(chaos: Chaos, sent: dict[str, list[str]]) -> None:
     deadline = time.monotonic() + SETTLE_S
     while time.monotonic() < deadline:
         headers = {stream: chaos.site.header(stream) for stream in sent}
-        if all(h is not None and h.frames >= len(sent[s]) for s, h in headers.items() if sent[s]):
+        folded = all(h is not None and h.frames >= len(sent[s]) for s, h in headers.items() if sent[s])
+        # The commands topic has one partition, and nothing but these: their numbers are its offsets.
+        told = {
+            stream: max((i for i, c in enumerate(chaos.commands) if c.stream in (stream, EVERY_STREAM)), default=-1)
+            for stream in sent
+        }
+        if folded and all(h.commands.get("commands/0", -1) >= told[s] for s, h in headers.items() if h):
             break
         chaos.pause(0.2)
     for worker in chaos.workers:
@@ -302,7 +322,7 @@ def _site(bundle: Path, folder: Path, seed: int) -> Iterator[tuple[Chaos, Kafka]
     broker: Broker = start_broker(port=free_port(), advertised=port)
     store = start_store(folder / "store")
     to_broker, to_store = FlakyProxy(broker.port, port), FlakyProxy(store.port, free_port())
-    topics = Topics(frames="frames", predictions="predictions", updates="updates", dead_letters="frames.dlq")
+    topics = Topics()
     kafka = Kafka(
         bootstrap=f"127.0.0.1:{port}",
         group="chaos",
@@ -315,7 +335,7 @@ def _site(bundle: Path, folder: Path, seed: int) -> Iterator[tuple[Chaos, Kafka]
     # The checks read the store past its proxy. The broker sends every client to its proxy, the feeder too.
     settings = Store(url=store.url)
     site = Site(kafka, settings, bundle, folder, Topic(kafka.bootstrap))
-    site.config["store"] = {"url": f"redis://127.0.0.1:{to_store.port}/0"}
+    site.config["store"] = {"url": f"redis://127.0.0.1:{to_store.port}/0", "snapshot_every": 3}
     site.config["guard"] = PERMISSIVE
     site.config["kafka"]["connect_timeout_s"] = 60
     site.config["store"]["connect_timeout_s"] = 60

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -11,13 +13,17 @@ from typing import Any
 import torch
 
 from meta.bundle import Bundle, load_bundle
+from meta.method import State
+from schemas.command import EVERY_STREAM, Command
 from schemas.config import Frames, Kafka
 from schemas.prediction import Prediction
 from schemas.state import StreamState, decode_state
 from schemas.update import UpdateEvent
 from tests.system.conftest import Site
+from worker.audit.read import read_topic
+from worker.audit.verify import verify as verify_chain
 from worker.decode import decode_image
-from worker.engine import normalise_pixels
+from worker.engine import WAY, normalise_pixels
 from worker.store import StateStore
 
 LIMIT = 64 << 20
@@ -43,13 +49,17 @@ class Outcome:
     forked_events: int = 0
     state_mismatches: int = 0
     events_missing: int = 0
+    chain_faults: int = 0
+    commands: int = 0
+    commands_wrong: int = 0
     largest_difference: float = 0.0
     streams_wrong: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
         bad = (self.lost, self.not_folded, self.folded_twice, self.zombie_writes, self.state_mismatches)
-        return not any(bad) and not self.events_missing and not self.forked_events
+        trail = (self.events_missing, self.forked_events, self.chain_faults, self.commands_wrong)
+        return not any(bad) and not any(trail)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -71,7 +81,12 @@ def frames_in_topic(site: Site, kafka: Kafka) -> tuple[dict[str, list[str]], dic
 
 
 def verify(
-    site: Site, kafka: Kafka, sent: dict[str, list[str]], images: dict[str, bytes], bundle_path: Path
+    site: Site,
+    kafka: Kafka,
+    sent: dict[str, list[str]],
+    images: dict[str, bytes],
+    bundle_path: Path,
+    commands: list[Command],
 ) -> Outcome:
     """Read the topics and the store, and compare with what an uninterrupted run would have done."""
     outcome = Outcome(frames=len(images))
@@ -80,6 +95,9 @@ def verify(
     outcome.predicted_twice = sum(count > 1 for count in predicted.values())
     bundle = load_bundle(bundle_path)
     events, outcome.forked_events = _events(site, kafka)
+    outcome.chain_faults = len(verify_chain(read_topic(kafka)).findings)
+    outcome.commands = len(commands)
+    outcome.commands_wrong = _wrongly_obeyed(events, commands)
     store = StateStore(site.store)
     for stream, ids in sent.items():
         if ids:
@@ -149,6 +167,22 @@ def _check_stream(
         outcome.streams_wrong.append(stream)
 
 
+def _wrongly_obeyed(events: dict[str, dict[int, UpdateEvent]], commands: list[Command]) -> int:
+    """Commands that a stream obeyed twice, or not at all; one that only began takes none but standing ones."""
+    wrong = 0
+    for stream, numbered in events.items():
+        obeyed = Counter(event.command for event in numbered.values() if event.command)
+        for command in commands:
+            if command.stream not in (stream, EVERY_STREAM):
+                continue
+            least = 1 if command.action == "policy" else 0
+            wrong += not least <= obeyed[command.id] <= 1
+        # One after the other, in the order of the topic.
+        order = [int(e.command.removeprefix("chaos-")) for _, e in sorted(numbered.items()) if e.command]
+        wrong += order != sorted(order)
+    return wrong
+
+
 def _outbox(content: bytes | None) -> list[UpdateEvent]:
     return [UpdateEvent.model_validate_json(line) for line in (content or b"").splitlines()]
 
@@ -160,18 +194,32 @@ def _replay(history: list[UpdateEvent], images: dict[str, bytes], bundle: Bundle
     """
     method, preprocess = bundle.method, bundle.manifest.preprocess
     state = method.fresh(1)
+    at_step: dict[int, State] = {}
     for event in history:
         if event.decision == "reset":
             state = method.fresh(1)
+        if event.decision == "rolled_back":  # Snapshots are taken of the newest state of a step.
+            state = at_step[event.step]
         seen_only = event.decision == "skipped" and event.loss is None and bool(event.frames)
         observed = seen_only and event.reason != "not finite"
-        if event.decision != "applied" and not observed:
+        if event.decision not in ("applied", "partial") and not observed:
             continue
         pixels = [decode_image(images[frame_id], Frames(), preprocess) for frame_id in event.frames]
         frames = normalise_pixels(pixels, preprocess)
         forward = method.predict(frames, torch.zeros(len(frames), dtype=torch.long), state)
         # Frames without an update move what is known of their stream; those that the guard refused change nothing.
-        state = method.observe(forward) if observed else method.update(forward).state
+        if observed:
+            state = method.observe(forward)
+            continue
+        whole = method.update(forward).state
+        if event.decision == "partial":
+            # The event says how far each layer moved; how far all would have, the replay knows.
+            share = math.dist(event.layers.values(), [0] * len(event.layers)) / float(
+                (whole["affine"] - state["affine"]).norm()
+            )
+            whole |= {name: torch.lerp(state[name], whole[name], share) for name in WAY & set(whole)}
+        state = whole
+        at_step[event.step] = state
     source = bundle.model.source_affine
     moved = (state["affine"][0] - source).norm().clamp_min(1e-6)
     return float((state["affine"][0] - found.tensors["affine"]).norm() / moved)
