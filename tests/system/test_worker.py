@@ -1,12 +1,17 @@
 """The worker as a process, with the real broker and the real store."""
 
 import json
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
+from kafka import KafkaAdminClient
 
+from meta.bundle import read_manifest
 from tests.conftest import picture
 from tests.system.conftest import Site
+from worker.kafka_client import connection, open_client
 
 
 def ids_by_stream(frames: list[tuple[str, bytes]], ids: list[str]) -> dict[str, list[str]]:
@@ -119,8 +124,6 @@ def test_streams_beyond_memory_live_in_the_store(site: Site) -> None:
 
 @pytest.mark.parametrize("on_change", ["reset", "carry", "shadow"])
 def test_another_bundle_takes_streams_over_and_says_so(site: Site, tmp_path, on_change: str) -> None:
-    import shutil
-
     old = site.config["bundle"]["path"]
     first = site.start()
     frames = [("cam", picture(i)) for i in range(16)]
@@ -151,6 +154,33 @@ def test_another_bundle_takes_streams_over_and_says_so(site: Site, tmp_path, on_
     assert answers[0].step == (steps if on_change == "carry" else 0)
     assert {p.parameters for p in answers[:8]} == {"adapted" if on_change == "carry" else "source"}
     assert {p.parameters for p in answers[8:]} == {"adapted"}
+
+
+def test_a_stream_pinned_to_a_bundle_has_a_topic_and_a_group_of_its_own(site: Site, tmp_path) -> None:
+    """Both groups share store and topics out; a stream that comes back is carried over like any other."""
+    old = site.config["bundle"]["path"]
+    folder = shutil.copytree(old, tmp_path / "other")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "name": "other"}))
+    topics = site.kafka.topics.model_copy(update={"frames": f"{site.kafka.topics.frames}-pinned"})
+    pinned = site.kafka.model_copy(update={"topics": topics, "group": f"{site.kafka.group}-pinned"})
+    admin = open_client(KafkaAdminClient, **connection(pinned))
+    admin.create_topics({topics.frames: {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True)
+    admin.close()
+    site.start(kafka=pinned.model_dump(mode="json", exclude_none=True))
+    newer = site.start(bundle={"path": str(folder), "on_change": "carry", "previous": [str(old)]})
+    frames = [("cam", picture(i)) for i in range(16)]
+    records = [(stream.encode(), image, []) for stream, image in frames]
+    first = [f"{m.topic}/{m.partition}/{m.offset}" for m in site.topic.send(topics.frames, records)]
+    assert {p[0].bundle for p in site.predictions(first).values()} == {read_manifest(Path(old)).content_hash}
+    site.wait_folded(newer, {"cam": 16})
+    steps = site.header("cam").step
+    then = site.send(frames)  # Its producer has gone over to the common topic.
+    answers = [site.predictions(then)[frame_id][0] for frame_id in then]
+    assert {p.bundle for p in answers} == {read_manifest(Path(folder)).content_hash}
+    assert answers[0].step == steps > 0
+    site.wait_folded(newer, {"cam": 32})
+    site.assert_folded_once({"cam": first + then})
 
 
 @pytest.mark.parametrize("field", ["header", "tensors"])
