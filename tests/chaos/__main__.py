@@ -21,10 +21,13 @@ with tempfile.TemporaryDirectory(prefix="driftkeel-chaos-") as scratch:
     folder = Path(scratch)
     bundle = folder / "bundle"
     make_tiny_bundle(bundle)
-    outcome = run(arguments.faults, arguments.seed, bundle, folder)
-    if not outcome.sound:
-        for log in sorted(folder.glob("worker-*.log")):
-            print(f"--- {log.name}\n{log.read_text()[-3_000:]}", file=sys.stderr)
+    outcome = None
+    try:
+        outcome = run(arguments.faults, arguments.seed, bundle, folder)
+    finally:
+        if outcome is None or not outcome.sound:
+            for log in sorted(folder.glob("worker-*.log")):
+                print(f"--- {log.name}\n{log.read_text()[-3_000:]}", file=sys.stderr)
 text = json.dumps(outcome.as_dict(), indent=2)
 print(text)
 if arguments.report:
