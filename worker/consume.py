@@ -30,6 +30,7 @@ from worker.offsets import Offsets, Partition
 log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
 ASK_AGAIN_S = 0.5
+FETCH_BYTES = 256 << 10  # of a partition at a time: what is fetched is served before the other partitions' next frames
 METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
 ASSIGNORS = {"range": RangePartitionAssignor, "cooperative-sticky": CooperativeStickyAssignor}
 LOST_MEMBERSHIP = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
@@ -99,7 +100,7 @@ class FrameConsumer:
                 session_timeout_ms=settings.session_timeout_ms,
                 heartbeat_interval_ms=settings.heartbeat_interval_ms,
                 fetch_max_wait_ms=settings.fetch_max_wait_ms,
-                max_partition_fetch_bytes=4 << 20,
+                max_partition_fetch_bytes=FETCH_BYTES,
                 max_poll_records=settings.max_poll_records,
                 partition_assignment_strategy=[ASSIGNORS[settings.assignment]],
                 group_instance_id=settings.static_member,
