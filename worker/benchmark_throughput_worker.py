@@ -23,10 +23,15 @@ import yaml
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from pydantic import SecretStr
 
+from meta.bundle import load_bundle
 from schemas.config import Kafka, Log, Metrics, Store, Topics, WorkerConfig
 from schemas.errors import DriftkeelError
+from schemas.state import encode_header, encode_tensors
+from worker.benchmark_throughput_engine import grown_header
+from worker.compress import pack
 from worker.embedded import Broker, Child, EmbeddedStore, free_port, start_child
 from worker.kafka_client import connection, create_topics
+from worker.store import StateStore, Write
 
 PARTITIONS = 4
 SAMPLE_S = 0.25
@@ -77,14 +82,18 @@ class Bench:
         self._broker, self._store, self._folder = broker, store, folder
         self._runs = 0
 
-    def run(self, bundle: Path, frames: Sequence[Sent], pace: float | None = None, **sections: Any) -> Observed:
+    def run(
+        self, bundle: Path, frames: Sequence[Sent], pace: float | None = None, grown: bool = True, **sections: Any
+    ) -> Observed:
         """Send `frames`, all before the worker starts, or `pace` a second while it runs; return what was seen.
 
-        `sections` override parts of the worker's configuration.
+        `grown`: the streams are past their first frames. `sections` override parts of the worker's configuration.
         """
         self._runs += 1
         config = self._config(bundle, sections)
         create_topics(config.kafka, PARTITIONS)
+        if grown:
+            _grow(config, {stream for stream, _ in frames})
         if pace is None:
             send(config.kafka, frames)
         with self._worker(config) as child:
@@ -137,6 +146,22 @@ class Bench:
             raise DriftkeelError(f"{error}; the worker's last lines:\n{tail}") from error
         finally:
             child.stop(20)
+
+
+def _grow(config: WorkerConfig, streams: set[str]) -> None:
+    """Have streams in the store that have lived for a while, under the source's parameters."""
+    bundle = load_bundle(config.bundle.path)
+    known, tensors = grown_header(bundle), {name: t[0] for name, t in bundle.method.fresh(1).items()}
+    packed = pack(encode_tensors(tensors, known.step), config.store.compression)
+    store, names = StateStore(config.store), sorted(streams)
+    claims = store.claim(names, config.worker)
+    store.write(
+        [
+            Write(name, claim.token, 1, encode_header(known.model_copy(update={"stream": name})), b"", packed)
+            for name, claim in zip(names, claims, strict=True)
+        ]
+    )
+    store.close()
 
 
 def send(kafka: Kafka, frames: Sequence[Sent], pace: float | None = None) -> None:
