@@ -40,12 +40,14 @@ TINY = 1e-12
 
 @dataclass(frozen=True)
 class Observed:
-    """The signals of one micro-batch: means over `frames`, of those in `SHADOW` over `shadowed` of them."""
+    """The signals of one micro-batch: means over `frames`, of those in `SHADOW` over `shadowed` of them, and the
+    classes that source gives these."""
 
     frames: int
     own: dict[str, float]
     shadowed: int
     shadow: dict[str, float]
+    source: tuple[int, ...] = ()
 
     @property
     def rank(self) -> float | None:
@@ -92,8 +94,11 @@ class Observer:
         if not len(chosen):
             return [Observed(count, mine, 0, {}) for count, mine in zip(counts, own, strict=True)]
         some = frames.index_select(0, chosen).contiguous(memory_format=torch.channels_last)
-        signals, shadowed, _ = self.shadow(some, chosen, forward)
-        each = zip(counts, own, shadowed.long().tolist(), _rows(signals), strict=True)
+        signals, shadowed, logits = self.shadow(some, chosen, forward)
+        said: list[list[int]] = [[] for _ in counts]
+        for row, index in zip(forward.stream.index_select(0, chosen).tolist(), logits.argmax(1).tolist(), strict=True):
+            said[row].append(index)
+        each = zip(counts, own, shadowed.long().tolist(), _rows(signals), map(tuple, said), strict=True)
         return [Observed(*one) for one in each]
 
     def own(self, forward: Forward) -> State:

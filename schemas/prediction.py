@@ -34,6 +34,10 @@ class Prediction(BaseModel):
     label: str
     confidence: float = Field(ge=0, le=1, description="calibrated probability of the class")
     top: list[ClassScore]
+    source_index: int | None = Field(
+        None, ge=0, description="class that source gives the frame, where it was asked too"
+    )
+    source_label: str | None = None
     bundle: str = Field(description="content hash of the bundle")
     step: int = Field(ge=0, description="updates that the stream's parameters had seen; 0 is the source model")
     parameters: Parameters = Field(description="which ones answered")

@@ -92,6 +92,12 @@ class Outlook:
     sight: Sight
 
     @property
+    def source_index(self) -> Sequence[int | None]:
+        """The class that source gives each frame, where it was asked: all of a micro-batch, or none."""
+        source = self.observed.source if self.observed is not None else ()
+        return source or [None] * len(self.batch.frames)
+
+    @property
     def signals(self) -> tuple[float, float]:
         """For drift detection."""
         return self.mean_entropy, self.mean_confidence

@@ -38,15 +38,19 @@ class PredictionWriter:
         index: Sequence[int],
         confidence: Sequence[float],
         wait_seconds: float,
+        source: int | None = None,
     ) -> bytes:
-        """One prediction. `event_time` is ISO 8601; `index` and `confidence` begin with the likeliest class."""
+        """One prediction. `event_time` is ISO 8601; `index` and `confidence` begin with the likeliest class; `source`
+        is the class that the source model gives the frame."""
         labels = self._labels
         top = ",".join(
             f'{{"index":{i},"label":{labels[i]},"confidence":{c!r}}}' for i, c in zip(index, confidence, strict=True)
         )
         first = index[0]
+        said = ("null", "null") if source is None else (source, labels[source])
+        beside = f'"source_index":{said[0]},"source_label":{said[1]},'
         return (
             f'{shared},"id":{quoted(frame_id)},"event_time":"{event_time}",'
-            f'"index":{first},"label":{labels[first]},"confidence":{confidence[0]!r},"top":[{top}],'
+            f'"index":{first},"label":{labels[first]},"confidence":{confidence[0]!r},"top":[{top}],{beside}'
             f'"wait_seconds":{wait_seconds!r}}}'
         ).encode()

@@ -179,13 +179,15 @@ class Step:
         shared = self._writer.shared(stream, outlook.step, outlook.parameters, accuracy, timed.seconds)
         key = stream.encode()
         begun = timed.done - timed.seconds
-        rows = zip(outlook.batch.frames, outlook.top_index, outlook.top_confidence, strict=True)
-        for frame, index, confidence in rows:
+        rows = zip(outlook.batch.frames, outlook.top_index, outlook.top_confidence, outlook.source_index, strict=True)
+        for frame, index, confidence, source in rows:
             if frame.published:
                 continue
             answers.by[outlook.parameters] += 1
             frame_id, moment = str(frame.position), frame.event_time.isoformat()
-            content = self._writer.frame(shared, frame_id, moment, index, confidence, max(0.0, begun - frame.received))
+            content = self._writer.frame(
+                shared, frame_id, moment, index, confidence, max(0.0, begun - frame.received), source
+            )
             self._publisher.prediction(key, frame_id, moment, content, frame.traceparent)
             answers.add(frame.position, frame.received, frame.sent, confidence[0])
 

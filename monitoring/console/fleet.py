@@ -28,6 +28,7 @@ class Stream:
     name: str
     changed: int = 0
     prediction: Prediction | None = None
+    compared: Prediction | None = None  # the newest that says what source calls the frame
     frames: int = 0
     last: float = 0.0
     points: Series = field(default_factory=Series)
@@ -71,6 +72,8 @@ class Fleet:
         with self._lock:
             stream = self._stream(prediction.stream)
             stream.prediction = prediction
+            if prediction.source_label is not None:
+                stream.compared = prediction
             stream.frames += frames
             stream.last = time.time()
             self._touch(stream)
@@ -129,6 +132,7 @@ class Fleet:
                 "events": [_line(e) for e in fresh],
                 "next_event": stream.event_count,
                 "prediction": stream.prediction.model_dump(mode="json") if stream.prediction else None,
+                "compared": stream.compared.model_dump(mode="json") if stream.compared else None,
                 "proxies": _newest_proxies(events),
             }
 

@@ -151,6 +151,8 @@ def test_a_working_site_in_a_browser(browser: Any, site: Site, start: Callable[.
         filming.join()
     page.locator("img.frame[src]").wait_for()
     page.locator(".events li").first.wait_for()
+    # What source and the adapted parameters call the same frame stands side by side.
+    page.wait_for_function("() => [...document.querySelectorAll('.side .said')].every(one => one.textContent !== '')")
     page.screenshot(path=_shot("stream.png"))
     page.keyboard.press("Escape")
     tiles.first.wait_for()

@@ -166,6 +166,7 @@ def test_a_sample_of_the_frames_is_answered_by_source_too(engine: Engine) -> Non
     assert seen.shadow["source_confidence"] == pytest.approx(float(logits.softmax(1).amax(1).mean()), abs=1e-5)
     answers = torch.tensor([row[0] for row in passed.outlooks[0].top_index])
     assert seen.flipped == int((answers != logits.argmax(1)).sum())
+    assert list(passed.outlooks[0].source_index) == logits.argmax(1).tolist()
     header = engine.resident("a").header
     asked = []
     for events in range(16):
@@ -173,6 +174,7 @@ def test_a_sample_of_the_frames_is_answered_by_source_too(engine: Engine) -> Non
         engine.resident("a").header = header.model_copy(update=changed)
         asked.append(engine.predict([work]).outlooks[0].observed.shadowed)
     assert sorted(asked) == [0] * 14 + [12] * 2
+    assert list(passed.outlooks[1].source_index) != [None] * 3  # of a new stream
     assert asked[:8] == asked[8:]
     engine.resident("a").header.guard.watchful = 1
     assert engine.predict([work]).outlooks[0].observed.shadowed == 12

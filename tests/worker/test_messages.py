@@ -19,6 +19,7 @@ shares = st.floats(0, 1, width=32)
     confidence=shares,
     accuracy=shares,
     waited=st.floats(0, 1e6),
+    source=st.sampled_from([None, 0, 1]),
     moment=st.datetimes(timezones=st.just(UTC)),
 )
 def test_bytes_are_what_the_contract_would_write(
@@ -29,12 +30,13 @@ def test_bytes_are_what_the_contract_would_write(
     confidence: float,
     accuracy: float,
     waited: float,
+    source: int | None,
     moment: datetime,
 ) -> None:
     labels = ["nut", label]
     writer = PredictionWriter(labels, "0123abcd", 'w "1"')
     shared = writer.shared(stream, step, parameters, accuracy, 0.25)
-    content = writer.frame(shared, "frames/2/7", moment.isoformat(), [1, 0], [confidence, 0.0], waited)
+    content = writer.frame(shared, "frames/2/7", moment.isoformat(), [1, 0], [confidence, 0.0], waited, source)
     expected = Prediction(
         id="frames/2/7",
         stream=stream,
@@ -43,6 +45,8 @@ def test_bytes_are_what_the_contract_would_write(
         label=label,
         confidence=confidence,
         top=[ClassScore(index=1, label=label, confidence=confidence), ClassScore(index=0, label="nut", confidence=0)],
+        source_index=source,
+        source_label=None if source is None else labels[source],
         bundle="0123abcd",
         step=step,
         parameters=parameters,

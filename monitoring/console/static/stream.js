@@ -71,7 +71,7 @@ export class StreamPage {
     this.#columns = joined(this.#columns, detail.points, detail.clean);
     if (this.#columns.time.length > 0) this.charts.show(this.#columns);
     this.timeline.add(detail.events);
-    this.versus.show(detail.proxies, detail.prediction);
+    this.versus.show(detail.proxies, detail.prediction, detail.compared);
     if (detail.prediction !== null && this.#pictured < 0) this.#answer(detail.prediction);
   }
 
@@ -110,22 +110,26 @@ export class StreamPage {
   }
 }
 
-// Source and adapted side by side: who answers, how well by the estimates, how often they differ.
+// Source and adapted side by side: who answers, how well by the estimates, what they call one frame, how often they differ.
 function versus() {
   const side = (name, variable) => {
-    const value = h("b", {}, "–"), note = h("span", { class: "note" });
-    return { node: h("div", { class: "side", "data-side": variable }, h("span", {}, name), value, note), value, note };
+    const value = h("b", {}, "–"), said = h("span", { class: "said" }), note = h("span", { class: "note" });
+    return { node: h("div", { class: "side", "data-side": variable }, h("span", {}, name), value, said, note), value, said, note };
   };
   const source = side("source model", "source"), adapted = side("adapted", "adapted");
   const differ = h("p", { class: "differ" });
   return {
     node: h("section", { class: "versus", "aria-label": "Source and adapted" }, source.node, adapted.node, differ),
-    show(proxies, prediction) {
+    show(proxies, prediction, compared) {
       const answers = prediction?.parameters ?? null;
       text(source.value, percent(proxies?.source_accuracy, 1));
       text(adapted.value, percent(proxies?.estimated_accuracy, 1));
       text(source.note, answers === "source" ? "answers" : "");
       text(adapted.note, answers === "source" || answers === null ? "" : answers === "approved" ? "answers, as approved" : "answers");
+      // Of the newest frame that source was asked about too; where source answers, both would be its own.
+      const both = compared !== null && compared.parameters !== "source";
+      text(source.said, both ? `“${compared.source_label}”` : "");
+      text(adapted.said, both ? `“${compared.label}”` : "");
       const rate = proxies?.flip_rate ?? null;
       text(differ, rate === null ? "estimated accuracy, without labels" : `they differ on ${percent(rate, 1)} of recent frames`);
     },

@@ -175,3 +175,13 @@ def test_numbers_that_are_not_finite_become_none() -> None:
     assert columns["raw"] == [None]
     assert columns["distance"] == [None]
     assert columns["accuracy"] == [None]
+
+
+def test_the_newest_frame_that_source_was_asked_about_stays_beside_the_newest() -> None:
+    fleet = Fleet(10)
+    fleet.take_prediction(prediction("a", label="bolt", source_index=1, source_label="nut"))
+    fleet.take_prediction(prediction("a", label="nut"))
+    detail = fleet.detail(0, 0, 0)
+    assert detail is not None
+    assert (detail["prediction"]["label"], detail["compared"]["label"]) == ("nut", "bolt")
+    assert detail["compared"]["source_label"] == "nut"
