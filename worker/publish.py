@@ -174,7 +174,11 @@ class Publisher:
         self.send(Message(self._settings.topics.dead_letters, record.key, value, headers, expendable=True))
 
     def close(self) -> None:
-        self._producer.close(timeout=5)
+        """Whatever is not acknowledged by now is published again by the streams' next owner."""
+        try:
+            self._producer.close(timeout=5)
+        except KafkaTimeoutError as error:
+            log.warning("left before the broker had acknowledged everything: %s", error)
 
     def _try_send(self, message: Message) -> Any:
         """The client's future, or the error that it met at once."""
