@@ -19,7 +19,7 @@ from meta.train import Preprocessing, draw
 from schemas.state import RunningProxies
 
 FRAMES = 16  # of a micro-batch
-SHADOW_EVERY, YOUNG = 8, 256  # as in a worker: source answers every eighth micro-batch, and all of a young stream
+SHADOW_EVERY, YOUNG = 16, 256  # as in a worker: source answers every sixteenth micro-batch, and all of a young stream
 REPEATS = (1, 1, 2, 2, 1, 4)  # frames in which a camera sees the same item
 WINDOW_STEPS = WINDOW // FRAMES
 

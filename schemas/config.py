@@ -181,7 +181,7 @@ class Guard(Section):
     """What the guard lets pass; factors are of what the bundle saw in calibration."""
 
     source_share: float = Field(
-        0.125,
+        0.0625,
         ge=0,
         le=1,
         description="micro-batches that source answers too; besides, all of new and doubtful streams",

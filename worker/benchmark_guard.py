@@ -34,7 +34,7 @@ from schemas.policy import Policy
 from schemas.state import StreamHeader, StreamState
 from worker.answer import answering
 from worker.batcher import MicroBatch
-from worker.benchmark_guard_attacks import ATTACKS, NAN_MARK
+from worker.benchmark_guard_attacks import ATTACKS, NAN_MARK, other_images
 from worker.decode import DecodedFrame
 from worker.engine import Engine, Part, Pass, next_header, normalise_pixels
 from worker.guard import Guard
@@ -141,7 +141,7 @@ def run_guard(
     bundle = load_bundle(folder)
     attacks = _attacks(bundle, quick, say)
     streams = _streams(bundle, quick, say)
-    shares = (GuardSettings().source_share, GuardSettings().source_share / 2)
+    shares = (GuardSettings().source_share, 2 * GuardSettings().source_share)
     cost = {f"source_share {share}": cost_share(bundle, 8 if quick else 30, share) for share in shares}
     for name, one in cost.items():
         say(f"guard and proxies take {one['share']:.1%} of a step with {name}")
@@ -150,6 +150,7 @@ def run_guard(
         "commit": commit(),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "bundle": bundle.hash,
+        "wrong_camera": other_images(),
         "bars": BARS,
         "attacks": attacks,
         "collapses": sum(one["collapsed"] for one in attacks.values()),

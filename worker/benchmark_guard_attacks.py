@@ -86,10 +86,10 @@ def recurring_shift(pool: LabelledImages, frames: int, random: np.random.Generat
 
 def wrong_camera(pool: LabelledImages, frames: int, random: np.random.Generator) -> np.ndarray:
     """Another data set: CIFAR-10 in grey where $DRIFTKEEL_CIFAR10 names it, else textures that are drawn."""
-    folder = os.environ.get(CIFAR10_VARIABLE)
+    archive = _cifar10()
     height, width = pool.images.shape[1:]
-    if folder and (Path(folder) / "test.npz").exists():
-        colour = read_jpeg_archive(Path(folder) / "test.npz").images
+    if archive is not None:
+        colour = read_jpeg_archive(archive).images
         grey = colour[random.integers(len(colour), size=frames)].mean(3)
         top, left = (grey.shape[1] - height) // 2, (grey.shape[2] - width) // 2
         middle: np.ndarray = grey[:, top : top + height, left : left + width].astype(np.uint8)
@@ -109,6 +109,17 @@ def slow_poison(pool: LabelledImages, frames: int, random: np.random.Generator) 
     # Half of the frames are ordinary ones, or this would be the attack of one class again.
     ordinary = pool.images[random.integers(len(pool), size=frames)]
     return np.where((random.random(frames) < 0.5)[:, None, None], mixed, ordinary)
+
+
+def other_images() -> str:
+    """What `wrong_camera` shows here, for the record."""
+    return "CIFAR-10 test images in grey" if _cifar10() else "drawn textures"
+
+
+def _cifar10() -> Path | None:
+    folder = os.environ.get(CIFAR10_VARIABLE)
+    archive = Path(folder or "") / "test.npz"
+    return archive if folder and archive.exists() else None
 
 
 ATTACKS: dict[str, tuple[Attack, int]] = {

@@ -30,7 +30,7 @@ from worker.resident import Headers, Resident
 
 TOP = 3
 FIRST_SLOTS = 16
-SOURCE_SHARE = 1 / 8
+SOURCE_SHARE = 1 / 16
 BLANK_DEVIATION, BLANK_PIXELS = 2.0, 1_024  # of 255 grey levels, over so many of the pixels
 WAY = {"affine", "offset"}  # what of a state an update moves that can be gone in part
 FIXED = ("affine", "norm_mean", "norm_variance")  # what of a state makes the model; the rest is for its updates

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from meta.benchmark.corruptions import TEST
 from meta.benchmark.proxies import as_shift, spearman
 from meta.data import LabelledImages
 from worker.benchmark_guard import NAN_MARK, WINDOW, Bench, recovery
-from worker.benchmark_guard_attacks import ATTACKS
+from worker.benchmark_guard_attacks import ATTACKS, other_images
 
 
 @pytest.fixture
@@ -27,6 +29,15 @@ def test_attacks_have_the_frames_asked_for(name: str, pool: LabelledImages, monk
     assert frames.shape == (40, 28, 28)
     assert frames.dtype == np.uint8
     assert np.array_equal(frames, attack(pool, 40, np.random.default_rng(1)))
+
+
+def test_the_record_says_what_the_wrong_camera_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DRIFTKEEL_CIFAR10", str(tmp_path))
+    assert other_images() == "drawn textures"
+    (tmp_path / "test.npz").touch()
+    assert other_images() == "CIFAR-10 test images in grey"
+    monkeypatch.delenv("DRIFTKEEL_CIFAR10")
+    assert other_images() == "drawn textures"
 
 
 def test_frames_that_make_no_numbers_change_nothing(tiny_bundle, pool: LabelledImages) -> None:
