@@ -13,12 +13,14 @@ import copy
 import math
 import threading
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from meta.affine import Affine, rectified_mean, scaled
 from schemas.errors import BundleError
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -135,14 +137,15 @@ def _spread(rows: Tensor, stream: Tensor, x: Tensor) -> Tensor:
 class FrameAffine(threading.local):
     """What the pass under way asks of every layer, shared by all layers of one model; each thread has its own pass.
 
-    `rows` is (B, P), one row a frame, or None for the source affine; `moments` replaces the running statistics of
-    BatchNorm layers where it is set; `features` collects each layer's rectified and pooled output (B, C), with the
-    layer's place in the affine, where it is a list; `first_features` is that of the first layer as the source affine
-    would make it. `head` is what went into the last linear layer in the thread's last pass.
+    `rows` are scales and shifts of every layer in turn, (B, ...) each, one row a frame, or None for the source affine;
+    `moments` replaces the running statistics of BatchNorm layers where it is set; `features` collects each layer's
+    rectified and pooled output (B, C), with the layer's place in the affine, where it is a list; `first_features` is
+    that of the first layer as the source affine would make it. `head` is what went into the last linear layer in the
+    thread's last pass.
     """
 
     def __init__(self) -> None:
-        self.rows: Tensor | None = None
+        self.rows: tuple[Tensor, ...] | None = None
         self.moments: NormMoments | None = None
         self.features: list[tuple[int, Tensor]] | None = None
         self.first_features: Tensor | None = None
@@ -150,9 +153,14 @@ class FrameAffine(threading.local):
 
 
 class StreamNorm(nn.Module):
-    """One swapped normalisation layer: x_hat = normalise(x), then per-frame scale and shift."""
+    """One swapped normalisation layer: x_hat = normalise(x), then per-frame scale and shift.
 
-    def __init__(self, norm: nn.Module, name: str, offset: int, frame_affine: FrameAffine, channel: int = 0) -> None:
+    `part`: which of the pass's `rows` are its scales; its shifts, if it has any, come next.
+    """
+
+    def __init__(
+        self, norm: nn.Module, name: str, offset: int, frame_affine: FrameAffine, channel: int = 0, part: int = 0
+    ) -> None:
         super().__init__()
         scale = norm.weight
         if not isinstance(scale, Tensor):
@@ -167,49 +175,72 @@ class StreamNorm(nn.Module):
         self.register_buffer("scale", scale.detach().clone().float())
         self.register_buffer("shift", shift.detach().clone().float() if isinstance(shift, Tensor) else None)
         self.frame_affine = frame_affine
+        self.part = part
         # Where this layer's running statistics lie in those of all BatchNorm layers; empty where it has none.
         self.channels = slice(channel, channel + (size if isinstance(norm, BATCH_NORM) else 0))
+        self.groups = norm.num_groups if type(norm).forward is nn.GroupNorm.forward else 0
+        self.rectify = False  # whether it does the work of the ReLU behind it
 
     def forward(self, x: Tensor) -> Tensor:
-        moments = self.frame_affine.moments
-        if moments is None or self.channels.start == self.channels.stop:
-            x_hat = self.norm(x)
+        at, rows = self.frame_affine, self.frame_affine.rows
+        if rows is None and not (x.requires_grad and torch.is_grad_enabled()):
+            return self._as_source(x)
+        scale, shift = self._source_rows(x) if rows is None else self._frame_rows(x, rows)
+        inverse = None
+        if self.groups:
+            with torch.no_grad():
+                x_hat, inverse = _group_normalised(x, self.groups, self.norm.eps)
         else:
-            x_hat = moments.normalise(x, self.channels, self.norm.eps)
-        rows = self.frame_affine.rows
-        if rows is None:
-            scale, shift = self._shaped(self.scale[None], x), None
-            if self.shift is not None:
-                shift = self._shaped(self.shift[None], x)
-        else:
-            if x.shape[0] != rows.shape[0]:
-                raise BundleError(
-                    f"norm layer {self.place.layer!r} sees {x.shape[0]} rows for {rows.shape[0]} frames: "
-                    "models that fold other dimensions into the batch cannot be adapted per stream"
-                )
-            place = self.place
-            scale, shift = self._shaped(rows[:, place.scale : place.shift], x), None
-            if self.has_shift:
-                shift = self._shaped(rows[:, place.shift : place.end], x)
-        out = x_hat * scale if shift is None else torch.addcmul(shift, x_hat, scale)
-        if self.frame_affine.features is not None:
-            pooled = self._pooled(out)
+            x = self._normalised(x)
+            x_hat = x.detach()
+        positions = self._positions(x) if at.features is not None else None
+        out, pooled = Affine.apply(x, x_hat, inverse, scale, shift, self.rectify, positions)
+        if at.features is not None:
+            at.features.append((self.place.scale, pooled))
             if self.place.scale == 0:
-                self.frame_affine.first_features = pooled if rows is None else self._under_source(x_hat.detach())
-            self.frame_affine.features.append((self.place.scale, pooled))
+                with torch.no_grad():
+                    under_source = scaled(x_hat, *self._source_rows(x_hat))
+                    at.first_features = pooled if rows is None else rectified_mean(under_source, self._positions(x))
+        return cast(Tensor, out)
+
+    def _as_source(self, x: Tensor) -> Tensor:
+        """What the trained layer puts out, as fast as that."""
+        if self.groups:
+            out = nn.functional.group_norm(x, self.groups, self.scale, self.shift, self.norm.eps)
+        else:
+            out = scaled(self._normalised(x), *self._source_rows(x))
+        if self.rectify:
+            out.relu_()
+        if (features := self.frame_affine.features) is not None:
+            pooled = rectified_mean(out, self._positions(x), self.rectify)
+            features.append((self.place.scale, pooled))
+            if self.place.scale == 0:
+                self.frame_affine.first_features = pooled
         return out
 
-    @torch.no_grad()
-    def _under_source(self, x_hat: Tensor) -> Tensor:
-        scale = self._shaped(self.scale[None], x_hat)
-        if self.shift is None:
-            return self._pooled(x_hat * scale)
-        return self._pooled(torch.addcmul(self._shaped(self.shift[None], x_hat), x_hat, scale))
+    def _normalised(self, x: Tensor) -> Tensor:
+        moments = self.frame_affine.moments
+        if moments is None or self.channels.start == self.channels.stop:
+            return cast(Tensor, self.norm(x))
+        return moments.normalise(x, self.channels, self.norm.eps)
 
     @property
     def feature_count(self) -> int:
         """How many pooled features this layer has: one a channel."""
         return int(self.scale.shape[0 if self.channels_first else -1])
+
+    def _frame_rows(self, x: Tensor, rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        if x.shape[0] != rows[0].shape[0]:
+            raise BundleError(
+                f"norm layer {self.place.layer!r} sees {x.shape[0]} rows for {rows[0].shape[0]} frames: "
+                "models that fold other dimensions into the batch cannot be adapted per stream"
+            )
+        shift = self._shaped(rows[self.part + 1], x) if self.has_shift else None
+        return self._shaped(rows[self.part], x), shift
+
+    def _source_rows(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        shift = self._shaped(self.shift[None], x) if self.shift is not None else None
+        return self._shaped(self.scale[None], x), shift
 
     def _shaped(self, rows: Tensor, x: Tensor) -> Tensor:
         if self.channels_first:
@@ -217,36 +248,17 @@ class StreamNorm(nn.Module):
         lead = x.dim() - 1 - len(self.shape)
         return rows.view(rows.shape[0], *([1] * lead), *self.shape)
 
-    def _pooled(self, out: Tensor) -> Tensor:
-        """Rectified, as the next layer mostly sees it: that tells shifts apart better than the plain mean."""
-        if out.dim() == 2:
-            return torch.relu(out)
-        pooled: Tensor = _RectifiedMean.apply(
-            out, tuple(range(2, out.dim()) if self.channels_first else range(1, out.dim() - 1))
-        )
-        return pooled
+    def _positions(self, x: Tensor) -> tuple[int, ...]:
+        """The dimensions of x that are neither frames nor channels."""
+        return tuple(range(2, x.dim()) if self.channels_first else range(1, x.dim() - 1))
 
 
-class _RectifiedMean(torch.autograd.Function):
-    """relu(x).mean(dims). Its gradient has the layout of x: the built-in one is contiguous, and on channels-last
-    input every operation behind it then mixes two layouts, which took a third of an engine pass.
-    """
-
-    @staticmethod
-    def forward(context: Any, x: Tensor, dims: tuple[int, ...]) -> Tensor:
-        active = torch.relu(x)
-        context.save_for_backward(active)
-        context.dims = dims
-        return active.mean(dims)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (active,) = context.saved_tensors
-        share = gradient / math.prod(active.shape[dim] for dim in context.dims)
-        for dim in context.dims:
-            share = share.unsqueeze(dim)
-        return torch.ops.aten.threshold_backward(share.expand_as(active), active, 0), None
+def _group_normalised(x: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x (B, C, ...) normalised over each group's channels and positions, and the inverse deviations (B, groups)."""
+    frames, channels = x.shape[:2]
+    size = math.prod(x.shape[2:])
+    x_hat, _, inverse = torch.native_group_norm(x, None, None, frames, channels, size, groups, epsilon)
+    return x_hat, inverse
 
 
 def _without_affine(norm: nn.Module) -> nn.Module:
@@ -276,7 +288,7 @@ class AdaptableModel(nn.Module):
         self.frame_affine = FrameAffine()
         self.layers: list[StreamNorm] = []
         swapped: dict[int, StreamNorm] = {}
-        offset = channel = 0
+        offset = channel = part = 0
         for name, module in list(network.named_modules(remove_duplicate=False)):
             if isinstance(module, BATCH_NORM) and module.running_mean is None:
                 raise BundleError(
@@ -286,8 +298,8 @@ class AdaptableModel(nn.Module):
             if not _is_norm(module) or module.weight is None:
                 continue
             if id(module) not in swapped:
-                layer = StreamNorm(module, name, offset, self.frame_affine, channel)
-                offset, channel = layer.place.end, layer.channels.stop
+                layer = StreamNorm(module, name, offset, self.frame_affine, channel, part)
+                offset, channel, part = layer.place.end, layer.channels.stop, part + 1 + layer.has_shift
                 swapped[id(module)] = layer
                 self.layers.append(layer)
             parent, _, child = name.rpartition(".")
@@ -310,6 +322,8 @@ class AdaptableModel(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise BundleError(f"weight {name!r} of the source model is not finite")
         self.places = [layer.place for layer in self.layers]
+        ends = [end for place in self.places for end in (place.scale, place.shift, place.end)]
+        self._sizes = [end - start for start, end in pairwise(ends) if end > start]
         self.register_buffer("source_affine", self._source_affine())
         running = [layer.norm for layer in self.layers if layer.channels.start < layer.channels.stop]
         self.register_buffer("source_mean", _joined([norm.running_mean for norm in running]))
@@ -355,7 +369,8 @@ class AdaptableModel(nn.Module):
 
         BatchNorm layers use their running statistics, or what `moments` says.
         """
-        self.frame_affine.rows, self.frame_affine.moments = rows, moments
+        self.frame_affine.rows = None if rows is None else rows.split(self._sizes, 1)
+        self.frame_affine.moments = moments
         try:
             return self.network(frames.contiguous(memory_format=self.memory_format))
         finally:
@@ -402,10 +417,29 @@ class AdaptableModel(nn.Module):
             try:
                 with torch.no_grad():
                     self(frames)
-                return
+                break
             except RuntimeError:
                 if self.memory_format is torch.contiguous_format:
                     raise
+        self._take_rectifiers(frames.shape)
+
+    @torch.no_grad()
+    def _take_rectifiers(self, shape: torch.Size) -> None:
+        """Let norm layers do the work of a ReLU behind them, where a Sequential says that there is one: the gradient
+        then passes both at once. Whoever else uses what lies between shows in the answers; then nothing changes."""
+        frames = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        before = self(frames)
+        taken: list[tuple[nn.Sequential, int, nn.ReLU]] = []
+        for module in self.network.modules():
+            if type(module).forward is nn.Sequential.forward:
+                for index, (layer, behind) in enumerate(pairwise(module)):
+                    if isinstance(layer, StreamNorm) and type(behind) is nn.ReLU:
+                        taken.append((module, index, behind))
+        for sequence, index, _ in taken:
+            sequence[index].rectify, sequence[index + 1] = True, nn.Identity()
+        if not torch.equal(before, self(frames)):
+            for sequence, index, rectifier in taken:
+                sequence[index].rectify, sequence[index + 1] = False, rectifier
 
 
 def _joined(statistics: list[Tensor]) -> Tensor:

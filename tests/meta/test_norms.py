@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from meta.norms import AdaptableModel, NormMoments, _RectifiedMean
+from meta.norms import AdaptableModel, NormMoments
 from schemas.errors import BundleError
 
 
@@ -247,19 +247,3 @@ def test_the_gradient_of_stream_normalisation_is_that_of_its_definition(shape: t
     stream, share = torch.tensor([0, 2, 1, 0, 0, 2, 2]), torch.tensor([0.3, 1.0, 0.0], dtype=torch.float64)
     moments = NormMoments(stream, share, torch.randn(3, 3).double(), torch.rand(3, 3).double() + 0.5)
     assert torch.autograd.gradcheck(lambda x: moments.normalise(x, slice(0, 3), 1e-5), [x])
-
-
-@pytest.mark.parametrize("dims", [(2, 3), (1, 2)])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_pooled_features_have_the_gradient_of_their_definition(
-    dims: tuple[int, ...], layout: torch.memory_format
-) -> None:
-    torch.manual_seed(3)
-    x = torch.randn(5, 6, 7, 4).contiguous(memory_format=layout).requires_grad_()
-    weight = torch.randn_like(torch.relu(x).mean(dims))
-    (expected,) = torch.autograd.grad((torch.relu(x).mean(dims) * weight).sum(), x)
-    pooled = _RectifiedMean.apply(x, dims)
-    (found,) = torch.autograd.grad((pooled * weight).sum(), x)
-    torch.testing.assert_close(pooled, torch.relu(x).mean(dims))
-    torch.testing.assert_close(found, expected)
-    assert found.stride() == x.stride()

@@ -1,0 +1,118 @@
+"""Scale, shift, rectify and pool what a norm layer has normalised, with the gradient written out.
+
+Left to autograd, each norm layer of a net kept four tensors of the size of its input and went over them a dozen times
+in the backward. Here it keeps two at most, and takes the gradients of normalisation, affine, rectifier and pooled
+features together.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class Affine(torch.autograd.Function):
+    """x_hat * scale + shift, and its rectified mean over positions.
+
+    `x` carries the graph: it is `x_hat` itself, or what group normalisation made `x_hat` of; then `inverse` (B, groups)
+    are the inverse deviations that it used. `x_hat` (B, C, ...) or (B, ..., C) carries none. `scale` and `shift` have
+    the same number of dimensions, 1 where they are the same for all; `shift` may be None. `rectify`: the layer behind
+    is a ReLU, whose work is done here. `positions` are the dimensions over which the features (B, C) are pooled; None:
+    they are not wanted.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any,
+        x: Tensor,
+        x_hat: Tensor,
+        inverse: Tensor | None,
+        scale: Tensor,
+        shift: Tensor | None,
+        rectify: bool,
+        positions: tuple[int, ...] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        out = scaled(x_hat, scale, shift)
+        if rectify:
+            out.relu_()
+        pooled = None if positions is None else rectified_mean(out, positions, rectify)
+        # What is not rectified may be changed in place by the layers behind, and is worked out again where needed.
+        context.save_for_backward(x_hat, inverse, scale, shift, out if rectify else None)
+        context.rectify, context.positions = rectify, positions
+        context.set_materialize_grads(False)
+        return out, pooled
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(context: Any, of_out: Tensor | None, of_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_hat, inverse, scale, shift, out = context.saved_tensors
+        if of_out is not None and of_out.stride() != x_hat.stride():
+            # A mix of two layouts is slow in every operation behind.
+            of_out = torch.empty_like(x_hat).copy_(of_out)
+        if of_pooled is not None:
+            if out is None:
+                out = scaled(x_hat, scale, shift)
+            gradient = _through_mean(of_out, of_pooled, out, context.positions, context.rectify)
+        elif of_out is not None:
+            gradient = torch.ops.aten.threshold_backward(of_out, out, 0) if context.rectify else of_out
+        else:
+            return (None,) * 7
+        same = [dim for dim in range(1, scale.dim()) if scale.shape[dim] == 1]
+        along = gradient * x_hat
+        of_shift, of_scale = (t.sum(same, keepdim=True) if same else t for t in (gradient, along))
+        of_x = None
+        if context.needs_input_grad[0]:
+            room = along if same else torch.empty_like(along)
+            if inverse is None:
+                of_x = torch.mul(gradient, scale, out=room)
+            else:
+                of_x = _through_groups(gradient, x_hat, inverse, scale, of_shift, of_scale, room)
+        if scale.shape[0] == 1:  # shared by all frames
+            of_shift, of_scale = of_shift.sum(0, keepdim=True), of_scale.sum(0, keepdim=True)
+        return of_x, None, None, of_scale, of_shift if shift is not None else None, None, None
+
+
+def scaled(x_hat: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """x_hat * scale + shift, where there is a shift."""
+    return x_hat * scale if shift is None else torch.addcmul(shift, x_hat, scale)
+
+
+def rectified_mean(x: Tensor, positions: tuple[int, ...], rectified: bool = False) -> Tensor:
+    """relu(x).mean(positions), of an x that may be rectified already: as the layer behind mostly sees it, which tells
+    shifts apart better than the plain mean."""
+    if not positions:
+        return torch.relu(x)
+    return (x if rectified else torch.relu(x)).mean(positions)
+
+
+def _through_mean(
+    of_out: Tensor | None, of_pooled: Tensor, out: Tensor, positions: tuple[int, ...], rectify: bool
+) -> Tensor:
+    """The gradient of what lies before the rectifier; where `rectify`, that of `out` has to pass it as well."""
+    share = of_pooled / math.prod(out.shape[dim] for dim in positions)
+    for dim in positions:
+        share = share.unsqueeze(dim)
+    if of_out is not None and rectify:
+        total = of_out + share
+        return torch.ops.aten.threshold_backward.grad_input(total, out, 0, grad_input=total)
+    passed: Tensor = torch.ops.aten.threshold_backward(share.expand_as(out), out, 0)
+    return passed if of_out is None else passed.add_(of_out)
+
+
+def _through_groups(
+    gradient: Tensor, x_hat: Tensor, inverse: Tensor, scale: Tensor, total: Tensor, along: Tensor, room: Tensor
+) -> Tensor:
+    """The gradient of x (B, C, ...): with g = gradient * scale, and means over each group's channels and positions,
+    inverse * (g - mean(g) - x_hat * mean(g * x_hat)). `total` and `along` (B, C, 1, ...) are the sums of gradient and
+    of gradient * x_hat over positions; `room` is overwritten."""
+    frames, groups = inverse.shape
+    grouped = (frames, groups, x_hat.shape[1] // groups)
+    factor = (scale.expand_as(total).reshape(grouped) * inverse.unsqueeze(2)).view_as(total)
+    own = (torch.stack([total, along]) * factor).view(2, *grouped)
+    means = own.sum(3, keepdim=True) / -(math.prod(x_hat.shape[1:]) // groups)
+    constant, slope = means.expand_as(own).reshape(2, *total.shape).unbind()
+    return torch.addcmul(constant, x_hat, slope, out=room).addcmul_(gradient, factor)
