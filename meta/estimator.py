@@ -20,7 +20,7 @@ MOST_DEVIATION, MOST_PRODUCT = 3.5, 6.0  # an estimate does not go on beyond wha
 LEAST_SHARE = 0.005
 NO_SHARES = {"discrepancy", "distance", "odd", "odd_last", "gap", "novelty", "dose"}
 NO_SHARES |= {"source_odd", "source_odd_last", "source_rank"}
-RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 LEVELS = 6  # of the estimate, at which the spread of errors is measured
 COVERAGE = 0.9
 

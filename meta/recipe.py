@@ -70,7 +70,7 @@ class Recipe(BaseModel):
     generator: GeneratorSettings = GeneratorSettings()
     training: TrainingSettings = TrainingSettings()
     paper: PaperRecipe | None = None
-    calibration_windows: int = Field(12, ge=2, description="of eight micro-batches, from each stream, ten times")
+    calibration_windows: int = Field(12, ge=2, description="of eight micro-batches, from each stream, sixteen times")
     calibration_streams: int = Field(24, ge=1)
 
 

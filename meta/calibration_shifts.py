@@ -1,0 +1,207 @@
+"""More simulated shifts, for the accuracy estimate alone: the more ways of failing its calibration has seen, the less
+it takes one way's confidence for another's. Neither generators nor results have ever seen them.
+
+They look like those of `meta.shifts` and keep to the same rule: none is a held-out shift or one of the fifteen common
+corruptions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meta.shifts import TUNING, Shift
+
+
+def _each(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def _grid(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each pixel lies, x and y in [-1, 1], (B, h, w) each."""
+    count, _, height, width = images.shape
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return x.expand(count, -1, -1), y.expand(count, -1, -1)
+
+
+def _looked_up(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return F.grid_sample(images, torch.stack([x, y], 3), padding_mode="border", align_corners=True)
+
+
+def _fixed(traits: Tensor) -> torch.Generator:
+    """For what is at random but the same in every frame of a stream."""
+    return torch.Generator().manual_seed(int(traits[0] * 1e6))
+
+
+# --- geometry ------------------------------------------------------------------------------------------------------
+
+
+def wobble(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """A rolling shutter on a machine that shakes: rows displaced along a wave, another one in every frame."""
+    x, y = _grid(images)
+    phase = 2 * math.pi * torch.rand(len(images), 1, 1, generator=random)
+    wave = torch.sin(math.pi * (1 + 3 * traits[0]) * y + phase)
+    return _looked_up(images, x + 0.3 * severity.view(-1, 1, 1) * wave, y)
+
+
+def squeeze(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """A wrong aspect: one axis shrunk or stretched by up to 45%."""
+    x, y = _grid(images)
+    factor = torch.exp((0.45 if traits[0] < 0.5 else -0.45) * severity).view(-1, 1, 1)
+    return _looked_up(images, x * factor, y) if traits[1] < 0.5 else _looked_up(images, x, y * factor)
+
+
+def keystone(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Seen from one side: what is far gets narrower."""
+    x, y = _grid(images)
+    bend = 0.7 * severity.view(-1, 1, 1) * (1 if traits[0] < 0.5 else -1)
+    return _looked_up(images, x * (1 + bend * y), y) if traits[1] < 0.5 else _looked_up(images, x, y * (1 + bend * x))
+
+
+def lens(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Barrel or pincushion distortion."""
+    x, y = _grid(images)
+    bend = severity.view(-1, 1, 1) * (0.7 if traits[0] < 0.5 else -0.4)
+    factor = 1 + bend * (x**2 + y**2)
+    return _looked_up(images, x * factor, y * factor)
+
+
+def jitter(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Items lie anywhere: every frame displaced by up to a quarter of its size."""
+    x, y = _grid(images)
+    moves = 0.5 * severity.view(-1, 1, 1, 1) * (2 * torch.rand(len(images), 2, 1, 1, generator=random) - 1)
+    return _looked_up(images, x + moves[:, 0], y + moves[:, 1])
+
+
+# --- in front of the lens --------------------------------------------------------------------------------------------
+
+
+def scratches(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Thin lines across the glass, the same ones in every frame."""
+    x, y = _grid(images[:1])
+    fixed, field = _fixed(traits), torch.full_like(x, math.inf)
+    for _ in range(5):
+        angle, offset = (torch.rand(2, generator=fixed) * torch.tensor([math.pi, 1.6])).tolist()
+        field = torch.minimum(field, (math.cos(angle) * x + math.sin(angle) * y - offset + 0.8).abs())
+    return torch.where(field.unsqueeze(1) < 0.1 * _each(severity), traits[1].expand(()), images)
+
+
+def covers(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """A square somewhere else in every frame hides up to a third of it: hands, chips, flies."""
+    x, y = _grid(images)
+    middle = 2 * torch.rand(len(images), 2, 1, 1, generator=random) - 1
+    side = (0.6 * severity).view(-1, 1, 1)
+    hidden = ((x - middle[:, 0]).abs() < side) & ((y - middle[:, 1]).abs() < side)
+    return torch.where(hidden.unsqueeze(1), traits[0].expand(()), images)
+
+
+def window_frame(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """The edges of a housing in the picture: a border of one grey level."""
+    x, y = _grid(images)
+    inside = torch.maximum(x.abs(), y.abs()).unsqueeze(1) < 1 - 0.5 * _each(severity)
+    return torch.where(inside, images, 0.8 * traits[0])
+
+
+def overlap(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Items lie on each other: another frame's shows through."""
+    other = images.roll(1, 0)
+    mixed = torch.maximum(images, other) if traits[0] < 0.5 else (images + other) / 2
+    return images + 0.6 * _each(severity) * (mixed - images)
+
+
+def background(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Another belt: what was dark has a texture that stays put."""
+    side = 2 + int(traits[1] * 8)
+    coarse = torch.rand((1, 1, side, side), generator=_fixed(traits))
+    texture = F.interpolate(coarse, images.shape[2:], mode="bilinear", align_corners=False)
+    return torch.maximum(images, 0.6 * _each(severity) * texture)
+
+
+# --- light -----------------------------------------------------------------------------------------------------------
+
+
+def glare(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """A lamp mirrored in the scene: a bright spot at one place."""
+    x, y = _grid(images)
+    distance = (x - 1.6 * traits[0] + 0.8) ** 2 + (y - 1.6 * traits[1] + 0.8) ** 2
+    spot = torch.exp(-distance / (0.1 + 0.5 * traits[2])).unsqueeze(1)
+    return (images + 1.2 * _each(severity) * spot).clamp(0, 1)
+
+
+def stripes(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Stripes of a mesh or of the mains over the scene, drifting from frame to frame."""
+    x, y = _grid(images)
+    along = torch.cos(math.pi * traits[0]) * x + torch.sin(math.pi * traits[0]) * y
+    phase = 2 * math.pi * torch.rand(len(images), 1, 1, generator=random)
+    wave = torch.sin(math.pi * (2 + 8 * traits[1]) * along + phase).unsqueeze(1)
+    if traits[2] < 0.5:
+        return (images * (1 + 0.9 * _each(severity) * wave)).clamp(0, 1)
+    return (images + 0.35 * _each(severity) * wave).clamp(0, 1)
+
+
+# --- in the camera ---------------------------------------------------------------------------------------------------
+
+
+def solarise(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """A response that folds: what is brighter than a level gets darker again."""
+    return images - (1 + traits[0]) * (images - 1 + 0.5 * _each(severity)).clamp_min(0)
+
+
+def hard_knee(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Far too steep a response: nearly black and white."""
+    middle = 0.25 + 0.5 * traits[0]
+    return ((images - middle) * (1 + 7 * _each(severity)) + middle).clamp(0, 1)
+
+
+def local_gain(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Tone mapping: every place is brought to the same brightness."""
+    reach = 2 * (images.shape[3] // 8) + 1
+    padded = F.pad(images, (reach // 2,) * 4, mode="replicate")
+    even = 0.4 * images / (F.avg_pool2d(padded, reach, 1) + 0.1)
+    return images + _each(severity) * (even.clamp(0, 1) - images)
+
+
+def halo(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Too much sharpening: edges overshoot."""
+    smooth = F.avg_pool2d(F.pad(images, (2,) * 4, mode="replicate"), 5, 1)
+    return (images + (1 + 3 * traits[0]) * _each(severity) * (images - smooth)).clamp(0, 1)
+
+
+def bleeding(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Bright parts swell, or thin ones fade."""
+    reach = 3 if traits[1] < 0.6 else 5
+    sign = 1 if traits[0] < 0.5 else -1
+    other = sign * F.max_pool2d(sign * images, reach, 1, reach // 2)
+    return images + _each(severity) * (other - images)
+
+
+def late_lines(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Every other line, or lines at random, come from elsewhere in the picture."""
+    late = images.roll(1 + int(0.25 * images.shape[3] * traits[0]), 3)
+    rows = torch.rand((len(images), 1, images.shape[2], 1), generator=random) < 0.5
+    if traits[1] < 0.7:
+        rows = (torch.arange(images.shape[2]) % 2 == 0).view(1, 1, -1, 1)
+    return images + _each(severity) * rows * (late - images)
+
+
+def lost_rows(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """A video link that drops out: from some row on, the rest of the frame repeats that row."""
+    height = images.shape[2]
+    first = torch.rand(len(images), generator=random) * (1 - severity) + (1 - 0.6 * severity)
+    last = (first.clamp(max=1) * (height - 1)).long().view(-1, 1)
+    rows = torch.minimum(torch.arange(height).view(1, -1), last)
+    return images.gather(2, rows.view(-1, 1, height, 1).expand_as(images))
+
+
+CALIBRATION: dict[str, Shift] = TUNING | {
+    shift.__name__: shift
+    for shift in (
+        *(wobble, squeeze, keystone, lens, jitter),
+        *(scratches, covers, window_frame, overlap, background),
+        *(glare, stripes),
+        *(solarise, hard_knee, local_gain, halo, bleeding, late_lines, lost_rows),
+    )
+}
