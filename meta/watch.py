@@ -30,12 +30,15 @@ Draw = Callable[[], tuple[Tensor, Tensor, Tensor]]
 class Watched:
     """Micro-batch by micro-batch: what was known of each stream after it, and what was true.
 
-    `truth` (S, 2): running accuracies, weighted as the signals are. answers and plain (S x b, K): the adapted answers'
-    and source's logits; labels (S x b,); signals (S,) of the updates.
+    `truth` (S, 2): running accuracies, weighted as the signals are; `halves` (S, 2): of the adapted answers to every
+    other item, and to the rest. `visits` (S,) count what has happened to each camera so far. answers and plain
+    (S x b, K): the adapted answers' and source's logits; labels (S x b,); signals (S,) of the updates.
     """
 
     proxies: list[list[RunningProxies]] = field(default_factory=list)
     truth: list[np.ndarray] = field(default_factory=list)
+    halves: list[np.ndarray] = field(default_factory=list)
+    visits: list[np.ndarray] = field(default_factory=list)
     answers: list[Tensor] = field(default_factory=list)
     plain: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
@@ -45,7 +48,12 @@ class Watched:
         """Every so many micro-batches of every stream, once a window is full."""
         moments = range(every - 1, len(self.truth), every)
         rows = [[one.signals.get(name, np.nan) for name in names] for t in moments for one in self.proxies[t]]
-        return Table(np.array(rows, float), np.concatenate([self.truth[t] for t in moments]))
+        return Table(np.array(rows, float), self.at(self.truth, every))
+
+    @staticmethod
+    def at(values: Sequence[np.ndarray], every: int = WINDOW_STEPS) -> np.ndarray:
+        """Of these, moment by moment, those that belong to the rows of `table`."""
+        return np.concatenate(values[every - 1 :: every])
 
 
 def cameras(
@@ -74,11 +82,13 @@ def watch(
     state = {name: tensor.detach() for name, tensor in method.fresh(len(streams)).items()}
     seen = Watched()
     proxies = [RunningProxies() for _ in streams]
-    truth = np.zeros((len(streams), 2))
+    truth, halves, visits = np.zeros((len(streams), 2)), np.zeros((len(streams), 2)), np.zeros(len(streams), int)
+    other_half = torch.cat([torch.arange(FRAMES) // camera.repeat % 2 for camera in streams])
     for step in range(steps):
-        for camera in streams:
+        for place, camera in enumerate(streams):
             if camera.over:
                 camera.begin()
+                visits[place] += 1
         frames, labels, stream = draw(streams, FRAMES, preprocessing)
         forward = method.predict(frames, stream, state)
         asked = (stream + step) % (1 if step * FRAMES < YOUNG else SHADOW_EVERY) == 0
@@ -96,6 +106,9 @@ def watch(
         weight = 1 / min(step + 1, WINDOW_STEPS)
         hits = torch.stack([forward.answer.argmax(1) == labels, plain.argmax(1) == labels], 1).float()
         truth = truth + weight * (per_stream_mean(hits, stream, forward.counts).numpy() - truth)
+        own = hits[:, 0].split(FRAMES), other_half.split(FRAMES)
+        parts = [[float(right[half == i].mean()) for i in (0, 1)] for right, half in zip(*own, strict=True)]
+        halves = halves + weight * (np.array(parts) - halves)
         rows = [{name: float(values[i]) for name, values in signals.items()} for i in range(len(streams))]
         proxies = [
             fold(before.model_copy(update={"frames": before.frames + FRAMES}), one, row, model)
@@ -103,6 +116,8 @@ def watch(
         ]
         seen.proxies.append(proxies)
         seen.truth.append(truth)
+        seen.halves.append(halves)
+        seen.visits.append(visits.copy())
         seen.answers.append(forward.answer)
         seen.plain.append(plain.clone())
         seen.labels.append(labels)

@@ -2,7 +2,9 @@
 
 Every signal alone gets the same fit and interval as the combination, on the tuning shifts, so that what is compared is
 the signal. Truth is the accuracy over the same frames with the same weights: exponential, about 128 frames. Its own
-sampling error is part of what is measured; `mae_points_512` and `spearman_512` are over four such windows together.
+sampling error is part of what is measured: `best_spearman` is what someone would reach who knew the accuracy to be
+expected, as two halves of the same items tell (the correction for attenuation of Spearman, 1904, with his and Brown's
+formula of 1910). `..._512` is over four such windows together, `..._visit` over all windows of one episode of a camera.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,10 @@ from meta import data
 from meta.benchmark import corruptions
 from meta.benchmark.report import commit
 from meta.bundle import Bundle, load_bundle
+from meta.calibration_shifts import CALIBRATION
 from meta.estimator import AccuracyModel, Array, Table, fit_estimator, joined
 from meta.proxies import SIGNALS, Observer
-from meta.shifts import HELD_OUT, TUNING, Shift
+from meta.shifts import HELD_OUT, Shift
 from meta.source import image_tensor
 from meta.train import Preprocessing
 from meta.watch import WINDOW_STEPS, Watched, cameras, watch
@@ -53,16 +57,16 @@ def run_proxies(
         "corruptions": {name: as_shift(one) for name, one in corruptions.TEST.items()},
     }
     result: dict[str, Any] = {}
-    everything: dict[str, list[Table]] = {"adapted": [], "unadapted": []}
+    everything: dict[str, list[Told]] = {"adapted": [], "unadapted": []}
     for family, shifts in families.items():
         for adapt in (True, False):
             say(f"{family}, {'adapted' if adapt else 'unadapted'}")
             seen = [_watched(bundle, shifts, seed, windows, adapt) for seed in runs]
             kind = "adapted" if adapt else "unadapted"
-            tables = [one.table() for one in seen]
+            tables = [_told(one) for one in seen]
             everything[kind] += tables
             result[f"{family}/{kind}"] = _all_scores(tables, estimator, fitted) | {
-                "confidence": _honesty(bundle, seen),
+                "published": _honesty(bundle, seen),
                 "accuracy": round(float(np.mean([t.truth[:, 0].mean() for t in tables])), 4),
             }
     for kind, tables in everything.items():
@@ -115,9 +119,9 @@ def _watched(
 
 
 def _single_signals(bundle: Bundle, windows: int, rounds: int = 3) -> dict[str, Estimator]:
-    names, groups = list(TUNING), []
+    names, groups = list(CALIBRATION), []
     for number in range(rounds):
-        shifts = {name: TUNING[name] for name in names[number::rounds]}
+        shifts = {name: CALIBRATION[name] for name in names[number::rounds]}
         groups.append(
             joined(
                 [_watched(bundle, shifts, 100 + number, windows, adapt, "tuning").table() for adapt in (True, False)]
@@ -130,40 +134,78 @@ def _single_signals(bundle: Bundle, windows: int, rounds: int = 3) -> dict[str, 
     return fitted
 
 
-def _all_scores(tables: Sequence[Table], estimator: Estimator, fitted: dict[str, Estimator]) -> dict[str, Any]:
-    signals = {
-        name: _scores([Table(t.values[:, place : place + 1], t.truth) for t in tables], fitted[name])
-        for place, name in enumerate(SIGNALS)
-    }
+@dataclass(frozen=True)
+class Told(Table):
+    """Of the same rows also the accuracies on two halves of the items, (N, 2), and which camera's visit they lie in."""
+
+    halves: Array
+    visit: Array
+
+
+def _told(seen: Watched) -> Told:
+    table = seen.table()
+    camera = np.arange(len(table.truth)) % CAMERAS
+    return Told(table.values, table.truth, seen.at(seen.halves), 1_000 * seen.at(seen.visits) + camera)
+
+
+def _all_scores(tables: Sequence[Told], estimator: Estimator, fitted: dict[str, Estimator]) -> dict[str, Any]:
     places = [SIGNALS.index(name) for name in estimator.signals]
-    own = [Table(t.values[:, places], t.truth) for t in tables]
-    return {"combination": _scores(own, estimator), "source": _scores(own, estimator, target=1), **signals}
+    return {
+        "truth": _best(tables),
+        "combination": _scores(tables, places, estimator),
+        "source": _scores(tables, places, estimator, target=1),
+        **{name: _scores(tables, [place], fitted[name]) for place, name in enumerate(SIGNALS)},
+    }
 
 
-def _scores(tables: Sequence[Table], estimator: Estimator, target: int = 0) -> dict[str, float]:
+def _scores(tables: Sequence[Told], places: list[int], estimator: Estimator, target: int = 0) -> dict[str, float]:
     """Of one estimator on the windows of these streams. Rows are moments, camera by camera."""
     model = AccuracyModel(estimator)
-    guess = [model.of(table.values)[:, target] for table in tables]
-    truth = [table.truth[:, target] for table in tables]
-    low, high = model.interval(np.concatenate(guess))
-    real = np.concatenate(truth)
-    error = real - np.concatenate(guess)
-    long_guess, long_truth = (np.concatenate([_four(one) for one in values]) for values in (guess, truth))
-    return {
-        "mae_points": round(100 * float(np.abs(error).mean()), 2),
-        "spearman": round(spearman(np.concatenate(guess), np.concatenate(truth)), 3),
-        **({} if target else {"coverage90": round(float(((real >= low) & (real <= high)).mean()), 3)}),
-        "bias_points": round(-100 * float(error.mean()), 2),
-        "mae_points_512": round(100 * float(np.abs(long_guess - long_truth).mean()), 2),
-        "spearman_512": round(spearman(long_guess, long_truth), 3),
-    }
+    guesses = [model.of(table.values[:, places])[:, target] for table in tables]
+    truths = [table.truth[:, target] for table in tables]
+    low, high = model.interval(np.concatenate(guesses))
+    real = np.concatenate(truths)
+    scores = {} if target else {"coverage90": round(float(((real >= low) & (real <= high)).mean()), 3)}
+    scores["bias_points"] = round(100 * float((np.concatenate(guesses) - real).mean()), 2)
+    for name, means in SPANS.items():
+        guess, truth = (
+            np.concatenate([means(v, t) for v, t in zip(values, tables, strict=True)]) for values in (guesses, truths)
+        )
+        scores |= {f"mae_points{name}": round(100 * float(np.abs(guess - truth).mean()), 2)}
+        scores |= {f"spearman{name}": round(spearman(guess, truth), 3)}
+    return scores
 
 
-def _four(values: Array) -> Array:
+def _best(tables: Sequence[Told]) -> dict[str, float]:
+    """The rank correlation that the truth's own sampling error leaves to a perfect estimate of what is expected."""
+    best = {}
+    for name, means in SPANS.items():
+        first, second = (np.concatenate([means(t.halves[:, i], t) for t in tables]) for i in (0, 1))
+        alike = max(0.0, spearman(first, second))
+        best[f"best_spearman{name}"] = round(math.sqrt(2 * alike / (1 + alike)), 3)
+        best[f"sampling_error_points{name}"] = round(50 * float(np.abs(first - second).mean()), 2)
+    return best
+
+
+def _windows(values: Array, table: Told) -> Array:
+    return values
+
+
+def _four(values: Array, table: Told) -> Array:
     """Means over four moments in a row of each camera."""
     by_moment = values.reshape(-1, CAMERAS)
     whole = len(by_moment) // 4 * 4
     return by_moment[:whole].reshape(-1, 4, CAMERAS).mean(1).ravel()
+
+
+def _visits(values: Array, table: Told) -> Array:
+    """Means over all moments of each visit."""
+    _, place, count = np.unique(table.visit, return_inverse=True, return_counts=True)
+    means: Array = np.bincount(place, values) / count
+    return means
+
+
+SPANS = {"": _windows, "_512": _four, "_visit": _visits}
 
 
 def spearman(first: Array, second: Array) -> float:
