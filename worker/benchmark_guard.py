@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from meta import data
 from meta.benchmark.corruptions import TEST
 from meta.benchmark.datasets import Pool
-from meta.benchmark.report import commit
+from meta.benchmark.report import Journal, commit
 from meta.benchmark.run import load_frames, run_streams
 from meta.benchmark.streams import Setting, Stream, make_streams
 from meta.bundle import Bundle, load_bundle
@@ -41,6 +42,7 @@ from worker.guard import Guard
 from worker.judge import judge
 
 BATCH, PASS = 16, 256
+SEEDS = 3
 WARM, PROBE = 512, 1_000
 WINDOW = 128  # frames over which recovery is looked for
 HEALING = 128  # frames after an attack before the probe; what they lose is stated beside it
@@ -136,31 +138,81 @@ class Bench:
 def run_guard(
     folder: Path, report: Path, command: str, quick: bool, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Measure, write the report, and return it."""
+    """Measure, write the report, and return it. What is finished lies beside the report, line by line: the same
+    command goes on from there, as long as bundle and commit are the same."""
     torch.set_num_threads(2)
     bundle = load_bundle(folder)
-    attacks = _attacks(bundle, quick, say)
-    streams = _streams(bundle, quick, say)
-    shares = (GuardSettings().source_share, 2 * GuardSettings().source_share)
-    cost = {f"source_share {share}": cost_share(bundle, 8 if quick else 30, share) for share in shares}
-    for name, one in cost.items():
-        say(f"guard and proxies take {one['share']:.1%} of a step with {name}")
-    content = {
-        "command": command,
-        "commit": commit(),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "bundle": bundle.hash,
-        "wrong_camera": other_images(),
-        "bars": BARS,
-        "attacks": attacks,
-        "collapses": sum(one["collapsed"] for one in attacks.values()),
-        "worst_probe_drop_points": max(one["probe_drop_points"] for one in attacks.values()),
-        **streams,
-        "cost": cost,
-    }
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    journal = Journal(report.with_suffix(".jsonl"))
+    prefix = f"{bundle.hash} {commit()} {other_images()} {'quick' if quick else 'full'}"
+    work = _work(bundle, quick)
+    content: dict[str, Any] = {}
+    for name, measure in work.items():
+        if journal.get(f"{prefix} {name}") is None:
+            journal.add(f"{prefix} {name}", result=measure())
+        done = {other: entry["result"] for other in work if (entry := journal.get(f"{prefix} {other}")) is not None}
+        content = {
+            "command": command,
+            "commit": commit(),
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "bundle": bundle.hash,
+            "wrong_camera": other_images(),
+            "left": [other for other in work if other not in done],
+            "bars": BARS,
+            **_summary(done),
+        }
+        report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        say(f"{name}: {json.dumps(done[name])[:400]}")
     return content
+
+
+def _work(bundle: Bundle, quick: bool) -> dict[str, Callable[[], Any]]:
+    """What there is to measure, by name, in the order of its worth."""
+    work: dict[str, Callable[[], Any]] = {}
+    seeds = range(1 if quick else SEEDS)
+    settings: tuple[Setting, ...] = ("continual", "correlated", "healthy") if quick else SETTINGS
+    for seed in seeds:
+        work[f"attacks {seed}"] = partial(_attacks, bundle, quick, seed)
+    for share in (GuardSettings().source_share, 2 * GuardSettings().source_share):
+        work[f"cost {share}"] = partial(cost_share, bundle, 8 if quick else 30, share)
+    for seed in seeds:
+        for setting in settings:
+            work[f"streams {setting} {seed}"] = partial(_streams, bundle, quick, setting, seed)
+    return work
+
+
+def _summary(done: dict[str, Any]) -> dict[str, Any]:
+    runs = [result for name, result in done.items() if name.startswith("attacks")]
+    attacks = {name: _over_seeds([run[name] for run in runs]) for name in (runs[0] if runs else ())}
+    rows = [row for name, result in done.items() if name.startswith("streams") for row in result]
+    gain = sum(r["guarded"] - r["source"] for r in rows)
+    most = sum(r["unguarded"] - r["source"] for r in rows)
+    return {
+        "attacks": attacks,
+        "collapses": sum(run["collapsed"] for one in attacks.values() for run in one["runs"]),
+        "worst_probe_drop_points": max((one["probe_drop_points"] for one in attacks.values()), default=None),
+        "worst_probe_drop_points_of_a_run": max(
+            (run["probe_drop_points"] for one in attacks.values() for run in one["runs"]), default=None
+        ),
+        "streams": rows,
+        "worst_below_source_points": round(max((r["source"] - r["guarded"] for r in rows), default=0), 2),
+        "gain_kept": round(gain / most, 4) if most else None,
+        "cost": {f"source_share {name[5:]}": result for name, result in done.items() if name.startswith("cost")},
+    }
+
+
+def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means of drops, the longest recovery, and every run."""
+    recovered = [run["recovery_frames"] for run in runs]
+    return {
+        "frames": runs[0]["frames"],
+        "collapsed": any(run["collapsed"] for run in runs),
+        **{
+            name: round(float(np.mean([run[name] for run in runs])), 2)
+            for name in ("probe_drop_points", "healing_drop_points")
+        },
+        "recovery_frames": None if None in recovered else max(recovered),
+        "runs": runs,
+    }
 
 
 def source_answers(bundle: Bundle, pixels: np.ndarray) -> np.ndarray:
@@ -173,13 +225,13 @@ def source_answers(bundle: Bundle, pixels: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _attacks(bundle: Bundle, quick: bool, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+def _attacks(bundle: Bundle, quick: bool, seed: int) -> dict[str, dict[str, Any]]:
     test = data.fashion_mnist("test")
     # What warms up and probes is never part of an attack.
     pool, ordinary = test.part(0, 6_000), test.part(6_000, 10_000)
     reels, probes = {}, {}
     for number, (name, (attack, frames)) in enumerate(ATTACKS.items()):
-        random = np.random.default_rng(number)
+        random = np.random.default_rng([seed, number])
         order = random.permutation(len(ordinary))
         frames = frames if not quick or name == "one_class" else frames // 2
         reels[name] = np.concatenate([ordinary.images[order[:WARM]], attack(pool, frames, random)])
@@ -207,7 +259,6 @@ def _attacks(bundle: Bundle, quick: bool, say: Callable[[str], None]) -> dict[st
             "decisions": dict(under[name].decisions),
             "reasons": dict(under[name].reasons.most_common(4)),
         }
-        say(f"{name}: {json.dumps({k: v for k, v in result[name].items() if k != 'frames'})}")
     return result
 
 
@@ -235,43 +286,33 @@ def recovery(right: np.ndarray, source: np.ndarray) -> int | None:
     return first if first < len(gap) else None
 
 
-def _streams(bundle: Bundle, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def _streams(bundle: Bundle, quick: bool, setting: Setting, seed: int) -> list[dict[str, Any]]:
     """Streams of the accuracy benchmark with the guard and without, against source."""
     pool = Pool(data.fashion_mnist("test").part(0, 5_000), cache_folder() / "benchmark", None)
     frames = 64 if quick else 1_000
-    settings: tuple[Setting, ...] = ("continual", "correlated", "healthy") if quick else SETTINGS
-    rows: list[dict[str, Any]] = []
-    bench = Bench(bundle)
-    for setting in settings:
-        streams = make_streams(setting, 0, list(TEST), pool.labels, frames, 512 if quick else 15_000)
-        reels = {f"{setting}-{i}": _pixels(stream, pool) for i, stream in enumerate(streams)}
-        with_guard = bench.serve(reels)
-        bench.engine.release(list(reels))
-        without = _unguarded(bundle, streams, pool)
-        for i, (name, stream) in enumerate(zip(reels, streams, strict=True)):
-            labels = pool.labels[stream.image]
-            own = with_guard[name]
-            rows.append(
-                {
-                    "stream": name,
-                    "shift": stream.conditions[0][0] if setting == "reset" else "",
-                    "frames": len(stream),
-                    "source": round(100 * float((source_answers(bundle, reels[name]) == labels).mean()), 2),
-                    "guarded": round(100 * float((np.array(own.answers) == labels).mean()), 2),
-                    "unguarded": round(100 * float(without[i].mean()), 2),
-                    "answered_by_source": own.by_source,
-                    "decisions": dict(own.decisions),
-                    "reasons": dict(own.reasons.most_common(3)),
-                }
-            )
-            say(json.dumps(rows[-1]))
-    gain = sum(r["guarded"] - r["source"] for r in rows)
-    most = sum(r["unguarded"] - r["source"] for r in rows)
-    return {
-        "streams": rows,
-        "worst_below_source_points": round(max(r["source"] - r["guarded"] for r in rows), 2),
-        "gain_kept": round(gain / most, 4) if most else None,
-    }
+    streams = make_streams(setting, seed, list(TEST), pool.labels, frames, 512 if quick else 15_000)
+    reels = {f"{setting}-{i}": _pixels(stream, pool) for i, stream in enumerate(streams)}
+    with_guard = Bench(bundle).serve(reels)
+    without = _unguarded(bundle, streams, pool)
+    rows = []
+    for i, (name, stream) in enumerate(zip(reels, streams, strict=True)):
+        labels = pool.labels[stream.image]
+        own = with_guard[name]
+        rows.append(
+            {
+                "stream": name,
+                "seed": seed,
+                "shift": stream.conditions[0][0] if setting == "reset" else "",
+                "frames": len(stream),
+                "source": round(100 * float((source_answers(bundle, reels[name]) == labels).mean()), 2),
+                "guarded": round(100 * float((np.array(own.answers) == labels).mean()), 2),
+                "unguarded": round(100 * float(without[i].mean()), 2),
+                "answered_by_source": own.by_source,
+                "decisions": dict(own.decisions),
+                "reasons": dict(own.reasons.most_common(3)),
+            }
+        )
+    return rows
 
 
 def _pixels(stream: Stream, pool: Pool) -> np.ndarray:
