@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from meta.generator import Anchor, UpdateRule
 from meta.method import Forward, State, Update
 from meta.norms import AdaptableModel, NormMoments
-from meta.objective import SourceStatistics, deviation, entropy, per_stream_mean, running
+from meta.objective import EPSILON, SourceStatistics, deviation, per_stream_mean, running
 from meta.temporal import filter_classes, fresh_belief
 
 Input = Literal[
@@ -176,8 +176,7 @@ class MGG:
         return Forward(logits, features, rows, stream, counts, state, kept=kept)
 
     def update(self, forward: Forward) -> Update:
-        loss, statistics, signals = self.objective(forward)
-        (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
+        frame_gradient, statistics, signals = self.gradient(forward)
         with torch.no_grad():
             update = self.generate(forward, frame_gradient, statistics, signals)
         return Update(self._at_rest(update.state), update.signals)
@@ -203,44 +202,66 @@ class MGG:
     def _carried(self, forward: Forward) -> State:
         return {name: tensor for name, tensor in forward.kept.items() if name != "probability"}
 
-    def _statistics(self, forward: Forward) -> tuple[State, Tensor, Tensor, Tensor]:
-        """The moved running statistics; and, of mean and deviation, the gaps to the source's in units of its deviation,
-        and the ratio of the deviations, (S, F) each."""
-        stream, frames, state = forward.stream, forward.counts.clamp_min(1), forward.state
-        window = self.settings.feature_window
-        # See `observe`: large micro-batches must not replace the whole window either.
-        counts = frames.clamp(max=window / 2)
-        features = forward.features
-        mean = running(state["feature_mean"], per_stream_mean(features, stream, frames), counts, window)
-        square = running(state["feature_square"], per_stream_mean(features**2, stream, frames), counts, window)
-        probability = forward.kept.get("probability")
-        if probability is None:
-            probability = forward.logits.detach().softmax(1)
-        classes = running(state["feature_classes"], per_stream_mean(probability, stream, frames), counts, window)
-        share = self.settings.class_share
-        expected, expected_std = self._known.expected(share * classes + (1 - share) / self.classes)
-        std = deviation(mean, square)
-        moved = {"feature_mean": mean, "feature_square": square, "feature_classes": classes}
-        scale = self._known.scale
-        return moved, (mean - expected) / scale, (std - expected_std) / scale, std / expected_std
+    def gradient(self, forward: Forward, retain_graph: bool = False) -> tuple[Tensor, State, State]:
+        """The gradient of the sum of the streams' losses with respect to every frame's affine (B, P), the moved
+        statistics, and the signals."""
+        slopes, statistics, signals = self.objective(forward)
+        (frame_gradient,) = torch.autograd.grad(
+            [forward.logits, forward.features], [forward.rows], list(slopes), retain_graph=retain_graph
+        )
+        return frame_gradient, statistics, signals
 
-    def objective(self, forward: Forward) -> tuple[Tensor, State, State]:
-        """Per-stream loss (S,), the moved statistics, and the signals; among these the gaps (S, F)."""
-        with torch.enable_grad():
-            statistics, mean_gap, std_gap, ratio = self._statistics(forward)
-            mean_entropy = per_stream_mean(entropy(forward.logits), forward.stream, forward.counts.clamp_min(1))
-            squared = mean_gap**2 + std_gap**2
-            distance, novelty = squared[:, : self._features].mean(1), squared[:, self._features :].mean(1)
-            loss = self.settings.entropy_weight * mean_entropy + self.settings.discrepancy_weight * distance
+    @torch.no_grad()
+    def objective(self, forward: Forward) -> tuple[tuple[Tensor, Tensor], State, State]:
+        """The gradient of the streams' losses with respect to logits (B, K) and features (B, F + F1), the moved
+        statistics, and the signals: per-stream `loss` and its parts (S,), and the gaps (S, F + F1).
+
+        The gradient is written out, for it is a few lines: autograd took a tenth of a small pass for it.
+        """
+        settings, known, state, stream = self.settings, self._known, forward.state, forward.stream
+        frames, features = forward.counts.clamp_min(1), forward.features.detach()
+        log_p = forward.logits.detach().log_softmax(1)
+        p = log_p.exp()
+        entropy = (p * log_p).sum(1, keepdim=True).neg()
+        probability = forward.kept.get("probability", p)
+        joined = torch.cat([features, features.square(), probability, entropy], 1)
+        width = features.shape[1]
+        *means, mean_entropy = per_stream_mean(joined, stream, frames).split([width, width, self.classes, 1], 1)
+
+        names = ("feature_mean", "feature_square", "feature_classes")
+        # See `observe`: large micro-batches must not replace the whole window either.
+        counts = frames.clamp(max=settings.feature_window / 2)
+        old = [state[name] for name in names]
+        mean, square, classes = (
+            running(*both, counts, settings.feature_window) for both in zip(old, means, strict=True)
+        )
+        share = settings.class_share
+        expected, expected_std = known.expected(share * classes + (1 - share) / self.classes)
+        std = deviation(mean, square)
+        mean_gap, std_gap = (mean - expected) / known.scale, (std - expected_std) / known.scale
+        squared = mean_gap.square() + std_gap.square()
+        distance, novelty = squared[:, : self._features].mean(1), squared[:, self._features :].mean(1)
+        mean_entropy = mean_entropy.squeeze(1)
         signals = {
-            "loss": loss.detach(),
-            "entropy": mean_entropy.detach(),
-            "discrepancy": distance.detach(),
-            "novelty": novelty.detach(),
-            "gap_mean": mean_gap.detach().clamp(-5, 5),
-            "gap_std": ratio.detach().log().clamp(-3, 3),
+            "loss": settings.entropy_weight * mean_entropy + settings.discrepancy_weight * distance,
+            "entropy": mean_entropy,
+            "discrepancy": distance,
+            "novelty": novelty,
+            "gap_mean": mean_gap.clamp(-5, 5),
+            "gap_std": (std / expected_std).log().clamp(-3, 3),
         }
-        return loss, {name: tensor.detach() for name, tensor in statistics.items()}, signals
+
+        each = frames.unsqueeze(1)
+        of_logits = p * (log_p + entropy) * (-settings.entropy_weight / each).index_select(0, stream)
+        # d distance / d feature = a + b * (feature - mean), the newest frames counting as the whole window. The first
+        # layer's features under the source affine are outside of the distance.
+        usual = 2 * settings.discrepancy_weight / self._features / (each * known.scale)
+        usual[:, self._features :] = 0
+        slope = torch.where(square - mean.square() > EPSILON, usual * std_gap / std, 0)  # else `deviation` is clamped
+        constant = usual * mean_gap - slope * mean
+        rows = torch.stack([constant, slope]).index_select(1, stream)
+        of_features = torch.addcmul(rows[0], rows[1], features)
+        return (of_logits, of_features), dict(zip(names, (mean, square, classes), strict=True)), signals
 
     def generate(self, forward: Forward, frame_gradient: Tensor, statistics: State, signals: State) -> Update:
         """From per-frame gradients (B, P) to the next state, in full precision.

@@ -141,8 +141,7 @@ def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[
         batch, labels, stream = draw(cameras, frames, problem.preprocessing)
         forward = method.predict(batch, stream, problem.state)
         right += int((forward.logits.argmax(1) == labels).sum())
-        loss, statistics, signals = method.objective(forward)
-        (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows], retain_graph=True)
+        frame_gradient, statistics, signals = method.gradient(forward, retain_graph=True)
         slope = frame_gradient
         if settings.objective == "labelled":
             each = F.cross_entropy(forward.logits, labels, reduction="none")
@@ -167,8 +166,7 @@ def measure_gradient(
     for _ in range(batches):
         batch, _, stream = draw(cameras, frames, preprocessing)
         forward = method.predict(batch, stream, state)
-        loss, _, _ = method.objective(forward)
-        (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
+        frame_gradient, _, _ = method.gradient(forward)
         gradient = torch.zeros_like(state["affine"]).index_add(0, stream, frame_gradient)
         squares.append(float((gradient**2).mean()))
     for camera in cameras:

@@ -149,6 +149,35 @@ def test_a_poisoned_stream_is_seen_and_stays_alone() -> None:
     torch.testing.assert_close(update.state["affine"][[0, 2]], expected.state["affine"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("class_filter", [False, True])
+def test_the_gradient_written_out_is_that_of_the_loss(class_filter: bool) -> None:
+    """Entropy and standardised distance of each stream, by autograd."""
+    method = make_method(class_filter=class_filter, entropy_weight=0.7, discrepancy_weight=3.0)
+    settings, known, counts = method.settings, method._known, torch.tensor([4.0, 1.0, 20.0, 0.0])
+    stream = torch.arange(4).repeat_interleave(counts.long())
+    forward = method.predict(torch.randn(25, 1, 12, 12), stream, method.fresh(4))
+    # A feature that never varies: its deviation is clamped, and has no gradient.
+    forward.features.data[:, 0] = known.mean[0]
+    forward.state["feature_square"][:, 0] = known.mean[0] ** 2
+    _, moved, signals = method.objective(forward)
+
+    each, window = counts.clamp_min(1), settings.feature_window
+    weight = each.clamp(max=window / 2)
+    mean = running(forward.state["feature_mean"], per_stream_mean(forward.features, stream, each), weight, window)
+    squares = per_stream_mean(forward.features**2, stream, each)
+    square = running(forward.state["feature_square"], squares, weight, window)
+    std = (square - mean**2).clamp_min(1e-5).sqrt()
+    share = settings.class_share
+    expected, expected_std = known.expected(share * moved["feature_classes"] + (1 - share) / method.classes)
+    gaps = ((mean - expected) / known.scale) ** 2 + ((std - expected_std) / known.scale) ** 2
+    distance = gaps[:, : method.model.feature_count].mean(1)
+    loss = 0.7 * per_stream_mean(entropy(forward.logits), stream, each) + 3.0 * distance
+    torch.testing.assert_close(signals["loss"], loss.detach())
+    torch.testing.assert_close(moved["feature_square"], square.detach())
+    (expected_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows], retain_graph=True)
+    torch.testing.assert_close(method.gradient(forward)[0], expected_gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_step_scale_scales_the_step() -> None:
     frames, stream, state = torch.randn(4, 1, 12, 12), torch.zeros(4, dtype=torch.long), METHOD.fresh(1)
     full = METHOD.update(METHOD.predict(frames, stream, state)).state["affine"] - METHOD.model.source_affine
