@@ -36,6 +36,7 @@ from schemas.bundle import Estimator
 from schemas.errors import BundleError
 
 CAMERAS = 30
+KINDS = ("adapted", "unadapted")
 BARS = {"mae_points": 4.0, "spearman": 0.9, "coverage90": [0.85, 0.95]}
 BINS = 15  # of the expected calibration error
 
@@ -43,51 +44,60 @@ BINS = 15  # of the expected calibration error
 def run_proxies(
     folder: Path, report: Path, command: str, quick: bool, seeds: int = 3, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Measure, write the report, and return it. Raises BundleError where the bundle has no estimator."""
+    """Measure, write the report (after every seed), and return it. Raises BundleError without an estimator."""
     bundle = load_bundle(folder)
     estimator = bundle.manifest.calibration.estimator
     if estimator is None:
         raise BundleError(f"{folder} has no accuracy estimator; run 'driftkeel bundle calibrate {folder}'")
     torch.set_num_threads(2)
     windows, runs = (6, range(1)) if quick else (12, range(seeds))
-    say("tuning shifts, for every signal alone")
+    say("simulated shifts of calibration, for every signal alone")
     fitted = _single_signals(bundle, windows)
     families: dict[str, dict[str, Shift]] = {
         "held_out": HELD_OUT,
         "corruptions": {name: as_shift(one) for name, one in corruptions.TEST.items()},
     }
-    result: dict[str, Any] = {}
-    everything: dict[str, list[Told]] = {"adapted": [], "unadapted": []}
-    for family, shifts in families.items():
-        for adapt in (True, False):
-            say(f"{family}, {'adapted' if adapt else 'unadapted'}")
-            seen = [_watched(bundle, shifts, seed, windows, adapt) for seed in runs]
-            kind = "adapted" if adapt else "unadapted"
-            tables = [_told(one) for one in seen]
-            everything[kind] += tables
-            result[f"{family}/{kind}"] = _all_scores(tables, estimator, fitted) | {
-                "published": _honesty(bundle, seen),
-                "accuracy": round(float(np.mean([t.truth[:, 0].mean() for t in tables])), 4),
-            }
-    for kind, tables in everything.items():
-        result[kind] = _all_scores(tables, estimator, fitted)
-    result["all"] = _all_scores(everything["adapted"] + everything["unadapted"], estimator, fitted)
-    content = {
-        "command": command,
-        "commit": commit(),
-        "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "bundle": bundle.hash,
-        "seeds": len(runs),
-        "cameras": CAMERAS,
-        "frames_per_camera": windows * 128,
-        "bars": BARS,
-        "results": result,
-    }
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for kind in ("adapted", "unadapted", "all"):
-        say(f"{kind}: {json.dumps(result[kind]['combination'])}")
+    seen: dict[str, list[Watched]] = {}
+    content: dict[str, Any] = {}
+    for seed in runs:
+        for family, shifts in families.items():
+            for kind in KINDS:
+                say(f"{family}, {kind}, seed {seed}")
+                one = _watched(bundle, shifts, seed, windows, kind == "adapted")
+                seen.setdefault(f"{family}/{kind}", []).append(one)
+        content = {
+            "command": command,
+            "commit": commit(),
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "bundle": bundle.hash,
+            "seeds": seed + 1,
+            "cameras": CAMERAS,
+            "frames_per_camera": windows * 128,
+            "bars": BARS,
+            "results": _results(bundle, seen, estimator, fitted),
+        }
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        for kind in (*KINDS, "all"):
+            say(f"{kind}: {json.dumps(content['results'][kind]['combination'])}")
     return content
+
+
+def _results(
+    bundle: Bundle, seen: dict[str, list[Watched]], estimator: Estimator, fitted: dict[str, Estimator]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    told = {name: [_told(one) for one in some] for name, some in seen.items()}
+    for name, tables in told.items():
+        result[name] = _all_scores(tables, estimator, fitted) | {
+            "published": _honesty(bundle, seen[name]),
+            "accuracy": round(float(np.mean([t.truth[:, 0].mean() for t in tables])), 4),
+        }
+    for kind in KINDS:
+        both = [table for name, tables in told.items() if name.endswith(f"/{kind}") for table in tables]
+        result[kind] = _all_scores(both, estimator, fitted)
+    result["all"] = _all_scores([table for tables in told.values() for table in tables], estimator, fitted)
+    return result
 
 
 def as_shift(corruption: corruptions.Corruption) -> Shift:
