@@ -27,8 +27,8 @@ ROUNDS = 8  # of cameras; each has a part of the shifts to itself
 STRENGTH = 1.6  # of severities, so that the estimate has seen bad days too
 # The estimator's: of signals that say nearly the same one each. More of them did worse on shifts left out.
 FITTED = (
-    *("confidence", "answer_confidence", "marginal", "changed", "discrepancy", "distance"),
-    *("odd", "off_prototype", "off_earlier", "source_confidence", "source_odd", "source_odd_last"),
+    *("confidence", "answer_confidence", "above", "dropout", "marginal", "changed", "discrepancy", "distance"),
+    *("odd", "off_prototype", "source_confidence", "source_odd_last", "flips"),
 )
 QUANTILES = 65  # of the source model's entropy on clean frames
 RARE = 0.001  # share of calibration that lies beyond a limit

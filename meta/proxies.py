@@ -25,13 +25,12 @@ from schemas.state import RunningProxies
 
 OWN = (
     *("confidence", "answer_confidence", "entropy", "above", "dropout", "marginal", "changed", "stay"),
-    *("discrepancy", "distance", "odd", "odd_last", "off_prototype", "off_earlier"),
+    *("discrepancy", "distance", "odd", "odd_last", "off_prototype"),
 )
 GENERATED = ("novelty", "dose")  # by methods that have them, where they update
 SHADOW = (
     *("source_confidence", "source_entropy", "source_above", "source_dropout", "source_rank"),
     *("flips", "moved", "source_backing", "gap", "source_odd", "source_odd_last", "source_off_prototype"),
-    "source_off_earlier",
 )
 SIGNALS = OWN + GENERATED + SHADOW
 WINDOW = 128  # frames over which signals are averaged, exponentially once there are so many
@@ -75,12 +74,14 @@ class Observer:
         self._entropies = torch.tensor(list(entropies))
         self._dropped = _dropped_heads(model)
         self._last = slice(model.feature_count - model.layers[-1].feature_count, model.feature_count)
-        self._earlier = slice(max(0, self._last.start - model.layers[-2:][0].feature_count), self._last.start)
         self._class_mean = source.class_mean
         if source.class_mean is not None and source.class_square is not None:
             spread = source.class_square - source.class_mean**2
             self._class_weight = 1 / spread.clamp_min(1e-4 * source.scale**2)
-            self._prototypes = _prototypes(source.class_mean / source.scale, source.scale, self._last, self._earlier)
+            # The nearest class mean in the last layer, each feature in source deviations: |m|^2 / 2 - x m is smallest.
+            means = source.class_mean[:, self._last] / source.scale[self._last]
+            self._class_way = (means / source.scale[self._last]).T.contiguous()
+            self._class_bias = -(means**2).sum(1) / 2
 
     @torch.no_grad()
     def observe(self, frames: Tensor, forward: Forward, chosen: Tensor) -> list[Observed]:
@@ -173,19 +174,12 @@ class Observer:
         said = logits.argmax(1)
         if self._class_mean is None:
             apart = ((features - self.source.mean) / self.source.scale) ** 2
-            off = (torch.zeros(len(said)),) * 2
+            off = torch.zeros(len(said))
         else:
             apart = (features - self._class_mean[said]) ** 2 * self._class_weight[said]
-            way, bias = self._prototypes
-            nearest = torch.addmm(bias, features[:, -len(way) :], way).view(len(said), 2, -1).argmax(2)
-            off = (nearest != said.unsqueeze(1)).float().unbind(1)
+            off = (torch.addmm(self._class_bias, features[:, self._last], self._class_way).argmax(1) != said).float()
         apart = apart.clamp(max=100)
-        return {
-            "odd": apart.mean(1).log1p(),
-            "odd_last": apart[:, self._last].mean(1).log1p(),
-            "off_prototype": off[0],
-            "off_earlier": off[1],
-        }
+        return {"odd": apart.mean(1).log1p(), "odd_last": apart[:, self._last].mean(1).log1p(), "off_prototype": off}
 
     def _means(self, frames: State, stream: Tensor, counts: Tensor) -> State:
         joined = torch.stack(list(frames.values()), 1).nan_to_num()
@@ -199,19 +193,6 @@ def _marginal(forward: Forward, logits: Tensor) -> Tensor:
     if mix is None:
         mix = per_stream_mean(logits.softmax(1), forward.stream, forward.counts.clamp_min(1))
     return -(mix * mix.clamp_min(TINY).log()).sum(1) / math.log(logits.shape[1])
-
-
-def _prototypes(means: Tensor, scale: Tensor, *layers: slice) -> tuple[Tensor, Tensor]:
-    """For the class (of K) whose mean is nearest within each layer, in source deviations: the last features (B, d)
-    times (d, layers x K), plus (layers x K,), are largest there, for |m|^2 / 2 - x m is smallest."""
-    ways, biases = [], []
-    for layer in layers:
-        own = torch.zeros_like(means)
-        own[:, layer] = means[:, layer]
-        ways.append((own / scale).T)
-        biases.append(-(own**2).sum(1) / 2)
-    first = min(layer.start for layer in layers)
-    return torch.cat(ways, 1)[first:].contiguous(), torch.cat(biases)
 
 
 def _dropped_heads(model: AdaptableModel) -> tuple[Tensor, Tensor] | None:
