@@ -99,7 +99,7 @@ class Store(Section):
         ge=0,
         le=60_000,
         description="a stream's state is written so often; what a crash costs is read and predicted again. "
-        "0: after every step",
+        "0: after every step that was to make an update, and within a second where none was",
     )
     max_state_bytes: int = Field(64 << 20, ge=1_024, description="a stored state larger than this is refused")
     idle_ttl_s: int = Field(

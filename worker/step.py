@@ -3,7 +3,8 @@
 1. Predictions leave before their frames change anything, and are acknowledged before the state moves past them:
    a frame at or before a stored position has been predicted for certain.
 2. State, position and update event are written together; a crash before that repeats the step, one after it does not.
-   With `store.write_interval_ms` this holds for the steps since the last write, together (see `worker.journal`).
+   With `store.write_interval_ms`, and within a second where there was no update to make, this holds for the steps
+   since the last write, together (see `worker.journal`).
 3. Offsets may be committed only for frames whose state is stored.
 
 The passes themselves run in threads, each pass in one. While a step is published, acknowledged and stored, others are
@@ -63,7 +64,10 @@ class Flight:
 
 
 class Step:
-    """Runs micro-batches through engine, guard, store and topics: `start`, then `publish`, then `finish`."""
+    """Runs micro-batches through engine, guard, store and topics: `start`, then `publish`, then `finish`.
+
+    `watch`: frames of a signal of drift detection; 0 where nothing is watched.
+    """
 
     def __init__(
         self,
@@ -76,7 +80,7 @@ class Step:
         worker: str,
         keep_alive: Callable[[], object],
         lanes: int,
-        watch: bool,
+        watch: int = 0,
         trace: Trace | None = None,
     ) -> None:
         self._streams, self._batcher, self._guard = streams, batcher, guard
@@ -216,7 +220,8 @@ class Step:
             positions = [frame.position for frame in batch.frames]
             moved = judgement.kept is not None
             entropy, answered = outlook.mean_entropy, outlook.parameters
-            folded.append(Folded(resident, header, sealed, moved, positions, entropy, answered, snapshot))
+            patient = not batch.adapt
+            folded.append(Folded(resident, header, sealed, moved, positions, entropy, answered, snapshot, patient))
             if judgement.kept is not None:
                 accepted.append(judgement.kept)
         self._engine.accept(proposals, accepted)

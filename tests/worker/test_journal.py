@@ -45,9 +45,7 @@ class Life:
         self.journal = Journal(self.streams, publisher, self.offsets, metrics, interval, lambda: None)
         guard = Guard(GuardSettings(never_worse=False), bundle.manifest.limits)
         batcher = MicroBatcher(Batch())
-        self._step = Step(
-            self.streams, batcher, guard, publisher, self.journal, metrics, "w", lambda: None, 1, watch=False
-        )
+        self._step = Step(self.streams, batcher, guard, publisher, self.journal, metrics, "w", lambda: None, 1)
 
     def fold(self, one: MicroBatch) -> list[str]:
         self.streams.ensure([one.stream])
@@ -165,4 +163,18 @@ def test_tensors_in_memory_follow_every_step(
     life.fold(nth(1, "a"))
     assert not torch.equal(after_one, life.streams.engine.tensors("a")["affine"])
     assert life.streams.engine.resident("a").header.frames == 2 * FRAMES
+    life.end()
+
+
+def test_only_what_makes_no_update_waits(
+    tiny_bundle: Bundle, publisher: Publisher, store: StateStore, store_settings: Store
+) -> None:
+    life = Life(tiny_bundle, publisher, store, store_settings, 0)
+    life.fold(replace(nth(0, "a"), adapt=False, reason="settled"))
+    assert store.read("a").header is None
+    assert life.offsets.committable() == {("frames", 0): 0}
+    life.fold(nth(1, "a"))  # An update takes what waits before it along.
+    header = decode_header(store.read("a").header or b"")
+    assert (header.frames, header.step, header.events) == (2 * FRAMES, 1, 2)
+    assert life.offsets.committable() == {("frames", 0): 2 * FRAMES}
     life.end()

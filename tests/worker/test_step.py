@@ -54,7 +54,7 @@ def make_step(engine: Held, kafka: Kafka, store_settings: Store, trace: Trace | 
     streams.ensure(["a", "b"])
     guard, batcher = Guard(GuardSettings(), engine.bundle.manifest.limits), MicroBatcher(Batch())
     journal = Journal(streams, publisher, offsets, metrics, 0, lambda: None)
-    step = Step(streams, batcher, guard, publisher, journal, metrics, "w", lambda: None, 2, watch=False, trace=trace)
+    step = Step(streams, batcher, guard, publisher, journal, metrics, "w", lambda: None, 2, trace=trace)
     yield step
     engine.go.set()
     step.close()
