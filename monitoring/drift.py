@@ -32,15 +32,20 @@ def wants_update(watch: DriftWatch | None, estimated_accuracy: float, clean_accu
     """
     if watch is None or watch.adapting:
         return True
-    return estimated_accuracy < clean_accuracy - HEALTHY and watch.seen % UPKEEP == UPKEEP - 1
+    return estimated_accuracy < clean_accuracy - HEALTHY and watch.rested >= UPKEEP - 1
 
 
-def observe(watch: DriftWatch | None, signals: Sequence[float]) -> DriftWatch:
-    """The watch after one more micro-batch, None for a new stream; signals that are not finite change nothing."""
+def observe(watch: DriftWatch | None, signals: Sequence[float], adapted: bool) -> DriftWatch:
+    """The watch after one more micro-batch, None for a new stream; signals that are not finite change nothing.
+
+    `adapted`: it was meant to make an update.
+    """
     watch = watch or DriftWatch()
     if not all(math.isfinite(value) for value in signals):
         return watch
-    return _settling(watch, signals) if watch.adapting else _watching(watch, signals)
+    after = _settling(watch, signals) if watch.adapting else _watching(watch, signals)
+    after.rested = 0 if adapted else watch.rested + 1
+    return after
 
 
 def _settling(watch: DriftWatch, signals: Sequence[float]) -> DriftWatch:

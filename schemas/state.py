@@ -83,6 +83,7 @@ class DriftWatch(BaseModel):
 
     adapting: bool = Field(True, description="whether the stream is new, or has moved and not settled yet")
     seen: int = Field(0, ge=0, description="micro-batches since that changed")
+    rested: int = Field(0, ge=0, description="and since the last one that adapted")
     mean: list[float] = Field(default_factory=list, description="of the signals where the stream settled")
     variance: list[float] = Field(default_factory=list)
     rise: list[float] = Field(default_factory=list, description="cumulative sums upwards")

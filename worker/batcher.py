@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 from schemas.config import Batch
@@ -76,11 +76,21 @@ class MicroBatcher:
         pressed = self._pressed
         return min((self._due(waiting, pressed) for waiting in self._streams.values()), default=None)
 
-    def take(self, now: float, limit: int, busy: Container[str] = (), shares: int = 1) -> list[MicroBatch]:
-        """Close what is due, one micro-batch a stream, up to `limit` frames in all; nothing of `busy` streams.
+    def take(
+        self,
+        now: float,
+        limit: int,
+        busy: Container[str] = (),
+        shares: int = 1,
+        least: int = 1,
+        rests: Callable[[str], bool] = lambda stream: False,
+    ) -> list[MicroBatch]:
+        """Close what is due, one micro-batch a stream, up to `limit` frames in all; nothing of `busy` streams, and
+        nothing at all while fewer than `least` frames are due.
 
         The stream that had its last turn longest ago goes first: however much one sends, the others' turns come.
         What is due is divided by `shares`, so that as many passes find work, unless they would become too small.
+        Of a stream that `rests`, and so will make no update, all that waits may go at once, up to `limit`.
         """
         pressed = self._pressed
         due = [
@@ -88,14 +98,15 @@ class MicroBatcher:
             for stream, waiting in self._streams.items()
             if stream not in busy and (moment := self._due(waiting, pressed)) <= now
         ]
-        if not due:
+        most = {stream: self._most(stream, limit, rests) for _, _, stream in due}
+        ready = sum(min(most[stream], self._streams[stream].frames) for _, _, stream in due)
+        if ready < max(1, least):
             return []
         self._turn += 1
-        ready = sum(min(self._settings.max_batch, self._streams[stream].frames) for _, _, stream in due)
         room = min(limit, max(SMALL_PASS, -(-ready // shares)))
         batches: list[MicroBatch] = []
         for _, _, stream in sorted(due):
-            batch = self._close(stream, now, pressed)
+            batch = self._close(stream, now, pressed, min(most[stream], max(self._settings.max_batch, room)))
             if batches and len(batch.frames) > room:
                 self._put_back(batch)
                 break
@@ -135,6 +146,10 @@ class MicroBatcher:
         if len(self._turns) > MAX_TURNS:  # Streams that fell silent; the order of this dict is that of the turns.
             self._turns = dict(list(self._turns.items())[MAX_TURNS // 2 :])
 
+    def _most(self, stream: str, limit: int, rests: Callable[[str], bool]) -> int:
+        few = self._streams[stream].frames <= self._settings.max_batch
+        return self._settings.max_batch if few or (self._adapt and not rests(stream)) else limit
+
     def _due(self, waiting: _Waiting, pressed: bool) -> float:
         if waiting.frames >= self._settings.max_batch and waiting.fresh:
             return float("-inf")
@@ -147,9 +162,9 @@ class MicroBatcher:
             moments.append(waiting.held[0].received + self._hold)
         return min(moments)
 
-    def _close(self, stream: str, now: float, pressed: bool) -> MicroBatch:
+    def _close(self, stream: str, now: float, pressed: bool, most: int) -> MicroBatch:
         waiting = self._streams[stream]
-        fill = max(1, self._settings.max_batch - len(waiting.held))
+        fill = max(1, most - len(waiting.held))
         fresh, waiting.fresh = waiting.fresh[:fill], waiting.fresh[fill:]
         frames, waiting.held = waiting.held + fresh, []
         if not self._adapt:

@@ -122,7 +122,7 @@ class Bench:
         proposals = self.engine.adapt(passed)
         kept = []
         for outlook, proposal in zip(passed.adapting, proposals.proposals, strict=True):
-            judgement = judge(self.engine, self.guard, outlook, proposals, proposal, watch=False)
+            judgement = judge(self.engine, self.guard, outlook, proposals, proposal)
             own = served[outlook.batch.stream]
             own.answers += [top[0] for top in outlook.top_index]
             own.by_source += len(outlook.batch.frames) * (outlook.batch.answer == "source")

@@ -21,7 +21,7 @@ from meta.proxies import WINDOW, Observed, Observer, fold
 from monitoring.drift import observe
 from schemas.bundle import Calibration, Preprocess
 from schemas.prediction import Parameters
-from schemas.state import GuardState, RunningProxies, StreamHeader, StreamState
+from schemas.state import DriftWatch, GuardState, RunningProxies, StreamHeader, StreamState
 from worker.answer import named
 from worker.batcher import MicroBatch
 from worker.decode import Pixels
@@ -77,7 +77,8 @@ class Gathered:
 class Outlook:
     """What one pass says of the frames of one micro-batch, in order, before any update.
 
-    `parameters` and their `step` are those that answered; the means are of the parameters that adapt.
+    `parameters` and their `step` are those that answered; the means are of the parameters that adapt, and so are the
+    entropy and confidence of each frame in `signals`.
     """
 
     batch: MicroBatch
@@ -88,6 +89,7 @@ class Outlook:
     top_confidence: list[list[float]]
     mean_confidence: float
     mean_entropy: float
+    signals: list[list[float]]
     observed: Observed | None
     sight: Sight
 
@@ -96,11 +98,6 @@ class Outlook:
         """The class that source gives each frame, where it was asked: all of a micro-batch, or none."""
         source = self.observed.source if self.observed is not None else ()
         return source or [None] * len(self.batch.frames)
-
-    @property
-    def signals(self) -> tuple[float, float]:
-        """For drift detection."""
-        return self.mean_entropy, self.mean_confidence
 
 
 @dataclass(frozen=True)
@@ -439,6 +436,7 @@ class Engine:
         top = _likeliest(logits)
         classes = top.indices[:, 0].tolist()
         mean_entropy = per_stream_mean(entropy, part.stream, part.counts).tolist()
+        signals = torch.stack([entropy, top.values[:, 0]], 1).tolist()
         mean_confidence = per_stream_mean(top.values[:, 0], part.stream, part.counts).tolist()
         if part.fixed is not None:
             fixed = answer_fixed(self.bundle.model, frames, part.fixed)
@@ -458,6 +456,7 @@ class Engine:
                     top_confidence=confidence[start:end],
                     mean_confidence=mean_confidence[row],
                     mean_entropy=mean_entropy[row],
+                    signals=signals[start:end],
                     observed=observed[row] if observed is not None else None,
                     sight=_sight(looks[row], classes[start:end], observed[row] if observed is not None else None),
                 )
@@ -541,13 +540,14 @@ def next_header(
     header: StreamHeader,
     outlook: Outlook,
     applied: bool,
-    watch: bool = False,
+    watch: int = 0,
     proxies: RunningProxies | None = None,
     guard: GuardState | None = None,
 ) -> StreamHeader:
-    """The header after these frames have been folded in, with or without an update; `watch` for drift too.
+    """The header after these frames have been folded in, with or without an update.
 
-    `proxies` and `guard` are what is known after them; as before where None.
+    `proxies` and `guard` are what is known after them; as before where None. `watch`: frames of a signal of drift
+    detection; 0 where nothing is watched.
     """
     frames = outlook.batch.frames
     positions, folded = dict(header.positions), header.folded
@@ -563,10 +563,19 @@ def next_header(
             "events": header.events + 1,
             "proxies": proxies or header.proxies,
             "guard": guard or header.guard,
-            "drift": observe(header.drift, outlook.signals) if watch and not outlook.batch.hurried else header.drift,
+            "drift": _seen(header.drift, outlook, watch) if watch and not outlook.batch.hurried else header.drift,
             "probation": max(0, header.probation - len(frames)),
         }
     )
+
+
+def _seen(drift: DriftWatch | None, outlook: Outlook, frames: int) -> DriftWatch | None:
+    """The watch after this micro-batch: a larger one gives several signals, each of about so many frames, because the
+    fewer frames there are, the more a mean spreads."""
+    values = np.array(outlook.signals)
+    for part in np.array_split(values, max(1, round(len(values) / frames))):
+        drift = observe(drift, part.mean(0).tolist(), outlook.batch.adapt)
+    return drift
 
 
 def next_proxies(

@@ -38,12 +38,13 @@ def judge(
     outlook: Outlook,
     proposals: Proposals,
     proposal: Proposal | None,
-    watch: bool,
+    watch: int = 0,
     newest: Callable[[str], Restored | None] = no_snapshot,
 ) -> Judgement:
     """Judge one micro-batch. Where less than the whole update is accepted, its row in `proposals` changes.
 
     A verdict that says `rolled_back` leads to the `newest` snapshot of the stream, and to source where it has none.
+    `watch`: frames of a signal of drift detection; 0 where nothing is watched.
     """
     before = outlook.resident.header
     update = proposal is not None and proposal.update

@@ -148,7 +148,7 @@ class Worker:
             config.worker,
             self._keep_alive,
             self._lanes,
-            watch=config.adapt.mode == "on_demand",
+            watch=config.batch.max_batch if config.adapt.mode == "on_demand" else 0,
             trace=self._trace,
         )
         commands = CommandList()
@@ -249,10 +249,15 @@ class Worker:
             self._rewind(fenced)
 
     def _start(self) -> None:
-        """Begin passes of what is due, one more than there are threads for; a stream is in one at a time."""
-        while sum(not flight.adapted.done() for flight in self._flights) <= self._lanes:
-            busy = self._busy | self._control.due
-            due = self._batcher.take(time.monotonic(), self.config.batch.max_pass, busy, self._lanes + 1)
+        """Begin passes of what is due, as many as there are threads for, and a full one that waits for the next thread;
+        a stream is in one at a time.
+
+        A small pass that waited would cost more a frame than the larger one that could begin in its place.
+        """
+        while (idle := self._lanes - sum(not flight.adapted.done() for flight in self._flights)) >= 0:
+            busy, most = self._busy | self._control.due, self.config.batch.max_pass
+            now, least, rests = time.monotonic(), 1 if idle else most, self._scheduler.rests
+            due = self._batcher.take(now, most, busy, max(1, idle), least, rests)
             if not due:
                 return
             self.metrics.pass_streams.observe(len(due))

@@ -36,6 +36,10 @@ class Scheduler:
         """The same micro-batches, those that shall not adapt marked and counted. `now` is seconds since the epoch."""
         return [self._decided(batch, now) for batch in batches]
 
+    def rests(self, stream: str) -> bool:
+        """Whether drift detection sees no need for the stream's next update."""
+        return self._on_demand and not self._wanted(stream)
+
     def _decided(self, batch: MicroBatch, now: float) -> MicroBatch:
         header = self._engine.resident(batch.stream).header
         policy = self._policies.of(header)
@@ -49,7 +53,7 @@ class Scheduler:
         if late:
             self._metrics.left_out.labels("overload").inc()
             return replace(batch, adapt=False, hurried=True, reason=self._overload)
-        if self._on_demand and not self._wanted(batch.stream):
+        if self.rests(batch.stream):
             self._metrics.left_out.labels("settled").inc()
             return replace(batch, adapt=False, reason=SETTLED)
         return batch

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from monitoring.drift import ACTIVE, UPKEEP, observe
+from monitoring.drift import ACTIVE, UPKEEP
+from monitoring.drift import observe as observe_it
 from monitoring.drift import wants_update as wants_update_at
 from schemas.state import DriftWatch
 
@@ -13,6 +14,11 @@ LEVEL, DEVIATION = np.array([0.4, 0.85]), np.array([0.08, 0.05])
 def wants_update(watch: DriftWatch) -> bool:
     """Of a healthy stream."""
     return wants_update_at(watch, 0.9, 0.9)
+
+
+def observe(watch: DriftWatch, values: list[float]) -> DriftWatch:
+    """Of a healthy stream that does what it is told."""
+    return observe_it(watch, values, wants_update(watch))
 
 
 def signals(seed: int, count: int, moved: float = 0.0) -> list[list[float]]:
@@ -78,6 +84,7 @@ def test_signals_that_are_not_finite_change_nothing() -> None:
 def test_settled_streams_that_are_unwell_update_now_and_then() -> None:
     watch, updates = settled(), 0
     for _ in range(5 * UPKEEP):
-        watch = observe(watch, watch.mean)
-        updates += wants_update_at(watch, 0.7, 0.9)
+        adapts = wants_update_at(watch, 0.7, 0.9)
+        watch = observe_it(watch, watch.mean, adapts)
+        updates += adapts
     assert updates == 5

@@ -164,3 +164,28 @@ def test_frames_held_by_many_streams_make_room_when_memory_is_full() -> None:
     assert all(not b.adapt and b.fold and "max_buffered" in b.reason for b in out)
     assert len(batcher) < 20
     assert batcher.take(0.2, 64) == []
+
+
+def test_a_small_pass_is_not_begun_before_its_time() -> None:
+    batcher = MicroBatcher(Batch(max_batch=16, max_pass=64))
+    batcher.add(frames("a", 16) + frames("b", 16) + frames("c", 16))
+    assert batcher.take(1.0, 64, least=64) == []
+    batcher.add(frames("d", 16))
+    assert [b.stream for b in batcher.take(1.0, 64, least=64)] == ["a", "b", "c", "d"]
+
+
+def test_streams_that_rest_go_in_larger_micro_batches() -> None:
+    batcher = MicroBatcher(Batch(max_batch=16, max_pass=64))
+    for stream in ("adapts", "rests"):
+        batcher.add(frames(stream, 100))
+    first = batcher.take(1.0, 64, rests=lambda stream: stream == "rests")
+    assert [(b.stream, len(b.frames)) for b in first] == [("adapts", 16), ("rests", 48)]
+    second = batcher.take(1.0, 64, busy={"adapts"}, rests=lambda stream: stream == "rests")
+    assert [(b.stream, len(b.frames)) for b in second] == [("rests", 52)]
+    assert len(batcher) == 84
+
+
+def test_without_adaptation_all_streams_rest() -> None:
+    batcher = MicroBatcher(Batch(max_batch=16, max_pass=64), adapt=False)
+    batcher.add(frames("a", 100))
+    assert [len(b.frames) for b in batcher.take(1.0, 64)] == [64]

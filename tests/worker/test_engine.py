@@ -265,3 +265,13 @@ def test_hurried_frames_are_answered_by_one_bare_forward_and_teach_nothing(engin
     assert outlook.parameters == answer
     assert outlook.observed is None
     assert {p.outlook.batch.stream for p in engine.adapt(passed).proposals} == {"b", "c"}
+
+
+def test_a_large_micro_batch_gives_drift_detection_several_signals(engine: Engine) -> None:
+    """A mean over 64 frames spreads half as far as one over 16, and would hide what it is compared with."""
+    large = replace(batch("a", 40), adapt=False)
+    (outlook,) = engine.predict([large]).outlooks
+    drift = next_header(engine.resident("a").header, outlook, applied=False, watch=8).drift
+    assert drift is not None
+    assert (drift.seen, drift.rested) == (5, 5)
+    assert drift.variance[0] > 0

@@ -42,7 +42,7 @@ def turn(engine: Engine, verdict: Verdict, seed: int, adapt: bool = True, newest
     proposals = engine.adapt(passed)
     (outlook,) = (o for o in passed.outlooks if o.batch.stream == "a")
     (proposal,) = (p for p in proposals.proposals if p.outlook is outlook)
-    judgement = judge(engine, Fixed(verdict), outlook, proposals, proposal, False, newest)
+    judgement = judge(engine, Fixed(verdict), outlook, proposals, proposal, 0, newest)
     engine.accept(proposals, [judgement.kept] if judgement.kept is not None else [])
     engine.resident("a").header = judgement.header
     return judgement
