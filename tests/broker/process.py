@@ -1,0 +1,42 @@
+"""The broker as a process of its own, as tests start it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from worker.embedded import Broker, free_port, start_child, wait_for_port
+
+
+def start_own_broker(
+    data: Path | None = None,
+    log: Path | None = None,
+    port: int | None = None,
+    advertised: int | None = None,
+    users: Mapping[str, str] | None = None,
+    certificate: Path | None = None,
+) -> Broker:
+    """A broker with the topics, records and groups of `data`, none by default. Raises EmbeddedError."""
+    port = port or free_port()
+    command = [sys.executable, "-m", "tests.broker", "--port", str(port), "--advertised", str(advertised or port)]
+    command += ["--data", str(data)] if data else []
+    command += ["--certificate", str(certificate)] if certificate else []
+    for name, password in (users or {}).items():
+        command += ["--user", f"{name}:{password}"]
+    child = start_child("the broker of the tests", command, log)
+    wait_for_port(child, port)
+    return Broker(child, port)
+
+
+@contextlib.contextmanager
+def faithful_broker() -> Iterator[str]:
+    """The broker that DRIFTKEEL_TEST_BOOTSTRAP names, else our own: for tests of what the embedded one cannot do."""
+    if given := os.environ.get("DRIFTKEEL_TEST_BOOTSTRAP"):
+        yield given
+        return
+    broker = start_own_broker()
+    yield broker.bootstrap
+    broker.child.stop(0)
