@@ -25,6 +25,7 @@ from kafka.structs import OffsetAndMetadata
 from schemas.config import Kafka
 from schemas.errors import UnreachableError
 from worker.kafka_client import connection, open_client, until_reached
+from worker.kafka_join import poll_timeout
 from worker.offsets import Offsets, Partition
 
 log = logging.getLogger("driftkeel.consume")
@@ -119,6 +120,7 @@ class FrameConsumer:
         records of the same poll are passed over until then. Never raises for an unreachable broker or store.
         """
         try:
+            timeout_s = poll_timeout(self.consumer, timeout_s)
             polled = self.consumer.poll(timeout_ms=max(0, int(timeout_s * 1000)))
         except LOST_MEMBERSHIP as error:
             self._failed("poll")

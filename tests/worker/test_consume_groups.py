@@ -1,0 +1,77 @@
+"""The consumer in groups as Kafka has them, while the worker's loop is busy with other things than polling."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from kafka import KafkaAdminClient
+
+from schemas.config import Kafka
+from tests.broker.process import faithful_broker
+from tests.servers import wait_until
+from tests.worker.test_consume import Notes
+from worker import consume
+from worker.consume import FrameConsumer
+from worker.offsets import Offsets
+
+BUSY_S = 0.03  # longer than a broker needs to answer
+
+
+@pytest.fixture(scope="module")
+def bootstrap() -> Iterator[str]:
+    with faithful_broker() as address:
+        yield address
+
+
+@pytest.fixture
+def make(kafka_settings: Kafka, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FrameConsumer]]:
+    monkeypatch.setattr(consume, "METADATA_MAX_AGE_MS", 300)
+    made: list[FrameConsumer] = []
+
+    def build(assignment: str) -> FrameConsumer:
+        settings = kafka_settings.model_copy(update={"assignment": assignment})
+        made.append(FrameConsumer(settings, Offsets(), Notes(), threading.Event()))
+        return made[-1]
+
+    yield build
+    for consumer in made:
+        consumer.close()
+
+
+def busy_until(condition: Callable[[], bool], what: str, *consumers: FrameConsumer) -> None:
+    """As a loop with steps under way: it only looks in, and then does something else."""
+
+    def look_in() -> bool:
+        for consumer in consumers:
+            consumer.poll(0.0)
+        time.sleep(BUSY_S)
+        return condition()
+
+    wait_until(look_in, what, timeout_s=20)
+
+
+@pytest.mark.parametrize("assignment", ["range", "cooperative-sticky"])
+def test_busy_members_share_partitions(make: Callable[..., FrameConsumer], assignment: str) -> None:
+    first, second = make(assignment), make(assignment)
+    busy_until(lambda: len(first.assignment()) == 3, "all partitions", first)
+    busy_until(lambda: {len(first.assignment()), len(second.assignment())} == {1, 2}, "shared", first, second)
+    assert not first.assignment() & second.assignment()
+
+
+@pytest.mark.parametrize("assignment", ["range", "cooperative-sticky"])
+def test_partitions_added_while_running(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, assignment: str
+) -> None:
+    """Found by itself; the next member's arrival shows that the group goes on."""
+    first, topic = make(assignment), kafka_settings.topics.frames
+    busy_until(lambda: len(first.assignment()) == 3, "all partitions", first)
+    admin = KafkaAdminClient(bootstrap_servers=kafka_settings.bootstrap)
+    admin.create_partitions({topic: 5})
+    admin.close()
+    busy_until(lambda: len(first.assignment()) == 5, "the new partitions", first)
+    second = make(assignment)
+    busy_until(lambda: {len(first.assignment()), len(second.assignment())} == {2, 3}, "shared", first, second)
+    assert first.assignment() | second.assignment() == {(topic, number) for number in range(5)}
