@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from kafka import KafkaAdminClient
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, KafkaTimeoutError, SaslAuthenticationFailedError, UnsupportedSaslMechanismError
 
 from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
@@ -19,6 +20,7 @@ from schemas.errors import ConfigError, UnreachableError
 log = logging.getLogger("driftkeel.kafka")
 Result = TypeVar("Result")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+REFUSALS = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError)
 
 
 def connection(settings: Kafka) -> dict[str, Any]:
@@ -54,19 +56,49 @@ def _tls(settings: Kafka) -> ssl.SSLContext:
 
 
 def open_client(kind: Any, **arguments: Any) -> Any:
-    """A client of class `kind`. One that cannot reach its broker would leave its thread and sockets behind."""
+    """A client of class `kind`. One that cannot reach its broker would leave its thread and sockets behind.
+
+    Raises KafkaError or OSError; one of REFUSALS where the broker is there and does not let us in.
+    """
     opened: list[Any] = []
 
     def remember(**options: Any) -> Any:
         opened.append(kind.DEFAULT_CONFIG["kafka_client"](**options))
         return opened[-1]
 
+    with _listening() as refusals:
+        try:
+            return kind(kafka_client=remember, **arguments)
+        except (KafkaError, OSError) as error:
+            for connections in opened:
+                connections.close()
+            if refusals:
+                raise refusals[-1] from error
+            if isinstance(error, KafkaTimeoutError) and "sasl_mechanism" in arguments:
+                # The client may see the end of the connection before the answer that comes with it.
+                raise KafkaTimeoutError(f"{error}, or the login is refused") from error
+            raise
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[KafkaError]]:
+    """Why the client was not let in. It tries again until its time is over, and raises only that it is; the log has
+    the errors."""
+    found: list[KafkaError] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        found.extend(part for part in record.args or () if isinstance(part, REFUSALS))
+        return record.levelno >= level
+
+    speaker = logging.getLogger("kafka.net.manager")
+    level, before = speaker.getEffectiveLevel(), speaker.level
+    speaker.addFilter(note)
+    speaker.setLevel(min(level, logging.WARNING))
     try:
-        return kind(kafka_client=remember, **arguments)
-    except (KafkaError, OSError):
-        for connections in opened:
-            connections.close()
-        raise
+        yield found
+    finally:
+        speaker.removeFilter(note)
+        speaker.setLevel(before)
 
 
 def check_checksum_speed() -> None:
@@ -80,13 +112,17 @@ def until_reached(
 ) -> Result:
     """Call `action` until it succeeds, with growing pauses; says what it waits for.
 
-    Raises UnreachableError when `timeout_s` is over or `stop` is set.
+    Raises UnreachableError when `timeout_s` is over or `stop` is set, ConfigError when we are not let in.
     """
     deadline, pause = time.monotonic() + timeout_s, FIRST_PAUSE_S
     stop = stop or threading.Event()
     while True:
         try:
             return action()
+        except REFUSALS as error:
+            raise ConfigError(
+                f"{what} refuses the login: {error}; correct kafka.sasl_mechanism, sasl_username and sasl_password"
+            ) from error
         except (KafkaError, OSError, UnreachableError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
         left = deadline - time.monotonic()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trustme
 from kafka import KafkaAdminClient
+from pydantic import SecretStr
 
 from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
+from tests.broker.process import start_own_broker
 from tests.servers import TlsProxy, write_certificates
+from tests.worker.test_consume import Notes, wait_for
+from worker.consume import FrameConsumer
 from worker.embedded import free_port, start_broker
 from worker.kafka_client import connection, create_topics, require_topics
+from worker.offsets import Offsets
 from worker.publish import Message, Publisher
 
 
@@ -38,7 +43,6 @@ def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
 
 
 def test_sasl_settings_reach_the_client(tmp_path: Path) -> None:
-    """The embedded broker knows no SASL; its handshake is the client's own."""
     files = write_certificates(trustme.CA(), tmp_path)
     settings = Kafka(
         security_protocol="SASL_SSL",
@@ -67,22 +71,41 @@ def test_settings_that_cannot_be_used(changes: dict[str, str], message: str) -> 
         connection(Kafka(**changes))
 
 
-@pytest.mark.skipif("DRIFTKEEL_TEST_BOOTSTRAP" not in os.environ, reason="the embedded broker cannot add partitions")
-def test_partitions_added_while_running(kafka_settings: Kafka) -> None:
-    """With a real broker: the consumer finds new partitions by itself."""
-    from kafka import TopicPartition
+@pytest.fixture
+def kafka_with_users(tmp_path: Path) -> Iterator[Kafka]:
+    """Settings of a broker that asks who comes, over TLS."""
+    authority = trustme.CA()
+    files = write_certificates(authority, tmp_path)
+    identity = tmp_path / "broker.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(identity)
+    broker = start_own_broker(users={"worker": "geheim"}, certificate=identity)
+    yield Kafka(
+        bootstrap=broker.bootstrap,
+        security_protocol="SASL_SSL",
+        sasl_mechanism="PLAIN",
+        sasl_username="worker",
+        sasl_password="geheim",
+        ssl_cafile=files["ssl_cafile"],
+        connect_timeout_s=1,
+    )
+    broker.child.stop(0)
 
-    from tests.worker.test_consume import Notes, wait_for
-    from worker import consume
-    from worker.consume import FrameConsumer
-    from worker.offsets import Offsets
 
-    consume.METADATA_MAX_AGE_MS = 1_000
-    consumer = FrameConsumer(kafka_settings, Offsets(), Notes(), threading.Event())
-    wait_for(consumer, 3)
-    admin = KafkaAdminClient(bootstrap_servers=kafka_settings.bootstrap)
-    admin.create_partitions({kafka_settings.topics.frames: 5})
-    admin.close()
-    wait_for(consumer, 5)
-    assert TopicPartition(kafka_settings.topics.frames, 4) in consumer.consumer.assignment()
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
+def test_a_login_is_accepted(kafka_with_users: Kafka, mechanism: str) -> None:
+    settings = kafka_with_users.model_copy(update={"sasl_mechanism": mechanism})
+    create_topics(settings, 2)
+    publisher = Publisher(settings, "w", threading.Event())
+    publisher.send(Message("updates", b"cam", b"1", []))
+    publisher.settle(lambda: None)
+    publisher.close()
+    consumer = FrameConsumer(settings, Offsets(), Notes(), threading.Event())
+    wait_for(consumer, 2)
     consumer.close()
+
+
+def test_a_wrong_password_is_told_in_one_line(kafka_with_users: Kafka) -> None:
+    with pytest.raises(ConfigError, match=r"refuses the login: .* correct kafka[.]sasl_mechanism") as told:
+        require_topics(kafka_with_users.model_copy(update={"sasl_password": SecretStr("falsch")}))
+    assert "\n" not in str(told.value)
+    assert "falsch" not in str(told.value)
