@@ -15,6 +15,7 @@ parser = argparse.ArgumentParser(prog="make chaos")
 parser.add_argument("--faults", type=int, default=200)
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--report", type=Path)
+parser.add_argument("--broker", choices=["own", "embedded"], default="own", help="tests/broker, or the demo's")
 arguments = parser.parse_args()
 
 with tempfile.TemporaryDirectory(prefix="driftkeel-chaos-") as scratch:
@@ -23,10 +24,10 @@ with tempfile.TemporaryDirectory(prefix="driftkeel-chaos-") as scratch:
     make_tiny_bundle(bundle)
     outcome = None
     try:
-        outcome = run(arguments.faults, arguments.seed, bundle, folder)
+        outcome = run(arguments.faults, arguments.seed, bundle, folder, kind=arguments.broker)
     finally:
         if outcome is None or not outcome.sound:
-            for log in sorted(folder.glob("worker-*.log")):
+            for log in sorted(folder.glob("*.log")):
                 print(f"--- {log.name}\n{log.read_text()[-3_000:]}", file=sys.stderr)
 text = json.dumps(outcome.as_dict(), indent=2)
 print(text)

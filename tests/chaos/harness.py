@@ -11,13 +11,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kafka import KafkaProducer
 
 from schemas.command import EVERY_STREAM, Command
 from schemas.config import Kafka, Store, Topics
 from schemas.policy import PolicyChange
+from tests.broker.process import start_own_broker
 from tests.chaos.proxy import FlakyProxy
 from tests.chaos.verify import Outcome, frames_in_topic, verify
 from tests.conftest import Topic, picture
@@ -33,11 +34,7 @@ FRAMES_PER_SECOND = 40
 SETTLE_S = 180.0
 JOIN_S = 60.0
 WRITE_INTERVALS_MS = [0, 400]
-# The guard lets every update pass: what is checked is where updates go, and the replay knows no limits of a guard.
-PERMISSIVE = {
-    **{"never_worse": False, "min_entropy": 0.0, "min_marginal_entropy": 0.0, "max_repeats": 1.0},
-    **{"max_alike": 1_000_000, "max_jump": 1e9, "max_distance_factor": 1e9, "max_gradient_factor": 1e9},
-}
+BrokerKind = Literal["own", "embedded"]
 
 
 @dataclass
@@ -45,6 +42,7 @@ class Chaos:
     """A running site, whose workers reach broker and store through proxies only."""
 
     site: Site
+    broker: Broker
     store: EmbeddedStore
     folder: Path
     to_broker: FlakyProxy
@@ -55,6 +53,7 @@ class Chaos:
     counts: dict[str, int] = field(default_factory=dict)
     commands: list[Command] = field(default_factory=list)
     longest_outage_s: float = 60
+    kind: BrokerKind = "own"
     assignments: dict[int, int] = field(default_factory=dict)  # by worker's process id, when membership last changed
 
     def add_worker(self) -> None:
@@ -65,10 +64,11 @@ class Chaos:
     def await_group(self) -> None:
         """Wait until all workers that run have been assigned partitions since the last of them came or went.
 
-        Kafka ends the session of a dead member in every phase. The embedded broker may wait for ever for one that dies
-        while the group forms (docs/guarantees.md), so that members come and go one change at a time; store, broker and
-        connections fail at any moment.
+        With the embedded broker alone: it may wait for ever for a member that dies while the group forms
+        (docs/guarantees.md), so that members come and go one change at a time.
         """
+        if self.kind == "own":
+            return
         deadline = time.monotonic() + JOIN_S
         while not all(
             _assignments(w) > self.assignments.get(w.process.pid, 0) for w in self.workers if not self._is_stopped(w)
@@ -165,6 +165,12 @@ class Chaos:
         seconds = self.random.choice([0.5, 1, 1, 2, 2, 4, 4, 8, 8, 60])
         self._away(self.to_broker, min(seconds, self.longest_outage_s))
 
+    def restart_broker(self) -> None:
+        """kill -9 of the broker; it comes back with its data."""
+        self.broker.child.stop(0)
+        self.pause(self.random.uniform(0.1, 3))
+        self.broker = _own_broker(self.folder, self.broker.port, self.to_broker.port)
+
     def store_hangs(self) -> None:
         """Longer than a command may take: workers give up on commands that arrive all the same, later."""
         self.to_store.hold(True)
@@ -216,7 +222,9 @@ class Chaos:
 
     def inject(self) -> str:
         """One fault, drawn by the seed; its name."""
-        fault = self.random.choice(FAULTS)
+        # The embedded broker has no data to come back with.
+        possible = [f for f in FAULTS if self.kind == "own" or f is not Chaos.restart_broker]
+        fault = self.random.choice(possible)
         fault(self)
         self.counts[fault.__name__] = self.counts.get(fault.__name__, 0) + 1
         for worker in list(self.workers):
@@ -241,6 +249,7 @@ FAULTS = [
         Chaos.cut_store,
         Chaos.cut_broker,
         Chaos.broker_away,
+        Chaos.restart_broker,
         Chaos.slow,
     ),
     *(Chaos.command, Chaos.command),
@@ -272,10 +281,18 @@ class Feeder:
         self._thread.join()
 
 
-def run(faults: int, seed: int, bundle: Path, folder: Path, say: Any = print, longest_outage_s: float = 60) -> Outcome:
+def run(
+    faults: int,
+    seed: int,
+    bundle: Path,
+    folder: Path,
+    say: Any = print,
+    longest_outage_s: float = 60,
+    kind: BrokerKind = "own",
+) -> Outcome:
     """Inject `faults` faults, let everything settle, and check. Deterministic in its choices by `seed`."""
     began = time.monotonic()
-    with _site(bundle, folder, seed) as (chaos, direct):
+    with _site(bundle, folder, seed, kind) as (chaos, direct):
         chaos.longest_outage_s = longest_outage_s
         feeder = Feeder(direct, seed)
         chaos.add_worker()
@@ -290,7 +307,7 @@ def run(faults: int, seed: int, bundle: Path, folder: Path, say: Any = print, lo
         sent, images = frames_in_topic(chaos.site, direct)
         _settle(chaos, sent)
         outcome = verify(chaos.site, direct, sent, images, bundle, chaos.commands)
-    outcome.faults, outcome.by_kind, outcome.seed = faults, chaos.counts, seed
+    outcome.faults, outcome.by_kind, outcome.seed, outcome.broker = faults, chaos.counts, seed, kind
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -315,11 +332,15 @@ def _settle(chaos: Chaos, sent: dict[str, list[str]]) -> None:
         worker.process.wait(60)
 
 
+def _own_broker(folder: Path, port: int, advertised: int) -> Broker:
+    return start_own_broker(folder / "broker", folder / "broker.log", port, advertised)
+
+
 @contextlib.contextmanager
-def _site(bundle: Path, folder: Path, seed: int) -> Iterator[tuple[Chaos, Kafka]]:
+def _site(bundle: Path, folder: Path, seed: int, kind: BrokerKind) -> Iterator[tuple[Chaos, Kafka]]:
     """Broker and store behind proxies, and a site whose workers see only these."""
     port = free_port()
-    broker: Broker = start_broker(port=free_port(), advertised=port)
+    broker = _own_broker(folder, free_port(), port) if kind == "own" else start_broker(advertised=port)
     store = start_store(folder / "store")
     to_broker, to_store = FlakyProxy(broker.port, port), FlakyProxy(store.port, free_port())
     topics = Topics()
@@ -336,10 +357,9 @@ def _site(bundle: Path, folder: Path, seed: int) -> Iterator[tuple[Chaos, Kafka]
     settings = Store(url=store.url)
     site = Site(kafka, settings, bundle, folder, Topic(kafka.bootstrap))
     site.config["store"] = {"url": f"redis://127.0.0.1:{to_store.port}/0", "snapshot_every": 3}
-    site.config["guard"] = PERMISSIVE
     site.config["kafka"]["connect_timeout_s"] = 60
     site.config["store"]["connect_timeout_s"] = 60
-    chaos = Chaos(site, store, folder, to_broker, to_store, random.Random(seed))
+    chaos = Chaos(site, broker, store, folder, to_broker, to_store, random.Random(seed), kind=kind)
     try:
         yield chaos, kafka
     finally:
@@ -349,5 +369,5 @@ def _site(bundle: Path, folder: Path, seed: int) -> Iterator[tuple[Chaos, Kafka]
                 worker.kill()
         to_broker.close()
         to_store.close()
-        broker.child.stop(0)
+        chaos.broker.child.stop(0)
         chaos.store.child.stop()

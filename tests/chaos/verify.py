@@ -36,10 +36,12 @@ class Outcome:
     """What a chaos run found. Everything but the first lines must be zero."""
 
     seed: int = 0
+    broker: str = "own"
     faults: int = 0
     by_kind: dict[str, int] = field(default_factory=dict)
     frames: int = 0
     updates: int = 0
+    decisions: dict[str, int] = field(default_factory=dict)
     predicted_twice: int = 0
     seconds: float = 0.0
     lost: int = 0
@@ -158,6 +160,8 @@ def _check_stream(
     known = {**events, **{int(e.id.rsplit("@", 1)[1]): e for e in _outbox(stored.event)}}
     outcome.events_missing += len(set(range(1, header.events + 1)) - set(known))
     history = [known[n] for n in sorted(known) if n <= header.events]
+    for event in history:
+        outcome.decisions[event.decision] = outcome.decisions.get(event.decision, 0) + 1
     tokens = [event.token for event in history]
     outcome.zombie_writes += sum(later < earlier for earlier, later in pairwise(tokens))
     difference = _replay(history, images, bundle, state)
