@@ -82,7 +82,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         ended = not self.path.exists() or self.path.read_bytes()[-1:] in (b"", b"\n")
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(("" if ended else "\n") + json.dumps(entry) + "\n")
+            file.write(("" if ended else "\n") + _compact(entry) + "\n")
         self.entries[key] = entry
         return entry
 
@@ -106,12 +106,17 @@ def write_report(
     partial.replace(path)
 
 
+def _compact(value: Any) -> str:
+    """JSON without blanks: there are ten thousands of records."""
+    return json.dumps(value, separators=(",", ":"))
+
+
 def _lines(content: dict[str, Any]) -> str:
     """JSON with one record or cell a line, so that differences between two reports can be read."""
     parts = []
     for name, value in content.items():
         if isinstance(value, list):
-            rows = ",\n".join("  " + json.dumps(row) for row in value)
+            rows = ",\n".join(" " + _compact(row) for row in value)
             parts.append(f' "{name}": [\n{rows}\n ]')
         else:
             parts.append(f' "{name}": {json.dumps(value)}')
