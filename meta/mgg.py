@@ -299,13 +299,14 @@ class MGG:
         dose = self._dose(signals)
         affine = source + dose.unsqueeze(1) * wanted
         generated = (state["affine"] - affine).detach()
+        raw_norm, generated_norm = gradient.norm(dim=1), generated.norm(dim=1)
         return Update(
             state={"affine": affine, **moved, **statistics, **self._carried(forward)},
             signals={
                 **{name: value for name, value in signals.items() if value.dim() == 1},
-                "raw_gradient_norm": gradient.norm(dim=1),
-                "generated_gradient_norm": generated.norm(dim=1),
-                "cosine": torch.cosine_similarity(gradient, generated, dim=1),
+                "raw_gradient_norm": raw_norm,
+                "generated_gradient_norm": generated_norm,
+                "cosine": (gradient * generated).sum(1) / (raw_norm * generated_norm).clamp_min(TINY),
                 "source_distance": (affine - source).detach().norm(dim=1),
                 "dose": dose.detach(),
                 "frames": forward.counts,

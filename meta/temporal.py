@@ -95,25 +95,44 @@ _Moment = tuple[Numbers, Numbers, Numbers, Numbers]
 
 
 def _forward(frames: Numbers, valid: Numbers, belief: dict[str, Numbers]) -> tuple[list[_Moment], dict[str, Numbers]]:
-    last, mix = belief["class_last"], belief["class_mix"]
-    stay, seen, proof = (belief[name][:, None] for name in ("class_stay", "class_seen", "class_proof"))
+    last, stay, proof = belief["class_last"], belief["class_stay"][:, None], belief["class_proof"][:, None]
+    number = np.ascontiguousarray(frames.swapaxes(0, 1))
+    here = np.ascontiguousarray(valid.swapaxes(0, 1))
+    mixes, mix, seen = _mixes(number, here, belief["class_mix"], belief["class_seen"][:, None])
+    likelihoods = number / mixes
+    ragged = not here.all()
     moments: list[_Moment] = []
-    for t in range(frames.shape[1]):
-        frame, here = frames[:, t], valid[:, t]
-        likelihood = frame / mix
-        evidence = np.minimum((last * likelihood).sum(1, keepdims=True), MOST_EVIDENCE)
-        explained = stay * evidence / (stay * evidence + 1 - stay)
-        trusted = stay * ((proof - PROOF[0]) / (PROOF[1] - PROOF[0])).clip(0, 1)
-        filtered = (trusted * last + (1 - trusted) * mix) * likelihood
-        filtered /= filtered.sum(1, keepdims=True)
-        moments.append((filtered, likelihood, trusted, mix))
-        proof = np.where(here, proof * (1 - 1 / MIX_FRAMES) + np.log1p(stay * (evidence - 1)), proof)
-        last = np.where(here, filtered, last)
-        stay = np.where(here, (stay + STAY_RATE * (explained - stay)).clip(*STAY_RANGE), stay)
-        seen = np.where(here, np.minimum(seen + 1, MIX_FRAMES), seen)
-        mix = np.where(here, mix + (frame - mix) / seen, mix)
+    for frame, likelihood, before, present in zip(number, likelihoods, mixes, here, strict=True):
+        explained = last * likelihood
+        ratio = explained.sum(1, keepdims=True)
+        evidence = np.minimum(ratio, MOST_EVIDENCE)
+        surprise = stay * (evidence - 1)
+        trusted = stay * np.minimum(np.maximum((proof - PROOF[0]) / (PROOF[1] - PROOF[0]), 0), 1)
+        # (trusted * last + (1 - trusted) * mix) * likelihood, made to sum to one; frames do already.
+        filtered = (frame + trusted * (explained - frame)) / (1 + trusted * (ratio - 1))
+        moments.append((filtered, likelihood, trusted, before))
+        pull = STAY_RATE * (stay * evidence / (1 + surprise) - stay)
+        moved = [
+            filtered,
+            np.minimum(np.maximum(stay + pull, STAY_RANGE[0]), STAY_RANGE[1]),
+            proof * (1 - 1 / MIX_FRAMES) + np.log1p(surprise),
+        ]
+        if ragged:
+            moved = [np.where(present, new, old) for new, old in zip(moved, (last, stay, proof), strict=True)]
+        last, stay, proof = moved
     numbers = {"class_stay": stay, "class_proof": proof, "class_seen": seen}
     return moments, {"class_last": last, "class_mix": mix, **{name: values[:, 0] for name, values in numbers.items()}}
+
+
+def _mixes(number: Numbers, here: Numbers, mix: Numbers, seen: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+    """The class mix before each frame (T, S, K), after all of them (S, K), and how many frames it then rests on."""
+    counted = np.minimum(seen + here.cumsum(0, dtype=seen.dtype), MIX_FRAMES).astype(seen.dtype)
+    rates = here / counted
+    mixes = np.empty_like(number)
+    for t, (frame, rate) in enumerate(zip(number, rates, strict=True)):
+        mixes[t] = mix
+        mix = mix + (frame - mix) * rate
+    return mixes, mix, counted[-1]
 
 
 def _backward(moments: list[_Moment], valid: Numbers) -> Numbers:
