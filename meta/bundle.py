@@ -1,6 +1,7 @@
 """Bundles: packing at the centre, checking and loading at a site.
 
-A bundle is a folder: manifest.json, model.safetensors, generator.safetensors, statistics.safetensors, labels.txt.
+A bundle is a folder: manifest.json, model.safetensors, generator.safetensors, statistics.safetensors, labels.txt, and
+perhaps correction.safetensors.
 Nothing in it is executed, and nothing is used before its hash has been checked.
 """
 
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from meta.baselines import Baseline, Setup, build
+from meta.correction import Correction
 from meta.generator import MetaGradientGenerator
 from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
@@ -31,6 +33,7 @@ from schemas.verdict import Verdict
 
 MANIFEST = "manifest.json"
 VERDICT = "verdict.json"
+CORRECTION = "correction.safetensors"
 MGG_NAME = "mgg"
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 8 << 30
@@ -127,6 +130,8 @@ def load_bundle(folder: Path, factories: Iterable[str] = (), method: str = MGG_N
     model = AdaptableModel(network)
     source = _statistics(_tensors(contents, folder, "statistics.safetensors"), model, len(labels))
     generator = _tensors(contents, folder, "generator.safetensors")
+    if CORRECTION in contents:
+        model.correction = _correction(_tensors(contents, folder, CORRECTION), model)
     _check_output(model, manifest, labels, folder)
     if method != MGG_NAME:
         return Bundle(manifest, labels, model, _baseline(method, manifest, model, source, len(labels)), method)
@@ -246,6 +251,18 @@ def _statistics(tensors: dict[str, Tensor], model: AdaptableModel, classes: int)
         if not bool(torch.isfinite(tensors[name]).all()):
             raise BundleError(f"statistics.safetensors: {name!r} has values that are not finite")
     return SourceStatistics(**{name: tensors[name] for name in shapes})
+
+
+def _correction(tensors: dict[str, Tensor], model: AdaptableModel) -> Correction:
+    for name, shape in Correction.shapes(model.feature_count).items():
+        if name not in tensors or tensors[name].dim() != len(shape) or tensors[name].shape[0] != shape[0]:
+            raise BundleError(f"{CORRECTION}: {name!r} must have the shape {shape} for this architecture")
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise BundleError(f"{CORRECTION}: {name!r} has values that are not finite")
+    found = Correction(**{name: tensors[name].float() for name in Correction.shapes(0)})
+    if found.reduce.shape != found.expand.shape or not bool((found.deviation > 0).all() & (found.spread > 0).all()):
+        raise BundleError(f"{CORRECTION}: deviations and spreads must be above 0, and its two maps of one shape")
+    return found
 
 
 def _check_output(model: AdaptableModel, manifest: Manifest, labels: list[str], folder: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from meta.generator import Anchor, UpdateRule
 from meta.method import Forward, State, Update
-from meta.norms import AdaptableModel, NormMoments
+from meta.norms import AdaptableModel, LayerCorrection, NormMoments
 from meta.objective import EPSILON, SourceStatistics, deviation, per_stream_mean, running
 from meta.temporal import filter_classes, fresh_belief
 
@@ -148,7 +148,9 @@ class MGG:
         }
         if self.settings.class_filter:
             state |= fresh_belief(streams, self.classes)
-        if self.model.batch_channels:
+        if self.model.correction is not None:
+            state["correction"] = torch.zeros(streams)
+        elif self.model.batch_channels:
             state["norm_mean"] = self.model.source_mean.expand(streams, -1).clone()
             state["norm_variance"] = self.model.source_variance.expand(streams, -1).clone()
         return state
@@ -163,9 +165,9 @@ class MGG:
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
         rows = state["affine"].detach().index_select(0, stream).requires_grad_()
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
-        moments = self._moments(stream, counts, state)
+        moments, correction = self._moments(stream, counts, state), self._correction(stream, state)
         with torch.enable_grad():
-            logits, features, first = self.model.forward_with_inputs(frames, rows, moments)
+            logits, features, first = self.model.forward_with_inputs(frames, rows, moments, correction)
             features = torch.cat([features, first], 1)
         kept: State = {}
         if moments is not None:
@@ -194,10 +196,16 @@ class MGG:
 
     def _moments(self, stream: Tensor, counts: Tensor, state: State) -> NormMoments | None:
         """BatchNorm layers normalise with a running mean over the window, which starts at the source's."""
-        if not self.model.batch_channels:
+        if not self.model.batch_channels or self.model.correction is not None:
             return None
         share = 1 - (1 - 1 / self.settings.norm_window) ** counts
         return NormMoments(stream, share, state["norm_mean"], state["norm_variance"])
+
+    def _correction(self, stream: Tensor, state: State) -> LayerCorrection | None:
+        """What single frames say of their shift corrects them, once there has been an update."""
+        if self.model.correction is None:
+            return None
+        return self.model.correction.under(state["correction"].index_select(0, stream))
 
     def _carried(self, forward: Forward) -> State:
         return {name: tensor for name, tensor in forward.kept.items() if name != "probability"}
@@ -292,6 +300,8 @@ class MGG:
             "memory_bias": bias,
             "age": age,
         }
+        if self.model.correction is not None:
+            moved["correction"] = torch.ones_like(age)
         wanted = moved["offset"]
         if learned.anchor is not None:
             gaps = torch.cat([signals["gap_mean"] / 2, signals["gap_std"]], 1)

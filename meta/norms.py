@@ -14,7 +14,7 @@ import math
 import threading
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,11 +134,29 @@ def _spread(rows: Tensor, stream: Tensor, x: Tensor) -> Tensor:
     return rows.index_select(0, stream).view(*x.shape[:2], *[1] * (x.dim() - 2))
 
 
+class Corrector(Protocol):
+    """What a source model knows of shifts (`meta.correction`)."""
+
+    def under(self, strength: Tensor) -> LayerCorrection:
+        """The correction of one pass with the strength (B,) for each of its frames, in [0, 1]."""
+        ...
+
+
+class LayerCorrection(Protocol):
+    """What changes normalised activations, channel by channel, before scale and shift (`meta.correction`)."""
+
+    def of(self, channels: slice, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and offset (B, C) of a layer that has `channels` of those of all layers joined, from each frame's first
+        and second moments (B, C) over its positions."""
+        ...
+
+
 class FrameAffine(threading.local):
     """What the pass under way asks of every layer, shared by all layers of one model; each thread has its own pass.
 
     `rows` are scales and shifts of every layer in turn, (B, ...) each, one row a frame, or None for the source affine;
-    `moments` replaces the running statistics of BatchNorm layers where it is set; `features` collects each layer's
+    `moments` replaces the running statistics of BatchNorm layers where it is set; `correction` changes what is
+    normalised before scale and shift; `features` collects each layer's
     rectified and pooled output (B, C), with the layer's place in the affine, where it is a list; `first_features` is
     that of the first layer as the source affine would make it. `head` is what went into the last linear layer in the
     thread's last pass.
@@ -147,6 +165,7 @@ class FrameAffine(threading.local):
     def __init__(self) -> None:
         self.rows: tuple[Tensor, ...] | None = None
         self.moments: NormMoments | None = None
+        self.correction: LayerCorrection | None = None
         self.features: list[tuple[int, Tensor]] | None = None
         self.first_features: Tensor | None = None
         self.head: Tensor | None = None
@@ -178,21 +197,24 @@ class StreamNorm(nn.Module):
         self.part = part
         # Where this layer's running statistics lie in those of all BatchNorm layers; empty where it has none.
         self.channels = slice(channel, channel + (size if isinstance(norm, BATCH_NORM) else 0))
+        self.own_features = slice(0, 0)  # of those of all layers joined
         self.groups = norm.num_groups if type(norm).forward is nn.GroupNorm.forward else 0
         self.rectify = False  # whether it does the work of the ReLU behind it
 
     def forward(self, x: Tensor) -> Tensor:
         at, rows = self.frame_affine, self.frame_affine.rows
-        if rows is None and not (x.requires_grad and torch.is_grad_enabled()):
+        if rows is None and at.correction is None and not (x.requires_grad and torch.is_grad_enabled()):
             return self._as_source(x)
         scale, shift = self._source_rows(x) if rows is None else self._frame_rows(x, rows)
         inverse = None
-        if self.groups:
+        if self.groups and at.correction is None:
             with torch.no_grad():
                 x_hat, inverse = _group_normalised(x, self.groups, self.norm.eps)
         else:
             x = self._normalised(x)
             x_hat = x.detach()
+        if at.correction is not None:
+            scale, shift = self._corrected(x, scale, shift, at.correction)
         positions = self._positions(x) if at.features is not None else None
         out, pooled = Affine.apply(x, x_hat, inverse, scale, shift, self.rectify, positions)
         if at.features is not None:
@@ -202,6 +224,23 @@ class StreamNorm(nn.Module):
                     under_source = scaled(x_hat, *self._source_rows(x_hat))
                     at.first_features = pooled if rows is None else rectified_mean(under_source, self._positions(x))
         return cast(Tensor, out)
+
+    def _corrected(
+        self, x: Tensor, scale: Tensor, shift: Tensor | None, correction: LayerCorrection
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and shift that also do what the correction does to x, which is normalised: going over it once will do.
+
+        The gradient passes through what is estimated: a change of scale or shift in a layer before is partly taken back
+        here, and whoever adapts has to know.
+        """
+        positions = self._positions(x)
+        mean, square = (t.mean(positions) if positions else t for t in (x, x * x))
+        gain, offset = correction.of(self.own_features, mean, square)
+        ones = [1] * len(positions)
+        shape = (len(x), -1, *ones) if self.channels_first else (len(x), *ones, -1)
+        gain, offset = gain.view(shape), offset.view(shape)
+        moved = scale * offset
+        return scale * gain, moved if shift is None else shift + moved
 
     def _as_source(self, x: Tensor) -> Tensor:
         """What the trained layer puts out, as fast as that."""
@@ -274,6 +313,7 @@ def _is_norm(module: nn.Module) -> bool:
 class AdaptableModel(nn.Module):
     """A frozen classifier in eval mode whose norm affine is an argument.
 
+    `correction` is what the model's bundle knows of shifts, if anything; a pass uses it only where it is given to it.
     `source_affine` is (P,); `places` says which coordinates belong to which layer. Layers without affine stay
     as they are; a layer object used at several places is swapped once and keeps one set of coordinates.
     The network given is changed in place.
@@ -286,6 +326,7 @@ class AdaptableModel(nn.Module):
         super().__init__()
         self.memory_format = torch.channels_last
         self.frame_affine = FrameAffine()
+        self.correction: Corrector | None = None
         self.layers: list[StreamNorm] = []
         swapped: dict[int, StreamNorm] = {}
         offset = channel = part = 0
@@ -322,6 +363,10 @@ class AdaptableModel(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise BundleError(f"weight {name!r} of the source model is not finite")
         self.places = [layer.place for layer in self.layers]
+        first = 0
+        for layer in self.layers:
+            layer.own_features = slice(first, first + layer.feature_count)
+            first = layer.own_features.stop
         ends = [end for place in self.places for end in (place.scale, place.shift, place.end)]
         self._sizes = [end - start for start, end in pairwise(ends) if end > start]
         self.register_buffer("source_affine", self._source_affine())
@@ -364,17 +409,23 @@ class AdaptableModel(nn.Module):
     def _remember_head(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.frame_affine.head = inputs[0].detach() if inputs[0].dim() == 2 else None
 
-    def forward(self, frames: Tensor, rows: Tensor | None = None, moments: NormMoments | None = None) -> Tensor:
+    def forward(
+        self,
+        frames: Tensor,
+        rows: Tensor | None = None,
+        moments: NormMoments | None = None,
+        correction: LayerCorrection | None = None,
+    ) -> Tensor:
         """Logits (B, classes) of frames (B, ch, h, w) under affine rows (B, P), or the source affine.
 
         BatchNorm layers use their running statistics, or what `moments` says.
         """
         self.frame_affine.rows = None if rows is None else rows.split(self._sizes, 1)
-        self.frame_affine.moments = moments
+        self.frame_affine.moments, self.frame_affine.correction = moments, correction
         try:
             return self.network(frames.contiguous(memory_format=self.memory_format))
         finally:
-            self.frame_affine.rows = self.frame_affine.moments = None
+            self.frame_affine.rows = self.frame_affine.moments = self.frame_affine.correction = None
 
     def forward_with_features(
         self, frames: Tensor, rows: Tensor | None = None, moments: NormMoments | None = None
@@ -384,13 +435,17 @@ class AdaptableModel(nn.Module):
         return logits, features
 
     def forward_with_inputs(
-        self, frames: Tensor, rows: Tensor | None = None, moments: NormMoments | None = None
+        self,
+        frames: Tensor,
+        rows: Tensor | None = None,
+        moments: NormMoments | None = None,
+        correction: LayerCorrection | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward_with_features`, and what the first norm layer would put out under the source affine, pooled:
         (B, F1). The latter tells how unusual the frames are, whatever has been adapted."""
         self.frame_affine.features = []
         try:
-            logits = self(frames, rows, moments)
+            logits = self(frames, rows, moments, correction)
             # By place, not by when they ran: a model may run its layers in another order than it names them.
             features = dict(self.frame_affine.features)
             first = self.frame_affine.first_features

@@ -17,6 +17,7 @@ from meta.baselines import Baseline
 from meta.benchmark import corruptions
 from meta.bundle import load_bundle, model_weights, rewrite_manifest, write_bundle
 from meta.calibrate import calibrate, source_statistics
+from meta.correction import fit_correction
 from meta.generator import MetaGradientGenerator
 from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
@@ -70,6 +71,7 @@ class Recipe(BaseModel):
     generator: GeneratorSettings = GeneratorSettings()
     training: TrainingSettings = TrainingSettings()
     paper: PaperRecipe | None = None
+    correction_draws: int = Field(200, ge=0, description="shifts to fit the correction of single frames on; 0: none")
     calibration_windows: int = Field(12, ge=2, description="of eight micro-batches, from each stream, sixteen times")
     calibration_streams: int = Field(24, ge=1)
 
@@ -94,7 +96,14 @@ def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str]
     network = build_network(part.architecture, part.arguments)
     network.load_state_dict(weights)
     model = AdaptableModel(network.eval().to(memory_format=torch.channels_last))
-    source = source_statistics(model, _tensors(train.part(*data.META_PART))[0], PREPROCESSING)
+    clean = _tensors(train.part(*data.META_PART))[0]
+    source = source_statistics(model, clean, PREPROCESSING)
+    correction = None
+    if recipe.paper is None and recipe.correction_draws:
+        correction = fit_correction(
+            model, clean, PREPROCESSING.mean, PREPROCESSING.std, recipe.training.seed, recipe.correction_draws
+        )
+        model.correction = correction
     made = _ours if recipe.paper is None else _paper
     method, settings, tensors = made(recipe, model, source, train, say)
     unseen = _tensors(train.part(*data.CALIBRATION_PART))
@@ -118,6 +127,8 @@ def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str]
         files={},
     )
     parts = {"model": weights, "generator": tensors, "statistics": source.as_tensors()}
+    if correction is not None:
+        parts["correction"] = correction.as_tensors()
     manifest = write_bundle(folder, manifest, parts, data.LABELS)
     load_bundle(folder)
     say(f"bundle {manifest.content_hash} written to {folder}")

@@ -33,7 +33,12 @@ FIRST_SLOTS = 16
 SOURCE_SHARE = 1 / 16
 BLANK_DEVIATION, BLANK_PIXELS = 2.0, 1_024  # of 255 grey levels, over so many of the pixels
 WAY = {"affine", "offset"}  # what of a state an update moves that can be gone in part
-FIXED = ("affine", "norm_mean", "norm_variance")  # what of a state makes the model; the rest is for its updates
+FIXED = (
+    "affine",
+    "norm_mean",
+    "norm_variance",
+    "correction",
+)  # what of a state makes the model; the rest is for its updates
 
 
 @dataclass(frozen=True)
@@ -501,11 +506,13 @@ def answer_fixed(model: AdaptableModel, frames: Tensor, fixed: Fixed) -> Tensor:
 @torch.inference_mode()
 def answer_barely(model: AdaptableModel, frames: Tensor, stream: Tensor, parameters: State) -> Tensor:
     """Logits (B, classes) of frames (B, ch, h, w), each under its row `stream` (B,) of the parameters in `FIXED`."""
-    moments = None
+    moments = correction = None
+    if "correction" in parameters and model.correction is not None:
+        correction = model.correction.under(parameters["correction"].index_select(0, stream))
     if "norm_mean" in parameters:
         none = torch.zeros(len(parameters["affine"]))
         moments = NormMoments(stream, none, parameters["norm_mean"], parameters["norm_variance"])
-    logits: Tensor = model(frames, parameters["affine"].index_select(0, stream), moments)
+    logits: Tensor = model(frames, parameters["affine"].index_select(0, stream), moments, correction)
     return logits
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from meta.bundle import load_bundle, portable_rule, read_manifest, write_bundle
 from meta.calibrate import calibrate, source_statistics
+from meta.correction import Correction, fit_correction
 from meta.create import images as data
 from meta.create.images import Decode, Images
 from meta.create.measure import BATCH, measure, recommend, total_gain
@@ -35,6 +36,7 @@ from schemas.verdict import Verdict
 
 Say = Callable[[str], None]
 LEAST_PER_CLASS_STATISTICS = 10
+CORRECTION_DRAWS, CORRECTION_PASSES = 200, 4
 ROUGH = 1_000  # images below which the numbers are rough
 
 
@@ -110,6 +112,7 @@ def create_bundle(
     work = output.parent / f"{output.name}.work" / _digest(subject)
     work.mkdir(parents=True, exist_ok=True)
     source = _statistics(subject, work, note)
+    correction = _correction(subject, work, say)
     learned, made = _generator(subject, source, work, say)
     frames = frames_in_pass(subject.preprocess.height, subject.preprocess.width)
     method = PiecewiseMGG(subject.model, source, learned, len(subject.labels), frames)
@@ -131,6 +134,7 @@ def create_bundle(
         "model": subject.weights,
         "generator": dict(learned.state_dict()),
         "statistics": source.as_tensors(),
+        "correction": correction.as_tensors(),
     }
     manifest = write_bundle(output, manifest, tensors, subject.labels, verdict)
     load_bundle(output, [settings.architecture])
@@ -239,6 +243,31 @@ def _statistics(subject: _Subject, work: Path, say: Say) -> SourceStatistics:
         kept = {name: tensor for name, tensor in found.items() if by_class or not name.startswith("class_")}
         _keep(path, safetensors.torch.save(kept))
     return SourceStatistics(**safetensors.torch.load_file(path))
+
+
+def _correction(subject: _Subject, work: Path, say: Say) -> Correction:
+    """The model's correction of single frames; from here on its method uses it."""
+    path = work / "correction.safetensors"
+    if not path.exists():
+        say("correction: what single frames tell of shifts, fitted on simulated ones")
+        images, preprocessing = subject.part("generator")[0], subject.preprocessing
+        at_once = frames_in_pass(*images.shape[2:])
+        # Large images take time: fewer of them, in fewer passes.
+        draws = max(CORRECTION_DRAWS // 4, min(CORRECTION_DRAWS, at_once))
+        found = fit_correction(
+            subject.model,
+            images,
+            preprocessing.mean,
+            preprocessing.std,
+            subject.settings.seed,
+            draws,
+            min(64, at_once),
+            at_once,
+            CORRECTION_PASSES,
+        )
+        _keep(path, safetensors.torch.save(found.as_tensors()))
+    subject.model.correction = Correction(**safetensors.torch.load_file(path))
+    return subject.model.correction
 
 
 def _generator(subject: _Subject, source: SourceStatistics, work: Path, say: Say) -> tuple[LearnedOptimizer, str]:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from meta.bundle import load_bundle
+from meta.bundle import load_bundle, model_weights, write_bundle
+from meta.correction import Correction
 from schemas.errors import BundleError
 from tests.conftest import SHIPPED_BUNDLE
 
@@ -77,3 +78,41 @@ def test_trusted_factories_are_imported(copy_of: Path) -> None:
     with pytest.raises(BundleError, match="list it under"):
         load_bundle(copy_of)
     assert load_bundle(copy_of, ["meta.models:groupnorm_cnn"]).labels[0] == "nut"
+
+
+def with_correction(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Pack the bundle anew with a correction, which the changes spoil."""
+    bundle = load_bundle(folder)
+    features = bundle.model.feature_count
+    tensors = {name: torch.full(shape, 0.1) for name, shape in Correction.shapes(features).items()} | changes
+    parts = {
+        "model": model_weights(folder),
+        "generator": dict(bundle.method.learned.state_dict()),
+        "statistics": bundle.statistics.as_tensors(),
+        "correction": {name: tensor for name, tensor in tensors.items() if tensor is not None},
+    }
+    write_bundle(folder, bundle.manifest, parts, bundle.labels)
+
+
+def test_a_correction_is_optional_and_survives(copy_of: Path) -> None:
+    assert load_bundle(copy_of).model.correction is None
+    with_correction(copy_of, bias=torch.linspace(0, 1, 64))
+    bundle = load_bundle(copy_of)
+    assert torch.equal(bundle.model.correction.bias, torch.linspace(0, 1, 64))
+    assert "correction" in bundle.method.fresh(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bias": None}, "'bias' must have the shape"),
+        ({"mean": torch.zeros(3)}, "'mean' must have the shape"),
+        ({"expand": torch.zeros(64, 3)}, "two maps of one shape"),
+        ({"spread": torch.zeros(64)}, "must be above 0"),
+        ({"reduce": torch.full((64, 16), torch.nan)}, "not finite"),
+    ],
+)
+def test_unsound_corrections(copy_of: Path, changes: dict[str, torch.Tensor | None], message: str) -> None:
+    with_correction(copy_of, **changes)
+    with pytest.raises(BundleError, match=message):
+        load_bundle(copy_of)

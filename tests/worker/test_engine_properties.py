@@ -1,5 +1,6 @@
 """Who shares a pass changes nothing: predictions, gradients and next states are those of a stream alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from meta.bundle import Bundle, load_bundle
+from meta.correction import Correction
 from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics
 from tests.worker.test_engine import admit, batch
 from worker.batcher import MicroBatch
-from worker.engine import Engine
+from worker.engine import Engine, normalise_pixels
 
 
 class Tokens(nn.Module):
@@ -48,11 +50,28 @@ NETWORKS = {
 }
 
 
+def any_correction(features: int) -> Correction:
+    """That changes every frame, each by what it shows."""
+    random = torch.Generator().manual_seed(6)
+    wide = 2 * features
+    return Correction(
+        mean=0.1 * torch.randn(features, generator=random),
+        deviation=torch.rand(features, generator=random) + 0.5,
+        reduce=0.3 * torch.randn(wide, 3, generator=random),
+        expand=0.3 * torch.randn(wide, 3, generator=random),
+        bias=0.1 * torch.randn(wide, generator=random),
+        spread=torch.full((wide,), 0.01),
+    )
+
+
 def bundle_with(network: str, folder: Path) -> Bundle:
     """The tiny bundle around another network; the generator's gradient memory in float32, to compare closely."""
     torch.manual_seed(5)
     tiny = load_bundle(folder)
-    model = AdaptableModel(NETWORKS[network]())
+    name, _, corrected = network.partition(", ")
+    model = AdaptableModel(NETWORKS[name]())
+    if corrected:
+        model.correction = any_correction(model.feature_count)
     with torch.no_grad():
         source = feature_statistics(model.forward_with_features(torch.randn(64, 1, 28, 28))[1])
     learned = LearnedOptimizer(GeneratorSettings(memory_precision="float32"), model)
@@ -74,7 +93,7 @@ def close(found: object, expected: object) -> None:
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", [*NETWORKS, "BatchNorm, corrected", "LayerNorm, corrected"])
 @settings(max_examples=12)
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=8), min_size=1, max_size=4),
@@ -123,3 +142,19 @@ def test_any_number_of_streams(tiny_bundle_path: Path, streams: int) -> None:
         run(alone, [work[i]])
         for part, tensor in alone.tensors(names[i]).items():
             torch.testing.assert_close(together.tensors(names[i])[part], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_corrected_streams_answer_as_source_until_an_update_and_where_source_is_asked(tiny_bundle_path: Path) -> None:
+    bundle = bundle_with("BatchNorm, corrected", tiny_bundle_path)
+    engine = Engine(bundle)
+    admit(engine, "a")
+    work = batch("a", 6, 1)
+    pixels = normalise_pixels([frame.pixels for frame in work.frames], bundle.manifest.preprocess)
+    source = (bundle.model(pixels) / bundle.manifest.calibration.temperature).softmax(1).topk(3, 1).values
+    hurried = replace(work, adapt=False, hurried=True)
+    close(run(engine, [hurried])["a"][0], source.tolist())
+    run(engine, [work])
+    asked = run(engine, [replace(work, answer="source", adapt=False)])["a"][0]
+    close(asked, source.tolist())
+    adapted = run(engine, [hurried])["a"][0]
+    assert not torch.allclose(torch.tensor(adapted), source, atol=1e-3)

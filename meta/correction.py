@@ -1,0 +1,223 @@
+"""What a frame's own activations say of the shift that it was taken under, and what that changes in them.
+
+Under a shift, a channel's normalised activations have another mean and deviation over all images than they had in
+training; normalising with those instead (AdaBN, Li et al., 2016) undoes much of the harm. To measure them takes many
+frames under one shift and with an even class mix, which a stream may never show. But a shift that moves them moves
+those of every single frame, beside what is in the picture. So they are estimated, frame by frame: a linear
+regression per layer, fitted once at the centre on simulated shifts, goes from the moments of the frame's own channels
+to those that all images would have under its shift. What differs from image to image, classes too, is noise to it, and
+weighs less the less a shift moves it (the linear estimator of empirical Bayes). Nothing is kept of a stream, so a
+mixture of shifts, runs of one class and single frames are all the same to it.
+
+Small estimates are held back: with h the mean of their squares in units of how they vary among frames under one shift,
+each is multiplied by h / (h + 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from meta.norms import AdaptableModel
+from meta.shifts import TUNING, Shift
+from meta.source import as_frames
+
+RANK = 16
+FLOOR = 0.02  # of a frame's own variances, in units of the usual one: a channel may be flat in one picture
+MOST = 3.0  # largest change of a log deviation
+WIDEST = 512  # channels of a layer that is corrected: the regression's cost grows with their cube
+LEAST_SPREAD = 1e-4
+RIDGE = 0.02  # of the mean variance of what is regressed on
+HEALTHY = 0.25  # share of draws without a shift
+
+
+@dataclass(frozen=True)
+class Correction:
+    """The estimator of all norm layers, F channels in all, of normalised activations before scale and shift.
+
+    mean, deviation (F,): over clean source frames. reduce (2F, R), expand (2F, R), bias (2F,), spread (2F,): a layer
+    with the channels [a, b) has the rows [2a, 2b), first for means, then for logarithms of deviations.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    reduce: Tensor
+    expand: Tensor
+    bias: Tensor
+    spread: Tensor
+
+    @staticmethod
+    def shapes(features: int) -> dict[str, tuple[int, ...]]:
+        """Of the tensors, for F features; R may be another."""
+        wide = dict.fromkeys(("reduce", "expand"), (2 * features, RANK))
+        return {
+            "mean": (features,),
+            "deviation": (features,),
+            **wide,
+            "bias": (2 * features,),
+            "spread": (2 * features,),
+        }
+
+    def as_tensors(self) -> dict[str, Tensor]:
+        """By name, for a file."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def under(self, strength: Tensor) -> FrameCorrection:
+        """For one pass: `strength` (B,) multiplies the estimates of each frame; with 0 nothing is corrected."""
+        return FrameCorrection(self, strength.unsqueeze(1))
+
+
+class FrameCorrection:
+    """A correction with its frames' strengths (B, 1), as `AdaptableModel` asks it layer by layer."""
+
+    def __init__(self, correction: Correction, strength: Tensor) -> None:
+        self.correction, self.strength = correction, strength
+
+    def of(self, channels: slice, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and offset (B, C) of a layer's normalised activations, from each frame's moments (B, C)."""
+        own, rows = self.correction, slice(2 * channels.start, 2 * channels.stop)
+        usual, deviation = own.mean[channels], own.deviation[channels]
+        unusual = _unusual(mean, square, usual, deviation)
+        estimate = unusual @ own.reduce[rows] @ own.expand[rows].T + own.bias[rows]
+        size = (estimate**2 / own.spread[rows]).mean(1, keepdim=True)
+        estimate = estimate * (self.strength * size / (size + 1))
+        moved, wider = estimate.tensor_split(2, 1)
+        gain = torch.exp(-wider.clamp(-MOST, MOST))
+        return gain, usual - (usual + deviation * moved) * gain
+
+
+def _unusual(mean: Tensor, square: Tensor, usual: Tensor, deviation: Tensor) -> Tensor:
+    """How moments (B, C) differ from the usual ones: (B, 2C), in deviations, and as logarithms of deviations."""
+    variance = (square - mean**2).clamp_min(0) / deviation**2
+    return torch.cat([(mean - usual) / deviation, ((variance + FLOOR) / (1 + FLOOR)).log() / 2], 1)
+
+
+@torch.no_grad()
+def fit_correction(
+    model: AdaptableModel,
+    images: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    seed: int,
+    draws: int = 200,
+    frames: int = 64,
+    at_once: int = 512,
+    passes: int | None = None,
+    shifts: dict[str, Shift] | None = None,
+) -> Correction:
+    """Fit the estimator on clean images uint8 (N, ch, h, w) under simulated shifts; mean and std (ch,) standardise.
+
+    `draws` shifts with `frames` images each. One pass over all of them per layer, in the order of the model: what a
+    layer sees depends on how those before it have been corrected. With fewer `passes`, neighbouring layers share one.
+    `at_once` frames are in memory at a time.
+    """
+    count = model.feature_count
+    first, second = torch.zeros(count), torch.zeros(count)
+    part = images[: draws * frames // 4]
+    for some in part.split(at_once):
+        probe = _Probe()
+        model(as_frames(some.float() / 255, mean, std), correction=probe)
+        for start, (m, q) in probe.seen.items():
+            channels = slice(start, start + m.shape[1])
+            first[channels] += m.sum(0) / len(part)
+            second[channels] += q.sum(0) / len(part)
+    deviation = (second - first**2).clamp_min(1e-8).sqrt()
+    flat = torch.zeros(2 * count, RANK), torch.zeros(2 * count, RANK), torch.zeros(2 * count), torch.ones(2 * count)
+    found = Correction(first, deviation, *flat)
+    layers = [layer for layer in model.layers if layer.feature_count <= WIDEST]
+    size = max(1, -(-len(layers) // (passes or max(1, len(layers)))))
+    for start in range(0, len(layers), size):
+        fitted = [_Moments(layer.own_features, frames) for layer in layers[start : start + size]]
+        for some in _shifted(images, shifts or TUNING, draws, frames, at_once, seed):
+            probe = _Probe(found.under(torch.ones(len(some))))
+            model(as_frames(some, mean, std), correction=probe)
+            for moments in fitted:
+                moments.add(found, *probe.seen[moments.channels.start])
+        for moments in fitted:
+            moments.solve(found)
+    return found
+
+
+class _Probe:
+    """Keeps what the layers of a pass ask with, and answers as `under` does; without it, changes nothing."""
+
+    def __init__(self, under: FrameCorrection | None = None) -> None:
+        self.answer = under
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, channels: slice, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        self.seen[channels.start] = mean, square
+        if self.answer is None:
+            return torch.ones_like(mean), torch.zeros_like(mean)
+        return self.answer.of(channels, mean, square)
+
+
+class _Moments:
+    """Running sums for the regression of one layer: of what frames show, and of what their draw's frames have in
+    common."""
+
+    def __init__(self, channels: slice, frames: int) -> None:
+        self.channels, self.frames = channels, frames
+        size = 2 * (channels.stop - channels.start)
+        self.count = 0
+        self.shown, self.wanted = torch.zeros(size), torch.zeros(size)
+        self.both, self.within, self.cross = (torch.zeros(size, size) for _ in range(3))
+
+    def add(self, correction: Correction, mean: Tensor, square: Tensor) -> None:
+        """Moments (B, C) of whole draws, one after the other."""
+        usual, deviation = correction.mean[self.channels], correction.deviation[self.channels]
+        shown = _unusual(mean, square, usual, deviation)
+        drawn = (len(shown) // self.frames, self.frames, -1)
+        common, squares = mean.view(drawn).mean(1), square.view(drawn).mean(1)
+        wider = ((squares - common**2).clamp_min(1e-6 * deviation**2) / deviation**2).log() / 2
+        wanted = torch.cat([(common - usual) / deviation, wider], 1)
+        total = shown.view(drawn).sum(1)
+        apart = shown - (total / self.frames).repeat_interleave(self.frames, 0)
+        self.count += len(shown)
+        self.shown += total.sum(0)
+        self.wanted += self.frames * wanted.sum(0)
+        self.both += shown.T @ shown
+        self.within += apart.T @ apart
+        self.cross += total.T @ wanted
+
+    def solve(self, correction: Correction) -> None:
+        """Write this layer's rows of the correction: ridge regression, then its leading RANK directions."""
+        count, rows = self.count, slice(2 * self.channels.start, 2 * self.channels.stop)
+        shown, wanted = self.shown / count, self.wanted / count
+        both = self.both / count - torch.outer(shown, shown)
+        cross = self.cross / count - torch.outer(shown, wanted)
+        ridge = RIDGE * both.diagonal().mean().clamp_min(1e-8)
+        weight = torch.linalg.solve(both + ridge * torch.eye(len(both)), cross)
+        _, directions = torch.linalg.eigh(weight.T @ both @ weight)
+        directions = directions[:, -RANK:]
+        weight = weight @ directions
+        within = self.within / count
+        correction.reduce[rows, : weight.shape[1]] = weight
+        correction.expand[rows, : weight.shape[1]] = directions
+        correction.bias[rows] = wanted - shown @ weight @ directions.T
+        noise = directions @ (weight.T @ within @ weight) @ directions.T
+        correction.spread[rows] = noise.diagonal().clamp_min(LEAST_SPREAD)
+
+
+def _shifted(
+    images: Tensor, shifts: dict[str, Shift], draws: int, frames: int, at_once: int, seed: int
+) -> Iterator[Tensor]:
+    """Images in [0, 1], several draws of `frames` at a time: a quarter as they are, else under one or two shifts."""
+    random, known = torch.Generator().manual_seed(seed), list(shifts.values())
+    together: list[Tensor] = []
+    for number in range(draws):
+        chosen = torch.randint(len(images), (frames,), generator=random)
+        drawn = images[chosen].float() / 255
+        if float(torch.rand((), generator=random)) >= HEALTHY:
+            how_many = 1 + int(torch.randint(2, (), generator=random))
+            for i in torch.randperm(len(known), generator=random)[:how_many].tolist():
+                severity = 0.2 + 0.8 * float(torch.rand((), generator=random))
+                traits = torch.rand(4, generator=random)
+                drawn = known[i](drawn, torch.full((frames,), severity), traits, random)
+        together.append(drawn)
+        if len(together) * frames >= at_once or number == draws - 1:
+            yield torch.cat(together)
+            together = []

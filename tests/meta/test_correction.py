@@ -1,0 +1,149 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meta.correction import Correction, fit_correction
+from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.models import batchnorm_cnn
+from meta.norms import AdaptableModel
+from meta.objective import feature_statistics
+from meta.source import as_frames
+from tests.meta.test_norms import NETWORKS, scrambled
+
+MEAN, STD = torch.tensor([0.4]), torch.tensor([0.3])
+
+
+class Moved:
+    """A correction with a gain and an offset for every frame and channel, whatever the frames show."""
+
+    def __init__(self, frames: int, features: int) -> None:
+        random = torch.Generator().manual_seed(3)
+        self.gain = torch.rand(frames, features, generator=random) + 0.5
+        self.offset = torch.randn(frames, features, generator=random)
+
+    def of(self, channels: slice, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        assert bool((square >= mean**2 - 1e-5).all())
+        return self.gain[:, channels], self.offset[:, channels]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_activations_are_corrected_before_scale_and_shift(name: str) -> None:
+    """Logits and gradients are those of a model whose normalised activations are changed as the definition says."""
+    model = AdaptableModel(scrambled(name))
+    (layer,) = model.layers
+    moved = Moved(4, layer.feature_count)
+    frames = torch.randn(4, 1, 28, 28)
+    rows = (model.source_affine + 0.3 * torch.randn(4, model.coordinates)).requires_grad_()
+    logits = model(frames, rows, correction=moved)
+    (found,) = torch.autograd.grad(logits.logsumexp(1).sum(), [rows])
+
+    normalise = layer.norm
+    last = (layer.scale.dim() == 1 and not layer.channels_first) or layer.scale.dim() == 3
+
+    def corrected(x: Tensor) -> Tensor:
+        x = normalise(x)
+        shape = (4, *[1] * (x.dim() - 2), -1) if last else (4, -1, *[1] * (x.dim() - 2))
+        return x * moved.gain.view(shape) + moved.offset.view(shape)
+
+    layer._modules.pop("norm", None)
+    layer.groups, layer.norm = 0, corrected
+    plain = model(frames, rows)
+    (expected,) = torch.autograd.grad(plain.logsumexp(1).sum(), [rows])
+    torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def pictures(count: int, seed: int) -> Tensor:
+    """Bright bars on a dark ground, uint8."""
+    random = torch.Generator().manual_seed(seed)
+    images = 30 * torch.rand(count, 1, 16, 16, generator=random)
+    for image, (row, column) in zip(images, torch.randint(2, 12, (count, 2), generator=random).tolist(), strict=True):
+        image[0, row : row + 3] += 120
+        image[0, :, column : column + 2] += 60
+    return images.to(torch.uint8)
+
+
+def lit(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
+    """Brighter or darker."""
+    each = severity.view(-1, 1, 1, 1)
+    return (images * (1 + each) if traits[0] < 0.5 else images * (1 - 0.7 * each) + 0.1 * each).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[AdaptableModel, Correction]:
+    torch.manual_seed(4)
+    network = batchnorm_cnn(classes=4, widths=(8, 8))
+    clean = as_frames(pictures(256, 0).float() / 255, MEAN, STD)
+    network.train()
+    for _ in range(30):
+        network(clean)
+    model = AdaptableModel(network.eval())
+    return model, fit_correction(model, pictures(512, 1), MEAN, STD, 0, draws=40, frames=32, shifts={"lit": lit})
+
+
+def shown(severity: float, brighter: bool) -> tuple[Tensor, Tensor]:
+    """Other pictures as they are, and under a shift."""
+    images = pictures(64, 2).float() / 255
+    traits = torch.tensor([0.0 if brighter else 1.0, 0.0, 0.0, 0.0])
+    shifted = lit(images, torch.full((64,), severity), traits, torch.Generator())
+    return as_frames(images, MEAN, STD), as_frames(shifted, MEAN, STD)
+
+
+@pytest.mark.parametrize("brighter", [True, False])
+def test_single_frames_under_a_shift_come_out_nearer_to_those_without(fitted, brighter: bool) -> None:
+    model, correction = fitted
+    clean, shifted = shown(0.7, brighter)
+    wanted, before = model(clean), model(shifted)
+    after = torch.cat([model(one[None], correction=correction.under(torch.ones(1))) for one in shifted])
+    assert F.mse_loss(after, wanted) < 0.3 * F.mse_loss(before, wanted)
+
+
+def test_frames_without_a_shift_stay_nearly_as_they_are(fitted) -> None:
+    model, correction = fitted
+    clean, shifted = shown(0.7, True)
+    wanted = model(clean)
+    kept = model(clean, correction=correction.under(torch.ones(64)))
+    assert F.mse_loss(kept, wanted) < 0.1 * F.mse_loss(model(shifted), wanted)
+
+
+def test_who_shares_the_pass_does_not_matter(fitted) -> None:
+    model, correction = fitted
+    clean, shifted = shown(0.5, True)
+    frames, strength = torch.cat([clean[:3], shifted[:3]]), torch.tensor([1.0, 0.0, 0.4, 1.0, 0.0, 0.4])
+    together = model(frames, correction=correction.under(strength))
+    for i in range(6):
+        alone = model(frames[i : i + 1], correction=correction.under(strength[i : i + 1]))
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(together[[1, 4]], model(frames[[1, 4]]))
+
+
+@pytest.fixture
+def method(fitted) -> MGG:
+    model, correction = fitted
+    with torch.no_grad():
+        logits, features = model.forward_with_features(shown(0.0, True)[0])
+    learned = LearnedOptimizer(GeneratorSettings(), model).requires_grad_(False)
+    model.correction = correction
+    yield MGG(model, feature_statistics(features, logits.softmax(1)), learned, 4)
+    model.correction = None
+
+
+def test_a_stream_is_corrected_from_its_first_update_on(method) -> None:
+    """Until then it answers as source; what it only shows changes nothing, and no moments of BatchNorm are kept."""
+    frames, stream = shown(0.7, True)[1][:8], torch.zeros(8, dtype=torch.long)
+    fresh = method.fresh(1)
+    forward = method.predict(frames, stream, fresh)
+    torch.testing.assert_close(forward.logits, method.model(frames))
+    assert float(method.observe(forward)["correction"]) == 0
+    moved = method.with_step_scale(0.0).update(forward).state
+    assert "norm_mean" not in moved
+    after = method.predict(frames, stream, moved).logits
+    torch.testing.assert_close(after, method.model(frames, correction=method.model.correction.under(torch.ones(8))))
+
+
+def test_equal_seeds_give_equal_corrections(fitted) -> None:
+    model, first = fitted
+    second = fit_correction(model, pictures(512, 1), MEAN, STD, 0, draws=40, frames=32, shifts={"lit": lit})
+    for name, tensor in first.as_tensors().items():
+        assert torch.equal(tensor, second.as_tensors()[name])
