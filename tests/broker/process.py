@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from worker.embedded import Broker, free_port, start_child, wait_for_port
+from worker.embedded import Broker, free_port, start_broker, start_child, wait_for_port
 
 
 def start_own_broker(
@@ -38,5 +38,16 @@ def faithful_broker() -> Iterator[str]:
         yield given
         return
     broker = start_own_broker()
+    yield broker.bootstrap
+    broker.child.stop(0)
+
+
+@contextlib.contextmanager
+def broker_for(kind: str) -> Iterator[str]:
+    """For measurements: `own`, `embedded`, or the address of a real one."""
+    if kind not in ("own", "embedded"):
+        yield kind
+        return
+    broker = start_own_broker() if kind == "own" else start_broker()
     yield broker.bootstrap
     broker.child.stop(0)

@@ -6,11 +6,13 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import signal
 import statistics
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -19,9 +21,10 @@ from typing import Any
 from kafka import KafkaProducer
 
 from schemas.config import Kafka, Store, Topics
+from tests.broker.process import broker_for
 from tests.conftest import SHIPPED_BUNDLE, Topic, picture
 from tests.system.conftest import Site, WorkerProcess
-from worker.embedded import start_broker, start_store
+from worker.embedded import start_store
 from worker.kafka_client import create_topics
 
 PARTITIONS = 4
@@ -29,16 +32,20 @@ STREAMS = [f"cam-{i}" for i in range(12)]
 PICTURES = [picture(i) for i in range(1_009)]  # each stream's differ: the guard lets repeated ones teach nothing
 SESSION_S = 6.0
 FRAMES_PER_SECOND = 120
+STEADY_FRAMES = 32
+BROKER_HELP = "own (tests/broker), embedded, or the address of a real one"
 
 
 @contextlib.contextmanager
-def a_site() -> Iterator[Site]:
-    """Broker, store and topics of their own; workers run one thread each, the default micro-batches, JSON logs."""
-    with tempfile.TemporaryDirectory(prefix="driftkeel-scale-") as scratch:
-        broker, store = start_broker(), start_store(Path(scratch) / "store")
+def a_site(broker: str) -> Iterator[Site]:
+    """Store and topics of their own; workers run one thread each, the default micro-batches, JSON logs."""
+    with tempfile.TemporaryDirectory(prefix="driftkeel-scale-") as scratch, broker_for(broker) as bootstrap:
+        store = start_store(Path(scratch) / "store")
+        tag = uuid.uuid4().hex[:8]
         kafka = Kafka(
-            bootstrap=broker.bootstrap,
-            topics=Topics(),
+            bootstrap=bootstrap,
+            group=f"scale-{tag}",
+            topics=Topics(**{name: f"{name}-{tag}" for name in Topics.model_fields}),
             session_timeout_ms=int(SESSION_S * 1000),
             heartbeat_interval_ms=500,
             fetch_max_wait_ms=20,
@@ -52,7 +59,6 @@ def a_site() -> Iterator[Site]:
             for worker in site.running:
                 if worker.process.poll() is None:
                     worker.kill()
-            broker.child.stop(0)
             store.child.stop()
 
 
@@ -74,7 +80,7 @@ def assignments(worker: WorkerProcess) -> list[tuple[float, list[int]]]:
 
 
 def wait_assigned(workers: list[WorkerProcess]) -> None:
-    """Until the workers share all partitions between them."""
+    """Until the workers share all partitions between them, as their logs say."""
 
     def shared() -> bool:
         last = [assignments(w)[-1][1] if assignments(w) else [] for w in workers]
@@ -120,9 +126,9 @@ def predictions(site: Site, until: int | None = None) -> list[tuple[float, int, 
     return sorted(rows)
 
 
-def throughput(count: int, frames: int) -> float:
+def throughput(broker: str, count: int, frames: int) -> float:
     """Frames per second of `count` workers on a backlog."""
-    with a_site() as site:
+    with a_site(broker) as site:
         workers = [site.start() for _ in range(count)]
         wait_assigned(workers)
         producer = KafkaProducer(bootstrap_servers=site.kafka.bootstrap, batch_size=0)
@@ -145,41 +151,47 @@ def gaps(rows: list[tuple[float, int, str]], start: float, end: float) -> dict[i
     return longest
 
 
-def changes() -> dict[str, Any]:
+def wait_steady(site: Site, worker: WorkerProcess) -> None:
+    """Until every stream has folded some micro-batches more."""
+    folded = {stream: header.frames if (header := site.header(stream)) else 0 for stream in STREAMS}
+    site.wait_folded(worker, {stream: frames + STEADY_FRAMES for stream, frames in folded.items()})
+
+
+def changes(broker: str) -> dict[str, Any]:
     """A second worker joins, leaves, joins again and is killed; then the last one restarts cleanly."""
-    with a_site() as site:
+    with a_site(broker) as site:
         first = site.start()
         wait_assigned([first])
         feeder = Feeder(site.kafka)
-        time.sleep(3)
-        marks = {}
+        wait_steady(site, first)
+        marks = {"join": time.time()}
         second = site.start()
-        marks["join"] = time.time()
         wait_assigned([first, second])
-        time.sleep(3)
+        wait_steady(site, first)
         marks["leave"] = time.time()
         second.stop()
-        time.sleep(SESSION_S + 4)
+        wait_assigned([first])
+        wait_steady(site, first)
+        marks["left"] = time.time()
         third = site.start()
         wait_assigned([first, third])
-        time.sleep(3)
+        wait_steady(site, first)
         lost = assignments(third)[-1][1]
         marks["kill"] = time.time()
         third.kill()
-        time.sleep(2 * SESSION_S + 3)
-        marks["restart"] = time.time()
+        wait_assigned([first])
+        wait_steady(site, first)
         first.stop()
         fourth = site.start()
         wait_assigned([fourth])
-        time.sleep(4)
+        wait_steady(site, fourth)
         feeder.stop()
-        time.sleep(1)
         rows = predictions(site)
         assigned = assignments(fourth)[-1][0]
         takeover = assignments(first)[-1][0]
     firsts = {s: min(t for t, _, stream in rows if stream == s and t > assigned) - assigned for s in STREAMS}
     killed = [min(t for t, p, _ in rows if p == part and t > marks["kill"] + 0.5) - marks["kill"] for part in lost]
-    joined, left = gaps(rows, marks["join"], marks["leave"]), gaps(rows, marks["leave"], marks["kill"] - 3)
+    joined, left = gaps(rows, marks["join"], marks["leave"]), gaps(rows, marks["leave"], marks["left"])
     return {
         "session_timeout_s": SESSION_S,
         "join_gap_s": joined,
@@ -196,20 +208,22 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=8_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--broker", default=os.environ.get("DRIFTKEEL_TEST_BOOTSTRAP", "own"), help=BROKER_HELP)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: exit(143))
     runs: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(arguments.rounds):  # in turns, so that a busy moment hits both
         for count, found in runs.items():
-            found.append(round(throughput(count, arguments.frames), 1))
+            found.append(round(throughput(arguments.broker, count, arguments.frames), 1))
             print(f"{count} workers: {found[-1]:.0f} frames/s", flush=True)
     report = {
+        "broker": arguments.broker if arguments.broker in ("own", "embedded") else "real",
         "frames": arguments.frames,
         "streams": len(STREAMS),
         "partitions": PARTITIONS,
         "frames_per_second": {str(count): found for count, found in runs.items()},
         "ratio": round(statistics.median(runs[2]) / statistics.median(runs[1]), 2),
-        "changes": [changes() for _ in range(arguments.rounds)],
+        "changes": [changes(arguments.broker) for _ in range(arguments.rounds)],
     }
     text = json.dumps(report, indent=2)
     print(text)

@@ -1,20 +1,24 @@
-"""`python -m tests.scale.takeover 2000 6000`: what the embedded broker alone takes for a takeover.
+"""`python -m tests.scale.takeover 2000 6000`: what a broker alone takes for a takeover.
 
 Two plain consumers, no worker: one is killed, and the seconds count until the other has all partitions.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
-from schemas.config import Kafka
-from worker.embedded import start_broker
+from schemas.config import Kafka, Topics
+from tests.broker.process import broker_for
+from tests.scale.__main__ import BROKER_HELP
 from worker.kafka_client import create_topics
 
 PARTITIONS = [0, 1, 2, 3]
@@ -22,11 +26,12 @@ ROUNDS = 2
 CONSUMER = """
 import json, sys, time
 from kafka import KafkaConsumer
-consumer = KafkaConsumer("frames", bootstrap_servers=sys.argv[1], group_id=sys.argv[2],
+from worker.kafka_join import poll_timeout
+consumer = KafkaConsumer(sys.argv[4], bootstrap_servers=sys.argv[1], group_id=sys.argv[2],
     session_timeout_ms=int(sys.argv[3]), heartbeat_interval_ms=500, fetch_max_wait_ms=20, enable_auto_commit=False)
 last = None
 while True:
-    consumer.poll(timeout_ms=20)
+    consumer.poll(timeout_ms=1000 * poll_timeout(consumer, 0.02))
     assigned = sorted(p.partition for p in consumer.assignment())
     if assigned != last:
         last = assigned
@@ -37,10 +42,10 @@ while True:
 class Consumer:
     """A process that writes down every change of its assignment."""
 
-    def __init__(self, bootstrap: str, group: str, session_ms: int, log: Path) -> None:
+    def __init__(self, bootstrap: str, topic: str, group: str, session_ms: int, log: Path) -> None:
         self._log = log
         with log.open("w") as output:
-            command = [sys.executable, "-c", CONSUMER, bootstrap, group, str(session_ms)]
+            command = [sys.executable, "-c", CONSUMER, bootstrap, group, str(session_ms), topic]
             self.process = subprocess.Popen(command, stdout=output)
 
     def kill(self) -> None:
@@ -61,10 +66,9 @@ class Consumer:
             time.sleep(0.05)
 
 
-def takeover(bootstrap: str, group: str, session_ms: int, folder: Path) -> float:
-    first, second = (Consumer(bootstrap, group, session_ms, folder / f"{group}-{i}.log") for i in (1, 2))
+def takeover(bootstrap: str, topic: str, group: str, session_ms: int, folder: Path) -> float:
+    first, second = (Consumer(bootstrap, topic, group, session_ms, folder / f"{group}-{i}.log") for i in (1, 2))
     first.wait([second])
-    time.sleep(2)
     killed = time.time()
     second.kill()
     seconds = first.wait([]) - killed
@@ -73,13 +77,18 @@ def takeover(bootstrap: str, group: str, session_ms: int, folder: Path) -> float
 
 
 def main() -> None:
-    broker = start_broker()
-    create_topics(Kafka(bootstrap=broker.bootstrap), len(PARTITIONS))
-    with tempfile.TemporaryDirectory() as folder:
-        for session in map(int, sys.argv[1:]):
-            found = [takeover(broker.bootstrap, f"g{session}-{n}", session, Path(folder)) for n in range(ROUNDS)]
+    parser = argparse.ArgumentParser(prog="python -m tests.scale.takeover")
+    parser.add_argument("sessions", type=int, nargs="+", metavar="MILLISECONDS", help="session timeouts")
+    parser.add_argument("--broker", default=os.environ.get("DRIFTKEEL_TEST_BOOTSTRAP", "own"), help=BROKER_HELP)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, broker_for(arguments.broker) as bootstrap:
+        for session in arguments.sessions:
+            tag = uuid.uuid4().hex[:8]
+            topics = Topics(**{name: f"{name}-{tag}" for name in Topics.model_fields})
+            create_topics(Kafka(bootstrap=bootstrap, topics=topics), len(PARTITIONS))
+            groups = [f"g{session}-{n}-{tag}" for n in range(ROUNDS)]
+            found = [takeover(bootstrap, topics.frames, group, session, Path(folder)) for group in groups]
             print(f"session {session} ms: {found} s from kill -9 to the assignment of all partitions", flush=True)
-    broker.child.stop(0)
 
 
 if __name__ == "__main__":
