@@ -18,7 +18,9 @@ def chromium_options() -> dict[str, Any]:
     return {"executable_path": found, "args": ["--no-sandbox"] if os.geteuid() == 0 else []}
 
 
-@pytest.fixture(scope="session")
+# Its driver runs an event loop in the test's thread as long as it is open, so a session's browser would break the
+# tests of other modules that run a loop of their own.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless browser; the test is skipped where there is none."""
     driver = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'driftkeel[browser]'")
