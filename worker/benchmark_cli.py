@@ -31,7 +31,7 @@ def accuracy(
 
     settings = read_benchmark(config)
     parts = ["driftkeel", "benchmark", "accuracy", "--config", str(config), "--report", str(report)]
-    parts += ["--quick"] * quick + (["--only", only] if only else [])
+    parts += ["--quick"] * quick
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bars(*columns, console=Console(stderr=True)) as bars:
         whole = bars.add_task("cells", total=None)

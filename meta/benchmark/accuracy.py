@@ -19,7 +19,7 @@ from meta.baselines.own import Oracle
 from meta.benchmark.corruptions import TEST, TUNING
 from meta.benchmark.datasets import DataSet, Pool, open_dataset
 from meta.benchmark.plan import MGG_NAME, BenchmarkConfig, Cell, cells_of
-from meta.benchmark.report import Journal, Record, records_of, write_report
+from meta.benchmark.report import Journal, Record, commit, records_of, write_report
 from meta.benchmark.run import Frames, load_frames, relative_cost, run_streams, source_hits
 from meta.benchmark.sources import SourceModel, open_source
 from meta.benchmark.streams import Setting, Stream, make_streams
@@ -50,15 +50,16 @@ def run_accuracy(
     only: str = "",
     stop_after_s: float = math.inf,
 ) -> int:
-    """Run what the journal beside the report does not have yet, then write the report.
+    """Run what neither the report nor the journal beside it has yet, then write the report with all that is finished.
 
-    `only` keeps the cells whose name contains it. No cell but the first begins later than `stop_after_s`. Returns how
+    `only` runs the cells whose name contains it. No cell but the first begins later than `stop_after_s`. Returns how
     many cells are still to do.
     """
     started = time.monotonic()
     torch.set_num_threads(config.threads)
-    journal = Journal(report.with_suffix(".jsonl"))
-    cells = [cell for cell in cells_of(config, _batch_norms(config)) if only in cell.name]
+    journal = Journal.beside(report)
+    planned = cells_of(config, _batch_norms(config))
+    cells = [cell for cell in planned if only in cell.name]
     ran = 0
     for model in config.models:
         own = [cell for cell in cells if (cell.data, cell.model) == (model.data, model.name)]
@@ -71,10 +72,10 @@ def run_accuracy(
             if ran == 0 or time.monotonic() - started < stop_after_s:
                 bench.run(cell, journal, sum(journal.get(c.key) is not None for c in cells), len(cells))
                 ran += 1
-    keys = [cell.key for cell in cells]
-    models = [journal.get(key) for key in dict.fromkeys(map(_model_key, cells))]
+    models = [journal.get(key) for key in dict.fromkeys(map(_model_key, planned))]
+    keys = [cell.key for cell in planned]
     write_report(report, journal, keys, command, config.model_dump(mode="json"), [m for m in models if m])
-    return sum(journal.get(key) is None for key in keys)
+    return sum(journal.get(cell.key) is None for cell in cells)
 
 
 def _model_key(cell: Cell) -> str:
@@ -142,6 +143,7 @@ class _Bench:
         journal.add(
             cell.key,
             name=cell.name,
+            commit=commit(),
             options=best,
             tried=tried,
             relative_cost=round(attempts[0].cost, 2),

@@ -1,10 +1,14 @@
-"""What a benchmark leaves: a line per finished cell beside the report, and the report put together from them."""
+"""What a benchmark leaves: a line per finished cell beside the report, and the report put together from them.
+
+The journal is for the run that is going on. A finished report says as much, so that a run can go on from it alone.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -12,6 +16,7 @@ import numpy as np
 
 from meta.benchmark.plan import Cell
 from meta.benchmark.streams import Stream
+from schemas.errors import ConfigError
 
 
 class Record(TypedDict):
@@ -72,6 +77,20 @@ class Journal:
                     continue
                 self.entries[entry["key"]] = entry
 
+    @classmethod
+    def beside(cls, report: Path) -> Journal:
+        """The journal of an accuracy report, and what the report has that the journal has not."""
+        journal = cls(report.with_suffix(".jsonl"))
+        if report.exists():
+            try:
+                finished = _entries(json.loads(report.read_text(encoding="utf-8")))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{report} is no accuracy report ({error!r}); name another file, or move it"
+                ) from error
+            journal.entries = {**finished, **journal.entries}
+        return journal
+
     def get(self, key: str) -> dict[str, Any] | None:
         """The entry of this key; None where it was not measured yet."""
         return self.entries.get(key)
@@ -90,7 +109,10 @@ class Journal:
 def write_report(
     path: Path, journal: Journal, keys: list[str], command: str, config: dict[str, Any], models: list[dict[str, Any]]
 ) -> None:
-    """The cells `keys` as one JSON file: records for everybody, cells for who wants to know how."""
+    """The cells `keys` as one JSON file: records for everybody, cells for who wants to know how.
+
+    The records are in the order of the cells, of which each says how many are its own.
+    """
     done = [journal.entries[key] for key in keys if key in journal.entries]
     content = {
         "command": command,
@@ -98,12 +120,21 @@ def write_report(
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config,
         "models": models,
-        "cells": [{name: value for name, value in entry.items() if name != "records"} for entry in done],
+        "cells": [{**entry, "records": len(entry["records"])} for entry in done],
         "records": [record for entry in done for record in entry["records"]],
     }
     partial = path.with_name(f".{path.name}")
     partial.write_text(_lines(content), encoding="utf-8")
     partial.replace(path)
+
+
+def _entries(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the journal held of which the report was made, but for the steps of tuning, which the cells repeat."""
+    entries = {model["key"]: model for model in report["models"]}
+    records = iter(report["records"])
+    for cell in report["cells"]:
+        entries[cell["key"]] = {**cell, "records": list(islice(records, cell["records"]))}
+    return entries
 
 
 def _compact(value: Any) -> str:

@@ -308,7 +308,8 @@ def test_a_benchmark_from_data_to_report(blob_data: Path, tmp_path: Path) -> Non
     assert driver.run_accuracy(plan, report, "test", progress, stop_after_s=0) == 3
     assert {r["method"] for r in json.loads(report.read_text())["records"]} == {"source"}
     assert driver.run_accuracy(plan, report, "test", progress, only="tent-tuned") == 0
-    assert {r["variant"] for r in json.loads(report.read_text())["records"]} == {"tuned"}
+    found = {(r["method"], r["variant"]) for r in json.loads(report.read_text())["records"]}
+    assert found == {("source", ""), ("tent", "tuned")}
     assert driver.run_accuracy(plan, report, "test", progress) == 0
     content = json.loads(report.read_text())
     # Four cells, two settings, fifteen shifts, three seeds.
@@ -322,7 +323,8 @@ def test_a_benchmark_from_data_to_report(blob_data: Path, tmp_path: Path) -> Non
     tuned = next(cell for cell in content["cells"] if cell["name"].endswith("tent-tuned"))
     assert tuned["options"] in [one["options"] for one in tuned["tried"]]
     assert tuned["relative_cost"] > 1
-    # Everything is in the journal: the same command again runs nothing and writes the same records.
+    # Everything is in the report: the same command again runs nothing and writes the same records.
+    report.with_suffix(".jsonl").unlink()
     said.clear()
     driver.run_accuracy(plan, report, "test", progress)
     assert json.loads(report.read_text())["records"] == content["records"]
@@ -336,6 +338,13 @@ def test_a_bundle_for_other_frames_is_refused(blob_data: Path, tmp_path: Path, t
     )
     with pytest.raises(BundleError, match="not blobs's"):
         driver.run_accuracy(plan, tmp_path / "out.json", "test", driver.Progress(lambda _: None))
+
+
+def test_another_file_is_not_taken_for_a_report(tmp_path: Path) -> None:
+    report = tmp_path / "out.json"
+    report.write_text('{"cells": [{"key": "a"}], "models": [], "records": []}')
+    with pytest.raises(ConfigError, match=r"out\.json is no accuracy report"):
+        Journal.beside(report)
 
 
 def test_the_journal_survives_a_line_cut_short(tmp_path: Path) -> None:
