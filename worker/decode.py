@@ -18,6 +18,12 @@ from schemas.errors import FrameError
 from schemas.frame import Frame, Position
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+JPEG = (
+    "JPEG",
+    "MPO",
+)  # MPO: several JPEGs in one file, as phones write for depth or brightness; the first is the picture
+MAX_SCANS = 64  # of a JPEG. Encoders write some ten; each makes the decoder go over the whole picture again.
+STRIP = 256  # rows
 Pixels = npt.NDArray[np.uint8]
 
 # Sizes are checked here against the configured limits, before any pixel is decoded.
@@ -92,9 +98,9 @@ def decode_image(content: bytes, limits: Frames, preprocess: Preprocess) -> Pixe
     """
     image = open_image(content, limits)
     try:
-        if getattr(image, "n_frames", 1) != 1:
+        if image.format not in JPEG and getattr(image, "n_frames", 1) != 1:
             raise FrameError("animated", "the image has several frames; send one record per frame")
-        if image.format == "JPEG":
+        if image.format in JPEG:
             # Let the decoder shrink by powers of two where that still leaves twice the pixels needed.
             image.draft(preprocess.mode, (2 * preprocess.width, 2 * preprocess.height))
         converted = _converted(image, preprocess.mode)
@@ -119,6 +125,9 @@ def open_image(content: bytes, limits: Frames) -> Image.Image:
     except Exception as error:  # Decoders fail on hostile bytes in ways that no list of exceptions covers.
         raise FrameError("damaged", f"the image header cannot be read: {error}") from error
     _check_size(image, limits)
+    # Entropy-coded bytes never look like a marker, so that this counts scans, and those of thumbnails.
+    if image.format in JPEG and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
+        raise FrameError("damaged", f"the JPEG has {scans} scans, more than the {MAX_SCANS} that are decoded")
     return image
 
 
@@ -132,9 +141,20 @@ def _check_size(image: Image.Image, limits: Frames) -> None:
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith(("I", "F")):
-        # Sixteen bits a pixel: keep the upper eight; a plain conversion would clip instead of scale.
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((values / 257).clip(0, 255).round().astype(np.uint8))
+        image = _eight_bits(image)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Of sixteen bits a pixel the upper eight; a plain conversion would clip instead of scale.
+
+    By strips: the numbers in between take eight times the space of the picture.
+    """
+    values = np.asarray(image)
+    scaled = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), STRIP):
+        rows = slice(top, top + STRIP)
+        scaled[rows] = (values[rows] / np.float32(257)).clip(0, 255).round()
+    return Image.fromarray(scaled)

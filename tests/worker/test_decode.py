@@ -1,5 +1,6 @@
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -45,6 +46,14 @@ def encoded(image: Image.Image, format: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
+def scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes so many times more."""
+    buffer = io.BytesIO()
+    Image.new("L", (400, 300), 128).save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    return content[:-2] + content[content.rindex(b"\xff\xda") : -2] * count + content[-2:]
+
+
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 def test_formats(format: str) -> None:
     pixels = decode_image(picture(format=format, mode="RGB"), LIMITS, GREY)
@@ -84,6 +93,29 @@ def test_palette_with_transparency() -> None:
     assert decode_image(buffer.getvalue(), LIMITS, COLOUR)[0, 0].tolist() == [0, 255, 0]
 
 
+def test_sixteen_bits_take_little_more_memory_than_their_pixels() -> None:
+    content = encoded(Image.fromarray(np.zeros((4_000, 4_000), np.uint16)))
+    tracemalloc.start()  # Counts what numpy takes, not Pillow's own 32 MB.
+    decode_image(content, LIMITS, GREY)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 100 << 20
+
+
+def test_of_several_pictures_in_one_jpeg_the_first_counts() -> None:
+    buffer = io.BytesIO()
+    first, second = (Image.new("RGB", (640, 480), colour) for colour in ("red", "blue"))
+    first.save(buffer, "MPO", save_all=True, append_images=[second])
+    pixels = decode_image(buffer.getvalue(), LIMITS, COLOUR).astype(int)
+    assert pixels.shape == (24, 32, 3)
+    assert np.all(pixels[..., 0] > 200)
+    assert np.all(pixels[..., 2] < 50)
+
+
+def test_progressive_jpegs_are_decoded() -> None:
+    assert abs(decode_image(scans(2), LIMITS, GREY).mean() - 128) < 2
+
+
 @pytest.mark.parametrize("size", [(1, 1), (28, 56), (640, 480)])
 def test_other_sizes_are_resized(size: tuple[int, int]) -> None:
     assert decode_image(picture(size=size), LIMITS, GREY).shape == (28, 28)
@@ -103,6 +135,7 @@ def test_other_sizes_are_resized(size: tuple[int, int]) -> None:
         (png_header(30_000, 28), "too_large"),
         (png_header(8_000, 8_000), "too_large"),
         (png_header(28, 28), "damaged"),
+        (scans(1_000), "damaged"),
         (png_header(0, 28), "damaged"),
     ],
 )
