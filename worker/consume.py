@@ -19,11 +19,12 @@ from kafka.errors import (
     KafkaError,
     RebalanceInProgressError,
     UnknownMemberIdError,
+    UnsupportedCodecError,
 )
 from kafka.structs import OffsetAndMetadata
 
 from schemas.config import Kafka
-from schemas.errors import UnreachableError
+from schemas.errors import ConfigError, UnreachableError
 from worker.kafka_client import connection, open_client, until_reached
 from worker.kafka_join import poll_timeout
 from worker.offsets import Offsets, Partition
@@ -117,7 +118,8 @@ class FrameConsumer:
 
         Some of the latter may have come back at once: the client then goes on behind the records it has handed
         out, but those in hand are given up with the revocation. They are read again, from the oldest, and newer
-        records of the same poll are passed over until then. Never raises for an unreachable broker or store.
+        records of the same poll are passed over until then. Never raises for an unreachable broker or store; raises
+        ConfigError for records in a compression that is not installed.
         """
         try:
             timeout_s = poll_timeout(self.consumer, timeout_s)
@@ -126,6 +128,11 @@ class FrameConsumer:
             self._failed("poll")
             log.warning("lost the consumer group (%s); joining again", error)
             polled = {}
+        except UnsupportedCodecError as error:
+            raise ConfigError(
+                f"topic {self._settings.topics.frames} has records in a compression that cannot be read here: {error}; "
+                "pip install 'kafka-python[lz4,snappy,zstd]'"
+            ) from error
         except KafkaError as error:
             if not error.retriable:
                 raise UnreachableError(f"the broker at {self._settings.bootstrap} refuses to go on: {error}") from error

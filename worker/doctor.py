@@ -21,6 +21,7 @@ from worker.store import StateStore, Write
 
 Level = Literal["ok", "warning", "failed"]
 OLDEST_REDIS = (6, 2)
+PACKAGES = {"snappy": "python-snappy"}  # where the module has another name
 _NOBODY = "driftkeel-doctor"
 
 
@@ -45,10 +46,20 @@ def examine(config: WorkerConfig) -> Iterator[Finding]:
 def _versions(config: WorkerConfig) -> Iterator[Finding]:
     names = ("torch", "kafka-python", "redis", "pydantic")
     yield Finding("versions", "ok", ", ".join(f"{name} {version(name)}" for name in names))
-    missing = {"crc32c": "Kafka traffic is forty times slower", "hiredis": "large states load several times slower"}
+    missing = {
+        "crc32c": "Kafka traffic is forty times slower",
+        "hiredis": "large states load several times slower",
+        "lz4": "a frame that its sender has compressed with it ends the worker",
+        "snappy": "a frame that its sender has compressed with it ends the worker",
+        "zstandard": "a frame that its sender has compressed with it ends the worker",
+    }
     for package, cost in missing.items():
         if importlib.util.find_spec(package) is None:
-            yield Finding("versions", "warning", f"{package} is not installed: {cost}; pip install {package}")
+            yield Finding(
+                "versions",
+                "warning",
+                f"{package} is not installed: {cost}; pip install {PACKAGES.get(package, package)}",
+            )
 
 
 def _bundle(config: WorkerConfig) -> Iterator[Finding]:

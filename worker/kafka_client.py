@@ -16,6 +16,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError, SaslAuthenticationFailed
 
 from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
+from worker.kafka_records import forgive_header_names
 
 log = logging.getLogger("driftkeel.kafka")
 Result = TypeVar("Result")
@@ -60,6 +61,7 @@ def open_client(kind: Any, **arguments: Any) -> Any:
 
     Raises KafkaError or OSError; one of REFUSALS where the broker is there and does not let us in.
     """
+    forgive_header_names()
     opened: list[Any] = []
 
     def remember(**options: Any) -> Any:

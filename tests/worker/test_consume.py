@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from kafka import KafkaAdminClient, TopicPartition
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 
 from schemas.config import Kafka
-from schemas.errors import UnreachableError
+from schemas.errors import ConfigError, UnreachableError
 from schemas.frame import Position
 from tests.conftest import Topic
+from tests.worker.test_kafka_records import Latin
 from worker.consume import FrameConsumer, _Listener
 from worker.offsets import Offsets, Partition
 
@@ -134,6 +135,25 @@ def test_a_rewind_reads_again_from_the_oldest_in_hand(
     consumer.commit(now=True)
     consumer.rewind((kafka_settings.topics.frames, 0))
     assert read(consumer, 9) == list(range(3, 10))
+
+
+def test_a_compression_that_is_not_installed_is_said(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer = KafkaProducer(bootstrap_servers=kafka_settings.bootstrap, compression_type="gzip")
+    producer.send(kafka_settings.topics.frames, b"x" * 1_000).get(timeout=20)
+    producer.close()
+    monkeypatch.setattr("kafka.codec.has_gzip", lambda: False)
+    consumer = make()
+    with pytest.raises(ConfigError, match=r"gzip.*pip install"):
+        read(consumer, 0)
+
+
+def test_a_header_name_that_is_no_text_ends_nothing(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    topic.send(kafka_settings.topics.frames, [(None, b"0", [(Latin("größe"), b"")]), (None, b"1", [])])
+    assert read(make(), 1) == [0, 1]
 
 
 def test_lost_partitions_are_given_up_without_a_commit(
