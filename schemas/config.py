@@ -43,6 +43,13 @@ class Topics(Section):
     commands: str = Field("commands", description="commands in; key = stream id or *")
     dead_letters: str = Field("frames.dlq", description="records that could not become frames, with the reason")
 
+    @model_validator(mode="after")
+    def _each_its_own(self) -> Topics:
+        names = list(self.model_dump().values())
+        if len(set(names)) < len(names):  # Dead letters among the frames would be dead letters again, without end.
+            raise ValueError(f"two of these are the same: {', '.join(names)}")
+        return self
+
 
 class Kafka(Section):
     """The broker, and how the worker consumes from it."""
@@ -71,6 +78,15 @@ class Kafka(Section):
     ssl_cafile: str | None = Field(None, description="CA certificates; the system's where not set")
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
+
+    @field_validator("bootstrap")
+    @classmethod
+    def _hosts_and_ports(cls, bootstrap: str) -> str:
+        for address in bootstrap.split(","):
+            _, colon, port = address.rpartition(":")
+            if not address.strip() or (colon and not (port.isdecimal() and int(port) < 1 << 16)):
+                raise ValueError(f"{address!r} is no host:port")
+        return bootstrap
 
     @model_validator(mode="after")
     def _heartbeats_fit(self) -> Kafka:
@@ -392,5 +408,6 @@ def effective_yaml(config: WorkerConfig) -> str:
 
 
 def mask_url(url: str) -> str:
-    """A URL with its password replaced by stars."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+    """A URL with its passwords replaced by stars: before the last @, whatever is in them, and after a question mark."""
+    url = re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
+    return re.sub(r"(?i)([?&][^=&]*password=)[^&]*", r"\1***", url)

@@ -10,6 +10,8 @@ from schemas.errors import FrameError
 
 FRAME_TYPE = "io.driftkeel.frame.v1"
 Headers = Sequence[tuple[str, bytes]]
+YEARS = 2, 9_998  # every zone has a name for their moments
+LATEST_MS = 253_370_764_800_000  # the beginning of year 9999
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -92,13 +94,13 @@ def _event_time(header: bytes | None, timestamp_ms: int) -> datetime:
     if text:
         try:
             moment = datetime.fromisoformat(text)
-            return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-        except ValueError:
+            # Offsets may have seconds here, which JSON's readers do not know; and zones end where the calendar does.
+            moment = moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+            if YEARS[0] <= moment.year <= YEARS[1]:
+                return moment
+        except (ValueError, OverflowError):
             pass  # A sender's bad clock text is no reason to lose its frame.
-    try:
-        return datetime.fromtimestamp(max(0, timestamp_ms) / 1000, UTC)
-    except (OverflowError, ValueError, OSError):
-        return datetime.fromtimestamp(0, UTC)
+    return datetime.fromtimestamp(max(0, timestamp_ms) / 1000 if timestamp_ms < LATEST_MS else 0, UTC)
 
 
 def _text(header: bytes | None, limit: int) -> str | None:

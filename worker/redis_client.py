@@ -29,6 +29,17 @@ def connect(settings: Store, opened: Callable[[], None] | None = None) -> Any:
 
     No retries in the client: the worker's loop retries, and keeps its place in the consumer group meanwhile.
     """
+    try:
+        return _connect(settings, opened)
+    except (ValueError, TypeError) as error:
+        # What the client says may quote parts of a password.
+        raise ConfigError(
+            f"store.url {settings.address} cannot be used: its port, its database or an option behind '?' is wrong; "
+            "a password with / ? # @ or % in it must be percent-encoded"
+        ) from error
+
+
+def _connect(settings: Store, opened: Callable[[], None] | None) -> Any:
     url = settings.url.get_secret_value()
     parts = urlsplit(url)
     scheme, _, kind = parts.scheme.partition("+")
@@ -37,7 +48,9 @@ def connect(settings: Store, opened: Callable[[], None] | None = None) -> Any:
     if opened is not None:
         options["redis_connect_func"] = _shake_hands(opened, alone=kind != "cluster")
     if not kind:
-        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options, **tls)
+        client: Any = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options, **tls)
+        client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)  # knows all options?
+        return client
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
     options |= {"username": unquote(user) or None, "password": unquote(password) or None}

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from schemas.config import effective_yaml, load_config
+from schemas.config import effective_yaml, load_config, mask_url
 from schemas.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "driftkeel.example.yaml"
@@ -42,6 +42,9 @@ def test_example_lists_every_option_with_its_default() -> None:
         ("batch: {max_batch: 2, min_adapt: 4}", "min_adapt must not be larger than max_batch"),
         ("batch: {max_batch: nine}", "batch.max_batch"),
         ("store: {url: 'http://x'}", "scheme 'http' is not one of redis, rediss, unix"),
+        ("kafka: {topics: {dead_letters: frames}}", "kafka.topics: two of these are the same: frames, predictions"),
+        ("kafka: {bootstrap: ''}", "kafka.bootstrap: '' is no host:port"),
+        ("kafka: {bootstrap: 'a:1,b:kafka'}", "'b:kafka' is no host:port"),
         ("- a\n- b", "expected sections"),
         ("a: [", "is not YAML"),
     ],
@@ -77,6 +80,22 @@ def test_unknown_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRIFTKEEL__BATCH__MAX_BACH", "32")
     with pytest.raises(ConfigError, match=r"did you mean 'batch.max_batch'"):
         load_config(None)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://u:hun@ter2@h:1/0",
+        "redis://:hun/ter2@h:1/0",
+        "redis+cluster://u:hunter2@a:1,b:2",
+        "redis://h:1/0?password=hunter2&db=3",
+        "rediss://h:1/0?ssl_ca_certs=x&ssl_password=hunter2",
+    ],
+)
+def test_no_part_of_a_password_is_shown(url: str) -> None:
+    assert "ter2" not in mask_url(url)
+    assert mask_url(mask_url(url)) == mask_url(url)
+    assert mask_url("redis://h:1/0?db=3") == "redis://h:1/0?db=3"
 
 
 def test_secrets_are_masked(tmp_path: Path) -> None:

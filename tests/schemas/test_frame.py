@@ -1,11 +1,12 @@
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from schemas.errors import FrameError
-from schemas.frame import Frame, Position, parse_frame
+from schemas.frame import LATEST_MS, Frame, Position, parse_frame
 
 POSITION = Position("frames", 2, 77)
 
@@ -30,6 +31,23 @@ def test_cloudevents_headers() -> None:
 @pytest.mark.parametrize("time", [b"yesterday", b"\xff\xfe", b"9" * 500, b""])
 def test_bad_event_time_falls_back_to_the_record(time: bytes) -> None:
     assert parse(headers=[("ce_time", time)], ms=2_000).event_time == datetime.fromtimestamp(2, UTC)
+
+
+@pytest.mark.parametrize(
+    "time",
+    [
+        b"0001-01-01T00:00:00+23:59",
+        b"0001-01-01",
+        b"9999-12-31T23:59:59-12:00",
+        b"9999-12-31T23:59:59Z",
+        b"2026-05-01T10:00:00+00:00:30.5",
+    ],
+)
+def test_whoever_reads_a_prediction_can_read_its_time(time: bytes) -> None:
+    moment = parse(headers=[("ce_time", time)], ms=LATEST_MS - 1).event_time
+    assert TypeAdapter(datetime).validate_json(f'"{moment.isoformat()}"') == moment
+    for hours in (-14, 14):
+        moment.astimezone(timezone(timedelta(hours=hours)))
 
 
 @pytest.mark.parametrize(

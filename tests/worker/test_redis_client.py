@@ -144,11 +144,20 @@ def test_new_connections_are_noticed(store_url: str, store_settings: Store) -> N
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("redis+sentinel://a:1", "needs the service's name"), ("redis+cluster://a:x", "is no host:port")],
+    [
+        ("redis+sentinel://a:1", "needs the service's name"),
+        ("redis+cluster://a:x", "is no host:port"),
+        ("redis://a:x", "cannot be used"),
+        ("redis://:pa/ss@a:1", "percent-encoded"),
+        ("redis://a:1/0?db=x", "an option behind"),
+        ("redis://a:1/0?unknown=x", "an option behind"),
+        ("redis+sentinel://a:1/service/x", "its database"),
+    ],
 )
 def test_urls_that_cannot_be_used(url: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         connect(Store(url=url))
+    assert "pa/ss" not in str(caught.value)
 
 
 def _secret(url: str) -> object:
