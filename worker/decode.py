@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -24,6 +24,7 @@ JPEG = (
 )  # MPO: several JPEGs in one file, as phones write for depth or brightness; the first is the picture
 MAX_SCANS = 64  # of a JPEG. Encoders write some ten; each makes the decoder go over the whole picture again.
 STRIP = 256  # rows
+PATIENCE_S = 5.0
 Pixels = npt.NDArray[np.uint8]
 
 # Sizes are checked here against the configured limits, before any pixel is decoded.
@@ -56,14 +57,20 @@ class Decoder:
         self._threads = limits.decode_threads
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
 
-    def decode(self, frames: Sequence[Frame], received: float) -> list[DecodedFrame | FrameError]:
-        """One result per frame, in order."""
+    def decode(
+        self, frames: Sequence[Frame], received: float, keep_alive: Callable[[], object] = bool
+    ) -> list[DecodedFrame | FrameError]:
+        """One result per frame, in order. `keep_alive` is called now and then while that takes long."""
         # A share per thread rather than a task per frame: small frames decode faster than a task is handed over.
         share = -(-len(frames) // self._threads) or 1
         parts = [frames[i : i + share] for i in range(0, len(frames), share)]
-        if len(parts) < 2:
+        if len(frames) < 2:
             return self._part(frames, received)
-        return [result for part in self._pool.map(lambda p: self._part(p, received), parts) for result in part]
+        # A picture of a kilobyte may have all the pixels that are allowed, and hundreds may come at a time.
+        shares = [self._pool.submit(self._part, part, received) for part in parts]
+        while wait(shares, PATIENCE_S).not_done:
+            keep_alive()
+        return [result for part in shares for result in part.result()]
 
     def close(self) -> None:
         """End the threads."""

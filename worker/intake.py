@@ -50,7 +50,7 @@ class Intake:
         self._metrics.frames_again.inc(len(again))
         self._offsets.finished(again)
         decoded: list[DecodedFrame] = []
-        results = self._decoder.decode([frame for frame, _ in new], received)
+        results = self._decoder.decode([frame for frame, _ in new], received, keep_alive)
         for (_, record), result in zip(new, results, strict=True):
             if isinstance(result, FrameError):
                 bad.append((record, result))

@@ -1,5 +1,6 @@
 import io
 import struct
+import threading
 import tracemalloc
 import zlib
 
@@ -173,3 +174,21 @@ def test_decoder_keeps_the_order_and_returns_errors_in_place(threads: int) -> No
     assert [r.position.offset for r in good] == [0, 1, 2, 3, 5, 6, 7, 8, 9]
     assert all(r.received == 12.5 for r in good)
     assert decoder.decode([], 0.0) == []
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_worker_is_kept_alive_while_decoding_takes_long(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.decode.PATIENCE_S", 0.01)
+    done = threading.Event()
+    monkeypatch.setattr("worker.decode.decode_image", lambda *_: done.wait(20))
+    decoder = Decoder(Frames(decode_threads=threads), GREY)
+    alive: list[int] = []
+
+    def keep_alive() -> None:
+        alive.append(1)
+        if len(alive) == 3:
+            done.set()
+
+    assert len(decoder.decode([frame(i, b"x") for i in range(10)], 0.0, keep_alive)) == 10
+    decoder.close()
+    assert len(alive) >= 3
