@@ -6,6 +6,7 @@ under overload the worker so saves time on adaptation before it lets predictions
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -66,7 +67,11 @@ class Scheduler:
 
     def _late(self, batch: MicroBatch, now: float) -> bool:
         fresh = batch.unpublished
-        return self._patience > 0 and bool(fresh) and now - fresh[0].sent > self._patience
+        if not (self._patience > 0 and fresh):
+            return False
+        # A record need not say when it was sent.
+        waited = now - fresh[0].sent if fresh[0].sent > 0 else time.monotonic() - fresh[0].received
+        return waited > self._patience
 
 
 def held_back(policy: Policy, header: StreamHeader, now: float) -> str:

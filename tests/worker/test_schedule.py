@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from meta.bundle import Bundle
@@ -46,6 +48,15 @@ def test_late_frames_are_predicted_only_and_counted(engine: Engine) -> None:
     assert "overload" in late.reason
     assert (fresh.adapt, fresh.hurried) == (True, False)
     assert count == 1
+
+
+def test_where_a_record_does_not_say_when_it_was_sent_its_receipt_counts(engine: Engine) -> None:
+    untold, held_up = sent(at=-0.001), sent(at=-0.001)
+    for made, before in ((untold, 0.1), (held_up, 0.9)):
+        for frame in made.frames:
+            frame.received = time.monotonic() - before
+    (soon, late), count = decide(engine, Batch(latency_budget_ms=1_000), untold, held_up)
+    assert (soon.adapt, late.adapt, count) == (True, False, 1)
 
 
 def test_frames_that_were_predicted_already_have_no_budget_left_to_miss(engine: Engine) -> None:
