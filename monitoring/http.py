@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
+
+TIMEOUT_S = 10.0
 
 
 @dataclass
@@ -30,6 +33,13 @@ class _Threads(ThreadingMixIn, WSGIServer):
 
 
 class _Silent(WSGIRequestHandler):
+    timeout = TIMEOUT_S  # Each connection has a thread; one that asks nothing must not keep it.
+
+    def handle(self) -> None:
+        """Connections that break off or never ask are no news either."""
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            super().handle()
+
     def log_message(self, format: str, *args: object) -> None:
         """Scrapes every few seconds are no news."""
 

@@ -37,6 +37,19 @@ def test_metrics_and_probes() -> None:
         assert probe.connect_ex(("127.0.0.1", server.port)) != 0
 
 
+def test_a_connection_that_asks_nothing_is_closed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("monitoring.http._Silent.timeout", 0.1)
+    server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: True)
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as idle:
+            assert idle.recv(1) == b""
+    finally:
+        server.close()
+    assert capsys.readouterr().err == ""
+
+
 def test_taken_port() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
