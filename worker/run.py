@@ -294,7 +294,9 @@ class Worker:
     def _trim(self) -> None:
         if self._streams.crowded:
             self._refused(self._journal.flush())
-            self._streams.trim(self._batcher.streams | self._busy)
+            # All that is known of these is stored, so that they need not be read again with a partition that goes.
+            for stream in self._streams.trim(self._batcher.streams | self._busy):
+                self._partitions_of.pop(stream, None)
 
     def _show_lag(self) -> None:
         if time.monotonic() - self._lag_shown > LAG_INTERVAL_S:

@@ -115,10 +115,11 @@ class Streams:
         """Whether more streams are resident than may be."""
         return len(self.engine) > self._max_resident
 
-    def trim(self, busy: Set[str]) -> None:
-        """Where too many streams are resident, the least recently used that are not `busy` go."""
-        if self.crowded:
-            self.release(self.engine.least_recent(len(self.engine) - self._max_resident, busy))
+    def trim(self, busy: Set[str]) -> list[str]:
+        """Where too many streams are resident, the least recently used that are not `busy` go; returns these."""
+        gone = self.engine.least_recent(len(self.engine) - self._max_resident, busy)
+        self.release(gone)
+        return gone
 
     def release(self, streams: Iterable[str]) -> None:
         """Forget streams; the store has them."""
