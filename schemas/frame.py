@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from schemas.command import EVERY_STREAM
 from schemas.errors import FrameError
 
 FRAME_TYPE = "io.driftkeel.frame.v1"
@@ -84,6 +85,8 @@ def _stream_id(key: bytes | None, limit: int) -> str:
         stream = key.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FrameError("bad_key", "the key is not UTF-8 text") from error
+    if stream == EVERY_STREAM:
+        raise FrameError("bad_key", f"{EVERY_STREAM} stands for all streams in commands; it cannot be one")
     if not stream.isprintable():
         raise FrameError("bad_key", "the stream id has control characters")
     return stream

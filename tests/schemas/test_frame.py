@@ -57,6 +57,7 @@ def test_whoever_reads_a_prediction_can_read_its_time(time: bytes) -> None:
         (b"", b"x", "no_key"),
         (b"\xff\xfe", b"x", "bad_key"),
         (b"a\nb", b"x", "bad_key"),
+        (b"*", b"x", "bad_key"),
         (b"c" * 21, b"x", "bad_key"),
         (b"cam", None, "empty"),
         (b"cam", b"", "empty"),
