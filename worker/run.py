@@ -279,8 +279,9 @@ class Worker:
         if fenced:
             self._rewind(fenced)
             # Two workers with frames of one stream (it moved) would refuse each other for ever in lockstep.
+            # A step that waited for the store is no measure: the loop must not stand still as long again.
             span += self.config.batch.max_wait_ms / 1000
-            self._stop.wait(random.uniform(0, 2 * span))  # noqa: S311
+            self._stop.wait(random.uniform(0, min(2 * span, LONGEST_PAUSE_S)))  # noqa: S311
 
     def _start_again(self) -> None:
         if not self._stop.is_set():

@@ -1,4 +1,4 @@
-"""A worker in this process that meets more streams than it keeps."""
+"""A worker in this process: it meets more streams than it keeps, and is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
 from tests.conftest import Topic, picture
-from worker.run import Worker
+from worker.run import STUCK_AFTER_S, Worker
 
 
 @pytest.fixture
@@ -38,4 +38,16 @@ def test_nothing_is_kept_of_streams_that_made_room(config: WorkerConfig, topic: 
     assert set(worker._partitions_of) == set(worker._streams.engine.streams)
     assert len(worker._partitions_of) <= 4
     stop.set()
+    worker.run()
+
+
+def test_a_refusal_after_a_long_outage_does_not_stop_the_loop(
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest: list[float] = []
+    monkeypatch.setattr("worker.run.random.uniform", lambda least, most: longest.append(most) or 0.0)
+    worker = Worker(config, threading.Event())
+    worker._refused(["cam"], span=300.0)  # a step that waited for the store
+    assert 0 < longest[0] < STUCK_AFTER_S / 2
+    worker._stop.set()
     worker.run()
