@@ -82,7 +82,7 @@ def obey(command: Command, subject: Subject, place: Place, token: int) -> Entry:
 
 def imported(tensors: State, step: int, reason: str, subject: Subject, place: Place, token: int) -> Entry:
     """The stream with tensors that somebody brought."""
-    change = _Change("imported", _moved(subject.header, step), reason, tensors)
+    change = _Change("imported", moved(subject.header, step), reason, tensors)
     return explained(change, None, subject, place, token)
 
 
@@ -91,7 +91,7 @@ def explained(change: _Change, command: Command | None, subject: Subject, place:
     before, stream = subject.header, subject.header.stream
     header = change.header.model_copy(update={"events": before.events + 1, "bundle": place.bundle})
     affine = (change.tensors or subject.tensors)["affine"]
-    moved = place.distances(subject.tensors["affine"][None], affine[None])[0] if change.tensors else {}
+    layers = place.distances(subject.tensors["affine"][None], affine[None])[0] if change.tensors else {}
     event = UpdateEvent(
         id=f"{stream}@{header.events}",
         stream=stream,
@@ -101,7 +101,7 @@ def explained(change: _Change, command: Command | None, subject: Subject, place:
         frames=[],
         step=header.step,
         source_distance=float((affine - place.source["affine"]).norm()),
-        layers=moved,
+        layers=layers,
         parameters=named(answering(place.policies.of(header), header, header.guard.trusted), header),
         command=command.id if command else None,
         previous=before.last_event,
@@ -131,14 +131,14 @@ def _policy(command: Command, subject: Subject, place: Place) -> _Change:
 
 
 def _reset(command: Command, subject: Subject, place: Place) -> _Change:
-    header = _moved(subject.header, 0).model_copy(update={"approved": None})
+    header = moved(subject.header, 0).model_copy(update={"approved": None})
     return _Change("reset", header, tensors=place.source)
 
 
 def _rollback(command: Command, subject: Subject, place: Place) -> _Change:
     snapshot, tensors = subject.snapshot(command.snapshot)
     reason = f"to snapshot {command.snapshot}, step {snapshot.header.step}, {snapshot.time:%Y-%m-%d %H:%M:%S} UTC"
-    return _Change("rolled_back", _moved(subject.header, snapshot.header.step), reason, tensors)
+    return _Change("rolled_back", moved(subject.header, snapshot.header.step), reason, tensors)
 
 
 def _approve(command: Command, subject: Subject, place: Place) -> _Change:
@@ -167,7 +167,7 @@ def _under(header: StreamHeader, change: PolicyChange) -> StreamHeader:
     return header.model_copy(update={"policy": said})
 
 
-def _moved(header: StreamHeader, step: int) -> StreamHeader:
+def moved(header: StreamHeader, step: int) -> StreamHeader:
     """The header of other parameters: what guard and drift detection knew of the old ones is void; positions stay."""
     proxies = as_source(header.proxies)
     return header.model_copy(

@@ -33,7 +33,7 @@ from schemas.update import Decision, SealedEvent, UpdateEvent, digest, seal
 from worker.answer import Policies, answering, named
 from worker.compress import pack
 from worker.engine import Engine
-from worker.obey import Entry
+from worker.obey import Entry, moved
 from worker.publish import Publisher
 from worker.store import Claimed, StateStore, Write
 from worker.upgrade import Upgrade
@@ -188,7 +188,7 @@ class Streams:
             return self._from_source(after_last_event(fresh, claimed.event), str(error))
         if (old.bundle, old.method) != (bundle, method):
             return self._moved(old, claimed)
-        fresh = old.model_copy(update={"step": 0, "snapshot": 0})
+        fresh = moved(old, 0)
         approved = self._approved(old, claimed.approved)
         fresh.approved = old.approved if approved else None
         try:
@@ -204,12 +204,12 @@ class Streams:
         """From another bundle."""
         if claimed.tensors is not None and len(claimed.tensors) > self._max_state_bytes:
             claimed = replace(claimed, tensors=None)
-        moved = self._upgrade.moved(old, claimed.tensors)
-        if moved.tensors is None:
-            return self._from_source(moved.header, moved.why)
+        carried = self._upgrade.moved(old, claimed.tensors)
+        if carried.tensors is None:
+            return self._from_source(carried.header, carried.why)
         approved = self._approved(old, claimed.approved)
-        moved.header.approved = old.approved if approved else None
-        return _Restored(StreamState(header=moved.header, tensors=moved.tensors), moved.why, approved, "carried")
+        carried.header.approved = old.approved if approved else None
+        return _Restored(StreamState(header=carried.header, tensors=carried.tensors), carried.why, approved, "carried")
 
     def _from_source(self, header: StreamHeader, reason: str | None, approved: State | None = None) -> _Restored:
         return _Restored(StreamState(header=header, tensors=self.engine.like), reason, approved)

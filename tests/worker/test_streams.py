@@ -14,7 +14,7 @@ from monitoring.metrics import WorkerMetrics
 from schemas.command import Command
 from schemas.config import Adapt, Kafka, Store
 from schemas.policy import Policy
-from schemas.state import GuardState
+from schemas.state import DriftWatch, GuardState, RunningProxies
 from schemas.update import Proxies, UpdateEvent, seal
 from worker.answer import Policies
 from worker.engine import Engine
@@ -88,6 +88,9 @@ def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
     first.ensure(["cam"])
     entry = change(first, "freeze")
     entry.header.step = 3
+    entry.header.guard = GuardState(trusted=False, alarms=3)
+    entry.header.drift = DriftWatch(adapting=False)
+    entry.header.proxies = RunningProxies(frames=128, confidence=0.9, shadowed=64, accuracy=0.9, source_accuracy=0.3)
     assert first.write([entry]) == [True]
     client = redis.Redis.from_url(store_url)
     meta, tensors, *_ = site.store.keys("cam")
@@ -106,6 +109,9 @@ def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
     assert events[1].previous == entry.events[0].digest
     header = second.engine.resident("cam").header
     assert (header.events, header.step, header.last_event) == (2, 0, seal(events[1]).digest)
+    # What was known of the parameters that are lost says nothing of source.
+    assert (header.guard, header.drift) == (GuardState(), None)
+    assert header.proxies.accuracy == (0.3 if lost == "tensors" else None)
 
 
 def test_approved_parameters_survive_their_worker_and_go_with_their_bundle(site: Site) -> None:
