@@ -16,6 +16,7 @@ from torch import Tensor
 from schemas.errors import StateError
 from schemas.frame import Position
 from schemas.policy import PolicyChange
+from schemas.tensor_file import write_tensors
 from schemas.update import Proxies
 
 FORMAT_VERSION: Final = 1
@@ -165,7 +166,7 @@ def encode_header(header: StreamHeader) -> bytes:
 def encode_tensors(tensors: dict[str, Tensor], step: int) -> bytes:
     """The tensors' bytes for the store; they change only when `step` does, so they are written only then."""
     metadata = {"version": str(FORMAT_VERSION), "step": str(step)}
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    return write_tensors(tensors, metadata)
 
 
 def encode_file(state: StreamState) -> bytes:
@@ -175,7 +176,7 @@ def encode_file(state: StreamState) -> bytes:
         "step": str(state.header.step),
         "header": state.header.model_dump_json(),
     }
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.tensors.items()}, metadata)
+    return write_tensors(state.tensors, metadata)
 
 
 def decode_file(content: bytes, like: dict[str, Tensor], max_bytes: int) -> StreamState:
