@@ -18,6 +18,7 @@ class PredictionWriter:
 
     def __init__(self, labels: Sequence[str], bundle: str, worker: str) -> None:
         self._labels = [json.dumps(label, ensure_ascii=False) for label in labels]
+        self._classes = [f'"index":{i},"label":{label},"confidence":' for i, label in enumerate(self._labels)]
         self._bundle, self._worker = quoted(bundle), quoted(worker)
 
     def shared(
@@ -42,15 +43,13 @@ class PredictionWriter:
     ) -> bytes:
         """One prediction. `event_time` is ISO 8601; `index` and `confidence` begin with the likeliest class; `source`
         is the class that the source model gives the frame."""
-        labels = self._labels
-        top = ",".join(
-            f'{{"index":{i},"label":{labels[i]},"confidence":{c!r}}}' for i, c in zip(index, confidence, strict=True)
-        )
-        first = index[0]
+        classes, labels = self._classes, self._labels
+        scores = [f"{classes[i]}{c!r}" for i, c in zip(index, confidence, strict=True)]
+        top = "},{".join(scores)
         said = ("null", "null") if source is None else (source, labels[source])
         beside = f'"source_index":{said[0]},"source_label":{said[1]},'
         return (
             f'{shared},"id":{quoted(frame_id)},"event_time":"{event_time}",'
-            f'"index":{first},"label":{labels[first]},"confidence":{confidence[0]!r},"top":[{top}],{beside}'
+            f'{scores[0]},"top":[{{{top}}}],{beside}'
             f'"wait_seconds":{wait_seconds!r}}}'
         ).encode()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
@@ -17,6 +16,7 @@ from schemas.errors import FrameError, UnreachableError
 from schemas.prediction import PREDICTION_TYPE
 from schemas.update import UPDATE_TYPE, SealedEvent
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, connection, open_client, until_reached
+from worker.kafka_send import can_follow, follow
 
 log = logging.getLogger("driftkeel.publish")
 ACKNOWLEDGE_TIMEOUT_S = 30.0
@@ -25,8 +25,7 @@ MAX_BLOCK_MS = 10_000
 PATIENT_ROUNDS = 5  # with growing pauses, each with a producer that has reached the broker
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """A record to send. `expendable`: given up where the broker refuses it for good, rather than tried for ever."""
 
     topic: str
@@ -39,7 +38,16 @@ class Message:
     def without_value(self) -> Message:
         """The same with its value dropped; a header keeps its size."""
         headers = [*self.headers, ("driftkeel-value-dropped", str(len(self.value or b"")).encode())]
-        return replace(self, value=b"", headers=headers)
+        return self._replace(value=b"", headers=headers)
+
+
+class Answer(NamedTuple):
+    """A `schemas.prediction.Prediction` as bytes, and what its headers say; `time` is event time, ISO 8601."""
+
+    frame_id: str
+    time: str
+    content: bytes
+    traceparent: str | None
 
 
 class Publisher:
@@ -143,12 +151,17 @@ class Publisher:
             keep_alive()
             self._stop.wait(min(0.05, seconds))
 
-    def prediction(self, stream: bytes, frame_id: str, time: str, content: bytes, traceparent: str | None) -> None:
-        """A `schemas.prediction.Prediction` as bytes; `time` is the frame's event time, ISO 8601."""
-        headers = [*self._prediction_headers, ("ce_id", frame_id.encode()), ("ce_time", time.encode())]
-        if traceparent:
-            headers.append(("traceparent", traceparent.encode()))
-        self.send(Message(self._settings.topics.predictions, stream, content, headers))
+    def predictions(self, stream: bytes, answers: Iterable[Answer]) -> None:
+        """Answers for frames of one stream."""
+        topic, first = self._settings.topics.predictions, None
+        for answer in answers:
+            about = [("ce_id", answer.frame_id.encode()), ("ce_time", answer.time.encode())]
+            if answer.traceparent:
+                about.append(("traceparent", answer.traceparent.encode()))
+            message = Message(topic, stream, answer.content, self._prediction_headers + about)
+            sent = self._try_send(message, first)
+            self._waiting.append((message, sent))
+            first = first or sent
 
     def update(self, sealed: SealedEvent) -> None:
         """An update event, as sealed for the audit chain."""
@@ -180,11 +193,14 @@ class Publisher:
         except KafkaTimeoutError as error:
             log.warning("left before the broker had acknowledged everything: %s", error)
 
-    def _try_send(self, message: Message) -> Any:
-        """The client's future, or the error that it met at once."""
+    def _try_send(self, message: Message, leader: Any = None) -> Any:
+        """The client's future, or the error that it met at once. `leader` is what came of a message of the same key to
+        the same topic."""
         if self._away is not None:
             return self._away  # Each further try would wait for the broker as long as the first.
         try:
+            if can_follow(leader):
+                return follow(self._producer, leader, message.key, message.value, message.headers)
             return self._producer.send(message.topic, value=message.value, key=message.key, headers=message.headers)
         except KafkaTimeoutError as error:
             self._away = error

@@ -33,7 +33,7 @@ from worker.guard import Guard, Verdict
 from worker.journal import Folded, Journal
 from worker.judge import Judgement, judge
 from worker.messages import PredictionWriter
-from worker.publish import Publisher
+from worker.publish import Answer, Publisher
 from worker.streams import Streams
 from worker.trace import Span, Trace
 
@@ -181,19 +181,19 @@ class Step:
         if outlook.batch.answer == "source" and proxies.source_accuracy is not None:
             accuracy = proxies.source_accuracy
         shared = self._writer.shared(stream, outlook.step, outlook.parameters, accuracy, timed.seconds)
-        key = stream.encode()
         begun = timed.done - timed.seconds
         rows = zip(outlook.batch.frames, outlook.top_index, outlook.top_confidence, outlook.source_index, strict=True)
+        sent: list[Answer] = []
         for frame, index, confidence, source in rows:
             if frame.published:
                 continue
-            answers.by[outlook.parameters] += 1
             frame_id, moment = str(frame.position), frame.event_time.isoformat()
-            content = self._writer.frame(
-                shared, frame_id, moment, index, confidence, max(0.0, begun - frame.received), source
-            )
-            self._publisher.prediction(key, frame_id, moment, content, frame.traceparent)
+            waited = max(0.0, begun - frame.received)
+            content = self._writer.frame(shared, frame_id, moment, index, confidence, waited, source)
+            sent.append(Answer(frame_id, moment, content, frame.traceparent))
             answers.add(frame.position, frame.received, frame.sent, confidence[0])
+        answers.by[outlook.parameters] += len(sent)
+        self._publisher.predictions(stream.encode(), sent)
 
     def _judge(self, outlooks: list[Outlook], proposals: Proposals) -> None:
         """A decision for every micro-batch that counts as done with this step; in memory, streams are what it says."""

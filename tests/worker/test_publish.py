@@ -11,12 +11,13 @@ from kafka.errors import KafkaTimeoutError, TopicAuthorizationFailedError
 
 from schemas.config import Kafka
 from schemas.errors import FrameError, UnreachableError
+from schemas.prediction import PREDICTION_TYPE
 from tests.chaos.proxy import FlakyProxy
 from tests.conftest import Topic
 from worker import publish
 from worker.embedded import free_port, start_broker
 from worker.kafka_client import create_topics
-from worker.publish import Message, Publisher
+from worker.publish import Answer, Message, Publisher
 
 
 @pytest.fixture
@@ -61,7 +62,48 @@ class Forbidding:
         self._producer.close(timeout=timeout)
 
 
+TRACE = (None, f"00-{1:032x}-{1:016x}-01")
 BAD = FrameError("empty", "nothing in it")
+
+
+def test_predictions_follow_their_first_into_its_partition(
+    make: Callable[..., Publisher], kafka_settings: Kafka, topic: Topic
+) -> None:
+    where = kafka_settings.topics.frames  # the one that has several partitions
+    publisher = make(predictions=where)
+    sent = {}
+    for stream in (f"cam-{i}" for i in range(6)):
+        answers = [Answer(f"frames/0/{stream}-{i}", f"2026-01-0{i + 1}", b"%d" % i, TRACE[i % 2]) for i in range(4)]
+        publisher.predictions(stream.encode(), answers)
+        sent |= {(stream.encode(), answer.content): answer for answer in answers}
+        publisher.send(Message(where, stream.encode(), b"checked", []))  # as the client itself places it
+    publisher.settle(nothing)
+    found = topic.read(where, lambda rs: len(rs) == 30)
+    places: dict[bytes, set[int]] = {}
+    for one in found:
+        places.setdefault(one.key, set()).add(one.partition)
+        if one.value != b"checked":
+            answer, headers = sent.pop((one.key, one.value)), dict(one.headers)
+            assert headers["ce_id"] == answer.frame_id.encode()
+            assert headers["ce_time"] == answer.time.encode()
+            assert headers.get("traceparent", b"") == (answer.traceparent or "").encode()
+            assert headers["ce_type"] == PREDICTION_TYPE.encode()
+    assert not sent
+    assert len(places) == 6
+    assert all(len(partitions) == 1 for partitions in places.values())
+    for stream in places:  # in order
+        assert [r.value for r in found if r.key == stream] == [b"0", b"1", b"2", b"3", b"checked"]
+
+
+def test_predictions_that_cannot_be_sent_wait_like_all_records(
+    make: Callable[..., Publisher], kafka_settings: Kafka, topic: Topic
+) -> None:
+    publisher = make()
+    publisher._away = KafkaTimeoutError("the broker is away")
+    publisher.predictions(b"cam", [Answer("frames/0/1", "2026-01-01", b"1", None)] * 2)
+    publisher.settle(nothing)
+    found = topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) == 2)
+    assert [r.value for r in found] == [b"1", b"1"]
 
 
 def test_a_record_without_key_and_value_is_a_dead_letter_too(
