@@ -43,6 +43,7 @@ from worker.store import StateStore
 from worker.streams import Streams
 from worker.trace import open_trace
 from worker.upgrade import Upgrade
+from worker.warm_up import warm_up
 
 log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
@@ -130,6 +131,8 @@ class Worker:
             policies,
             Upgrade(config.bundle, engine),
         )
+        if config.adapt.enabled:
+            warm_up(engine, bundle.manifest.preprocess)
         self._journal = Journal(
             self._streams,
             self._publisher,
