@@ -50,6 +50,7 @@ Result = TypeVar("Result")
 IDLE_POLL_S = 0.1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 GLANCE_S = 0.01  # between looks at the topic while passes run
+STOCKED_S = 0.03  # and while frames for all threads' next passes are in memory: a look costs two threads a millisecond
 STUCK_AFTER_S = 60.0
 LAG_INTERVAL_S = 1.0
 COMMANDS_PATIENCE_S = 10.0
@@ -170,7 +171,7 @@ class Worker:
             log.warning("topic %s is not read to its end yet; commands come later", config.kafka.topics.commands)
         self._scheduler = Scheduler(config.batch, config.adapt, policies, engine, self.metrics)
         self._flights: list[Flight] = []
-        self._lag_shown = 0.0
+        self._lag_shown = self._looked = 0.0
         self._stash: list[Any] = []
         self._partitions_of: dict[str, set[Partition]] = {}
         self._dropped: set[Partition] = set()
@@ -309,6 +310,18 @@ class Worker:
 
     def _poll(self) -> list[Any]:
         """Records to take in now; none while too many frames are in memory."""
+        if not self._stocked:
+            self._look()
+        records, self._stash = self._stash, []
+        return records
+
+    @property
+    def _stocked(self) -> bool:
+        """Whether the loop can do without a look at the topic for a moment."""
+        waiting, enough = len(self._batcher), self._lanes * self.config.batch.max_pass
+        return bool(self._flights) and waiting >= enough and time.monotonic() - self._looked < STOCKED_S
+
+    def _look(self) -> None:
         wait = 0.0
         if not self._flights:
             due = self._batcher.next_due()
@@ -317,12 +330,11 @@ class Worker:
         full = len(self._batcher) + len(self._stash) >= self.config.batch.max_buffered
         self._consumer.pause(full)
         self._receive(0.0 if full else wait)
-        records, self._stash = self._stash, []
-        return records
 
     def _receive(self, timeout_s: float) -> None:
         """Poll once. Partitions that were taken away are dropped before newer records are taken in."""
         records, gone = self._consumer.poll(timeout_s)
+        self._looked = time.monotonic()
         for partition in gone:
             self._drop(partition)
         self._stash += records
