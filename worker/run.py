@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -51,6 +52,9 @@ IDLE_POLL_S = 0.1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 GLANCE_S = 0.01  # between looks at the topic while passes run
 STOCKED_S = 0.03  # and while frames for all threads' next passes are in memory: a look costs two threads a millisecond
+# Between two operations of torch a pass needs the interpreter for some microseconds. With Python's own 5 ms it waits
+# longer for it than the next operation takes, whenever the loop computes.
+SWITCH_S = 0.001
 STUCK_AFTER_S = 60.0
 LAG_INTERVAL_S = 1.0
 COMMANDS_PATIENCE_S = 10.0
@@ -434,6 +438,7 @@ def run_worker(config: WorkerConfig) -> None:
         log.info("%s: finishing the step in hand", signal.Signals(number).name)
         stop.set()
 
+    sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     Worker(config, stop).run()
