@@ -38,15 +38,21 @@ class Intake:
         frames: list[tuple[Frame, Any]] = []
         bad: list[tuple[Any, FrameError]] = []
         for record in records:
-            self._offsets.received(_position(record))
+            position = _position(record)
+            self._offsets.received(position)
             try:
-                frames.append((self._parsed(record), record))
+                frames.append((self._parsed(record, position), record))
             except FrameError as error:
                 bad.append((record, error))
         self._metrics.frames.inc(len(records))
         is_folded = load([frame.stream for frame, _ in frames])
-        new = [(frame, record) for frame, record in frames if not is_folded(frame)]
-        again = [frame.position for frame, _ in frames if is_folded(frame)]
+        new: list[tuple[Frame, Any]] = []
+        again: list[Position] = []
+        for frame, record in frames:
+            if is_folded(frame):
+                again.append(frame.position)
+            else:
+                new.append((frame, record))
         self._metrics.frames_again.inc(len(again))
         self._offsets.finished(again)
         decoded: list[DecodedFrame] = []
@@ -60,9 +66,9 @@ class Intake:
             self._bury(bad, keep_alive)
         return decoded
 
-    def _parsed(self, record: Any) -> Frame:
+    def _parsed(self, record: Any, position: Position) -> Frame:
         return parse_frame(
-            _position(record),
+            position,
             record.key,
             record.value,
             [(name, value or b"") for name, value in record.headers],

@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 IDLE_POLL_S = 0.1
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 GLANCE_S = 0.01  # between looks at the topic while passes run
-STOCKED_S = 0.03  # and while frames for all threads' next passes are in memory: a look costs two threads a millisecond
+STOCKED_S = 0.05  # and while frames for all threads' next passes are in memory: a look costs two threads a millisecond
 # Between two operations of torch a pass needs the interpreter for some microseconds. With Python's own 5 ms it waits
 # longer for it than the next operation takes, whenever the loop computes.
 SWITCH_S = 0.001
