@@ -33,7 +33,7 @@ STAGES = ("predict", "publish", "adapt", "settle", "store", "all")
 STORE_OPERATIONS = ("claim", "write")
 BROKER_OPERATIONS = ("publish", "poll", "commit")
 OUTCOMES = ("done", "refused")
-BAD_FRAMES = ("no_key", "bad_key", "empty", "too_large", "animated", "not_an_image", "damaged")
+BAD_FRAMES = ("no_key", "bad_key", "empty", "too_large", "animated", "not_an_image", "damaged", "unreadable")
 LEFT_OUT = ("policy", "settled", "overload")
 DECISIONS = (
     ("applied", "within_limits"),

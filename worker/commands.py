@@ -20,6 +20,7 @@ from schemas.command import EVERY_STREAM, Command
 from schemas.config import Kafka
 from schemas.frame import Position
 from schemas.state import StreamHeader
+from worker.kafka_batches import Unreadable, pass_over_unreadable
 from worker.kafka_client import connection, open_client
 
 log = logging.getLogger("driftkeel.commands")
@@ -96,6 +97,8 @@ class CommandList:
 
     def _parsed(self, position: Position, content: bytes | None) -> Command | None:
         try:
+            if isinstance(content, Unreadable):
+                raise ValueError(content.reason)
             if content is None or len(content) > MAX_BYTES:
                 raise ValueError(f"{len(content or b'')} bytes, where a command has 1 to {MAX_BYTES}")
             command = Command.model_validate_json(content)
@@ -147,6 +150,7 @@ class CommandReader:
             auto_offset_reset="earliest",
             allow_auto_create_topics=False,
         )
+        pass_over_unreadable(consumer)
         try:
             numbers = consumer.partitions_for_topic(topic)
             if not numbers:

@@ -25,6 +25,7 @@ from kafka.structs import OffsetAndMetadata
 
 from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
+from worker.kafka_batches import pass_over_unreadable
 from worker.kafka_client import connection, open_client, until_reached
 from worker.kafka_join import poll_timeout
 from worker.offsets import Offsets, Partition
@@ -111,6 +112,7 @@ class FrameConsumer:
             )
 
         self.consumer = until_reached(make, f"the broker at {settings.bootstrap}", settings.connect_timeout_s, stop)
+        pass_over_unreadable(self.consumer)
         self.consumer.subscribe([settings.topics.frames], listener=_Listener(self))
 
     def poll(self, timeout_s: float) -> tuple[list[Any], set[Partition]]:
@@ -119,7 +121,8 @@ class FrameConsumer:
         Some of the latter may have come back at once: the client then goes on behind the records it has handed
         out, but those in hand are given up with the revocation. They are read again, from the oldest, and newer
         records of the same poll are passed over until then. Never raises for an unreachable broker or store; raises
-        ConfigError for records in a compression that is not installed.
+        ConfigError for records in a compression that is not installed. A record's value is `Unreadable` where it stands
+        for records that nobody can read.
         """
         try:
             timeout_s = poll_timeout(self.consumer, timeout_s)

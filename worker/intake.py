@@ -12,6 +12,7 @@ from schemas.config import Frames
 from schemas.errors import FrameError
 from schemas.frame import Frame, Position, parse_frame
 from worker.decode import DecodedFrame, Decoder
+from worker.kafka_batches import Unreadable
 from worker.offsets import Offsets
 from worker.publish import Publisher
 
@@ -67,6 +68,8 @@ class Intake:
         return decoded
 
     def _parsed(self, record: Any, position: Position) -> Frame:
+        if isinstance(record.value, Unreadable):
+            raise FrameError("unreadable", record.value.reason)
         return parse_frame(
             position,
             record.key,

@@ -17,6 +17,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError, SaslAuthenticationFailed
 from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
 from worker.kafka_records import forgive_header_names
+from worker.kafka_unpack import bound_unpacking
 
 log = logging.getLogger("driftkeel.kafka")
 Result = TypeVar("Result")
@@ -62,6 +63,7 @@ def open_client(kind: Any, **arguments: Any) -> Any:
     Raises KafkaError or OSError; one of REFUSALS where the broker is there and does not let us in.
     """
     forgive_header_names()
+    bound_unpacking()
     opened: list[Any] = []
 
     def remember(**options: Any) -> Any:

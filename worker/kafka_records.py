@@ -1,12 +1,18 @@
 """A way around what kafka-python 3.0.12 does with a header whose name is no UTF-8 text: it reads no record of the
 batch, nor any behind it. Brokers take such names, and other clients read them, with a mark for what is none.
+
+And a limit for headers of compressed records, where two bytes become seventy.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from kafka.errors import CorruptRecordError
 from kafka.record.default_records import DefaultRecordBatch
+from kafka.record.util import decode_varint
+
+MAX_HEADERS = 1_000
 
 
 class _Forgiving(bytearray):
@@ -27,6 +33,8 @@ def forgive_header_names() -> None:
         return
 
     def read(batch: Any, *arguments: Any) -> Any:
+        if batch.compression_type:
+            _check_headers(batch._buffer, batch._pos)
         try:
             return strict(batch, *arguments)
         except UnicodeDecodeError:  # Only names are decoded; the batch has not moved on.
@@ -35,3 +43,14 @@ def forgive_header_names() -> None:
 
     read.forgiving = True  # type: ignore[attr-defined]
     DefaultRecordBatch._read_msg = read
+
+
+def _check_headers(buffer: bytearray, at: int) -> None:
+    for _ in ("length", "attributes", "timestamp", "offset"):
+        _, at = decode_varint(buffer, at)
+    for _ in ("key", "value"):
+        size, at = decode_varint(buffer, at)
+        at += max(size, 0)
+    count, _ = decode_varint(buffer, at)
+    if count > MAX_HEADERS:
+        raise CorruptRecordError(f"a compressed record has {count} headers, more than {MAX_HEADERS}")

@@ -183,7 +183,7 @@ class Publisher:
         headers = [(name, value or b"") for name, value in record.headers]
         headers += [(name, text.encode()) for name, text in reasons.items()]
         # The client sends no record that has neither key nor value.
-        value = b"" if record.key is None and record.value is None else record.value
+        value = b"" if record.key is None and not record.value else record.value
         self.send(Message(self._settings.topics.dead_letters, record.key, value, headers, expendable=True))
 
     def close(self) -> None:

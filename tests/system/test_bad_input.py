@@ -9,6 +9,7 @@ from schemas.config import Kafka
 from tests.conftest import picture
 from tests.system.conftest import Site, run_cli
 from tests.worker.test_decode import animated, png_header
+from tests.worker.test_kafka_batches import ZEROS, packing
 from worker.embedded import free_port
 
 HEADERS = [("origin", b"line 3")]
@@ -51,6 +52,25 @@ def test_bad_records_become_dead_letters_and_no_good_frame_is_lost(site: Site) -
     assert sorted(kinds.values()) == sorted(expected)
     metrics = worker.metrics()
     assert 'driftkeel_bad_frames_total{kind="empty"} 2.0' in metrics
+    assert worker.process.poll() is None
+
+
+def test_batches_that_cannot_be_read_are_passed_over(site: Site) -> None:
+    worker = site.start()
+    with packing(site.kafka) as pack:
+        first = site.topic.send(site.kafka.topics.frames, [(b"cam", picture(1), [])])
+        where = first[0].partition
+        pack([picture(2), ZEROS], partition=where)
+        pack([b"x" * 999], broken=True, partition=where)
+        last = site.topic.send(site.kafka.topics.frames, [(b"cam", picture(3), [])])
+    ids = [f"{m.topic}/{m.partition}/{m.offset}" for m in first + last]
+    assert set(site.predictions(ids)) == set(ids)
+    letters = site.topic.read(site.kafka.topics.dead_letters, lambda rs: len(rs) >= 2)
+    headers = [dict(letter.headers) for letter in letters]
+    assert [h["driftkeel-error-class"] for h in headers] == [b"unreadable"] * 2
+    assert headers[0]["driftkeel-error-message"].startswith(f"offsets 1 to 2 of {first[0].topic}/{where} ".encode())
+    assert headers[1]["driftkeel-offset"] == b"3"
+    assert 'driftkeel_bad_frames_total{kind="unreadable"} 2.0' in worker.metrics()
     assert worker.process.poll() is None
 
 

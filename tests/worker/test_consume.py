@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
@@ -14,8 +15,10 @@ from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
 from schemas.frame import Position
 from tests.conftest import Topic
+from tests.worker.test_kafka_batches import ZEROS, packing
 from tests.worker.test_kafka_records import Latin
 from worker.consume import FrameConsumer, _Listener
+from worker.kafka_batches import Unreadable
 from worker.offsets import Offsets, Partition
 
 
@@ -154,6 +157,25 @@ def test_a_header_name_that_is_no_text_ends_nothing(
 ) -> None:
     topic.send(kafka_settings.topics.frames, [(None, b"0", [(Latin("größe"), b"")]), (None, b"1", [])])
     assert read(make(), 1) == [0, 1]
+
+
+def test_batches_that_cannot_be_read_end_nothing(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    with packing(kafka_settings) as pack:
+        send(topic, kafka_settings, 1)
+        pack([b"a" * 999, b"b" * 999])
+        pack([b"x", ZEROS, b"y"])
+        pack([b"x" * 999], broken=True)
+        send(topic, kafka_settings, 1)
+    consumer = make()
+    records: list[Any] = []
+    deadline = time.monotonic() + 20
+    while len(records) < 6:
+        assert time.monotonic() < deadline, records
+        records += consumer.poll(0.05)[0]
+    assert [record.offset for record in records] == [0, 1, 2, 5, 6, 7]
+    assert [isinstance(record.value, Unreadable) for record in records] == [False, False, False, True, True, False]
 
 
 def test_lost_partitions_are_given_up_without_a_commit(
