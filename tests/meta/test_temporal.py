@@ -1,8 +1,10 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from meta import temporal
 from meta.method import State
 from meta.temporal import STAY_RANGE, filter_classes, fresh_belief
 
@@ -95,3 +97,22 @@ def test_probabilities_and_stay_keep_their_ranges() -> None:
     answers, belief = run(100 * noisy(torch.zeros(200, dtype=torch.long), 5))
     assert torch.allclose(answers.sum(1), torch.ones(200), atol=1e-5)
     assert STAY_RANGE[0] <= float(belief["class_stay"]) <= STAY_RANGE[1]
+
+
+@pytest.mark.parametrize("correlated", [False, True])
+def test_few_streams_are_filtered_as_many_are(correlated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few go one after the other, many side by side: two ways to the same numbers."""
+    labels = torch.arange(150).div(8 if correlated else 0.3, rounding_mode="floor").long() % CLASSES
+    logits = noisy(labels, 4)
+    logits[40] = float("inf")
+    one, after = run(logits, 75)
+    monkeypatch.setattr(temporal, "FEW", 0)
+    other, expected = run(logits, 75)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+    for name, values in expected.items():
+        torch.testing.assert_close(after[name], values, rtol=1e-4, atol=1e-4)
+
+
+def test_a_broken_belief_raises_nothing() -> None:
+    belief = {name: torch.full_like(tensor, -3.0) for name, tensor in fresh_belief(1, CLASSES).items()}
+    filter_classes(noisy(torch.arange(5), 0), torch.zeros(5, dtype=torch.long), torch.tensor([5]), belief)
