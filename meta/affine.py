@@ -81,12 +81,23 @@ def scaled(x_hat: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     return x_hat * scale if shift is None else torch.addcmul(shift, x_hat, scale)
 
 
+def scaled_in_place(
+    x_hat: Tensor, scale: Tensor, shift: Tensor | None, rectify: bool, positions: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor | None]:
+    """What `Affine` puts out, for passes that no gradient follows: nothing is kept, and `x_hat` is overwritten."""
+    out = x_hat.mul_(scale) if shift is None else torch.addcmul(shift, x_hat, scale, out=x_hat)
+    if rectify:
+        out.relu_()
+    return out, None if positions is None else rectified_mean(out, positions, rectify)
+
+
 def rectified_mean(x: Tensor, positions: tuple[int, ...], rectified: bool = False) -> Tensor:
     """relu(x).mean(positions), of an x that may be rectified already: as the layer behind mostly sees it, which tells
     shifts apart better than the plain mean."""
     if not positions:
         return torch.relu(x)
-    return (x if rectified else torch.relu(x)).mean(positions)
+    # A sum, because `mean` over the positions of a channels-last tensor takes half as long again.
+    return (x if rectified else torch.relu(x)).sum(positions) / math.prod(x.shape[dim] for dim in positions)
 
 
 def _through_mean(

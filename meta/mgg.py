@@ -163,12 +163,16 @@ class MGG:
     # --- the interface of meta.method.Method -----------------------------------------------------------------------
 
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
-        rows = state["affine"].detach().index_select(0, stream).requires_grad_()
+        rows = state["affine"].detach().index_select(0, stream)
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
         moments, correction = self._moments(stream, counts, state), self._correction(stream, state)
-        with torch.enable_grad():
-            logits, features, first = self.model.forward_with_inputs(frames, rows, moments, correction)
-            features = torch.cat([features, first], 1)
+        if torch.is_inference_mode_enabled():  # No update follows.
+            logits, features = self.model.forward_with_features(frames, rows, moments, correction)
+        else:
+            with torch.enable_grad():
+                rows.requires_grad_()
+                logits, *pooled = self.model.forward_with_inputs(frames, rows, moments, correction)
+                features = torch.cat(pooled, 1)
         kept: State = {}
         if moments is not None:
             kept["norm_mean"], kept["norm_variance"] = moments.mixed()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from meta.affine import Affine, rectified_mean, scaled
+from meta.affine import Affine, rectified_mean, scaled, scaled_in_place
 from schemas.errors import BundleError
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -158,8 +158,8 @@ class FrameAffine(threading.local):
     `moments` replaces the running statistics of BatchNorm layers where it is set; `correction` changes what is
     normalised before scale and shift; `features` collects each layer's
     rectified and pooled output (B, C), with the layer's place in the affine, where it is a list; `first_features` is
-    that of the first layer as the source affine would make it. `head` is what went into the last linear layer in the
-    thread's last pass.
+    that of the first layer as the source affine would make it, where `first` asks for it. `head` is what went into the
+    last linear layer in the thread's last pass.
     """
 
     def __init__(self) -> None:
@@ -167,6 +167,7 @@ class FrameAffine(threading.local):
         self.moments: NormMoments | None = None
         self.correction: LayerCorrection | None = None
         self.features: list[tuple[int, Tensor]] | None = None
+        self.first = False
         self.first_features: Tensor | None = None
         self.head: Tensor | None = None
 
@@ -216,14 +217,22 @@ class StreamNorm(nn.Module):
         if at.correction is not None:
             scale, shift = self._corrected(x, scale, shift, at.correction)
         positions = self._positions(x) if at.features is not None else None
-        out, pooled = Affine.apply(x, x_hat, inverse, scale, shift, self.rectify, positions)
-        if at.features is not None:
-            at.features.append((self.place.scale, pooled))
-            if self.place.scale == 0:
-                with torch.no_grad():
-                    under_source = scaled(x_hat, *self._source_rows(x_hat))
-                    at.first_features = pooled if rows is None else rectified_mean(under_source, self._positions(x))
+        if at.first and self.place.scale == 0 and rows is not None:
+            with torch.no_grad():
+                at.first_features = rectified_mean(scaled(x_hat, *self._source_rows(x_hat)), self._positions(x))
+        if torch.is_grad_enabled():
+            out, pooled = Affine.apply(x, x_hat, inverse, scale, shift, self.rectify, positions)
+        else:
+            out, pooled = scaled_in_place(x_hat, scale, shift, self.rectify, positions)
+        self._collect(pooled)
         return cast(Tensor, out)
+
+    def _collect(self, pooled: Tensor | None) -> None:
+        at = self.frame_affine
+        if at.features is not None and pooled is not None:
+            at.features.append((self.place.scale, pooled))
+            if at.first and self.place.scale == 0 and at.first_features is None:
+                at.first_features = pooled
 
     def _corrected(
         self, x: Tensor, scale: Tensor, shift: Tensor | None, correction: LayerCorrection
@@ -250,11 +259,8 @@ class StreamNorm(nn.Module):
             out = scaled(self._normalised(x), *self._source_rows(x))
         if self.rectify:
             out.relu_()
-        if (features := self.frame_affine.features) is not None:
-            pooled = rectified_mean(out, self._positions(x), self.rectify)
-            features.append((self.place.scale, pooled))
-            if self.place.scale == 0:
-                self.frame_affine.first_features = pooled
+        if self.frame_affine.features is not None:
+            self._collect(rectified_mean(out, self._positions(x), self.rectify))
         return out
 
     def _normalised(self, x: Tensor) -> Tensor:
@@ -428,11 +434,24 @@ class AdaptableModel(nn.Module):
             self.frame_affine.rows = self.frame_affine.moments = self.frame_affine.correction = None
 
     def forward_with_features(
-        self, frames: Tensor, rows: Tensor | None = None, moments: NormMoments | None = None
+        self,
+        frames: Tensor,
+        rows: Tensor | None = None,
+        moments: NormMoments | None = None,
+        correction: LayerCorrection | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) and the pooled outputs of all norm layers, joined: (B, F)."""
-        logits, features, _ = self.forward_with_inputs(frames, rows, moments)
-        return logits, features
+        at = self.frame_affine
+        at.features = []
+        try:
+            logits = self(frames, rows, moments, correction)
+            # By place, not by when they ran: a model may run its layers in another order than it names them.
+            features = dict(at.features)
+            if len(features) != len(self.layers) or len(at.features) != len(features):
+                raise BundleError(self._misuse([place for place, _ in at.features]))
+            return logits, torch.cat([features[place] for place in sorted(features)], 1)
+        finally:
+            at.features = None
 
     def forward_with_inputs(
         self,
@@ -443,17 +462,13 @@ class AdaptableModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward_with_features`, and what the first norm layer would put out under the source affine, pooled:
         (B, F1). The latter tells how unusual the frames are, whatever has been adapted."""
-        self.frame_affine.features = []
+        at = self.frame_affine
+        at.first = True
         try:
-            logits = self(frames, rows, moments, correction)
-            # By place, not by when they ran: a model may run its layers in another order than it names them.
-            features = dict(self.frame_affine.features)
-            first = self.frame_affine.first_features
-            if first is None or len(features) != len(self.layers) or len(self.frame_affine.features) != len(features):
-                raise BundleError(self._misuse([place for place, _ in self.frame_affine.features]))
-            return logits, torch.cat([features[place] for place in sorted(features)], 1), first
+            logits, features = self.forward_with_features(frames, rows, moments, correction)
+            return logits, features, cast(Tensor, at.first_features)
         finally:
-            self.frame_affine.features = self.frame_affine.first_features = None
+            at.first, at.first_features = False, None
 
     def _misuse(self, used: list[int]) -> str:
         for layer in self.layers:
