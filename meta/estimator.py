@@ -7,6 +7,7 @@ one signal weigh another; the ridge that keeps them small is the one that does b
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,8 +53,14 @@ class AccuracyModel:
 
     def accuracies(self, signals: Mapping[str, float]) -> tuple[float, float]:
         """Of the adapted parameters and of source, from signals by name; those that are missing count as usual."""
-        adapted, source = self.of(np.array([[signals.get(name, math.nan) for name in self.signals]]))[0].tolist()
-        return adapted, source
+        bounded = self._inputs.alone([signals.get(name, math.nan) for name in self.signals])
+        adapted, source = (bounded @ self._weights).tolist()
+        return _share(adapted), _share(source)
+
+    def ends(self, accuracy: float) -> tuple[float, float]:
+        """`interval` of a single estimate."""
+        low, high = (accuracy + _between(accuracy, self._levels, ends) for ends in (self._low, self._high))
+        return min(1.0, max(0.0, low)), min(1.0, max(0.0, high))
 
     def of(self, values: Array) -> Array:
         """(N, 2) for values (N, n) in the order of `signals`."""
@@ -123,12 +130,30 @@ class _Inputs:
         self._shares = _are_shares(names)
         self._centre, self._scale = centre, scale
         self._first, self._second = np.triu_indices(len(names))
+        self._plain = self._shares.tolist(), centre.tolist(), scale.tolist()
 
     def of(self, values: Array) -> Array:
         deviations = (_spread_out(self._shares, values) - self._centre) / self._scale
         bounded = np.clip(np.where(np.isnan(deviations), 0, deviations), -MOST_DEVIATION, MOST_DEVIATION)
         products = bounded[:, self._first] * bounded[:, self._second]
         return np.concatenate([np.ones((len(bounded), 1)), bounded, products.clip(-MOST_PRODUCT, MOST_PRODUCT)], 1)
+
+    def alone(self, values: Sequence[float]) -> Array:
+        """`of` a single row. Worked out number by number, because NumPy's operations take longer to start."""
+        bounded = np.zeros(len(values))
+        for place, (value, share, centre, scale) in enumerate(zip(values, *self._plain, strict=True)):
+            if math.isnan(value):
+                continue
+            if share:
+                inside = min(1 - LEAST_SHARE, max(LEAST_SHARE, value))
+                value = math.log(inside / (1 - inside))
+            bounded[place] = min(MOST_DEVIATION, max(-MOST_DEVIATION, (value - centre) / scale))
+        products = bounded[self._first] * bounded[self._second]
+        np.minimum(np.maximum(products, -MOST_PRODUCT, out=products), MOST_PRODUCT, out=products)
+        return np.concatenate([_ONE, bounded, products])
+
+
+_ONE = np.ones(1)
 
 
 def _are_shares(names: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -159,6 +184,19 @@ def _regress(inputs: Array, truth: Array, ridge: float) -> Array:
 def _shares(odds: Array) -> Array:
     made: Array = 1 / (1 + np.exp(-odds.clip(-30, 30)))
     return made
+
+
+def _share(odds: float) -> float:
+    return 1 / (1 + math.exp(-min(30.0, max(-30.0, odds))))
+
+
+def _between(x: float, levels: Array, values: Array) -> float:
+    """`np.interp` of one number."""
+    after = bisect_right(levels, x)  # type: ignore[type-var]
+    if after in (0, len(levels)):
+        return float(values[min(after, len(levels) - 1)])
+    left, right = levels[after - 1], levels[after]
+    return float(values[after - 1] + (values[after] - values[after - 1]) * (x - left) / (right - left))
 
 
 def _rounded(values: Sequence[float] | Array) -> list[float]:

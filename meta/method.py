@@ -85,9 +85,9 @@ def take(state: State, index: Tensor) -> State:
 
 
 def put(state: State, index: Tensor, rows: State) -> None:
-    """Write `rows` over the rows `index` (S,) of `state`, in place."""
-    for name, tensor in state.items():
-        tensor.index_copy_(0, index, rows[name].to(tensor.dtype))
+    """Write `rows` over the rows `index` (S,) of those tensors of `state` that they have, in place."""
+    for name, tensor in rows.items():
+        state[name].index_copy_(0, index, tensor.to(state[name].dtype))
 
 
 def finite_rows(tensors: dict[str, Tensor]) -> Tensor:

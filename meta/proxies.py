@@ -12,16 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from meta.estimator import AccuracyModel
-from meta.method import Forward, State
+from meta.method import Forward
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, per_stream_mean
 from schemas.state import RunningProxies
+
+# Numbers of few frames and classes: NumPy starts an operation on these in a fraction of the time that torch needs.
+Numbers = np.ndarray[Any, np.dtype[Any]]
 
 OWN = (
     *("confidence", "answer_confidence", "entropy", "above", "dropout", "marginal", "changed", "stay"),
@@ -74,10 +78,11 @@ class Observer:
         self._entropies = torch.tensor(list(entropies))
         self._dropped = _dropped_heads(model)
         self._last = slice(model.feature_count - model.layers[-1].feature_count, model.feature_count)
-        self._class_mean = source.class_mean
+        self._mean, self._scale = source.mean.numpy(), source.scale.numpy()
+        self._class_mean = None if source.class_mean is None else source.class_mean.numpy()
         if source.class_mean is not None and source.class_square is not None:
             spread = source.class_square - source.class_mean**2
-            self._class_weight = 1 / spread.clamp_min(1e-4 * source.scale**2)
+            self._class_weight = (1 / spread.clamp_min(1e-4 * source.scale**2)).numpy()
             # The nearest class mean in the last layer, each feature in source deviations: |m|^2 / 2 - x m is smallest.
             means = source.class_mean[:, self._last] / source.scale[self._last]
             self._class_way = (means / source.scale[self._last]).T.contiguous()
@@ -89,77 +94,85 @@ class Observer:
 
         To be called directly after the pass, in the same thread.
         """
-        own = _rows(self.own(forward))
-        counts = forward.counts.long().tolist()
-        if not len(chosen):
-            return [Observed(count, mine, 0, {}) for count, mine in zip(counts, own, strict=True)]
-        some = frames.index_select(0, chosen).contiguous(memory_format=torch.channels_last)
-        signals, shadowed, logits = self.shadow(some, chosen, forward)
+        with np.errstate(invalid="ignore", over="ignore"):  # broken parameters show in the signals
+            seen = self._seen(forward.logits, forward.features)
+            own = _rows(self._own(forward, seen))
+            counts = forward.counts.long().tolist()
+            if not len(chosen):
+                return [Observed(count, mine, 0, {}) for count, mine in zip(counts, own, strict=True)]
+            some = frames.index_select(0, chosen).contiguous(memory_format=torch.channels_last)
+            signals, shadowed, classes = self._shadow(some, chosen, forward, seen)
         said: list[list[int]] = [[] for _ in counts]
-        for row, index in zip(forward.stream.index_select(0, chosen).tolist(), logits.argmax(1).tolist(), strict=True):
+        for row, index in zip(forward.stream.index_select(0, chosen).tolist(), classes, strict=True):
             said[row].append(index)
         each = zip(counts, own, shadowed.long().tolist(), _rows(signals), map(tuple, said), strict=True)
         return [Observed(*one) for one in each]
 
-    def own(self, forward: Forward) -> State:
-        """Signals (S,) of the frames of `forward`; directly after its pass, in the same thread."""
-        head = self.model.frame_affine.head
-        logits, answer = forward.logits.detach(), forward.answer
-        frames, log_mix = self._frame_signals(logits, head), _marginal(forward, logits)
-        frames["answer_confidence"] = answer.log_softmax(1).amax(1).exp()
-        features = forward.features.detach()[:, : self.source.mean.numel()]
-        frames |= self._oddness(features, logits)
-        frames["changed"] = (answer.argmax(1) != logits.argmax(1)).float()
-        means = self._means(frames, forward.stream, forward.counts)
-        gap = (
-            per_stream_mean(features, forward.stream, forward.counts.clamp_min(1)) - self.source.mean
-        ) / self.source.scale
-        stay = forward.kept.get("class_stay")
+    def _own(self, forward: Forward, seen: _Seen) -> dict[str, Numbers]:
+        """Signals (S,) of the frames of `forward`."""
+        answer = seen.probability if (kept := forward.kept.get("probability")) is None else kept.numpy()
+        counts = forward.counts.clamp_min(1)
+        each = seen.signals | {"answer_confidence": answer.max(1), "changed": answer.argmax(1) != seen.said}
+        means, features = _means(each, forward.stream, counts, seen.features)
+        if (mix := forward.kept.get("class_mix")) is None:
+            mix = per_stream_mean(torch.from_numpy(seen.probability), forward.stream, counts)
+        mixed, stay = mix.numpy(), forward.kept.get("class_stay")
+        gap = (features - self._mean) / self._scale
         return means | {
-            "marginal": log_mix,
-            "stay": torch.zeros_like(log_mix) if stay is None else stay,
-            "discrepancy": torch.log1p((gap**2).mean(1)),
-            "distance": torch.log1p((forward.state["affine"] - self.model.source_affine).norm(dim=1)),
+            # Of the mean prediction, over the method's own window where it keeps one.
+            "marginal": -(mixed * np.log(np.maximum(mixed, TINY))).sum(1) / math.log(mixed.shape[1]),
+            "stay": np.zeros(len(mixed), np.float32) if stay is None else stay.numpy(),
+            "discrepancy": np.log1p((gap * gap).mean(1)),
+            "distance": (forward.state["affine"] - self.model.source_affine).norm(dim=1).log1p().numpy(),
         }
 
-    @torch.no_grad()
-    def shadow(self, frames: Tensor, chosen: Tensor, forward: Forward) -> tuple[State, Tensor, Tensor]:
-        """The source model on frames (n, ch, h, w) that lie at `chosen` (n,) in `forward`.
+    def _shadow(
+        self, frames: Tensor, chosen: Tensor, forward: Forward, seen: _Seen
+    ) -> tuple[dict[str, Numbers], Tensor, list[int]]:
+        """The source model on frames (n, ch, h, w) that lie at `chosen` (n,) in `forward`; its own signals are `seen`.
 
-        Returns signals (S,), zero where a stream has no such frame; how many it has (S,); and the logits (n, K).
+        Returns signals (S,), zero where a stream has no such frame; how many it has (S,); and the classes (n,).
         """
-        streams = len(forward.counts)
-        logits, features = self.model.forward_with_features(frames)
+        source = self._seen(*self.model.forward_with_features(frames))
         stream = forward.stream.index_select(0, chosen)
-        counts = torch.bincount(stream, minlength=streams).float()
-        answer = forward.answer.index_select(0, chosen)
-        adapted = forward.logits.detach().index_select(0, chosen)
-        found = self._frame_signals(logits, self.model.frame_affine.head) | self._oddness(features, logits)
-        measured = {f"source_{name}": values for name, values in found.items()}
-        said = answer.argmax(1)
-        probability = logits.softmax(1)
-        measured["flips"] = (said != logits.argmax(1)).float()
-        measured["moved"] = (adapted.argmax(1) != logits.argmax(1)).float()
-        measured["source_backing"] = probability.gather(1, said.unsqueeze(1)).squeeze(1)
-        measured["source_rank"] = self._rank(measured["source_entropy"])
-        measured["gap"] = adapted.softmax(1).amax(1) - probability.amax(1)
-        return self._means(measured, stream, counts), counts, logits
+        counts = torch.bincount(stream, minlength=len(forward.counts)).float()
+        places = chosen.numpy()
+        kept = forward.kept.get("probability")
+        said = seen.said[places] if kept is None else kept.numpy()[places].argmax(1)
+        each = {f"source_{name}": values for name, values in source.signals.items()}
+        each["flips"] = said != source.said
+        each["moved"] = seen.said[places] != source.said
+        each["source_backing"] = source.probability[np.arange(len(said)), said]
+        each["source_rank"] = self._rank(torch.from_numpy(source.signals["entropy"])).numpy()
+        each["gap"] = seen.signals["confidence"][places] - source.signals["confidence"]
+        return _means(each, stream, counts.clamp_min(1))[0], counts, source.said.tolist()
 
-    def _frame_signals(self, logits: Tensor, head: Tensor | None) -> State:
-        log_p = logits.log_softmax(1)
-        highest = log_p.amax(1).exp()
-        found = {
+    def _seen(self, logits: Tensor, pooled: Tensor) -> _Seen:
+        """Signals frame by frame, of the model that was run last; pooled features (B, F or more)."""
+        number, features = logits.detach().numpy(), pooled.detach().numpy()[:, : len(self._mean)]
+        shifted = number - number.max(1, keepdims=True)
+        likely = np.exp(shifted)
+        total = likely.sum(1, keepdims=True)
+        likely /= total
+        said, highest = number.argmax(1), 1 / total[:, 0]
+        entropy = np.log(total[:, 0]) - (likely * shifted).sum(1)
+        signals = {
             "confidence": highest,
-            "entropy": -(log_p.exp() * log_p).sum(1) / math.log(logits.shape[1]),
-            "above": (highest >= self.threshold).float(),
+            "entropy": entropy / np.float32(math.log(number.shape[1])),
+            "above": highest >= self.threshold,
+            "dropout": self._dropout(said),
         }
-        if head is not None and self._dropped is not None and len(head) == len(logits):
-            weight, bias = self._dropped
-            votes = torch.addmm(bias, head, weight).view(len(logits), MASKS, -1).argmax(2)
-            found["dropout"] = (votes != logits.argmax(1, keepdim=True)).float().mean(1)
-        else:
-            found["dropout"] = torch.zeros_like(highest)
-        return found
+        return _Seen(features, likely, said, signals | self._oddness(features, said))
+
+    def _dropout(self, said: Numbers) -> Numbers:
+        """The share of votes under dropout masks before the last layer that differ from the classes (B,)."""
+        head = self.model.frame_affine.head
+        if head is None or self._dropped is None or len(head) != len(said):
+            return np.zeros(len(said), np.float32)
+        weight, bias = self._dropped
+        votes = torch.addmm(bias, head, weight).view(len(said), MASKS, -1).argmax(2).numpy()
+        differ: Numbers = np.add.reduce(votes != said[:, None], 1, np.float32)
+        return differ / MASKS
 
     def _rank(self, share: Tensor) -> Tensor:
         """Where entropies (as shares of ln K) lie among those of clean frames, from -0.5 to 0.5."""
@@ -169,30 +182,47 @@ class Observer:
         middle = torch.searchsorted(known, share) + torch.searchsorted(known, share, right=True)
         return middle / (2 * len(known)) - 0.5
 
-    def _oddness(self, features: Tensor, logits: Tensor) -> State:
-        """How far a frame's features (B, F) lie from those of clean frames of the class it is called."""
-        said = logits.argmax(1)
+    def _oddness(self, features: Numbers, said: Numbers) -> dict[str, Numbers]:
+        """How far a frame's features (B, F) lie from those of clean frames of the class (B,) that it is called."""
         if self._class_mean is None:
-            apart = ((features - self.source.mean) / self.source.scale) ** 2
-            off = torch.zeros(len(said))
+            apart = (features - self._mean) / self._scale
+            apart *= apart
+            off = np.zeros(len(said), bool)
         else:
-            apart = (features - self._class_mean[said]) ** 2 * self._class_weight[said]
-            off = (torch.addmm(self._class_bias, features[:, self._last], self._class_way).argmax(1) != said).float()
-        apart = apart.clamp(max=100)
-        return {"odd": apart.mean(1).log1p(), "odd_last": apart[:, self._last].mean(1).log1p(), "off_prototype": off}
+            apart = features - self._class_mean[said]
+            apart *= apart
+            apart *= self._class_weight[said]
+            last = torch.from_numpy(features[:, self._last])
+            off = torch.addmm(self._class_bias, last, self._class_way).argmax(1).numpy() != said
+        np.minimum(apart, 100, out=apart)
+        total, last_total = np.add.reduce(apart, 1), np.add.reduce(apart[:, self._last], 1)
+        odd, odd_last = np.log1p(total / apart.shape[1]), np.log1p(last_total / (self._last.stop - self._last.start))
+        return {"odd": odd, "odd_last": odd_last, "off_prototype": off}
 
-    def _means(self, frames: State, stream: Tensor, counts: Tensor) -> State:
-        joined = torch.stack(list(frames.values()), 1).nan_to_num()
-        means = per_stream_mean(joined, stream, counts.clamp_min(1))
-        return dict(zip(frames, means.unbind(1), strict=True))
+
+@dataclass(frozen=True)
+class _Seen:
+    """Of each frame: features (B, F), class probabilities (B, K), the class it is called (B,), and signals (B,)."""
+
+    features: Numbers
+    probability: Numbers
+    said: Numbers
+    signals: dict[str, Numbers]
 
 
-def _marginal(forward: Forward, logits: Tensor) -> Tensor:
-    """Entropy of the mean prediction, as a share of ln K, (S,): over the method's own window where it keeps one."""
-    mix = forward.kept.get("class_mix")
-    if mix is None:
-        mix = per_stream_mean(logits.softmax(1), forward.stream, forward.counts.clamp_min(1))
-    return -(mix * mix.clamp_min(TINY).log()).sum(1) / math.log(logits.shape[1])
+def _means(
+    frames: dict[str, Numbers], stream: Tensor, counts: Tensor, features: Numbers | None = None
+) -> tuple[dict[str, Numbers], Numbers]:
+    """Of signals (B,) and of features (B, F), over each stream's frames: (S,) and (S, F)."""
+    count = len(frames)
+    joined = np.empty((len(stream), count + (0 if features is None else features.shape[1])), np.float32)
+    for place, values in enumerate(frames.values()):
+        joined[:, place] = values
+    joined[:, count:] = 0 if features is None else features
+    if not math.isfinite(np.add.reduce(joined, None)):
+        np.nan_to_num(joined, copy=False)
+    means = per_stream_mean(torch.from_numpy(joined), stream, counts).numpy()
+    return dict(zip(frames, means.T, strict=False)), means[:, count:]
 
 
 def _dropped_heads(model: AdaptableModel) -> tuple[Tensor, Tensor] | None:
@@ -206,35 +236,42 @@ def _dropped_heads(model: AdaptableModel) -> tuple[Tensor, Tensor] | None:
     return heads, torch.zeros(heads.shape[1]) if bias is None else bias.detach().repeat(MASKS)
 
 
-def _rows(signals: State) -> list[dict[str, float]]:
-    values = torch.stack(list(signals.values()), 1).nan_to_num().tolist()
-    return [dict(zip(signals, row, strict=True)) for row in values]
+def _rows(signals: dict[str, Numbers]) -> list[dict[str, float]]:
+    columns = [values.tolist() for values in signals.values()]
+    return [
+        dict(zip(signals, [v if math.isfinite(v) else 0.0 for v in row], strict=True))
+        for row in zip(*columns, strict=True)
+    ]
 
 
 def fold(
     before: RunningProxies, seen: Observed, generated: Mapping[str, float], model: AccuracyModel | None
 ) -> RunningProxies:
-    """The running signals after one more micro-batch, and the accuracies that they say.
+    """The running signals after one more micro-batch, whose frames count already, and the accuracies that they say.
 
     `generated` are the signals of the update, empty where there was none. Confidence and entropy stay.
     """
+    earlier = before.model_copy(update={"frames": before.frames - seen.frames})
+    return before.model_copy(update=folded(earlier, seen, generated, model))
+
+
+def folded(
+    before: RunningProxies, seen: Observed, generated: Mapping[str, float], model: AccuracyModel | None
+) -> dict[str, Any]:
+    """What `fold` changes of what was known before the frames."""
     signals = dict(before.signals)
-    frames = before.frames - seen.frames  # The caller has counted them already.
-    _move(signals, seen.own, seen.frames, frames)
+    _move(signals, seen.own, seen.frames, before.frames)
     _move(signals, seen.shadow, seen.shadowed, before.shadowed)
     sound = {n: math.log1p(max(0.0, v)) for n, v in generated.items() if n in GENERATED and math.isfinite(v)}
     _move(signals, sound, seen.frames, before.generated)
-    after = before.model_copy(
-        update={
-            "signals": signals,
-            "shadowed": before.shadowed + seen.shadowed,
-            "generated": before.generated + (seen.frames if sound else 0),
-        }
-    )
+    after: dict[str, Any] = {
+        "signals": signals,
+        "shadowed": before.shadowed + seen.shadowed,
+        "generated": before.generated + (seen.frames if sound else 0),
+    }
     if model is not None:
-        after.accuracy, after.source_accuracy = model.accuracies(signals)
-        low, high = model.interval(np.array([after.accuracy]))
-        after.low, after.high = float(low[0]), float(high[0])
+        after["accuracy"], after["source_accuracy"] = model.accuracies(signals)
+        after["low"], after["high"] = model.ends(after["accuracy"])
     return after
 
 

@@ -7,6 +7,7 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from meta.estimator import AccuracyModel
 from meta.method import Forward, State, finite_rows, put, take
 from meta.norms import AdaptableModel, NormMoments
 from meta.objective import per_stream_mean
-from meta.proxies import WINDOW, Observed, Observer, fold
+from meta.proxies import WINDOW, Observed, Observer, folded
 from monitoring.drift import observe
 from schemas.bundle import Calibration, Preprocess
 from schemas.prediction import Parameters
@@ -107,21 +108,22 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Pass:
-    """The predictions of a pass, and what its update needs."""
+    """The predictions of a pass, and what its update needs. `observed`: those tensors that frames without an update
+    have moved, a row for each of `passive`."""
 
     outlooks: list[Outlook]
     adapting: list[Outlook]
     forward: Forward | None
     passive: list[Outlook]
-    observed: State | None
+    observed: State
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A stream's next state before the guard has seen it. `row` points into the tensors of all proposals.
+    """A stream's next state before the guard has seen it. `row` points into the tensors of all updates.
 
-    `update` is False where the parameters stay and only what is known of the stream has moved. `layers` says how far
-    each norm layer moves.
+    `update` is False where the parameters stay and only what is known of the stream has moved; then `row` points into
+    the tensors of what is `known`. `layers` says how far each norm layer moves.
     """
 
     outlook: Outlook
@@ -134,10 +136,12 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Proposals:
-    """The updates that a pass proposes, and the rows of state that they would leave."""
+    """The updates that a pass proposes, and the rows of state that they would leave; and of streams without an update
+    those tensors that move all the same."""
 
     proposals: list[Proposal]
     state: State
+    known: State
 
     def shrink(self, proposal: Proposal, share: float, held: State) -> None:
         """Go only so much of the way from the parameters that the stream `held`."""
@@ -287,7 +291,7 @@ class Engine:
             forward = self._method.predict(frames, part.stream, part.state)
             observed = self._look(frames, forward, part)
             outlooks += self._outlooks(part, frames, forward.answer, observed, sights)
-        adapting, passive, kept = list(outlooks), list[Outlook](), None
+        adapting, passive, kept = list(outlooks), list[Outlook](), State()
         if gathered.passive is not None:
             passive, kept = self._watch(gathered.passive)
         hurried = self._hurry(gathered.hurried) if gathered.hurried is not None else []
@@ -302,7 +306,9 @@ class Engine:
         with torch.inference_mode():
             forward = self._method.predict(frames, part.stream, part.state)
             observed = self._look(frames, forward, part)
-            return self._outlooks(part, frames, forward.answer, observed, sights), self._method.observe(forward)
+            after = self._method.observe(forward)
+            moved = {name: tensor for name, tensor in after.items() if tensor is not part.state[name]}
+            return self._outlooks(part, frames, forward.answer, observed, sights), moved
 
     def _hurry(self, part: Part) -> list[Outlook]:
         """One forward of the bare model under the parameters that answer: no class filter, no question to source."""
@@ -322,22 +328,18 @@ class Engine:
     def adapt(self, passed: Pass) -> Proposals:
         """The update of every micro-batch that adapts, and what the others have shown of their streams."""
         proposals: list[Proposal] = []
-        states: list[State] = []
+        state: State = {}
         if passed.forward is not None:
             update = self._method.update(passed.forward)
-            finite = finite_rows(update.state).tolist()
+            state, finite = update.state, finite_rows(update.state).tolist()
             signals = {name: values.tolist() for name, values in update.signals.items()}
             layers = self.distances(passed.forward.state["affine"], update.state["affine"])
             for row, outlook in enumerate(passed.adapting):
                 own = {name: values[row] for name, values in signals.items()}
                 proposals.append(Proposal(outlook, row, True, own, finite[row], layers[row]))
-            states.append(update.state)
-        if passed.observed is not None:
-            finite, first = finite_rows(passed.observed).tolist(), len(proposals)
-            for row, outlook in enumerate(passed.passive):
-                proposals.append(Proposal(outlook, first + row, False, {}, finite[row]))
-            states.append(passed.observed)
-        return Proposals(proposals, _joined(states))
+        sound = finite_rows(passed.observed).tolist() if passed.observed else [True] * len(passed.passive)
+        proposals += [Proposal(one, row, False, {}, sound[row]) for row, one in enumerate(passed.passive)]
+        return Proposals(proposals, state, passed.observed)
 
     def distances(self, before: Tensor, after: Tensor) -> list[dict[str, float]]:
         """How far each norm layer is from where it was, for every row of two affines (S, P); four digits."""
@@ -357,11 +359,12 @@ class Engine:
     def accept(self, proposals: Proposals, accepted: list[Proposal]) -> None:
         """Put accepted updates in place, once they are in the store."""
         accepted = [p for p in accepted if self.holds(p.outlook.batch.stream, p.outlook.resident)]
-        if not accepted:
-            return
-        rows = torch.tensor([proposal.row for proposal in accepted])
-        slots = torch.tensor([proposal.outlook.resident.slot for proposal in accepted])
-        put(self._state, slots, take(proposals.state, rows))
+        for update, state in ((True, proposals.state), (False, proposals.known)):
+            some = [proposal for proposal in accepted if proposal.update is update]
+            if some and state:
+                rows = torch.tensor([proposal.row for proposal in some])
+                slots = torch.tensor([proposal.outlook.resident.slot for proposal in some])
+                put(self._state, slots, take(state, rows))
 
     def _part(self, batches: list[MicroBatch]) -> Part | None:
         if not batches:
@@ -417,7 +420,7 @@ class Engine:
         pixels = [frame.pixels for batch in part.batches for frame in batch.frames]
         stacked = np.stack(pixels)
         blank = blank_frames(stacked)
-        checksums = [zlib.crc32(np.ascontiguousarray(one).data) for one in pixels]
+        checksums = [zlib.crc32(one) for one in stacked]
         looks, start = [], 0
         for batch in part.batches:
             end = start + len(batch.frames)
@@ -478,9 +481,13 @@ def _sight(look: tuple[list[int], float], classes: list[int], observed: Observed
 
 def blank_frames(frames: np.ndarray) -> np.ndarray:
     """(B,) bool: which frames uint8 (B, h, w) or (B, h, w, 3) are nearly one colour."""
-    some = frames.reshape(len(frames), -1, 1 if frames.ndim == 3 else frames.shape[-1])
-    some = some[:, :: max(1, some.shape[1] // BLANK_PIXELS)]
-    blank: np.ndarray = (some.std(1, dtype=np.float32) < BLANK_DEVIATION).all(1)
+    channels = 1 if frames.ndim == 3 else frames.shape[-1]
+    some = frames.reshape(len(frames), -1, channels)
+    # Each channel's pixels side by side: over pixels that lie apart a sum takes ten times as long.
+    apart = np.ascontiguousarray(some[:, :: max(1, some.shape[1] // BLANK_PIXELS)].swapaxes(1, 2), np.float32)
+    count = apart.shape[2]
+    apart -= np.add.reduce(apart, 2, keepdims=True) / count
+    blank: np.ndarray = (np.einsum("bcn,bcn->bc", apart, apart) < BLANK_DEVIATION**2 * count).all(1)
     return blank
 
 
@@ -528,12 +535,6 @@ def _step_of(parameters: Parameters, header: StreamHeader) -> int:
     return header.step if parameters == "adapted" else header.approved or 0
 
 
-def _joined(states: list[State]) -> State:
-    if len(states) < 2:
-        return states[0] if states else {}
-    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
-
-
 def normalise_pixels(pixels: Sequence[Pixels] | np.ndarray, preprocess: Preprocess) -> Tensor:
     """Decoded pixels, uint8 (h, w) or (h, w, 3), to the model's input: float (B, ch, h, w), channels-last."""
     stacked = torch.from_numpy(pixels if isinstance(pixels, np.ndarray) else np.stack(pixels))
@@ -579,9 +580,11 @@ def next_header(
 def _seen(drift: DriftWatch | None, outlook: Outlook, frames: int) -> DriftWatch | None:
     """The watch after this micro-batch: a larger one gives several signals, each of about so many frames, because the
     fewer frames there are, the more a mean spreads."""
-    values = np.array(outlook.signals)
-    for part in np.array_split(values, max(1, round(len(values) / frames))):
-        drift = observe(drift, part.mean(0).tolist(), outlook.batch.adapt)
+    total = len(outlook.batch.frames)
+    parts = max(1, round(total / frames))
+    for part in range(parts):
+        rows = outlook.signals[part * total // parts : (part + 1) * total // parts]
+        drift = observe(drift, [sum(values) / len(rows) for values in zip(*rows, strict=True)], outlook.batch.adapt)
     return drift
 
 
@@ -594,11 +597,11 @@ def next_proxies(
         return proxies
     # A plain mean until the window is full, then an exponential one.
     weight = frames / (frames + max(0, min(proxies.frames, WINDOW - frames)))
-    moved = proxies.model_copy(
-        update={
-            "frames": proxies.frames + frames,
-            "confidence": proxies.confidence + weight * (outlook.mean_confidence - proxies.confidence),
-            "entropy": max(0.0, proxies.entropy + weight * (outlook.mean_entropy - proxies.entropy)),
-        }
-    )
-    return moved if outlook.observed is None else fold(moved, outlook.observed, generated, model)
+    moved: dict[str, Any] = {
+        "frames": proxies.frames + frames,
+        "confidence": proxies.confidence + weight * (outlook.mean_confidence - proxies.confidence),
+        "entropy": max(0.0, proxies.entropy + weight * (outlook.mean_entropy - proxies.entropy)),
+    }
+    if outlook.observed is not None:
+        moved |= folded(proxies, outlook.observed, generated, model)
+    return proxies.model_copy(update=moved)

@@ -59,3 +59,15 @@ def test_estimates_stay_shares_whatever_the_signals(estimator: Estimator) -> Non
         assert 0 <= source <= 1
     usual = dict.fromkeys(NAMES, math.nan)
     assert model.accuracies({}) == model.accuracies(usual)
+
+
+def test_one_stream_is_estimated_as_many_are(estimator: Estimator) -> None:
+    model, rows = AccuracyModel(estimator), table(9, 50).values
+    rows[::7, 1], rows[3, 0] = math.nan, 2.0
+    both = model.of(rows)
+    low, high = model.interval(both[:, 0])
+    for row, expected, ends in zip(rows, both, zip(low, high, strict=True), strict=True):
+        assert model.accuracies(dict(zip(NAMES, row, strict=True))) == pytest.approx(tuple(expected))
+        assert model.ends(float(expected[0])) == pytest.approx(ends)
+    assert model.ends(0.0) == pytest.approx([float(end[0]) for end in model.interval(np.zeros(1))])
+    assert model.ends(1.0) == pytest.approx([float(end[0]) for end in model.interval(np.ones(1))])
