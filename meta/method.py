@@ -21,9 +21,10 @@ TINY = 1e-12
 class Forward:
     """A forward pass that `update` can go on from.
 
-    logits (B, classes), features (B, F), rows (B, P) or None, stream (B,) int64 in [0, S), counts (S,) float, and
-    the state it ran under. logits carry a graph; use `detach` before they leave. `frames` and `kept` are what some
-    methods need again: the frames themselves, and whatever else `predict` worked out.
+    logits (B, classes), features (B, F), rows (B, P), None where there is no graph, stream (B,) int64 in [0, S), counts
+    (S,) float, and the state it ran under. logits carry a graph; use `detach` before they leave. `frames` and `kept`
+    are what some methods need again: the frames themselves, and whatever else `predict` worked out, of each stream
+    (S, ...), but for `probability` (B, classes).
     """
 
     logits: Tensor
@@ -77,6 +78,24 @@ class AdaptationMethod(Method, Protocol):
     def with_step_scale(self, factor: float) -> Method:
         """The same method with its step size multiplied."""
         ...
+
+
+def narrowed(forward: Forward, streams: list[int]) -> Forward:
+    """The same for some of the streams alone, with their frames; without a graph."""
+    index = torch.tensor(streams)
+    place = torch.full((len(forward.counts),), -1).index_copy_(0, index, torch.arange(len(index)))
+    stream = place.index_select(0, forward.stream)
+    frames = (stream >= 0).nonzero().flatten()
+    return Forward(
+        forward.logits.detach().index_select(0, frames),
+        forward.features.detach().index_select(0, frames),
+        None,
+        stream.index_select(0, frames),
+        forward.counts.index_select(0, index),
+        take(forward.state, index),
+        None if forward.frames is None else forward.frames.index_select(0, frames),
+        {name: t.index_select(0, frames if name == "probability" else index) for name, t in forward.kept.items()},
+    )
 
 
 def take(state: State, index: Tensor) -> State:

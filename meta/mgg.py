@@ -37,6 +37,7 @@ ALL_INPUTS: tuple[Input, ...] = (
     *("norm", "entropy", "discrepancy", "age", "batch"),
 )
 TINY = 1e-8
+FOCUS = 4  # frames of a micro-batch that give the gradient, where it was predicted without a graph
 
 
 class GeneratorSettings(BaseModel):
@@ -166,26 +167,26 @@ class MGG:
         rows = state["affine"].detach().index_select(0, stream)
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
         moments, correction = self._moments(stream, counts, state), self._correction(stream, state)
-        if torch.is_inference_mode_enabled():  # No update follows.
+        if graphless := torch.is_inference_mode_enabled():
             logits, features = self.model.forward_with_features(frames, rows, moments, correction)
         else:
-            with torch.enable_grad():
-                rows.requires_grad_()
-                logits, *pooled = self.model.forward_with_inputs(frames, rows, moments, correction)
-                features = torch.cat(pooled, 1)
+            logits, features = self._with_graph(frames, rows, moments, correction)
         kept: State = {}
         if moments is not None:
             kept["norm_mean"], kept["norm_variance"] = moments.mixed()
         if self.settings.class_filter:
             kept["probability"], belief = filter_classes(logits.detach(), stream, counts, state)
             kept |= belief
-        return Forward(logits, features, rows, stream, counts, state, kept=kept)
+        return Forward(logits, features, None if graphless else rows, stream, counts, state, frames, kept)
 
     def update(self, forward: Forward) -> Update:
-        frame_gradient, statistics, signals = self.gradient(forward)
+        """One update per stream. Where the frames were predicted in inference mode, the gradient is that of a few of
+        them, which are run once more; all count in the statistics."""
+        some, whole = (self._again(forward), forward) if forward.rows is None else (forward, None)
+        frame_gradient, statistics, signals = self.gradient(some, whole=whole)
         with torch.no_grad():
-            update = self.generate(forward, frame_gradient, statistics, signals)
-        return Update(self._at_rest(update.state), update.signals)
+            update = self.generate(some, frame_gradient, statistics, signals)
+        return Update(self._at_rest(update.state), update.signals | {"frames": forward.counts})
 
     def observe(self, forward: Forward) -> State:
         """The state after frames that were predicted and not adapted on: the belief moves, and with BatchNorm its
@@ -195,6 +196,25 @@ class MGG:
         each update; where all of it is, the anchor would be let go as soon as it had worked, and swing.
         """
         return forward.state | self._carried(forward)
+
+    def _with_graph(
+        self, frames: Tensor, rows: Tensor, moments: NormMoments | None, correction: LayerCorrection | None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits, and the features with those of the first layer under the source affine."""
+        with torch.enable_grad():
+            logits, *pooled = self.model.forward_with_inputs(frames, rows.requires_grad_(), moments, correction)
+            return logits, torch.cat(pooled, 1)
+
+    def _again(self, forward: Forward) -> Forward:
+        """A few frames of every stream, with a graph."""
+        if forward.frames is None:
+            raise ValueError("there is neither a graph nor are there frames to make one from")
+        state, chosen = forward.state, evenly(forward.stream, forward.counts, FOCUS)
+        stream, counts = forward.stream.index_select(0, chosen), forward.counts.clamp(max=FOCUS)
+        rows = state["affine"].detach().index_select(0, stream)
+        conditions = self._moments(stream, counts, state), self._correction(stream, state)
+        logits, features = self._with_graph(forward.frames.index_select(0, chosen), rows, *conditions)
+        return Forward(logits, features, rows, stream, counts, state, kept=forward.kept)
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -214,35 +234,41 @@ class MGG:
     def _carried(self, forward: Forward) -> State:
         return {name: tensor for name, tensor in forward.kept.items() if name != "probability"}
 
-    def gradient(self, forward: Forward, retain_graph: bool = False) -> tuple[Tensor, State, State]:
+    def gradient(
+        self, forward: Forward, retain_graph: bool = False, whole: Forward | None = None
+    ) -> tuple[Tensor, State, State]:
         """The gradient of the sum of the streams' losses with respect to every frame's affine (B, P), the moved
-        statistics, and the signals."""
-        slopes, statistics, signals = self.objective(forward)
+        statistics, and the signals. `whole`: see `objective`."""
+        slopes, statistics, signals = self.objective(forward, whole)
         (frame_gradient,) = torch.autograd.grad(
             [forward.logits, forward.features], [forward.rows], list(slopes), retain_graph=retain_graph
         )
         return frame_gradient, statistics, signals
 
     @torch.no_grad()
-    def objective(self, forward: Forward) -> tuple[tuple[Tensor, Tensor], State, State]:
+    def objective(self, forward: Forward, whole: Forward | None = None) -> tuple[tuple[Tensor, Tensor], State, State]:
         """The gradient of the streams' losses with respect to logits (B, K) and features (B, F + F1), the moved
         statistics, and the signals: per-stream `loss` and its parts (S,), and the gaps (S, F + F1).
 
-        The gradient is written out, for it is a few lines: autograd took a tenth of a small pass for it.
+        `whole`: all frames of the micro-batches, of which `forward` has some; the statistics are theirs, but for those
+        of the first layer under the source affine. The gradient is written out, for it is a few lines: autograd took a
+        tenth of a small pass for it.
         """
         settings, known, state, stream = self.settings, self._known, forward.state, forward.stream
         frames, features = forward.counts.clamp_min(1), forward.features.detach()
-        log_p = forward.logits.detach().log_softmax(1)
-        p = log_p.exp()
-        entropy = (p * log_p).sum(1, keepdim=True).neg()
-        probability = forward.kept.get("probability", p)
-        joined = torch.cat([features, features.square(), probability, entropy], 1)
-        width = features.shape[1]
-        *means, mean_entropy = per_stream_mean(joined, stream, frames).split([width, width, self.classes, 1], 1)
+        log_p, p, entropy = _uncertainty(forward.logits)
+        if whole is None:
+            counted, means = frames, self._means(forward, p, entropy)
+        else:
+            counted, means = whole.counts.clamp_min(1), self._means(whole, *_uncertainty(whole.logits)[1:])
+            first = features[:, self._features :]
+            firsts = per_stream_mean(torch.cat([first, first.square()], 1), stream, frames).chunk(2, 1)
+            means[:2] = [torch.cat(both, 1) for both in zip(means[:2], firsts, strict=True)]
+        mean_entropy = means.pop().squeeze(1)
 
         names = ("feature_mean", "feature_square", "feature_classes")
         # See `observe`: large micro-batches must not replace the whole window either.
-        counts = frames.clamp(max=settings.feature_window / 2)
+        counts = counted.clamp(max=settings.feature_window / 2)
         old = [state[name] for name in names]
         mean, square, classes = (
             running(*both, counts, settings.feature_window) for both in zip(old, means, strict=True)
@@ -253,7 +279,6 @@ class MGG:
         mean_gap, std_gap = (mean - expected) / known.scale, (std - expected_std) / known.scale
         squared = mean_gap.square() + std_gap.square()
         distance, novelty = squared[:, : self._features].mean(1), squared[:, self._features :].mean(1)
-        mean_entropy = mean_entropy.squeeze(1)
         signals = {
             "loss": settings.entropy_weight * mean_entropy + settings.discrepancy_weight * distance,
             "entropy": mean_entropy,
@@ -274,6 +299,15 @@ class MGG:
         rows = torch.stack([constant, slope]).index_select(1, stream)
         of_features = torch.addcmul(rows[0], rows[1], features)
         return (of_logits, of_features), dict(zip(names, (mean, square, classes), strict=True)), signals
+
+    def _means(self, forward: Forward, p: Tensor, entropy: Tensor) -> list[Tensor]:
+        """Of each stream's frames: features and their squares (S, F or F + F1), class probabilities (S, K) and entropy
+        (S, 1)."""
+        features, probability = forward.features.detach(), forward.kept.get("probability", p)
+        joined = torch.cat([features, features.square(), probability, entropy], 1)
+        width = features.shape[1]
+        means = per_stream_mean(joined, forward.stream, forward.counts.clamp_min(1))
+        return list(means.split([width, width, self.classes, 1], 1))
 
     def generate(self, forward: Forward, frame_gradient: Tensor, statistics: State, signals: State) -> Update:
         """From per-frame gradients (B, P) to the next state, in full precision.
@@ -376,6 +410,23 @@ class MGG:
             "batch": lambda: spread(counts.log2() / 6),
         }
         return torch.stack([made[name]() for name in self.settings.inputs], 1)
+
+
+def evenly(stream: Tensor, counts: Tensor, most: int) -> Tensor:
+    """Places of at most so many frames of each stream, evenly spread; stream (B,), counts (S,)."""
+    chosen, start = [], 0
+    for count in counts.long().tolist():
+        few = min(count, most)
+        chosen += [start + (2 * i + 1) * count // (2 * few) for i in range(few)]
+        start += count
+    return stream.argsort(stable=True).index_select(0, torch.tensor(chosen))
+
+
+def _uncertainty(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithms of probabilities and these (B, K), and entropies (B, 1), without a graph."""
+    log_p = logits.detach().log_softmax(1)
+    p = log_p.exp()
+    return log_p, p, (p * log_p).sum(1, keepdim=True).neg()
 
 
 def _with_first(source: SourceStatistics, model: AdaptableModel) -> SourceStatistics:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from meta.bundle import MGG_NAME, Bundle
 from meta.estimator import AccuracyModel
-from meta.method import Forward, State, finite_rows, put, take
+from meta.method import Forward, State, finite_rows, narrowed, put, take
+from meta.mgg import MGG
 from meta.norms import AdaptableModel, NormMoments
 from meta.objective import per_stream_mean
 from meta.proxies import WINDOW, Observed, Observer, folded
@@ -72,7 +73,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Gathered:
-    """All that a pass needs. From here on it runs without the engine's tensors, in any thread."""
+    """All that a pass needs. From here on it runs without the engine's tensors, in any thread.
+
+    `adapting` are predicted with a graph; `passive` without, which an update on a few frames does not need.
+    """
 
     adapting: Part | None
     passive: Part | None
@@ -108,8 +112,8 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Pass:
-    """The predictions of a pass, and what its update needs. `observed`: those tensors that frames without an update
-    have moved, a row for each of `passive`."""
+    """The predictions of a pass, and what its updates need: the streams of `forward` are those of `adapting`.
+    `observed`: those tensors that frames without an update have moved, a row for each of `passive`."""
 
     outlooks: list[Outlook]
     adapting: list[Outlook]
@@ -163,11 +167,17 @@ class Engine:
     """
 
     def __init__(
-        self, bundle: Bundle, step_scale: float = 1.0, observe: bool = True, source_share: float = SOURCE_SHARE
+        self,
+        bundle: Bundle,
+        step_scale: float = 1.0,
+        observe: bool = True,
+        source_share: float = SOURCE_SHARE,
+        thrifty: bool = False,
     ) -> None:
         """`observe` False: frames that do not adapt get the bare model's answer and leave no trace in the state.
 
         `source_share`: micro-batches that source answers too; besides, all of new and doubtful streams. 0: none.
+        `thrifty`: the bundle's own generator takes gradients from a few frames of each micro-batch.
         """
         self.bundle, self._observe = bundle, observe
         calibration = bundle.manifest.calibration
@@ -181,6 +191,7 @@ class Engine:
         self._shadow_every = round(1 / source_share) if source_share else 0
         self.bundle_hash = bundle.hash
         self._method = bundle.method.with_step_scale(step_scale)
+        self._thrifty = thrifty and isinstance(bundle.method, MGG)
         self._residents: dict[str, Resident] = {}
         self._headers = Headers()
         self._fresh = {name: tensor[0].clone() for name, tensor in self._method.fresh(1).items()}
@@ -275,40 +286,41 @@ class Engine:
 
     def gather(self, batches: list[MicroBatch]) -> Gathered:
         """Copy the states that the micro-batches need."""
-        return Gathered(
-            self._part([batch for batch in batches if batch.adapt]),
-            self._part([batch for batch in batches if not (batch.adapt or self._hurries(batch))]),
-            self._part([batch for batch in batches if self._hurries(batch)]),
-        )
+        hurried = [batch for batch in batches if self._hurries(batch)]
+        graphs = [batch for batch in batches if batch.adapt and not self._thrifty]
+        others = [batch for batch in batches if not self._hurries(batch) and (self._thrifty or not batch.adapt)]
+        return Gathered(self._part(graphs), self._part(others), self._part(hurried))
 
     def forward(self, gathered: Gathered) -> Pass:
         """Predict what was gathered."""
-        outlooks: list[Outlook] = []
-        forward = None
-        if gathered.adapting is not None:
-            part = gathered.adapting
-            frames, sights = self._frames(part)
-            forward = self._method.predict(frames, part.stream, part.state)
-            observed = self._look(frames, forward, part)
-            outlooks += self._outlooks(part, frames, forward.answer, observed, sights)
-        adapting, passive, kept = list(outlooks), list[Outlook](), State()
-        if gathered.passive is not None:
-            passive, kept = self._watch(gathered.passive)
         hurried = self._hurry(gathered.hurried) if gathered.hurried is not None else []
-        return Pass(adapting + passive + hurried, adapting, forward, passive, kept)
+        adapting, forward = self._predict(gathered.adapting) if gathered.adapting is not None else ([], None)
+        if gathered.passive is None:
+            return Pass(adapting + hurried, adapting, forward, [], {})
+        with torch.inference_mode():
+            watched, seen = self._predict(gathered.passive)
+            after = self._method.observe(seen)
+            moved = {name: tensor for name, tensor in after.items() if tensor is not seen.state[name]}
+        updating = [row for row, one in enumerate(watched) if one.batch.adapt]
+        if not updating:
+            return Pass(adapting + watched + hurried, adapting, forward, watched, moved)
+        resting = [row for row, one in enumerate(watched) if not one.batch.adapt]
+        return Pass(
+            watched + hurried,
+            [watched[row] for row in updating],
+            narrowed(seen, updating),
+            [watched[row] for row in resting],
+            take(moved, torch.tensor(resting)) if resting else {},
+        )
 
     def _hurries(self, batch: MicroBatch) -> bool:
         return not batch.adapt and (batch.hurried or not self._observe)
 
-    def _watch(self, part: Part) -> tuple[list[Outlook], State]:
-        """Frames that make no update, but show what their stream is like."""
+    def _predict(self, part: Part) -> tuple[list[Outlook], Forward]:
         frames, sights = self._frames(part)
-        with torch.inference_mode():
-            forward = self._method.predict(frames, part.stream, part.state)
-            observed = self._look(frames, forward, part)
-            after = self._method.observe(forward)
-            moved = {name: tensor for name, tensor in after.items() if tensor is not part.state[name]}
-            return self._outlooks(part, frames, forward.answer, observed, sights), moved
+        forward = self._method.predict(frames, part.stream, part.state)
+        observed = None if self._observer is None else self._observer.observe(frames, forward, part.shadow)
+        return self._outlooks(part, frames, forward.answer, observed, sights), forward
 
     def _hurry(self, part: Part) -> list[Outlook]:
         """One forward of the bare model under the parameters that answer: no class filter, no question to source."""
@@ -321,9 +333,6 @@ class Engine:
             part = replace(part, fixed=None)
         logits = answer_barely(self.bundle.model, frames, part.stream, parameters)
         return self._outlooks(part, frames, logits, None, sights)
-
-    def _look(self, frames: Tensor, forward: Forward, part: Part) -> list[Observed] | None:
-        return None if self._observer is None else self._observer.observe(frames, forward, part.shadow)
 
     def adapt(self, passed: Pass) -> Proposals:
         """The update of every micro-batch that adapts, and what the others have shown of their streams."""

@@ -123,7 +123,9 @@ class Worker:
         self._intake = Intake(config.frames, self._decoder, self._offsets, self._publisher, self.metrics)
         self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
         policies = Policies(config.policy, config.streams)
-        engine = Engine(bundle, config.adapt.step_scale, config.adapt.enabled, config.guard.source_share)
+        adapt = config.adapt
+        thrifty = adapt.mode == "on_demand"
+        engine = Engine(bundle, adapt.step_scale, adapt.enabled, config.guard.source_share, thrifty)
         self._streams = Streams(
             engine,
             store,

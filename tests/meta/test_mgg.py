@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meta.method import finite_rows
-from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.mgg import FOCUS, MGG, GeneratorSettings, LearnedOptimizer, evenly
 from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, discrepancy, entropy, feature_statistics, per_stream_mean, running
@@ -64,6 +64,35 @@ def test_interleaved_frames_are_told_apart() -> None:
     order = torch.tensor([0, 2, 5, 1, 3, 4])
     sorted_ = METHOD.update(METHOD.predict(frames[order], torch.tensor([0, 0, 0, 1, 1, 1]), state))
     torch.testing.assert_close(mixed.state["affine"], sorted_.state["affine"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_updates_without_a_graph_run_a_few_frames_again(interleaved: bool) -> None:
+    """Up to so many frames are all that there are: then it is the same update. Of more, all count in the statistics."""
+    state, sizes = lived_in(3, 0), [FOCUS, 2, 16]
+    frames = torch.randn(sum(sizes), 1, 12, 12, generator=torch.Generator().manual_seed(2))
+    stream = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    if interleaved:
+        stream = stream[torch.randperm(len(stream), generator=torch.Generator().manual_seed(3))]
+    whole = METHOD.update(METHOD.predict(frames, stream, state))
+    with torch.inference_mode():
+        forward = METHOD.predict(frames, stream, state)
+    assert not forward.logits.requires_grad
+    found = METHOD.update(forward)
+    for name, tensor in whole.state.items():
+        torch.testing.assert_close(found.state[name][:2], tensor[:2], rtol=1e-3, atol=1e-5, msg=name)
+    first = METHOD.model.feature_count
+    for name in ("feature_mean", "feature_square"):
+        torch.testing.assert_close(found.state[name][:, :first], whole.state[name][:, :first], rtol=1e-4, atol=1e-6)
+    assert found.signals["frames"].tolist() == sizes
+    assert not torch.allclose(found.state["affine"][2], whole.state["affine"][2], atol=1e-6)
+    way = [(one.state["affine"] - state["affine"])[2] for one in (found, whole)]
+    assert float(torch.cosine_similarity(*way, dim=0)) > 0.7
+
+
+def test_places_are_spread_evenly() -> None:
+    stream = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0, 0, 0])
+    assert evenly(stream, torch.tensor([8.0, 2.0]), 4).tolist() == [2, 5, 7, 9, 0, 3]
 
 
 def test_fresh_streams_predict_as_the_source() -> None:
