@@ -61,11 +61,11 @@ class Operator:
     def listed(self, streams: list[str] | None = None) -> list[Listed]:
         """These streams, or all, by name. Raises StateError for an unknown one."""
         names = sorted(self._store.streams()) if streams is None else streams
-        return [self._as_listed(name, found) for name, found in zip(names, self._store.overview(names), strict=True)]
+        return [
+            self._as_listed(name, found) for name, found in zip(names, require_known(self._store, names), strict=True)
+        ]
 
     def _as_listed(self, stream: str, found: Overview) -> Listed:
-        if not found.token:
-            raise _unknown(stream)
         try:
             header = decode_header(found.header) if found.header else StreamHeader(stream=stream, bundle="", method="")
         except StateError:
@@ -137,6 +137,15 @@ class Operator:
             header = header if header.events else after_last_event(header, claimed.event)
         snapshots = self._store.snapshots(stream)
         return Subject(header, tensors, lambda back: chosen_snapshot(snapshots, stream, back, self._like, self._bundle))
+
+
+def require_known(store: StateStore, streams: list[str]) -> list[Overview]:
+    """What is stored of these, in order. Raises StateError for an unknown one."""
+    found = store.overview(streams)
+    for stream, overview in zip(streams, found, strict=True):
+        if not overview.token:
+            raise _unknown(stream)
+    return found
 
 
 def _unknown(stream: str) -> StateError:

@@ -7,6 +7,8 @@ A stream has four keys, which share a hash tag and so lie on one node of a Clust
     {prefix}:{stream}:snapshots  list of earlier states, newest first
     {prefix}:{stream}:approved   parameters that a person approved, where one did
 
+A stream that was deleted leaves {prefix}:{stream}:deleted for a day, its last token: tokens go on from there.
+
 A partition has one, {prefix}:mark:{group}/{topic}/{partition}: all of its frames before this offset are in the states.
 Where Kafka's committed offset is further, the store has lost what it knew, by a crash or from a backup.
 
@@ -37,6 +39,10 @@ from worker.redis_client import connect
 Result = TypeVar("Result")
 
 _CLAIM = """
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  local last = redis.call('GET', KEYS[5])
+  if last then redis.call('HSET', KEYS[1], 'token', last) end
+end
 local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
 redis.call('HSET', KEYS[1], 'owner', ARGV[1])
 redis.call('HDEL', KEYS[1], 'written')
@@ -67,6 +73,16 @@ else
 end
 return 1
 """
+
+# ARGV: seconds for which the last token is kept.
+_DELETE = """
+local token = redis.call('HGET', KEYS[1], 'token')
+if not token then return 0 end
+redis.call('SET', KEYS[5], token, 'EX', ARGV[1])
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
+return 1
+"""
+DELETED_S = 86_400  # a worker that was paused for longer is no longer told from the stream's next one
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,10 @@ class StateStore:
         base = f"{self._settings.prefix}:{{{quote(stream, safe='')}}}"
         return [base, f"{base}:tensors", f"{base}:snapshots", f"{base}:approved"]
 
+    def _all_keys(self, stream: str) -> list[str]:
+        keys = self.keys(stream)
+        return [*keys, f"{keys[0]}:deleted"]
+
     def reconnected(self) -> bool:
         """Whether connections were opened since the last call, but for the very first.
 
@@ -135,7 +155,7 @@ class StateStore:
 
     def claim(self, streams: list[str], owner: str) -> list[Claimed]:
         """Take over streams, in order."""
-        rows = self._scripts(_CLAIM, [(self.keys(stream), [owner]) for stream in streams])
+        rows = self._scripts(_CLAIM, [(self._all_keys(stream), [owner]) for stream in streams])
         return [
             Claimed(int(token), header, self._unpacked(tensors), event, self._unpacked(approved))
             for token, header, tensors, event, approved in rows
@@ -145,6 +165,11 @@ class StateStore:
         """Write states, in order; False where another worker has claimed the stream since."""
         calls = [(self.keys(w.stream), self._arguments(w)) for w in writes]
         return [bool(accepted) for accepted in self._scripts(_WRITE, calls)]
+
+    def delete(self, streams: list[str]) -> list[bool]:
+        """Remove all keys of streams, in order; False where there was none. A worker that has one finds its next write
+        refused."""
+        return [bool(n) for n in self._scripts(_DELETE, [(self._all_keys(s), [DELETED_S]) for s in streams])]
 
     def read(self, stream: str) -> Claimed:
         """What is stored, without claiming it. The token is 0 for an unknown stream."""

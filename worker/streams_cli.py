@@ -100,6 +100,25 @@ def rollback(
     _say(_operator(config).rollback(stream, back, reason))
 
 
+@streams_app.command()
+def delete(
+    streams: Annotated[list[str], typer.Argument(help="Stream ids.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Remove what is stored of cameras that are gone. One that sends again begins anew, from the source model."""
+    from worker.operate import require_known
+    from worker.store import StateStore
+
+    store = StateStore(load_config(config).store)
+    for stream, found in zip(streams, require_known(store, streams), strict=True):
+        print(f"{stream}: {found.tensor_bytes} bytes, {found.snapshots} snapshots, last with {found.owner}")
+    if not yes:
+        typer.confirm("Delete for good?", abort=True)
+    store.delete(streams)
+    print(f"deleted: {len(streams)}")
+
+
 def _brief(number: int, snapshot: Snapshot) -> str:
     seen = snapshot.proxies
     estimate = f", estimated accuracy {seen.estimated_accuracy:.1%}" if seen else ""

@@ -33,6 +33,26 @@ def feed(site: Site, worker: WorkerProcess, frames: int, total: int) -> list[str
     return ids
 
 
+def test_delete_while_a_worker_runs(site: Site, config: str) -> None:
+    worker = site.start()
+    feed(site, worker, 24, 24)
+    result = run_cli("streams", "delete", "cam", "--config", config)  # nobody there to answer
+    assert result.returncode == 1
+    assert "last with worker-1" in result.stdout
+    assert site.header("cam").frames == 24
+    result = run_cli("streams", "delete", "cam", "typo", "--yes", "--config", config)
+    assert result.returncode == 1
+    assert "'typo' has no stored state" in result.stderr
+    assert site.header("cam").frames == 24
+
+    assert "deleted: 1" in streams(config, "delete", "cam", "--yes")
+    assert "cam" not in streams(config, "list")
+    # Should it send again after all, it begins anew, under the same worker.
+    ids = feed(site, worker, 8, 8)
+    assert site.header("cam").step == 1
+    assert {site.predictions(ids)[i][-1].step for i in ids} == {0}
+
+
 def test_reset_and_rollback_while_a_worker_runs(site: Site, config: str) -> None:
     worker = site.start()
     ids = feed(site, worker, 40, 40)

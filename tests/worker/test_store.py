@@ -56,6 +56,21 @@ def test_a_lost_key_refuses_the_old_token(store: StateStore, store_url: str) -> 
     client.close()
 
 
+def test_a_deleted_stream_leaves_nothing_and_its_workers_stay_refused(store: StateStore, store_url: str) -> None:
+    client = redis.Redis.from_url(store_url)
+    store.claim(["cam", "cam"], "paused")
+    assert store.write([Write("cam", 2, 1, b"h", b"e", b"t", snapshot=b"s", approved=b"a")]) == [True]
+    assert client.exists(*store.keys("cam")) == 4
+    assert store.delete(["cam", "none"]) == [True, False]
+    assert client.exists(*store.keys("cam")) == 0
+    assert "cam" not in store.streams()
+    assert store.write([write("cam", 2, number=2)]) == [False]
+    (claimed,) = store.claim(["cam"], "next")
+    assert (claimed.token, claimed.header, claimed.tensors, claimed.approved) == (3, None, None, None)
+    assert store.write([write("cam", 2, number=2), write("cam", 3)]) == [False, True]
+    client.close()
+
+
 def test_header_alone_keeps_the_tensors(store: StateStore) -> None:
     store.claim(["cam"], "w")
     store.write([write("cam", 1, b"tensors")])
