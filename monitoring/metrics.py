@@ -134,6 +134,7 @@ class WorkerMetrics:
         self.lag = Gauge(
             "driftkeel_consumer_lag_records", "Records not finished yet.", ["topic", "partition"], registry=r
         )
+        self._lagging: set[tuple[str, str]] = set()
         self.partitions = Gauge("driftkeel_assigned_partitions", "Partitions that the worker reads.", registry=r)
         self.buffered = Gauge("driftkeel_buffered_frames", "Decoded frames that wait for their pass.", registry=r)
         self.resident = Gauge("driftkeel_resident_streams", "Streams whose state is in memory.", registry=r)
@@ -174,6 +175,10 @@ class WorkerMetrics:
 
     def set_lag(self, lags: dict[tuple[str, int], int]) -> None:
         """Lag of the assigned partitions, and of no others."""
-        self.lag.clear()
-        for (topic, partition), records in lags.items():
-            self.lag.labels(topic, str(partition)).set(records)
+        shown = {(topic, str(partition)): records for (topic, partition), records in lags.items()}
+        for labels, records in shown.items():
+            self.lag.labels(*labels).set(records)
+        # Not all at first: a scrape in between would see no partition.
+        for gone in self._lagging - set(shown):
+            self.lag.remove(*gone)
+        self._lagging = set(shown)

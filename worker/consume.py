@@ -256,6 +256,8 @@ class FrameConsumer:
         for partition in self.consumer.assignment():
             key = (partition.topic, partition.partition)
             newest, done = self.consumer.highwater(partition), self.offsets.next_offset(key)
+            if done is None and (following := self.consumer._subscription.assignment[partition].position):
+                done = following.offset  # Nothing was handed out yet: the store is away, perhaps.
             if newest is not None and done is not None:
                 lags[key] = max(0, newest - done)
         return lags

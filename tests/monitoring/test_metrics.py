@@ -261,6 +261,21 @@ def test_lag_of_lost_partitions_disappears() -> None:
     assert 'driftkeel_consumer_lag_records{partition="1",topic="frames"} 7.0' in text
 
 
+def test_a_scrape_in_between_sees_every_lag() -> None:
+    metrics = WorkerMetrics(0)
+    lags = {("frames", 0): 5, ("frames", 1): 6}
+    metrics.set_lag(lags)
+    labels, seen = metrics.lag.labels, []
+
+    def scraped(*values: str) -> object:
+        seen.append(generate_latest(metrics.registry).decode().count("driftkeel_consumer_lag_records{"))
+        return labels(*values)
+
+    with mock.patch.object(metrics.lag, "labels", scraped):
+        metrics.set_lag(lags)
+    assert seen == [2, 2]
+
+
 def test_frame_histograms_look_like_the_clients_own() -> None:
     registries = CollectorRegistry(), CollectorRegistry()
     buckets, values = (0.1, 0.25, 1.0), [0.0, 0.1, 0.11, 0.5, 1.0, 7.0]

@@ -125,6 +125,7 @@ def test_what_the_store_does_not_know_is_read_again(
     wait_for(second, 3)
     for _ in range(5):
         assert second.poll(0.05)[0] == []  # nothing is handed out before the store was asked
+    assert second.lag()[kafka_settings.topics.frames, 0] == 1  # and the lag shows all the same
     notes.away = False
     assert read(second, 10) == list(range(4, 11))
 
