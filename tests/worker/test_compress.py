@@ -1,7 +1,8 @@
 import zlib
 
+import numpy as np
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meta.bundle import load_bundle
@@ -61,3 +62,27 @@ def test_a_state_of_the_shipped_bundle_takes_at_most_60_percent_of_its_float32_b
     raw = 4 * sum(tensor.numel() for tensor in tensors.values())
     wire = len(encode_header(header)) + len(pack(encode_tensors(tensors, 20), Store().compression))
     assert wire <= 0.6 * raw
+
+
+@given(st.lists(st.tuples(st.sampled_from(["noise", "zeros", "few", "ramp"]), st.integers(0, 90_000)), max_size=5))
+@settings(deadline=None, max_examples=40)
+def test_every_kind_of_bytes_is_one_stream_that_zlib_reads(kinds: list[tuple[str, int]]) -> None:
+    random = np.random.default_rng(len(kinds))
+    makes = {
+        "noise": lambda n: random.integers(0, 256, n, np.uint8),
+        "zeros": lambda n: np.zeros(n, np.uint8),
+        "few": lambda n: random.integers(0, 90, n, np.uint8),
+        "ramp": lambda n: np.arange(n).astype(np.uint8),
+    }
+    content = b"".join(makes[kind](count).tobytes() for kind, count in kinds)
+    packed = pack(content, "deflate")
+    assert unpack(packed, LIMIT) == content
+    assert len(zlib.decompress(packed[4:])) == len(content)
+    assert len(packed) <= len(content) + 200
+
+
+def test_what_earlier_versions_packed_is_read() -> None:
+    content = np.random.default_rng(0).normal(size=1_000).astype(np.float32).tobytes() + b"123"
+    whole = len(content) // 4 * 4
+    planes = np.frombuffer(content, np.uint8, whole).reshape(-1, 4).T.tobytes()
+    assert unpack(b"DKZ1" + zlib.compress(planes + content[whole:], 1), LIMIT) == content
