@@ -58,16 +58,17 @@ class Decoder:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
 
     def decode(
-        self, frames: Sequence[Frame], received: float, keep_alive: Callable[[], object] = bool
+        self, frames: Sequence[tuple[Frame, float]], keep_alive: Callable[[], object] = bool
     ) -> list[DecodedFrame | FrameError]:
-        """One result per frame, in order. `keep_alive` is called now and then while that takes long."""
+        """One result per frame, in order; each frame comes with when it was received. `keep_alive` is called now and
+        then while that takes long."""
         # A share per thread rather than a task per frame: small frames decode faster than a task is handed over.
         share = -(-len(frames) // self._threads) or 1
         parts = [frames[i : i + share] for i in range(0, len(frames), share)]
         if len(frames) < 2:
-            return self._part(frames, received)
+            return self._part(frames)
         # A picture of a kilobyte may have all the pixels that are allowed, and hundreds may come at a time.
-        shares = [self._pool.submit(self._part, part, received) for part in parts]
+        shares = [self._pool.submit(self._part, part) for part in parts]
         while wait(shares, PATIENCE_S).not_done:
             keep_alive()
         return [result for part in shares for result in part.result()]
@@ -76,9 +77,9 @@ class Decoder:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _part(self, frames: Sequence[Frame], received: float) -> list[DecodedFrame | FrameError]:
+    def _part(self, frames: Sequence[tuple[Frame, float]]) -> list[DecodedFrame | FrameError]:
         results: list[DecodedFrame | FrameError] = []
-        for frame in frames:
+        for frame, received in frames:
             try:
                 pixels = decode_image(frame.image, self._limits, self._preprocess)
             except FrameError as error:

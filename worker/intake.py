@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from worker.decode import DecodedFrame, Decoder
 from worker.kafka_batches import Unreadable
 from worker.offsets import Offsets
 from worker.publish import Publisher
+from worker.turns import Arrived
 
 log = logging.getLogger("driftkeel.intake")
 
@@ -30,35 +30,36 @@ class Intake:
 
     def take(
         self,
-        records: list[Any],
+        arrived: list[Arrived],
         load: Callable[[list[str]], Callable[[Frame], bool]],
         keep_alive: Callable[[], object],
     ) -> list[DecodedFrame]:
-        """Decoded frames, in order. `load` makes streams resident and tells whether a frame is folded in already."""
-        received = time.monotonic()
-        frames: list[tuple[Frame, Any]] = []
+        """Decoded frames, in order. `load` makes streams resident and tells whether a frame is folded in already.
+
+        Offsets know of the records already.
+        """
+        frames: list[tuple[Frame, Arrived]] = []
         bad: list[tuple[Any, FrameError]] = []
-        for record in records:
-            position = _position(record)
-            self._offsets.received(position)
+        for arrival in arrived:
+            record = arrival[1]
             try:
-                frames.append((self._parsed(record, position), record))
+                frames.append((self._parsed(record, _position(record)), arrival))
             except FrameError as error:
                 bad.append((record, error))
-        self._metrics.frames.inc(len(records))
+        self._metrics.frames.inc(len(arrived))
         is_folded = load([frame.stream for frame, _ in frames])
-        new: list[tuple[Frame, Any]] = []
+        new: list[tuple[Frame, Arrived]] = []
         again: list[Position] = []
-        for frame, record in frames:
+        for frame, arrival in frames:
             if is_folded(frame):
                 again.append(frame.position)
             else:
-                new.append((frame, record))
+                new.append((frame, arrival))
         self._metrics.frames_again.inc(len(again))
         self._offsets.finished(again)
         decoded: list[DecodedFrame] = []
-        results = self._decoder.decode([frame for frame, _ in new], received, keep_alive)
-        for (_, record), result in zip(new, results, strict=True):
+        results = self._decoder.decode([(frame, at) for frame, (at, _) in new], keep_alive)
+        for (_, (_, record)), result in zip(new, results, strict=True):
             if isinstance(result, FrameError):
                 bad.append((record, result))
             else:

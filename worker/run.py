@@ -23,7 +23,7 @@ from monitoring.http import serve_metrics
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, UnreachableError
-from schemas.frame import Frame
+from schemas.frame import Frame, Position
 from worker.answer import Policies
 from worker.batcher import MicroBatcher
 from worker.commands import CommandList, CommandReader
@@ -43,6 +43,7 @@ from worker.step import Flight, Step
 from worker.store import StateStore
 from worker.streams import Streams
 from worker.trace import open_trace
+from worker.turns import Arrived, Turns
 from worker.upgrade import Upgrade
 from worker.warm_up import warm_up
 
@@ -55,6 +56,9 @@ STOCKED_S = 0.05  # and while frames for all threads' next passes are in memory:
 # Between two operations of torch a pass needs the interpreter for some microseconds. With Python's own 5 ms it waits
 # longer for it than the next operation takes, whenever the loop computes.
 SWITCH_S = 0.001
+TAKE_IN_S = 0.05  # decoding before the loop turns
+MAX_HELD = 64 << 20  # bytes that wait to be decoded before partitions are paused
+MAX_SHARE = 64  # records decoded in one go
 STUCK_AFTER_S = 60.0
 LAG_INTERVAL_S = 1.0
 COMMANDS_PATIENCE_S = 10.0
@@ -178,7 +182,8 @@ class Worker:
         self._scheduler = Scheduler(config.batch, config.adapt, policies, engine, self.metrics)
         self._flights: list[Flight] = []
         self._lag_shown = self._looked = 0.0
-        self._stash: list[Any] = []
+        self._stash: list[Arrived] = []
+        self._turns, self._share = Turns(), MAX_SHARE // 8
         self._partitions_of: dict[str, set[Partition]] = {}
         self._dropped: set[Partition] = set()
         log.info(
@@ -226,12 +231,9 @@ class Worker:
 
     def _turn(self) -> None:
         """Take in frames, begin what is due, and move on what is under way."""
-        records = self._poll()
-        if records:
-            self._dropped.clear()
-            frames = self._intake.take(records, self._load, self._keep_alive)
-            # Partitions that went while the store or the broker was waited for are read again, from their oldest.
-            self._batcher.add(f for f in frames if (f.position.topic, f.position.partition) not in self._dropped)
+        if not self._stocked:
+            self._look()
+        self._take_in()
         self._obey()
         self._start()
         if self._flights:
@@ -251,6 +253,21 @@ class Worker:
         self.metrics.last_progress.set_to_current_time()
         self.metrics.buffered.set(len(self._batcher))
         self._show_lag()
+
+    def _take_in(self) -> None:
+        """Decode what has come, of each stream by turns: all of it, or for a moment.
+
+        By small shares while that takes long. A picture of a kilobyte may take as long as thousands of others.
+        """
+        until, least = time.monotonic() + TAKE_IN_S, self.config.frames.decode_threads
+        while self._stash and (begun := time.monotonic()) < until:
+            records, self._stash = self._turns.take(self._stash, self._share)
+            self._dropped.clear()
+            frames = self._intake.take(records, self._load, self._keep_alive)
+            # Partitions that went while the store or the broker was waited for are read again, from their oldest.
+            self._batcher.add(f for f in frames if (f.position.topic, f.position.partition) not in self._dropped)
+            quick = time.monotonic() - begun < TAKE_IN_S / 2
+            self._share = min(2 * self._share, MAX_SHARE) if quick else max(least, self._share // 2)
 
     def _obey(self) -> None:
         """Commands that have come, to streams that are in no step."""
@@ -314,13 +331,6 @@ class Worker:
             self._lag_shown = time.monotonic()
             self.metrics.set_lag(self._consumer.lag())
 
-    def _poll(self) -> list[Any]:
-        """Records to take in now; none while too many frames are in memory."""
-        if not self._stocked:
-            self._look()
-        records, self._stash = self._stash, []
-        return records
-
     @property
     def _stocked(self) -> bool:
         """Whether the loop can do without a look at the topic for a moment."""
@@ -329,11 +339,12 @@ class Worker:
 
     def _look(self) -> None:
         wait = 0.0
-        if not self._flights:
+        if not self._flights and not self._stash:
             due = self._batcher.next_due()
             wait = IDLE_POLL_S if due is None else min(IDLE_POLL_S, max(0.0, due - time.monotonic()))
         # All partitions or none: the client loses sight of what it has fetched when only some of them are paused.
-        full = len(self._batcher) + len(self._stash) >= self.config.batch.max_buffered
+        held = sum(len(record.value or b"") for _, record in self._stash)
+        full = len(self._batcher) + len(self._stash) >= self.config.batch.max_buffered or held > MAX_HELD
         self._consumer.pause(full)
         self._receive(0.0 if full else wait)
 
@@ -341,9 +352,16 @@ class Worker:
         """Poll once. Partitions that were taken away are dropped before newer records are taken in."""
         records, gone = self._consumer.poll(timeout_s)
         self._looked = time.monotonic()
-        for partition in gone:
-            self._drop(partition)
-        self._stash += records
+        if gone:
+            before, self._dropped = self._dropped, set()
+            for partition in gone:
+                self._drop(partition)
+            # Where a stream has moved, its other partitions are read again, too: nothing newer goes before that.
+            records = [r for r in records if (r.topic, r.partition) not in self._dropped]
+            self._dropped |= before
+        for record in records:
+            self._offsets.received(Position(record.topic, record.partition, record.offset))
+        self._stash += [(self._looked, record) for record in records]
 
     def _keep_alive(self) -> None:
         """Keep the group membership while the loop waits for something else; that is no standstill."""
@@ -368,7 +386,7 @@ class Worker:
         A stream that has moved goes with every partition in which it was met; what is ours of these is read again.
         """
         self._dropped.add(partition)
-        self._stash = [r for r in self._stash if (r.topic, r.partition) != partition]
+        self._stash = [a for a in self._stash if (a[1].topic, a[1].partition) != partition]
         streams = [stream for stream, where in self._partitions_of.items() if partition in where]
         self._batcher.drop(streams)
         self._streams.release(streams)

@@ -166,14 +166,14 @@ def frame(offset: int, content: bytes) -> Frame:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_decoder_keeps_the_order_and_returns_errors_in_place(threads: int) -> None:
     decoder = Decoder(Frames(decode_threads=threads), GREY)
-    frames = [frame(i, b"junk" if i == 4 else picture(i)) for i in range(10)]
-    results = decoder.decode(frames, received=12.5)
+    frames = [(frame(i, b"junk" if i == 4 else picture(i)), 12.5 + i) for i in range(10)]
+    results = decoder.decode(frames)
     decoder.close()
     assert isinstance(results[4], FrameError)
     good = [r for r in results if not isinstance(r, FrameError)]
     assert [r.position.offset for r in good] == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    assert all(r.received == 12.5 for r in good)
-    assert decoder.decode([], 0.0) == []
+    assert all(r.received == 12.5 + r.position.offset for r in good)
+    assert decoder.decode([]) == []
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -189,6 +189,6 @@ def test_the_worker_is_kept_alive_while_decoding_takes_long(threads: int, monkey
         if len(alive) == 3:
             done.set()
 
-    assert len(decoder.decode([frame(i, b"x") for i in range(10)], 0.0, keep_alive)) == 10
+    assert len(decoder.decode([(frame(i, b"x"), 0.0) for i in range(10)], keep_alive)) == 10
     decoder.close()
     assert len(alive) >= 3
