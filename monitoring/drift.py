@@ -3,8 +3,8 @@
 Each micro-batch gives a few signals: the worker's are mean entropy and mean confidence. While a stream adapts, their
 running mean and variance are learned. Once it has settled these are the reference, and a two-sided cumulative sum
 (Page, "Continuous inspection schemes", Biometrika 1954) of the standardised signals watches for a change. On
-independent normal signals a lasting move of two deviations is found after three micro-batches (median; 95% within
-seven), one of four after two (all within three); a stream that stands still adapts on 6% of its micro-batches.
+independent normal signals a lasting move of two deviations is found after four micro-batches (median; 95% within
+six), one of four after two (95% within three); a stream that stands still adapts on 8% of its micro-batches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from schemas.state import DriftWatch
 
-ACTIVE = 12  # micro-batches that adapt after a stream began or moved
+ACTIVE, AGAIN = 12, 5  # micro-batches that adapt after a stream began, and after it moved
 RATE, SLOW_RATE = 1 / 16, 1 / 48  # of the running mean and variance, while settling and while watching
 SLACK, ALARM = 0.5, 6.0  # of the cumulative sums, in standard deviations
 CLIP = 4.0  # one strange micro-batch alone is no move
@@ -22,17 +22,19 @@ CALM = 1.5  # deviations between the newest micro-batch and the running mean tha
 PATIENCE = 4  # active phases after which a stream counts as settled all the same
 LEAST_DEVIATION = 1e-3
 HEALTHY = 0.05  # estimated accuracy may be so far below that of clean frames
-UPKEEP = 4  # one micro-batch of so many of a settled but unhealthy stream adapts
+UPKEEP, CHECK = 4, 16  # one micro-batch of so many of a settled stream adapts: of an unhealthy, of a healthy one
 
 
 def wants_update(watch: DriftWatch | None, estimated_accuracy: float, clean_accuracy: float) -> bool:
     """Whether the stream's next micro-batch should make an update.
 
-    A stream that has settled well below the accuracy of clean frames still makes one now and then: a slow way further.
+    A stream that has settled still makes one now and then: a slow way further, and more often where it has settled well
+    below the accuracy of clean frames.
     """
     if watch is None or watch.adapting:
         return True
-    return estimated_accuracy < clean_accuracy - HEALTHY and watch.rested >= UPKEEP - 1
+    unwell = estimated_accuracy < clean_accuracy - HEALTHY
+    return watch.rested >= (UPKEEP if unwell else CHECK) - 1
 
 
 def observe(watch: DriftWatch | None, signals: Sequence[float], adapted: bool) -> DriftWatch:
@@ -49,22 +51,24 @@ def observe(watch: DriftWatch | None, signals: Sequence[float], adapted: bool) -
 
 
 def _settling(watch: DriftWatch, signals: Sequence[float]) -> DriftWatch:
-    """Learn the reference; done when it has stood still for long enough."""
+    """Learn the reference; done when it has stood still for long enough. Of a stream that has moved it is known how far
+    its signals spread, so that it has less to learn; its cumulative sums are there, at zero."""
     if not watch.mean:
-        return DriftWatch(adapting=True, seen=1, mean=list(signals), variance=[0.0] * len(signals))
-    seen = watch.seen + 1
+        variance = watch.variance or [0.0] * len(signals)
+        return DriftWatch(seen=1, mean=list(signals), variance=variance, rise=watch.rise, fall=watch.fall)
+    seen, least = watch.seen + 1, AGAIN if watch.rise else ACTIVE
     rate = max(RATE, 1 / (seen + 1))
+    spread = SLOW_RATE if watch.rise else rate
     mean, variance, calm = [], [], True
     for value, m, v in zip(signals, watch.mean, watch.variance, strict=True):
         step = value - m
         mean.append(m + rate * step)
-        variance.append((1 - rate) * (v + rate * step * step))
+        variance.append((1 - spread) * (v + spread * step * step))
         calm = calm and abs(step) <= CALM * _deviation(variance[-1])
-    adapting = seen < ACTIVE or (not calm and seen < PATIENCE * ACTIVE)
+    if seen < least or (not calm and seen < PATIENCE * least):
+        return DriftWatch(seen=seen, mean=mean, variance=variance, rise=watch.rise, fall=watch.fall)
     zeros = [0.0] * len(mean)
-    return DriftWatch(
-        adapting=adapting, seen=seen if adapting else 0, mean=mean, variance=variance, rise=zeros, fall=zeros
-    )
+    return DriftWatch(adapting=False, mean=mean, variance=variance, rise=zeros, fall=zeros)
 
 
 def _watching(watch: DriftWatch, signals: Sequence[float]) -> DriftWatch:
@@ -78,7 +82,8 @@ def _watching(watch: DriftWatch, signals: Sequence[float]) -> DriftWatch:
         mean.append(m + SLOW_RATE * z * deviation)
         variance.append((1 - SLOW_RATE) * (v + SLOW_RATE * (z * deviation) ** 2))
     if max(*rise, *fall) > ALARM:
-        return DriftWatch(adapting=True, seen=0)
+        zeros = [0.0] * len(mean)
+        return DriftWatch(variance=variance, rise=zeros, fall=zeros)
     return DriftWatch(adapting=False, seen=watch.seen + 1, mean=mean, variance=variance, rise=rise, fall=fall)
 
 

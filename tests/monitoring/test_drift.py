@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from monitoring.drift import ACTIVE, UPKEEP
+from monitoring.drift import ACTIVE, AGAIN, CHECK, UPKEEP
 from monitoring.drift import observe as observe_it
 from monitoring.drift import wants_update as wants_update_at
 from schemas.state import DriftWatch
@@ -79,6 +79,32 @@ def test_signals_that_are_not_finite_change_nothing() -> None:
     watch = settled()
     assert observe(watch, [float("nan"), 0.5]) == watch
     assert observe(DriftWatch(), [0.1, float("inf")]) == DriftWatch()
+
+
+def test_a_stream_that_has_moved_settles_sooner_and_knows_how_far_its_signals_spread() -> None:
+    for seed in range(10):
+        watch = settled(seed)
+        while not watch.adapting:
+            watch = observe(watch, (LEVEL + 4 * DEVIATION * np.array([1, -1])).tolist())
+        spread = np.sqrt(watch.variance)
+        assert (spread > 0.3 * DEVIATION).all()
+        updates = 0
+        for values in signals(200 + seed, 4 * AGAIN, 4.0):
+            updates += wants_update(watch)
+            watch = observe(watch, values)
+            if not watch.adapting:
+                break
+        assert AGAIN <= updates < 4 * AGAIN
+        assert (np.sqrt(watch.variance) < 1.5 * spread).all()
+
+
+def test_settled_streams_that_are_well_update_seldom() -> None:
+    watch, updates = settled(), 0
+    for _ in range(5 * CHECK):
+        adapts = wants_update(watch)
+        watch = observe(watch, watch.mean)
+        updates += adapts
+    assert updates == 5
 
 
 def test_settled_streams_that_are_unwell_update_now_and_then() -> None:
