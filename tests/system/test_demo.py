@@ -1,5 +1,6 @@
 """The demo, small: its numbers, its report, and that it leaves nothing behind."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from tests.system.conftest import run_cli
 from tests.system.test_faults import _alive
 from worker.decode import decode_image
 from worker.demo.cameras import CAMERAS, film
+from worker.demo.run import _unwind_on_signals
 from worker.demo.summary import summarise
 
 
@@ -81,6 +84,17 @@ def test_interrupted_demo_stops_all_it_started(tmp_path: Path) -> None:
     while any(_alive(pid) for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_an_interrupt_that_somebody_else_catches_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    again = _unwind_on_signals()
+    again()
+    with contextlib.suppress(BaseException):  # as kafka-python's event loop does
+        handlers[signal.SIGINT](signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        again()
 
 
 @pytest.mark.parametrize("camera", CAMERAS, ids=lambda c: c.stream)

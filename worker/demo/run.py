@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,7 @@ def run_demo(
 ) -> int:
     """Returns the exit code: 0 only if every frame has its prediction."""
     console = Console()
-    # A supervisor's SIGTERM unwinds like Ctrl-C, so that every child is stopped.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    unwind = _unwind_on_signals()
     bundle = load_bundle(bundle_path)
     board = _prepare(bundle, frames, seed, console)
     try:
@@ -69,7 +68,7 @@ def run_demo(
                 open_view(view, console) as screen,
             ):
                 started = time.monotonic()
-                _replay(config.kafka, board, child, folder / "worker.log", screen)
+                _replay(config.kafka, board, child, folder / "worker.log", screen, unwind)
                 board.seconds = time.monotonic() - started
     except KeyboardInterrupt:
         console.print("stopped; broker, store and worker are gone")
@@ -169,7 +168,30 @@ def _page(config: WorkerConfig, folder: Path, wanted: bool, console: Console) ->
         child.stop()
 
 
-def _replay(kafka: Kafka, board: Scoreboard, worker: Child, worker_log: Path, screen: Any) -> None:
+def _unwind_on_signals() -> Callable[[], None]:
+    """From here on Ctrl-C, and a supervisor's SIGTERM like it, unwind, so that every child is stopped.
+
+    What is returned does so again for a signal that came before: where one arrives inside kafka-python, whose event
+    loop catches whatever is raised in it, that is the end of it.
+    """
+    asked: list[BaseException] = []
+
+    def unwind(number: int, _: object) -> None:
+        asked.append(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number))
+        raise asked[0]
+
+    def again() -> None:
+        if asked:
+            raise asked[0]
+
+    signal.signal(signal.SIGINT, unwind)
+    signal.signal(signal.SIGTERM, unwind)
+    return again
+
+
+def _replay(
+    kafka: Kafka, board: Scoreboard, worker: Child, worker_log: Path, screen: Any, unwind: Callable[[], None]
+) -> None:
     """Send frames, a bounded lead ahead of their predictions, until every one is answered or nothing moves."""
     arguments = connection(kafka)
     producer = KafkaProducer(**arguments, linger_ms=2, batch_size=64 << 10)
@@ -180,6 +202,7 @@ def _replay(kafka: Kafka, board: Scoreboard, worker: Child, worker_log: Path, sc
     answered = -1
     try:
         while board.answered < board.total:
+            unwind()
             _send(producer, kafka.topics.frames, board)
             _collect(outputs, kafka, board)
             if board.answered != answered:
