@@ -18,10 +18,8 @@ from schemas.errors import FrameError
 from schemas.frame import Frame, Position
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-JPEG = (
-    "JPEG",
-    "MPO",
-)  # MPO: several JPEGs in one file, as phones write for depth or brightness; the first is the picture
+# MPO is several JPEGs in one file, as phones write for depth or brightness; the first is the picture.
+JPEG = ("JPEG", "MPO")
 MAX_SCANS = 64  # of a JPEG. Encoders write some ten; each makes the decoder go over the whole picture again.
 STRIP = 256  # rows
 PATIENCE_S = 5.0
@@ -58,7 +56,7 @@ class Decoder:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
 
     def decode(
-        self, frames: Sequence[tuple[Frame, float]], keep_alive: Callable[[], object] = bool
+        self, frames: Sequence[tuple[Frame, float]], keep_alive: Callable[[], object] = lambda: None
     ) -> list[DecodedFrame | FrameError]:
         """One result per frame, in order; each frame comes with when it was received. `keep_alive` is called now and
         then while that takes long."""
