@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -98,7 +99,7 @@ def export(
             raise ConfigError(
                 "jsonl is the record as it was published, whole: it knows no --stream, --since or --until"
             )
-        print(f"{output}: {write_lines(_records(config, file), output)} records")
+        print(f"{output}: {write_lines(_readable(_records(config, file)), output)} records")
         return
     found = _histories(config, file, stream, since, until)
     columns = table([event for events in found.values() for event in events])
@@ -137,6 +138,21 @@ def _records(config: Path | None, file: Path | None) -> Iterator[Record]:
     return read_file(file) if file is not None else read_topic(load_config(config).kafka)
 
 
+def _readable(records: Iterable[Record]) -> Iterator[Record]:
+    """Those that could be read; a line says at the end how many could not."""
+    from worker.kafka_batches import counted
+
+    damaged: list[Record] = []
+    for record in records:
+        if record.damage:
+            damaged.append(record)
+        else:
+            yield record
+    if damaged:
+        missing = counted(sum(record.records for record in damaged))
+        print(f"driftkeel: {missing} left out; {damaged[0].damage}", file=sys.stderr)
+
+
 def _histories(
     config: Path | None,
     file: Path | None,
@@ -148,7 +164,7 @@ def _histories(
     from worker.audit.read import histories
 
     begin, end = (moment and moment.replace(tzinfo=moment.tzinfo or UTC) for moment in (since, until))
-    found = within(histories(_records(config, file)), streams or [], begin, end)
+    found = within(histories(_readable(_records(config, file))), streams or [], begin, end)
     if missing := [stream for stream in streams or [] if stream not in found]:
         raise StateError(f"no events of stream {missing[0]!r} there; without --stream all are shown")
     return found

@@ -20,7 +20,7 @@ from schemas.command import EVERY_STREAM, Command
 from schemas.config import Kafka
 from schemas.frame import Position
 from schemas.state import StreamHeader
-from worker.kafka_batches import Unreadable, pass_over_unreadable
+from worker.kafka_batches import Unreadable
 from worker.kafka_client import connection, open_client
 
 log = logging.getLogger("driftkeel.commands")
@@ -150,7 +150,6 @@ class CommandReader:
             auto_offset_reset="earliest",
             allow_auto_create_topics=False,
         )
-        pass_over_unreadable(consumer)
         try:
             numbers = consumer.partitions_for_topic(topic)
             if not numbers:

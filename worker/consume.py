@@ -19,13 +19,11 @@ from kafka.errors import (
     KafkaError,
     RebalanceInProgressError,
     UnknownMemberIdError,
-    UnsupportedCodecError,
 )
 from kafka.structs import OffsetAndMetadata
 
 from schemas.config import Kafka
-from schemas.errors import ConfigError, UnreachableError
-from worker.kafka_batches import pass_over_unreadable
+from schemas.errors import UnreachableError
 from worker.kafka_client import connection, open_client, until_reached
 from worker.kafka_join import poll_timeout
 from worker.offsets import Offsets, Partition
@@ -112,7 +110,6 @@ class FrameConsumer:
             )
 
         self.consumer = until_reached(make, f"the broker at {settings.bootstrap}", settings.connect_timeout_s, stop)
-        pass_over_unreadable(self.consumer)
         self.consumer.subscribe([settings.topics.frames], listener=_Listener(self))
 
     def poll(self, timeout_s: float) -> tuple[list[Any], set[Partition]]:
@@ -131,11 +128,6 @@ class FrameConsumer:
             self._failed("poll")
             log.warning("lost the consumer group (%s); joining again", error)
             polled = {}
-        except UnsupportedCodecError as error:
-            raise ConfigError(
-                f"topic {self._settings.topics.frames} has records in a compression that cannot be read here: {error}; "
-                "pip install 'kafka-python[lz4,snappy,zstd]'"
-            ) from error
         except KafkaError as error:
             if not error.retriable:
                 raise UnreachableError(f"the broker at {self._settings.bootstrap} refuses to go on: {error}") from error

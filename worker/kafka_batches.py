@@ -1,4 +1,4 @@
-"""A way past record batches that cannot be read, for consumers of kafka-python.
+"""A way past record batches that cannot be read, for all consumers: `worker.kafka_client.open_client` sees to it.
 
 The client raises where it meets one, and again after every restart: nothing behind it is ever read. Here one record
 comes in place of what cannot be read, so that offsets go on as with any other.
@@ -7,7 +7,7 @@ comes in place of what cannot be read, so that offsets go on as with any other.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kafka import TopicPartition
@@ -15,20 +15,50 @@ from kafka.consumer.fetcher import Fetcher
 from kafka.errors import UnsupportedCodecError
 from kafka.record.default_records import DefaultRecord
 
+from schemas.errors import ConfigError
+
 log = logging.getLogger("driftkeel.kafka")
 FORMAT = 2  # of batches since Kafka 0.11; older ones have no last offset
+CODECS = range(5)  # none, gzip, snappy, lz4, zstd
 OURS = (UnsupportedCodecError, MemoryError)  # what is wrong here and not with the batch
 
 
 class Unreadable(bytes):
-    """The value of a record that stands for what cannot be read; empty. Its offset is the last of these."""
+    """The value of a record that stands for `records` records that cannot be read; empty. Its offset is their last."""
 
     reason: str
+    records: int
 
-    def __new__(cls, reason: str) -> Unreadable:
+    def __new__(cls, reason: str, records: int = 1) -> Unreadable:
         made = super().__new__(cls)
-        made.reason = reason
+        made.reason, made.records = reason, records
         return made
+
+
+class PassedOver:
+    """Tells those who only look on what they do not see: a line at the first batch, the second, the fourth, ..."""
+
+    def __init__(self) -> None:
+        self._batches = self._records = 0
+
+    def readable(self, records: Iterable[Any]) -> Iterator[Any]:
+        """The records that could be read."""
+        for record in records:
+            if isinstance(record.value, Unreadable):
+                self._note(record.value)
+            else:
+                yield record
+
+    def _note(self, missing: Unreadable) -> None:
+        self._batches += 1
+        self._records += missing.records
+        if self._batches & (self._batches - 1) == 0:  # never a flood
+            log.warning("%s passed over so far; newest: %s", counted(self._records), missing.reason)
+
+
+def counted(records: int) -> str:
+    """So many records, in words."""
+    return f"{records} record{'' if records == 1 else 's'}"
 
 
 def pass_over_unreadable(consumer: Any) -> None:
@@ -105,13 +135,20 @@ class _Batch:
                 for record in self._batch:
                     first = max(first, record.offset + 1)
                     yield record
-            except OURS:
+            except UnsupportedCodecError as error:
+                if self._batch.compression_type in CODECS:
+                    raise ConfigError(
+                        f"topic {self._where.topic} has records in a compression that cannot be read here: {error}; "
+                        "pip install 'kafka-python[lz4,snappy,zstd]'"
+                    ) from error
+                damage = _text(error)
+            except MemoryError:
                 raise
             except Exception as error:  # noqa: BLE001 - as above, and codecs have errors of their own
                 damage = _text(error)
         if damage and first <= self._last:
             reason = f"offsets {first} to {self._last} of {_name(self._where)} cannot be read: {damage}"
-            yield DefaultRecord(0, self._last, 0, 0, None, Unreadable(reason), [])
+            yield DefaultRecord(0, self._last, 0, 0, None, Unreadable(reason, self._last - first + 1), [])
 
 
 def _name(where: TopicPartition) -> str:

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaError, KafkaTimeoutError, SaslAuthenticationFailedError, UnsupportedSaslMechanismError
 
 from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
+from worker.kafka_batches import pass_over_unreadable
 from worker.kafka_records import forgive_header_names
 from worker.kafka_unpack import bound_unpacking
 
@@ -60,6 +61,9 @@ def _tls(settings: Kafka) -> ssl.SSLContext:
 def open_client(kind: Any, **arguments: Any) -> Any:
     """A client of class `kind`. One that cannot reach its broker would leave its thread and sockets behind.
 
+    A consumer has `worker.kafka_batches.Unreadable` values in place of what cannot be read; its poll raises ConfigError
+    for records in a compression that is not installed.
+
     Raises KafkaError or OSError; one of REFUSALS where the broker is there and does not let us in.
     """
     forgive_header_names()
@@ -72,7 +76,10 @@ def open_client(kind: Any, **arguments: Any) -> Any:
 
     with _listening() as refusals:
         try:
-            return kind(kafka_client=remember, **arguments)
+            client = kind(kafka_client=remember, **arguments)
+            if isinstance(client, KafkaConsumer):
+                pass_over_unreadable(client)
+            return client
         except (KafkaError, OSError) as error:
             for connections in opened:
                 connections.close()

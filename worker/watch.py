@@ -20,6 +20,7 @@ from schemas.config import Kafka, WorkerConfig
 from schemas.errors import SourceError
 from schemas.prediction import Prediction
 from worker.decode import FORMATS
+from worker.kafka_batches import PassedOver
 from worker.kafka_client import connection, open_client, require_topics, until_reached
 
 REMEMBERED_IDS = 100_000
@@ -44,9 +45,10 @@ class Watcher:
 
     def predictions(self) -> Iterator[Prediction]:
         """Each once, until the run stops; a record that is no prediction is passed over."""
+        passed_over = PassedOver()
         while not self._stop.is_set():
             for records in self._consumer.poll(timeout_ms=200).values():
-                for record in records:
+                for record in passed_over.readable(records):
                     prediction = _parsed(record.value)
                     if prediction and self._wanted(prediction):
                         yield prediction

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from kafka import KafkaProducer, TopicPartition
 from kafka.consumer.fetcher import Fetcher
-from kafka.errors import UnsupportedCodecError
 from kafka.record import MemoryRecords
 from kafka.record.default_records import DefaultRecordBatchBuilder
 from kafka.record.legacy_records import LegacyRecordBatchBuilder
+from kafka.record.util import calc_crc32c
 
 from schemas.config import Kafka
-from worker.kafka_batches import Unreadable, pass_over_unreadable
+from schemas.errors import ConfigError
+from worker.kafka_batches import PassedOver, Unreadable, pass_over_unreadable
 from worker.kafka_records import MAX_HEADERS, forgive_header_names
 from worker.kafka_unpack import MAX_UNPACKED, bound_unpacking
 
@@ -61,15 +62,17 @@ def pack(base: int, values: list[bytes], codec: int = 0, headers: int = 0) -> by
 
 @contextlib.contextmanager
 def packing(settings: Kafka) -> Iterator[Callable[..., None]]:
-    """Sends frames of one key to partition 0, as one gzip batch; or as one whose bytes are no gzip."""
+    """Sends records of one key to partition 0, as one gzip batch; or as one whose bytes are no gzip."""
     arguments = {"max_request_size": 1 << 30, "batch_size": 1 << 30, "linger_ms": 500}
     producer = KafkaProducer(bootstrap_servers=settings.bootstrap, compression_type="gzip", **arguments)
 
-    def send(values: list[bytes], broken: bool = False, partition: int = 0) -> None:
+    def send(
+        values: list[bytes], broken: bool = False, partition: int = 0, topic: str = settings.topics.frames
+    ) -> None:
         with pytest.MonkeyPatch.context() as changed:
             if broken:
                 changed.setattr("kafka.record.default_records.gzip_encode", lambda content: b"no gzip")
-            futures = [producer.send(settings.topics.frames, key=b"cam", value=v, partition=partition) for v in values]
+            futures = [producer.send(topic, key=b"cam", value=v, partition=partition) for v in values]
             assert len({future.get(timeout=60).offset for future in futures}) == len(values)
 
     yield send
@@ -171,8 +174,30 @@ def test_a_damaged_header_is_left_by_single_offsets(read: Read, place: int) -> N
 def test_a_codec_that_is_missing_here_is_no_damage(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     content = bytes(pack(0, [b"a" * 999], codec=1))
     monkeypatch.setattr("kafka.codec.has_gzip", lambda: False)
-    with pytest.raises(UnsupportedCodecError):
+    with pytest.raises(ConfigError, match=r"topic frames .* gzip .* pip install"):
         read(content)
+
+
+def test_a_codec_that_nobody_knows_is_damage(read: Read) -> None:
+    strange = pack(1, [b"a" * 999] * 2, codec=1)
+    strange[22] = 7  # attributes
+    strange[17:21] = calc_crc32c(bytes(strange[21:])).to_bytes(4, "big")
+    found, following = read(bytes(pack(0, [b"a"]) + strange + pack(3, [b"b"])))
+    assert found[0] == 0
+    assert found[1].startswith("offsets 1 to 2 of frames/3 cannot be read: Unrecognized compression type")
+    assert (found[2:], following) == ([3], 4)
+
+
+def test_who_looks_on_is_told_seldom(caplog: pytest.LogCaptureFixture) -> None:
+    passed_over = PassedOver()
+    values = [b"a", Unreadable("offsets 1 to 3", 3), b"b", *(Unreadable(f"offset {n}") for n in range(5, 11)), b"c"]
+    records = [SimpleNamespace(value=value) for value in values]
+    assert [record.value for record in passed_over.readable(records)] == [b"a", b"b", b"c"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "3 records passed over so far; newest: offsets 1 to 3",
+        "4 records passed over so far; newest: offset 5",
+        "6 records passed over so far; newest: offset 7",
+    ]
 
 
 def test_the_client_alone_would_end(monkeypatch: pytest.MonkeyPatch) -> None:

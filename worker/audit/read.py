@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from schemas.config import Kafka
 from schemas.errors import StateError, UnreachableError
 from schemas.update import UpdateEvent
+from worker.kafka_batches import Unreadable
 from worker.kafka_client import connection, open_client, require_topics
 
 MAX_LINE_BYTES = 4 << 20
@@ -21,10 +23,15 @@ PATIENCE_MS = 10_000  # for a broker that has records and does not send them
 
 @dataclass(frozen=True)
 class Record:
-    """Bytes that should be an event, and where they were found."""
+    """Bytes that should be an event, and where they were found.
+
+    Where `records` records of the topic could not be read, they are one of these without bytes, and `damage` says why.
+    """
 
     content: bytes
     where: str
+    damage: str = ""
+    records: int = 1
 
     @property
     def event(self) -> UpdateEvent | None:
@@ -36,7 +43,7 @@ class Record:
 
 
 def read_topic(settings: Kafka) -> Iterator[Record]:
-    """All records that are in the updates topic now, each partition in its order.
+    """All records that are in the updates topic now, each partition in its order; also what cannot be read of it.
 
     Raises ConfigError where there is no such topic, UnreachableError where the broker is away.
     """
@@ -63,9 +70,16 @@ def _partition(consumer: KafkaConsumer, partition: TopicPartition) -> Iterator[R
         records = consumer.poll(timeout_ms=PATIENCE_MS).get(partition)
         if not records:
             raise UnreachableError(f"the broker sends no more of {partition.topic}/{partition.partition}; try again")
+        # Some brokers tell an end that is too early, within the last batch: newer ones are taken as they come.
         for record in records:
-            if record.offset < end:
-                yield Record(record.value or b"", f"{record.topic}/{record.partition}/{record.offset}")
+            yield _found(record)
+
+
+def _found(record: Any) -> Record:
+    where = f"{record.topic}/{record.partition}/{record.offset}"
+    if isinstance(record.value, Unreadable):
+        return Record(b"", where, record.value.reason, record.value.records)
+    return Record(record.value or b"", where)
 
 
 def read_file(path: Path) -> Iterator[Record]:

@@ -54,7 +54,7 @@ def verify(records: Iterable[Record], stored: Mapping[str, StreamHeader] | None 
     for record in records:
         event = record.event
         if event is None:
-            verdict.findings.append(Finding("unreadable", record.where, "is no update event"))
+            verdict.findings.append(Finding("unreadable", record.where, record.damage or "is no update event"))
         elif event.id != f"{event.stream}@{event.number}":
             verdict.findings.append(Finding("altered", event.id, f"says it is of stream {event.stream!r}"))
         else:

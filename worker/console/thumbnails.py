@@ -21,7 +21,7 @@ from PIL import Image
 
 from monitoring.console.app import Picture
 from schemas.config import Frames, Kafka
-from schemas.errors import FrameError
+from schemas.errors import ConfigError, FrameError
 from schemas.frame import Position
 from schemas.prediction import Prediction
 from worker.decode import open_image
@@ -132,7 +132,7 @@ class FrameReader:
                     fetch_max_wait_ms=self._kafka.fetch_max_wait_ms,
                 )
             return self._fetch(self._consumer, wanted)
-        except (KafkaError, OSError):
+        except (KafkaError, OSError, ConfigError):
             self.close()
             return {}
 

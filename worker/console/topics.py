@@ -17,9 +17,10 @@ from pydantic import ValidationError
 
 from monitoring.console.fleet import Fleet
 from schemas.config import Kafka
-from schemas.errors import UnreachableError
+from schemas.errors import ConfigError, UnreachableError
 from schemas.prediction import Prediction
 from schemas.update import UpdateEvent
+from worker.kafka_batches import PassedOver
 from worker.kafka_client import LONGEST_PAUSE_S, connection, open_client
 
 log = logging.getLogger("driftkeel.console")
@@ -38,7 +39,7 @@ class TopicReader(threading.Thread):
         self._settings, self._fleet, self._stop_event = settings, fleet, stop
         self.reached = False
         self._updates = settings.topics.updates
-        self._refused = 0
+        self._refused, self._passed_over = 0, PassedOver()
 
     def run(self) -> None:
         while not self._stop_event.is_set():
@@ -54,7 +55,7 @@ class TopicReader(threading.Thread):
                     self._read(consumer)
                 finally:
                     consumer.close(autocommit=False)
-            except (KafkaError, OSError, UnreachableError) as error:
+            except (KafkaError, OSError, ConfigError, UnreachableError) as error:
                 self.reached = False
                 log.warning("the topics cannot be read (%s); trying again", " ".join(str(error).split()))
                 self._stop_event.wait(LONGEST_PAUSE_S)
@@ -94,6 +95,7 @@ class TopicReader(threading.Thread):
 
     def take(self, topic: str, records: list[Any]) -> None:
         """Records of one topic, oldest first. Of a stream's predictions only the newest is looked into."""
+        records = list(self._passed_over.readable(records))
         if topic == self._updates:
             for record in records:
                 event = self._parsed(UpdateEvent, record.value)
