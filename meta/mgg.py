@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from meta.generator import Anchor, UpdateRule
-from meta.method import Forward, State, Update
+from meta.method import Forward, Method, State, Update
 from meta.norms import AdaptableModel, LayerCorrection, NormMoments
 from meta.objective import EPSILON, SourceStatistics, deviation, per_stream_mean, running
 from meta.temporal import filter_classes, fresh_belief
@@ -37,7 +37,7 @@ ALL_INPUTS: tuple[Input, ...] = (
     *("norm", "entropy", "discrepancy", "age", "batch"),
 )
 TINY = 1e-8
-FOCUS = 4  # frames of a micro-batch that give the gradient, where it was predicted without a graph
+GRADIENT_SHARE = 4  # one of so many frames gives a site's updates their gradient
 
 
 class GeneratorSettings(BaseModel):
@@ -113,7 +113,7 @@ class MGG:
         self._features = model.feature_count
         self.settings = learned.settings
         self.classes = classes
-        self.step_scale = 1.0
+        self.step_scale, self.gradient_share = 1.0, GRADIENT_SHARE
         self._kind = 2 * model.is_scale - 1
         self._channel, self._depth = _layout(model)
 
@@ -122,6 +122,12 @@ class MGG:
         scaled = copy.copy(self)
         scaled.step_scale = factor
         return scaled
+
+    def with_gradient_share(self, share: int) -> MGG:
+        """The same method, whose updates take their gradient from one of so many frames as served; 1: from all."""
+        sharing = copy.copy(self)
+        sharing.gradient_share = share
+        return sharing
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -179,9 +185,15 @@ class MGG:
             kept |= belief
         return Forward(logits, features, None if graphless else rows, stream, counts, state, frames, kept)
 
+    def serve(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
+        """As `predict`, the way sites do it: without a graph, where not every frame will give the update a gradient."""
+        some = self.gradient_share > 1 and bool((torch.bincount(stream) > 1).any())
+        with torch.inference_mode(some):
+            return self.predict(frames, stream, state)
+
     def update(self, forward: Forward) -> Update:
-        """One update per stream. Where the frames were predicted in inference mode, the gradient is that of a few of
-        them, which are run once more; all count in the statistics."""
+        """One update per stream. Where the frames were predicted in inference mode, the gradient is that of some
+        of them, which are run once more; all count in the statistics."""
         some, whole = (self._again(forward), forward) if forward.rows is None else (forward, None)
         frame_gradient, statistics, signals = self.gradient(some, whole=whole)
         with torch.no_grad():
@@ -206,11 +218,12 @@ class MGG:
             return logits, torch.cat(pooled, 1)
 
     def _again(self, forward: Forward) -> Forward:
-        """A few frames of every stream, with a graph."""
+        """The share of every stream's frames, one at least, with a graph."""
         if forward.frames is None:
             raise ValueError("there is neither a graph nor are there frames to make one from")
-        state, chosen = forward.state, evenly(forward.stream, forward.counts, FOCUS)
-        stream, counts = forward.stream.index_select(0, chosen), forward.counts.clamp(max=FOCUS)
+        state, counts = forward.state, (forward.counts / self.gradient_share).ceil()
+        chosen = evenly(forward.stream, forward.counts, counts)
+        stream = forward.stream.index_select(0, chosen)
         rows = state["affine"].detach().index_select(0, stream)
         conditions = self._moments(stream, counts, state), self._correction(stream, state)
         logits, features = self._with_graph(forward.frames.index_select(0, chosen), rows, *conditions)
@@ -412,11 +425,15 @@ class MGG:
         return torch.stack([made[name]() for name in self.settings.inputs], 1)
 
 
-def evenly(stream: Tensor, counts: Tensor, most: int) -> Tensor:
-    """Places of at most so many frames of each stream, evenly spread; stream (B,), counts (S,)."""
+def as_served(method: Method) -> Callable[[Tensor, Tensor, State], Forward]:
+    """How a site predicts with a method."""
+    return method.serve if isinstance(method, MGG) else method.predict
+
+
+def evenly(stream: Tensor, counts: Tensor, wanted: Tensor) -> Tensor:
+    """Places of so many `wanted` (S,) frames of each stream, evenly spread; stream (B,), counts (S,)."""
     chosen, start = [], 0
-    for count in counts.long().tolist():
-        few = min(count, most)
+    for count, few in zip(counts.long().tolist(), wanted.long().tolist(), strict=True):
         chosen += [start + (2 * i + 1) * count // (2 * few) for i in range(few)]
         start += count
     return stream.argsort(stable=True).index_select(0, torch.tensor(chosen))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from meta.estimator import AccuracyModel, Table
-from meta.method import Method, State
+from meta.method import State
+from meta.mgg import MGG
 from meta.objective import per_stream_mean
 from meta.proxies import SIGNALS, WINDOW, Observer, fold
 from meta.shifts import Shift
@@ -70,7 +71,7 @@ def cameras(
 
 
 def watch(
-    method: Method,
+    method: MGG,
     observer: Observer,
     streams: list[SimulatedStream],
     preprocessing: Preprocessing,
@@ -90,7 +91,7 @@ def watch(
                 camera.begin()
                 visits[place] += 1
         frames, labels, stream = draw(streams, FRAMES, preprocessing)
-        forward = method.predict(frames, stream, state)
+        forward = method.serve(frames, stream, state)
         asked = (stream + step) % (1 if step * FRAMES < YOUNG else SHADOW_EVERY) == 0
         chosen = asked.nonzero().flatten()
         observed = observer.observe(frames, forward, chosen)

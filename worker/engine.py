@@ -75,7 +75,7 @@ class Part:
 class Gathered:
     """All that a pass needs. From here on it runs without the engine's tensors, in any thread.
 
-    `adapting` are predicted with a graph; `passive` without, which an update on a few frames does not need.
+    `adapting` are predicted with a graph; `passive` without, which an update on some of the frames does not need.
     """
 
     adapting: Part | None
@@ -172,12 +172,10 @@ class Engine:
         step_scale: float = 1.0,
         observe: bool = True,
         source_share: float = SOURCE_SHARE,
-        thrifty: bool = False,
     ) -> None:
         """`observe` False: frames that do not adapt get the bare model's answer and leave no trace in the state.
 
         `source_share`: micro-batches that source answers too; besides, all of new and doubtful streams. 0: none.
-        `thrifty`: the bundle's own generator takes gradients from a few frames of each micro-batch.
         """
         self.bundle, self._observe = bundle, observe
         calibration = bundle.manifest.calibration
@@ -191,7 +189,6 @@ class Engine:
         self._shadow_every = round(1 / source_share) if source_share else 0
         self.bundle_hash = bundle.hash
         self._method = bundle.method.with_step_scale(step_scale)
-        self._thrifty = thrifty and isinstance(bundle.method, MGG)
         self._residents: dict[str, Resident] = {}
         self._headers = Headers()
         self._fresh = {name: tensor[0].clone() for name, tensor in self._method.fresh(1).items()}
@@ -287,8 +284,11 @@ class Engine:
     def gather(self, batches: list[MicroBatch]) -> Gathered:
         """Copy the states that the micro-batches need."""
         hurried = [batch for batch in batches if self._hurries(batch)]
-        graphs = [batch for batch in batches if batch.adapt and not self._thrifty]
-        others = [batch for batch in batches if not self._hurries(batch) and (self._thrifty or not batch.adapt)]
+        adapting = [batch for batch in batches if batch.adapt]
+        # Of several frames our own generator takes the gradient from some, and runs these once more.
+        whole = not isinstance(self._method, MGG) or all(len(batch.frames) == 1 for batch in adapting)
+        graphs = adapting if whole else []
+        others = [batch for batch in batches if not self._hurries(batch) and not (whole and batch.adapt)]
         return Gathered(self._part(graphs), self._part(others), self._part(hurried))
 
     def forward(self, gathered: Gathered) -> Pass:

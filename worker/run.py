@@ -128,8 +128,7 @@ class Worker:
         self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
         policies = Policies(config.policy, config.streams)
         adapt = config.adapt
-        thrifty = adapt.mode == "on_demand"
-        engine = Engine(bundle, adapt.step_scale, adapt.enabled, config.guard.source_share, thrifty)
+        engine = Engine(bundle, adapt.step_scale, adapt.enabled, config.guard.source_share)
         self._streams = Streams(
             engine,
             store,

@@ -185,8 +185,9 @@ class _Bench:
     def _method(self, cell: Cell, options: Options) -> Method:
         if cell.method == MGG_NAME:
             generator = self.config.generator(cell)
-            method: MGG = self.source.generator(load_bundle(generator.bundle))
-            return method
+            method = self.source.generator(load_bundle(generator.bundle))
+            # The paper's takes its gradient from all frames.
+            return method.with_gradient_share(generator.gradient_share) if isinstance(method, MGG) else method
         return build(cell.method, self.source.setup, **options)
 
     def _options(self, cell: Cell, journal: Journal) -> tuple[list[Options], list[dict[str, Any]]]:

@@ -16,6 +16,7 @@ from meta.benchmark.datasets import DataConfig
 from meta.benchmark.sources import ModelConfig
 from meta.benchmark.streams import SETTINGS, Setting
 from meta.bundle import MGG_NAME
+from meta.mgg import GRADIENT_SHARE
 from schemas.errors import ConfigError
 
 Variant = Literal["published", "tuned"]
@@ -31,6 +32,7 @@ class GeneratorConfig(BaseModel):
     variant: str = Field(min_length=1)
     bundle: Path
     models: tuple[str, ...] = Field((), description="names of models, or data/model; empty: all")
+    gradient_share: int = Field(GRADIENT_SHARE, ge=1, description="one of so many frames gives a gradient")
 
 
 class RunConfig(BaseModel):
@@ -171,7 +173,7 @@ def _methods(
     for name in names:
         if name == MGG_NAME:
             fitting = [g for g in config.generators if _matches(g.models, model)]
-            found += [(name, g.variant, _bundle_digest(g.bundle)) for g in fitting]
+            found += [(name, g.variant, _generator_digest(g)) for g in fitting]
         elif name in SINGLE:
             found.append((name, "", None))
         elif name != "bn" or batch_norm:
@@ -179,13 +181,16 @@ def _methods(
     return found
 
 
-def _bundle_digest(bundle: Path) -> str:
+def _generator_digest(generator: GeneratorConfig) -> str:
     """Of what the benchmark runs. Calibration and limits are not in it: a bundle may be calibrated anew."""
+    bundle, share = generator.bundle, generator.gradient_share
     try:
         manifest = json.loads((bundle / "manifest.json").read_bytes())
         content = {part: manifest[part] for part in ("model", "method", "preprocess", "files")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"generators: {bundle} is no bundle: {error}") from error
+    if share > 1:
+        content["gradient_share"] = share
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ from meta.baselines.own import Oracle
 from meta.benchmark.datasets import Pool
 from meta.benchmark.streams import Condition, Stream
 from meta.method import Method, State, finite_rows
+from meta.mgg import as_served
 from meta.source import as_frames, image_tensor
 
 MAX_PASS = 512  # frames of all streams in one pass
@@ -94,7 +95,7 @@ def _run_group(
 ) -> int:
     """Streams in order of falling length, so that those still running are the first rows of the state."""
     codes = [frames.codes(stream) for stream in streams]
-    refused = 0
+    predict, refused = as_served(method), 0
     for turn in range(math.ceil(len(streams[0]) / batch)):
         now = slice(turn * batch, (turn + 1) * batch)
         running = [i for i, stream in enumerate(streams) if len(stream) > now.start]
@@ -105,7 +106,7 @@ def _run_group(
         stream = torch.arange(len(running)).repeat_interleave(torch.tensor(sizes))
         seen = frames.batch(np.concatenate([codes[i][now] for i in running]), np.concatenate(images))
         labels = frames.labels[np.concatenate(images)]
-        forward = method.predict(seen, stream, state)
+        forward = predict(seen, stream, state)
         logits = forward.answer
         hits = (logits.argmax(1).numpy() == labels) & logits.isfinite().all(1).numpy()
         for i, part in zip(running, np.split(hits, np.cumsum(sizes)[:-1]), strict=True):
@@ -134,7 +135,7 @@ def relative_cost(method: Method, model: torch.nn.Module, frames: Tensor, labels
     """Time of predict and update over that of a plain forward, for one stream: medians of nine, taken in turn."""
     stream = torch.zeros(len(frames), dtype=torch.long)
     state = {name: tensor.detach() for name, tensor in method.fresh(1).items()}
-    plain, adapted = [], []
+    plain, adapted, predict = [], [], as_served(method)
     if isinstance(method, Oracle):
         method.labels = labels
     for _ in range(11):
@@ -142,7 +143,7 @@ def relative_cost(method: Method, model: torch.nn.Module, frames: Tensor, labels
         with torch.inference_mode():
             model(frames)
         middle = time.perf_counter()
-        method.update(method.predict(frames, stream, state))
+        method.update(predict(frames, stream, state))
         plain.append(middle - begin)
         adapted.append(time.perf_counter() - middle)
     return float(np.median(adapted[2:]) / np.median(plain[2:]))

@@ -62,7 +62,7 @@ def measure(
         batch = as_frames(torch.cat(seen), preprocessing.mean, preprocessing.std)
         truth = labels[index]
         right[0, :, step] = (_source(method, batch).argmax(1) == truth).view(len(cameras), BATCH).float()
-        forward = method.predict(batch, stream, state)
+        forward = method.serve(batch, stream, state)
         right[1, :, step] = (forward.answer.argmax(1) == truth).view(len(cameras), BATCH).float()
         state = method.update(forward).state
         if (step + 1) % max(1, steps // 5) == 0:

@@ -14,7 +14,7 @@ PASS_PIXELS = 1 << 20
 
 
 class PiecewiseMGG(MGG):
-    """As MGG, but `predict` runs forward and update of some streams after the other and keeps no graph.
+    """As MGG, but `serve` runs forward and update of some streams after the other.
 
     What a stream gets is the same: it does not depend on who shares its pass.
     """
@@ -26,17 +26,17 @@ class PiecewiseMGG(MGG):
         super().__init__(model, source, learned, classes)
         self._frames = frames
 
-    def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
+    def serve(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
         groups = _groups(torch.bincount(stream, minlength=len(state["affine"])).tolist(), self._frames)
         passed, updated, heads = [], [], []
         for first, last in groups:
             chosen = (stream >= first) & (stream < last)
             part = {name: tensor[first:last] for name, tensor in state.items()}
-            forward = super().predict(frames[chosen], stream[chosen] - first, part)
+            with torch.inference_mode():
+                forward = self.predict(frames[chosen], stream[chosen] - first, part)
             heads.append(self.model.frame_affine.head)
             updated.append(super().update(forward))
-            passed.append(Forward(**{**vars(forward), "logits": forward.logits.detach(), "rows": None}))
-            passed[-1].features.detach_()
+            passed.append(forward)
         kept = {name: torch.cat([forward.kept[name] for forward in passed]) for name in passed[0].kept}
         known = [head for head in heads if head is not None]
         self.model.frame_affine.head = torch.cat(known) if len(known) == len(heads) else None
@@ -52,7 +52,7 @@ class PiecewiseMGG(MGG):
         )
 
     def update(self, forward: Forward) -> Update:
-        """The update that `predict` has worked out already; of the newest forward only."""
+        """The update that `serve` has worked out already; of the newest forward only."""
         return self._next
 
 

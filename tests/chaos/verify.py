@@ -14,6 +14,7 @@ import torch
 
 from meta.bundle import Bundle, load_bundle
 from meta.method import State
+from meta.mgg import as_served
 from schemas.command import EVERY_STREAM, Command
 from schemas.config import Frames, Kafka
 from schemas.prediction import Prediction
@@ -210,7 +211,7 @@ def _replay(history: list[UpdateEvent], images: dict[str, bytes], bundle: Bundle
             continue
         pixels = [decode_image(images[frame_id], Frames(), preprocess) for frame_id in event.frames]
         frames = normalise_pixels(pixels, preprocess)
-        forward = method.predict(frames, torch.zeros(len(frames), dtype=torch.long), state)
+        forward = as_served(method)(frames, torch.zeros(len(frames), dtype=torch.long), state)
         # Frames without an update move what is known of their stream; those that the guard refused change nothing.
         if observed:
             state = method.observe(forward)

@@ -451,9 +451,9 @@ def test_a_few_streams_at_a_time_give_what_all_at_once_give() -> None:
     stream = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 4, 4])
     for _ in range(3):
         frames = torch.randn(len(stream), 1, SIDE, SIDE)
-        forward, piecewise = whole.predict(frames, stream, state), pieces.predict(frames, stream, other)
+        forward, piecewise = whole.serve(frames, stream, state), pieces.serve(frames, stream, other)
         torch.testing.assert_close(piecewise.answer, forward.answer)
-        torch.testing.assert_close(piecewise.features, forward.features.detach())
+        torch.testing.assert_close(piecewise.features, forward.features)
         assert model.frame_affine.head is not None
         assert len(model.frame_affine.head) == len(stream)
         update, joined = whole.update(forward), pieces.update(piecewise)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meta.method import finite_rows
-from meta.mgg import FOCUS, MGG, GeneratorSettings, LearnedOptimizer, evenly
+from meta.mgg import GRADIENT_SHARE, MGG, GeneratorSettings, LearnedOptimizer, evenly
 from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, discrepancy, entropy, feature_statistics, per_stream_mean, running
@@ -67,16 +67,15 @@ def test_interleaved_frames_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_updates_without_a_graph_run_a_few_frames_again(interleaved: bool) -> None:
-    """Up to so many frames are all that there are: then it is the same update. Of more, all count in the statistics."""
-    state, sizes = lived_in(3, 0), [FOCUS, 2, 16]
+def test_as_served_a_quarter_of_the_frames_gives_the_gradient(interleaved: bool) -> None:
+    """A single frame is all that there is: then it is the same update. Of more, all count in the statistics."""
+    state, sizes = lived_in(3, 0), [1, 1, 16]
     frames = torch.randn(sum(sizes), 1, 12, 12, generator=torch.Generator().manual_seed(2))
     stream = torch.arange(3).repeat_interleave(torch.tensor(sizes))
     if interleaved:
         stream = stream[torch.randperm(len(stream), generator=torch.Generator().manual_seed(3))]
     whole = METHOD.update(METHOD.predict(frames, stream, state))
-    with torch.inference_mode():
-        forward = METHOD.predict(frames, stream, state)
+    forward = METHOD.serve(frames, stream, state)
     assert not forward.logits.requires_grad
     found = METHOD.update(forward)
     for name, tensor in whole.state.items():
@@ -90,9 +89,29 @@ def test_updates_without_a_graph_run_a_few_frames_again(interleaved: bool) -> No
     assert float(torch.cosine_similarity(*way, dim=0)) > 0.7
 
 
-def test_places_are_spread_evenly() -> None:
+def test_single_frames_are_served_with_their_graph() -> None:
+    frames, stream = torch.randn(3, 1, 12, 12), torch.arange(3)
+    forward = METHOD.serve(frames, stream, lived_in(3, 0))
+    assert forward.logits.requires_grad
+    assert len(METHOD.gradient(forward)[0]) == 3
+
+
+def test_the_gradient_comes_from_frames_that_are_spread_evenly() -> None:
     stream = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0, 0, 0])
-    assert evenly(stream, torch.tensor([8.0, 2.0]), 4).tolist() == [2, 5, 7, 9, 0, 3]
+    assert evenly(stream, torch.tensor([8.0, 2.0]), torch.tensor([4.0, 2.0])).tolist() == [2, 5, 7, 9, 0, 3]
+    assert evenly(stream, torch.tensor([8.0, 2.0]), torch.tensor([2.0, 1.0])).tolist() == [4, 8, 3]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 16, 64])
+def test_the_gradient_is_that_of_a_quarter_and_of_one_frame_at_least(size: int) -> None:
+    run: list[int] = []
+    handle = METHOD.model.network.register_forward_pre_hook(lambda _, given: run.append(len(given[0])))
+    try:
+        stream = torch.zeros(size, dtype=torch.long)
+        METHOD.update(METHOD.serve(torch.randn(size, 1, 12, 12), stream, METHOD.fresh(1)))
+    finally:
+        handle.remove()
+    assert run == [size] if size == 1 else run == [size, -(-size // GRADIENT_SHARE)]
 
 
 def test_fresh_streams_predict_as_the_source() -> None:

@@ -93,7 +93,6 @@ def close(found: object, expected: object) -> None:
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("thrifty", [False, True])
 @pytest.mark.parametrize("network", [*NETWORKS, "BatchNorm, corrected", "LayerNorm, corrected"])
 @settings(max_examples=12)
 @given(
@@ -101,13 +100,13 @@ def close(found: object, expected: object) -> None:
     st.integers(0, 1 << 16),
 )
 def test_company_changes_nothing(
-    network: str, thrifty: bool, tiny_bundle_path: Path, rounds: list[list[tuple[int, bool]]], seed: int
+    network: str, tiny_bundle_path: Path, rounds: list[list[tuple[int, bool]]], seed: int
 ) -> None:
     bundle = bundle_with(network, tiny_bundle_path)
-    together = Engine(bundle, thrifty=thrifty)
+    together = Engine(bundle)
     names = [f"stream-{i}" for i in range(8)]
     admit(together, *names)
-    alone = {name: Engine(bundle, thrifty=thrifty) for name in names}
+    alone = {name: Engine(bundle) for name in names}
     for name, engine in alone.items():
         admit(engine, name)
     for number, sizes in enumerate(rounds):
