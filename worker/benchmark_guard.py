@@ -37,9 +37,12 @@ from worker.answer import answering
 from worker.batcher import MicroBatch
 from worker.benchmark_guard_attacks import ATTACKS, NAN_MARK, other_images
 from worker.decode import DecodedFrame
-from worker.engine import Engine, Part, Pass, next_header, normalise_pixels
+from worker.engine import Engine
 from worker.guard import Guard
 from worker.judge import judge
+from worker.known import next_header
+from worker.passes import Part, Pass
+from worker.pixels import normalise_pixels
 
 BATCH, PASS = 16, 256
 SEEDS = 3

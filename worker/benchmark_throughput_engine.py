@@ -22,9 +22,10 @@ from schemas.frame import Position
 from schemas.state import StreamHeader, StreamState
 from worker.batcher import MicroBatch
 from worker.decode import DecodedFrame
-from worker.engine import Engine, normalise_pixels
+from worker.engine import Engine
 from worker.guard import Guard
 from worker.judge import judge
+from worker.pixels import normalise_pixels
 from worker.resident import LIFETIME_S, PARSED
 
 GROWN = 1_000  # frames

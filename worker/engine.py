@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterable, Set
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,144 +17,26 @@ from meta.method import Forward, State, finite_rows, narrowed, put, take
 from meta.mgg import MGG
 from meta.norms import AdaptableModel, NormMoments
 from meta.objective import per_stream_mean
-from meta.proxies import WINDOW, Observed, Observer, folded
-from monitoring.drift import observe
-from schemas.bundle import Calibration, Preprocess
+from meta.proxies import Observed, Observer
+from schemas.bundle import Calibration
 from schemas.prediction import Parameters
-from schemas.state import DriftWatch, GuardState, RunningProxies, StreamHeader, StreamState
+from schemas.state import RunningProxies, StreamHeader, StreamState
 from worker.answer import named
 from worker.batcher import MicroBatch
-from worker.decode import Pixels
 from worker.guard import Sight, watched
+from worker.passes import Fixed, Gathered, Outlook, Part, Pass, Proposal, Proposals
+from worker.pixels import blank_frames, normalise_pixels
 from worker.resident import Headers, Resident
 
 TOP = 3
 FIRST_SLOTS = 16
 SOURCE_SHARE = 1 / 16
-BLANK_DEVIATION, BLANK_PIXELS = 2.0, 1_024  # of 255 grey levels, over so many of the pixels
-WAY = {"affine", "offset"}  # what of a state an update moves that can be gone in part
 FIXED = (
     "affine",
     "norm_mean",
     "norm_variance",
     "correction",
-)  # what of a state makes the model; the rest is for its updates
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """Frames of a part for which parameters answer that do not adapt, source or approved, without the class filter:
-    which frames (N,) of the part, each one's row (N,) in the parameters, and these."""
-
-    frames: Tensor
-    stream: Tensor
-    parameters: State
-
-
-@dataclass(frozen=True)
-class Part:
-    """Micro-batches gathered for one forward: pixels, each frame's row in `state`, and a copy of the streams' rows.
-
-    `shadow` (n,) are the places of the frames that the source model answers too. `headers` are the residents' as they
-    were when this was gathered, which another thread may read.
-    """
-
-    batches: list[MicroBatch]
-    residents: list[Resident]
-    headers: list[StreamHeader]
-    stream: Tensor
-    counts: Tensor
-    state: State
-    fixed: Fixed | None
-    shadow: Tensor
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """All that a pass needs. From here on it runs without the engine's tensors, in any thread.
-
-    `adapting` are predicted with a graph; `passive` without, which an update on some of the frames does not need.
-    """
-
-    adapting: Part | None
-    passive: Part | None
-    hurried: Part | None
-
-
-@dataclass(frozen=True)
-class Outlook:
-    """What one pass says of the frames of one micro-batch, in order, before any update.
-
-    `parameters` and their `step` are those that answered; the means are of the parameters that adapt, and so are the
-    entropy and confidence of each frame in `signals`.
-    """
-
-    batch: MicroBatch
-    resident: Resident
-    parameters: Parameters
-    step: int
-    top_index: list[list[int]]
-    top_confidence: list[list[float]]
-    mean_confidence: float
-    mean_entropy: float
-    signals: list[list[float]]
-    observed: Observed | None
-    sight: Sight
-
-    @property
-    def source_index(self) -> Sequence[int | None]:
-        """The class that source gives each frame, where it was asked: all of a micro-batch, or none."""
-        source = self.observed.source if self.observed is not None else ()
-        return source or [None] * len(self.batch.frames)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The predictions of a pass, and what its updates need: the streams of `forward` are those of `adapting`.
-    `observed`: those tensors that frames without an update have moved, a row for each of `passive`."""
-
-    outlooks: list[Outlook]
-    adapting: list[Outlook]
-    forward: Forward | None
-    passive: list[Outlook]
-    observed: State
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A stream's next state before the guard has seen it. `row` points into the tensors of all updates.
-
-    `update` is False where the parameters stay and only what is known of the stream has moved; then `row` points into
-    the tensors of what is `known`. `layers` says how far each norm layer moves.
-    """
-
-    outlook: Outlook
-    row: int
-    update: bool
-    signals: dict[str, float]
-    finite: bool
-    layers: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Proposals:
-    """The updates that a pass proposes, and the rows of state that they would leave; and of streams without an update
-    those tensors that move all the same."""
-
-    proposals: list[Proposal]
-    state: State
-    known: State
-
-    def shrink(self, proposal: Proposal, share: float, held: State) -> None:
-        """Go only so much of the way from the parameters that the stream `held`."""
-        for name in WAY & set(self.state):
-            row = self.state[name][proposal.row]
-            row.copy_(torch.lerp(held[name], row, share))
-
-    def replace(self, proposal: Proposal, state: State) -> None:
-        """Propose this state instead."""
-        for name, tensor in state.items():
-            self.state[name][proposal.row] = tensor
+)  # what of a state makes the model; the rest is for updates
 
 
 class Engine:
@@ -488,18 +368,6 @@ def _sight(look: tuple[list[int], float], classes: list[int], observed: Observed
     return Sight(look[0], look[1], dominant, classes.count(dominant) / len(classes), rank)
 
 
-def blank_frames(frames: np.ndarray) -> np.ndarray:
-    """(B,) bool: which frames uint8 (B, h, w) or (B, h, w, 3) are nearly one colour."""
-    channels = 1 if frames.ndim == 3 else frames.shape[-1]
-    some = frames.reshape(len(frames), -1, channels)
-    # Each channel's pixels side by side: over pixels that lie apart a sum takes ten times as long.
-    apart = np.ascontiguousarray(some[:, :: max(1, some.shape[1] // BLANK_PIXELS)].swapaxes(1, 2), np.float32)
-    count = apart.shape[2]
-    apart -= np.add.reduce(apart, 2, keepdims=True) / count
-    blank: np.ndarray = (np.einsum("bcn,bcn->bc", apart, apart) < BLANK_DEVIATION**2 * count).all(1)
-    return blank
-
-
 def _likeliest(logits: Tensor) -> torch.return_types.topk:
     """The first classes with their confidences, of logits that are calibrated."""
     return logits.softmax(1).nan_to_num().topk(min(TOP, logits.shape[1]), 1)
@@ -542,75 +410,3 @@ def _step_of(parameters: Parameters, header: StreamHeader) -> int:
     if parameters == "source":
         return 0
     return header.step if parameters == "adapted" else header.approved or 0
-
-
-def normalise_pixels(pixels: Sequence[Pixels] | np.ndarray, preprocess: Preprocess) -> Tensor:
-    """Decoded pixels, uint8 (h, w) or (h, w, 3), to the model's input: float (B, ch, h, w), channels-last."""
-    stacked = torch.from_numpy(pixels if isinstance(pixels, np.ndarray) else np.stack(pixels))
-    images = stacked.unsqueeze(1) if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2)
-    mean = torch.tensor(preprocess.mean).view(1, -1, 1, 1) * 255
-    std = torch.tensor(preprocess.std).view(1, -1, 1, 1) * 255
-    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-def next_header(
-    header: StreamHeader,
-    outlook: Outlook,
-    applied: bool,
-    watch: int = 0,
-    proxies: RunningProxies | None = None,
-    guard: GuardState | None = None,
-) -> StreamHeader:
-    """The header after these frames have been folded in, with or without an update.
-
-    `proxies` and `guard` are what is known after them; as before where None. `watch`: frames of a signal of drift
-    detection; 0 where nothing is watched.
-    """
-    frames = outlook.batch.frames
-    positions, folded = dict(header.positions), header.folded
-    for frame in frames:
-        positions[frame.position.log] = frame.position.offset
-        folded = hashlib.sha256(f"{folded}{frame.position}".encode()).hexdigest()
-    return header.model_copy(
-        update={
-            "positions": positions,
-            "folded": folded,
-            "frames": header.frames + len(frames),
-            "step": header.step + applied,
-            "events": header.events + 1,
-            "proxies": proxies or header.proxies,
-            "guard": guard or header.guard,
-            "drift": _seen(header.drift, outlook, watch) if watch and not outlook.batch.hurried else header.drift,
-            "probation": max(0, header.probation - len(frames)),
-        }
-    )
-
-
-def _seen(drift: DriftWatch | None, outlook: Outlook, frames: int) -> DriftWatch | None:
-    """The watch after this micro-batch: a larger one gives several signals, each of about so many frames, because the
-    fewer frames there are, the more a mean spreads."""
-    total = len(outlook.batch.frames)
-    parts = max(1, round(total / frames))
-    for part in range(parts):
-        rows = outlook.signals[part * total // parts : (part + 1) * total // parts]
-        drift = observe(drift, [sum(values) / len(rows) for values in zip(*rows, strict=True)], outlook.batch.adapt)
-    return drift
-
-
-def next_proxies(
-    proxies: RunningProxies, outlook: Outlook, generated: Mapping[str, float], model: AccuracyModel | None
-) -> RunningProxies:
-    """What is known of the stream's accuracy after these frames; `generated` are the signals of their update."""
-    frames = len(outlook.batch.frames)
-    if not (math.isfinite(outlook.mean_confidence) and math.isfinite(outlook.mean_entropy)):
-        return proxies
-    # A plain mean until the window is full, then an exponential one.
-    weight = frames / (frames + max(0, min(proxies.frames, WINDOW - frames)))
-    moved: dict[str, Any] = {
-        "frames": proxies.frames + frames,
-        "confidence": proxies.confidence + weight * (outlook.mean_confidence - proxies.confidence),
-        "entropy": max(0.0, proxies.entropy + weight * (outlook.mean_entropy - proxies.entropy)),
-    }
-    if outlook.observed is not None:
-        moved |= folded(proxies, outlook.observed, generated, model)
-    return proxies.model_copy(update=moved)

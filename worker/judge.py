@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from meta.method import State
 from meta.proxies import as_source
 from schemas.state import Snapshot, StreamHeader
-from worker.engine import Engine, Outlook, Proposal, Proposals, next_header, next_proxies
+from worker.engine import Engine
 from worker.guard import Guard, Verdict
+from worker.known import next_header, next_proxies
+from worker.passes import Outlook, Proposal, Proposals
 
 Restored = tuple[Snapshot, State]
 

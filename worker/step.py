@@ -28,11 +28,11 @@ from schemas.state import StreamHeader
 from schemas.update import UpdateEvent, seal
 from worker.answer import named
 from worker.batcher import MicroBatch, MicroBatcher
-from worker.engine import Gathered, Outlook, Pass, Proposal, Proposals
 from worker.guard import Guard, Verdict
 from worker.journal import Folded, Journal
 from worker.judge import Judgement, judge
 from worker.messages import PredictionWriter
+from worker.passes import Gathered, Outlook, Pass, Proposal, Proposals
 from worker.publish import Answer, Publisher
 from worker.streams import Streams
 from worker.trace import Span, Trace

@@ -24,7 +24,8 @@ from tests.system.conftest import Site
 from worker.audit.read import read_topic
 from worker.audit.verify import verify as verify_chain
 from worker.decode import decode_image
-from worker.engine import WAY, normalise_pixels
+from worker.passes import WAY
+from worker.pixels import normalise_pixels
 from worker.store import StateStore
 
 LIMIT = 64 << 20

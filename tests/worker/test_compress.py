@@ -11,7 +11,7 @@ from schemas.state import StreamHeader, encode_header, encode_tensors
 from tests.conftest import SHIPPED_BUNDLE, picture
 from worker.compress import pack, unpack
 from worker.decode import decode_image
-from worker.engine import normalise_pixels
+from worker.pixels import normalise_pixels
 
 LIMIT = 1 << 20
 

@@ -12,7 +12,10 @@ from schemas.frame import Position
 from schemas.state import RunningProxies, StreamHeader, StreamState
 from worker.batcher import MicroBatch
 from worker.decode import DecodedFrame
-from worker.engine import Engine, Fixed, answer_fixed, blank_frames, next_header, next_proxies, normalise_pixels
+from worker.engine import Engine, answer_fixed
+from worker.known import next_header, next_proxies
+from worker.passes import Fixed
+from worker.pixels import blank_frames, normalise_pixels
 
 
 def batch(stream: str, count: int, seed: int = 0, adapt: bool = True) -> MicroBatch:

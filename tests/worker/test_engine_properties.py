@@ -16,7 +16,8 @@ from meta.norms import AdaptableModel
 from meta.objective import feature_statistics
 from tests.worker.test_engine import admit, batch
 from worker.batcher import MicroBatch
-from worker.engine import Engine, normalise_pixels
+from worker.engine import Engine
+from worker.pixels import normalise_pixels
 
 
 class Tokens(nn.Module):

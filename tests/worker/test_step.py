@@ -14,10 +14,11 @@ from schemas.config import Adapt, Batch, Kafka, Store
 from schemas.config import Guard as GuardSettings
 from tests.worker.test_engine import admit, batch
 from worker.batcher import MicroBatcher
-from worker.engine import Engine, Gathered, Pass
+from worker.engine import Engine
 from worker.guard import Guard
 from worker.journal import Journal
 from worker.offsets import Offsets
+from worker.passes import Gathered, Pass
 from worker.publish import Publisher
 from worker.step import Step
 from worker.store import StateStore

@@ -17,7 +17,8 @@ from schemas.policy import Policy
 from schemas.state import GuardState, StreamHeader, encode_tensors
 from tests.worker.test_engine import admit, batch, step
 from worker.answer import answering
-from worker.engine import Engine, next_header
+from worker.engine import Engine
+from worker.known import next_header
 from worker.upgrade import GENERATORS_OWN, Upgrade
 
 

@@ -33,8 +33,8 @@ from worker.demo.cameras import CAMERAS, Reel, film
 from worker.demo.score import CameraScore, Scoreboard
 from worker.demo.view import open_view, table
 from worker.embedded import Broker, Child, EmbeddedStore, embedded_services, free_port, start_child
-from worker.engine import normalise_pixels
 from worker.kafka_client import connection, create_topics
+from worker.pixels import normalise_pixels
 
 PARTITIONS = 4
 LEAD = 256  # frames of a camera that may be on their way
