@@ -138,6 +138,11 @@ class WorkerMetrics:
         self.partitions = Gauge("driftkeel_assigned_partitions", "Partitions that the worker reads.", registry=r)
         self.buffered = Gauge("driftkeel_buffered_frames", "Decoded frames that wait for their pass.", registry=r)
         self.resident = Gauge("driftkeel_resident_streams", "Streams whose state is in memory.", registry=r)
+        self.homeless = Gauge(
+            "driftkeel_homeless_streams",
+            "Streams that source answers, as something else lies under their key in the store.",
+            registry=r,
+        )
         self.last_progress = Gauge(
             "driftkeel_last_progress_timestamp_seconds", "When the last step ended or found nothing to do.", registry=r
         )

@@ -157,6 +157,8 @@ class Control:
         if stream not in self._engine:
             return None
         resident = self._engine.resident(stream)
+        if resident.homeless:
+            return None  # They wait until it can be stored that they were obeyed.
         waiting = self._commands.after(resident.header)
         header, own, tensors, approved = resident.header, self._engine.tensors(stream), None, None
         events: tuple[SealedEvent, ...] = ()

@@ -106,6 +106,10 @@ class Journal:
         taken = [self._waiting.pop(stream).folded for stream in list(chosen) if stream in self._waiting]
         # A stream that was given up meanwhile begins again from what is stored.
         taken = [folded for folded in taken if self._held(folded[0])]
+        for folded in taken:
+            if folded[0].resident.homeless:  # Its frames are answered: that is all that becomes of them.
+                self._offsets.finished(position for one in folded for position in one.positions)
+        taken = [folded for folded in taken if not folded[0].resident.homeless]
         if not taken:
             return []
         accepted = self._streams.write([self._entry(folded) for folded in taken])

@@ -40,10 +40,13 @@ class Listed:
     header: StreamHeader | None
     tensor_bytes: int
     snapshots: int
+    foreign: str = ""
 
     @property
     def condition(self) -> str:
         """In a word: what a worker would find."""
+        if self.foreign:
+            return "foreign"
         if self.header is None:
             return "damaged"
         return "expired" if self.header.step and not self.tensor_bytes else "ok"
@@ -70,7 +73,7 @@ class Operator:
             header = decode_header(found.header) if found.header else StreamHeader(stream=stream, bundle="", method="")
         except StateError:
             header = None
-        return Listed(stream, found.owner, found.token, header, found.tensor_bytes, found.snapshots)
+        return Listed(stream, found.owner, found.token, header, found.tensor_bytes, found.snapshots, found.foreign)
 
     def snapshots(self, stream: str) -> list[Snapshot]:
         """What is kept for rollback, newest first."""
@@ -111,12 +114,14 @@ class Operator:
 
     def _known(self, stream: str) -> Claimed:
         stored = self._store.read(stream)
+        _refuse_foreign(stream, stored.foreign)
         if stored.header is None:
             raise _unknown(stream)
         return stored
 
     def _change(self, stream: str, change: Callable[[Subject, int], Entry]) -> UpdateEvent:
         (claimed,) = self._store.claim([stream], self._name)
+        _refuse_foreign(stream, claimed.foreign)
         entry = change(self._subject(stream, claimed), claimed.token)
         write = as_write(entry, claimed.token, self._compression)
         # Events wait beside the state, one a line, until the stream's next worker publishes them.
@@ -143,9 +148,14 @@ def require_known(store: StateStore, streams: list[str]) -> list[Overview]:
     """What is stored of these, in order. Raises StateError for an unknown one."""
     found = store.overview(streams)
     for stream, overview in zip(streams, found, strict=True):
-        if not overview.token:
+        if not overview.token and not overview.foreign:
             raise _unknown(stream)
     return found
+
+
+def _refuse_foreign(stream: str, foreign: str) -> None:
+    if foreign:
+        raise StateError(f"stream {stream!r} cannot be stored: {foreign}")
 
 
 def _unknown(stream: str) -> StateError:

@@ -23,7 +23,8 @@ class Resident:
 
     `stored` says whether the store has these tensors; what is fresh or was reset is not there yet. A stream that
     was released and admitted again has another object, by which what was begun before is known to be void. `approved`
-    are the parameters that a person approved, of those that make the model.
+    are the parameters that a person approved, of those that make the model. A token of 0 is no claim: the store cannot
+    keep the stream.
     """
 
     __slots__ = ("_headers", "approved", "packed", "slot", "stored", "token")
@@ -35,6 +36,11 @@ class Resident:
         self.packed: bytes | StreamHeader = header
         self._headers = headers
         self.header = header
+
+    @property
+    def homeless(self) -> bool:
+        """Whether nothing of the stream can be stored: source answers its frames, and nothing is made of them."""
+        return self.token == 0
 
     @property
     def header(self) -> StreamHeader:

@@ -237,7 +237,7 @@ class Worker:
         self._start()
         if self._flights:
             self._move_on()
-        self._refused(self._journal.flush_due())
+        self._refused(self._journal.flush_due() + self._streams.returned())
         if self._store.reconnected():
             self._begin_again()
         self._trim()
@@ -395,9 +395,10 @@ class Worker:
             self._drop(other)
 
     def _rewind(self, fenced: list[str]) -> None:
-        """Another worker claimed streams of ours. Read their partitions again: the broker decides whose they are."""
+        """Streams of ours must be claimed again, mostly as another worker has them. Read their partitions again: the
+        broker decides whose they are."""
         for partition in {p for stream in fenced for p in self._partitions_of.get(stream, ())}:
-            log.warning("another worker holds streams of partition %d; reading it again", partition[1])
+            log.warning("streams of partition %d must be claimed again; reading it again", partition[1])
             self._consumer.rewind(partition)
             self._drop(partition)
 

@@ -20,6 +20,7 @@ from worker.answer import Policies, answering
 from worker.batcher import MicroBatch
 from worker.engine import Engine
 
+HOMELESS = "something else lies under the stream's key in the store"
 SHED_AFTER = 0.5  # of the latency budget; the rest is for the pass
 SETTLED = "settled: drift detection sees no move (adapt.mode is on_demand)"
 
@@ -42,7 +43,10 @@ class Scheduler:
         return self._on_demand and not self._wanted(stream)
 
     def _decided(self, batch: MicroBatch, now: float) -> MicroBatch:
-        header = self._engine.resident(batch.stream).header
+        resident = self._engine.resident(batch.stream)
+        if resident.homeless:
+            return replace(batch, adapt=False, answer="source", hurried=True, reason=HOMELESS)
+        header = resident.header
         policy = self._policies.of(header)
         batch = replace(batch, answer=answering(policy, header, header.guard.trusted))
         late = self._late(batch, now)

@@ -17,10 +17,13 @@ streams over (a zombie) is so refused. Writes under one token are numbered: one 
 lost, counts once, and one that comes late, because a broken connection still held it, cannot undo a newer one. The last
 update event lies beside the state, so that a crash between writing the state and publishing the event cannot lose it.
 The header stays when tensors expire: an idle stream restarts from source and can say so.
+
+Where one of a stream's keys is of another type, somebody else put it there. No script touches such a stream.
 """
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,12 +39,32 @@ from worker.compress import unpack
 from worker.offsets import Partition
 from worker.redis_client import connect
 
+log = logging.getLogger("driftkeel.store")
 Result = TypeVar("Result")
 
-_CLAIM = """
+# The first key that no worker wrote, as {key, type}. The scripts below are given a stream's keys in this order.
+_FOREIGN = """
+local function foreign()
+  local types = {'hash', 'string', 'list', 'string', 'string'}
+  for i, key in ipairs(KEYS) do
+    local found = redis.call('TYPE', key)['ok']
+    if found ~= 'none' and found ~= types[i] then return {key, found} end
+  end
+  local token = redis.call('HGET', KEYS[1], 'token') or ''
+  if not string.match(token, '^%d+$') and redis.call('EXISTS', KEYS[1]) == 1 then
+    return {KEYS[1], 'hash without a token'}
+  end
+end
+local strange = foreign()
+"""
+
+_CLAIM = (
+    _FOREIGN
+    + """
+if strange then return strange end
 if redis.call('EXISTS', KEYS[1]) == 0 then
   local last = redis.call('GET', KEYS[5])
-  if last then redis.call('HSET', KEYS[1], 'token', last) end
+  if last and tonumber(last) then redis.call('HSET', KEYS[1], 'token', last) end
 end
 local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
 redis.call('HSET', KEYS[1], 'owner', ARGV[1])
@@ -49,14 +72,41 @@ redis.call('HDEL', KEYS[1], 'written')
 local stored = redis.call('HMGET', KEYS[1], 'header', 'event')
 return {token, stored[1], redis.call('GET', KEYS[2]), stored[2], redis.call('GET', KEYS[4])}
 """
+)
+
+_READ = (
+    _FOREIGN
+    + """
+if strange then return strange end
+local stored = redis.call('HMGET', KEYS[1], 'token', 'header', 'event')
+return {tonumber(stored[1]) or 0, stored[2], redis.call('GET', KEYS[2]), stored[3], redis.call('GET', KEYS[4])}
+"""
+)
+
+_OVERVIEW = (
+    _FOREIGN
+    + """
+if strange then return strange end
+local stored = redis.call('HMGET', KEYS[1], 'token', 'owner', 'header')
+local sizes = {redis.call('STRLEN', KEYS[2]), redis.call('LLEN', KEYS[3])}
+return {tonumber(stored[1]) or 0, stored[2], stored[3], sizes[1], sizes[2]}
+"""
+)
 
 # ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep, number,
 # approved or ''.
+# Types are looked at where this would write only: the claim has seen all of them, and each look costs microseconds.
 _WRITE = """
-local stored = redis.call('HMGET', KEYS[1], 'token', 'written')
-if stored[1] ~= ARGV[1] then return 0 end
+local function taken(i, kind)
+  local found = redis.call('TYPE', KEYS[i])['ok']
+  return found ~= 'none' and found ~= kind
+end
+local stored = redis.pcall('HMGET', KEYS[1], 'token', 'written')
+if stored['err'] or stored[1] ~= ARGV[1] then return 0 end
 if stored[2] == ARGV[8] then return 1 end
 if stored[2] and tonumber(stored[2]) > tonumber(ARGV[8]) then return 0 end
+if ARGV[4] ~= '' and taken(2, 'string') or ARGV[9] ~= '' and taken(4, 'string') then return 0 end
+if (ARGV[6] ~= '' or ARGV[5] ~= '0') and taken(3, 'list') then return 0 end
 redis.call('HSET', KEYS[1], 'header', ARGV[2], 'event', ARGV[3], 'written', ARGV[8])
 if ARGV[4] ~= '' then redis.call('SET', KEYS[2], ARGV[4]) end
 if ARGV[9] ~= '' then redis.call('SET', KEYS[4], ARGV[9]) end
@@ -75,36 +125,54 @@ return 1
 """
 
 # ARGV: seconds for which the last token is kept.
-_DELETE = """
+_DELETE = (
+    _FOREIGN
+    + """
+if strange then return 0 end
 local token = redis.call('HGET', KEYS[1], 'token')
 if not token then return 0 end
 redis.call('SET', KEYS[5], token, 'EX', ARGV[1])
 redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
 return 1
 """
+)
+
+# False where there is none; empty where something else is there.
+_MARK = """
+local found = redis.pcall('GET', KEYS[1])
+return type(found) == 'table' and '' or found
+"""
 DELETED_S = 86_400  # a worker that was paused for longer is no longer told from the stream's next one
 
 
 @dataclass(frozen=True)
 class Claimed:
-    """A claim, and what was stored: header is None for a stream never written, tensors also for an expired one."""
+    """A claim, and what was stored: header is None for a stream never written, tensors also for an expired one.
+
+    `foreign` says what lies under one of the stream's keys that no worker wrote; then nothing is claimed, token is 0.
+    """
 
     token: int
     header: bytes | None
     tensors: bytes | None
     event: bytes | None
     approved: bytes | None = None
+    foreign: str = ""
 
 
 @dataclass(frozen=True)
 class Overview:
-    """A stream in short: who claimed it last, its header, the bytes of its tensors, how many snapshots it has."""
+    """A stream in short: who claimed it last, its header, the bytes of its tensors, how many snapshots it has.
+
+    `foreign` as in `Claimed`.
+    """
 
     token: int
     owner: str
     header: bytes | None
     tensor_bytes: int
     snapshots: int
+    foreign: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,11 +223,7 @@ class StateStore:
 
     def claim(self, streams: list[str], owner: str) -> list[Claimed]:
         """Take over streams, in order."""
-        rows = self._scripts(_CLAIM, [(self._all_keys(stream), [owner]) for stream in streams])
-        return [
-            Claimed(int(token), header, self._unpacked(tensors), event, self._unpacked(approved))
-            for token, header, tensors, event, approved in rows
-        ]
+        return self._claimed(_CLAIM, [(self._all_keys(stream), [owner]) for stream in streams])
 
     def write(self, writes: list[Write]) -> list[bool]:
         """Write states, in order; False where another worker has claimed the stream since."""
@@ -173,35 +237,28 @@ class StateStore:
 
     def read(self, stream: str) -> Claimed:
         """What is stored, without claiming it. The token is 0 for an unknown stream."""
-        meta, tensors, _, approved = self.keys(stream)
-
-        def run(client: Any) -> Claimed:
-            token, header, event = client.hmget(meta, "token", "header", "event")
-            parts = [self._unpacked(client.get(key)) for key in (tensors, approved)]
-            return Claimed(int(token or 0), header, parts[0], event, parts[1])
-
-        return self._reach(run)
+        (found,) = self._claimed(_READ, [(self.keys(stream), [])])
+        return found
 
     def overview(self, streams: list[str]) -> list[Overview]:
         """What is stored, in order, without the tensors themselves."""
-        commands: list[tuple[Any, ...]] = []
-        for stream in streams:
-            meta, tensors, snapshots, _ = self.keys(stream)
-            commands += [
-                ("HMGET", meta, "token", "owner", "header"),
-                ("STRLEN", tensors),
-                ("LLEN", snapshots),
-            ]
-        found = self._pipeline(commands)
-        rows = zip(found[0::3], found[1::3], found[2::3], strict=True)
+        rows = self._scripts(_OVERVIEW, [(self.keys(stream), []) for stream in streams])
         return [
-            Overview(int(token or 0), (owner or b"").decode(errors="replace"), header, size, kept)
-            for (token, owner, header), size, kept in rows
+            Overview(0, "", None, 0, 0, said)
+            if (said := self._foreign(row))
+            else Overview(row[0], (row[1] or b"").decode(errors="replace"), *row[2:])
+            for row in rows
         ]
 
     def snapshots(self, stream: str) -> list[tuple[bytes, bytes]]:
-        """Kept states as (what was said of them, tensors), newest first."""
-        packed = self._reach(lambda client: client.lrange(self.keys(stream)[2], 0, -1))
+        """Kept states as (what was said of them, tensors), newest first. Raises StateError where nothing such is."""
+        key = self.keys(stream)[2]
+        try:
+            packed = self._reach(lambda client: client.lrange(key, 0, -1))
+        except UnreachableError as error:
+            if str(error.__cause__).startswith("WRONGTYPE"):
+                raise StateError(f"key {key} in the store is no list of snapshots: no worker wrote it") from error
+            raise
         kept = [_split(content) for content in packed]
         return [(said, unpack(tensors, self._settings.max_state_bytes)) for said, tensors in kept]
 
@@ -218,13 +275,36 @@ class StateStore:
         self._pipeline([("SET", self._mark_key(group, p), offset) for p, offset in offsets.items()])
 
     def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
-        """What was noted; partitions without a note are left out."""
-        found = self._pipeline([("GET", self._mark_key(group, p)) for p in partitions])
-        return {p: int(offset) for p, offset in zip(partitions, found, strict=True) if offset is not None}
+        """What was noted; partitions without a note are left out, and those where it is none: it is written anew."""
+        keys = [self._mark_key(group, p) for p in partitions]
+        marks = {}
+        for partition, key, found in zip(
+            partitions, keys, self._scripts(_MARK, [([k], []) for k in keys]), strict=True
+        ):
+            if found is not None and found.isdigit():
+                marks[partition] = int(found)
+            elif found is not None:
+                log.warning("key %s in the store is no mark and is written anew", key)
+        return marks
 
     def close(self) -> None:
         if self._client is not None:
             self._client.close()
+
+    def _claimed(self, script: str, calls: list[tuple[list[str], list[Any]]]) -> list[Claimed]:
+        return [
+            Claimed(0, None, None, None, foreign=said)
+            if (said := self._foreign(row))
+            else Claimed(row[0], row[1], self._unpacked(row[2]), row[3], self._unpacked(row[4]))
+            for row in self._scripts(script, calls)
+        ]
+
+    def _foreign(self, row: list[Any]) -> str:
+        """What a script found in place of a stream; empty where it is one."""
+        if isinstance(row[0], int):
+            return ""
+        key, kind = (part.decode(errors="replace") for part in row)
+        return f"key {key} in the store is a {kind}, which no worker wrote; rename or delete it"
 
     def _arguments(self, write: Write) -> list[Any]:
         settings = self._settings

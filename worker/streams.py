@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -41,6 +42,7 @@ from worker.upgrade import Upgrade
 log = logging.getLogger("driftkeel.streams")
 Result = TypeVar("Result")
 Compression = Literal["none", "deflate"]
+LOOK_AGAIN_S = 30.0  # for streams that cannot be stored
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ class Streams:
         self._max_state_bytes, self._snapshot_every = settings.max_state_bytes, settings.snapshot_every
         self._compression = settings.compression
         self._heal = heal
+        self._homeless: set[str] = set()
+        self._looked = 0.0
 
     def ensure(self, wanted: Iterable[str]) -> list[str]:
         """Make streams resident; returns those that were not."""
@@ -102,6 +106,9 @@ class Streams:
             claims = self._heal(lambda: self._store.claim(streams, self._worker))
         changed = []
         for stream, claimed in zip(streams, claims, strict=True):
+            if claimed.foreign:
+                self._take_in_homeless(stream, claimed.foreign)
+                continue
             self._publish_again(stream, claimed.event)
             restored = self._restored(stream, claimed)
             stored = claimed.header is not None and not restored.change
@@ -109,6 +116,25 @@ class Streams:
             if restored.change:
                 changed.append(self._changed(restored, restored.change))
         self._explain(changed)
+
+    def _take_in_homeless(self, stream: str, foreign: str) -> None:
+        log.error("stream %s is answered by source, and nothing of it is kept: %s", stream, foreign, extra=_of(stream))
+        self.engine.admit(self._from_source(self._fresh(stream), None).state, 0, False)
+        self._homeless.add(stream)
+        self._metrics.homeless.set(len(self._homeless))
+
+    def returned(self) -> list[str]:
+        """Streams that could not be stored and can be now: they are to be claimed, and their frames read again from
+        the oldest that is not finished. The store is asked every half minute."""
+        if not self._homeless or time.monotonic() - self._looked < LOOK_AGAIN_S:
+            return []
+        self._looked = time.monotonic()
+        asked = list(self._homeless)
+        found = self._heal(lambda: self._store.overview(asked))
+        back = [stream for stream, seen in zip(asked, found, strict=True) if not seen.foreign]
+        for stream in back:
+            log.info("stream %s can be stored again", stream, extra=_of(stream))
+        return back
 
     @property
     def crowded(self) -> bool:
@@ -127,6 +153,8 @@ class Streams:
         self.engine.release(streams)
         for stream in streams:
             self._metrics.streams.forget(stream)
+        self._homeless.difference_update(streams)
+        self._metrics.homeless.set(len(self._homeless))
         self._metrics.resident.set(len(self.engine))
 
     def write(self, entries: Sequence[Entry]) -> list[bool]:
@@ -177,7 +205,7 @@ class Streams:
     def _restored(self, stream: str, claimed: Claimed) -> _Restored:
         """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""
         bundle, method = self.engine.bundle_hash, self.engine.bundle.method_name
-        fresh = StreamHeader(stream=stream, bundle=bundle, method=method)
+        fresh = self._fresh(stream)
         if claimed.header is None:
             return self._from_source(fresh, None)
         try:
@@ -199,6 +227,9 @@ class Streams:
             return self._from_source(fresh, str(error), approved)
         state.header.approved = fresh.approved
         return _Restored(state, None, approved)
+
+    def _fresh(self, stream: str) -> StreamHeader:
+        return StreamHeader(stream=stream, bundle=self.engine.bundle_hash, method=self.engine.bundle.method_name)
 
     def _moved(self, old: StreamHeader, claimed: Claimed) -> _Restored:
         """From another bundle."""
@@ -230,9 +261,9 @@ class Streams:
         """What restarts from source or goes on under another bundle, and says so."""
         header, affine = restored.state.header, restored.state.tensors["affine"]
         if restored.decision == "reset":
-            log.warning("stream %s restarts from source: %s", header.stream, reason, extra={"stream": header.stream})
+            log.warning("stream %s restarts from source: %s", header.stream, reason, extra=_of(header.stream))
         else:
-            log.info("stream %s: %s", header.stream, reason, extra={"stream": header.stream})
+            log.info("stream %s: %s", header.stream, reason, extra=_of(header.stream))
         header = header.model_copy(update={"events": header.events + 1})
         event = UpdateEvent(
             id=f"{header.stream}@{header.events}",
@@ -280,6 +311,11 @@ class Streams:
                 continue
             if event.stream == stream:
                 self._publisher.update(SealedEvent(event, line))
+
+
+def _of(stream: str) -> dict[str, str]:
+    """What a log line of a stream can be found by."""
+    return {"stream": stream}
 
 
 def as_write(entry: Entry, token: int, compression: Compression) -> Write:

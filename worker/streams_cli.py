@@ -112,6 +112,8 @@ def delete(
 
     store = StateStore(load_config(config).store)
     for stream, found in zip(streams, require_known(store, streams), strict=True):
+        if found.foreign:
+            raise StateError(f"stream {stream!r}: {found.foreign} yourself; nothing was deleted")
         print(f"{stream}: {found.tensor_bytes} bytes, {found.snapshots} snapshots, last with {found.owner}")
     if not yes:
         typer.confirm("Delete for good?", abort=True)

@@ -1,8 +1,10 @@
+import contextlib
+
 import pytest
 import redis
 
 from schemas.config import Store
-from schemas.errors import UnreachableError
+from schemas.errors import StateError, UnreachableError
 from worker.embedded import free_port
 from worker.store import Overview, StateStore, Write
 
@@ -68,6 +70,27 @@ def test_a_deleted_stream_leaves_nothing_and_its_workers_stay_refused(store: Sta
     (claimed,) = store.claim(["cam"], "next")
     assert (claimed.token, claimed.header, claimed.tensors, claimed.approved) == (3, None, None, None)
     assert store.write([write("cam", 2, number=2), write("cam", 3)]) == [False, True]
+    client.close()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_key_of_another_type_is_not_touched(store: StateStore, store_url: str, part: int) -> None:
+    client = redis.Redis.from_url(store_url)
+    store.claim(["cam", "other"], "w")
+    key = store.keys("cam")[part]
+    client.delete(key)
+    client.geoadd(key, (1, 2, "theirs"))
+    whole = Write("cam", 1, 1, b"h", b"e", b"t", snapshot=b"s", approved=b"a")
+    assert store.write([whole, write("other", 1)]) == [False, True]
+    assert store.delete(["cam"]) == [False]
+    said = f"key {key} in the store is a zset, which no worker wrote; rename or delete it"
+    claims = store.claim(["cam", "other"], "w")
+    assert [(c.token, c.foreign) for c in claims] == [(0, said), (2, "")]
+    assert (store.read("cam").foreign, store.overview(["cam"])[0].foreign) == (said, said)
+    assert client.zcard(key) == 1
+    assert part == 0 or client.hget(store.keys("cam")[0], "header") is None
+    with pytest.raises(StateError, match="no list of snapshots") if part == 2 else contextlib.nullcontext():
+        assert store.snapshots("cam") == []
     client.close()
 
 

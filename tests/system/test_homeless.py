@@ -1,0 +1,145 @@
+"""Streams under whose key in the store lies something else: answered, not stored, and nobody else is held up."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from schemas.command import Command
+from schemas.config import Kafka, Store, WorkerConfig
+from schemas.prediction import Prediction
+from schemas.update import UpdateEvent
+from tests.conftest import Topic, picture
+from tests.system.test_loop import config as config  # a fixture
+from worker.run import Worker
+from worker.send_command import put_command
+from worker.store import StateStore
+
+FRAMES = 12
+
+
+@pytest.fixture
+def client(store_url: str) -> Iterator[Any]:
+    client = redis.Redis.from_url(store_url)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def worker(config: WorkerConfig) -> Iterator[Worker]:
+    stop = threading.Event()
+    worker = Worker(config, stop)
+    yield worker
+    stop.set()
+    worker.run()
+
+
+def turn_until(worker: Worker, done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        worker._turn()
+
+
+def send(topic: Topic, kafka: Kafka, worker: Worker, *streams: str) -> None:
+    """Frames of each, and turns until they are all finished."""
+    records = [(stream.encode(), picture(i), []) for i in range(FRAMES) for stream in streams]
+    before = worker.metrics.predictions._value.get()
+    topic.send(kafka.topics.frames, records)
+    turn_until(worker, lambda: worker.metrics.predictions._value.get() >= before + len(records))
+    turn_until(worker, lambda: set(worker._consumer.lag().values()) == {0})
+
+
+def answers(topic: Topic, kafka: Kafka, count: int) -> dict[str, list[Prediction]]:
+    found: dict[str, list[Prediction]] = {}
+    for record in topic.read(kafka.topics.predictions, lambda rs: len(rs) >= count):
+        prediction = Prediction.model_validate_json(record.value)
+        found.setdefault(prediction.stream, []).append(prediction)
+    return found
+
+
+def events(topic: Topic, kafka: Kafka, stream: str) -> list[UpdateEvent]:
+    found = [UpdateEvent.model_validate_json(r.value) for r in topic.read_quiet(kafka.topics.updates, bool, 2)]
+    return [event for event in found if event.stream == stream]
+
+
+@pytest.mark.parametrize(
+    ("part", "put"),
+    [
+        ("", lambda client, key: client.rpush(key, "theirs")),
+        ("", lambda client, key: client.hset(key, "name", "theirs")),
+        (":tensors", lambda client, key: client.sadd(key, "theirs")),
+        (":snapshots", lambda client, key: client.set(key, "theirs")),
+        (":deleted", lambda client, key: client.hset(key, "name", "theirs")),
+    ],
+)
+def test_source_answers_until_the_key_is_free(
+    part: str,
+    put: Callable[..., object],
+    worker: Worker,
+    client: Any,
+    kafka_settings: Kafka,
+    store_settings: Store,
+    topic: Topic,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = StateStore(store_settings)
+    key = store.keys("odd")[0] + part
+    put(client, key)
+    theirs = client.dump(key)
+    send(topic, kafka_settings, worker, "odd", "good")
+    found = answers(topic, kafka_settings, 2 * FRAMES)
+    assert {p.parameters for p in found["odd"]} == {"source"}
+    assert found["good"][-1].step > 0
+    assert len({p.id for p in found["odd"]}) == FRAMES
+    assert client.dump(key) == theirs
+    assert sum(client.exists(k) for k in store._all_keys("odd")) == 1
+    (line,) = {r.getMessage() for r in caplog.records if r.levelname == "ERROR"}
+    assert line.startswith(f"stream odd is answered by source, and nothing of it is kept: key {key} in the store is a ")
+    assert line.endswith("which no worker wrote; rename or delete it")
+    assert worker.metrics.homeless._value.get() == 1
+
+    put_command(kafka_settings, Command(stream="odd", action="freeze"))
+    turn_until(worker, lambda: worker._control._commands.next_offset(f"{kafka_settings.topics.commands}/0") == 1)
+    worker._turn()
+    assert events(topic, kafka_settings, "odd") == []
+    worker._consumer.commit(now=True)  # What is not committed yet would be read again.
+    client.delete(key)
+    monkeypatch.setattr("worker.streams.LOOK_AGAIN_S", 0.0)
+    turn_until(worker, lambda: not worker.metrics.homeless._value.get())
+    send(topic, kafka_settings, worker, "odd")
+    seen = events(topic, kafka_settings, "odd")
+    assert (seen[0].decision, seen[0].number) == ("frozen", 1)  # it had waited
+    assert sum(len(event.frames) for event in seen) == FRAMES
+
+
+def test_a_key_that_is_taken_while_its_stream_runs(
+    worker: Worker, client: Any, kafka_settings: Kafka, store_settings: Store, topic: Topic
+) -> None:
+    send(topic, kafka_settings, worker, "odd", "good")
+    key = StateStore(store_settings).keys("odd")[0]
+    client.delete(key)
+    client.sadd(key, "theirs")
+    send(topic, kafka_settings, worker, "odd", "good")
+    assert client.smembers(key) == {b"theirs"}
+    assert worker.metrics.homeless._value.get() == 1
+    assert answers(topic, kafka_settings, 4 * FRAMES)["odd"][-1].parameters == "source"
+
+
+def test_a_mark_that_is_none_is_written_anew(
+    config: WorkerConfig, client: Any, kafka_settings: Kafka, store_settings: Store, topic: Topic
+) -> None:
+    store, group = StateStore(store_settings), kafka_settings.group
+    partitions = [(kafka_settings.topics.frames, number) for number in range(3)]
+    client.set(store._mark_key(group, partitions[0]), "theirs")
+    client.rpush(store._mark_key(group, partitions[1]), "theirs")
+    client.set(store._mark_key(group, partitions[2]), "7")
+    assert store.marks(group, partitions) == {partitions[2]: 7}
+    store.mark(group, dict.fromkeys(partitions, 9))
+    assert store.marks(group, partitions) == dict.fromkeys(partitions, 9)
