@@ -41,12 +41,10 @@ def show(
     last: Annotated[int, typer.Option(min=1, help="Spans of a stream, newest.")] = 50,
 ) -> None:
     """A line per stream; with --stream what happened to it over time."""
-    from rich.console import Console
-
     from worker.audit.show import show_stream, show_streams
+    from worker.terminal import terminal
 
-    console = Console()
-    console = console if console.is_terminal else Console(width=200)
+    console = terminal()
     found = _histories(config, file, stream, since, until)
     if not stream:
         show_streams(console, found)
@@ -119,8 +117,8 @@ def verify(
     ] = False,
 ) -> None:
     """Name every event that is missing, altered, reordered or forked; exit code 1 where there is one."""
-    from worker.audit.show import printable
     from worker.audit.verify import verify as examine
+    from worker.terminal import printable
 
     headers = _headers(config) if store else None
     verdict = examine(_records(config, file), headers)

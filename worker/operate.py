@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from monitoring.proxies import estimate
 from schemas.command import Command
 from schemas.config import WorkerConfig
 from schemas.errors import StateError
+from schemas.policy import Policy
 from schemas.state import (
     Snapshot,
     StreamHeader,
@@ -22,7 +24,7 @@ from schemas.state import (
     encode_file,
     read_snapshot,
 )
-from schemas.update import UpdateEvent
+from schemas.update import Proxies, UpdateEvent
 from worker.answer import Policies
 from worker.engine import Engine
 from worker.obey import Entry, Place, Subject, imported, obey
@@ -59,7 +61,8 @@ class Operator:
         self._limit, self._compression = config.store.max_state_bytes, config.store.compression
         self._store, self._engine, self._name = store, engine, name
         self._bundle, self._like = engine.bundle_hash, engine.like
-        self._place = Place.of(engine, Policies(config.policy, config.streams), name)
+        self._policies = Policies(config.policy, config.streams)
+        self._place = Place.of(engine, self._policies, name)
 
     def listed(self, streams: list[str] | None = None) -> list[Listed]:
         """These streams, or all, by name. Raises StateError for an unknown one."""
@@ -74,6 +77,12 @@ class Operator:
         except StateError:
             header = None
         return Listed(stream, found.owner, found.token, header, found.tensor_bytes, found.snapshots, found.foreign)
+
+    def seen(self, found: Listed) -> tuple[Policy, Proxies]:
+        """The policy that holds for a stream, and what its state says of its accuracy."""
+        header = found.header or StreamHeader(stream=found.stream, bundle="", method="")
+        manifest = self._engine.bundle.manifest
+        return self._policies.of(header), estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy)
 
     def snapshots(self, stream: str) -> list[Snapshot]:
         """What is kept for rollback, newest first."""

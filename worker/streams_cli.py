@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import getpass
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +15,7 @@ from schemas.errors import StateError
 if TYPE_CHECKING:
     from schemas.state import Snapshot
     from schemas.update import UpdateEvent
-    from worker.operate import Operator
+    from worker.operate import Listed, Operator
 
 streams_app = typer.Typer(help="Look at stored streams, and change them while workers run.", no_args_is_help=True)
 
@@ -38,22 +39,32 @@ def _operator(config: Path | None) -> Operator:
 @streams_app.command("list")
 def list_streams(config: ConfigOption = None) -> None:
     """One line per stream: frames, updates, state bytes, whether a worker could use it, who has it."""
+    from worker.terminal import printable
+
     print(f"{'stream':32s} {'frames':>9s} {'step':>7s} {'bytes':>9s} {'state':8s} owner")
     for found in _operator(config).listed():
         frames, step = (found.header.frames, found.header.step) if found.header else ("-", "-")
         counts = f"{frames!s:>9s} {step!s:>7s} {found.tensor_bytes:9d}"
-        print(f"{found.stream:32s} {counts} {found.condition:8s} {found.owner}")
+        print(printable(f"{found.stream:32s} {counts} {found.condition:8s} {found.owner}"))
 
 
 @streams_app.command()
-def show(stream: StreamArgument, config: ConfigOption = None) -> None:
-    """Everything but the tensors."""
+def show(
+    stream: StreamArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is stored but the tensors, as JSON.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Who answers for a stream, how it does, and the snapshots that it can go back to."""
+    from worker.streams_show import show as show_stream
+    from worker.terminal import terminal
+
     operator = _operator(config)
     (found,) = operator.listed([stream])
-    print(f"{found.condition}, owner {found.owner}, token {found.token}, {found.tensor_bytes} bytes")
-    kept = operator.snapshots(stream)
-    print(f"snapshots, newest first: {', '.join(map(_brief, range(1, len(kept) + 1), kept)) or 'none'}")
-    print(found.header.model_dump_json(indent=2) if found.header else "the header cannot be read")
+    kept = [] if found.foreign else operator.snapshots(stream)
+    if as_json:
+        print(json.dumps(_plain(found, kept), indent=2))
+    else:
+        show_stream(terminal(), found, kept, *operator.seen(found))
 
 
 @streams_app.command()
@@ -121,10 +132,17 @@ def delete(
     print(f"deleted: {len(streams)}")
 
 
-def _brief(number: int, snapshot: Snapshot) -> str:
-    seen = snapshot.proxies
-    estimate = f", estimated accuracy {seen.estimated_accuracy:.1%}" if seen else ""
-    return f"{number}: step {snapshot.header.step} ({snapshot.time:%Y-%m-%d %H:%M:%S}{estimate})"
+def _plain(found: Listed, kept: list[Snapshot]) -> dict[str, Any]:
+    """The header is null where it cannot be read."""
+    return {
+        "stream": found.stream,
+        "condition": found.condition,
+        "owner": found.owner,
+        "token": found.token,
+        "tensor_bytes": found.tensor_bytes,
+        "header": found.header and found.header.model_dump(mode="json"),
+        "snapshots": [snapshot.model_dump(mode="json") for snapshot in kept],
+    }
 
 
 def _say(event: UpdateEvent) -> None:

@@ -15,6 +15,7 @@ from kafka import KafkaConsumer, TopicPartition
 from PIL import Image, ImageDraw
 from pydantic import ValidationError
 from rich.table import Table
+from rich.text import Text
 
 from schemas.config import Kafka, WorkerConfig
 from schemas.errors import SourceError
@@ -22,6 +23,7 @@ from schemas.prediction import Prediction
 from worker.decode import FORMATS
 from worker.kafka_batches import PassedOver
 from worker.kafka_client import connection, open_client, require_topics, until_reached
+from worker.terminal import printable
 
 REMEMBERED_IDS = 100_000
 FETCH_TIMEOUT_MS = 2_000
@@ -86,11 +88,6 @@ def _parsed(content: bytes | None) -> Prediction | None:
         return None
 
 
-def printable(text: str) -> str:
-    """Text for a terminal: labels and names come from outside, and must not move the cursor."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def line(prediction: Prediction) -> str:
     """A prediction as one line."""
     return (
@@ -117,9 +114,9 @@ class Board:
         table = Table("stream", "frames", "label", "confidence", "answered by", "step", "estimated accuracy")
         for name, last in sorted(self.newest.items()):
             table.add_row(
-                printable(name),
+                Text(printable(name)),
                 f"{self.counts[name]:,}",
-                printable(last.label),
+                Text(printable(last.label)),
                 f"{last.confidence:.0%}",
                 last.parameters,
                 str(last.step),

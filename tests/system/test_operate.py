@@ -1,5 +1,6 @@
 """Operators change streams while a worker runs; the doctor says what is wrong."""
 
+import json
 import re
 from pathlib import Path
 
@@ -58,7 +59,12 @@ def test_reset_and_rollback_while_a_worker_runs(site: Site, config: str) -> None
     ids = feed(site, worker, 40, 40)
     assert site.header("cam").step == 5
     assert re.search(r"cam +40 +5 +\d+ ok +worker-1", streams(config, "list"))
-    assert re.search(r"1: step 4 \(.*\), 2: step 2 \(.*estimated accuracy", streams(config, "show", "cam"))
+    shown = streams(config, "show", "cam")
+    assert re.search(r"updates +5 applied, 40 frames and 5 events so far", shown)
+    assert re.search(r" 1 +4 +20.*%.*\n +2 +2 +20.*% .*2 updates since the last", shown)
+    whole = json.loads(streams(config, "show", "cam", "--json"))
+    assert (whole["condition"], whole["owner"], whole["header"]["step"]) == ("ok", "worker-1", 5)
+    assert [kept["header"]["step"] for kept in whole["snapshots"]] == [4, 2]
 
     assert "rolled_back, now at step 2" in streams(config, "rollback", "cam", "2", "--reason", "looked odd")
     ids += feed(site, worker, 8, 48)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from schemas.update import Proxies, UpdateEvent
 from worker.audit.history import Span, spans
+from worker.terminal import printable
 
 BACK = ("rolled_back", "reset")
 COLOURS = {"applied": "green", "partial": "yellow", "skipped": "dim", "rolled_back": "red", "reset": "red"}
@@ -79,11 +80,6 @@ def _row(span: Span) -> list[Text]:
         span.reason,
     ]
     return [Text(printable(cell), style=COLOURS.get(span.decision, "cyan")) for cell in cells]
-
-
-def printable(text: str) -> str:
-    """Names and reasons come from outside: nothing in them may steer the terminal."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def number(value: float | None) -> str:
