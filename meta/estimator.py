@@ -19,8 +19,8 @@ from schemas.bundle import Estimator
 Array = npt.NDArray[np.float64]
 MOST_DEVIATION, MOST_PRODUCT = 3.5, 6.0  # an estimate does not go on beyond what calibration showed
 LEAST_SHARE = 0.005
-NO_SHARES = {"discrepancy", "distance", "odd", "odd_last", "gap", "novelty", "dose"}
-NO_SHARES |= {"source_odd", "source_odd_last", "source_rank"}
+NO_SHARES = {"discrepancy", "discrepancy_middle", "discrepancy_last", "distance", "odd", "odd_last", "energy", "gap"}
+NO_SHARES |= {"novelty", "dose", "source_odd", "source_odd_last", "source_rank", "source_energy"}
 RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 LEVELS = 6  # of the estimate, at which the spread of errors is measured
 COVERAGE = 0.9

@@ -28,16 +28,17 @@ from schemas.state import RunningProxies
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
 OWN = (
-    *("confidence", "answer_confidence", "entropy", "above", "dropout", "marginal", "changed", "stay"),
-    *("discrepancy", "distance", "odd", "odd_last", "off_prototype"),
+    *("confidence", "answer_confidence", "entropy", "above", "energy", "dropout", "marginal", "changed", "stay"),
+    *("discrepancy", "discrepancy_middle", "discrepancy_last", "distance", "odd", "odd_last", "off_prototype"),
 )
 GENERATED = ("novelty", "dose")  # by methods that have them, where they update
 SHADOW = (
-    *("source_confidence", "source_entropy", "source_above", "source_dropout", "source_rank"),
+    *("source_confidence", "source_entropy", "source_above", "source_energy", "source_dropout", "source_rank"),
     *("flips", "moved", "source_backing", "gap", "source_odd", "source_odd_last", "source_off_prototype"),
 )
 SIGNALS = OWN + GENERATED + SHADOW
 WINDOW = 128  # frames over which signals are averaged, exponentially once there are so many
+SHADOW_SPAN = 256  # frames in which source's answers fade where they are few, so that they are not older than the rest
 DROPPED, MASKS = 0.4, 4
 TINY = 1e-12
 
@@ -77,7 +78,10 @@ class Observer:
         self.model, self.source, self.threshold = model, source, threshold
         self._entropies = torch.tensor(list(entropies))
         self._dropped = _dropped_heads(model)
-        self._last = slice(model.feature_count - model.layers[-1].feature_count, model.feature_count)
+        ends = np.cumsum([layer.feature_count for layer in model.layers])
+        self._last = slice(int(ends[-1]) - model.layers[-1].feature_count, int(ends[-1]))
+        middle = len(ends) // 2
+        self._middle = slice(int(ends[middle]) - model.layers[middle].feature_count, int(ends[middle]))
         self._mean, self._scale = source.mean.numpy(), source.scale.numpy()
         self._class_mean = None if source.class_mean is None else source.class_mean.numpy()
         if source.class_mean is not None and source.class_square is not None:
@@ -118,11 +122,14 @@ class Observer:
             mix = per_stream_mean(torch.from_numpy(seen.probability), forward.stream, counts)
         mixed, stay = mix.numpy(), forward.kept.get("class_stay")
         gap = (features - self._mean) / self._scale
+        gap *= gap
         return means | {
             # Of the mean prediction, over the method's own window where it keeps one.
             "marginal": -(mixed * np.log(np.maximum(mixed, TINY))).sum(1) / math.log(mixed.shape[1]),
             "stay": np.zeros(len(mixed), np.float32) if stay is None else stay.numpy(),
-            "discrepancy": np.log1p((gap * gap).mean(1)),
+            "discrepancy": np.log1p(gap.mean(1)),
+            "discrepancy_middle": np.log1p(gap[:, self._middle].mean(1)),
+            "discrepancy_last": np.log1p(gap[:, self._last].mean(1)),
             "distance": (forward.state["affine"] - self.model.source_affine).norm(dim=1).log1p().numpy(),
         }
 
@@ -150,16 +157,19 @@ class Observer:
     def _seen(self, logits: Tensor, pooled: Tensor) -> _Seen:
         """Signals frame by frame, of the model that was run last; pooled features (B, F or more)."""
         number, features = logits.detach().numpy(), pooled.detach().numpy()[:, : len(self._mean)]
-        shifted = number - number.max(1, keepdims=True)
+        most = number.max(1, keepdims=True)
+        shifted = number - most
         likely = np.exp(shifted)
         total = likely.sum(1, keepdims=True)
         likely /= total
         said, highest = number.argmax(1), 1 / total[:, 0]
-        entropy = np.log(total[:, 0]) - (likely * shifted).sum(1)
+        amount = np.log(total[:, 0])
+        entropy = amount - (likely * shifted).sum(1)
         signals = {
             "confidence": highest,
             "entropy": entropy / np.float32(math.log(number.shape[1])),
             "above": highest >= self.threshold,
+            "energy": amount + most[:, 0],
             "dropout": self._dropout(said),
         }
         return _Seen(features, likely, said, signals | self._oddness(features, said))
@@ -261,12 +271,15 @@ def folded(
     """What `fold` changes of what was known before the frames."""
     signals = dict(before.signals)
     _move(signals, seen.own, seen.frames, before.frames)
-    _move(signals, seen.shadow, seen.shadowed, before.shadowed)
+    frames = before.frames + seen.frames
+    apart = frames - before.shadowed_at if before.shadowed_at is not None else 0
+    _move(signals, seen.shadow, seen.shadowed, before.shadowed, 1 - math.exp(-max(0, apart) / SHADOW_SPAN))
     sound = {n: math.log1p(max(0.0, v)) for n, v in generated.items() if n in GENERATED and math.isfinite(v)}
     _move(signals, sound, seen.frames, before.generated)
     after: dict[str, Any] = {
         "signals": signals,
         "shadowed": before.shadowed + seen.shadowed,
+        "shadowed_at": frames if seen.shadowed else before.shadowed_at,
         "generated": before.generated + (seen.frames if sound else 0),
     }
     if model is not None:
@@ -288,14 +301,15 @@ def as_source(proxies: RunningProxies) -> RunningProxies:
     for name in GENERATED:
         signals.pop(name, None)
     few = {"frames": min(proxies.frames, WINDOW // 4), "generated": 0, "accuracy": proxies.source_accuracy}
-    return proxies.model_copy(update={"signals": signals, **few, "low": None, "high": None})
+    unknown = dict.fromkeys(("shadowed_at", "low", "high"))
+    return proxies.model_copy(update={"signals": signals, **few, **unknown})
 
 
-def _move(signals: dict[str, float], new: Mapping[str, float], frames: int, seen: int) -> None:
-    """A plain mean until the window is full, then an exponential one."""
+def _move(signals: dict[str, float], new: Mapping[str, float], frames: int, seen: int, least: float = 0.0) -> None:
+    """A plain mean until the window is full, then an exponential one; the new ones weigh no less than `least`."""
     if not frames:
         return
-    weight = frames / (frames + max(0, min(seen, WINDOW - frames)))
+    weight = max(least, frames / (frames + max(0, min(seen, WINDOW - frames))))
     for name, value in new.items():
         old = signals.get(name, value)
         signals[name] = old + weight * (value - old)

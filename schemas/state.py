@@ -34,6 +34,7 @@ class RunningProxies(BaseModel):
     signals: dict[str, FiniteFloat] = Field(default_factory=dict, max_length=64, description="of meta.proxies")
     generated: int = Field(0, ge=0, description="frames that made an update, on which the generator's signals rest")
     shadowed: int = Field(0, ge=0, description="frames that the source model has answered too")
+    shadowed_at: int | None = Field(None, ge=0, description="of `frames`, when it did last; null: not known")
     accuracy: float | None = Field(None, ge=0, le=1, description="as estimated from the signals")
     low: float | None = Field(None, ge=0, le=1)
     high: float | None = Field(None, ge=0, le=1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,6 +73,35 @@ def test_running_means_are_plain_at_first_and_then_forget() -> None:
     assert fold(late, one, {}, None).signals["confidence"] == pytest.approx(0.5 * 16 / WINDOW)
 
 
+def test_what_source_said_fades_with_the_frames_in_between() -> None:
+    def after(between: int) -> RunningProxies:
+        frames = 4_000 + between + 16
+        before = RunningProxies(frames=frames, signals={"flips": 0.0}, shadowed=500, shadowed_at=4_000)
+        return fold(before, Observed(16, {}, 16, {"flips": 1.0}), {}, None)
+
+    assert after(0).signals["flips"] == pytest.approx(16 / WINDOW)
+    assert after(240).signals["flips"] == pytest.approx(1 - math.exp(-1))
+    assert after(0).shadowed_at == 4_016
+    unseen = fold(after(0), Observed(16, {}, 0, {}), {}, None)
+    assert unseen.shadowed_at == 4_016
+    old = RunningProxies(frames=9_016, signals={"flips": 0.0}, shadowed=500)  # as older versions stored it
+    assert fold(old, Observed(16, {}, 16, {"flips": 1.0}), {}, None).signals["flips"] == pytest.approx(16 / WINDOW)
+
+
+def test_features_that_move_show_where_they_move(tiny_bundle: Bundle, observer: Observer) -> None:
+    model = tiny_bundle.model
+    frames, stream = torch.randn(16, 1, 28, 28), torch.zeros(16, dtype=torch.long)
+    forward = tiny_bundle.method.predict(frames, stream, tiny_bundle.method.fresh(1))
+    last = model.feature_count - model.layers[-1].feature_count
+    moved = replace(forward, features=forward.features.detach().clone(), logits=forward.logits.detach() + 3)
+    moved.features[:, last : model.feature_count] += 50
+    (plain,), (odd,) = (observer.observe(frames, one, torch.empty(0, dtype=torch.long)) for one in (forward, moved))
+    assert odd.own["discrepancy_last"] > plain.own["discrepancy_last"] + 1
+    assert odd.own["discrepancy_middle"] == pytest.approx(plain.own["discrepancy_middle"])
+    assert odd.own["energy"] == pytest.approx(plain.own["energy"] + 3, abs=1e-4)
+    assert odd.own["confidence"] == pytest.approx(plain.own["confidence"], abs=1e-5)
+
+
 def test_signals_that_are_not_finite_are_left_out() -> None:
     proxies = fold(RunningProxies(frames=8), Observed(8, {}, 0, {}), {"novelty": float("nan"), "dose": 0.5}, None)
     assert set(proxies.signals) == {"dose"}
@@ -86,3 +118,4 @@ def test_parameters_that_went_back_are_known_by_what_source_did() -> None:
     assert (after.signals["flips"], after.signals["distance"]) == (0, 0)
     assert "dose" not in after.signals
     assert after.frames < WINDOW
+    assert after.shadowed_at is None
