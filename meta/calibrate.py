@@ -23,12 +23,13 @@ from meta.watch import WINDOW_STEPS, Watched, cameras, watch
 from schemas.bundle import Calibration, Limits
 
 STREAMS = 24  # simulated at a time
-ROUNDS = 8  # of cameras; each has a part of the shifts to itself
+ROUNDS = 10  # of cameras; each has a part of the shifts to itself
 STRENGTH = 1.6  # of severities, so that the estimate has seen bad days too
-# The estimator's: of signals that say nearly the same one each. More of them did worse on shifts left out.
+# The estimator's: of signals that say nearly the same one each, as they did best on shifts left out.
 FITTED = (
-    *("confidence", "answer_confidence", "above", "dropout", "marginal", "changed", "discrepancy", "distance"),
-    *("odd", "off_prototype", "source_confidence", "source_odd_last", "flips"),
+    *("confidence", "answer_confidence", "above", "energy", "dropout", "marginal", "changed", "distance"),
+    *("discrepancy", "discrepancy_middle", "discrepancy_last", "odd", "off_prototype"),
+    *("source_confidence", "source_odd_last", "flips", "gap"),
 )
 QUANTILES = 65  # of the source model's entropy on clean frames
 RARE = 0.001  # share of calibration that lies beyond a limit

@@ -72,7 +72,7 @@ class Recipe(BaseModel):
     training: TrainingSettings = TrainingSettings()
     paper: PaperRecipe | None = None
     correction_draws: int = Field(200, ge=0, description="shifts to fit the correction of single frames on; 0: none")
-    calibration_windows: int = Field(12, ge=2, description="of eight micro-batches, from each stream, sixteen times")
+    calibration_windows: int = Field(12, ge=2, description="of eight micro-batches, from each stream, twenty times")
     calibration_streams: int = Field(24, ge=1)
 
 
