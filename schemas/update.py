@@ -13,8 +13,8 @@ from schemas.prediction import Parameters
 
 UPDATE_TYPE = "io.driftkeel.update.v1"
 # The first three judge an update that the stream's frames proposed. With the next three the parameters became what they
-# were, or what somebody brought. The next four are a person's word; the parameters stay. With the last one they went on
-# under another bundle.
+# were, or what somebody brought. The next four are a person's word; the parameters stay. With the next one they went on
+# under another bundle. After the last one nothing is left of the stream; it may begin anew.
 Decision = Literal[
     "applied",
     "partial",
@@ -27,6 +27,7 @@ Decision = Literal[
     "unfrozen",
     "policy",
     "carried",
+    "deleted",
 ]
 
 

@@ -169,12 +169,16 @@ def _histories(
 
 
 def _headers(config: Path | None) -> dict[str, StreamHeader]:
-    from schemas.state import decode_header
+    from schemas.state import StreamHeader, decode_header
     from worker.store import StateStore
+    from worker.streams import after_last_event
 
     client = StateStore(load_config(config).store)
-    names = list(client.streams())
+    names, gone = list(client.streams()), list(client.deleted_streams())
     found = zip(names, client.overview(names), strict=True)
-    headers = {name: decode_header(seen.header) for name, seen in found if seen.header}
+    headers = {
+        name: after_last_event(StreamHeader(stream=name, bundle="", method=""), client.deleted(name)) for name in gone
+    }
+    headers |= {name: decode_header(seen.header) for name, seen in found if seen.header}
     client.close()
     return headers

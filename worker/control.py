@@ -186,8 +186,7 @@ class Control:
 
 def _meant(waiting: list[Numbered], resident: Resident) -> list[Numbered]:
     """To a stream that only begins, what was once done to others means nothing; what holds for all of them does."""
-    begins = resident.header.events == 0 and not resident.stored
-    return [n for n in waiting if n.command.action in STANDING] if begins else waiting
+    return waiting if resident.stored else [n for n in waiting if n.command.action in STANDING]
 
 
 def _done(header: StreamHeader, obeyed: list[Numbered]) -> StreamHeader:

@@ -7,7 +7,8 @@ A stream has four keys, which share a hash tag and so lie on one node of a Clust
     {prefix}:{stream}:snapshots  list of earlier states, newest first
     {prefix}:{stream}:approved   parameters that a person approved, where one did
 
-A stream that was deleted leaves {prefix}:{stream}:deleted for a day, its last token: tokens go on from there.
+A stream that was deleted leaves {prefix}:{stream}:deleted, its last token and its last event: tokens and the chain of
+events go on from there.
 
 A partition has one, {prefix}:mark:{group}/{topic}/{partition}: all of its frames before this offset are in the states.
 Where Kafka's committed offset is further, the store has lost what it knew, by a crash or from a backup.
@@ -64,7 +65,10 @@ _CLAIM = (
 if strange then return strange end
 if redis.call('EXISTS', KEYS[1]) == 0 then
   local last = redis.call('GET', KEYS[5])
-  if last and tonumber(last) then redis.call('HSET', KEYS[1], 'token', last) end
+  local number, event = string.match(last or '', '^(%d+)\\n?(.*)$')
+  if number then redis.call('HSET', KEYS[1], 'token', number) end
+  if event and event ~= '' then redis.call('HSET', KEYS[1], 'event', event) end
+  redis.call('DEL', KEYS[5])
 end
 local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
 redis.call('HSET', KEYS[1], 'owner', ARGV[1])
@@ -124,14 +128,13 @@ end
 return 1
 """
 
-# ARGV: seconds for which the last token is kept.
+# ARGV: token, last event.
 _DELETE = (
     _FOREIGN
     + """
 if strange then return 0 end
-local token = redis.call('HGET', KEYS[1], 'token')
-if not token then return 0 end
-redis.call('SET', KEYS[5], token, 'EX', ARGV[1])
+if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[5], ARGV[1] .. '\\n' .. ARGV[2])
 redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
 return 1
 """
@@ -142,7 +145,6 @@ _MARK = """
 local found = redis.pcall('GET', KEYS[1])
 return type(found) == 'table' and '' or found
 """
-DELETED_S = 86_400  # a worker that was paused for longer is no longer told from the stream's next one
 
 
 @dataclass(frozen=True)
@@ -230,10 +232,21 @@ class StateStore:
         calls = [(self.keys(w.stream), self._arguments(w)) for w in writes]
         return [bool(accepted) for accepted in self._scripts(_WRITE, calls)]
 
-    def delete(self, streams: list[str]) -> list[bool]:
-        """Remove all keys of streams, in order; False where there was none. A worker that has one finds its next write
-        refused."""
-        return [bool(n) for n in self._scripts(_DELETE, [(self._all_keys(s), [DELETED_S]) for s in streams])]
+    def delete(self, stream: str, token: int, event: bytes) -> bool:
+        """Remove a stream's keys, and keep its last event; False where it was claimed after `token`.
+
+        Whoever had it before finds the next write refused.
+        """
+        return bool(self._scripts(_DELETE, [(self._all_keys(stream), [token, event])])[0])
+
+    def deleted(self, stream: str) -> bytes | None:
+        """The last event of a stream that was deleted; None where none was, or it has begun anew."""
+        content: bytes | None = self._reach(lambda client: client.get(self._all_keys(stream)[-1]))
+        return content and content.partition(b"\n")[2]
+
+    def deleted_streams(self) -> Iterator[str]:
+        """All streams that were deleted and have not begun anew, in no order."""
+        return self._named("}:deleted")
 
     def read(self, stream: str) -> Claimed:
         """What is stored, without claiming it. The token is 0 for an unknown stream."""
@@ -264,7 +277,10 @@ class StateStore:
 
     def streams(self) -> Iterator[str]:
         """All streams that have a state, in no order."""
-        prefix, suffix = f"{self._settings.prefix}:{{", "}"
+        return self._named("}")
+
+    def _named(self, suffix: str) -> Iterator[str]:
+        prefix = f"{self._settings.prefix}:{{"
         names = self._reach(lambda client: list(client.scan_iter(f"{prefix}*{suffix}", count=500)))
         for name in names:
             text = name.decode() if isinstance(name, bytes) else name

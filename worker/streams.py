@@ -206,8 +206,8 @@ class Streams:
         """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""
         bundle, method = self.engine.bundle_hash, self.engine.bundle.method_name
         fresh = self._fresh(stream)
-        if claimed.header is None:
-            return self._from_source(fresh, None)
+        if claimed.header is None:  # New, or deleted before: then its last event is there.
+            return self._from_source(after_last_event(fresh, claimed.event), None)
         try:
             old = decode_header(claimed.header)
             if old.stream != stream:

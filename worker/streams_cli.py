@@ -115,20 +115,23 @@ def rollback(
 def delete(
     streams: Annotated[list[str], typer.Argument(help="Stream ids.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    reason: ReasonOption = "deleted by hand",
     config: ConfigOption = None,
 ) -> None:
-    """Remove what is stored of cameras that are gone. One that sends again begins anew, from the source model."""
-    from worker.operate import require_known
+    """Remove what is stored of cameras that are gone; a last update event says so. One that sends again begins anew."""
+    from worker import retire
+    from worker.kafka_client import require_topics
     from worker.store import StateStore
 
-    store = StateStore(load_config(config).store)
-    for stream, found in zip(streams, require_known(store, streams), strict=True):
-        if found.foreign:
-            raise StateError(f"stream {stream!r}: {found.foreign} yourself; nothing was deleted")
-        print(f"{stream}: {found.tensor_bytes} bytes, {found.snapshots} snapshots, last with {found.owner}")
+    settings = load_config(config)
+    store, name = StateStore(settings.store), f"operator {getpass.getuser()}"
+    require_topics(settings.kafka, only=[settings.kafka.topics.updates])
+    for stream, found in zip(streams, store.overview(streams), strict=True):
+        print(f"{stream}: {retire.described(store, stream, found)}")
     if not yes:
         typer.confirm("Delete for good?", abort=True)
-    store.delete(streams)
+    for stream in streams:
+        retire.publish(settings.kafka, name, retire.delete(store, stream, reason, name))
     print(f"deleted: {len(streams)}")
 
 

@@ -79,8 +79,12 @@ class Fleet:
             self._touch(stream)
 
     def take_update(self, event: UpdateEvent) -> None:
-        """An update event; one that comes again changes nothing."""
+        """An update event; one that comes again changes nothing. A stream that was deleted is not shown any more."""
         with self._lock:
+            if event.decision == "deleted":
+                if event.stream in self._streams:
+                    self._forget(self._streams[event.stream])
+                return
             stream = self._stream(event.stream)
             if any(event.id == known.id and event.time == known.time for known in stream.events):
                 return

@@ -38,6 +38,7 @@ COLORS = {
     "unfrozen": GREEN,
     "policy": "purple",
     "carried": "purple",
+    "deleted": RED,
 }
 
 

@@ -46,12 +46,20 @@ def test_delete_while_a_worker_runs(site: Site, config: str) -> None:
     assert "'typo' has no stored state" in result.stderr
     assert site.header("cam").frames == 24
 
-    assert "deleted: 1" in streams(config, "delete", "cam", "--yes")
+    assert "deleted: 1" in streams(config, "delete", "cam", "--yes", "--reason", "line 3 is gone")
     assert "cam" not in streams(config, "list")
+    assert "deleted before" in streams(config, "delete", "cam", "--yes")  # had the event been lost on its way
+    verified = run_cli("audit", "verify", "--config", config, "--store", "--complete")
+    assert "sound: 1 streams, 4 events" in verified.stdout, verified.stdout
     # Should it send again after all, it begins anew, under the same worker.
     ids = feed(site, worker, 8, 8)
     assert site.header("cam").step == 1
     assert {site.predictions(ids)[i][-1].step for i in ids} == {0}
+    events = {event.number: event for event in site.events(lambda es: any(e.number == 5 for e in es))}
+    assert [events[n].decision for n in (3, 4, 5)] == ["applied", "deleted", "applied"]
+    assert (events[4].reason, events[4].previous) == ("line 3 is gone", seal(events[3]).digest)
+    verified = run_cli("audit", "verify", "--config", config, "--complete")
+    assert "sound: 1 streams, 5 events" in verified.stdout, verified.stdout
 
 
 def test_reset_and_rollback_while_a_worker_runs(site: Site, config: str) -> None:

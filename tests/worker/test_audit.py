@@ -70,6 +70,39 @@ def test_a_whole_trail_is_sound_however_often_events_are_published(a: int, b: in
     assert (verdict.streams, verdict.events, verdict.copies) == (2, a + b, len(copies))
 
 
+def deleted_and_begun_anew(before: int, after: int) -> list[SealedEvent]:
+    """A stream's events, one that says it was deleted, and those of its next life."""
+    sealed = chain("cam", before)
+    for number in range(before + 1, before + after + 2):
+        last = number == before + 1
+        event = sealed[0].event.model_copy(
+            update={
+                "id": f"cam@{number}",
+                "decision": "deleted" if last else "applied",
+                "frames": [] if last else [f"frames/0/{8 * number}"],
+                "step": 0 if last else number - before - 1,
+                "previous": sealed[-1].digest,
+            }
+        )
+        sealed.append(seal(event))
+    return sealed
+
+
+@given(before=sizes, after=st.integers(1, 5), data=st.data())
+def test_a_deletion_that_was_recorded_is_sound_and_cannot_be_hidden(
+    before: int, after: int, data: st.DataObject
+) -> None:
+    sealed = deleted_and_begun_anew(before, after)
+    found = records(sealed)
+    assert verify(found).sound
+    gone = data.draw(st.integers(before - 1, before + after - 1))
+    assert named([r for i, r in enumerate(found) if i != gone]) == [("missing", f"cam@{gone + 1}")]
+    unrecorded = records(chain("cam", before), chain("cam", after, step=7))
+    assert {kind for kind, _ in named(unrecorded)} >= {"forked"}
+    outline = rebuilt([one.event for one in sealed])
+    assert (outline.step, outline.frames, outline.events) == (after, after, before + after + 1)
+
+
 @given(count=sizes, data=st.data())
 def test_a_missing_event_is_named(count: int, data: st.DataObject) -> None:
     gone = data.draw(st.integers(2, count - 1))

@@ -13,6 +13,8 @@ from schemas.command import Command
 from schemas.config import Adapt, Kafka, Store
 from schemas.frame import Position
 from schemas.policy import Policy
+from schemas.update import UpdateEvent
+from worker import retire
 from worker.answer import Policies
 from worker.commands import CommandList
 from worker.control import Control
@@ -91,6 +93,28 @@ def test_nobodys_streams_obey_and_a_step_under_way_is_left_alone(
     worker.control.met(worker.streams.ensure(["silent"]))
     assert worker.policy("silent").frozen
     assert worker.control.due == {"busy"}
+
+
+def test_a_stream_that_was_deleted_begins_like_any_other(
+    worker: Worker, commands: CommandList, store_settings: Store
+) -> None:
+    """What was done to it before means nothing to it; what holds for its name does. Its chain goes on."""
+    store = StateStore(store_settings)
+    worker.control.met(worker.streams.ensure(["a"]))
+    tell(commands, 0, "a", "freeze")
+    tell(commands, 1, "a", "reset")
+    worker.control.listen()
+    worker.control.run(())
+    (frozen,) = retire.delete(store, "a", "gone", "operator")[:-1]
+    worker.streams.release(["a"])
+    assert retire.delete(store, "a", "gone", "operator")[0].event.previous == frozen.digest
+    worker.control.met(worker.streams.ensure(["a"]))
+    header = worker.streams.engine.resident("a").header
+    assert (header.events, header.commands, header.step) == (2, {}, 0)
+    worker.control.run(())
+    assert worker.policy("a").frozen
+    found = [UpdateEvent.model_validate_json(line) for line in (store.read("a").event or b"").splitlines()]
+    assert [(event.number, event.decision) for event in found] == [(3, "frozen")]
 
 
 def test_a_stream_that_another_claims_is_let_go(worker: Worker, commands: CommandList, store_settings: Store) -> None:

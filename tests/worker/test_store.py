@@ -63,12 +63,20 @@ def test_a_deleted_stream_leaves_nothing_and_its_workers_stay_refused(store: Sta
     store.claim(["cam", "cam"], "paused")
     assert store.write([Write("cam", 2, 1, b"h", b"e", b"t", snapshot=b"s", approved=b"a")]) == [True]
     assert client.exists(*store.keys("cam")) == 4
-    assert store.delete(["cam", "none"]) == [True, False]
+    assert not store.delete("cam", 1, b"last")
+    assert not store.delete("none", 0, b"last")
+    assert client.exists(*store.keys("cam")) == 4
+    assert store.deleted("cam") is None
+    assert store.delete("cam", 2, b"last")
     assert client.exists(*store.keys("cam")) == 0
     assert "cam" not in store.streams()
+    assert store.deleted("cam") == b"last"
+    assert list(store.deleted_streams()) == ["cam"]
     assert store.write([write("cam", 2, number=2)]) == [False]
     (claimed,) = store.claim(["cam"], "next")
     assert (claimed.token, claimed.header, claimed.tensors, claimed.approved) == (3, None, None, None)
+    assert claimed.event == b"last"
+    assert store.deleted("cam") is None
     assert store.write([write("cam", 2, number=2), write("cam", 3)]) == [False, True]
     client.close()
 
@@ -82,7 +90,7 @@ def test_a_key_of_another_type_is_not_touched(store: StateStore, store_url: str,
     client.geoadd(key, (1, 2, "theirs"))
     whole = Write("cam", 1, 1, b"h", b"e", b"t", snapshot=b"s", approved=b"a")
     assert store.write([whole, write("other", 1)]) == [False, True]
-    assert store.delete(["cam"]) == [False]
+    assert not store.delete("cam", 1, b"last")
     said = f"key {key} in the store is a zset, which no worker wrote; rename or delete it"
     claims = store.claim(["cam", "other"], "w")
     assert [(c.token, c.foreign) for c in claims] == [(0, said), (2, "")]

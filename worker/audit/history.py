@@ -28,6 +28,8 @@ def rebuilt(events: Sequence[UpdateEvent]) -> Outline:
     """Of a stream whose events are all there, in order."""
     folded, frames = "", 0
     for event in events:
+        if event.decision == "deleted":
+            folded, frames = "", 0
         frames += len(event.frames)
         for position in event.frames:
             folded = hashlib.sha256(f"{folded}{position}".encode()).hexdigest()

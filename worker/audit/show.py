@@ -14,7 +14,10 @@ from worker.audit.history import Span, spans
 from worker.terminal import printable
 
 BACK = ("rolled_back", "reset")
-COLOURS = {"applied": "green", "partial": "yellow", "skipped": "dim", "rolled_back": "red", "reset": "red"}
+COLOURS = {
+    **{"applied": "green", "partial": "yellow", "skipped": "dim"},
+    **{"rolled_back": "red", "reset": "red", "deleted": "red"},
+}
 
 
 def show_streams(console: Console, histories: dict[str, list[UpdateEvent]]) -> None:

@@ -8,7 +8,7 @@ import { get } from "./api.js";
 import { h, number, percent, text } from "./dom.js";
 
 const PICTURE_EVERY_MS = 1000, STORE_EVERY_MS = 5000;
-const DECISIONS = ["applied", "partial", "skipped", "rolled_back", "reset", "imported", "approved", "frozen", "unfrozen", "policy", "carried", "refused"];
+const DECISIONS = ["applied", "partial", "skipped", "rolled_back", "reset", "imported", "approved", "frozen", "unfrozen", "policy", "carried", "deleted", "refused"];
 const MOST_POINTS = 480;
 
 export class StreamPage {

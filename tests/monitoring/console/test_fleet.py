@@ -30,6 +30,17 @@ def evidence(**changes: Any) -> Evidence:
     )
 
 
+def test_a_deleted_stream_is_shown_no_more() -> None:
+    fleet = Fleet(10)
+    fleet.take_update(event("s", 1))
+    index = fleet.named("s").index
+    fleet.take_update(event("s", 2, decision="deleted"))
+    assert fleet.named("s") is None
+    assert fleet.changes(1)["gone"] == [index]
+    fleet.take_update(event("s", 3))
+    assert len(fleet.named("s").events) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "level", "words"),
     [
