@@ -12,6 +12,7 @@ import typer
 
 from schemas.config import load_config
 from schemas.errors import ConfigError, StateError
+from worker.options import ConfigOption
 
 if TYPE_CHECKING:
     from schemas.state import StreamHeader
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 audit_app = typer.Typer(help="What changed, when, by how much and why; from the topic or a file.", no_args_is_help=True)
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="The workers' YAML file.")]
 FileOption = Annotated[
     Path | None, typer.Option("--file", "-f", help="Read this file, one event a line, instead of the topic.")
 ]

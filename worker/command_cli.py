@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from schemas.command import Command
+from schemas.command import Action, Command
 from schemas.config import load_config
 from schemas.errors import ConfigError
 from schemas.policy import Mode, PolicyChange
+from worker.options import ConfigOption, ReasonOption
 
 if TYPE_CHECKING:
     from schemas.update import UpdateEvent
@@ -24,46 +25,28 @@ command_app = typer.Typer(
 )
 
 StreamArgument = Annotated[str, typer.Argument(help="Stream id, or '*' for every stream.")]
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="The workers' YAML file.")]
-ReasonOption = Annotated[str, typer.Option(help="Goes into the update event.")]
 ByOption = Annotated[str, typer.Option(help="Who asks; the user's name if not given.")]
 WaitOption = Annotated[float, typer.Option(min=0, help="Seconds to wait for the update event that confirms it.")]
 
 
-@command_app.command()
-def freeze(
-    stream: StreamArgument,
-    config: ConfigOption = None,
-    reason: ReasonOption = "",
-    by: ByOption = "",
-    wait: WaitOption = 15,
-) -> None:
-    """No more updates; the parameters stay as they are."""
-    _send(config, wait, stream=stream, action="freeze", reason=reason, by=by)
+def _plain(action: Action, help: str) -> None:
+    """A command that says no more than which stream."""
+
+    def run(
+        stream: StreamArgument,
+        config: ConfigOption = None,
+        reason: ReasonOption = "",
+        by: ByOption = "",
+        wait: WaitOption = 15,
+    ) -> None:
+        _send(config, wait, stream=stream, action=action, reason=reason, by=by)
+
+    command_app.command(action, help=help)(run)
 
 
-@command_app.command()
-def unfreeze(
-    stream: StreamArgument,
-    config: ConfigOption = None,
-    reason: ReasonOption = "",
-    by: ByOption = "",
-    wait: WaitOption = 15,
-) -> None:
-    """Updates again."""
-    _send(config, wait, stream=stream, action="unfreeze", reason=reason, by=by)
-
-
-@command_app.command()
-def reset(
-    stream: StreamArgument,
-    config: ConfigOption = None,
-    reason: ReasonOption = "",
-    by: ByOption = "",
-    wait: WaitOption = 15,
-) -> None:
-    """Back to the source model; an approval is taken back too."""
-    _send(config, wait, stream=stream, action="reset", reason=reason, by=by)
+_plain("freeze", "No more updates; the parameters stay as they are.")
+_plain("unfreeze", "Updates again.")
+_plain("reset", "Back to the source model; an approval is taken back too.")
 
 
 @command_app.command()
@@ -79,16 +62,7 @@ def rollback(
     _send(config, wait, stream=stream, action="rollback", snapshot=back, reason=reason, by=by)
 
 
-@command_app.command()
-def approve(
-    stream: StreamArgument,
-    config: ConfigOption = None,
-    reason: ReasonOption = "",
-    by: ByOption = "",
-    wait: WaitOption = 15,
-) -> None:
-    """Let the parameters as they are now answer, where the stream's mode is approve."""
-    _send(config, wait, stream=stream, action="approve", reason=reason, by=by)
+_plain("approve", "Let the parameters as they are now answer, where the stream's mode is approve.")
 
 
 @command_app.command()

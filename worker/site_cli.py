@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from schemas.config import load_config
+from worker.options import ConfigOption
 
 
 def init(
@@ -33,7 +34,7 @@ def init(
 
 
 def local(
-    config: Annotated[Path | None, typer.Option("--config", "-c", help="The workers' YAML file.")] = None,
+    config: ConfigOption = None,
 ) -> None:
     """A broker and a store on this machine, for a first try without Docker: all in memory, gone with Ctrl-C."""
     from worker.site import local_services

@@ -11,6 +11,7 @@ import typer
 
 from schemas.config import load_config
 from schemas.errors import StateError
+from worker.options import ConfigOption, ReasonOption
 
 if TYPE_CHECKING:
     from schemas.state import Snapshot
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 streams_app = typer.Typer(help="Look at stored streams, and change them while workers run.", no_args_is_help=True)
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="The workers' YAML file.")]
-ReasonOption = Annotated[str, typer.Option(help="Goes into the update event.")]
 StreamArgument = Annotated[str, typer.Argument(help="Stream id.")]
 
 

@@ -15,6 +15,7 @@ import typer
 
 from schemas.config import Kafka, WorkerConfig, load_config
 from schemas.errors import ConfigError
+from worker.options import ConfigOption
 
 if TYPE_CHECKING:
     from schemas.prediction import Prediction
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from worker.watch import Watcher
 
 STATE = Path(typer.get_app_dir("driftkeel")) / "produce.sqlite"
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="The workers' YAML file.")]
 BootstrapOption = Annotated[
     str | None, typer.Option(help="host:port of the broker; goes before the configuration's.", show_default=False)
 ]
