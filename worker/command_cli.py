@@ -99,7 +99,8 @@ def _send(config: Path | None, wait: float, **fields: Any) -> None:
         command = Command(**{**fields, "by": fields["by"] or getpass.getuser()})
     except ValidationError as error:
         problem = error.errors()[0]
-        raise ConfigError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+        option = str(problem["loc"][-1]).replace("_", "-")
+        raise ConfigError(f"--{option}: {problem['msg'].removeprefix('Value error, ')}") from error
     print(f"command {command.id} sent", file=sys.stderr)
     events = [_say(event) for event in send_command(load_config(config).kafka, command, wait)]
     if not events and wait:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
 import redis.exceptions
 from kafka import KafkaAdminClient, KafkaConsumer
-from kafka.errors import KafkaError
+from kafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError
 
 from schemas.config import WorkerConfig
 from schemas.errors import DriftkeelError
@@ -40,7 +40,17 @@ def examine(config: WorkerConfig) -> Iterator[Finding]:
         try:
             yield from check(config)
         except (DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError) as error:
-            yield Finding(check.__name__.strip("_"), "failed", " ".join(str(error).split()) or type(error).__name__)
+            text = " ".join(str(error).split()) or type(error).__name__
+            yield Finding(check.__name__.strip("_"), "failed", f"{text}{_remedy(check, error, config)}")
+
+
+def _remedy(check: Callable[..., object], error: Exception, config: WorkerConfig) -> str:
+    """What to do about somebody who does not answer; other errors say it themselves."""
+    if check is _broker and isinstance(error, KafkaConnectionError | KafkaTimeoutError):
+        return f"; start the broker, or correct kafka.bootstrap, which is {config.kafka.bootstrap}"
+    if check is _store and isinstance(error.__cause__, redis.exceptions.ConnectionError):
+        return "; start the store, or correct store.url"
+    return ""
 
 
 def _versions(config: WorkerConfig) -> Iterator[Finding]:

@@ -95,7 +95,8 @@ def write_site(
     }
     existing = [str(folder / name) for name in (*texts, *folders) if (folder / name).exists()]
     if existing:
-        raise ConfigError(f"{', '.join(existing)} exists already; name another folder, or remove it first")
+        there = f"{', '.join(existing)} exist{'s' if len(existing) == 1 else ''} already"
+        raise ConfigError(f"{there}; name another folder, or remove {'it' if len(existing) == 1 else 'them'} first")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():

@@ -337,8 +337,11 @@ def chosen_snapshot(
     snapshots: Sequence[tuple[bytes, bytes]], stream: str, back: int, like: State, bundle: str
 ) -> tuple[Snapshot, State]:
     """The `back`th of stored snapshots, 1 being the newest. Raises StateError where there is none that fits."""
+    if not snapshots:
+        raise StateError(f"stream {stream!r} has no snapshots yet; 'reset' leads back to the source model")
     if not 1 <= back <= len(snapshots):
-        raise StateError(f"stream {stream!r} has {len(snapshots)} snapshots, there is no number {back}")
+        kept = f"{len(snapshots)} snapshot{'' if len(snapshots) == 1 else 's'}"
+        raise StateError(f"stream {stream!r} has {kept}, there is no number {back}; 'streams show' lists them")
     snapshot, state = decode_snapshot(*snapshots[back - 1], like, bundle)
     return snapshot, state.tensors
 

@@ -40,8 +40,9 @@ def list_streams(config: ConfigOption = None) -> None:
     """One line per stream: frames, updates, state bytes, whether a worker could use it, who has it."""
     from worker.terminal import printable
 
+    listed = _operator(config).listed()
     print(f"{'stream':32s} {'frames':>9s} {'step':>7s} {'bytes':>9s} {'state':8s} owner")
-    for found in _operator(config).listed():
+    for found in listed:
         frames, step = (found.header.frames, found.header.step) if found.header else ("-", "-")
         counts = f"{frames!s:>9s} {step!s:>7s} {found.tensor_bytes:9d}"
         print(printable(f"{found.stream:32s} {counts} {found.condition:8s} {found.owner}"))

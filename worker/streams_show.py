@@ -94,7 +94,8 @@ def _policy(policy: Policy, header: StreamHeader) -> str:
         rules.append(f"at most {policy.max_updates_per_hour:,} updates an hour")
     if policy.quiet_hours:
         rules.append(f"quiet {' and '.join(policy.quiet_hours)} UTC")
-    changed = sorted(header.policy.model_dump(exclude_none=True)) if header.policy else []
+    said = header.policy.model_dump(exclude_none=True) if header.policy else {}
+    changed = [name if value is not False else f"not {name}" for name, value in sorted(said.items())]
     return ", ".join(rules) + (f" (by command: {', '.join(changed)})" if changed else "")
 
 

@@ -122,7 +122,7 @@ def test_export_and_import(site: Site, config: str, tmp_path: Path) -> None:
         (["reset", "nobody"], "stream 'nobody' has no stored state"),
         (["show", "nobody"], "stream 'nobody' has no stored state"),
         (["export", "cam", "--output", "/nowhere/file"], "/nowhere/file cannot be written"),
-        (["rollback", "cam", "9"], "has 0 snapshots, there is no number 9"),
+        (["rollback", "cam", "9"], "stream 'cam' has no snapshots yet; 'reset' leads back to the source model"),
         (["import", "cam", "--input", "FILE"], "no tensors of a stream state"),
     ],
 )
@@ -178,3 +178,23 @@ def test_doctor_says_what_is_wrong(site: Site, tmp_path: Path) -> None:
     assert result.returncode == 1
     for text in ("no bundle at", f"127.0.0.1:{port}", "topic nowhere is missing"):
         assert text in result.stdout
+
+
+def test_doctor_says_how_to_reach_what_does_not_answer(tiny_bundle_path: Path) -> None:
+    port = free_port()
+    away = {"DRIFTKEEL__KAFKA__BOOTSTRAP": f"127.0.0.1:{port}", "DRIFTKEEL__STORE__URL": f"redis://127.0.0.1:{port}/0"}
+    result = run_cli("doctor", DRIFTKEEL__BUNDLE__PATH=str(tiny_bundle_path), **away)
+    assert result.returncode == 1
+    assert "start the store, or correct store.url" in result.stdout
+    assert f"start the broker, or correct kafka.bootstrap, which is 127.0.0.1:{port}" in result.stdout
+    listed = run_cli("streams", "list", DRIFTKEEL__BUNDLE__PATH=str(tiny_bundle_path), **away)
+    assert (listed.returncode, listed.stdout) == (1, "")
+
+
+def test_a_wrong_value_is_named_by_its_option() -> None:
+    for option, value, text in (
+        ("--quiet-hours", "25:00-06:00", "'25:00-06:00' is not a span such as 22:00-06:00"),
+        ("--canary-share", "3", "Input should be less than or equal to 1"),
+    ):
+        result = run_cli("command", "policy", "cam", option, value)
+        assert (result.returncode, result.stderr) == (1, f"driftkeel: {option}: {text}\n")

@@ -74,6 +74,10 @@ def test_it_says_why_source_answers(found: StreamHeader, policy: Policy, why: st
     assert why in shown(found, policy)
 
 
+def test_what_a_command_took_back_is_said() -> None:
+    assert "mode auto (by command: not frozen)" in shown(header(policy=PolicyChange(frozen=False)))
+
+
 def test_what_is_wrong_stands_first() -> None:
     assert "cam  damaged: the header cannot be read" in shown(None)
     assert "cam  expired: its next frame finds the source model" in shown(header(), tensor_bytes=0)
