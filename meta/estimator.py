@@ -24,6 +24,7 @@ NO_SHARES |= {"novelty", "dose", "source_odd", "source_odd_last", "source_rank",
 RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 LEVELS = 6  # of the estimate, at which the spread of errors is measured
 COVERAGE = 0.9
+SHARES = (0.9, 0.905, 0.91, 0.915, 0.92, 0.925, 0.93, 0.935, 0.94, 0.945, 0.95)  # of errors, tried for it
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def fit_estimator(names: Sequence[str], groups: Sequence[Table]) -> tuple[Estima
     unseen = {ridge: _left_out(inputs, groups, ridge) for ridge in RIDGES}
     ridge = min(RIDGES, key=lambda r: float(np.abs(unseen[r] - whole.truth).mean()))
     weights = [_regress(np.concatenate(inputs), whole.truth[:, target], ridge) for target in (0, 1)]
-    levels, low, high = _errors(unseen[ridge][:, 0], whole.truth[:, 0])
+    levels, low, high = _errors(unseen[ridge][:, 0], whole.truth[:, 0], [len(group.truth) for group in groups])
     estimator = Estimator(
         signals=list(names),
         centre=_rounded(centre),
@@ -111,16 +112,39 @@ def _left_out(inputs: Sequence[Array], groups: Sequence[Table], ridge: float) ->
     return np.concatenate(parts)
 
 
-def _errors(estimate: Array, truth: Array) -> tuple[list[float], list[float], list[float]]:
-    """Levels of the estimate, and the quantiles of truth minus estimate around each."""
-    order = np.argsort(estimate)
+def _errors(estimate: Array, truth: Array, sizes: Sequence[int]) -> tuple[list[float], list[float], list[float]]:
+    """Levels of the estimate, and quantiles of truth minus estimate around each.
+
+    Groups, of `sizes` rows, err each in a way of its own. So these are the narrowest quantiles of which the others'
+    hold COVERAGE of each group, on average.
+    """
+    group, share = np.repeat(np.arange(len(sizes)), sizes), COVERAGE
+    for share in SHARES if len(sizes) > 1 else ():
+        held = sum(_held(estimate, truth, group == one, share) for one in range(len(sizes)))
+        if held >= COVERAGE * len(estimate):
+            break
+    levels, low, high = _quantiles(estimate, truth, share)
+    return _rounded(levels), _rounded(low), _rounded(high)
+
+
+def _held(estimate: Array, truth: Array, out: npt.NDArray[np.bool_], share: float) -> int:
+    """How many rows of a group are within what the others' errors say."""
+    levels, low, high = _quantiles(estimate[~out], truth[~out], share)
+    guess, real = estimate[out], truth[out]
+    inside = (real >= guess + np.interp(guess, levels, low)) & (real <= guess + np.interp(guess, levels, high))
+    return int(inside.sum())
+
+
+def _quantiles(estimate: Array, truth: Array, share: float) -> tuple[list[float], list[float], list[float]]:
+    """At levels of the estimate, between what the given share of errors lies."""
     levels, low, high = [], [], []
+    order = np.argsort(estimate)
     for part in np.array_split(order, max(1, min(LEVELS, len(order) // 20))):
         error = truth[part] - estimate[part]
         levels.append(float(estimate[part].mean()))
-        low.append(float(np.quantile(error, (1 - COVERAGE) / 2)))
-        high.append(float(np.quantile(error, (1 + COVERAGE) / 2)))
-    return _rounded(levels), _rounded(low), _rounded(high)
+        low.append(float(np.quantile(error, (1 - share) / 2)))
+        high.append(float(np.quantile(error, (1 + share) / 2)))
+    return levels, low, high
 
 
 class _Inputs:

@@ -51,6 +51,23 @@ def test_errors_are_those_on_groups_left_out() -> None:
     assert width[1] > 3 * width[0]
 
 
+def test_intervals_hold_on_a_group_that_errs_in_a_way_of_its_own() -> None:
+    """Eight groups, each biased on its own: the other seven's errors alone are too narrow for it."""
+
+    def biased(seed: int) -> Table:
+        plain = table(seed)
+        return Table(plain.values, (plain.truth + np.random.default_rng(seed).normal(0, 0.06)).clip(0, 1))
+
+    groups = [biased(seed) for seed in range(8)]
+    model, unseen = AccuracyModel(fit_estimator(NAMES, groups)[0]), [biased(seed) for seed in range(20, 80)]
+    held = []
+    for one in unseen:
+        guess = model.of(one.values)[:, 0]
+        low, high = model.interval(guess)
+        held.append(float(((one.truth[:, 0] >= low) & (one.truth[:, 0] <= high)).mean()))
+    assert 0.85 < np.mean(held) < 0.97
+
+
 def test_estimates_stay_shares_whatever_the_signals(estimator: Estimator) -> None:
     model = AccuracyModel(estimator)
     for signals in ({}, {"confidence": 1.0, "odd": 1e9, "flips": -1e9}, {"confidence": 0.0, "odd": -1e9}):
