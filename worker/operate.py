@@ -125,7 +125,7 @@ class Operator:
         stored = self._store.read(stream)
         _refuse_foreign(stream, stored.foreign)
         if stored.header is None:
-            raise unknown(stream)
+            raise unknown(self._store, stream)
         return stored
 
     def _change(self, stream: str, change: Callable[[Subject, int], Entry]) -> UpdateEvent:
@@ -158,7 +158,7 @@ def require_known(store: StateStore, streams: list[str]) -> list[Overview]:
     found = store.overview(streams)
     for stream, overview in zip(streams, found, strict=True):
         if not overview.token and not overview.foreign:
-            raise unknown(stream)
+            raise unknown(store, stream)
     return found
 
 
@@ -167,6 +167,8 @@ def _refuse_foreign(stream: str, foreign: str) -> None:
         raise StateError(f"stream {stream!r} cannot be stored: {foreign}")
 
 
-def unknown(stream: str) -> StateError:
+def unknown(store: StateStore, stream: str) -> StateError:
     """The error for a stream of which nothing is stored."""
+    if store.deleted(stream) is not None:
+        return StateError(f"stream {stream!r} was deleted; 'driftkeel audit show --stream' says when and by whom")
     return StateError(f"stream {stream!r} has no stored state; 'driftkeel streams list' shows those that have")

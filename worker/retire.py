@@ -30,7 +30,7 @@ def delete(store: StateStore, stream: str, reason: str, name: str) -> list[Seale
     if store.read(stream).token == 0:
         before = store.deleted(stream)
         if before is None:
-            raise unknown(stream)
+            raise unknown(store, stream)
         return _events(before)
     (claimed,) = store.claim([stream], name)
     waiting = _events(claimed.event or b"")
@@ -47,7 +47,7 @@ def described(store: StateStore, stream: str, found: Overview) -> str:
     if found.token:
         return f"{found.tensor_bytes:,} bytes, {found.snapshots} snapshots, last with {found.owner}"
     if store.deleted(stream) is None:
-        raise unknown(stream)
+        raise unknown(store, stream)
     return "deleted before; its last event will be sent again"
 
 

@@ -11,6 +11,7 @@ from meta.bundle import Bundle
 from monitoring.metrics import WorkerMetrics
 from schemas.command import Command
 from schemas.config import Adapt, Kafka, Store
+from schemas.errors import StateError
 from schemas.frame import Position
 from schemas.policy import Policy
 from schemas.update import UpdateEvent
@@ -19,6 +20,7 @@ from worker.answer import Policies
 from worker.commands import CommandList
 from worker.control import Control
 from worker.engine import Engine
+from worker.operate import require_known
 from worker.publish import Publisher
 from worker.store import StateStore
 from worker.streams import Streams
@@ -107,6 +109,8 @@ def test_a_stream_that_was_deleted_begins_like_any_other(
     worker.control.run(())
     (frozen,) = retire.delete(store, "a", "gone", "operator")[:-1]
     worker.streams.release(["a"])
+    with pytest.raises(StateError, match="stream 'a' was deleted; 'driftkeel audit show"):
+        require_known(store, ["a"])
     assert retire.delete(store, "a", "gone", "operator")[0].event.previous == frozen.digest
     worker.control.met(worker.streams.ensure(["a"]))
     header = worker.streams.engine.resident("a").header

@@ -81,6 +81,15 @@ def test_a_deleted_stream_leaves_nothing_and_its_workers_stay_refused(store: Sta
     client.close()
 
 
+def test_what_an_earlier_version_left_of_a_deleted_stream_still_counts(store: StateStore, store_url: str) -> None:
+    client = redis.Redis.from_url(store_url)
+    client.set(store._all_keys("cam")[-1], 7, ex=100)
+    assert store.deleted("cam") == b""
+    (claimed,) = store.claim(["cam"], "next")
+    assert (claimed.token, claimed.header, claimed.event) == (8, None, None)
+    client.close()
+
+
 @pytest.mark.parametrize("part", range(4))
 def test_a_key_of_another_type_is_not_touched(store: StateStore, store_url: str, part: int) -> None:
     client = redis.Redis.from_url(store_url)
