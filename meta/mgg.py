@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -228,6 +229,16 @@ class MGG:
         conditions = self._moments(stream, counts, state), self._correction(stream, state)
         logits, features = self._with_graph(forward.frames.index_select(0, chosen), rows, *conditions)
         return Forward(logits, features, rows, stream, counts, state, kept=forward.kept)
+
+    def thinned(self, forward: Forward) -> tuple[Forward, Forward, Tensor]:
+        """Of a forward with a graph: those frames that give the gradient as served, all as they would be without a
+        graph, and the places of the former among the latter (b,)."""
+        counts = (forward.counts / self.gradient_share).ceil()
+        chosen = evenly(forward.stream, forward.counts, counts)
+        logits, features = (t.index_select(0, chosen) for t in (forward.logits, forward.features))
+        stream = forward.stream.index_select(0, chosen)
+        some = replace(forward, logits=logits, features=features, stream=stream, counts=counts)
+        return some, replace(forward, features=forward.features[:, : self._features]), chosen
 
     # --- parts -----------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 """Meta-training: make the generator lower the loss of the frames that come next.
 
-The updates see no label. The objective that trains the generator does (labels exist at the centre), or is the
-updates' own where there are none. Gradients of the source model are treated as constants, as is usual for learned
-optimizers, so one unrolled step costs a forward and two backward passes through the model, and back-propagation
-through time runs over the generator alone.
+The updates see no label, and take their gradient from some of the frames, as sites do. The objective that trains the
+generator sees labels (they exist at the centre), or is the updates' own where there are none. Gradients of the source
+model are treated as constants, as is usual for learned optimizers, so one unrolled step costs a forward and two
+backward passes through the model, and back-propagation through time runs over the generator alone.
 
 Several source models may train one rule: each has its own streams, statistics and anchor, and takes its turn.
 """
@@ -141,8 +141,9 @@ def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[
         batch, labels, stream = draw(cameras, frames, problem.preprocessing)
         forward = method.predict(batch, stream, problem.state)
         right += int((forward.logits.argmax(1) == labels).sum())
-        frame_gradient, statistics, signals = method.gradient(forward, retain_graph=True)
-        slope = frame_gradient
+        some, whole, chosen = method.thinned(forward)
+        slope, statistics, signals = method.gradient(some, retain_graph=True, whole=whole)
+        frame_gradient = slope.index_select(0, chosen)
         if settings.objective == "labelled":
             each = F.cross_entropy(forward.logits, labels, reduction="none")
             labelled = per_stream_mean(each, stream, forward.counts).sum()
@@ -150,7 +151,7 @@ def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[
         affine = problem.state["affine"]
         per_stream = torch.zeros_like(affine).index_add(0, stream, slope)
         objective = objective + (per_stream.detach() * affine).sum() / len(cameras)
-        problem.state = method.generate(forward, frame_gradient, statistics, signals).state
+        problem.state = method.generate(some, frame_gradient, statistics, signals).state
     return objective / settings.unroll, right / (settings.unroll * frames * len(cameras))
 
 

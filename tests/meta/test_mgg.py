@@ -89,6 +89,21 @@ def test_as_served_a_quarter_of_the_frames_gives_the_gradient(interleaved: bool)
     assert float(torch.cosine_similarity(*way, dim=0)) > 0.7
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_training_makes_the_updates_that_sites_make(interleaved: bool) -> None:
+    state, sizes = lived_in(3, 0), [1, 6, 16]
+    frames = torch.randn(sum(sizes), 1, 12, 12, generator=torch.Generator().manual_seed(2))
+    stream = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    if interleaved:
+        stream = stream[torch.randperm(len(stream), generator=torch.Generator().manual_seed(3))]
+    served = METHOD.update(METHOD.serve(frames, stream, state))
+    some, whole, chosen = METHOD.thinned(METHOD.predict(frames, stream, state))
+    slope, statistics, signals = METHOD.gradient(some, whole=whole)
+    trained = METHOD.generate(some, slope.index_select(0, chosen), statistics, signals)
+    for name, tensor in served.state.items():
+        torch.testing.assert_close(trained.state[name].to(tensor.dtype), tensor, rtol=2e-3, atol=1e-5, msg=name)
+
+
 def test_single_frames_are_served_with_their_graph() -> None:
     frames, stream = torch.randn(3, 1, 12, 12), torch.arange(3)
     forward = METHOD.serve(frames, stream, lived_in(3, 0))
