@@ -88,7 +88,8 @@ reference: install ## regenerate docs/reference, docs/metrics.md and the dashboa
 docs: $(VENV)/.charts ## build the documentation as a site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bundle: install data ## rebuild bundles/fashion-mnist from nothing but the data set
+bundle: install data ## train the generator of bundles/fashion-mnist anew, in two stages
+	$(BIN)/driftkeel meta train --config bundles/fashion-mnist-start.yaml --output build/fashion-mnist-start
 	$(BIN)/driftkeel meta train --config bundles/fashion-mnist.yaml --output bundles/fashion-mnist
 
 results: install data ## the numbers of docs/results.md: the demo with three seeds

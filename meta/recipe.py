@@ -70,6 +70,7 @@ class Recipe(BaseModel):
     source: SourceRecipe = SourceRecipe()
     generator: GeneratorSettings = GeneratorSettings()
     training: TrainingSettings = TrainingSettings()
+    start: Path | None = Field(None, description="a bundle whose generator is trained further; none: a new one")
     paper: PaperRecipe | None = None
     correction_draws: int = Field(200, ge=0, description="shifts to fit the correction of single frames on; 0: none")
     calibration_windows: int = Field(12, ge=2, description="of eight micro-batches, from each stream, twenty times")
@@ -192,12 +193,25 @@ def _ours(
 ) -> Made:
     torch.manual_seed(recipe.training.seed)
     learned = LearnedOptimizer(recipe.generator, model)
+    if recipe.start is not None:
+        _go_on_from(recipe.start, learned)
     method = MGG(model, source, learned, len(data.LABELS))
     random = torch.Generator().manual_seed(recipe.training.seed)
     images = _tensors(train.part(*data.META_PART))
     meta_train([Problem(method, *images, PREPROCESSING, recipe.training, random)], recipe.training, say)
     learned.requires_grad_(False).eval()
     return method, recipe.generator.model_dump(mode="json"), dict(learned.state_dict())
+
+
+def _go_on_from(folder: Path, learned: LearnedOptimizer) -> None:
+    """Take over what another bundle's generator has learned."""
+    method = load_bundle(folder).method
+    if not isinstance(method, MGG):
+        raise BundleError(f"{folder} has no generator of ours to start from")
+    try:
+        learned.load_state_dict(method.learned.state_dict())
+    except RuntimeError as error:
+        raise BundleError(f"the generator of {folder} does not fit: it has other inputs, sizes or layers") from error
 
 
 def _paper(

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from meta.method import State
-from meta.mgg import MGG
+from meta.mgg import GRADIENT_SHARE, MGG
 from meta.objective import per_stream_mean
 from meta.shifts import TUNING
 from meta.simulate import SimulatedStream
@@ -41,6 +41,11 @@ class TrainingSettings(BaseModel):
         default="labelled", description="what the generator lowers: cross-entropy, or the updates' own objective"
     )
     learning_rate: float = Field(default=3e-3, gt=0)
+    gradient_share: int = Field(
+        default=GRADIENT_SHARE,
+        ge=1,
+        description="one of so many frames gives an update its gradient; sites have the default",
+    )
     seed: int = 0
 
 
@@ -134,7 +139,7 @@ def draw(cameras: list[SimulatedStream], frames: int, preprocessing: Preprocessi
 
 def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[Tensor, float]:
     """A few updates in a row. The objective's gradient is that of the loss at every step after the first."""
-    method, cameras = problem.method, problem.cameras
+    method, cameras = problem.method.with_gradient_share(settings.gradient_share), problem.cameras
     objective = torch.zeros(())
     right = 0
     for _ in range(settings.unroll):

@@ -10,7 +10,7 @@ from meta.bundle import load_bundle
 from meta.mgg import MGG
 from meta.paper import PaperMGG
 from meta.recipe import Recipe, build_bundle, read_recipe
-from schemas.errors import ConfigError
+from schemas.errors import BundleError, ConfigError
 from tests.conftest import SHIPPED_BUNDLE
 
 SOURCE = {"bundle": str(SHIPPED_BUNDLE)}
@@ -45,6 +45,16 @@ def test_ours_and_the_papers(tmp_path: Path) -> None:
     paper = build(tmp_path / "paper", paper={"images": 8, "epochs": 1})
     source = load_bundle(SHIPPED_BUNDLE).model.source_affine
     assert (paper - source).abs().max() <= 1e-3 + 1e-6
+
+
+def test_a_generator_can_be_trained_further(tmp_path: Path) -> None:
+    training = {"meta_steps": 1, "unroll": 2, "streams": 2, "batches": [1], "learning_rate": 1e-6}
+    build(tmp_path / "further", training=training, correction_draws=0, start=str(SHIPPED_BUNDLE))
+    shipped, further = (load_bundle(folder).method.learned for folder in (SHIPPED_BUNDLE, tmp_path / "further"))
+    for name, tensor in shipped.named_parameters():
+        torch.testing.assert_close(further.get_parameter(name), tensor, rtol=0, atol=1e-5, msg=name)
+    with pytest.raises(BundleError, match="does not fit"):
+        build(tmp_path / "other", training=training, start=str(SHIPPED_BUNDLE), generator={"hidden": 8})
 
 
 def test_every_shipped_recipe_can_be_read() -> None:
