@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from meta.estimator import AccuracyModel, Table
-from meta.method import State
-from meta.mgg import MGG
+from meta.method import Method, State
+from meta.mgg import as_served
 from meta.objective import per_stream_mean
 from meta.proxies import SIGNALS, WINDOW, Observer, fold
 from meta.shifts import Shift
@@ -71,7 +71,7 @@ def cameras(
 
 
 def watch(
-    method: MGG,
+    method: Method,
     observer: Observer,
     streams: list[SimulatedStream],
     preprocessing: Preprocessing,
@@ -81,7 +81,7 @@ def watch(
 ) -> Watched:
     """Run `steps` micro-batches of every stream, with updates or without."""
     state = {name: tensor.detach() for name, tensor in method.fresh(len(streams)).items()}
-    seen = Watched()
+    seen, predict = Watched(), as_served(method)
     proxies = [RunningProxies() for _ in streams]
     truth, halves, visits = np.zeros((len(streams), 2)), np.zeros((len(streams), 2)), np.zeros(len(streams), int)
     other_half = torch.cat([torch.arange(FRAMES) // camera.repeat % 2 for camera in streams])
@@ -91,7 +91,7 @@ def watch(
                 camera.begin()
                 visits[place] += 1
         frames, labels, stream = draw(streams, FRAMES, preprocessing)
-        forward = method.serve(frames, stream, state)
+        forward = predict(frames, stream, state)
         asked = (stream + step) % (1 if step * FRAMES < YOUNG else SHADOW_EVERY) == 0
         chosen = asked.nonzero().flatten()
         observed = observer.observe(frames, forward, chosen)
