@@ -145,7 +145,9 @@ class Frames(Section):
     max_side: int = Field(8_192, ge=1, description="largest width or height in pixels")
     max_pixels: int = Field(24_000_000, ge=1, description="largest width x height")
     max_stream_id_bytes: int = Field(200, ge=1, le=1_000)
-    decode_threads: int = Field(2, ge=1, le=64)
+    decode_threads: int = Field(
+        2, ge=1, le=64, description="small pictures that are decoded at a time, and as many large ones beside them"
+    )
 
 
 class Batch(Section):

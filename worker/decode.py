@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -22,7 +20,6 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 JPEG = ("JPEG", "MPO")
 MAX_SCANS = 64  # of a JPEG. Encoders write some ten; each makes the decoder go over the whole picture again.
 STRIP = 256  # rows
-PATIENCE_S = 5.0
 Pixels = npt.NDArray[np.uint8]
 
 # Sizes are checked here against the configured limits, before any pixel is decoded.
@@ -47,54 +44,21 @@ class DecodedFrame:
     sent: float = 0.0
 
 
-class Decoder:
-    """Decodes frames in threads, in order; a frame that cannot be decoded comes back as its error."""
-
-    def __init__(self, limits: Frames, preprocess: Preprocess) -> None:
-        self._limits, self._preprocess = limits, preprocess
-        self._threads = limits.decode_threads
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
-
-    def decode(
-        self, frames: Sequence[tuple[Frame, float]], keep_alive: Callable[[], object] = lambda: None
-    ) -> list[DecodedFrame | FrameError]:
-        """One result per frame, in order; each frame comes with when it was received. `keep_alive` is called now and
-        then while that takes long."""
-        # A share per thread rather than a task per frame: small frames decode faster than a task is handed over.
-        share = -(-len(frames) // self._threads) or 1
-        parts = [frames[i : i + share] for i in range(0, len(frames), share)]
-        if len(frames) < 2:
-            return self._part(frames)
-        # A picture of a kilobyte may have all the pixels that are allowed, and hundreds may come at a time.
-        shares = [self._pool.submit(self._part, part) for part in parts]
-        while wait(shares, PATIENCE_S).not_done:
-            keep_alive()
-        return [result for part in shares for result in part.result()]
-
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def _part(self, frames: Sequence[tuple[Frame, float]]) -> list[DecodedFrame | FrameError]:
-        results: list[DecodedFrame | FrameError] = []
-        for frame, received in frames:
-            try:
-                pixels = decode_image(frame.image, self._limits, self._preprocess)
-            except FrameError as error:
-                results.append(error)
-                continue
-            results.append(
-                DecodedFrame(
-                    stream=frame.stream,
-                    position=frame.position,
-                    pixels=pixels,
-                    event_time=frame.event_time,
-                    received=received,
-                    traceparent=frame.traceparent,
-                    sent=frame.sent,
-                )
-            )
-        return results
+def decode_frame(frame: Frame, received: float, limits: Frames, preprocess: Preprocess) -> DecodedFrame | FrameError:
+    """A frame with its pixels; or its error, where it cannot be decoded."""
+    try:
+        pixels = decode_image(frame.image, limits, preprocess)
+    except FrameError as error:
+        return error
+    return DecodedFrame(
+        stream=frame.stream,
+        position=frame.position,
+        pixels=pixels,
+        event_time=frame.event_time,
+        received=received,
+        traceparent=frame.traceparent,
+        sent=frame.sent,
+    )
 
 
 def decode_image(content: bytes, limits: Frames, preprocess: Preprocess) -> Pixels:

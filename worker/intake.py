@@ -4,69 +4,74 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from monitoring.metrics import WorkerMetrics
 from schemas.config import Frames
 from schemas.errors import FrameError
 from schemas.frame import Frame, Position, parse_frame
-from worker.decode import DecodedFrame, Decoder
+from worker.decode import DecodedFrame
+from worker.decoding import Arrival, Decoding
 from worker.kafka_batches import Unreadable
 from worker.offsets import Offsets
 from worker.publish import Publisher
-from worker.turns import Arrived
 
 log = logging.getLogger("driftkeel.intake")
+Bad = tuple[Any, FrameError]  # a record, and why it is no frame
+Load = Callable[[list[str]], Callable[[Frame], bool]]
 
 
 class Intake:
-    """Validates and decodes; every record is either returned, dead-lettered, or known to be folded in."""
+    """Validates; every record is either returned decoded, dead-lettered, or known to be folded in."""
 
     def __init__(
-        self, limits: Frames, decoder: Decoder, offsets: Offsets, publisher: Publisher, metrics: WorkerMetrics
+        self, limits: Frames, decoding: Decoding, offsets: Offsets, publisher: Publisher, metrics: WorkerMetrics
     ) -> None:
-        self._limits, self._decoder, self._offsets = limits, decoder, offsets
+        self._limits, self._decoding, self._offsets = limits, decoding, offsets
         self._publisher, self._metrics = publisher, metrics
 
-    def take(
-        self,
-        arrived: list[Arrived],
-        load: Callable[[list[str]], Callable[[Frame], bool]],
-        keep_alive: Callable[[], object],
-    ) -> list[DecodedFrame]:
-        """Decoded frames, in order. `load` makes streams resident and tells whether a frame is folded in already.
+    def hand_over(self, load: Load) -> None:
+        """Have decoded what there are threads for.
 
-        Offsets know of the records already.
+        `load` makes streams resident and tells whether a frame is folded in already. Offsets know of the records.
         """
-        frames: list[tuple[Frame, Arrived]] = []
-        bad: list[tuple[Any, FrameError]] = []
-        for arrival in arrived:
-            record = arrival[1]
+        self._decoding.hand_over(partial(self._prepare, load))
+
+    def take(self) -> tuple[list[DecodedFrame], list[Bad]]:
+        """Decoded frames, of each stream in order; and records that cannot become any, to be buried."""
+        frames: list[DecodedFrame] = []
+        bad: list[Bad] = []
+        for arrival in self._decoding.take():
+            if isinstance(arrival.result, FrameError):
+                bad.append((arrival.record, arrival.result))
+            elif arrival.result is not None:
+                frames.append(arrival.result)
+        return frames, bad
+
+    def bury(self, bad: list[Bad], keep_alive: Callable[[], object]) -> None:
+        """To the dead letters, and wait until they are there."""
+        for record, error in bad:
+            log.warning("frame %s is a dead letter: %s", _position(record), error, extra=_about(record, error))
+            self._publisher.dead_letter(record, error)
+            self._metrics.bad_frames.labels(error.kind).inc()
+        self._publisher.settle(keep_alive)
+        self._offsets.finished(_position(record) for record, _ in bad)
+
+    def _prepare(self, load: Load, arrivals: list[Arrival]) -> None:
+        self._metrics.frames.inc(len(arrivals))
+        for arrival in arrivals:
             try:
-                frames.append((self._parsed(record, _position(record)), arrival))
+                arrival.frame = self._parsed(arrival.record, _position(arrival.record))
             except FrameError as error:
-                bad.append((record, error))
-        self._metrics.frames.inc(len(arrived))
-        is_folded = load([frame.stream for frame, _ in frames])
-        new: list[tuple[Frame, Arrived]] = []
-        again: list[Position] = []
-        for frame, arrival in frames:
-            if is_folded(frame):
-                again.append(frame.position)
-            else:
-                new.append((frame, arrival))
+                self._decoding.finish(arrival, error)
+        is_folded = load([arrival.frame.stream for arrival in arrivals if arrival.frame])
+        # Some may have been dropped with their partition while the store was waited for.
+        again = [arrival for arrival in arrivals if arrival.frame and is_folded(arrival.frame)]
         self._metrics.frames_again.inc(len(again))
-        self._offsets.finished(again)
-        decoded: list[DecodedFrame] = []
-        results = self._decoder.decode([(frame, at) for frame, (at, _) in new], keep_alive)
-        for (_, (_, record)), result in zip(new, results, strict=True):
-            if isinstance(result, FrameError):
-                bad.append((record, result))
-            else:
-                decoded.append(result)
-        if bad:
-            self._bury(bad, keep_alive)
-        return decoded
+        self._offsets.finished(_position(arrival.record) for arrival in again)
+        for arrival in again:
+            self._decoding.finish(arrival, None)
 
     def _parsed(self, record: Any, position: Position) -> Frame:
         if isinstance(record.value, Unreadable):
@@ -80,14 +85,6 @@ class Intake:
             self._limits.max_bytes,
             self._limits.max_stream_id_bytes,
         )
-
-    def _bury(self, bad: list[tuple[Any, FrameError]], keep_alive: Callable[[], object]) -> None:
-        for record, error in bad:
-            log.warning("frame %s is a dead letter: %s", _position(record), error, extra=_about(record, error))
-            self._publisher.dead_letter(record, error)
-            self._metrics.bad_frames.labels(error.kind).inc()
-        self._publisher.settle(keep_alive)
-        self._offsets.finished(_position(record) for record, _ in bad)
 
 
 def _position(record: Any) -> Position:

@@ -11,9 +11,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -29,7 +30,8 @@ from worker.batcher import MicroBatcher
 from worker.commands import CommandList, CommandReader
 from worker.consume import FrameConsumer
 from worker.control import Control
-from worker.decode import Decoder
+from worker.decode import decode_frame
+from worker.decoding import Decoding
 from worker.engine import Engine
 from worker.guard import Guard
 from worker.intake import Intake
@@ -43,7 +45,6 @@ from worker.step import Flight, Step
 from worker.store import StateStore
 from worker.streams import Streams
 from worker.trace import open_trace
-from worker.turns import Arrived, Turns
 from worker.upgrade import Upgrade
 from worker.warm_up import warm_up
 
@@ -56,9 +57,7 @@ STOCKED_S = 0.05  # and while frames for all threads' next passes are in memory:
 # Between two operations of torch a pass needs the interpreter for some microseconds. With Python's own 5 ms it waits
 # longer for it than the next operation takes, whenever the loop computes.
 SWITCH_S = 0.001
-TAKE_IN_S = 0.05  # decoding before the loop turns
-MAX_HELD = 64 << 20  # bytes that wait to be decoded before partitions are paused
-MAX_SHARE = 64  # records decoded in one go
+MAX_HELD = 64 << 20  # bytes that wait to be decoded, or are, before partitions are paused
 STUCK_AFTER_S = 60.0
 LAG_INTERVAL_S = 1.0
 COMMANDS_PATIENCE_S = 10.0
@@ -123,8 +122,9 @@ class Worker:
         self._publisher = Publisher(config.kafka, config.worker, stop, self.metrics.broker_error)
         self._offsets = Offsets()
         self._consumer = FrameConsumer(config.kafka, self._offsets, store, stop, self.metrics.broker_error)
-        self._decoder = Decoder(config.frames, bundle.manifest.preprocess)
-        self._intake = Intake(config.frames, self._decoder, self._offsets, self._publisher, self.metrics)
+        decode = partial(decode_frame, limits=config.frames, preprocess=bundle.manifest.preprocess)
+        self._decoding = Decoding(decode, config.frames.decode_threads)
+        self._intake = Intake(config.frames, self._decoding, self._offsets, self._publisher, self.metrics)
         self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
         policies = Policies(config.policy, config.streams)
         adapt = config.adapt
@@ -181,10 +181,7 @@ class Worker:
         self._scheduler = Scheduler(config.batch, config.adapt, policies, engine, self.metrics)
         self._flights: list[Flight] = []
         self._lag_shown = self._looked = 0.0
-        self._stash: list[Arrived] = []
-        self._turns, self._share = Turns(), MAX_SHARE // 8
         self._partitions_of: dict[str, set[Partition]] = {}
-        self._dropped: set[Partition] = set()
         log.info(
             "worker %s: broker %s, topic %s, group %s, store %s, metrics http://%s:%d/metrics",
             config.worker,
@@ -229,14 +226,11 @@ class Worker:
             self._close()
 
     def _turn(self) -> None:
-        """Take in frames, begin what is due, and move on what is under way."""
-        if not self._stocked:
-            self._look()
-        self._take_in()
+        """Move on what is under way, take up what is decoded, begin what is due, and look for more."""
+        self._move_on(self._decoding.running)
+        self._take_up()
         self._obey()
         self._start()
-        if self._flights:
-            self._move_on()
         self._refused(self._journal.flush_due() + self._streams.returned())
         if self._store.reconnected():
             self._begin_again()
@@ -252,21 +246,16 @@ class Worker:
         self.metrics.last_progress.set_to_current_time()
         self.metrics.buffered.set(len(self._batcher))
         self._show_lag()
+        if not self._stocked:
+            self._look()
+        self._intake.hand_over(self._load)
 
-    def _take_in(self) -> None:
-        """Decode what has come, of each stream by turns: all of it, or for a moment.
-
-        By small shares while that takes long. A picture of a kilobyte may take as long as thousands of others.
-        """
-        until, least = time.monotonic() + TAKE_IN_S, self.config.frames.decode_threads
-        while self._stash and (begun := time.monotonic()) < until:
-            records, self._stash = self._turns.take(self._stash, self._share)
-            self._dropped.clear()
-            frames = self._intake.take(records, self._load, self._keep_alive)
-            # Partitions that went while the store or the broker was waited for are read again, from their oldest.
-            self._batcher.add(f for f in frames if (f.position.topic, f.position.partition) not in self._dropped)
-            quick = time.monotonic() - begun < TAKE_IN_S / 2
-            self._share = min(2 * self._share, MAX_SHARE) if quick else max(least, self._share // 2)
+    def _take_up(self) -> None:
+        """Frames that are decoded wait for their pass from now on."""
+        frames, bad = self._intake.take()
+        self._batcher.add(frames)
+        if bad:
+            self._intake.bury(bad, self._keep_alive)
 
     def _obey(self) -> None:
         """Commands that have come, to streams that are in no step."""
@@ -289,9 +278,9 @@ class Worker:
             self.metrics.pass_streams.observe(len(due))
             self._flights.append(self._step.start(self._scheduler.decide(due, time.time())))
 
-    def _move_on(self) -> None:
-        """Publish what is predicted; finish what is adapted, while the next passes run."""
-        wait_for([flight.next for flight in self._flights], GLANCE_S, FIRST_COMPLETED)
+    def _move_on(self, others: Sequence[Future[Any]] = ()) -> None:
+        """Wait a moment for passes or `others`; publish what is predicted, finish what is adapted."""
+        wait_for([*(flight.next for flight in self._flights), *others], GLANCE_S, FIRST_COMPLETED)
         for flight in list(self._flights):
             if not flight.published and flight.next.done():
                 self._step.publish(flight)
@@ -322,7 +311,7 @@ class Worker:
         if self._streams.crowded:
             self._refused(self._journal.flush())
             # All that is known of these is stored, so that they need not be read again with a partition that goes.
-            for stream in self._streams.trim(self._batcher.streams | self._busy):
+            for stream in self._streams.trim(self._batcher.streams | self._decoding.streams | self._busy):
                 self._partitions_of.pop(stream, None)
 
     def _show_lag(self) -> None:
@@ -333,17 +322,22 @@ class Worker:
     @property
     def _stocked(self) -> bool:
         """Whether the loop can do without a look at the topic for a moment."""
-        waiting, enough = len(self._batcher), self._lanes * self.config.batch.max_pass
-        return bool(self._flights) and waiting >= enough and time.monotonic() - self._looked < STOCKED_S
+        enough = self._lanes * self.config.batch.max_pass
+        under_way = bool(self._flights or self._decoding.running)
+        return under_way and self._waiting >= enough and time.monotonic() - self._looked < STOCKED_S
+
+    @property
+    def _waiting(self) -> int:
+        """Frames in memory that are in no pass."""
+        return len(self._batcher) + len(self._decoding)
 
     def _look(self) -> None:
         wait = 0.0
-        if not self._flights and not self._stash:
+        if not self._flights and not self._decoding:
             due = self._batcher.next_due()
             wait = IDLE_POLL_S if due is None else min(IDLE_POLL_S, max(0.0, due - time.monotonic()))
         # All partitions or none: the client loses sight of what it has fetched when only some of them are paused.
-        held = sum(len(record.value or b"") for _, record in self._stash)
-        full = len(self._batcher) + len(self._stash) >= self.config.batch.max_buffered or held > MAX_HELD
+        full = self._waiting >= self.config.batch.max_buffered or self._decoding.held > MAX_HELD
         self._consumer.pause(full)
         self._receive(0.0 if full else wait)
 
@@ -351,16 +345,14 @@ class Worker:
         """Poll once. Partitions that were taken away are dropped before newer records are taken in."""
         records, gone = self._consumer.poll(timeout_s)
         self._looked = time.monotonic()
-        if gone:
-            before, self._dropped = self._dropped, set()
-            for partition in gone:
-                self._drop(partition)
-            # Where a stream has moved, its other partitions are read again, too: nothing newer goes before that.
-            records = [r for r in records if (r.topic, r.partition) not in self._dropped]
-            self._dropped |= before
+        dropped: set[Partition] = set()
+        for partition in gone:
+            dropped |= self._drop(partition)
         for record in records:
-            self._offsets.received(Position(record.topic, record.partition, record.offset))
-        self._stash += [(self._looked, record) for record in records]
+            # Where a stream has moved, its other partitions are read again, too: nothing newer goes before that.
+            if (record.topic, record.partition) not in dropped:
+                self._offsets.received(Position(record.topic, record.partition, record.offset))
+                self._decoding.add(self._looked, record)
 
     def _keep_alive(self) -> None:
         """Keep the group membership while the loop waits for something else; that is no standstill."""
@@ -379,20 +371,21 @@ class Worker:
 
         return is_folded
 
-    def _drop(self, partition: Partition) -> None:
+    def _drop(self, partition: Partition) -> set[Partition]:
         """Forget a partition: whoever has it now reads again what was not finished.
 
         A stream that has moved goes with every partition in which it was met; what is ours of these is read again.
+        Returns all of these.
         """
-        self._dropped.add(partition)
-        self._stash = [a for a in self._stash if (a[1].topic, a[1].partition) != partition]
+        self._decoding.drop(partition)
         streams = [stream for stream, where in self._partitions_of.items() if partition in where]
         self._batcher.drop(streams)
         self._streams.release(streams)
-        others = {other for stream in streams for other in self._partitions_of.pop(stream)} - {partition}
-        for other in others:
+        dropped = {partition}
+        for other in {other for stream in streams for other in self._partitions_of.pop(stream)} - dropped:
             self._consumer.rewind(other)
-            self._drop(other)
+            dropped |= self._drop(other)
+        return dropped
 
     def _rewind(self, fenced: list[str]) -> None:
         """Streams of ours must be claimed again, mostly as another worker has them. Read their partitions again: the
@@ -434,7 +427,7 @@ class Worker:
         with contextlib.ExitStack() as stack:
             stack.callback(log.info, "worker %s stopped", self.config.worker)
             stack.callback(self._server.close)
-            stack.callback(self._decoder.close)
+            stack.callback(self._decoding.close)
             if self._trace is not None:
                 stack.callback(self._trace.close)
             stack.callback(self._step.close)

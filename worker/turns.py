@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
-Arrived = tuple[float, Any]  # when a record came, monotonic seconds, and the record
+Key = bytes | None
+One = TypeVar("One")
 
 
-class Turns:
-    """Streams take turns, so that one camera's heavy pictures do not hold up another's."""
+class Turns(Generic[One]):
+    """Streams take turns, so that one camera's many pictures do not hold up another's. Each keeps its order."""
 
     def __init__(self) -> None:
-        self._turn = 0
-        self._served: dict[bytes | None, int] = {}  # the last turn of streams that wait for their next
+        self._waiting: dict[Key, deque[One]] = {}  # in the order of the next turns
 
-    def take(self, waiting: list[Arrived], most: int) -> tuple[list[Arrived], list[Arrived]]:
-        """The next of these, at most `most`, as many of each stream as of any other where it has them; and the others.
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
 
-        Both in the order in which they came. Where there is not a turn for all, streams that waited longest come first.
-        """
-        if len(waiting) <= most:
-            self._served.clear()
-            return waiting, []
-        seen: Counter[bytes | None] = Counter()
-        ranks = []
-        for _, record in waiting:
-            ranks.append((seen[record.key], self._served.get(record.key, 0)))
-            seen[record.key] += 1
-        chosen = set(sorted(range(len(waiting)), key=ranks.__getitem__)[:most])
-        now = [waiting[i] for i in sorted(chosen)]
-        self._turn += 1
-        self._served |= dict.fromkeys((record.key for _, record in now), self._turn)
-        self._served = {key: turn for key, turn in self._served.items() if key in seen}
-        return now, [arrived for i, arrived in enumerate(waiting) if i not in chosen]
+    def add(self, key: Key, one: One) -> None:
+        """Behind those of the same stream; a stream that had none waits for the others' turns."""
+        self._waiting.setdefault(key, deque()).append(one)
+
+    def next(self) -> One:
+        """The first of the stream whose turn it is; there has to be one."""
+        key = next(iter(self._waiting))
+        queue = self._waiting.pop(key)
+        one = queue.popleft()
+        if queue:
+            self._waiting[key] = queue
+        return one
+
+    def drop(self, gone: Callable[[One], bool]) -> None:
+        """Forget some."""
+        kept = {key: deque(one for one in queue if not gone(one)) for key, queue in self._waiting.items()}
+        self._waiting = {key: queue for key, queue in kept.items() if queue}

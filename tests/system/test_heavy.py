@@ -1,4 +1,4 @@
-"""One camera's heavy pictures, and the others behind them."""
+"""Some cameras' heavy pictures, and the others behind them."""
 
 import io
 from statistics import median
@@ -7,6 +7,7 @@ from PIL import Image
 
 from tests.conftest import picture
 from tests.system.conftest import Site
+from tests.system.test_worker import ids_by_stream
 
 HEAVY = 24
 
@@ -29,3 +30,27 @@ def test_heavy_pictures_of_one_camera_do_not_hold_up_the_others(site: Site) -> N
     # They came together, and how long they waited is the order in which they were answered.
     waits = {i: predictions[0].wait_seconds for i, predictions in found.items()}
     assert max(waits[i] for i in behind) < median(waits[i] for i in slow), waits
+
+
+def test_however_many_send_heavy_pictures_the_others_are_answered_first(site: Site) -> None:
+    large = heavy()
+    slow = site.send([(f"heavy-{i % 6}", large) for i in range(HEAVY)])
+    light = site.send([(f"light-{i % 20}", picture(i)) for i in range(60)])
+    site.start()
+    found = site.predictions(slow + light)
+    waits = {i: predictions[0].wait_seconds for i, predictions in found.items()}
+    # Fairness alone would have each light camera wait for a picture of every heavy one.
+    assert max(waits[i] for i in light) < sorted(waits[i] for i in slow)[HEAVY // 4], waits
+
+
+def test_a_worker_that_stops_while_it_decodes_leaves_the_rest_to_the_next(site: Site) -> None:
+    frames = [("heavy", heavy())] * 8 + [("heavy" if i % 2 else "light", picture(i)) for i in range(20)]
+    ids = site.send(frames)
+    first = site.start()
+    first.wait_until(lambda: (h := site.header("light")) is not None and h.frames == 10, "the light ones")
+    assert first.stop() == 0
+    second = site.start()
+    site.wait_folded(second, {"heavy": 18, "light": 10})
+    assert set(site.predictions(ids)) == set(ids)
+    site.assert_folded_once(ids_by_stream(frames, ids))
+    assert second.stop() == 0

@@ -1,16 +1,22 @@
-"""A worker in this process: it meets more streams than it keeps, and is refused."""
+"""A worker in this process: it meets more streams than it keeps, is refused, and turns while pictures are decoded."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
+from schemas.frame import Frame
 from tests.conftest import Topic, picture
+from worker.decode import decode_frame
 from worker.run import STUCK_AFTER_S, Worker
+
+LARGE = picture(1, size=(1_200, 1_200))
 
 
 @pytest.fixture
@@ -49,5 +55,76 @@ def test_a_refusal_after_a_long_outage_does_not_stop_the_loop(
     worker = Worker(config, threading.Event())
     worker._refused(["cam"], span=300.0)  # a step that waited for the store
     assert 0 < longest[0] < STUCK_AFTER_S / 2
+    worker._stop.set()
+    worker.run()
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, decoding a large picture does not end."""
+    free = threading.Event()
+
+    def decode(frame: Frame, received: float, **about: Any) -> Any:
+        if frame.image == LARGE:
+            assert free.wait(60)
+        return decode_frame(frame, received, **about)
+
+    monkeypatch.setattr("worker.run.decode_frame", decode)
+    return free
+
+
+def turn_until(worker: Worker, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        worker._turn()
+
+
+def folded(worker: Worker, streams: list[str]) -> dict[str, int]:
+    """Frames that have shaped each stream."""
+    engine = worker._streams.engine
+    return {stream: engine.resident(stream).header.frames if stream in engine else 0 for stream in streams}
+
+
+def test_frames_read_again_while_they_are_decoded_count_once(
+    config: WorkerConfig, topic: Topic, free: threading.Event
+) -> None:
+    slow, quick = ["slow"], [f"cam-{i}" for i in range(6)]
+    records = [(b"slow", LARGE if i % 2 == 0 else picture(i), []) for i in range(10)]
+    records += [(name.encode(), picture(i), []) for i in range(10) for name in quick]
+    topic.send(config.kafka.topics.frames, records)
+    worker = Worker(config.model_copy(update={"adapt": Adapt()}), threading.Event())
+    wanted = dict.fromkeys(quick, 10)
+    turn_until(worker, lambda: folded(worker, quick) == wanted)
+    assert folded(worker, slow) == {"slow": 0}
+    under_way = worker._decoding.running
+    assert under_way
+    for _ in range(2):
+        worker._rewind(slow)
+        turn_until(worker, lambda: worker._decoding.streams >= set(slow) and folded(worker, quick) == wanted)
+    assert not any(future.done() for future in under_way)
+    free.set()
+    turn_until(worker, lambda: folded(worker, slow) == {"slow": 10})
+    turn_until(worker, lambda: not worker._flights and not worker._decoding)
+    assert folded(worker, slow + quick) == {"slow": 10} | wanted
+    worker._stop.set()
+    worker.run()
+
+
+def test_what_is_decoded_counts_as_buffered(config: WorkerConfig, topic: Topic, free: threading.Event) -> None:
+    config = config.model_copy(
+        update={
+            "batch": config.batch.model_copy(update={"max_buffered": 20}),
+            "kafka": config.kafka.model_copy(update={"max_poll_records": 5}),
+        }
+    )
+    topic.send(config.kafka.topics.frames, [(b"slow", LARGE if i == 0 else picture(i), []) for i in range(200)])
+    worker = Worker(config, threading.Event())
+    turn_until(worker, lambda: worker._waiting >= 20)
+    for _ in range(30):
+        worker._turn()
+    assert worker._waiting < 25
+    free.set()
+    turn_until(worker, lambda: folded(worker, ["slow"]) == {"slow": 200})
     worker._stop.set()
     worker.run()

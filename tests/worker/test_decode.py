@@ -1,6 +1,5 @@
 import io
 import struct
-import threading
 import tracemalloc
 import zlib
 
@@ -15,7 +14,7 @@ from schemas.config import Frames
 from schemas.errors import FrameError
 from schemas.frame import Frame, Position, parse_frame
 from tests.conftest import picture
-from worker.decode import Decoder, decode_image
+from worker.decode import DecodedFrame, decode_frame, decode_image
 
 LIMITS = Frames()
 GREY = Preprocess(mode="L", width=28, height=28, mean=[0.5], std=[0.2])
@@ -163,32 +162,11 @@ def frame(offset: int, content: bytes) -> Frame:
     return parse_frame(Position("frames", 0, offset), b"cam", content, [], 0, 1 << 20, 100)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_decoder_keeps_the_order_and_returns_errors_in_place(threads: int) -> None:
-    decoder = Decoder(Frames(decode_threads=threads), GREY)
-    frames = [(frame(i, b"junk" if i == 4 else picture(i)), 12.5 + i) for i in range(10)]
-    results = decoder.decode(frames)
-    decoder.close()
-    assert isinstance(results[4], FrameError)
-    good = [r for r in results if not isinstance(r, FrameError)]
-    assert [r.position.offset for r in good] == [0, 1, 2, 3, 5, 6, 7, 8, 9]
-    assert all(r.received == 12.5 + r.position.offset for r in good)
-    assert decoder.decode([]) == []
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_worker_is_kept_alive_while_decoding_takes_long(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.decode.PATIENCE_S", 0.01)
-    done = threading.Event()
-    monkeypatch.setattr("worker.decode.decode_image", lambda *_: done.wait(20))
-    decoder = Decoder(Frames(decode_threads=threads), GREY)
-    alive: list[int] = []
-
-    def keep_alive() -> None:
-        alive.append(1)
-        if len(alive) == 3:
-            done.set()
-
-    assert len(decoder.decode([(frame(i, b"x"), 0.0) for i in range(10)], keep_alive)) == 10
-    decoder.close()
-    assert len(alive) >= 3
+def test_a_frame_gets_its_pixels_or_its_error() -> None:
+    sound = decode_frame(frame(3, picture(3)), 12.5, LIMITS, GREY)
+    assert isinstance(sound, DecodedFrame)
+    assert (sound.stream, sound.position.offset, sound.received) == ("cam", 3, 12.5)
+    assert sound.pixels.shape == (28, 28)
+    junk = decode_frame(frame(4, b"junk"), 12.5, LIMITS, GREY)
+    assert isinstance(junk, FrameError)
+    assert junk.kind == "not_an_image"

@@ -1,0 +1,157 @@
+"""What becomes of records: frames, dead letters, or nothing new."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import wait
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from monitoring.metrics import WorkerMetrics
+from schemas.bundle import Preprocess
+from schemas.config import Frames
+from schemas.errors import FrameError
+from schemas.frame import Frame, Position
+from tests.conftest import picture
+from worker.decode import DecodedFrame, decode_frame
+from worker.decoding import Decoding
+from worker.intake import Intake
+from worker.offsets import Offsets
+from worker.publish import Publisher
+
+GREY = Preprocess(mode="L", width=28, height=28, mean=[0.5], std=[0.2])
+
+
+class Letters:
+    """A publisher that keeps dead letters, acknowledged once they were waited for."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, str]] = []
+        self.settled = 0
+
+    def dead_letter(self, record: Any, error: FrameError) -> None:
+        self.sent.append((record.offset, error.kind))
+
+    def settle(self, keep_alive: Callable[[], object]) -> None:
+        keep_alive()
+        self.settled = len(self.sent)
+
+
+class Loop:
+    """What the worker's loop does with records."""
+
+    def __init__(self) -> None:
+        self.offsets, self.letters, self.metrics = Offsets(), Letters(), WorkerMetrics(10)
+        limits = Frames(decode_threads=2)
+        self.decoding = Decoding(partial(decode_frame, limits=limits, preprocess=GREY), 2)
+        publisher = cast(Publisher, self.letters)
+        self.intake = Intake(limits, self.decoding, self.offsets, publisher, self.metrics)
+        self.frames: list[DecodedFrame] = []
+        self.loaded: list[str] = []
+        self.folded = -1
+
+    def receive(self, records: list[tuple[bytes | None, bytes | None]], first: int = 0) -> None:
+        for offset, (key, value) in enumerate(records, first):
+            self.offsets.received(Position("frames", 0, offset))
+            about = {"topic": "frames", "partition": 0, "offset": offset, "headers": [], "timestamp": 0}
+            self.decoding.add(12.5, SimpleNamespace(key=key, value=value, **about))
+
+    def load(self, streams: list[str]) -> Callable[[Frame], bool]:
+        self.loaded += streams
+        return lambda frame: frame.position.offset <= self.folded
+
+    def turn(self) -> None:
+        self.intake.hand_over(self.load)
+        wait(self.decoding.running, 10)
+        frames, bad = self.intake.take()
+        self.frames += frames
+        if bad:
+            self.intake.bury(bad, lambda: None)
+
+    def next_offset(self) -> int | None:
+        return self.offsets.next_offset(("frames", 0))
+
+
+@pytest.fixture
+def loop() -> Any:
+    loop = Loop()
+    yield loop
+    loop.decoding.close()
+
+
+def test_good_frames_come_in_order_and_bad_ones_are_dead_letters_in_order(loop: Loop) -> None:
+    values = [picture(i) for i in range(60)]
+    for bad in (3, 20, 41):
+        values[bad] = b"junk"
+    values[30] = b""
+    values[10] = picture(10, size=(1_200, 1_200))
+    loop.receive([(b"cam", value) for value in values])
+    while loop.decoding:
+        loop.turn()
+    assert [f.position.offset for f in loop.frames] == [i for i in range(60) if i not in (3, 20, 30, 41)]
+    assert all(f.received == 12.5 for f in loop.frames)
+    assert loop.letters.sent == [(3, "not_an_image"), (20, "not_an_image"), (30, "empty"), (41, "not_an_image")]
+    assert loop.letters.settled == 4
+    assert loop.next_offset() == 0
+    loop.offsets.finished(frame.position for frame in loop.frames)
+    assert loop.next_offset() == 60
+
+
+def test_a_record_without_a_stream_loads_none(loop: Loop) -> None:
+    loop.receive([(None, picture()), (b"\xff", picture())])
+    loop.turn()
+    assert loop.loaded == []
+    assert sorted(kind for _, kind in loop.letters.sent) == ["bad_key", "no_key"]
+    assert loop.next_offset() == 2
+
+
+def test_what_is_folded_already_is_neither_decoded_nor_kept_back(loop: Loop) -> None:
+    loop.folded = 2
+    loop.receive([(b"cam", b"junk")] * 3 + [(b"cam", picture())])
+    loop.turn()
+    loop.turn()
+    assert [f.position.offset for f in loop.frames] == [3]
+    assert loop.letters.sent == []
+    assert loop.next_offset() == 3
+    assert loop.metrics.registry.get_sample_value("driftkeel_frames_again_total") == 3
+
+
+def test_of_a_partition_that_goes_while_the_store_is_asked_nothing_is_left(loop: Loop) -> None:
+    def load(streams: list[str]) -> Callable[[Frame], bool]:
+        loop.decoding.drop(("frames", 0))
+        return loop.load(streams)
+
+    loop.receive([(b"cam", picture()), (b"cam", b""), (b"cam", b"junk")])
+    loop.intake.hand_over(load)
+    loop.turn()
+    assert not loop.decoding.running
+    assert (loop.frames, loop.letters.sent) == ([], [])
+    assert loop.next_offset() == 0
+
+
+def test_offsets_that_are_read_again_are_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread still has the old records while the new ones come: each frame is taken up once."""
+    free = threading.Event()
+    sound = decode_frame
+
+    def slow(frame: Frame, received: float, limits: Frames, preprocess: Preprocess) -> DecodedFrame | FrameError:
+        assert free.wait(20)
+        return sound(frame, received, limits, preprocess)
+
+    monkeypatch.setattr("tests.worker.test_intake.decode_frame", slow)
+    loop = Loop()
+    loop.receive([(b"cam", picture(i)) for i in range(5)])
+    loop.intake.hand_over(loop.load)
+    loop.decoding.drop(("frames", 0))
+    loop.receive([(b"cam", picture(i)) for i in range(2, 9)], first=2)
+    loop.intake.hand_over(loop.load)
+    assert loop.intake.take() == ([], [])
+    free.set()
+    while loop.decoding:
+        loop.turn()
+    assert [f.position.offset for f in loop.frames] == [2, 3, 4, 5, 6, 7, 8]
+    loop.decoding.close()
