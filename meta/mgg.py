@@ -171,30 +171,35 @@ class MGG:
     # --- the interface of meta.method.Method -----------------------------------------------------------------------
 
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
+        """With a graph; in inference mode without one, and then not to be updated from."""
+        return self._forward(frames, stream, state, update=not torch.is_inference_mode_enabled())
+
+    def _forward(self, frames: Tensor, stream: Tensor, state: State, update: bool) -> Forward:
+        """`update`: what an update needs of all frames comes with it."""
         rows = state["affine"].detach().index_select(0, stream)
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
         moments, correction = self._moments(stream, counts, state), self._correction(stream, state)
-        if graphless := torch.is_inference_mode_enabled():
-            logits, features = self.model.forward_with_features(frames, rows, moments, correction)
+        if update:
+            logits, features = self._for_update(frames, rows, moments, correction)
         else:
-            logits, features = self._with_graph(frames, rows, moments, correction)
+            logits, features = self.model.forward_with_features(frames, rows, moments, correction)
         kept: State = {}
         if moments is not None:
             kept["norm_mean"], kept["norm_variance"] = moments.mixed()
         if self.settings.class_filter:
             kept["probability"], belief = filter_classes(logits.detach(), stream, counts, state)
             kept |= belief
-        return Forward(logits, features, None if graphless else rows, stream, counts, state, frames, kept)
+        return Forward(logits, features, rows if rows.requires_grad else None, stream, counts, state, frames, kept)
 
     def serve(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
         """As `predict`, the way sites do it: without a graph, where not every frame will give the update a gradient."""
         some = self.gradient_share > 1 and bool((torch.bincount(stream) > 1).any())
         with torch.inference_mode(some):
-            return self.predict(frames, stream, state)
+            return self._forward(frames, stream, state, update=True)
 
     def update(self, forward: Forward) -> Update:
-        """One update per stream. Where the frames were predicted in inference mode, the gradient is that of some
-        of them, which are run once more; all count in the statistics."""
+        """One update per stream. Of frames that were served without a graph some give the gradient, and are run once
+        more; all count in the statistics."""
         some, whole = (self._again(forward), forward) if forward.rows is None else (forward, None)
         frame_gradient, statistics, signals = self.gradient(some, whole=whole)
         with torch.no_grad():
@@ -210,12 +215,14 @@ class MGG:
         """
         return forward.state | self._carried(forward)
 
-    def _with_graph(
+    def _for_update(
         self, frames: Tensor, rows: Tensor, moments: NormMoments | None, correction: LayerCorrection | None
     ) -> tuple[Tensor, Tensor]:
-        """Logits, and the features with those of the first layer under the source affine."""
+        """Logits, and the features with those of the first layer under the source affine; with a graph, but for
+        inference mode."""
         with torch.enable_grad():
-            logits, *pooled = self.model.forward_with_inputs(frames, rows.requires_grad_(), moments, correction)
+            rows.requires_grad_(not torch.is_inference_mode_enabled())
+            logits, *pooled = self.model.forward_with_inputs(frames, rows, moments, correction)
             return logits, torch.cat(pooled, 1)
 
     def _again(self, forward: Forward) -> Forward:
@@ -227,18 +234,16 @@ class MGG:
         stream = forward.stream.index_select(0, chosen)
         rows = state["affine"].detach().index_select(0, stream)
         conditions = self._moments(stream, counts, state), self._correction(stream, state)
-        logits, features = self._with_graph(forward.frames.index_select(0, chosen), rows, *conditions)
+        logits, features = self._for_update(forward.frames.index_select(0, chosen), rows, *conditions)
         return Forward(logits, features, rows, stream, counts, state, kept=forward.kept)
 
-    def thinned(self, forward: Forward) -> tuple[Forward, Forward, Tensor]:
-        """Of a forward with a graph: those frames that give the gradient as served, all as they would be without a
-        graph, and the places of the former among the latter (b,)."""
+    def thinned(self, forward: Forward) -> tuple[Forward, Tensor]:
+        """Those frames of a forward with a graph that give the gradient as served, and their places in it (b,)."""
         counts = (forward.counts / self.gradient_share).ceil()
         chosen = evenly(forward.stream, forward.counts, counts)
         logits, features = (t.index_select(0, chosen) for t in (forward.logits, forward.features))
         stream = forward.stream.index_select(0, chosen)
-        some = replace(forward, logits=logits, features=features, stream=stream, counts=counts)
-        return some, replace(forward, features=forward.features[:, : self._features]), chosen
+        return replace(forward, logits=logits, features=features, stream=stream, counts=counts), chosen
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -274,9 +279,8 @@ class MGG:
         """The gradient of the streams' losses with respect to logits (B, K) and features (B, F + F1), the moved
         statistics, and the signals: per-stream `loss` and its parts (S,), and the gaps (S, F + F1).
 
-        `whole`: all frames of the micro-batches, of which `forward` has some; the statistics are theirs, but for those
-        of the first layer under the source affine. The gradient is written out, for it is a few lines: autograd took a
-        tenth of a small pass for it.
+        `whole`: all frames of the micro-batches, of which `forward` has some; the statistics are theirs. The gradient
+        is written out, for it is a few lines: autograd took a tenth of a small pass for it.
         """
         settings, known, state, stream = self.settings, self._known, forward.state, forward.stream
         frames, features = forward.counts.clamp_min(1), forward.features.detach()
@@ -285,9 +289,6 @@ class MGG:
             counted, means = frames, self._means(forward, p, entropy)
         else:
             counted, means = whole.counts.clamp_min(1), self._means(whole, *_uncertainty(whole.logits)[1:])
-            first = features[:, self._features :]
-            firsts = per_stream_mean(torch.cat([first, first.square()], 1), stream, frames).chunk(2, 1)
-            means[:2] = [torch.cat(both, 1) for both in zip(means[:2], firsts, strict=True)]
         mean_entropy = means.pop().squeeze(1)
 
         names = ("feature_mean", "feature_square", "feature_classes")

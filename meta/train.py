@@ -146,8 +146,8 @@ def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[
         batch, labels, stream = draw(cameras, frames, problem.preprocessing)
         forward = method.predict(batch, stream, problem.state)
         right += int((forward.logits.argmax(1) == labels).sum())
-        some, whole, chosen = method.thinned(forward)
-        slope, statistics, signals = method.gradient(some, retain_graph=True, whole=whole)
+        some, chosen = method.thinned(forward)
+        slope, statistics, signals = method.gradient(some, retain_graph=True, whole=forward)
         frame_gradient = slope.index_select(0, chosen)
         if settings.objective == "labelled":
             each = F.cross_entropy(forward.logits, labels, reduction="none")

@@ -14,7 +14,7 @@ from torch import Tensor
 from meta.bundle import MGG_NAME, Bundle
 from meta.estimator import AccuracyModel
 from meta.method import Forward, State, finite_rows, narrowed, put, take
-from meta.mgg import MGG
+from meta.mgg import MGG, as_served
 from meta.norms import AdaptableModel, NormMoments
 from meta.objective import per_stream_mean
 from meta.proxies import Observed, Observer
@@ -198,7 +198,9 @@ class Engine:
 
     def _predict(self, part: Part) -> tuple[list[Outlook], Forward]:
         frames, sights = self._frames(part)
-        forward = self._method.predict(frames, part.stream, part.state)
+        adapts = any(batch.adapt for batch in part.batches)
+        predict = as_served(self._method) if adapts else self._method.predict
+        forward = predict(frames, part.stream, part.state)
         observed = None if self._observer is None else self._observer.observe(frames, forward, part.shadow)
         return self._outlooks(part, frames, forward.answer, observed, sights), forward
 

@@ -32,8 +32,7 @@ class PiecewiseMGG(MGG):
         for first, last in groups:
             chosen = (stream >= first) & (stream < last)
             part = {name: tensor[first:last] for name, tensor in state.items()}
-            with torch.inference_mode():
-                forward = self.predict(frames[chosen], stream[chosen] - first, part)
+            forward = super().serve(frames[chosen], stream[chosen] - first, part)
             heads.append(self.model.frame_affine.head)
             updated.append(super().update(forward))
             passed.append(forward)
@@ -42,8 +41,8 @@ class PiecewiseMGG(MGG):
         self.model.frame_affine.head = torch.cat(known) if len(known) == len(heads) else None
         self._next = _joined(updated)
         return Forward(
-            logits=torch.cat([forward.logits for forward in passed]),
-            features=torch.cat([forward.features for forward in passed]),
+            logits=torch.cat([forward.logits.detach() for forward in passed]),
+            features=torch.cat([forward.features.detach() for forward in passed]),
             rows=None,
             stream=stream,
             counts=torch.cat([forward.counts for forward in passed]),
