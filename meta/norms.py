@@ -219,7 +219,8 @@ class StreamNorm(nn.Module):
         positions = self._positions(x) if at.features is not None else None
         if at.first and self.place.scale == 0 and rows is not None:
             with torch.no_grad():
-                at.first_features = rectified_mean(scaled(x_hat, *self._source_rows(x_hat)), self._positions(x))
+                as_source = scaled(x_hat, *self._source_rows(x_hat)).relu_()
+                at.first_features = rectified_mean(as_source, self._positions(x), rectified=True)
         if torch.is_grad_enabled():
             out, pooled = Affine.apply(x, x_hat, inverse, scale, shift, self.rectify, positions)
         else:
