@@ -50,6 +50,8 @@ def test_a_worker_that_stops_while_it_decodes_leaves_the_rest_to_the_next(site: 
     first.wait_until(lambda: (h := site.header("light")) is not None and h.frames == 10, "the light ones")
     assert first.stop() == 0
     second = site.start()
+    # The first may have done all before it stopped; a worker that has just begun knows no SIGTERM yet.
+    second.wait_until(lambda: "metrics http://" in second.log.read_text(), "its start")
     site.wait_folded(second, {"heavy": 18, "light": 10})
     assert set(site.predictions(ids)) == set(ids)
     site.assert_folded_once(ids_by_stream(frames, ids))
