@@ -229,9 +229,7 @@ class MGG:
         """The share of every stream's frames, one at least, with a graph."""
         if forward.frames is None:
             raise ValueError("there is neither a graph nor are there frames to make one from")
-        state, counts = forward.state, (forward.counts / self.gradient_share).ceil()
-        chosen = evenly(forward.stream, forward.counts, counts)
-        stream = forward.stream.index_select(0, chosen)
+        state, (chosen, stream, counts) = forward.state, self._giving(forward)
         rows = state["affine"].detach().index_select(0, stream)
         conditions = self._moments(stream, counts, state), self._correction(stream, state)
         logits, features = self._for_update(forward.frames.index_select(0, chosen), rows, *conditions)
@@ -239,11 +237,15 @@ class MGG:
 
     def thinned(self, forward: Forward) -> tuple[Forward, Tensor]:
         """Those frames of a forward with a graph that give the gradient as served, and their places in it (b,)."""
+        chosen, stream, counts = self._giving(forward)
+        logits, features = (t.index_select(0, chosen) for t in (forward.logits, forward.features))
+        return replace(forward, logits=logits, features=features, stream=stream, counts=counts), chosen
+
+    def _giving(self, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
+        """The places of the frames that give a gradient (b,), their streams (b,), and how many each has (S,)."""
         counts = (forward.counts / self.gradient_share).ceil()
         chosen = evenly(forward.stream, forward.counts, counts)
-        logits, features = (t.index_select(0, chosen) for t in (forward.logits, forward.features))
-        stream = forward.stream.index_select(0, chosen)
-        return replace(forward, logits=logits, features=features, stream=stream, counts=counts), chosen
+        return chosen, forward.stream.index_select(0, chosen), counts
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
