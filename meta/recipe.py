@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from meta import data
@@ -75,6 +75,12 @@ class Recipe(BaseModel):
     correction_draws: int = Field(200, ge=0, description="shifts to fit the correction of single frames on; 0: none")
     calibration_windows: int = Field(12, ge=2, description="of eight micro-batches, from each stream, twenty times")
     calibration_streams: int = Field(24, ge=1)
+
+    @model_validator(mode="after")
+    def _starts_from_its_own_kind(self) -> Recipe:
+        if self.paper is not None and self.start is not None:
+            raise ValueError("start goes on with a generator of ours; the paper's begins anew: leave one of them out")
+        return self
 
 
 def read_recipe(path: Path) -> Recipe:

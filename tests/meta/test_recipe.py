@@ -70,6 +70,13 @@ def test_every_shipped_recipe_can_be_read() -> None:
         assert read_recipe(path).name == path.stem
 
 
+def test_the_papers_generator_starts_from_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"name": "x", "data": "fashion-mnist", "paper": {}, "start": "bundles/any"}))
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        read_recipe(path)
+
+
 def test_a_wrong_recipe_names_the_place(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"name": "x", "data": "fashion-mnist", "training": {"unroll": 1}}))
