@@ -93,8 +93,9 @@ class Observer:
             self._class_bias = -(means**2).sum(1) / 2
 
     @torch.no_grad()
-    def observe(self, frames: Tensor, forward: Forward, chosen: Tensor) -> list[Observed]:
-        """What a pass shows, stream by stream; `chosen` (n,) are the places of the frames that source answers too.
+    def observe(self, frames: Tensor, forward: Forward, chosen: Tensor) -> tuple[list[Observed], Tensor | None]:
+        """What a pass shows, stream by stream; `chosen` (n,) are the places of the frames that source answers too. And
+        these answers, as logits (n, K); None where there are none.
 
         To be called directly after the pass, in the same thread.
         """
@@ -103,14 +104,16 @@ class Observer:
             own = _rows(self._own(forward, seen))
             counts = forward.counts.long().tolist()
             if not len(chosen):
-                return [Observed(count, mine, 0, {}) for count, mine in zip(counts, own, strict=True)]
+                return [Observed(count, mine, 0, {}) for count, mine in zip(counts, own, strict=True)], None
             some = frames.index_select(0, chosen).contiguous(memory_format=torch.channels_last)
-            signals, shadowed, classes = self._shadow(some, chosen, forward, seen)
+            logits, pooled = self.model.forward_with_features(some)
+            source = self._seen(logits, pooled)
+            signals, shadowed = self._shadow(source, chosen, forward, seen)
         said: list[list[int]] = [[] for _ in counts]
-        for row, index in zip(forward.stream.index_select(0, chosen).tolist(), classes, strict=True):
+        for row, index in zip(forward.stream.index_select(0, chosen).tolist(), source.said.tolist(), strict=True):
             said[row].append(index)
         each = zip(counts, own, shadowed.long().tolist(), _rows(signals), map(tuple, said), strict=True)
-        return [Observed(*one) for one in each]
+        return [Observed(*one) for one in each], logits
 
     def _own(self, forward: Forward, seen: _Seen) -> dict[str, Numbers]:
         """Signals (S,) of the frames of `forward`."""
@@ -134,13 +137,12 @@ class Observer:
         }
 
     def _shadow(
-        self, frames: Tensor, chosen: Tensor, forward: Forward, seen: _Seen
-    ) -> tuple[dict[str, Numbers], Tensor, list[int]]:
-        """The source model on frames (n, ch, h, w) that lie at `chosen` (n,) in `forward`; its own signals are `seen`.
+        self, source: _Seen, chosen: Tensor, forward: Forward, seen: _Seen
+    ) -> tuple[dict[str, Numbers], Tensor]:
+        """What the source model says of the frames that lie at `chosen` (n,) in `forward`, beside what that says.
 
-        Returns signals (S,), zero where a stream has no such frame; how many it has (S,); and the classes (n,).
+        Returns signals (S,), zero where a stream has no such frame, and how many it has (S,).
         """
-        source = self._seen(*self.model.forward_with_features(frames))
         stream = forward.stream.index_select(0, chosen)
         counts = torch.bincount(stream, minlength=len(forward.counts)).float()
         places = chosen.numpy()
@@ -152,7 +154,7 @@ class Observer:
         each["source_backing"] = source.probability[np.arange(len(said)), said]
         each["source_rank"] = self._rank(torch.from_numpy(source.signals["entropy"])).numpy()
         each["gap"] = seen.signals["confidence"][places] - source.signals["confidence"]
-        return _means(each, stream, counts.clamp_min(1))[0], counts, source.said.tolist()
+        return _means(each, stream, counts.clamp_min(1))[0], counts
 
     def _seen(self, logits: Tensor, pooled: Tensor) -> _Seen:
         """Signals frame by frame, of the model that was run last; pooled features (B, F or more)."""

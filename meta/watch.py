@@ -94,7 +94,7 @@ def watch(
         forward = predict(frames, stream, state)
         asked = (stream + step) % (1 if step * FRAMES < YOUNG else SHADOW_EVERY) == 0
         chosen = asked.nonzero().flatten()
-        observed = observer.observe(frames, forward, chosen)
+        observed, _ = observer.observe(frames, forward, chosen)
         signals: State = {}
         if adapt:
             update = method.update(forward)

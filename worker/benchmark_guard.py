@@ -336,8 +336,8 @@ def _unguarded(bundle: Bundle, streams: list[Stream], pool: Pool) -> list[np.nda
 class _Blind:
     """Observes nothing: a step without proxies."""
 
-    def observe(self, frames: Tensor, forward: Any, chosen: Tensor) -> list[Observed]:
-        return [Observed(count, {}, 0, {}) for count in forward.counts.long().tolist()]
+    def observe(self, frames: Tensor, forward: Any, chosen: Tensor) -> tuple[list[Observed], None]:
+        return [Observed(count, {}, 0, {}) for count in forward.counts.long().tolist()], None
 
 
 def cost_share(bundle: Bundle, rounds: int, source_share: float) -> dict[str, float]:

@@ -201,8 +201,10 @@ class Engine:
         adapts = any(batch.adapt for batch in part.batches)
         predict = as_served(self._method) if adapts else self._method.predict
         forward = predict(frames, part.stream, part.state)
-        observed = None if self._observer is None else self._observer.observe(frames, forward, part.shadow)
-        return self._outlooks(part, frames, forward.answer, observed, sights), forward
+        observed, source = None, None
+        if self._observer is not None:
+            observed, source = self._observer.observe(frames, forward, part.shadow)
+        return self._outlooks(part, frames, forward.answer, observed, sights, source), forward
 
     def _hurry(self, part: Part) -> list[Outlook]:
         """One forward of the bare model under the parameters that answer: no class filter, no question to source."""
@@ -267,37 +269,38 @@ class Engine:
         headers = [resident.header for resident in residents]
         counts = torch.tensor([len(batch.frames) for batch in batches])
         stream = torch.arange(len(batches)).repeat_interleave(counts)
-        slots = torch.tensor([resident.slot for resident in residents])
+        asked = [self._asks(batch, header) for batch, header in zip(batches, headers, strict=True)]
+        by_source = torch.tensor([batch.answer == "source" for batch in batches])
+        shadow = torch.tensor(asked).index_select(0, stream).nonzero().flatten()
+        others = [
+            row
+            for row, batch in enumerate(batches)
+            if batch.answer != "adapted" and not (asked[row] and batch.answer == "source")
+        ]
         return Part(
             batches,
             residents,
             headers,
             stream,
             counts,
-            take(self._state, slots),
-            self._fixed(batches, residents, stream),
-            self._shadowed(batches, headers),
+            take(self._state, torch.tensor([resident.slot for resident in residents])),
+            self._fixed(batches, residents, stream, others) if others else None,
+            shadow,
+            by_source.index_select(0, stream.index_select(0, shadow)).nonzero().flatten(),
         )
 
-    def _shadowed(self, batches: list[MicroBatch], headers: list[StreamHeader]) -> Tensor:
-        """Every so many micro-batches of a stream, by its own count, so that a step that is repeated asks the same; all
-        where the guard watches. Whole ones, because a few frames are hardly cheaper."""
-        chosen: list[int] = []
-        start = 0
-        for batch, header in zip(batches, headers, strict=True):
-            end = start + len(batch.frames)
-            if (every := self._shadow_every) and not self._hurries(batch):
-                # Streams that began together do not all ask in the same pass.
-                turn = header.events + zlib.crc32(batch.stream.encode())
-                if watched(header.guard, header.proxies) or turn % every == 0:
-                    chosen += range(start, end)
-            start = end
-        return torch.tensor(chosen, dtype=torch.long)
+    def _asks(self, batch: MicroBatch, header: StreamHeader) -> bool:
+        """Whether source is asked for a micro-batch: every so many of a stream, by its own count, so that a step that
+        is repeated asks the same; all where the guard watches, and where source answers anyway. Whole ones, because a
+        few frames are hardly cheaper."""
+        if self._observer is None or not self._shadow_every or self._hurries(batch):
+            return False
+        # Streams that began together do not all ask in the same pass.
+        turn = header.events + zlib.crc32(batch.stream.encode())
+        return batch.answer == "source" or watched(header.guard, header.proxies) or turn % self._shadow_every == 0
 
-    def _fixed(self, batches: list[MicroBatch], residents: list[Resident], stream: Tensor) -> Fixed | None:
-        rows = [row for row, batch in enumerate(batches) if batch.answer != "adapted"]
-        if not rows:
-            return None
+    def _fixed(self, batches: list[MicroBatch], residents: list[Resident], stream: Tensor, rows: list[int]) -> Fixed:
+        """What answers the micro-batches `rows`, beside source where it is asked."""
         place = torch.full((len(batches),), -1)
         place[rows] = torch.arange(len(rows))
         place = place.index_select(0, stream)
@@ -326,10 +329,13 @@ class Engine:
         logits: Tensor,
         observed: list[Observed] | None,
         looks: list[tuple[list[int], float]],
+        source: Tensor | None = None,
     ) -> list[Outlook]:
+        """`source` (n, K): its logits for the part's `shadow`."""
         log_p = logits.log_softmax(1)
         entropy = (log_p.exp() * log_p).sum(1).neg()
         calibration = self.bundle.manifest.calibration
+        source_temperature = calibration.source_temperature or calibration.temperature
         temperatures = torch.tensor([temperature(calibration, one.proxies) for one in part.headers])
         logits = logits / temperatures.index_select(0, part.stream).unsqueeze(1)
         top = _likeliest(logits)
@@ -337,10 +343,15 @@ class Engine:
         mean_entropy = per_stream_mean(entropy, part.stream, part.counts).tolist()
         signals = torch.stack([entropy, top.values[:, 0]], 1).tolist()
         mean_confidence = per_stream_mean(top.values[:, 0], part.stream, part.counts).tolist()
+        answers = logits
         if part.fixed is not None:
             fixed = answer_fixed(self.bundle.model, frames, part.fixed)
-            fixed = fixed / (calibration.source_temperature or calibration.temperature)
-            top = _likeliest(logits.index_copy(0, part.fixed.frames, fixed))
+            answers = answers.index_copy(0, part.fixed.frames, fixed / source_temperature)
+        if source is not None and len(part.published):
+            said = source.index_select(0, part.published) / source_temperature
+            answers = answers.index_copy(0, part.shadow.index_select(0, part.published), said)
+        if answers is not logits:
+            top = _likeliest(answers)
         confidence, index = top.values.clamp_max(1.0).tolist(), top.indices.tolist()
         outlooks, start = [], 0
         for row, (batch, header) in enumerate(zip(part.batches, part.headers, strict=True)):

@@ -22,7 +22,8 @@ WAY = {"affine", "offset"}  # what of a state an update moves that can be gone i
 @dataclass(frozen=True)
 class Fixed:
     """Frames of a part for which parameters answer that do not adapt, source or approved, without the class filter:
-    which frames (N,) of the part, each one's row (N,) in the parameters, and these."""
+    which frames (N,) of the part, each one's row (N,) in the parameters, and these. Not those that source answers and
+    is asked for besides."""
 
     frames: Tensor
     stream: Tensor
@@ -33,7 +34,8 @@ class Fixed:
 class Part:
     """Micro-batches gathered for one forward: pixels, each frame's row in `state`, and a copy of the streams' rows.
 
-    `shadow` (n,) are the places of the frames that the source model answers too. `headers` are the residents' as they
+    `shadow` (n,) are the places of the frames that the source model is asked for too, and `published` (m,) the places
+    in `shadow` of those for which it answers. `headers` are the residents' as they
     were when this was gathered, which another thread may read.
     """
 
@@ -45,6 +47,7 @@ class Part:
     state: State
     fixed: Fixed | None
     shadow: Tensor
+    published: Tensor
 
 
 @dataclass(frozen=True)

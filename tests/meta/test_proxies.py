@@ -29,7 +29,7 @@ def seen(
     state["affine"] = state["affine"] + moved * torch.randn_like(state["affine"][0])
     forward = bundle.method.predict(frames, stream, state)
     chosen = torch.arange(4)  # of the first stream only
-    return observer.observe(frames, forward, chosen), forward.logits.detach()
+    return observer.observe(frames, forward, chosen)[0], forward.logits.detach()
 
 
 def test_signals_are_means_over_each_streams_own_frames(observer: Observer, tiny_bundle: Bundle) -> None:
@@ -95,7 +95,8 @@ def test_features_that_move_show_where_they_move(tiny_bundle: Bundle, observer: 
     last = model.feature_count - model.layers[-1].feature_count
     moved = replace(forward, features=forward.features.detach().clone(), logits=forward.logits.detach() + 3)
     moved.features[:, last : model.feature_count] += 50
-    (plain,), (odd,) = (observer.observe(frames, one, torch.empty(0, dtype=torch.long)) for one in (forward, moved))
+    none = torch.empty(0, dtype=torch.long)
+    (plain,), (odd,) = (observer.observe(frames, one, none)[0] for one in (forward, moved))
     assert odd.own["discrepancy_last"] > plain.own["discrepancy_last"] + 1
     assert odd.own["discrepancy_middle"] == pytest.approx(plain.own["discrepancy_middle"])
     assert odd.own["energy"] == pytest.approx(plain.own["energy"] + 3, abs=1e-4)

@@ -231,6 +231,23 @@ def test_source_and_approved_parameters_answer_beside_those_that_adapt(engine: E
     assert passed.outlooks[1].top_confidence != plain.outlooks[1].top_confidence
 
 
+@pytest.mark.parametrize(("share", "asked", "fixed"), [(1 / 16, 8, 3), (0, 0, 7)])
+def test_where_source_answers_it_is_run_once(tiny_bundle, share: float, asked: int, fixed: int) -> None:
+    """Its answers are what the estimate knows of it, too."""
+    engine = Engine(tiny_bundle, source_share=share)
+    for stream in "abc":
+        admit(engine, stream)
+    answers = ("source", "approved", "adapted")
+    works = [replace(batch(s, n), answer=a) for s, n, a in zip("abc", (4, 3, 1), answers, strict=True)]
+    part = engine.gather(works).passive
+    assert part is not None
+    assert len(part.shadow) == asked  # streams are new, so all are asked for
+    assert part.fixed is not None
+    assert len(part.fixed.frames) == fixed
+    told = engine.predict(works).outlooks[0]
+    assert list(told.source_index) == ([top[0] for top in told.top_index] if asked else [None] * 4)
+
+
 def test_approved_normalisation_statistics_answer_too() -> None:
     """A BatchNorm model that was approved is its affine and its running statistics, and needs no other frames."""
     model = AdaptableModel(build_network("batchnorm-cnn", {"classes": 4, "channels": 1, "widths": [8, 8]}))
