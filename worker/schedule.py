@@ -50,15 +50,15 @@ class Scheduler:
         policy = self._policies.of(header)
         batch = replace(batch, answer=answering(policy, header, header.guard.trusted))
         late = self._late(batch, now)
-        if not batch.adapt:
+        if batch.fold and not batch.adapt:
             return replace(batch, hurried=late)
-        if reason := held_back(policy, header, now):
+        if batch.adapt and (reason := held_back(policy, header, now)):
             self._metrics.left_out.labels("policy").inc()
             return replace(batch, adapt=False, hurried=late, reason=reason)
-        if late:
+        if late:  # Nor do these wait for an update, for which they would be predicted once more.
             self._metrics.left_out.labels("overload").inc()
-            return replace(batch, adapt=False, hurried=True, reason=self._overload)
-        if self.rests(batch.stream):
+            return replace(batch, adapt=False, fold=True, hurried=True, reason=self._overload)
+        if batch.adapt and self.rests(batch.stream):
             self._metrics.left_out.labels("settled").inc()
             return replace(batch, adapt=False, reason=SETTLED)
         return batch

@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -48,6 +49,15 @@ def test_late_frames_are_predicted_only_and_counted(engine: Engine) -> None:
     assert "overload" in late.reason
     assert (fresh.adapt, fresh.hurried) == (True, False)
     assert count == 1
+
+
+def test_late_frames_do_not_wait_for_more(engine: Engine) -> None:
+    """For an update that comes later they would be predicted once more, under overload."""
+    settings, few = Batch(latency_budget_ms=1_000), replace(sent(at=99.4), adapt=False, fold=False)
+    (late,), count = decide(engine, settings, few)
+    assert (late.adapt, late.fold, late.hurried, count) == (False, True, True, 1)
+    (soon,), count = decide(engine, settings, few, now=99.6)
+    assert (soon.adapt, soon.fold, soon.hurried, count) == (False, False, False, 0)
 
 
 def test_where_a_record_does_not_say_when_it_was_sent_its_receipt_counts(engine: Engine) -> None:
