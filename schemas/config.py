@@ -304,7 +304,9 @@ class WorkerConfig(BaseSettings):
     )
 
     worker: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", description="name in records")
-    threads: int = Field(0, ge=0, le=256, description="passes at the same time, a thread each; 0: as many as torch has")
+    threads: int = Field(
+        0, ge=0, le=256, description="passes at the same time, a thread each; 0: two, where torch has as many"
+    )
     kafka: Kafka = Kafka()
     store: Store = Store()
     frames: Frames = Frames()

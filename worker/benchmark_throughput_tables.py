@@ -54,10 +54,11 @@ def _engine(results: dict[str, Any]) -> str:
 def _workers(results: dict[str, Any]) -> str:
     runs = {
         "example net, 64 streams": results["small"]["worker"],
+        "the same, one process with a thread per processor": results["small"]["one_process"],
         "the same, predicting only": results["small"]["predict_only"],
         "large net, 16 streams, JPEG 128 x 128": results["large"]["worker"],
         "large net, 16 streams, JPEG 640 x 640": results["large"]["worker_640x640_jpeg"],
-        **{f"example net, {streams} streams": seen for streams, seen in results["streams"].items()},
+        **{f"example net, one worker, {streams} streams": seen for streams, seen in results["streams"].items()},
     }
     rows = [
         (
@@ -72,7 +73,7 @@ def _workers(results: dict[str, Any]) -> str:
         (f"bare loop, {size} net", " / ".join(f"{v:,.0f}" for v in results[size]["bare_frames_per_second"]), "", "")
         for size in ("small", "large")
     ]
-    return table(("whole worker", "frames/s", "CPU s per 1,000", "peak MiB"), rows + bare)
+    return table(("whole workers", "frames/s", "CPU s per 1,000", "peak MiB"), rows + bare)
 
 
 def _latency(results: dict[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""The whole worker, measured from outside: a process of its own between an embedded broker and an embedded store.
+"""The whole worker, measured from outside: a process of its own between an embedded broker and an embedded store, or
+several that share the streams.
 
 Throughput and latency come from the timestamps of records, which the clients set: a frame's when it was sent, a
 prediction's when it left. Processor time and memory come from /proc.
@@ -39,6 +40,7 @@ STALLED_S = 60.0
 WINDOW = (0.15, 0.95)  # shares of all frames between which throughput is taken: no start, no end
 TICK_S = 0.005
 PREDICTIONS = "driftkeel_predictions_total"
+ASSIGNED = "driftkeel_assigned_partitions"
 
 Sent = tuple[str, bytes]  # stream, image
 
@@ -77,33 +79,43 @@ class Observed:
 
 
 class Bench:
-    """An embedded broker and store, and one worker run after the other, each with topics and keys of its own."""
+    """An embedded broker and store, and one run after the other, each with topics and keys of its own."""
 
     def __init__(self, broker: Broker, store: EmbeddedStore, folder: Path) -> None:
         self._broker, self._store, self._folder = broker, store, folder
         self._runs = 0
 
     def run(
-        self, bundle: Path, frames: Sequence[Sent], pace: float | None = None, grown: bool = True, **sections: Any
+        self,
+        bundle: Path,
+        frames: Sequence[Sent],
+        pace: float | None = None,
+        grown: bool = True,
+        pods: int = 1,
+        **sections: Any,
     ) -> Observed:
-        """Send `frames`, all before the worker starts, or `pace` a second while it runs; return what was seen.
+        """Send `frames`, all at once or `pace` a second, to so many workers of one thread each; return what was seen.
 
-        `grown`: the streams are past their first frames. `sections` override parts of the worker's configuration.
+        One worker finds all frames there when it starts; several have divided the partitions before the first comes.
+        `grown`: the streams are past their first frames. `sections` override parts of the workers' configuration.
         """
         self._runs += 1
-        config = self._config(bundle, sections)
+        config = self._config(bundle, {"threads": 1} | sections)
         create_topics(config.kafka, PARTITIONS)
         if grown:
             _grow(config, {stream for stream, _ in frames})
-        if pace is None:
+        waiting = pace is None and pods == 1
+        if waiting:
             send(config.kafka, frames)
-        with self._worker(config) as child:
-            _wait_ready(child, config)
-            if pace is not None:
+        configs = [_pod(config, number) for number in range(pods)]
+        with contextlib.ExitStack() as stack:
+            running = [Pod(stack.enter_context(self._worker(one)), one) for one in configs]
+            _wait_ready(running)
+            if not waiting:
                 send(config.kafka, frames, pace)
-            samples = _watch(child, config, len(frames))
-            peak = _peak_memory(child)
-            metrics = scrape(config)
+            samples = _watch(running, len(frames))
+            peak = sum(_peak_memory(pod.child) for pod in running)
+            metrics = _summed([scrape(pod.config) for pod in running])
         return _observed(config.kafka, len(frames), samples, peak, metrics)
 
     def _config(self, bundle: Path, sections: dict[str, Any]) -> WorkerConfig:
@@ -149,6 +161,23 @@ class Bench:
             child.stop(20)
 
 
+@dataclass(frozen=True)
+class Pod:
+    """A worker that runs, and its configuration."""
+
+    child: Child
+    config: WorkerConfig
+
+
+def _pod(config: WorkerConfig, number: int) -> WorkerConfig:
+    own = {"worker": f"{config.worker}-{number}", "metrics": Metrics(port=free_port())}
+    return config.model_copy(update=own)
+
+
+def _summed(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(one.get(name, 0.0) for one in metrics) for name in metrics[0]}
+
+
 def _grow(config: WorkerConfig, streams: set[str]) -> None:
     """Have streams in the store that have lived for a while, under the source's parameters."""
     bundle = load_bundle(config.bundle.path)
@@ -192,29 +221,38 @@ def scrape(config: WorkerConfig, only: str = "") -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-def _wait_ready(child: Child, config: WorkerConfig) -> None:
+def _wait_ready(pods: Sequence[Pod]) -> None:
+    """Until every worker has its share of the partitions, and all partitions have a worker."""
     deadline = time.monotonic() + STALLED_S
-    while time.monotonic() < deadline and child.process.poll() is None:
-        with contextlib.suppress(OSError):
-            url = f"http://127.0.0.1:{config.metrics.port}/readyz"
-            with urllib.request.urlopen(url, timeout=5):
-                return
+    while time.monotonic() < deadline and all(pod.child.process.poll() is None for pod in pods):
+        shares = [scrape(pod.config, ASSIGNED).get(ASSIGNED, 0.0) for pod in pods]
+        if min(shares) > 0 and sum(shares) == PARTITIONS and all(_is_ready(pod.config) for pod in pods):
+            return
         time.sleep(0.05)
     raise DriftkeelError("the worker did not become ready")
 
 
-def _watch(child: Child, config: WorkerConfig, frames: int) -> list[Sample]:
+def _is_ready(config: WorkerConfig) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{config.metrics.port}/readyz", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _watch(pods: Sequence[Pod], frames: int) -> list[Sample]:
     """Sample until all frames are predicted."""
     samples: list[Sample] = []
     last_news = time.monotonic()
     while not samples or samples[-1].predictions < frames:
         time.sleep(SAMPLE_S)
         # All series at once keep the worker from its work for longer than a small pass, four times a second.
-        done = scrape(config, PREDICTIONS).get(PREDICTIONS, 0.0)
+        done = sum(scrape(pod.config, PREDICTIONS).get(PREDICTIONS, 0.0) for pod in pods)
         if not samples or done > samples[-1].predictions:
             last_news = time.monotonic()
-        samples.append(Sample(time.monotonic(), done, _cpu_seconds(child)))
-        if child.process.poll() is not None or time.monotonic() - last_news > STALLED_S:
+        samples.append(Sample(time.monotonic(), done, sum(_cpu_seconds(pod.child) for pod in pods)))
+        gone = any(pod.child.process.poll() is not None for pod in pods)
+        if gone or time.monotonic() - last_news > STALLED_S:
             raise DriftkeelError(f"the worker stopped at {done:.0f} of {frames} predictions")
     return samples
 

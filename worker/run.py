@@ -90,7 +90,8 @@ class Worker:
         self.config, self._stop = config, stop
         # A pass per thread rather than all threads in one pass: small layers gain little from being divided.
         keep_freed_memory()
-        self._lanes = config.threads or torch.get_num_threads()
+        # More than two would only wait for the interpreter; more workers is the way to use more processors.
+        self._lanes = config.threads or min(2, torch.get_num_threads())
         torch.set_num_threads(1)
         check_checksum_speed()
         bundle = site_bundle(config)
