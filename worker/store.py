@@ -44,7 +44,11 @@ log = logging.getLogger("driftkeel.store")
 Result = TypeVar("Result")
 
 # The first key that no worker wrote, as {key, type}. The scripts below are given a stream's keys in this order.
+# A token has at most 15 digits: more are no number that Lua can tell from the next, and in the end none to be raised.
 _FOREIGN = """
+local function is_token(text)
+  return string.match(text, '^[1-9]%d*$') and #text <= 15
+end
 local function foreign()
   local types = {'hash', 'string', 'list', 'string', 'string'}
   for i, key in ipairs(KEYS) do
@@ -52,7 +56,7 @@ local function foreign()
     if found ~= 'none' and found ~= types[i] then return {key, found} end
   end
   local token = redis.call('HGET', KEYS[1], 'token') or ''
-  if not string.match(token, '^%d+$') and redis.call('EXISTS', KEYS[1]) == 1 then
+  if not is_token(token) and redis.call('EXISTS', KEYS[1]) == 1 then
     return {KEYS[1], 'hash without a token'}
   end
 end
@@ -66,7 +70,7 @@ if strange then return strange end
 if redis.call('EXISTS', KEYS[1]) == 0 then
   local last = redis.call('GET', KEYS[5])
   local number, event = string.match(last or '', '^(%d+)\\n?(.*)$')
-  if number then redis.call('HSET', KEYS[1], 'token', number) end
+  if number and is_token(number) then redis.call('HSET', KEYS[1], 'token', number) end
   if event and event ~= '' then redis.call('HSET', KEYS[1], 'event', event) end
   redis.call('DEL', KEYS[5])
 end

@@ -73,6 +73,7 @@ def events(topic: Topic, kafka: Kafka, stream: str) -> list[UpdateEvent]:
     [
         ("", lambda client, key: client.rpush(key, "theirs")),
         ("", lambda client, key: client.hset(key, "name", "theirs")),
+        ("", lambda client, key: client.hset(key, "token", 10**20)),
         (":tensors", lambda client, key: client.sadd(key, "theirs")),
         (":snapshots", lambda client, key: client.set(key, "theirs")),
         (":deleted", lambda client, key: client.hset(key, "name", "theirs")),

@@ -111,6 +111,21 @@ def test_a_key_of_another_type_is_not_touched(store: StateStore, store_url: str,
     client.close()
 
 
+@pytest.mark.parametrize("token", [10**15, 2**63 - 1, 10**20, "007"])
+def test_a_token_that_cannot_be_raised_is_nobody_s(store: StateStore, store_url: str, token: int | str) -> None:
+    client = redis.Redis.from_url(store_url)
+    key = store.keys("cam")[0]
+    client.hset(key, "token", token)
+    claims = store.claim(["cam", "other"], "w")
+    assert [(c.token, bool(c.foreign)) for c in claims] == [(0, True), (1, False)]
+    assert (bool(store.read("cam").foreign), bool(store.overview(["cam"])[0].foreign)) == (True, True)
+    assert client.hgetall(key) == {b"token": str(token).encode()}
+    client.delete(key)
+    client.set(store._all_keys("cam")[-1], f"{token}\nlast")
+    assert store.claim(["cam"], "w")[0].token == 1
+    client.close()
+
+
 def test_header_alone_keeps_the_tensors(store: StateStore) -> None:
     store.claim(["cam"], "w")
     store.write([write("cam", 1, b"tensors")])
