@@ -27,7 +27,7 @@ from meta.paper import PaperMGG, PaperSettings, meta_train_paper
 from meta.source import accuracy, as_frames, train_source
 from meta.train import Preprocessing, Problem, TrainingSettings, meta_train
 from schemas.bundle import Manifest, MethodPart, ModelPart, Preprocess
-from schemas.errors import BundleError, ConfigError
+from schemas.errors import BundleError, ConfigError, plain
 
 PREPROCESSING = Preprocessing(torch.tensor([data.MEAN]), torch.tensor([data.STD]))
 
@@ -87,12 +87,14 @@ def read_recipe(path: Path) -> Recipe:
     """Raises ConfigError."""
     try:
         return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"recipe {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise ConfigError(f"recipe {path}: {where}: {problem['msg']}") from error
+        raise ConfigError(f"recipe {path}: {where}: {plain(problem['msg'])}") from error
 
 
 def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str], None] = print) -> Manifest:

@@ -18,7 +18,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, plain
 from schemas.policy import Policy, PolicyChange
 
 ENVIRONMENT_PREFIX = "DRIFTKEEL__"
@@ -356,6 +356,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"config {path}: {error.strerror or error}") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"config {path} is not YAML, line {line}: {error.problem}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
     if content is None:
@@ -370,7 +373,7 @@ def _explain(problem: Any, where: str) -> str:
     name = ".".join(location)
     if problem["type"] == "extra_forbidden":
         return f"config {where}: unknown key '{name}'{_nearest(location)}"
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = plain(str(problem["msg"]))
     return f"config {where}: {name or 'configuration'}: {message[:1].lower()}{message[1:]}"
 
 

@@ -35,3 +35,8 @@ class UnreachableError(DriftkeelError):
 
 class SourceError(DriftkeelError):
     """A video, camera or picture cannot be read, or its frames cannot be sent."""
+
+
+def plain(message: str) -> str:
+    """What a validator of ours said, without the words that pydantic puts before it."""
+    return message.removeprefix("Value error, ")

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from schemas.bundle import Manifest
 from schemas.config import Kafka, WorkerConfig
-from schemas.errors import ConfigError, DriftkeelError
+from schemas.errors import ConfigError, DriftkeelError, plain
 from worker.embedded import start_broker, start_store
 from worker.kafka_client import create_topics
 
@@ -57,7 +57,8 @@ def site_config(changes: dict[str, Any]) -> str:
     try:
         WorkerConfig(**yaml.safe_load(text))  # what is written can be read
     except ValidationError as error:
-        raise ConfigError("; ".join(problem["msg"] for problem in error.errors())) from error
+        problems = [f"{'.'.join(map(str, p['loc']))}: {plain(p['msg'])}" for p in error.errors()]
+        raise ConfigError("; ".join(problems)) from error
     return text
 
 

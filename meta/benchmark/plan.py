@@ -17,7 +17,7 @@ from meta.benchmark.sources import ModelConfig
 from meta.benchmark.streams import SETTINGS, Setting
 from meta.bundle import MGG_NAME
 from meta.mgg import GRADIENT_SHARE
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, plain
 
 Variant = Literal["published", "tuned"]
 # Methods that have one variant only, and whose results therefore carry none.
@@ -141,12 +141,14 @@ def read_benchmark(path: Path) -> BenchmarkConfig:
     """Raises ConfigError."""
     try:
         return BenchmarkConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"benchmark {path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"benchmark {path}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"benchmark {path} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        raise ConfigError(f"benchmark {path}: {where}: {problem['msg']}") from error
+        raise ConfigError(f"benchmark {path}: {where}: {plain(problem['msg'])}") from error
 
 
 def cells_of(config: BenchmarkConfig, has_batch_norm: dict[tuple[str, str], bool]) -> list[Cell]:

@@ -79,6 +79,11 @@ def test_the_papers_generator_starts_from_nothing(tmp_path: Path) -> None:
 
 def test_a_wrong_recipe_names_the_place(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: No such file or directory$"):
+        read_recipe(path)
+    path.write_text("name: [\n")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml is not YAML"):
+        read_recipe(path)
     path.write_text(yaml.safe_dump({"name": "x", "data": "fashion-mnist", "training": {"unroll": 1}}))
     with pytest.raises(ConfigError, match=r"training\.unroll"):
         read_recipe(path)

@@ -46,7 +46,8 @@ def test_example_lists_every_option_with_its_default() -> None:
         ("kafka: {bootstrap: ''}", "kafka.bootstrap: '' is no host:port"),
         ("kafka: {bootstrap: 'a:1,b:kafka'}", "'b:kafka' is no host:port"),
         ("- a\n- b", "expected sections"),
-        ("a: [", "is not YAML"),
+        ("a: [", "is not YAML, line 1: expected the node content"),
+        ("a:\n\tb: 1", "is not YAML, line 2: found character '\\t'"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:

@@ -78,7 +78,7 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="scheme 'http' is not one of redis"):
+    with pytest.raises(ConfigError, match=r"^store\.url: scheme 'http' is not one of redis"):
         write_site(tmp_path / "a", None, "http://store", None)
     with pytest.raises(ConfigError, match=r"is no bundle: it has no manifest.json"):
         write_site(tmp_path / "b", None, None, tmp_path)
