@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from schemas.command import Action, Command
 from schemas.config import load_config
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, plain
 from schemas.policy import Mode, PolicyChange
 from worker.options import ConfigOption, ReasonOption
 
@@ -100,9 +100,11 @@ def _send(config: Path | None, wait: float, **fields: Any) -> None:
     except ValidationError as error:
         problem = error.errors()[0]
         option = str(problem["loc"][-1]).replace("_", "-")
-        raise ConfigError(f"--{option}: {problem['msg'].removeprefix('Value error, ')}") from error
-    print(f"command {command.id} sent", file=sys.stderr)
-    events = [_say(event) for event in send_command(load_config(config).kafka, command, wait)]
+        raise ConfigError(f"--{option}: {plain(problem['msg'])}") from error
+    answers = send_command(
+        load_config(config).kafka, command, wait, lambda: print(f"command {command.id} sent", file=sys.stderr)
+    )
+    events = [_say(event) for event in answers]
     if not events and wait:
         print(
             f"no worker has confirmed it within {wait:g} s; once one runs and knows the stream, it obeys",

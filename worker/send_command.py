@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
@@ -19,8 +19,12 @@ from worker.kafka_client import connection, open_client, require_topics
 QUIET_S = 3.0  # without another confirmation, of a command to every stream
 
 
-def send_command(settings: Kafka, command: Command, wait_s: float) -> Iterator[UpdateEvent]:
+def send_command(
+    settings: Kafka, command: Command, wait_s: float, sent: Callable[[], None] = lambda: None
+) -> Iterator[UpdateEvent]:
     """Send the command at once; then yield its update events as they come, for at most `wait_s` seconds.
+
+    `sent` is called once the broker has the command.
 
     One confirms a command to a single stream; those of a command to every stream end when no more come for a while.
     Raises ConfigError where the topics are missing, UnreachableError where the broker is.
@@ -30,6 +34,7 @@ def send_command(settings: Kafka, command: Command, wait_s: float) -> Iterator[U
         answers = _from_now_on(settings)
         try:
             put_command(settings, command)
+            sent()
             yield from _confirmations(answers, command, wait_s)
         finally:
             answers.close(autocommit=False)

@@ -240,6 +240,7 @@ def test_a_worker_runs_without_the_topic(site: Site, tmp_path: Path) -> None:
     sent = run_cli("command", "freeze", "cam", "--config", str(path))
     assert sent.returncode == 1
     assert "no topic nowhere" in sent.stderr
+    assert " sent" not in sent.stderr
 
 
 @pytest.mark.parametrize(
