@@ -106,7 +106,10 @@ class Operator:
 
     def import_file(self, stream: str, content: bytes, reason: str) -> UpdateEvent:
         """The parameters of a file; the stream keeps its own position, or starts without one."""
-        state = decode_file(content, self._like, self._limit)
+        try:
+            state = decode_file(content, self._like, self._limit)
+        except StateError as error:
+            raise StateError(f"the file is none that 'driftkeel streams export' wrote: {error}") from error
         self._check_bundle(state)
         return self._change(
             stream,

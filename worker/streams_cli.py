@@ -103,7 +103,7 @@ def reset(stream: StreamArgument, reason: ReasonOption = "reset by hand", config
 @streams_app.command()
 def rollback(
     stream: StreamArgument,
-    back: Annotated[int, typer.Argument(help="Which snapshot; 1 is the newest.")] = 1,
+    back: Annotated[int, typer.Argument(min=1, help="Which snapshot; 1 is the newest.")] = 1,
     reason: ReasonOption = "rolled back by hand",
     config: ConfigOption = None,
 ) -> None:

@@ -123,7 +123,7 @@ def test_export_and_import(site: Site, config: str, tmp_path: Path) -> None:
         (["show", "nobody"], "stream 'nobody' has no stored state"),
         (["export", "cam", "--output", "/nowhere/file"], "/nowhere/file cannot be written"),
         (["rollback", "cam", "9"], "stream 'cam' has no snapshots yet; 'reset' leads back to the source model"),
-        (["import", "cam", "--input", "FILE"], "no tensors of a stream state"),
+        (["import", "cam", "--input", "FILE"], "the file is none that 'driftkeel streams export' wrote"),
     ],
 )
 def test_mistakes_change_nothing(site: Site, config: str, tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -192,6 +192,13 @@ def test_doctor_says_how_to_reach_what_does_not_answer(tiny_bundle_path: Path) -
 
 
 def test_a_wrong_value_is_named_by_its_option() -> None:
+def test_there_is_no_snapshot_number_0() -> None:
+    result = run_cli("streams", "rollback", "cam", "0")
+    assert result.returncode == 2
+    assert "greater than or equal to 1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
     for option, value, text in (
         ("--quiet-hours", "25:00-06:00", "'25:00-06:00' is not a span such as 22:00-06:00"),
         ("--canary-share", "3", "Input should be less than or equal to 1"),
