@@ -16,6 +16,7 @@ from schemas.config import WorkerConfig
 from schemas.errors import DriftkeelError
 from worker.kafka_client import connection, open_client
 from worker.redis_client import connect
+from worker.site import LOOPBACK
 from worker.site_bundle import site_bundle
 from worker.store import StateStore, Write
 
@@ -23,6 +24,7 @@ Level = Literal["ok", "warning", "failed"]
 OLDEST_REDIS = (6, 2)
 PACKAGES = {"snappy": "python-snappy"}  # where the module has another name
 _NOBODY = "driftkeel-doctor"
+_FOR_A_TRY = " ('driftkeel local' starts both for a first try)"
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ def examine(config: WorkerConfig) -> Iterator[Finding]:
 
 def _remedy(check: Callable[..., object], error: Exception, config: WorkerConfig) -> str:
     """What to do about somebody who does not answer; other errors say it themselves."""
+    trial = _FOR_A_TRY if config.kafka.bootstrap.rpartition(":")[0] in LOOPBACK else ""
     if check is _broker and isinstance(error, KafkaConnectionError | KafkaTimeoutError):
-        return f"; start the broker, or correct kafka.bootstrap, which is {config.kafka.bootstrap}"
+        return f"; start the broker, or correct kafka.bootstrap, which is {config.kafka.bootstrap}{trial}"
     if check is _store and isinstance(error.__cause__, redis.exceptions.ConnectionError):
-        return "; start the store, or correct store.url"
+        return f"; start the store, or correct store.url{trial}"
     return ""
 
 

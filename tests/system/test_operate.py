@@ -187,11 +187,11 @@ def test_doctor_says_how_to_reach_what_does_not_answer(tiny_bundle_path: Path) -
     assert result.returncode == 1
     assert "start the store, or correct store.url" in result.stdout
     assert f"start the broker, or correct kafka.bootstrap, which is 127.0.0.1:{port}" in result.stdout
+    assert result.stdout.count("'driftkeel local' starts both for a first try") == 2
     listed = run_cli("streams", "list", DRIFTKEEL__BUNDLE__PATH=str(tiny_bundle_path), **away)
     assert (listed.returncode, listed.stdout) == (1, "")
 
 
-def test_a_wrong_value_is_named_by_its_option() -> None:
 def test_there_is_no_snapshot_number_0() -> None:
     result = run_cli("streams", "rollback", "cam", "0")
     assert result.returncode == 2
@@ -199,6 +199,7 @@ def test_there_is_no_snapshot_number_0() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_wrong_value_is_named_by_its_option() -> None:
     for option, value, text in (
         ("--quiet-hours", "25:00-06:00", "'25:00-06:00' is not a span such as 22:00-06:00"),
         ("--canary-share", "3", "Input should be less than or equal to 1"),
