@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from schemas.command import EVERY_STREAM
 from schemas.config import Kafka, WorkerConfig, load_config
 from schemas.errors import ConfigError
 from worker.options import ConfigOption
@@ -169,6 +170,10 @@ def _streams(sources: list[str], names: list[str], max_bytes: int) -> dict[str, 
         if name is None:
             raise ConfigError(f"{_shown_source(source)} has no name of its own; give --stream NAME")
         if not name.isprintable() or not 0 < len(name.encode()) <= max_bytes:
+        if name == EVERY_STREAM:
+            raise ConfigError(
+                f"{EVERY_STREAM} stands for all streams in commands; it cannot be one; give --stream NAME"
+            )
             raise ConfigError(f"stream name {name!r} must be printable, of 1 to {max_bytes} bytes; give --stream NAME")
         streams.setdefault(name, []).append(items)
     for name, parts in streams.items():
