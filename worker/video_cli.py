@@ -121,12 +121,13 @@ def _shown(watcher: Watcher, as_json: bool, table: bool, count: int | None) -> I
     """Print each prediction as it passes."""
     from rich.live import Live
 
+    from worker.terminal import terminal
     from worker.watch import Board, line
 
     predictions = islice(watcher.predictions(), count)
     if table:
         board = Board()
-        with Live(board.table(), refresh_per_second=4) as live:
+        with Live(board.table(), console=terminal(), refresh_per_second=4) as live:
             for prediction in predictions:
                 board.take(prediction)
                 live.update(board.table())
@@ -169,11 +170,11 @@ def _streams(sources: list[str], names: list[str], max_bytes: int) -> dict[str, 
         name = names[number] if names else suggested
         if name is None:
             raise ConfigError(f"{_shown_source(source)} has no name of its own; give --stream NAME")
-        if not name.isprintable() or not 0 < len(name.encode()) <= max_bytes:
         if name == EVERY_STREAM:
             raise ConfigError(
                 f"{EVERY_STREAM} stands for all streams in commands; it cannot be one; give --stream NAME"
             )
+        if not name.isprintable() or not 0 < len(name.encode()) <= max_bytes:
             raise ConfigError(f"stream name {name!r} must be printable, of 1 to {max_bytes} bytes; give --stream NAME")
         streams.setdefault(name, []).append(items)
     for name, parts in streams.items():

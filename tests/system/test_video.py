@@ -118,6 +118,7 @@ def test_watching_survives_what_is_no_prediction(site: Site, topic: Topic) -> No
     assert "\x1b" not in shown.stdout
     table = run_cli("watch", "--table", *options[:3], **client_environment(site))
     assert "cam\N{REPLACEMENT CHARACTER}" in table.stdout
+    assert "confidence" in table.stdout  # a pipe has no edge at which to cut
 
 
 def test_mistakes_are_named(site: Site, tmp_path: Path) -> None:
@@ -126,8 +127,8 @@ def test_mistakes_are_named(site: Site, tmp_path: Path) -> None:
         ("-",): "standard input has no name of its own; give --stream NAME",
         ("rtsp://u:secret@cam/live",): "rtsp://cam/live has no name of its own",
         ("a", "b", "c", "--stream", "x", "--stream", "y"): "give it once, or once for each source",
-        ("nothing.mp4",): "nothing.mp4 is no file",
         ("lavfi:testsrc", "--stream", "*"): "* stands for all streams in commands",
+        ("nothing.mp4",): "nothing.mp4 is no file",
         ("lavfi:testsrc", "lavfi:testsrc", "--stream", "x"): "a camera never ends",
         ("a.mp4", "--size", "big"): "--size 'big' is not WIDTHxHEIGHT",
     }
