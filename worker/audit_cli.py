@@ -160,9 +160,16 @@ def _histories(
 ) -> dict[str, list[UpdateEvent]]:
     from worker.audit.history import within
     from worker.audit.read import histories
+    from worker.kafka_batches import counted
 
     begin, end = (moment and moment.replace(tzinfo=moment.tzinfo or UTC) for moment in (since, until))
-    found = within(histories(_readable(_records(config, file))), streams or [], begin, end)
+    strays: list[str] = []
+    events = histories(_readable(_records(config, file)), strays)
+    if strays and not events:
+        raise StateError(f"{strays[0]} is no update event, nor is anything else there; --file wants an export as jsonl")
+    if strays:
+        print(f"driftkeel: {counted(len(strays))} left out, as no update events; first {strays[0]}", file=sys.stderr)
+    found = within(events, streams or [], begin, end)
     if missing := [stream for stream in streams or [] if stream not in found]:
         raise StateError(f"no events of stream {missing[0]!r} there; without --stream all are shown")
     return found

@@ -96,6 +96,7 @@ def test_the_topic_alone_tells_the_history(site: Site, config: str, tmp_path: Pa
     [
         (["show", "--stream", "nobody"], "no events of stream 'nobody'"),
         (["verify", "--file", "/nowhere"], "/nowhere cannot be read"),
+        (["show", "--file", __file__], "line 1 is no update event, nor is anything else there"),
         (["export", "--output", "/nowhere/x"], "/nowhere/x cannot be written"),
         (["export", "--output", "x", "--stream", "cam"], "jsonl is the record as it was published"),
     ],

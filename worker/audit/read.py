@@ -97,8 +97,8 @@ def read_file(path: Path) -> Iterator[Record]:
         raise StateError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def histories(records: Iterable[Record]) -> dict[str, list[UpdateEvent]]:
-    """The events of every stream, in order, each once; what is no event is left out.
+def histories(records: Iterable[Record], strays: list[str] | None = None) -> dict[str, list[UpdateEvent]]:
+    """The events of every stream, in order, each once; what is no event is left out, and its place added to `strays`.
 
     Where a number has several contents, because the store had fallen behind, the last one counts.
     """
@@ -107,4 +107,6 @@ def histories(records: Iterable[Record]) -> dict[str, list[UpdateEvent]]:
         event = record.event
         if event is not None:
             found.setdefault(event.stream, {})[event.number] = event
+        elif strays is not None:
+            strays.append(record.where)
     return {stream: [events[n] for n in sorted(events)] for stream, events in sorted(found.items())}
