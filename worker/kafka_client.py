@@ -135,7 +135,7 @@ def until_reached(
                 f"{what} refuses the login: {error}; correct kafka.sasl_mechanism, sasl_username and sasl_password"
             ) from error
         except (KafkaError, OSError, UnreachableError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split()).removeprefix(f"{what} ") or type(error).__name__
         left = deadline - time.monotonic()
         if left <= 0 or stop.is_set():
             raise UnreachableError(f"{what} cannot be reached: {reason}; is it running, and is the address right?")

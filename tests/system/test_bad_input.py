@@ -145,6 +145,7 @@ def test_unreachable_store(tmp_path: Path, kafka_settings, tiny_bundle_path: Pat
     )
     line = refused("worker", "--config", write(tmp_path, text))
     assert f"the store at redis://:***@127.0.0.1:{port}/0 cannot be reached" in line
+    assert line.count("the store at") == 1
 
 
 def test_missing_topic(tmp_path: Path, kafka_settings, store_settings, tiny_bundle_path: Path) -> None:
