@@ -81,7 +81,7 @@ class Intake:
             record.key,
             record.value,
             [(name, value or b"") for name, value in record.headers],
-            record.timestamp,
+            record.timestamp or 0,  # The oldest format of records has none.
             self._limits.max_bytes,
             self._limits.max_stream_id_bytes,
         )

@@ -109,6 +109,14 @@ def test_a_record_without_a_stream_loads_none(loop: Loop) -> None:
     assert loop.next_offset() == 2
 
 
+def test_a_record_of_the_oldest_format_has_no_time(loop: Loop) -> None:
+    loop.offsets.received(Position("frames", 0, 0))
+    about = {"topic": "frames", "partition": 0, "offset": 0, "headers": [], "timestamp": None}
+    loop.decoding.add(12.5, SimpleNamespace(key=b"cam", value=picture(), **about))
+    loop.turn()
+    assert [(frame.sent, frame.event_time.year) for frame in loop.frames] == [(0.0, 1970)]
+
+
 def test_what_is_folded_already_is_neither_decoded_nor_kept_back(loop: Loop) -> None:
     loop.folded = 2
     loop.receive([(b"cam", b"junk")] * 3 + [(b"cam", picture())])
