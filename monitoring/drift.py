@@ -21,6 +21,7 @@ CLIP = 4.0  # one strange micro-batch alone is no move
 CALM = 1.5  # deviations between the newest micro-batch and the running mean that count as settled
 PATIENCE = 4  # active phases after which a stream counts as settled all the same
 LEAST_DEVIATION = 1e-3
+MOST = 1e100  # of a mean or variance: what is computed of it stays finite
 HEALTHY = 0.05  # estimated accuracy may be so far below that of clean frames
 UPKEEP, CHECK = 4, 16  # one micro-batch of so many of a settled stream adapts: of an unhealthy, of a healthy one
 
@@ -42,12 +43,24 @@ def observe(watch: DriftWatch | None, signals: Sequence[float], adapted: bool) -
 
     `adapted`: it was meant to make an update.
     """
-    watch = watch or DriftWatch()
+    if watch is None or not _fits(watch, len(signals)):
+        watch = DriftWatch()
     if not all(math.isfinite(value) for value in signals):
         return watch
     after = _settling(watch, signals) if watch.adapting else _watching(watch, signals)
     after.rested = 0 if adapted else watch.rested + 1
     return after
+
+
+def _fits(watch: DriftWatch, count: int) -> bool:
+    """Whether it is a watch of so many signals; what was stored may be anything."""
+    sums, known = [watch.rise, watch.fall], [watch.mean, watch.variance]
+    if not watch.adapting:
+        known += sums
+    elif not watch.mean:
+        known = [watch.variance] if watch.variance else []
+    sizes = all(len(values) == count for values in known)
+    return sizes and all(0 <= v < MOST for v in watch.variance) and all(abs(v) < MOST for v in watch.mean)
 
 
 def _settling(watch: DriftWatch, signals: Sequence[float]) -> DriftWatch:

@@ -26,5 +26,5 @@ def estimate(proxies: RunningProxies, calibration: Calibration, clean_accuracy: 
         confidence=proxies.confidence,
         entropy=proxies.entropy,
         marginal_entropy=max(0.0, signals["marginal"]) if "marginal" in signals else None,
-        flip_rate=min(1.0, max(0.0, signals["flips"])) if proxies.shadowed else None,
+        flip_rate=min(1.0, max(0.0, signals["flips"])) if proxies.shadowed and "flips" in signals else None,
     )

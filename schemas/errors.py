@@ -14,7 +14,13 @@ class BundleError(DriftkeelError):
 
 
 class StateError(DriftkeelError):
-    """Stored bytes are not a stream state that this version can use."""
+    """Stored bytes are not a stream state that this version can use.
+
+    What it quotes of them becomes part of an update event, and so is short and text.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message[:1_000].encode(errors="replace").decode())
 
 
 class FrameError(DriftkeelError):

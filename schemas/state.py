@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from datetime import datetime
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import safetensors
 import safetensors.torch
@@ -21,6 +21,9 @@ from schemas.update import Proxies
 
 FORMAT_VERSION: Final = 1
 HOUR_S: Final = 3_600
+# Counts and hashes go into events and metrics, which have no room for others.
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Digest = Annotated[str, Field(max_length=64)]
 
 
 class RunningProxies(BaseModel):
@@ -28,13 +31,13 @@ class RunningProxies(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    frames: int = Field(0, ge=0)
+    frames: Count = 0
     confidence: float = Field(0.0, ge=0, le=1)
     entropy: float = Field(0.0, ge=0)
     signals: dict[str, FiniteFloat] = Field(default_factory=dict, max_length=64, description="of meta.proxies")
-    generated: int = Field(0, ge=0, description="frames that made an update, on which the generator's signals rest")
-    shadowed: int = Field(0, ge=0, description="frames that the source model has answered too")
-    shadowed_at: int | None = Field(None, ge=0, description="of `frames`, when it did last; null: not known")
+    generated: Count = Field(0, description="frames that made an update, on which the generator's signals rest")
+    shadowed: Count = Field(0, description="frames that the source model has answered too")
+    shadowed_at: Count | None = Field(None, description="of `frames`, when it did last; null: not known")
     accuracy: float | None = Field(None, ge=0, le=1, description="as estimated from the signals")
     low: float | None = Field(None, ge=0, le=1)
     high: float | None = Field(None, ge=0, le=1)
@@ -46,7 +49,7 @@ class Level(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    seen: int = Field(0, ge=0)
+    seen: Count = 0
     centre: FiniteFloat = 0.0
     spread: FiniteFloat = Field(0.0, ge=0, description="mean absolute deviation")
 
@@ -59,23 +62,23 @@ class GuardState(BaseModel):
     gradient: Level = Field(default_factory=Level, description="of the raw gradient's norm")
     update: Level = Field(default_factory=Level, description="of the generated gradient's norm")
     cosine: FiniteFloat = Field(0.0, ge=-1.01, le=1.01, description="running mean, between raw and generated gradient")
-    cosines: int = Field(0, ge=0, description="updates it rests on")
+    cosines: Count = Field(0, description="updates it rests on")
     wealth: FiniteFloat = Field(
         0.0, description="logarithm, of the bet that the stream is not what source was made for"
     )
     stake: FiniteFloat = Field(0.0, description="what the next bet stakes")
     slopes: FiniteFloat = Field(0.0, ge=0, description="squared slopes of the bets so far")
-    alarms: int = Field(0, ge=0, description="times that the bet was won")
+    alarms: Count = Field(0, description="times that the bet was won")
     shifted: bool = Field(False, description="whether it was won, and the stream has not come back since")
-    watchful: int = Field(0, ge=0, description="frames that source is still to answer in full")
+    watchful: Count = Field(0, description="frames that source is still to answer in full")
     recent: list[int] = Field(default_factory=list, max_length=64, description="checksums of the newest frames' pixels")
     dominant: int = Field(-1, ge=-1, description="class that fills the newest frames; -1: none does")
-    alike: int = Field(0, ge=0, description="frames in a row that one class fills")
+    alike: Count = Field(0, description="frames in a row that one class fills")
     trusted: bool = Field(True, description="whether the adapted parameters are believed to do no worse than source")
-    doubted: int = Field(0, ge=0, description="frames since that changed to no")
-    rest: int = Field(0, ge=0, description="frames to go before updates begin again after a reset")
-    resets: int = Field(0, ge=0, description="recent resets; each doubles the rest")
-    sound: int = Field(0, ge=0, description="frames since the last reset")
+    doubted: Count = Field(0, description="frames since that changed to no")
+    rest: Count = Field(0, description="frames to go before updates begin again after a reset")
+    resets: Count = Field(0, description="recent resets; each doubles the rest")
+    sound: Count = Field(0, description="frames since the last reset")
 
 
 class DriftWatch(BaseModel):
@@ -116,23 +119,23 @@ class StreamHeader(BaseModel):
 
     version: Literal[1] = FORMAT_VERSION
     stream: str
-    bundle: str = Field(description="content hash; tensors fit this bundle only")
-    method: str
+    bundle: str = Field(max_length=200, description="content hash; tensors fit this bundle only")
+    method: str = Field(max_length=200)
     positions: dict[str, int] = Field(default_factory=dict, description="newest offset folded in, per topic/partition")
-    frames: int = Field(0, ge=0, description="frames folded in")
-    step: int = Field(0, ge=0, description="updates applied since the source model")
-    events: int = Field(0, ge=0, description="update events so far")
-    folded: str = Field("", description="rolling hash of the positions folded in, in order")
+    frames: Count = Field(0, description="frames folded in")
+    step: Count = Field(0, description="updates applied since the source model")
+    events: Count = Field(0, description="update events so far")
+    folded: Digest = Field("", description="rolling hash of the positions folded in, in order")
     proxies: RunningProxies = Field(default_factory=RunningProxies)
     guard: GuardState = Field(default_factory=GuardState)
     drift: DriftWatch | None = Field(None, description="null where nothing watches, and for a new stream")
-    last_event: str = Field("", description="sha256 of the last update event as published")
+    last_event: Digest = Field("", description="sha256 of the last update event as published")
     commands: dict[str, int] = Field(default_factory=dict, description="newest command obeyed, per topic/partition")
     policy: PolicyChange | None = Field(None, description="what commands have changed of the stream's policy")
-    approved: int | None = Field(None, ge=0, description="step of the parameters that a person approved")
-    snapshot: int = Field(0, ge=0, description="step at which the newest snapshot was taken")
+    approved: Count | None = Field(None, description="step of the parameters that a person approved")
+    snapshot: Count = Field(0, description="step at which the newest snapshot was taken")
     lately: HourlyUpdates = Field(default_factory=HourlyUpdates)
-    probation: int = Field(0, ge=0, description="frames that source answers yet, after a change of bundle")
+    probation: Count = Field(0, description="frames that source answers yet, after a change of bundle")
 
     def has_folded(self, position: Position) -> bool:
         """Whether the frame at `position` has shaped this state already."""
@@ -268,7 +271,7 @@ def decode_header(header: bytes) -> StreamHeader:
         raise StateError(f"the stored bytes are no stream state: {error}") from error
     _known_version(version)
     try:
-        return StreamHeader.model_validate(content)
+        return StreamHeader.model_validate_json(header)  # Parsed again, because what it takes for text is text.
     except ValidationError as error:
         problem = error.errors()[0]
         raise StateError(
@@ -283,7 +286,7 @@ def _tensor_metadata(blob: bytes) -> dict[str, str]:
             raise StateError("the stored tensors are cut off")
         metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
         version = int(metadata["version"])
-    except (struct.error, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise StateError(f"the stored bytes are no tensors of a stream state: {error}") from error
     _known_version(version)
     return dict(metadata)

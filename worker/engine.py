@@ -391,7 +391,7 @@ def temperature(calibration: Calibration, proxies: RunningProxies) -> float:
     if proxies.accuracy is None or not calibration.softening:
         return calibration.temperature
     excess = proxies.signals.get("answer_confidence", proxies.accuracy) - proxies.accuracy
-    return calibration.temperature * math.exp(calibration.softening * excess)
+    return calibration.temperature * math.exp(calibration.softening * min(1.0, max(-1.0, excess)))
 
 
 def answer_fixed(model: AdaptableModel, frames: Tensor, fixed: Fixed) -> Tensor:

@@ -158,7 +158,7 @@ class Guard:
     def _go_back(self, state: GuardState, reason: str) -> Verdict:
         """Back, and rest; a second time soon after, a snapshot is no help either."""
         decision: Decision = "reset" if state.resets else "rolled_back"
-        state.rest = REST << state.resets
+        state.rest = REST << min(MOST_RESETS, state.resets)
         state.resets = min(MOST_RESETS, state.resets + 1)
         state.sound = state.doubted = 0
         state.gradient, state.update, state.cosine, state.cosines = Level(), Level(), 0.0, 0
@@ -204,7 +204,7 @@ class Guard:
             state.shifted = proxies.signals.get("source_rank", 0.0) > TOLERATED
             return
         excess = sight.rank - TOLERATED
-        factor = 1 + state.stake * excess
+        factor = 1 + min(MOST_STAKE, max(0.0, state.stake)) * excess  # A stored stake may be any number.
         state.wealth = max(0.0, state.wealth) + math.log(factor)
         slope = excess / factor
         state.slopes += slope * slope

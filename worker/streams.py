@@ -43,6 +43,7 @@ log = logging.getLogger("driftkeel.streams")
 Result = TypeVar("Result")
 Compression = Literal["none", "deflate"]
 LOOK_AGAIN_S = 30.0  # for streams that cannot be stored
+MAX_EVENT_BYTES = 1_000_000  # a larger one is none of a worker's, and brokers refuse it for ever
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ class Streams:
             except ValidationError:
                 log.warning("a stored event of stream %s cannot be read and is not published again", stream)
                 continue
-            if event.stream == stream:
+            if event.stream == stream and len(line) <= MAX_EVENT_BYTES:
                 self._publisher.update(SealedEvent(event, line))
 
 

@@ -1,3 +1,5 @@
+import struct
+
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,11 @@ LIKE = {"affine": torch.zeros(5), "memory": torch.zeros(2, 3), "age": torch.zero
 def header(**changes: object) -> StreamHeader:
     values = {"stream": "cam-1", "bundle": "b" * 16, "method": "mgg", "step": 3, **changes}
     return StreamHeader.model_validate(values)
+
+
+def with_metadata(content: str) -> bytes:
+    head = f'{{"__metadata__":{content}}}'.encode()
+    return struct.pack("<Q", len(head)) + head
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -55,6 +62,8 @@ def test_position_says_what_is_folded() -> None:
         (lambda h, t: (h, t[:-3]), "damaged"),
         (lambda h, t: (h, b""), "no tensors"),
         (lambda h, t: (h, b"\xff" * 40), "cut off"),
+        (lambda h, t: (h, with_metadata('{"version":Infinity}')), "no tensors"),
+        (lambda h, t: (h, with_metadata('{"version":"1","step":"\\ud800"}')), r"of step \?, their header"),
         (lambda h, t: (b"{}", t), "version None"),
         (lambda h, t: (b"\x80\x04pickle", t), "no stream state"),
         (lambda h, t: (b"[" * 100_000, t), "no stream state"),

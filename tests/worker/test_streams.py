@@ -80,6 +80,21 @@ def test_an_event_that_was_stored_and_not_published_comes_with_the_same_bytes(si
     assert [r.value for r in read] == [entry.events[0].content] * 2
 
 
+def test_a_stored_event_that_no_broker_takes_is_not_tried_for_ever(site: Site, store_url: str) -> None:
+    first = site.worker("first")
+    first.ensure(["cam"])
+    entry = change(first, "freeze")
+    assert first.write([entry]) == [True]
+    large = seal(entry.events[0].event.model_copy(update={"reason": "x" * 2_000_000}))
+    client = redis.Redis.from_url(store_url)
+    client.hset(site.store.keys("cam")[0], "event", large.content)
+    client.close()
+    second = site.worker("second")
+    second.ensure(["cam"])
+    assert "cam" in second.engine
+    assert site._publishers[-1]._waiting == []
+
+
 @pytest.mark.parametrize("lost", ["tensors", "header"])
 def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
     site: Site, topic, store_url: str, lost: str
