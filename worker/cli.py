@@ -38,7 +38,10 @@ app.add_typer(audit_app, name="audit")
 app.add_typer(benchmark_app, name="benchmark")
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="YAML file; without it, defaults and DRIFTKEEL__ variables.")
+    Path | None,
+    typer.Option(
+        "--config", "-c", envvar="DRIFTKEEL_CONFIG", help="YAML file; without it, defaults and DRIFTKEEL__ variables."
+    ),
 ]
 
 

@@ -7,5 +7,7 @@ from typing import Annotated
 
 import typer
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", "-c", help="The workers' YAML file.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", envvar="DRIFTKEEL_CONFIG", help="The workers' YAML file.")
+]
 ReasonOption = Annotated[str, typer.Option(help="Goes into the update event.")]

@@ -179,6 +179,16 @@ def test_help_and_config_print(command: list[str]) -> None:
     assert len(result.stdout) > 100
 
 
+def test_the_environment_may_name_the_configuration(tmp_path: Path) -> None:
+    named = write(tmp_path, "kafka: {group: from-the-environment}")
+    other = tmp_path / "other.yaml"
+    other.write_text("kafka: {group: from-the-option}")
+    assert "group: from-the-environment" in run_cli("config", DRIFTKEEL_CONFIG=named).stdout
+    assert "group: from-the-option" in run_cli("config", "--config", str(other), DRIFTKEEL_CONFIG=named).stdout
+    listed = run_cli("streams", "list", DRIFTKEEL_CONFIG=write(tmp_path, "kafka: {grup: x}"))
+    assert "did you mean 'kafka.group'" in listed.stderr
+
+
 def test_bundle_show(tiny_bundle_path: Path) -> None:
     result = run_cli("bundle", "show", str(tiny_bundle_path))
     assert result.returncode == 0
