@@ -171,7 +171,8 @@ def build_network(architecture: str, arguments: dict[str, Any], factories: Itera
         known = ", ".join(sorted(ARCHITECTURES))
         raise BundleError(
             f"the bundle asks for architecture {architecture!r}; built in: {known}. "
-            "If you trust it, list it under bundle.factories in the worker's config as 'module:function'"
+            "If you trust it, list it under bundle.factories in the worker's config as 'module:function'; "
+            "'driftkeel bundle show' takes it as --factory"
         )
     try:
         network = factory(**arguments)

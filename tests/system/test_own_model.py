@@ -48,6 +48,7 @@ def test_from_a_checkpoint_to_adapted_predictions(site: Site, tmp_path: Path) ->
     shown = run_cli("bundle", "show", str(bundle))
     assert shown.returncode == 1
     assert "list it under bundle.factories" in shown.stderr
+    assert "takes it as --factory" in shown.stderr
 
     worker = site.start(**section)
     images, labels = pictures(48, 5)
