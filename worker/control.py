@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 from monitoring.metrics import WorkerMetrics
 from schemas.command import EVERY_STREAM, Action
@@ -29,7 +30,7 @@ from worker.streams import Heal, Streams
 
 log = logging.getLogger("driftkeel.control")
 ORPHAN_AFTER_S = 2.0
-CLAIMED_AT_ONCE = 32
+AT_ONCE = 32  # streams that obey in one turn of the loop, which stands still meanwhile
 LOOKED_AT_ONCE = 500
 STANDING = frozenset({"freeze", "unfreeze", "policy"})  # what also holds for a stream that begins later
 
@@ -97,9 +98,12 @@ class Control:
         self._unreadable = unreadable
 
     def run(self, busy: Container[str]) -> list[str]:
-        """Have all streams obey that are due and in no step; returns those that another worker has claimed."""
+        """Have streams obey that are due and in no step, some at a time; returns those that another worker has
+        claimed."""
         self._due &= self._engine.streams
-        ready = [stream for stream in self._due if stream not in busy]
+        return self._run(list(islice((stream for stream in self._due if stream not in busy), AT_ONCE)))
+
+    def _run(self, ready: list[str]) -> list[str]:
         if not ready:
             return []
         # Commands find the stream as it is stored; and the events beside it are in the topic before theirs are there.
@@ -131,12 +135,12 @@ class Control:
                 self._orphans.append(stream)
         looked_at = [self._orphans.popleft() for _ in range(min(LOOKED_AT_ONCE, len(self._orphans)))]
         waiting = self._disobedient([stream for stream in looked_at if stream not in self._engine])
-        chosen = waiting[:CLAIMED_AT_ONCE]
-        self._orphans.extend(waiting[CLAIMED_AT_ONCE:])
+        chosen = waiting[:AT_ONCE]
+        self._orphans.extend(waiting[AT_ONCE:])
         if not chosen:
             return []
         self.met(self._streams.ensure(chosen))
-        fenced = self.run(busy)
+        fenced = self._run([stream for stream in chosen if stream in self._due and stream not in busy])
         self._streams.release(chosen)
         return fenced
 

@@ -18,7 +18,7 @@ from schemas.update import UpdateEvent
 from worker import retire
 from worker.answer import Policies
 from worker.commands import CommandList
-from worker.control import Control
+from worker.control import AT_ONCE, Control
 from worker.engine import Engine
 from worker.operate import require_known
 from worker.publish import Publisher
@@ -95,6 +95,30 @@ def test_nobodys_streams_obey_and_a_step_under_way_is_left_alone(
     worker.control.met(worker.streams.ensure(["silent"]))
     assert worker.policy("silent").frozen
     assert worker.control.due == {"busy"}
+
+
+def test_a_command_to_all_does_not_hold_up_the_loop(
+    worker: Worker, commands: CommandList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some streams obey in each turn; and of those that nobody holds, the ones that were claimed for it."""
+    tell(commands, 0, "*", "unfreeze")
+    worker.control.met(worker.streams.ensure(["silent"]))
+    assert worker.control.run(()) == []
+    worker.streams.release(["silent"])
+    here = [f"cam-{i}" for i in range(2 * AT_ONCE + 1)]
+    worker.control.met(worker.streams.ensure(here))
+    for left in (AT_ONCE + 1, 1, 0):
+        assert worker.control.run(()) == []
+        assert len(worker.control.due) == left
+    tell(commands, 1, "*")
+    worker.control.listen()
+    later = time.monotonic() + 10
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert worker.control.look_after_the_rest(()) == []
+    assert "silent" not in worker.streams.engine
+    worker.control.met(worker.streams.ensure(["silent"]))
+    assert worker.policy("silent").frozen
+    assert worker.control.due == set(here)
 
 
 def test_a_stream_that_was_deleted_begins_like_any_other(
