@@ -24,19 +24,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from meta.generator import Anchor, UpdateRule
+from meta.inputs import ALL_INPUTS, Input, Inputs
 from meta.method import Forward, Method, State, Update
 from meta.norms import AdaptableModel, LayerCorrection, NormMoments
 from meta.objective import EPSILON, SourceStatistics, deviation, per_stream_mean, running
 from meta.temporal import filter_classes, fresh_belief
 
-Input = Literal[
-    *("momentum", "gradient", "agreement", "offset", "size", "raw", "gap_mean", "gap_std", "kind", "depth"),
-    *("norm", "entropy", "discrepancy", "age", "batch"),
-]
-ALL_INPUTS: tuple[Input, ...] = (
-    *("momentum", "gradient", "agreement", "offset", "size", "raw", "gap_mean", "gap_std", "kind", "depth"),
-    *("norm", "entropy", "discrepancy", "age", "batch"),
-)
 TINY = 1e-8
 GRADIENT_SHARE = 4  # one of so many frames gives a site's updates their gradient
 
@@ -115,8 +108,8 @@ class MGG:
         self.settings = learned.settings
         self.classes = classes
         self.step_scale, self.gradient_share = 1.0, GRADIENT_SHARE
-        self._kind = 2 * model.is_scale - 1
-        self._channel, self._depth = _layout(model)
+        decays = self.settings.momentum_decay, self.settings.square_decay
+        self._inputs = Inputs(model, self.settings.inputs, decays, classes)
 
     def with_step_scale(self, factor: float) -> MGG:
         """The same method with every change of the affine multiplied, but for the pull."""
@@ -351,7 +344,7 @@ class MGG:
         second = torch.lerp(gradient**2, state["second_moment"], settings.square_decay)
         source = self.model.source_affine
         offset = state["offset"]
-        inputs = self._inputs(forward.counts, gradient, power, first, second, age, offset, signals)
+        inputs = self._inputs.of(forward.counts, gradient, power, (first, second), age, offset, signals)
         gate, push, pull, weight, bias = learned.rule(
             inputs, state["memory_weight"].float(), state["memory_bias"].float()
         )
@@ -398,46 +391,6 @@ class MGG:
         weighted = torch.stack(unusual, 1).clamp(-12, 12) @ self.learned.dose_weight
         return torch.sigmoid(self.learned.dose_bias + weighted)
 
-    def _inputs(
-        self,
-        counts: Tensor,
-        gradient: Tensor,
-        power: Tensor,
-        first: Tensor,
-        second: Tensor,
-        age: Tensor,
-        offset: Tensor,
-        signals: State,
-    ) -> Tensor:
-        """The generator's inputs (S, d, P), in the order of the settings; per-stream ones are spread over P."""
-        b1, b2 = self.settings.momentum_decay, self.settings.square_decay
-        steps = age.unsqueeze(1)
-        root = (second / (1 - b2**steps)).sqrt() + TINY
-        counts = counts.clamp_min(1)
-
-        def spread(values: Tensor) -> Tensor:
-            return values.unsqueeze(1).expand_as(gradient)
-
-        made: dict[str, Callable[[], Tensor]] = {
-            "momentum": lambda: first / (1 - b1**steps) / root,
-            "gradient": lambda: gradient / root,
-            # Of the frames' own gradients: +-1 where all agree, near 0 where they cancel out.
-            "agreement": lambda: gradient / ((counts.unsqueeze(1) * power).sqrt() + TINY),
-            "offset": lambda: (5 * offset).clamp(-3, 3),
-            "size": lambda: (gradient.abs() + TINY).log10().clamp(-3, 3) / 2,
-            "raw": lambda: gradient.clamp(-3, 3),
-            "gap_mean": lambda: signals["gap_mean"][:, self._channel] / 2,
-            "gap_std": lambda: signals["gap_std"][:, self._channel],
-            "kind": lambda: self._kind.expand_as(gradient),
-            "depth": lambda: self._depth.expand_as(gradient),
-            "norm": lambda: spread(((gradient**2).mean(1).sqrt() + TINY).log10().clamp(-3, 3)),
-            "entropy": lambda: spread(signals["entropy"] / math.log(self.classes)),
-            "discrepancy": lambda: spread(torch.log1p(signals["discrepancy"]).clamp(max=5)),
-            "age": lambda: spread(age.rsqrt()),
-            "batch": lambda: spread(counts.log2() / 6),
-        }
-        return torch.stack([made[name]() for name in self.settings.inputs], 1)
-
 
 def as_served(method: Method) -> Callable[[Tensor, Tensor, State], Forward]:
     """How a site predicts with a method."""
@@ -465,17 +418,3 @@ def _with_first(source: SourceStatistics, model: AdaptableModel) -> SourceStatis
     parts = (source.mean, source.std, source.class_mean, source.class_square)
     count = model.layers[0].feature_count
     return SourceStatistics(*[None if t is None else torch.cat([t, t[..., :count]], -1) for t in parts])
-
-
-def _layout(model: AdaptableModel) -> tuple[Tensor, Tensor]:
-    """For every coordinate (P,): the feature of its own channel, and its layer's depth in [-1, 1]."""
-    channel, depth, first = [], [], 0
-    last = max(1, len(model.layers) - 1)
-    for number, layer in enumerate(model.layers):
-        mine = torch.arange(layer.feature_count) + first
-        copies = layer.scale.numel() // layer.feature_count
-        for _ in range(1 + layer.has_shift):
-            channel.append(mine.repeat(copies))
-            depth.append(torch.full((layer.scale.numel(),), 2 * number / last - 1))
-        first += layer.feature_count
-    return torch.cat(channel), torch.cat(depth)

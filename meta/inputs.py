@@ -1,0 +1,91 @@
+"""What the generator sees of each coordinate of the affine, beside its memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from meta.method import State
+from meta.norms import AdaptableModel
+
+Input = Literal[
+    *("momentum", "gradient", "agreement", "offset", "size", "raw", "gap_mean", "gap_std", "kind", "depth"),
+    *("norm", "entropy", "discrepancy", "age", "batch"),
+]
+ALL_INPUTS: tuple[Input, ...] = (
+    *("momentum", "gradient", "agreement", "offset", "size", "raw", "gap_mean", "gap_std", "kind", "depth"),
+    *("norm", "entropy", "discrepancy", "age", "batch"),
+)
+TINY = 1e-8
+
+
+class Inputs:
+    """Makes the inputs `names` for one model; `decays` are those of the gradient's first and second moment."""
+
+    def __init__(
+        self, model: AdaptableModel, names: Sequence[Input], decays: tuple[float, float], classes: int
+    ) -> None:
+        self._names, self._decays, self._classes = names, decays, classes
+        self._kind = 2 * model.is_scale - 1
+        self._channel, self._depth = _layout(model)
+
+    def of(
+        self,
+        counts: Tensor,
+        gradient: Tensor,
+        power: Tensor,
+        moments: tuple[Tensor, Tensor],
+        age: Tensor,
+        offset: Tensor,
+        signals: State,
+    ) -> Tensor:
+        """Inputs (S, d, P), in the order of the names; per-stream ones are spread over P.
+
+        counts and age (S,), the rest (S, P): gradient, the sum of the frames' squared ones, running moments, and how
+        far the stream is from source. `signals` are those of `MGG.objective`.
+        """
+        (first, second), (b1, b2) = moments, self._decays
+        steps = age.unsqueeze(1)
+        root = (second / (1 - b2**steps)).sqrt() + TINY
+        counts = counts.clamp_min(1)
+
+        def spread(values: Tensor) -> Tensor:
+            return values.unsqueeze(1).expand_as(gradient)
+
+        made: dict[str, Callable[[], Tensor]] = {
+            "momentum": lambda: first / (1 - b1**steps) / root,
+            "gradient": lambda: gradient / root,
+            # Of the frames' own gradients: +-1 where all agree, near 0 where they cancel out.
+            "agreement": lambda: gradient / ((counts.unsqueeze(1) * power).sqrt() + TINY),
+            "offset": lambda: (5 * offset).clamp(-3, 3),
+            "size": lambda: (gradient.abs() + TINY).log10().clamp(-3, 3) / 2,
+            "raw": lambda: gradient.clamp(-3, 3),
+            "gap_mean": lambda: signals["gap_mean"][:, self._channel] / 2,
+            "gap_std": lambda: signals["gap_std"][:, self._channel],
+            "kind": lambda: self._kind.expand_as(gradient),
+            "depth": lambda: self._depth.expand_as(gradient),
+            "norm": lambda: spread(((gradient**2).mean(1).sqrt() + TINY).log10().clamp(-3, 3)),
+            "entropy": lambda: spread(signals["entropy"] / math.log(self._classes)),
+            "discrepancy": lambda: spread(torch.log1p(signals["discrepancy"]).clamp(max=5)),
+            "age": lambda: spread(age.rsqrt()),
+            "batch": lambda: spread(counts.log2() / 6),
+        }
+        return torch.stack([made[name]() for name in self._names], 1)
+
+
+def _layout(model: AdaptableModel) -> tuple[Tensor, Tensor]:
+    """For every coordinate (P,): the feature of its own channel, and its layer's depth in [-1, 1]."""
+    channel, depth, first = [], [], 0
+    last = max(1, len(model.layers) - 1)
+    for number, layer in enumerate(model.layers):
+        mine = torch.arange(layer.feature_count) + first
+        copies = layer.scale.numel() // layer.feature_count
+        for _ in range(1 + layer.has_shift):
+            channel.append(mine.repeat(copies))
+            depth.append(torch.full((layer.scale.numel(),), 2 * number / last - 1))
+        first += layer.feature_count
+    return torch.cat(channel), torch.cat(depth)
