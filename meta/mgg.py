@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from meta.generator import Anchor, UpdateRule
 from meta.inputs import ALL_INPUTS, Input, Inputs
 from meta.method import Forward, Method, State, Update
-from meta.norms import AdaptableModel, LayerCorrection, NormMoments
+from meta.moments import NormMoments
+from meta.norms import AdaptableModel, LayerCorrection
 from meta.objective import EPSILON, SourceStatistics, deviation, per_stream_mean, running
 from meta.temporal import filter_classes, fresh_belief
 

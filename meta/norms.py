@@ -14,13 +14,13 @@ import math
 import threading
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from meta.affine import Affine, rectified_mean, scaled, scaled_in_place
+from meta.moments import NormMoments
 from schemas.errors import BundleError
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -36,102 +36,6 @@ class NormSlice:
     scale: int
     shift: int
     end: int
-
-
-class NormMoments:
-    """With which statistics the BatchNorm layers normalise each stream of one pass.
-
-    A layer normalises stream s with (1 - share[s]) * given[s] + share[s] * batch[s], means and variances alike, where
-    `batch` are the moments of the stream's own frames in this pass, over frames and positions. The gradient passes
-    through them, as in Tent. `share` 0 is source inference or a running mean; 1 is BN-1 (Nado et al., 2020); N
-    frames with a prior of 16 have N / (N + 16) (Schneider et al., NeurIPS 2020); a constant is the exponential mean
-    of RobustBN (RoTTA, CVPR 2023). A single frame has its positions to count, so nothing is ever undefined.
-
-    stream (B,) int64 in [0, S); share (S,); mean and variance (S, C), C the channels of all BatchNorm layers joined.
-    After the pass, `mixed()` gives the mean and variance (S, C) that were used, for who wants to keep them.
-    """
-
-    def __init__(self, stream: Tensor, share: Tensor, mean: Tensor, variance: Tensor) -> None:
-        self.stream, self.share, self.mean, self.variance = stream, share.unsqueeze(1), mean, variance
-        self.frames = torch.bincount(stream, minlength=len(share)).clamp_min(1).to(mean.dtype)
-        self._used: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def normalise(self, x: Tensor, place: slice, epsilon: float) -> Tensor:
-        """x (B, C, ...) of the layer that has the channels `place`, normalised without affine."""
-        given = (self.mean[:, place], self.variance[:, place])
-        out: Tensor
-        out, mean, variance = _StreamNormalise.apply(x, self.stream, self.share, self.frames, *given, epsilon)
-        self._used[place.start] = (mean, variance)
-        return out
-
-    def mixed(self) -> tuple[Tensor, Tensor]:
-        """The mean and variance (S, C) of the last pass."""
-        used = [self._used[start] for start in sorted(self._used)]
-        return torch.cat([mean for mean, _ in used], 1), torch.cat([variance for _, variance in used], 1)
-
-
-class _StreamNormalise(torch.autograd.Function):
-    """What `NormMoments` does in one layer. Written out, its gradient needs the output alone, which is kept anyway;
-    left to autograd, every large net kept four more tensors of the size of each layer's input.
-
-    x (B, C, ...), stream (B,), share (S, 1), frames (S,), given mean and variance (S, C). Returns the normalised x and
-    the mean and variance (S, C) that were used.
-    """
-
-    @staticmethod
-    def forward(
-        context: Any,
-        x: Tensor,
-        stream: Tensor,
-        share: Tensor,
-        frames: Tensor,
-        given_mean: Tensor,
-        given_variance: Tensor,
-        epsilon: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dims, positions = tuple(range(2, x.dim())), frames.unsqueeze(1) * math.prod(x.shape[2:])
-        # Around the given mean, so that a large mean does not cost the variance its digits. (var_mean would do, at ten
-        # times the cost on channels-last input.)
-        centred = x - _spread(given_mean, stream, x)
-        total, squares = centred, centred * centred
-        if dims:
-            total, squares = total.sum(dims), squares.sum(dims)
-        moved = _stream_sum(total, stream, frames) / positions
-        batch_variance = (_stream_sum(squares, stream, frames) / positions - moved * moved).clamp_min(0)
-        step = share * moved
-        mean, variance = given_mean + step, given_variance + share * (batch_variance - given_variance)
-        inverse = torch.rsqrt(variance + epsilon)
-        out = torch.addcmul(_spread(-step * inverse, stream, x), centred, _spread(inverse, stream, x))
-        context.save_for_backward(out, stream, share, frames, inverse, moved)
-        context.mark_non_differentiable(mean, variance)
-        return out, mean, variance
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(context: Any, gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        out, stream, share, frames, inverse, moved = context.saved_tensors
-        dims = tuple(range(2, out.dim()))
-        total, along = gradient, gradient * out
-        if dims:
-            total, along = total.sum(dims), along.sum(dims)
-        # Of the mean and the variance used, which all frames of a stream moved, by their share of its positions.
-        weight = share / (frames.unsqueeze(1) * math.prod(out.shape[2:]))
-        of_mean = -inverse * _stream_sum(total, stream, frames) * weight
-        of_variance = -inverse * inverse * _stream_sum(along, stream, frames) * weight
-        # x minus the batch's own mean is out / inverse plus (share - 1) moved.
-        constant = of_mean + of_variance * (share - 1) * moved
-        passed = torch.addcmul(_spread(constant, stream, out), gradient, _spread(inverse, stream, out))
-        return passed.addcmul_(out, _spread(of_variance / inverse, stream, out)), *[None] * 6
-
-
-def _stream_sum(rows: Tensor, stream: Tensor, frames: Tensor) -> Tensor:
-    """Sums (S, C) over each stream's frames of rows (B, C)."""
-    return rows.new_zeros(len(frames), rows.shape[1]).index_add(0, stream, rows)
-
-
-def _spread(rows: Tensor, stream: Tensor, x: Tensor) -> Tensor:
-    """Rows (S, C) of each frame's stream, to be combined with x (B, C, ...)."""
-    return rows.index_select(0, stream).view(*x.shape[:2], *[1] * (x.dim() - 2))
 
 
 class Corrector(Protocol):

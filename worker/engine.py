@@ -15,7 +15,8 @@ from meta.bundle import MGG_NAME, Bundle
 from meta.estimator import AccuracyModel
 from meta.method import Forward, State, finite_rows, narrowed, put, take
 from meta.mgg import MGG, as_served
-from meta.norms import AdaptableModel, NormMoments
+from meta.moments import NormMoments
+from meta.norms import AdaptableModel
 from meta.objective import per_stream_mean
 from meta.proxies import Observed, Observer
 from schemas.bundle import Calibration

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from meta.method import Forward, State, Update
-from meta.norms import AdaptableModel, NormMoments
+from meta.moments import NormMoments
+from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, entropy, per_stream_mean
 from schemas.errors import BundleError
 

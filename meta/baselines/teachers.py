@@ -11,7 +11,7 @@ from torch import Tensor
 from meta.baselines.augment import augmented
 from meta.baselines.base import Baseline, Options, Setup, choose, longest_stream, position_in_stream, uniforms
 from meta.method import Forward, State, Update
-from meta.norms import NormMoments
+from meta.moments import NormMoments
 from meta.objective import entropy, per_stream_mean
 
 

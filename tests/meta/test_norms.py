@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from meta.norms import AdaptableModel, NormMoments
+from meta.moments import NormMoments
+from meta.norms import AdaptableModel
 from schemas.errors import BundleError
 
 
