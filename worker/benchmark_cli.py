@@ -51,16 +51,13 @@ def accuracy(
 
 @benchmark_app.command("tables")
 def tables(
-    report: Annotated[Path, typer.Argument(help="A report of `driftkeel benchmark accuracy`.")],
-    plot: Annotated[Path | None, typer.Option(help="Also draw the gains, as SVG or PNG, here.")] = None,
+    report: Annotated[Path, typer.Argument(help="A report of any of the benchmarks.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw the gains, as SVG or PNG, here; of accuracy.")] = None,
 ) -> None:
-    """Markdown tables of a report: accuracy per setting, spread, worst cell, share of the oracle's gain."""
-    from meta.benchmark import tables as made
+    """Markdown tables of a report, as they stand in the documentation."""
+    from worker.benchmark_tables import markdown
 
-    results = made.Results(made.read_records(report))
-    print(made.markdown(results), end="")
-    if plot is not None:
-        made.plot(results, plot)
+    print(markdown(report, plot))
 
 
 @benchmark_app.command()

@@ -1,11 +1,8 @@
-"""The tables of docs/performance.md: `python -m worker.benchmark_throughput_tables REPORT.json`, in Markdown."""
+"""The tables of docs/performance.md, of a report of `driftkeel benchmark throughput`."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 BARS: dict[str, tuple[str, str, float]] = {
@@ -20,7 +17,7 @@ BARS: dict[str, tuple[str, str, float]] = {
 }
 
 
-def tables(results: dict[str, Any]) -> str:
+def throughput_tables(results: dict[str, Any]) -> str:
     """All tables, one after the other."""
     parts = [_ratios(results), _engine(results), _workers(results), _latency(results), _on_demand(results)]
     return "\n\n".join(parts)
@@ -109,7 +106,3 @@ def _on_demand(results: dict[str, Any]) -> str:
                 )
             )
     return table(("demo's cameras", "accuracy %", "updates", "CPU s per 1,000"), rows)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(tables(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))) + "\n")
