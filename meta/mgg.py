@@ -58,6 +58,13 @@ class GeneratorSettings(BaseModel):
         default=0.8, ge=0, le=1, description="how far the class mix of a stream explains its features; the rest is even"
     )
     class_filter: bool = Field(default=True, description="answers use what neighbouring frames have in common")
+    dose_shift: float = Field(
+        default=0.0, description="added to the dose's learned bias once training is over; below 0 less is changed"
+    )
+    correction_start: float = Field(
+        default=1.0, description="share of the correction of single frames at a dose of 0, cut off at 0 and 1"
+    )
+    correction_slope: float = Field(default=0.0, ge=0, description="and how fast it grows with the dose")
     memory_precision: Literal["float32", "float16", "bfloat16"] = Field(
         default="float16", description="of the gradient memory between updates, in memory and in the store alike"
     )
@@ -359,13 +366,14 @@ class MGG:
             "memory_bias": bias,
             "age": age,
         }
-        if self.model.correction is not None:
-            moved["correction"] = torch.ones_like(age)
         wanted = moved["offset"]
         if learned.anchor is not None:
             gaps = torch.cat([signals["gap_mean"] / 2, signals["gap_std"]], 1)
             wanted = wanted + self.step_scale * learned.anchor(gaps)
         dose = self._dose(signals)
+        if self.model.correction is not None:
+            strength = settings.correction_start + settings.correction_slope * dose.detach()
+            moved["correction"] = strength.clamp(0, 1)
         affine = source + dose.unsqueeze(1) * wanted
         generated = (state["affine"] - affine).detach()
         raw_norm, generated_norm = gradient.norm(dim=1), generated.norm(dim=1)
@@ -390,7 +398,7 @@ class MGG:
             signals["entropy"] / math.log(self.classes),
         ]
         weighted = torch.stack(unusual, 1).clamp(-12, 12) @ self.learned.dose_weight
-        return torch.sigmoid(self.learned.dose_bias + weighted)
+        return torch.sigmoid(self.learned.dose_bias + self.settings.dose_shift + weighted)
 
 
 def as_served(method: Method) -> Callable[[Tensor, Tensor, State], Forward]:

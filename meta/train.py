@@ -33,7 +33,7 @@ class TrainingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    meta_steps: int = Field(default=600, ge=1)
+    meta_steps: int = Field(default=600, ge=0, description="0: what the generator starts from is kept")
     unroll: int = Field(default=10, ge=2, description="updates between two steps of the generator")
     streams: int = Field(default=16, ge=1, description="simulated cameras that run side by side")
     batches: tuple[int, ...] = Field(default=(1, 4, 8, 16, 16), description="sizes of a micro-batch to draw from")
@@ -101,6 +101,8 @@ def meta_train(
 
     Deterministic for a seed on one machine.
     """
+    if not settings.meta_steps:
+        return []
     torch.manual_seed(settings.seed)
     random = torch.Generator().manual_seed(settings.seed)
     parameters = list({id(p): p for problem in problems for p in problem.method.learned.parameters()}.values())

@@ -281,3 +281,37 @@ def test_per_stream_mean() -> None:
     torch.testing.assert_close(
         per_stream_mean(values, torch.tensor([0, 0, 1]), torch.tensor([2.0, 1.0])), torch.tensor([2.0, 10.0])
     )
+
+
+class Plain:
+    """A correction that changes nothing, whatever its strength."""
+
+    def under(self, strength: torch.Tensor) -> "Plain":
+        return self
+
+    def of(self, channels: slice, mean: torch.Tensor, square: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ones_like(mean), torch.zeros_like(mean)
+
+
+@pytest.mark.parametrize(("start", "slope"), [(1.0, 0.0), (-0.4, 3.0), (0.2, 0.5)])
+def test_the_correction_of_single_frames_follows_the_dose(start: float, slope: float) -> None:
+    method = make_method(correction_start=start, correction_slope=slope, dose_shift=-4.0)
+    method.model.correction = Plain()
+    frames, stream = torch.randn(8, 1, 12, 12), torch.arange(4).repeat(2)
+    frames[stream == 3] *= 9
+    update = method.update(method.serve(frames, stream, method.fresh(4)))
+    dose = update.signals["dose"]
+    torch.testing.assert_close(update.state["correction"], (start + slope * dose).clamp(0, 1))
+
+
+def test_a_shifted_dose_goes_less_of_the_way_from_source() -> None:
+    frames, stream = torch.randn(16, 1, 12, 12), torch.zeros(16, dtype=torch.long)
+    whole, less = (
+        method.update(method.serve(frames, stream, method.fresh(1)))
+        for method in (METHOD, make_method(dose_shift=-2.0))
+    )
+    expected = torch.sigmoid(torch.logit(whole.signals["dose"].double()) - 2).float()
+    torch.testing.assert_close(less.signals["dose"], expected, rtol=1e-4, atol=1e-5)
+    source = METHOD.model.source_affine
+    way = (whole.state["affine"] - source) * (less.signals["dose"] / whole.signals["dose"])
+    torch.testing.assert_close(less.state["affine"] - source, way, rtol=1e-3, atol=1e-6)
