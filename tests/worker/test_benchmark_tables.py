@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from schemas.errors import ConfigError
+from worker.benchmark_tables import markdown
+from worker.benchmark_throughput_tables import BARS
+from worker.cli import app
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+ROWS = {
+    "accuracy": ["| mgg (ours) |", "| source |"],
+    "throughput": [f"| {text} (" for text, _, _ in BARS.values()],
+    "proxies": ["| **combination** |", "| held-out shifts, adapted |"],
+    "guard": ["| slow_poison | 5,000 | no |", "| healthy |"],
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_every_committed_report_has_its_tables(kind: str) -> None:
+    result = CliRunner().invoke(app, ["benchmark", "tables", str(RESULTS / f"{kind}.json")])
+    assert result.exit_code == 0, result.output
+    assert all(row in result.output for row in ROWS[kind])
+
+
+def test_the_tables_of_the_guide_to_trust_are_those_of_its_records() -> None:
+    page = (RESULTS.parent / "trust.md").read_text()
+    for kind in ("proxies", "guard"):
+        for table in markdown(RESULTS / f"{kind}.json").split("\n\n"):
+            assert table in page
+
+
+def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    for content, reason in (("no JSON", "Expecting value"), ("[1]", "no report"), ('{"a": 1}', "no report")):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=reason):
+            markdown(path)
+    with pytest.raises(ConfigError, match="--plot draws"):
+        markdown(RESULTS / "guard.json", tmp_path / "plot.svg")
