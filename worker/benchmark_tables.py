@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, DataError
 
 
 def markdown(report: Path, plot: Path | None = None) -> str:
-    """The tables; `plot` also draws the gains of an accuracy report there. Raises ConfigError."""
+    """The tables; `plot` also draws the gains of an accuracy report there. Raises DataError, ConfigError."""
     content = _read(report)
-    if "cells" in content:
+    if "records" in content:
         from meta.benchmark import tables
 
         results = tables.Results(tables.read_records(report))
@@ -31,12 +31,12 @@ def markdown(report: Path, plot: Path | None = None) -> str:
         return guard_tables(content)
     if "results" in content:
         return proxies_tables(content)
-    raise ConfigError(f"{report} is no report of a benchmark whose tables are known")
+    raise DataError(f"{report} is no report of a benchmark")
 
 
 def _read(report: Path) -> dict[str, Any]:
     try:
         content = json.loads(report.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"report {report}: {error}") from error
+        raise DataError(f"{report} is no report of a benchmark: {error}") from error
     return content if isinstance(content, dict) else {}

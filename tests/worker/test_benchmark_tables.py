@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, DataError
 from worker.benchmark_tables import markdown
 from worker.benchmark_throughput_tables import BARS
 from worker.cli import app
@@ -35,7 +35,7 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     for content, reason in (("no JSON", "Expecting value"), ("[1]", "no report"), ('{"a": 1}', "no report")):
         path.write_text(content)
-        with pytest.raises(ConfigError, match=reason):
+        with pytest.raises(DataError, match=reason):
             markdown(path)
     with pytest.raises(ConfigError, match="--plot draws"):
         markdown(RESULTS / "guard.json", tmp_path / "plot.svg")
