@@ -348,9 +348,9 @@ class Engine:
         if part.fixed is not None:
             fixed = answer_fixed(self.bundle.model, frames, part.fixed)
             answers = answers.index_copy(0, part.fixed.frames, fixed / source_temperature)
-        if source is not None and len(part.published):
-            said = source.index_select(0, part.published) / source_temperature
-            answers = answers.index_copy(0, part.shadow.index_select(0, part.published), said)
+        if source is not None and len(part.by_source):
+            said = source.index_select(0, part.by_source) / source_temperature
+            answers = answers.index_copy(0, part.shadow.index_select(0, part.by_source), said)
         if answers is not logits:
             top = _likeliest(answers)
         confidence, index = top.values.clamp_max(1.0).tolist(), top.indices.tolist()

@@ -34,7 +34,7 @@ class Fixed:
 class Part:
     """Micro-batches gathered for one forward: pixels, each frame's row in `state`, and a copy of the streams' rows.
 
-    `shadow` (n,) are the places of the frames that the source model is asked for too, and `published` (m,) the places
+    `shadow` (n,) are the places of the frames that the source model is asked for too, and `by_source` (m,) the places
     in `shadow` of those for which it answers. `headers` are the residents' as they
     were when this was gathered, which another thread may read.
     """
@@ -47,7 +47,7 @@ class Part:
     state: State
     fixed: Fixed | None
     shadow: Tensor
-    published: Tensor
+    by_source: Tensor
 
 
 @dataclass(frozen=True)
