@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from meta import data
@@ -26,8 +25,9 @@ from meta.objective import SourceStatistics
 from meta.paper import PaperMGG, PaperSettings, meta_train_paper
 from meta.source import accuracy, as_frames, train_source
 from meta.train import Preprocessing, Problem, TrainingSettings, meta_train
+from meta.yaml_file import read_yaml
 from schemas.bundle import Manifest, MethodPart, ModelPart, Preprocess
-from schemas.errors import BundleError, ConfigError, plain
+from schemas.errors import BundleError
 
 PREPROCESSING = Preprocessing(torch.tensor([data.MEAN]), torch.tensor([data.STD]))
 
@@ -85,16 +85,7 @@ class Recipe(BaseModel):
 
 def read_recipe(path: Path) -> Recipe:
     """Raises ConfigError."""
-    try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"recipe {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise ConfigError(f"recipe {path}: {where}: {plain(problem['msg'])}") from error
+    return read_yaml(path, Recipe, "recipe")
 
 
 def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str], None] = print) -> Manifest:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from meta.baselines import BASELINES
 from meta.benchmark.datasets import DataConfig
@@ -17,7 +16,8 @@ from meta.benchmark.sources import ModelConfig
 from meta.benchmark.streams import SETTINGS, Setting
 from meta.bundle import MGG_NAME
 from meta.mgg import GRADIENT_SHARE
-from schemas.errors import ConfigError, plain
+from meta.yaml_file import read_yaml
+from schemas.errors import ConfigError
 
 Variant = Literal["published", "tuned"]
 # Methods that have one variant only, and whose results therefore carry none.
@@ -139,16 +139,7 @@ class Cell:
 
 def read_benchmark(path: Path) -> BenchmarkConfig:
     """Raises ConfigError."""
-    try:
-        return BenchmarkConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"benchmark {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"benchmark {path} is not YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        raise ConfigError(f"benchmark {path}: {where}: {plain(problem['msg'])}") from error
+    return read_yaml(path, BenchmarkConfig, "benchmark")
 
 
 def cells_of(config: BenchmarkConfig, has_batch_norm: dict[tuple[str, str], bool]) -> list[Cell]:
