@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from monitoring import observe
@@ -32,6 +32,8 @@ from worker.streams import Streams
 log = logging.getLogger("driftkeel.journal")
 PATIENT_S = 1.0  # micro-batches without an update may wait so long
 MOST_EVENTS = 32  # of a stream that wait; they lie beside its state until the next write
+# Of one write. At the end, and where memory is full, all that waits is written.
+PIECE_STREAMS, PIECE_BYTES = 256, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,23 @@ class Journal:
         return self.flush([s for s, waiting in self._waiting.items() if waiting.due(now, self._interval)])
 
     def flush(self, streams: Collection[str] | None = None) -> list[str]:
-        """Write what waits, of these streams or of all. Returns those that another worker has claimed since."""
-        chosen = self._waiting.keys() if streams is None else streams
-        if not chosen:
-            return []
-        # Predictions are acknowledged before the position moves past their frames; and the events of the last write
-        # are in the topic before others take their place beside the state.
-        self._publisher.settle(self._keep_alive)
-        taken = [self._waiting.pop(stream).folded for stream in list(chosen) if stream in self._waiting]
+        """Write what waits, of these streams or of all, in pieces: what is packed for the store takes memory, and
+        time. Returns those that another worker has claimed since."""
+        chosen = list(self._waiting if streams is None else streams)
+        fenced: list[str] = []
+        size = max(1, min(PIECE_STREAMS, PIECE_BYTES // self._streams.engine.state_bytes))
+        for start in range(0, len(chosen), size):
+            if start:
+                self._keep_alive()
+            # Predictions are acknowledged before the position moves past their frames; and the events of the last
+            # write are in the topic before others take their place beside the state.
+            self._publisher.settle(self._keep_alive)
+            fenced += self._write(chosen[start : start + size])
+        self._metrics.fenced.inc(len(fenced))
+        return fenced
+
+    def _write(self, streams: Sequence[str]) -> list[str]:
+        taken = [self._waiting.pop(stream).folded for stream in streams if stream in self._waiting]
         # A stream that was given up meanwhile begins again from what is stored.
         taken = [folded for folded in taken if self._held(folded[0])]
         for folded in taken:
@@ -116,9 +127,7 @@ class Journal:
         for folded, good in zip(taken, accepted, strict=True):
             if good:
                 self._stored(folded)
-        fenced = [folded[0].header.stream for folded, good in zip(taken, accepted, strict=True) if not good]
-        self._metrics.fenced.inc(len(fenced))
-        return fenced
+        return [folded[0].header.stream for folded, good in zip(taken, accepted, strict=True) if not good]
 
     def _held(self, folded: Folded) -> bool:
         return self._streams.engine.holds(folded.header.stream, folded.resident)

@@ -178,3 +178,53 @@ def test_only_what_makes_no_update_waits(
     assert (header.frames, header.step, header.events) == (2 * FRAMES, 1, 2)
     assert life.offsets.committable() == {("frames", 0): 2 * FRAMES}
     life.end()
+
+
+def test_many_are_written_in_pieces(
+    tiny_bundle: Bundle,
+    publisher: Publisher,
+    store: StateStore,
+    store_settings: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between them the worker stays in its group; a stream that goes meanwhile is its next owner's."""
+    life = Life(tiny_bundle, publisher, store, store_settings, LONG_MS)
+    streams = [f"cam-{i}" for i in range(8)]
+    for stream in streams:
+        life.fold(nth(0, stream))
+    happened: list[int | str] = []
+    write, waiting = store.write, life.journal._keep_alive
+
+    def one_goes() -> None:
+        waiting()
+        happened.append("alive")
+        life.streams.release([streams[-1]])
+
+    monkeypatch.setattr(store, "write", lambda writes: happened.append(len(writes)) or write(writes))
+    monkeypatch.setattr(life.journal, "_keep_alive", one_goes)
+    monkeypatch.setattr("worker.journal.PIECE_STREAMS", 3, raising=False)
+    store.claim([streams[1], streams[4]], "another")
+    assert life.journal.flush() == [streams[1], streams[4]]
+    assert happened == [3, "alive", 3, "alive", 1]
+    assert [store.read(s).header is not None for s in streams] == [i not in {1, 4, 7} for i in range(8)]
+    assert life.journal.flush() == []
+    life.end()
+
+
+def test_large_states_are_written_in_smaller_pieces(
+    tiny_bundle: Bundle,
+    publisher: Publisher,
+    store: StateStore,
+    store_settings: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    life = Life(tiny_bundle, publisher, store, store_settings, LONG_MS)
+    for number in range(3):
+        life.fold(nth(0, f"cam-{number}"))
+    sizes: list[int] = []
+    write = store.write
+    monkeypatch.setattr(store, "write", lambda writes: sizes.append(len(writes)) or write(writes))
+    monkeypatch.setattr("worker.journal.PIECE_BYTES", life.streams.engine.state_bytes - 1, raising=False)
+    assert life.journal.flush() == []
+    assert sizes == [1, 1, 1]
+    life.end()
