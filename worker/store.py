@@ -17,7 +17,8 @@ A claim raises the token; a write is taken only with the newest token. A worker 
 streams over (a zombie) is so refused. Writes under one token are numbered: one that comes twice, because its answer was
 lost, counts once, and one that comes late, because a broken connection still held it, cannot undo a newer one. The last
 update event lies beside the state, so that a crash between writing the state and publishing the event cannot lose it.
-The header stays when tensors expire: an idle stream restarts from source and can say so.
+The header stays when tensors expire: an idle stream restarts from source and can say so. A worker that still has it in
+memory is asked for the tensors again, as no header may say more than the tensors beside it.
 
 Where one of a stream's keys is of another type, somebody else put it there. No script touches such a stream.
 """
@@ -102,7 +103,7 @@ return {tonumber(stored[1]) or 0, stored[2], stored[3], sizes[1], sizes[2]}
 )
 
 # ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep, number,
-# approved or ''.
+# approved or ''. Returns 1 where it is written, 0 where it is refused, 2 where it needs tensors beside it.
 # Types are looked at where this would write only: the claim has seen all of them, and each look costs microseconds.
 _WRITE = """
 local function taken(i, kind)
@@ -115,6 +116,7 @@ if stored[2] == ARGV[8] then return 1 end
 if stored[2] and tonumber(stored[2]) > tonumber(ARGV[8]) then return 0 end
 if ARGV[4] ~= '' and taken(2, 'string') or ARGV[9] ~= '' and taken(4, 'string') then return 0 end
 if (ARGV[6] ~= '' or ARGV[5] ~= '0') and taken(3, 'list') then return 0 end
+if ARGV[4] == '' and redis.call('EXISTS', KEYS[2]) == 0 then return 2 end
 redis.call('HSET', KEYS[1], 'header', ARGV[2], 'event', ARGV[3], 'written', ARGV[8])
 if ARGV[4] ~= '' then redis.call('SET', KEYS[2], ARGV[4]) end
 if ARGV[9] ~= '' then redis.call('SET', KEYS[4], ARGV[9]) end
@@ -231,10 +233,13 @@ class StateStore:
         """Take over streams, in order."""
         return self._claimed(_CLAIM, [(self._all_keys(stream), [owner]) for stream in streams])
 
-    def write(self, writes: list[Write]) -> list[bool]:
-        """Write states, in order; False where another worker has claimed the stream since."""
+    def write(self, writes: list[Write]) -> list[bool | None]:
+        """Write states, in order; False where another worker has claimed the stream since.
+
+        None where nothing was written, because there are no tensors that could stay as they are.
+        """
         calls = [(self.keys(w.stream), self._arguments(w)) for w in writes]
-        return [bool(accepted) for accepted in self._scripts(_WRITE, calls)]
+        return [None if outcome == 2 else bool(outcome) for outcome in self._scripts(_WRITE, calls)]
 
     def delete(self, stream: str, token: int, event: bytes) -> bool:
         """Remove a stream's keys, and keep its last event; False where it was claimed after `token`.

@@ -36,6 +36,7 @@ from worker.compress import pack
 from worker.engine import Engine
 from worker.obey import Entry, moved
 from worker.publish import Publisher
+from worker.resident import Resident
 from worker.store import Claimed, StateStore, Write
 from worker.upgrade import Upgrade
 
@@ -164,8 +165,13 @@ class Streams:
         In memory headers and approved parameters follow; the engine's tensors are the caller's.
         """
         writes = [self._as_write(entry) for entry in entries]
+        residents = [self.engine.resident(entry.header.stream) for entry in entries]
         with self._metrics.store_seconds.labels("write").time():
-            accepted = self._heal(lambda: self._store.write(writes))
+            outcomes = self._heal(lambda: self._store.write(writes))
+        accepted = [
+            self._write_whole(entry, resident) if good is None else good
+            for entry, resident, good in zip(entries, residents, outcomes, strict=True)
+        ]
         for entry, write, good in zip(entries, writes, accepted, strict=True):
             if good and entry.header.stream in self.engine:
                 resident = self.engine.resident(entry.header.stream)
@@ -174,6 +180,16 @@ class Streams:
             if write.tensors:
                 self._metrics.state_bytes.observe(len(write.tensors))
         return accepted
+
+    def _write_whole(self, entry: Entry, resident: Resident) -> bool:
+        """The store has the stream's tensors no more: they expired while it was idle, or were evicted."""
+        stream = entry.header.stream
+        if not self.engine.holds(stream, resident):
+            return False  # It went while the store was waited for.
+        log.info("tensors of stream %s are gone from the store and written again", stream, extra=_of(stream))
+        resident.stored = False
+        write = self._as_write(entry)
+        return bool(self._heal(lambda: self._store.write([write]))[0])
 
     def snapshot(self, before: StreamHeader, after: StreamHeader, event: UpdateEvent) -> Snapshot | None:
         """What to keep of an update for rollback: one every `store.snapshot_every` updates, of streams that do well."""

@@ -184,6 +184,11 @@ def test_idle_tensors_expire_and_the_header_stays(store_settings: Store, store_u
     assert client.ttl(tensors) > 10
     StateStore(store_settings).write([write("cam", 1, None, number=3)])
     assert client.ttl(tensors) == -1
+    client.delete(tensors)
+    assert store.write([Write("cam", 1, 4, b"h4", b"e4", None)]) == [None]
+    assert store.read("cam").header == b"header"
+    assert store.write([Write("cam", 1, 4, b"h4", b"e4", b"t4")]) == [True]
+    assert store.write([Write("cam", 1, 4, b"h4", b"e4", None)]) == [True]
     client.close()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -14,13 +16,13 @@ from monitoring.metrics import WorkerMetrics
 from schemas.command import Command
 from schemas.config import Adapt, Kafka, Store
 from schemas.policy import Policy
-from schemas.state import DriftWatch, GuardState, RunningProxies
+from schemas.state import DriftWatch, GuardState, RunningProxies, decode_header
 from schemas.update import Proxies, UpdateEvent, seal
 from worker.answer import Policies
 from worker.engine import Engine
 from worker.obey import Entry, Place, Subject, obey
 from worker.publish import Publisher
-from worker.store import StateStore
+from worker.store import StateStore, Write
 from worker.streams import Streams
 
 
@@ -127,6 +129,56 @@ def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
     # What was known of the parameters that are lost says nothing of source.
     assert (header.guard, header.drift) == (GuardState(), None)
     assert header.proxies.accuracy == (0.3 if lost == "tensors" else None)
+
+
+def taught(site: Site) -> Streams:
+    """A worker that has cam in memory, adapted, while its tensors have expired in the store."""
+    first = site.worker("first", idle_ttl_s=1)
+    first.ensure(["cam"])
+    tensors = {name: t.clone() for name, t in first.engine.tensors("cam").items()}
+    tensors["affine"] += 0.5
+    first.engine.replace("cam", tensors)
+    assert first.write([change(first, "freeze")]) == [True]
+    time.sleep(1.1)
+    assert (site.store.read("cam").tensors, site.store.read("cam").token) == (None, 1)
+    return first
+
+
+def test_tensors_that_expired_are_written_again_by_who_has_them(site: Site) -> None:
+    """A header that changes alone may not lie there without them: the next owner would start from source."""
+    first = taught(site)
+    assert first.write([change(first, "unfreeze")]) == [True]
+    second = site.worker("second")
+    second.ensure(["cam"])
+    assert second.engine.resident("cam").header.events == 2
+    assert torch.equal(second.engine.tensors("cam")["affine"], first.engine.tensors("cam")["affine"])
+
+
+def test_expired_tensors_that_went_while_the_store_was_waited_for_are_left(site: Site) -> None:
+    first = taught(site)
+    write = first._store.write
+
+    def goes(writes: list[Write]) -> list[bool | None]:
+        outcomes = write(writes)
+        first.release(["cam"])
+        return outcomes
+
+    first._store.write = goes
+    assert first.write([change(first, "unfreeze")]) == [False]
+    assert decode_header(site.store.read("cam").header or b"").events == 1
+
+
+def test_a_stream_whose_tensors_expired_is_fenced_as_any(site: Site) -> None:
+    first = taught(site)
+    second = site.worker("second", idle_ttl_s=1)
+    second.ensure(["cam"])
+    header = second.engine.resident("cam").header
+    assert (header.events, header.step) == (2, 0)  # From source, and an event says so.
+    time.sleep(1.1)
+    whole = replace(change(first, "unfreeze"), tensors=dict(first.engine.tensors("cam")))
+    assert first.write([change(first, "unfreeze"), whole]) == [False, False]
+    assert decode_header(site.store.read("cam").header or b"") == header
+    assert second.write([change(second, "unfreeze")]) == [True]
 
 
 def test_approved_parameters_survive_their_worker_and_go_with_their_bundle(site: Site) -> None:
