@@ -120,11 +120,11 @@ def verify(
     from worker.audit.verify import verify as examine
     from worker.terminal import printable
 
-    headers = _headers(config) if store else None
-    verdict = examine(_records(config, file), headers)
+    headers, beside = _ends(config) if store else (None, [])
+    verdict = examine(_records(config, file), headers, beside)
     for finding in verdict.findings:
         print(printable(f"{finding.kind:10s} {finding.event} {finding.text}"))
-    sound = verdict.sound and not (complete and verdict.findings)
+    sound = verdict.sound and (verdict.complete or not complete)
     copies = f", {verdict.copies} published again with the same bytes" if verdict.copies else ""
     print(f"{'sound' if sound else 'NOT SOUND'}: {verdict.streams} streams, {verdict.events} events{copies}")
     raise typer.Exit(int(not sound))
@@ -175,17 +175,22 @@ def _histories(
     return found
 
 
-def _headers(config: Path | None) -> dict[str, StreamHeader]:
+def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
+    """Every stream's header in the store, and the events that lie beside them."""
     from schemas.state import StreamHeader, decode_header
+    from worker.audit.read import Record
     from worker.store import StateStore
     from worker.streams import after_last_event
 
     client = StateStore(load_config(config).store)
-    names, gone = list(client.streams()), list(client.deleted_streams())
-    found = zip(names, client.overview(names), strict=True)
-    headers = {
-        name: after_last_event(StreamHeader(stream=name, bundle="", method=""), client.deleted(name)) for name in gone
-    }
-    headers |= {name: decode_header(seen.header) for name, seen in found if seen.header}
+    headers: dict[str, StreamHeader] = {}
+    beside: list[Record] = []
+    for name in client.deleted_streams():
+        event = client.deleted(name) or b""
+        headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
+        beside += [Record(line, f"where stream {name} was deleted in the store") for line in event.splitlines()]
+    for name, header, event in client.ends():
+        headers |= {name: decode_header(header)} if header else {}
+        beside += [Record(line, f"beside the state of {name} in the store") for line in event.splitlines()]
     client.close()
-    return headers
+    return headers, beside

@@ -29,6 +29,7 @@ import logging
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
@@ -43,6 +44,7 @@ from worker.redis_client import connect
 
 log = logging.getLogger("driftkeel.store")
 Result = TypeVar("Result")
+AT_ONCE = 500  # streams of one request
 
 # The first key that no worker wrote, as {key, type}. The scripts below are given a stream's keys in this order.
 # A token has at most 15 digits: more are no number that Lua can tell from the next, and in the end none to be raised.
@@ -150,6 +152,13 @@ return 1
 _MARK = """
 local found = redis.pcall('GET', KEYS[1])
 return type(found) == 'table' and '' or found
+"""
+
+
+# Nothing where something else is there.
+_END = """
+local found = redis.pcall('HMGET', KEYS[1], 'header', 'event')
+return found['err'] and {false, false} or found
 """
 
 
@@ -287,6 +296,14 @@ class StateStore:
     def streams(self) -> Iterator[str]:
         """All streams that have a state, in no order."""
         return self._named("}")
+
+    def ends(self) -> Iterator[tuple[str, bytes | None, bytes]]:
+        """All streams that have a state: name, header, and the last events, which lie beside it, one a line."""
+        names = iter(self.streams())
+        while some := list(islice(names, AT_ONCE)):
+            rows = self._scripts(_END, [(self.keys(stream)[:1], []) for stream in some])
+            for stream, (header, event) in zip(some, rows, strict=True):
+                yield stream, header, event or b""
 
     def _named(self, suffix: str) -> Iterator[str]:
         prefix = f"{self._settings.prefix}:{{"

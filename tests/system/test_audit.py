@@ -91,6 +91,25 @@ def test_the_topic_alone_tells_the_history(site: Site, config: str, tmp_path: Pa
     assert "The record is not whole" in page.read_text()
 
 
+def test_what_an_operator_did_to_a_silent_camera_waits_in_the_store(site: Site, config: str) -> None:
+    worker = site.start()
+    site.send([(stream, picture(i)) for i in range(8) for stream in ("cam-1", "cam-2")])
+    site.wait_folded(worker, {"cam-1": 8, "cam-2": 8})
+    assert worker.stop() == 0
+    event = f"cam-1@{site.header('cam-1').events + 1}"
+    run_cli("streams", "reset", "cam-1", "--config", config)
+    line, end = audit("verify", "--config", config, "--store", "--complete").splitlines()
+    assert (
+        line == f"waiting    {event} is beside the state of cam-1 in the store; the stream's next worker publishes it"
+    )
+    assert end.startswith("sound: 2 streams")
+    worker = site.start()
+    site.send([("cam-1", picture(i)) for i in range(8)])
+    site.wait_folded(worker, {"cam-1": 16})
+    assert worker.stop() == 0
+    assert audit("verify", "--config", config, "--store").startswith("sound: 2 streams")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -150,6 +150,39 @@ def test_the_store_knows_the_last_event() -> None:
     assert named(records([*group[:-1], altered]), {"cam": header}) == [("altered", "cam@5")]
 
 
+def beside(group: list[SealedEvent]) -> list[Record]:
+    return [Record(sealed.content, "beside the state") for sealed in group]
+
+
+def test_an_event_that_waits_beside_its_state_is_not_missing() -> None:
+    """It may be one that nobody published yet, several, all of them, or one that everybody has."""
+    group = chain("cam", 5)
+    header = StreamHeader(stream="cam", bundle="b", method="mgg", events=5, last_event=group[-1].digest)
+    for published in range(6):
+        verdict = verify(records(group[:published]), {"cam": header}, beside(group[min(published, 4) :]))
+        assert (verdict.sound, verdict.complete, verdict.streams, verdict.events) == (True, True, 1, published)
+        assert [(f.kind, f.event) for f in verdict.findings] == [
+            ("waiting", f"cam@{number}") for number in range(published + 1, 6)
+        ]
+
+
+def test_what_waits_is_held_to_the_chain() -> None:
+    group = chain("cam", 5)
+    header = StreamHeader(stream="cam", bundle="b", method="mgg", events=5, last_event=group[-1].digest)
+    stored = {"cam": header}
+
+    def found(published: list[SealedEvent], waiting: list[Record]) -> set[tuple[str, str]]:
+        return {(f.kind, f.event) for f in verify(records(published), stored, waiting).findings}
+
+    assert ("missing", "cam@4") in found(group[:3], beside(group[4:]))
+    assert ("missing", "cam@5") in found(group[:3], beside(group[3:4]))
+    other = [seal(group[-1].event.model_copy(update={"step": 0}))]
+    assert ("altered", "cam@5") in found(group[:4], beside(other))
+    wrong = [seal(group[-1].event.model_copy(update={"previous": "0" * 64}))]
+    assert ("altered", "cam@4") in found(group[:4], beside(wrong))
+    assert ("unreadable", "beside") in found(group, [Record(b"{", "beside")])
+
+
 def test_a_trail_whose_beginning_is_too_old_is_sound_and_says_so() -> None:
     verdict = verify(records(chain("cam", 5, start=8)))
     assert verdict.sound

@@ -11,7 +11,7 @@ from schemas.state import StreamHeader
 from schemas.update import UpdateEvent, digest
 from worker.audit.read import Record
 
-Kind = Literal["unreadable", "altered", "missing", "forked", "reordered", "beginning"]
+Kind = Literal["unreadable", "altered", "missing", "forked", "reordered", "beginning", "waiting"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Finding:
 
 @dataclass
 class Verdict:
-    """All that was found. `beginning`s are no faults where the topic keeps events for a limited time."""
+    """All that was found. `beginning`s are no faults where the topic keeps events for a limited time, `waiting` ones
+    never."""
 
     streams: int = 0
     events: int = 0
@@ -35,7 +36,12 @@ class Verdict:
     @property
     def sound(self) -> bool:
         """Whether nothing is wrong but for what is older than the topic keeps."""
-        return all(finding.kind == "beginning" for finding in self.findings)
+        return all(finding.kind in {"beginning", "waiting"} for finding in self.findings)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stream begins with its first event."""
+        return all(finding.kind != "beginning" for finding in self.findings)
 
 
 @dataclass
@@ -44,21 +50,22 @@ class _Stream:
     order: list[int] = field(default_factory=list)
 
 
-def verify(records: Iterable[Record], stored: Mapping[str, StreamHeader] | None = None) -> Verdict:
+def verify(
+    records: Iterable[Record], stored: Mapping[str, StreamHeader] | None = None, beside: Iterable[Record] = ()
+) -> Verdict:
     """Check all records, in the order in which they lie in the topic or the file.
 
     The chain cannot tell what is wrong with a stream's last events, as none follows them: `stored`, the headers in
-    the store, can.
+    the store, can. `beside` are the events that lie there beside the states: one that is not in the topic yet comes
+    with the stream's next worker, and is a link of the chain all the same.
     """
     verdict, streams = Verdict(), dict[str, _Stream]()
     for record in records:
-        event = record.event
-        if event is None:
-            verdict.findings.append(Finding("unreadable", record.where, record.damage or "is no update event"))
-        elif event.id != f"{event.stream}@{event.number}":
-            verdict.findings.append(Finding("altered", event.id, f"says it is of stream {event.stream!r}"))
-        else:
+        if (event := _event(record, verdict)) is not None:
             _collect(streams.setdefault(event.stream, _Stream()), event, record, verdict)
+    for record in beside:
+        if (event := _event(record, verdict)) is not None:
+            _add_waiting(streams.setdefault(event.stream, _Stream()), event, record, verdict)
     verdict.streams = len(streams)
     for name, stream in sorted(streams.items()):
         verdict.findings += _links(name, stream)
@@ -66,6 +73,23 @@ def verify(records: Iterable[Record], stored: Mapping[str, StreamHeader] | None 
     for name, header in sorted((stored or {}).items()):
         verdict.findings += _end(name, streams.get(name, _Stream()), header)
     return verdict
+
+
+def _event(record: Record, verdict: Verdict) -> UpdateEvent | None:
+    event = record.event
+    if event is None:
+        verdict.findings.append(Finding("unreadable", record.where, record.damage or "is no update event"))
+    elif event.id != f"{event.stream}@{event.number}":
+        verdict.findings.append(Finding("altered", event.id, f"says it is of stream {event.stream!r}"))
+        return None
+    return event
+
+
+def _add_waiting(stream: _Stream, event: UpdateEvent, record: Record, verdict: Verdict) -> None:
+    if event.number not in stream.contents:
+        text = f"is {record.where}; the stream's next worker publishes it"
+        verdict.findings.append(Finding("waiting", event.id, text))
+        stream.contents[event.number] = [(record.content, event, record.where)]
 
 
 def _collect(stream: _Stream, event: UpdateEvent, record: Record, verdict: Verdict) -> None:
