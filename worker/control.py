@@ -10,14 +10,14 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 from monitoring.metrics import WorkerMetrics
 from schemas.command import EVERY_STREAM, Action
-from schemas.errors import StateError
+from schemas.errors import StateError, UnreachableError
 from schemas.state import StreamHeader, decode_header
 from schemas.update import SealedEvent
 from worker.answer import Policies
@@ -65,6 +65,8 @@ class Control:
         self._due: set[str] = set()
         self._nobodys: dict[str, float] = {}
         self._orphans: deque[str] = deque()
+        self._all: Iterator[list[str]] | None = None  # while a command to all goes through the store
+        self._all_again = False
         self._unreadable = 0
 
     @property
@@ -130,9 +132,11 @@ class Control:
         for stream in [stream for stream, moment in self._nobodys.items() if moment <= now]:
             del self._nobodys[stream]
             if stream == EVERY_STREAM:
-                self._orphans.extend(self._heal(lambda: list(self._store.streams())))
+                self._all_again = True
             else:
                 self._orphans.append(stream)
+        if len(self._orphans) < LOOKED_AT_ONCE:
+            self._orphans.extend(self._more())
         looked_at = [self._orphans.popleft() for _ in range(min(LOOKED_AT_ONCE, len(self._orphans)))]
         waiting = self._disobedient([stream for stream in looked_at if stream not in self._engine])
         chosen = waiting[:AT_ONCE]
@@ -143,6 +147,23 @@ class Control:
         fenced = self._run([stream for stream in chosen if stream in self._due and stream not in busy])
         self._streams.release(chosen)
         return fenced
+
+    def _more(self) -> list[str]:
+        """The next of all that are stored, while a command to all wants them. One that comes meanwhile goes through
+        all of them, too, after it."""
+        if self._all is None and self._all_again:
+            self._all, self._all_again = self._store.pieces(), False
+        piece = self._heal(self._piece)
+        if piece is None:
+            self._all = None
+        return piece or []
+
+    def _piece(self) -> list[str] | None:
+        try:
+            return next(self._all, None) if self._all is not None else None
+        except UnreachableError:
+            self._all = self._store.pieces()  # From the beginning: who has obeyed is passed over.
+            raise
 
     def _disobedient(self, streams: list[str]) -> list[str]:
         if not streams:

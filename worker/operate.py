@@ -66,7 +66,7 @@ class Operator:
 
     def listed(self, streams: list[str] | None = None) -> list[Listed]:
         """These streams, or all, by name. Raises StateError for an unknown one."""
-        names = sorted(self._store.streams()) if streams is None else streams
+        names = sorted(set(self._store.streams())) if streams is None else streams
         return [
             self._as_listed(name, found) for name, found in zip(names, require_known(self._store, names), strict=True)
         ]

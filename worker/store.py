@@ -29,7 +29,8 @@ import logging
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
@@ -44,7 +45,7 @@ from worker.redis_client import connect
 
 log = logging.getLogger("driftkeel.store")
 Result = TypeVar("Result")
-AT_ONCE = 500  # streams of one request
+KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
 
 # The first key that no worker wrote, as {key, type}. The scripts below are given a stream's keys in this order.
 # A token has at most 15 digits: more are no number that Lua can tell from the next, and in the end none to be raised.
@@ -264,7 +265,7 @@ class StateStore:
 
     def deleted_streams(self) -> Iterator[str]:
         """All streams that were deleted and have not begun anew, in no order."""
-        return self._named("}:deleted")
+        return chain.from_iterable(self._named("}:deleted"))
 
     def read(self, stream: str) -> Claimed:
         """What is stored, without claiming it. The token is 0 for an unknown stream."""
@@ -295,22 +296,31 @@ class StateStore:
 
     def streams(self) -> Iterator[str]:
         """All streams that have a state, in no order."""
+        return chain.from_iterable(self.pieces())
+
+    def pieces(self) -> Iterator[list[str]]:
+        """The same, some hundred at a time, each of them by one short request.
+
+        A stream that is there all the while comes once or, seldom, twice. After UnreachableError there are no more.
+        """
         return self._named("}")
 
     def ends(self) -> Iterator[tuple[str, bytes | None, bytes]]:
         """All streams that have a state: name, header, and the last events, which lie beside it, one a line."""
-        names = iter(self.streams())
-        while some := list(islice(names, AT_ONCE)):
-            rows = self._scripts(_END, [(self.keys(stream)[:1], []) for stream in some])
-            for stream, (header, event) in zip(some, rows, strict=True):
+        for streams in self.pieces():
+            rows = self._scripts(_END, [(self.keys(stream)[:1], []) for stream in streams])
+            for stream, (header, event) in zip(streams, rows, strict=True):
                 yield stream, header, event or b""
 
-    def _named(self, suffix: str) -> Iterator[str]:
+    def _named(self, suffix: str) -> Iterator[list[str]]:
         prefix = f"{self._settings.prefix}:{{"
-        names = self._reach(lambda client: list(client.scan_iter(f"{prefix}*{suffix}", count=500)))
-        for name in names:
-            text = name.decode() if isinstance(name, bytes) else name
-            yield unquote(text[len(prefix) : -len(suffix)])
+        for node in self._reach(lambda client: getattr(client, "get_primaries", lambda: [None])()):
+            where = {} if node is None else {"target_nodes": node}
+            cursor = -1
+            while cursor:
+                scan = partial(_scan, max(0, cursor), f"{prefix}*{suffix}", where)
+                cursor, names = self._reach(scan)
+                yield [unquote(name.decode(errors="replace")[len(prefix) : -len(suffix)]) for name in names]
 
     def mark(self, group: str, offsets: dict[Partition, int]) -> None:
         """Note that all frames before these offsets are in the states."""
@@ -392,6 +402,13 @@ class StateStore:
             raise UnreachableError(f"the store at {address} refuses a command: {error}") from error
         except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
             raise UnreachableError(f"the store at {address} does not answer: {error}") from error
+
+
+def _scan(cursor: int, pattern: str, where: dict[str, Any], client: Any) -> tuple[int, list[bytes]]:
+    after, names = client.scan(cursor, pattern, KEYS_AT_ONCE, **where)
+    if isinstance(after, dict):  # A Cluster's answer: of one node.
+        (after,) = after.values()
+    return after, names
 
 
 def _join(said: bytes, tensors: bytes) -> bytes:

@@ -6,20 +6,23 @@ import threading
 import time
 
 import pytest
+import redis
 
 from meta.bundle import Bundle
 from monitoring.metrics import WorkerMetrics
 from schemas.command import Command
 from schemas.config import Adapt, Kafka, Store
-from schemas.errors import StateError
+from schemas.errors import StateError, UnreachableError
 from schemas.frame import Position
 from schemas.policy import Policy
+from schemas.state import decode_header
 from schemas.update import UpdateEvent
 from worker import retire
 from worker.answer import Policies
 from worker.commands import CommandList
 from worker.control import AT_ONCE, Control
 from worker.engine import Engine
+from worker.obey import Entry
 from worker.operate import require_known
 from worker.publish import Publisher
 from worker.store import StateStore
@@ -58,6 +61,10 @@ def worker(tiny_bundle: Bundle, kafka_settings: Kafka, store_settings: Store, co
 def tell(commands: CommandList, offset: int, stream: str, action: str = "freeze") -> None:
     command = Command(stream=stream, action=action)
     commands.add(Position("commands", 0, offset), command.model_dump_json(exclude_none=True).encode())
+
+
+def change_nothing(worker: Worker, stream: str) -> Entry:
+    return Entry(worker.streams.engine.resident(stream).header, ())
 
 
 def test_a_stream_in_a_step_obeys_after_it(worker: Worker, commands: CommandList) -> None:
@@ -119,6 +126,58 @@ def test_a_command_to_all_does_not_hold_up_the_loop(
     worker.control.met(worker.streams.ensure(["silent"]))
     assert worker.policy("silent").frozen
     assert worker.control.due == set(here)
+
+
+def test_a_command_to_all_goes_through_the_store_in_pieces(
+    worker: Worker, commands: CommandList, store_settings: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the store fails in the middle, and where another command to all comes before the first is through."""
+    monkeypatch.setattr("worker.store.KEYS_AT_ONCE", 20, raising=False)
+    silent = [f"silent-{i}" for i in range(2 * AT_ONCE)]
+    tell(commands, 0, "nobody")
+    worker.control.met(worker.streams.ensure(silent))
+    worker.streams.write([change_nothing(worker, stream) for stream in silent])
+    worker.streams.release(silent)
+    control, scans = worker.control, []
+    scan = redis.Redis.scan
+
+    def third_fails(*args, **kwargs):
+        scans.append(args)
+        if len(scans) == 3:
+            raise redis.ConnectionError("away")
+        return scan(*args, **kwargs)
+
+    def healed(action):
+        while True:
+            try:
+                return action()
+            except UnreachableError:
+                healed.times += 1
+
+    healed.times = 0
+    control._heal = healed
+    monkeypatch.setattr(redis.Redis, "scan", third_fails)
+    tell(commands, 1, "*")
+    control.listen()
+    moment = time.monotonic() + 10
+    monkeypatch.setattr(time, "monotonic", lambda: moment)
+    most = turns = 0
+    while control._orphans or control._nobodys or control._all is not None or control._all_again:
+        assert control.look_after_the_rest(()) == []
+        most = max(most, len(control._orphans))
+        turns += 1
+        if turns == 3:
+            tell(commands, 2, "*", "unfreeze")
+            control.listen()
+            moment += 10
+        assert turns < 1_000
+    assert healed.times == 1
+    assert turns > 10
+    assert most <= AT_ONCE
+    store = StateStore(store_settings)
+    headers = [decode_header(store.read(stream).header or b"") for stream in silent]
+    assert all(header.commands == {"commands/0": 2} and not header.policy.frozen for header in headers)
+    store.close()
 
 
 def test_a_stream_that_was_deleted_begins_like_any_other(

@@ -193,15 +193,15 @@ def test_idle_tensors_expire_and_the_header_stays(store_settings: Store, store_u
 
 
 def test_ends_are_headers_and_events_of_all(store: StateStore, store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.store.AT_ONCE", 3)
-    streams = [f"cam-{number}" for number in range(8)]
+    monkeypatch.setattr("worker.store.KEYS_AT_ONCE", 3)
+    streams = [f"cam-{number}" for number in range(40)]
     store.claim(streams, "w")
     store.write([write(stream, 1) for stream in streams[1:]])
     client = redis.Redis.from_url(store_url)
     client.set(store.keys("foreign")[0], "theirs")
     client.close()
     nothing = [("cam-0", None, b""), ("foreign", None, b"")]
-    assert sorted(store.ends()) == sorted([*nothing, *((stream, b"header", b"event") for stream in streams[1:])])
+    assert sorted(set(store.ends())) == sorted([*nothing, *((stream, b"header", b"event") for stream in streams[1:])])
 
 
 def test_approved_parameters_stay_until_others_are_approved(store: StateStore) -> None:
