@@ -24,18 +24,27 @@ def bundle_show(
     path: Path,
     factory: Annotated[list[str] | None, typer.Option(help="An architecture outside of the built-in ones.")] = None,
     code: Annotated[Path, typer.Option(help="Folder in which its module lies.")] = Path(),
+    whole: Annotated[
+        bool, typer.Option("--json", help="The whole manifest, as it is; the rest on standard error.")
+    ] = False,
 ) -> None:
-    """Check every hash of a bundle; print its manifest, and its verdict where it has one."""
+    """Check every hash of a bundle; say what it is, with its verdict where it has one."""
     from meta.bundle import load_bundle, read_verdict
     from meta.models import import_from
+    from worker.bundle_show import show
+    from worker.terminal import terminal
 
     if factory:
         import_from(code)
     bundle = load_bundle(path, factory or ())
-    print(bundle.manifest.model_dump_json(indent=2))
+    besides = sys.stderr if whole else sys.stdout
+    if whole:
+        print(bundle.manifest.model_dump_json(indent=2))
+    else:
+        show(terminal(), bundle)
     if (verdict := read_verdict(path)) is not None:
-        print(_table(verdict), file=sys.stderr)
-    print(f"sound: bundle {bundle.hash}, {bundle.model.coordinates} norm coordinates", file=sys.stderr)
+        print(f"\n{_table(verdict)}\n", file=besides)
+    print(f"sound: bundle {bundle.hash}", file=besides)
 
 
 @bundle_app.command("calibrate")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from schemas.bundle import Manifest
 from schemas.config import Kafka
-from tests.conftest import picture
+from tests.conftest import SHIPPED_BUNDLE, picture
 from tests.system.conftest import Site, run_cli
 from tests.worker.test_decode import animated, png_header
 from tests.worker.test_kafka_batches import ZEROS, packing
@@ -189,8 +190,15 @@ def test_the_environment_may_name_the_configuration(tmp_path: Path) -> None:
     assert "did you mean 'kafka.group'" in listed.stderr
 
 
-def test_bundle_show(tiny_bundle_path: Path) -> None:
-    result = run_cli("bundle", "show", str(tiny_bundle_path))
+def test_bundle_show_fits_a_screen(tiny_bundle_path: Path) -> None:
+    result = run_cli("bundle", "show", str(SHIPPED_BUNDLE), COLUMNS="80")
     assert result.returncode == 0
-    assert "sound: bundle" in result.stderr
-    assert '"name": "tiny"' in result.stdout
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 24
+    assert lines[-1].startswith("sound: bundle ")
+    for text in ("fashion-mnist", "groupnorm-cnn", "T-shirt", "generator.safetensors", "estimate", "raw_gradient_norm"):
+        assert text in result.stdout
+    whole = run_cli("bundle", "show", str(tiny_bundle_path), "--json")
+    assert whole.returncode == 0
+    assert "sound: bundle" in whole.stderr
+    assert Manifest.model_validate_json(whole.stdout).name == "tiny"
