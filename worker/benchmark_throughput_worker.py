@@ -284,15 +284,14 @@ def _observed(kafka: Kafka, frames: int, samples: list[Sample], peak: int, metri
 
 
 def _read(kafka: Kafka, topic: str, partitions: int) -> Iterator[Any]:
-    """All records of a topic; none for two seconds is the end."""
+    """All records that a topic has now."""
     consumer = KafkaConsumer(**connection(kafka), auto_offset_reset="earliest", enable_auto_commit=False)
-    consumer.assign([TopicPartition(topic, p) for p in range(partitions)])
+    places = [TopicPartition(topic, number) for number in range(partitions)]
+    consumer.assign(places)
+    ends = consumer.end_offsets(places)
     consumer.seek_to_beginning()
-    quiet = 0
-    while quiet < 4:
-        polled = consumer.poll(timeout_ms=500, max_records=5_000)
-        quiet = 0 if polled else quiet + 1
-        for records in polled.values():
+    while any(consumer.position(place) < ends[place] for place in places):
+        for records in consumer.poll(timeout_ms=500, max_records=5_000).values():
             yield from records
     consumer.close(autocommit=False)
 
