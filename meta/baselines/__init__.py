@@ -22,8 +22,12 @@ BASELINES: dict[str, type[Baseline]] = {
 
 def build(name: str, setup: Setup, **options: Any) -> Baseline:
     """A baseline with its published settings, but for `options`. Raises KeyError for an unknown name."""
-    kind = BASELINES[name]
+    return configured(BASELINES[name], setup, **options)
+
+
+def configured(kind: type[Baseline], setup: Setup, **options: Any) -> Baseline:
+    """A method of this kind with its published settings, but for `options`."""
     return kind(setup, **{**kind.published, **options})
 
 
-__all__ = ["BASELINES", "Baseline", "Setup", "build"]
+__all__ = ["BASELINES", "Baseline", "Setup", "build", "configured"]

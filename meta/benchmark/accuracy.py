@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from meta.baselines import BASELINES, build
+from meta.baselines import configured
 from meta.baselines.base import Options
 from meta.baselines.own import Oracle
 from meta.benchmark.corruptions import TEST, TUNING
@@ -188,7 +188,7 @@ class _Bench:
             method = self.source.generator(load_bundle(generator.bundle))
             # The paper's takes its gradient from all frames.
             return method.with_gradient_share(generator.gradient_share) if isinstance(method, MGG) else method
-        return build(cell.method, self.source.setup, **options)
+        return configured(self.config.kinds[cell.method], self.source.setup, **options)
 
     def _options(self, cell: Cell, journal: Journal) -> tuple[list[Options], list[dict[str, Any]]]:
         """The options to run a cell with, and what tuning tried.
@@ -201,7 +201,7 @@ class _Bench:
             return Oracle.grid(batch_norm), []
         if cell.variant != "tuned" or cell.method == MGG_NAME:
             return [{}], []
-        grid = BASELINES[cell.method].grid(batch_norm)
+        grid = self.config.kinds[cell.method].grid(batch_norm)
         tries = zlib.crc32(repr(grid).encode())
         key = f"tuning/{cell.data}/{cell.model}/b{cell.batch}/{cell.method}/{cell.digest}/{tries:08x}"
         entry = journal.get(key)
@@ -217,7 +217,7 @@ class _Bench:
         The options differ in the step size alone, and run side by side.
         """
         streams, frames = self._tuning()
-        method = build(cell.method, self.source.setup, **group[0])
+        method = configured(self.config.kinds[cell.method], self.source.setup, **group[0])
         sizes = [options["step_size"] for options in group for _ in streams] if "step_size" in group[0] else None
         many = [stream for _ in group for stream in streams]
         self.progress.begin(f"tuning {cell.name}", 0, 0, sum(map(len, many)))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from meta.baselines import BASELINES
+from meta.baselines import BASELINES, Baseline
 from meta.benchmark.datasets import DataConfig
+from meta.benchmark.own import code_digest, own_method
 from meta.benchmark.sources import ModelConfig
 from meta.benchmark.streams import SETTINGS, Setting
 from meta.bundle import MGG_NAME
@@ -48,10 +50,7 @@ class RunConfig(BaseModel):
     seeds: tuple[int, ...] = (0, 1, 2)
 
     @model_validator(mode="after")
-    def _known(self) -> RunConfig:
-        unknown = set(self.methods) - set(BASELINES) - {MGG_NAME}
-        if unknown:
-            raise ValueError(f"unknown methods {sorted(unknown)}; known: {MGG_NAME}, {', '.join(BASELINES)}")
+    def _some_frames(self) -> RunConfig:
         if any(batch < 1 for batch in self.batches):
             raise ValueError("batches must be at least 1")
         return self
@@ -70,6 +69,11 @@ class BenchmarkConfig(BaseModel):
     data: dict[str, DataConfig]
     models: tuple[ModelConfig, ...]
     generators: tuple[GeneratorConfig, ...] = ()
+    own_methods: dict[str, str] = Field(
+        default_factory=dict,
+        description="methods of yours, by name: module:Class, a subclass of meta.baselines.Baseline that is installed "
+        "or lies in the current folder",
+    )
     runs: tuple[RunConfig, ...]
 
     @model_validator(mode="after")
@@ -81,7 +85,18 @@ class BenchmarkConfig(BaseModel):
         for entry in (*self.runs, *self.generators):
             if set(entry.models) - known:
                 raise ValueError(f"unknown models {sorted(set(entry.models) - known)}; known: {sorted(known)}")
+        if taken := set(self.own_methods) & {*BASELINES, MGG_NAME}:
+            raise ValueError(f"own_methods: {sorted(taken)} are names of methods that are there already")
+        methods = (MGG_NAME, *self.kinds)
+        for run in self.runs:
+            if unknown := set(run.methods) - set(methods):
+                raise ValueError(f"unknown methods {sorted(unknown)}; known: {', '.join(methods)}")
         return self
+
+    @cached_property
+    def kinds(self) -> dict[str, type[Baseline]]:
+        """All methods but the generators, by name. Raises ConfigError where one of the user's cannot be had."""
+        return BASELINES | {name: own_method(where) for name, where in self.own_methods.items()}
 
     def generator(self, cell: Cell) -> GeneratorConfig:
         """The one that the cell measures."""
@@ -93,7 +108,7 @@ class BenchmarkConfig(BaseModel):
         first = self.models[0]
         settings: tuple[Setting, ...] = ("continual", "timed", "reset", "mixed", "correlated", "healthy")
         run = RunConfig(models=(f"{first.data}/{first.name}",), settings=settings, seeds=(0,))
-        most = tuple(name for name in (*BASELINES, MGG_NAME) if name != "cotta")
+        most = tuple(name for name in (*self.kinds, MGG_NAME) if name != "cotta")
         slow: tuple[Variant, ...] = ("published",)
         runs = (
             run.model_copy(update={"methods": most}),
@@ -161,7 +176,7 @@ def _methods(
     config: BenchmarkConfig, run: RunConfig, model: ModelConfig, batch_norm: bool
 ) -> list[tuple[str, str, Any]]:
     """(method, variant, what else its results depend on)."""
-    names = run.methods or (*BASELINES, MGG_NAME)
+    names = run.methods or (*config.kinds, MGG_NAME)
     found: list[tuple[str, str, Any]] = []
     for name in names:
         if name == MGG_NAME:
@@ -170,7 +185,8 @@ def _methods(
         elif name in SINGLE:
             found.append((name, "", None))
         elif name != "bn" or batch_norm:
-            found += [(name, variant, None) for variant in run.variants]
+            code = code_digest(config.kinds[name]) if name in config.own_methods else None
+            found += [(name, variant, code) for variant in run.variants]
     return found
 
 

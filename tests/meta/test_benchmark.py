@@ -1,4 +1,8 @@
+import importlib
 import json
+import linecache
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +288,77 @@ def test_mistakes_in_the_file_of_a_plan(tmp_path: Path) -> None:
         read_benchmark(path)
 
 
+OWN = """
+from meta.baselines import Baseline
+from meta.objective import entropy, per_stream_mean
+
+class Mine(Baseline):
+    name = "mine"
+    published = {"step_size": 1e-3, "statistics": "source"}
+
+    def loss(self, forward):
+        loss = per_stream_mean(entropy(forward.logits), forward.stream, forward.counts)
+        return loss, loss.detach() > 0, {}
+
+nothing = 1
+"""
+
+
+@pytest.fixture
+def own_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A module in the current folder, of which nobody knows later."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "some_methods.py"
+    path.write_text(OWN)
+    yield path
+    sys.modules.pop("some_methods", None)
+
+
+def own_plan() -> BenchmarkConfig:
+    runs = [{"methods": ["source", "mine"], "batches": [8], "settings": ["continual"]}]
+    return small_plan(own_methods={"mine": "some_methods:Mine"}, runs=runs)
+
+
+def test_a_method_of_the_users_own_has_cells_like_any(own_module: Path) -> None:
+    cells = cells_of(own_plan(), {("blobs", "small"): False})
+    assert [cell.name for cell in cells] == [f"blobs/small/b8/{m}" for m in ("source", "mine-published", "mine-tuned")]
+
+
+def test_changed_code_makes_new_results(own_module: Path) -> None:
+    def keys() -> list[str]:
+        sys.modules.pop("some_methods", None)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        return [cell.key for cell in cells_of(own_plan(), {("blobs", "small"): False})]
+
+    before = keys()
+    assert keys() == before
+    own_module.write_text(OWN.replace("1e-3", "0.002"))
+    source, *mine = keys()
+    assert source == before[0]
+    assert not set(mine) & set(before)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("no_such_module:Mine", "cannot import 'no_such_module'"),
+        ("some_methods:Other", "has no 'Other'"),
+        ("some_methods", "has no ''"),
+        ("some_methods:nothing", "no subclass"),
+    ],
+)
+def test_a_method_that_cannot_be_had_is_named(own_module: Path, where: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_plan(own_methods={"mine": where})
+
+
+def test_a_method_cannot_take_the_place_of_another(own_module: Path) -> None:
+    with pytest.raises(ValueError, match=r"\['tent'\] are names of methods"):
+        small_plan(own_methods={"tent": "some_methods:Mine"})
+
+
 # --- from data to report ---
 
 
@@ -298,6 +373,15 @@ def blob_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             Image.fromarray(image).save(root / split / str(label) / f"{i}.png")
     monkeypatch.setenv("DRIFTKEEL_CACHE", str(tmp_path / "cache"))
     return root
+
+
+def test_a_method_of_the_users_own_from_data_to_report(own_module: Path, blob_data: Path, tmp_path: Path) -> None:
+    blobs_at = {"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}}
+    plan = own_plan().model_copy(update={"threads": 1, "data": small_plan(data=blobs_at).data})
+    report = tmp_path / "out.json"
+    assert driver.run_accuracy(plan, report, "test", driver.Progress([].append)) == 0
+    found = {(r["method"], r["variant"]) for r in json.loads(report.read_text())["records"]}
+    assert found == {("source", ""), ("mine", "published"), ("mine", "tuned")}
 
 
 def test_a_benchmark_from_data_to_report(blob_data: Path, tmp_path: Path) -> None:
