@@ -5,23 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from schemas.errors import ConfigError, plain
+from schemas.errors import ConfigError, mistakes
+from schemas.yaml_file import yaml_content
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_yaml(path: Path, model: type[Model], what: str) -> Model:
     """The file as a `model`; `what` it is stands in errors. Raises ConfigError."""
+    content = yaml_content(path, what)
     try:
-        return model.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"{what} {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from error
+        return model.model_validate(content)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        raise ConfigError(f"{what} {path}: {where}: {plain(problem['msg'])}") from error
+        where, words = mistakes(error)[0]
+        raise ConfigError(f"{what} {path}: {where or 'the file'}: {words}") from error

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -18,8 +19,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from schemas.errors import ConfigError, plain
+from schemas.errors import ConfigError, mistakes
 from schemas.policy import Policy, PolicyChange
+from schemas.yaml_file import yaml_content
 
 ENVIRONMENT_PREFIX = "DRIFTKEEL__"
 STORE_SCHEMES = (
@@ -347,20 +349,11 @@ def load_config(path: Path | None) -> WorkerConfig:
     try:
         return WorkerConfig(**content)
     except ValidationError as error:
-        lines = [_explain(problem, where) for problem in error.errors()]
-        raise ConfigError("\n".join(lines)) from error
+        raise ConfigError("\n".join(_explained(error, where))) from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config {path}: {error.strerror or error}") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"config {path} is not YAML, line {line}: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    content = yaml_content(path, "config")
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -368,13 +361,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _explain(problem: Any, where: str) -> str:
-    location = [str(part) for part in problem["loc"]]
-    name = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        return f"config {where}: unknown key '{name}'{_nearest(location)}"
-    message = plain(str(problem["msg"]))
-    return f"config {where}: {name or 'configuration'}: {message[:1].lower()}{message[1:]}"
+def _explained(error: ValidationError, where: str) -> Iterator[str]:
+    for problem, (name, words) in zip(error.errors(), mistakes(error), strict=True):
+        if problem["type"] == "extra_forbidden":
+            yield f"config {where}: unknown key '{name}'{_nearest([str(part) for part in problem['loc']])}"
+        else:
+            yield f"config {where}: {name or 'configuration'}: {words[:1].lower()}{words[1:]}"
 
 
 def _nearest(location: list[str]) -> str:

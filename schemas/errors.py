@@ -1,5 +1,9 @@
 """The errors that a user is meant to read: each says what is wrong, where, and what to do."""
 
+from __future__ import annotations
+
+from pydantic import ValidationError
+
 
 class DriftkeelError(Exception):
     """Base of all errors with a message for the user; the command line prints it and exits 1."""
@@ -43,6 +47,8 @@ class SourceError(DriftkeelError):
     """A video, camera or picture cannot be read, or its frames cannot be sent."""
 
 
-def plain(message: str) -> str:
-    """What a validator of ours said, without the words that pydantic puts before it."""
-    return message.removeprefix("Value error, ")
+def mistakes(error: ValidationError) -> list[tuple[str, str]]:
+    """What was found wrong: the dotted place, empty for the whole, and the words, without those that pydantic puts
+    before what validators of ours say."""
+    found = error.errors(include_url=False)
+    return [(".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")) for one in found]

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
-from schemas.errors import StateError
+from schemas.errors import StateError, mistakes
 from schemas.frame import Position
 from schemas.policy import PolicyChange
 from schemas.tensor_file import write_tensors
@@ -217,7 +217,7 @@ def read_snapshot(content: bytes) -> Snapshot:
     try:
         return Snapshot.model_validate_json(content)
     except ValidationError as error:
-        raise StateError(f"a stored snapshot cannot be read: {error.errors()[0]['msg']}") from error
+        raise StateError(f"a stored snapshot cannot be read: {mistakes(error)[0][1]}") from error
 
 
 def decode_tensors(blob: bytes, expected_step: int, like: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -273,10 +273,8 @@ def decode_header(header: bytes) -> StreamHeader:
     try:
         return StreamHeader.model_validate_json(header)  # Parsed again, because what it takes for text is text.
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise StateError(
-            f"the header of the stored state is wrong at {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-        ) from error
+        where, words = mistakes(error)[0]
+        raise StateError(f"the header of the stored state is wrong at {where or 'all'}: {words}") from error
 
 
 def _tensor_metadata(blob: bytes) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from schemas.config import Batch, Frames
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, mistakes
 
 if TYPE_CHECKING:
     from schemas.verdict import Verdict
@@ -144,9 +144,8 @@ def _settings(kind: Any, given: dict[str, Any]) -> Any:
     try:
         return kind(**given)
     except ValidationError as error:
-        problem = error.errors()[0]
-        option = str(problem["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{option}: {problem['msg']}") from error
+        where, words = mistakes(error)[0]
+        raise ConfigError(f"--{where.partition('.')[0].replace('_', '-')}: {words}") from error
 
 
 def _arguments(text: str) -> dict[str, Any]:

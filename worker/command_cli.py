@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from schemas.command import Action, Command
 from schemas.config import load_config
-from schemas.errors import ConfigError, plain
+from schemas.errors import ConfigError, mistakes
 from schemas.policy import Mode, PolicyChange
 from worker.options import ConfigOption, ReasonOption
 
@@ -98,9 +98,8 @@ def _send(config: Path | None, wait: float, **fields: Any) -> None:
             fields["policy"] = PolicyChange.model_validate(fields["policy"])
         command = Command(**{**fields, "by": fields["by"] or getpass.getuser()})
     except ValidationError as error:
-        problem = error.errors()[0]
-        option = str(problem["loc"][-1]).replace("_", "-")
-        raise ConfigError(f"--{option}: {plain(problem['msg'])}") from error
+        where, words = mistakes(error)[0]
+        raise ConfigError(f"--{where.rpartition('.')[2].replace('_', '-')}: {words}") from error
     answers = send_command(
         load_config(config).kafka, command, wait, lambda: print(f"command {command.id} sent", file=sys.stderr)
     )

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from schemas.bundle import Manifest
 from schemas.config import Kafka, WorkerConfig
-from schemas.errors import ConfigError, DriftkeelError, plain
+from schemas.errors import ConfigError, DriftkeelError, mistakes
 from worker.embedded import start_broker, start_store
 from worker.kafka_client import create_topics
 
@@ -57,8 +57,7 @@ def site_config(changes: dict[str, Any]) -> str:
     try:
         WorkerConfig(**yaml.safe_load(text))  # what is written can be read
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, p['loc']))}: {plain(p['msg'])}" for p in error.errors()]
-        raise ConfigError("; ".join(problems)) from error
+        raise ConfigError("; ".join(f"{where}: {words}" for where, words in mistakes(error))) from error
     return text
 
 

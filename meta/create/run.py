@@ -31,7 +31,7 @@ from meta.objective import SourceStatistics
 from meta.source import as_frames
 from meta.train import Preprocessing, Problem, TrainingSettings, meta_train
 from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart, Preprocess
-from schemas.errors import BundleError, ConfigError, DataError, plain
+from schemas.errors import BundleError, ConfigError, DataError, mistakes
 from schemas.verdict import Verdict
 
 Say = Callable[[str], None]
@@ -191,7 +191,7 @@ def _preprocess(settings: CreateSettings, mode: str, width: int | None, height: 
     try:
         return Preprocess.model_validate({"mode": mode, "width": width, "height": height, "mean": mean, "std": std})
     except ValidationError as error:
-        raise ConfigError(f"--size, --mode, --mean, --std: {plain(error.errors()[0]['msg'])}") from error
+        raise ConfigError(f"--size, --mode, --mean, --std: {mistakes(error)[0][1]}") from error
 
 
 @torch.inference_mode()

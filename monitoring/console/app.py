@@ -24,7 +24,7 @@ from monitoring.console.fleet import Fleet
 from monitoring.console.security import COOKIE, Gate, Session
 from schemas.command import Command
 from schemas.config import Console
-from schemas.errors import DriftkeelError, UnreachableError
+from schemas.errors import DriftkeelError, UnreachableError, mistakes
 from schemas.policy import PolicyChange
 from schemas.prediction import Prediction
 
@@ -177,9 +177,8 @@ class Pages:
         try:
             command = _Ask.model_validate_json(await request.body()).command()
         except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "command"
-            return JSONResponse({"error": f"{where}: {problem['msg']}"}, 400)
+            where, words = mistakes(error)[0]
+            return JSONResponse({"error": f"{where or 'command'}: {words}"}, 400)
         if self._fleet.named(command.stream) is None:
             return JSONResponse({"error": "there is no such stream"}, 404)
         try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,3 +70,13 @@ def test_whatever_comes_is_a_command_or_counted(content: bytes | None) -> None:
     commands.add(Position("commands", 0, 0), content)
     assert commands.unreadable + len(commands.news()) == 1
     assert commands.next_offset("commands/0") == 1
+
+
+def test_a_command_that_is_none_is_named_in_plain_words(caplog: pytest.LogCaptureFixture) -> None:
+    content = {"stream": "cam", "action": "freeze", "policy": {"mode": "shadow"}}
+    commands = CommandList()
+    commands.add(Position("commands", 0, 1), json.dumps(content).encode())
+    commands.add(Position("commands", 0, 2), json.dumps({**content, "policy": {"frozen": "x"}}).encode())
+    said = [record.getMessage().partition("passed over: ")[2] for record in caplog.records]
+    assert said[0] == "'policy' belongs to the action policy, and to no other"
+    assert said[1].startswith("policy.frozen: Input should be a valid boolean")

@@ -18,7 +18,7 @@ from monitoring.console.fleet import Fleet
 from monitoring.console.security import is_loopback
 from schemas.bundle import Manifest
 from schemas.config import Console, WorkerConfig
-from schemas.errors import ConfigError, UnreachableError
+from schemas.errors import ConfigError, UnreachableError, mistakes
 from worker.console.backend import Outside
 from worker.console.site import Site
 from worker.console.topics import TopicReader
@@ -47,8 +47,8 @@ def overridden(config: WorkerConfig, host: str | None, port: int | None, token: 
     try:
         console = Console.model_validate({**config.console.model_dump(), **given})
     except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(f"--{problem['loc'][0]}: {problem['msg']}") from error
+        option, words = mistakes(error)[0]
+        raise ConfigError(f"--{option}: {words}") from error
     return config.model_copy(update={"console": console})
 
 

@@ -1,0 +1,34 @@
+"""What validators found, in words for people."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from schemas.bundle import Preprocess
+from schemas.config import Kafka
+from schemas.errors import StateError, mistakes
+from schemas.state import StreamHeader, decode_header, encode_header
+
+
+def test_a_place_and_our_own_words() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Kafka.model_validate({"bootstrap": "kafka:x", "topics": {"frames": 3}})
+    assert mistakes(caught.value) == [
+        ("bootstrap", "'kafka:x' is no host:port"),
+        ("topics.frames", "Input should be a valid string"),
+    ]
+    with pytest.raises(ValidationError) as caught:
+        Preprocess(mode="L", width=1, height=1, mean=[0.0], std=[0.0])
+    assert mistakes(caught.value) == [("", "std must be positive")]
+
+
+def test_a_stored_header_is_refused_in_these() -> None:
+    header = json.loads(encode_header(StreamHeader(stream="cam", bundle="b", method="mgg")))
+    header["policy"] = {"quiet_hours": ["never"]}
+    with pytest.raises(
+        StateError, match=r"is wrong at policy\.quiet_hours\.quiet_hours: 'never' is not a span such as"
+    ):
+        decode_header(json.dumps(header).encode())
