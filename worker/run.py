@@ -14,39 +14,23 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import torch
 
-from monitoring.http import serve_metrics
+from monitoring.http import MetricsServer, serve_metrics
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, UnreachableError
 from schemas.frame import Frame, Position
-from worker.answer import Policies
-from worker.batcher import MicroBatcher
-from worker.commands import CommandList, CommandReader
-from worker.consume import FrameConsumer
-from worker.control import Control
-from worker.decode import decode_frame
-from worker.decoding import Decoding
-from worker.engine import Engine
-from worker.guard import Guard
-from worker.intake import Intake
-from worker.journal import Journal
-from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed, require_topics, until_reached
-from worker.offsets import Offsets, Partition
-from worker.publish import Publisher
-from worker.schedule import Scheduler
+from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
+from worker.offsets import Partition
+from worker.parts import connect
 from worker.site_bundle import site_bundle
-from worker.step import Flight, Step
+from worker.step import Flight
 from worker.store import StateStore
-from worker.streams import Streams
 from worker.trace import open_trace
-from worker.upgrade import Upgrade
-from worker.warm_up import warm_up
 
 log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
@@ -60,7 +44,6 @@ SWITCH_S = 0.001
 MAX_HELD = 64 << 20  # bytes that wait to be decoded, or are, before partitions are paused
 STUCK_AFTER_S = 60.0
 LAG_INTERVAL_S = 1.0
-COMMANDS_PATIENCE_S = 10.0
 
 
 def installed_version() -> str:
@@ -103,83 +86,14 @@ class Worker:
         self._healthy_store = True
         self._assigned = False
         self._progress = time.monotonic()
-        try:
-            self._server = serve_metrics(
-                self.metrics.registry, config.metrics.host, config.metrics.port, self.alive, self.ready
-            )
-        except OSError as error:
-            raise ConfigError(
-                f"metrics.port {config.metrics.port} on {config.metrics.host} cannot be bound: {error.strerror}; "
-                "choose another, or 0 for a free one"
-            ) from error
-        self._connect(bundle)
-
-    def _connect(self, bundle: Any) -> None:
-        config, stop = self.config, self._stop
-        store = StateStore(config.store)
-        until_reached(store.ping, f"the store at {config.store.address}", config.store.connect_timeout_s, stop)
-        require_topics(config.kafka, stop)
-        self._store = store
-        self._publisher = Publisher(config.kafka, config.worker, stop, self.metrics.broker_error)
-        self._offsets = Offsets()
-        self._consumer = FrameConsumer(config.kafka, self._offsets, store, stop, self.metrics.broker_error)
-        decode = partial(decode_frame, limits=config.frames, preprocess=bundle.manifest.preprocess)
-        self._decoding = Decoding(decode, config.frames.decode_threads)
-        self._intake = Intake(config.frames, self._decoding, self._offsets, self._publisher, self.metrics)
-        self._batcher = MicroBatcher(config.batch, config.adapt.enabled)
-        policies = Policies(config.policy, config.streams)
-        adapt = config.adapt
-        engine = Engine(bundle, adapt.step_scale, adapt.enabled, config.guard.source_share)
-        self._streams = Streams(
-            engine,
-            store,
-            self._publisher,
-            self.metrics,
-            config.worker,
-            config.adapt,
-            config.store,
-            self._heal,
-            policies,
-            Upgrade(config.bundle, engine),
-        )
-        if config.adapt.enabled:
-            warm_up(engine, bundle.manifest.preprocess)
-        self._journal = Journal(
-            self._streams,
-            self._publisher,
-            self._offsets,
-            self.metrics,
-            config.store.write_interval_ms,
-            self._keep_alive,
-        )
-        self._step = Step(
-            self._streams,
-            self._batcher,
-            Guard(config.guard, bundle.manifest.limits),
-            self._publisher,
-            self._journal,
-            self.metrics,
-            config.worker,
-            self._keep_alive,
-            self._lanes,
-            watch=config.batch.max_batch if config.adapt.mode == "on_demand" else 0,
-            trace=self._trace,
-        )
-        commands = CommandList()
-        self._commands = CommandReader(config.kafka, commands)
-        self._control = Control(
-            commands,
-            self._streams,
-            store,
-            self.metrics,
-            policies,
-            config.worker,
-            self._heal,
-            self._journal.flush,
-        )
-        if not self._commands.caught_up.wait(COMMANDS_PATIENCE_S):
-            log.warning("topic %s is not read to its end yet; commands come later", config.kafka.topics.commands)
-        self._scheduler = Scheduler(config.batch, config.adapt, policies, engine, self.metrics)
+        self._server = self._serve()
+        waiting = self._heal, self._keep_alive
+        self._parts = parts = connect(config, bundle, self.metrics, self._trace, self._lanes, stop, *waiting)
+        self._store = parts.store
+        self._consumer, self._offsets = parts.consumer, parts.offsets
+        self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
+        self._scheduler, self._streams, self._step = parts.scheduler, parts.streams, parts.step
+        self._journal, self._control = parts.journal, parts.control
         self._flights: list[Flight] = []
         self._lag_shown = self._looked = 0.0
         self._partitions_of: dict[str, set[Partition]] = {}
@@ -193,6 +107,16 @@ class Worker:
             config.metrics.host,
             self._server.port,
         )
+
+    def _serve(self) -> MetricsServer:
+        registry, settings = self.metrics.registry, self.config.metrics
+        try:
+            return serve_metrics(registry, settings.host, settings.port, self.alive, self.ready)
+        except OSError as error:
+            raise ConfigError(
+                f"metrics.port {settings.port} on {settings.host} cannot be bound: {error.strerror}; "
+                "choose another, or 0 for a free one"
+            ) from error
 
     def alive(self) -> bool:
         """Whether the loop has turned lately."""
@@ -428,18 +352,10 @@ class Worker:
         with contextlib.ExitStack() as stack:
             stack.callback(log.info, "worker %s stopped", self.config.worker)
             stack.callback(self._server.close)
-            stack.callback(self._decoding.close)
             if self._trace is not None:
                 stack.callback(self._trace.close)
-            stack.callback(self._step.close)
-            stack.callback(self._store.close)
             stack.callback(self._probe.close)
-            stack.callback(self._publisher.close)
-            stack.callback(self._commands.close)
-            stack.callback(self._consumer.close)
-            stack.callback(self._consumer.commit, now=True)
-            with contextlib.suppress(UnreachableError):  # The next owner publishes the last events again.
-                self._publisher.settle(lambda: None)
+            stack.callback(self._parts.close)
 
 
 def run_worker(config: WorkerConfig) -> None:

@@ -69,7 +69,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
             assert free.wait(60)
         return decode_frame(frame, received, **about)
 
-    monkeypatch.setattr("worker.run.decode_frame", decode)
+    monkeypatch.setattr("worker.parts.decode_frame", decode)
     return free
 
 

@@ -1,0 +1,125 @@
+"""What a worker's loop moves, connected once at the start, with broker and store within reach."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from meta.bundle import Bundle
+from monitoring.metrics import WorkerMetrics
+from schemas.config import WorkerConfig
+from schemas.errors import UnreachableError
+from worker.answer import Policies
+from worker.batcher import MicroBatcher
+from worker.commands import CommandList, CommandReader
+from worker.consume import FrameConsumer
+from worker.control import Control
+from worker.decode import decode_frame
+from worker.decoding import Decoding
+from worker.engine import Engine
+from worker.guard import Guard
+from worker.intake import Intake
+from worker.journal import Journal
+from worker.kafka_client import require_topics, until_reached
+from worker.offsets import Offsets
+from worker.publish import Publisher
+from worker.schedule import Scheduler
+from worker.step import Step
+from worker.store import StateStore
+from worker.streams import Heal, Streams
+from worker.trace import Trace
+from worker.upgrade import Upgrade
+from worker.warm_up import warm_up
+
+log = logging.getLogger("driftkeel.worker")
+COMMANDS_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """In the order of a frame's way through them, but for the store and the topic of commands."""
+
+    consumer: FrameConsumer
+    offsets: Offsets
+    decoding: Decoding
+    intake: Intake
+    batcher: MicroBatcher
+    scheduler: Scheduler
+    streams: Streams
+    step: Step
+    publisher: Publisher
+    journal: Journal
+    store: StateStore
+    commands: CommandReader
+    control: Control
+
+    def close(self) -> None:
+        """Let go of everything, whatever part of it fails."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.decoding.close)
+            stack.callback(self.step.close)
+            stack.callback(self.store.close)
+            stack.callback(self.publisher.close)
+            stack.callback(self.commands.close)
+            stack.callback(self.consumer.close)
+            stack.callback(self.consumer.commit, now=True)
+            with contextlib.suppress(UnreachableError):  # The next owner publishes the last events again.
+                self.publisher.settle(lambda: None)
+
+
+def connect(
+    config: WorkerConfig,
+    bundle: Bundle,
+    metrics: WorkerMetrics,
+    trace: Trace | None,
+    lanes: int,
+    stop: threading.Event,
+    heal: Heal,
+    keep_alive: Callable[[], object],
+) -> Parts:
+    """Wait for broker and store, and make the parts. `lanes` passes run at a time; `heal` and `keep_alive` are the
+    loop's, for parts that wait. Raises UnreachableError, or ConfigError where a topic is missing."""
+    adapt, name = config.adapt, config.worker
+    store = StateStore(config.store)
+    until_reached(store.ping, f"the store at {config.store.address}", config.store.connect_timeout_s, stop)
+    require_topics(config.kafka, stop)
+    publisher = Publisher(config.kafka, name, stop, metrics.broker_error)
+    offsets = Offsets()
+    consumer = FrameConsumer(config.kafka, offsets, store, stop, metrics.broker_error)
+    decode = partial(decode_frame, limits=config.frames, preprocess=bundle.manifest.preprocess)
+    decoding = Decoding(decode, config.frames.decode_threads)
+    batcher = MicroBatcher(config.batch, adapt.enabled)
+    policies = Policies(config.policy, config.streams)
+    engine = Engine(bundle, adapt.step_scale, adapt.enabled, config.guard.source_share)
+    upgrade = Upgrade(config.bundle, engine)
+    streams = Streams(engine, store, publisher, metrics, name, adapt, config.store, heal, policies, upgrade)
+    if adapt.enabled:
+        warm_up(engine, bundle.manifest.preprocess)
+    journal = Journal(streams, publisher, offsets, metrics, config.store.write_interval_ms, keep_alive)
+    guard = Guard(config.guard, bundle.manifest.limits)
+    watch = config.batch.max_batch if adapt.mode == "on_demand" else 0
+    step = Step(streams, batcher, guard, publisher, journal, metrics, name, keep_alive, lanes, watch, trace)
+    listed = CommandList()
+    commands = CommandReader(config.kafka, listed)
+    control = Control(listed, streams, store, metrics, policies, name, heal, journal.flush)
+    if not commands.caught_up.wait(COMMANDS_PATIENCE_S):
+        log.warning("topic %s is not read to its end yet; commands come later", config.kafka.topics.commands)
+    return Parts(
+        consumer,
+        offsets,
+        decoding,
+        Intake(config.frames, decoding, offsets, publisher, metrics),
+        batcher,
+        Scheduler(config.batch, adapt, policies, engine, metrics),
+        streams,
+        step,
+        publisher,
+        journal,
+        store,
+        commands,
+        control,
+    )
