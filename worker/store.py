@@ -39,6 +39,7 @@ import redis.exceptions
 
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError, UnreachableError
+from worker import store_scripts as scripts
 from worker.compress import unpack
 from worker.offsets import Partition
 from worker.redis_client import connect
@@ -46,121 +47,6 @@ from worker.redis_client import connect
 log = logging.getLogger("driftkeel.store")
 Result = TypeVar("Result")
 KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
-
-# The first key that no worker wrote, as {key, type}. The scripts below are given a stream's keys in this order.
-# A token has at most 15 digits: more are no number that Lua can tell from the next, and in the end none to be raised.
-_FOREIGN = """
-local function is_token(text)
-  return string.match(text, '^[1-9]%d*$') and #text <= 15
-end
-local function foreign()
-  local types = {'hash', 'string', 'list', 'string', 'string'}
-  for i, key in ipairs(KEYS) do
-    local found = redis.call('TYPE', key)['ok']
-    if found ~= 'none' and found ~= types[i] then return {key, found} end
-  end
-  local token = redis.call('HGET', KEYS[1], 'token') or ''
-  if not is_token(token) and redis.call('EXISTS', KEYS[1]) == 1 then
-    return {KEYS[1], 'hash without a token'}
-  end
-end
-local strange = foreign()
-"""
-
-_CLAIM = (
-    _FOREIGN
-    + """
-if strange then return strange end
-if redis.call('EXISTS', KEYS[1]) == 0 then
-  local last = redis.call('GET', KEYS[5])
-  local number, event = string.match(last or '', '^(%d+)\\n?(.*)$')
-  if number and is_token(number) then redis.call('HSET', KEYS[1], 'token', number) end
-  if event and event ~= '' then redis.call('HSET', KEYS[1], 'event', event) end
-  redis.call('DEL', KEYS[5])
-end
-local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
-redis.call('HSET', KEYS[1], 'owner', ARGV[1])
-redis.call('HDEL', KEYS[1], 'written')
-local stored = redis.call('HMGET', KEYS[1], 'header', 'event')
-return {token, stored[1], redis.call('GET', KEYS[2]), stored[2], redis.call('GET', KEYS[4])}
-"""
-)
-
-_READ = (
-    _FOREIGN
-    + """
-if strange then return strange end
-local stored = redis.call('HMGET', KEYS[1], 'token', 'header', 'event')
-return {tonumber(stored[1]) or 0, stored[2], redis.call('GET', KEYS[2]), stored[3], redis.call('GET', KEYS[4])}
-"""
-)
-
-_OVERVIEW = (
-    _FOREIGN
-    + """
-if strange then return strange end
-local stored = redis.call('HMGET', KEYS[1], 'token', 'owner', 'header')
-local sizes = {redis.call('STRLEN', KEYS[2]), redis.call('LLEN', KEYS[3])}
-return {tonumber(stored[1]) or 0, stored[2], stored[3], sizes[1], sizes[2]}
-"""
-)
-
-# ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep, number,
-# approved or ''. Returns 1 where it is written, 0 where it is refused, 2 where it needs tensors beside it.
-# Types are looked at where this would write only: the claim has seen all of them, and each look costs microseconds.
-_WRITE = """
-local function taken(i, kind)
-  local found = redis.call('TYPE', KEYS[i])['ok']
-  return found ~= 'none' and found ~= kind
-end
-local stored = redis.pcall('HMGET', KEYS[1], 'token', 'written')
-if stored['err'] or stored[1] ~= ARGV[1] then return 0 end
-if stored[2] == ARGV[8] then return 1 end
-if stored[2] and tonumber(stored[2]) > tonumber(ARGV[8]) then return 0 end
-if ARGV[4] ~= '' and taken(2, 'string') or ARGV[9] ~= '' and taken(4, 'string') then return 0 end
-if (ARGV[6] ~= '' or ARGV[5] ~= '0') and taken(3, 'list') then return 0 end
-if ARGV[4] == '' and redis.call('EXISTS', KEYS[2]) == 0 then return 2 end
-redis.call('HSET', KEYS[1], 'header', ARGV[2], 'event', ARGV[3], 'written', ARGV[8])
-if ARGV[4] ~= '' then redis.call('SET', KEYS[2], ARGV[4]) end
-if ARGV[9] ~= '' then redis.call('SET', KEYS[4], ARGV[9]) end
-if ARGV[6] ~= '' then
-  redis.call('LPUSH', KEYS[3], ARGV[6])
-  redis.call('LTRIM', KEYS[3], 0, ARGV[7] - 1)
-end
-if ARGV[5] == '0' then
-  redis.call('PERSIST', KEYS[2])
-  redis.call('PERSIST', KEYS[3])
-else
-  redis.call('EXPIRE', KEYS[2], ARGV[5])
-  redis.call('EXPIRE', KEYS[3], ARGV[5])
-end
-return 1
-"""
-
-# ARGV: token, last event.
-_DELETE = (
-    _FOREIGN
-    + """
-if strange then return 0 end
-if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[5], ARGV[1] .. '\\n' .. ARGV[2])
-redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
-return 1
-"""
-)
-
-# False where there is none; empty where something else is there.
-_MARK = """
-local found = redis.pcall('GET', KEYS[1])
-return type(found) == 'table' and '' or found
-"""
-
-
-# Nothing where something else is there.
-_END = """
-local found = redis.pcall('HMGET', KEYS[1], 'header', 'event')
-return found['err'] and {false, false} or found
-"""
 
 
 @dataclass(frozen=True)
@@ -241,7 +127,7 @@ class StateStore:
 
     def claim(self, streams: list[str], owner: str) -> list[Claimed]:
         """Take over streams, in order."""
-        return self._claimed(_CLAIM, [(self._all_keys(stream), [owner]) for stream in streams])
+        return self._claimed(scripts.CLAIM, [(self._all_keys(stream), [owner]) for stream in streams])
 
     def write(self, writes: list[Write]) -> list[bool | None]:
         """Write states, in order; False where another worker has claimed the stream since.
@@ -249,14 +135,14 @@ class StateStore:
         None where nothing was written, because there are no tensors that could stay as they are.
         """
         calls = [(self.keys(w.stream), self._arguments(w)) for w in writes]
-        return [None if outcome == 2 else bool(outcome) for outcome in self._scripts(_WRITE, calls)]
+        return [None if outcome == 2 else bool(outcome) for outcome in self._scripts(scripts.WRITE, calls)]
 
     def delete(self, stream: str, token: int, event: bytes) -> bool:
         """Remove a stream's keys, and keep its last event; False where it was claimed after `token`.
 
         Whoever had it before finds the next write refused.
         """
-        return bool(self._scripts(_DELETE, [(self._all_keys(stream), [token, event])])[0])
+        return bool(self._scripts(scripts.DELETE, [(self._all_keys(stream), [token, event])])[0])
 
     def deleted(self, stream: str) -> bytes | None:
         """The last event of a stream that was deleted; None where none was, or it has begun anew."""
@@ -269,12 +155,12 @@ class StateStore:
 
     def read(self, stream: str) -> Claimed:
         """What is stored, without claiming it. The token is 0 for an unknown stream."""
-        (found,) = self._claimed(_READ, [(self.keys(stream), [])])
+        (found,) = self._claimed(scripts.READ, [(self.keys(stream), [])])
         return found
 
     def overview(self, streams: list[str]) -> list[Overview]:
         """What is stored, in order, without the tensors themselves."""
-        rows = self._scripts(_OVERVIEW, [(self.keys(stream), []) for stream in streams])
+        rows = self._scripts(scripts.OVERVIEW, [(self.keys(stream), []) for stream in streams])
         return [
             Overview(0, "", None, 0, 0, said)
             if (said := self._foreign(row))
@@ -308,7 +194,7 @@ class StateStore:
     def ends(self) -> Iterator[tuple[str, bytes | None, bytes]]:
         """All streams that have a state: name, header, and the last events, which lie beside it, one a line."""
         for streams in self.pieces():
-            rows = self._scripts(_END, [(self.keys(stream)[:1], []) for stream in streams])
+            rows = self._scripts(scripts.END, [(self.keys(stream)[:1], []) for stream in streams])
             for stream, (header, event) in zip(streams, rows, strict=True):
                 yield stream, header, event or b""
 
@@ -331,7 +217,7 @@ class StateStore:
         keys = [self._mark_key(group, p) for p in partitions]
         marks = {}
         for partition, key, found in zip(
-            partitions, keys, self._scripts(_MARK, [([k], []) for k in keys]), strict=True
+            partitions, keys, self._scripts(scripts.MARK, [([k], []) for k in keys]), strict=True
         ):
             if found is not None and found.isdigit():
                 marks[partition] = int(found)
