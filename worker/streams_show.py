@@ -18,7 +18,7 @@ from worker.terminal import printable
 COLOURS = {"ok": "green", "expired": "yellow"}
 MEANING = {
     "ok": "",
-    "expired": ": its next frame finds the source model",
+    "expired": ": its next frame finds the source model, unless a worker still has it in memory",
     "damaged": ": the header cannot be read, its next frame finds the source model",
 }
 
