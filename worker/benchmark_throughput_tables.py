@@ -49,12 +49,13 @@ def _engine(results: dict[str, Any]) -> str:
 
 
 def _workers(results: dict[str, Any]) -> str:
+    small, large = results["small"], results["large"]
     runs = {
-        "example net, 64 streams": results["small"]["worker"],
-        "the same, one process with a thread per processor": results["small"]["one_process"],
-        "the same, predicting only": results["small"]["predict_only"],
-        "large net, 16 streams, JPEG 128 x 128": results["large"]["worker"],
-        "large net, 16 streams, JPEG 640 x 640": results["large"]["worker_640x640_jpeg"],
+        "example net, 64 streams": small["worker"],
+        "the same, one process with a thread per processor": small.get("one_process"),
+        "the same, predicting only": small["predict_only"],
+        "large net, 16 streams, JPEG 128 x 128": large["worker"],
+        "large net, 16 streams, JPEG 640 x 640": large.get("worker_640x640_jpeg"),
         **{f"example net, one worker, {streams} streams": seen for streams, seen in results["streams"].items()},
     }
     rows = [
@@ -65,11 +66,14 @@ def _workers(results: dict[str, Any]) -> str:
             f"{seen['peak_memory_bytes'] / (1 << 20):,.0f}",
         )
         for name, seen in runs.items()
+        if seen is not None  # A quick run leaves some out.
     ]
     bare = [
         (f"bare loop, {size} net", " / ".join(f"{v:,.0f}" for v in results[size]["bare_frames_per_second"]), "", "")
         for size in ("small", "large")
     ]
+    if capacity := results["latency"].get("capacity"):
+        bare.append(("example net, 64 streams, while frames keep coming", f"{capacity:,.0f}", "", ""))
     return table(("whole workers", "frames/s", "CPU s per 1,000", "peak MiB"), rows + bare)
 
 

@@ -37,7 +37,8 @@ from worker.store import StateStore, Write
 PARTITIONS = 4
 SAMPLE_S = 0.25
 STALLED_S = 60.0
-WINDOW = (0.15, 0.95)  # shares of all frames between which throughput is taken: no start, no end
+Window = tuple[float, float]  # shares of all frames between which throughput is taken
+WINDOW: Window = (0.15, 0.95)  # no start, no end
 TICK_S = 0.005
 PREDICTIONS = "driftkeel_predictions_total"
 ASSIGNED = "driftkeel_assigned_partitions"
@@ -92,6 +93,7 @@ class Bench:
         pace: float | None = None,
         grown: bool = True,
         pods: int = 1,
+        window: Window = WINDOW,
         **sections: Any,
     ) -> Observed:
         """Send `frames`, all at once or `pace` a second, to so many workers of one thread each; return what was seen.
@@ -116,7 +118,7 @@ class Bench:
             samples = _watch(running, len(frames))
             peak = sum(_peak_memory(pod.child) for pod in running)
             metrics = _summed([scrape(pod.config) for pod in running])
-        return _observed(config.kafka, len(frames), samples, peak, metrics)
+        return _observed(config.kafka, len(frames), samples, peak, metrics, window)
 
     def _config(self, bundle: Path, sections: dict[str, Any]) -> WorkerConfig:
         tag = f"bench-{self._runs}"
@@ -257,7 +259,9 @@ def _watch(pods: Sequence[Pod], frames: int) -> list[Sample]:
     return samples
 
 
-def _observed(kafka: Kafka, frames: int, samples: list[Sample], peak: int, metrics: dict[str, float]) -> Observed:
+def _observed(
+    kafka: Kafka, frames: int, samples: list[Sample], peak: int, metrics: dict[str, float], window: Window
+) -> Observed:
     sent = {f"{r.topic}/{r.partition}/{r.offset}": r.timestamp for r in _read(kafka, kafka.topics.frames, PARTITIONS)}
     predictions, moments, latencies = {}, [], []
     for record in _read(kafka, kafka.topics.predictions, 1):
@@ -269,8 +273,8 @@ def _observed(kafka: Kafka, frames: int, samples: list[Sample], peak: int, metri
         moments.append(record.timestamp)
         latencies.append(float(prediction["latency_ms"]))
     moments.sort()
-    first, last = (int(share * (len(moments) - 1)) for share in WINDOW)
-    inside = [s for s in samples if WINDOW[0] * frames <= s.predictions <= frames]
+    first, last = (int(share * (len(moments) - 1)) for share in window)
+    inside = [s for s in samples if window[0] * frames <= s.predictions <= frames]
     begin, end = inside[0], inside[-1]
     return Observed(
         frames=frames,
