@@ -22,6 +22,7 @@ from torch import Tensor
 from meta.baselines import Baseline, Setup, build
 from meta.correction import Correction
 from meta.generator import MetaGradientGenerator
+from meta.method import CPU
 from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
 from meta.norms import AdaptableModel
@@ -117,8 +118,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path} is no valid manifest: {where}: {problem['msg']}") from error
 
 
-def load_bundle(folder: Path, factories: Iterable[str] = (), method: str = MGG_NAME) -> Bundle:
+def load_bundle(
+    folder: Path, factories: Iterable[str] = (), method: str = MGG_NAME, device: torch.device = CPU
+) -> Bundle:
     """Check every hash, then build model and method: the bundle's generator, or a baseline by name (meta.baselines).
+
+    Both are checked on the CPU, and then moved to `device`.
 
     Raises BundleError where anything is missing, altered, or does not fit together.
     """
@@ -131,8 +136,10 @@ def load_bundle(folder: Path, factories: Iterable[str] = (), method: str = MGG_N
     source = _statistics(_tensors(contents, folder, "statistics.safetensors"), model, len(labels))
     generator = _tensors(contents, folder, "generator.safetensors")
     if CORRECTION in contents:
-        model.correction = _correction(_tensors(contents, folder, CORRECTION), model)
+        model.correction = _correction(_tensors(contents, folder, CORRECTION), model).to(device)
     _check_output(model, manifest, labels, folder)
+    model.place(device)
+    source = source.to(device)
     if method != MGG_NAME:
         return Bundle(manifest, labels, model, _baseline(method, manifest, model, source, len(labels)), method)
     made = _paper if manifest.method.name == "mgg-paper" else _ours
@@ -147,7 +154,7 @@ def _ours(
 ) -> MGG:
     learned = LearnedOptimizer(GeneratorSettings.model_validate(manifest.method.settings), model)
     _load_weights(learned, tensors, "generator.safetensors")
-    return MGG(model, source, learned.requires_grad_(False).eval(), classes)
+    return MGG(model, source, learned.requires_grad_(False).eval().to(model.device), classes)
 
 
 def _paper(
@@ -156,7 +163,7 @@ def _paper(
     settings = PaperSettings.model_validate(manifest.method.settings)
     generator = MetaGradientGenerator(2, settings.hidden)
     _load_weights(generator, tensors, "generator.safetensors")
-    return PaperMGG(model, source, generator.requires_grad_(False).eval(), settings)
+    return PaperMGG(model, source, generator.requires_grad_(False).eval().to(model.device), settings)
 
 
 def model_weights(folder: Path) -> dict[str, Tensor]:
@@ -197,7 +204,7 @@ def read_verdict(folder: Path) -> Verdict | None:
 def _baseline(name: str, manifest: Manifest, model: AdaptableModel, source: SourceStatistics, classes: int) -> Baseline:
     preprocess = manifest.preprocess
     shape = (preprocess.channels, preprocess.height, preprocess.width)
-    mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+    mean, std = (torch.tensor(values, device=model.device) for values in (preprocess.mean, preprocess.std))
     return build(name, Setup(model, source, classes, mean, std, frame_shape=shape))
 
 

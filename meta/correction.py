@@ -65,6 +65,10 @@ class Correction:
         """By name, for a file."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def to(self, device: torch.device) -> Correction:
+        """The same on a device."""
+        return Correction(**{name: tensor.to(device) for name, tensor in self.as_tensors().items()})
+
     def under(self, strength: Tensor) -> FrameCorrection:
         """For one pass: `strength` (B,) multiplies the estimates of each frame; with 0 nothing is corrected."""
         return FrameCorrection(self, strength.unsqueeze(1))

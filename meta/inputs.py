@@ -88,4 +88,4 @@ def _layout(model: AdaptableModel) -> tuple[Tensor, Tensor]:
             channel.append(mine.repeat(copies))
             depth.append(torch.full((layer.scale.numel(),), 2 * number / last - 1))
         first += layer.feature_count
-    return torch.cat(channel), torch.cat(depth)
+    return torch.cat(channel).to(model.device), torch.cat(depth).to(model.device)

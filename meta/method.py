@@ -15,6 +15,7 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 TINY = 1e-12
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,10 @@ class AdaptationMethod(Method, Protocol):
 
 def narrowed(forward: Forward, streams: list[int]) -> Forward:
     """The same for some of the streams alone, with their frames; without a graph."""
-    index = torch.tensor(streams)
-    place = torch.full((len(forward.counts),), -1).index_copy_(0, index, torch.arange(len(index)))
+    device = forward.stream.device
+    index = torch.tensor(streams, device=device)
+    place = torch.full((len(forward.counts),), -1, device=device)
+    place.index_copy_(0, index, torch.arange(len(index), device=device))
     stream = place.index_select(0, forward.stream)
     frames = (stream >= 0).nonzero().flatten()
     return Forward(
@@ -107,6 +110,20 @@ def put(state: State, index: Tensor, rows: State) -> None:
     """Write `rows` over the rows `index` (S,) of those tensors of `state` that they have, in place."""
     for name, tensor in rows.items():
         state[name].index_copy_(0, index, tensor.to(state[name].dtype))
+
+
+def on_cpu(tensors: State) -> State:
+    """The same on the CPU. Each copy waits until the device has done all that it was asked for before, so that tensors
+    of a type come in one."""
+    if all(tensor.is_cpu for tensor in tensors.values()):
+        return tensors
+    found: State = {}
+    for dtype in {tensor.dtype for tensor in tensors.values()}:
+        some = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+        joined = torch.cat([tensor.flatten() for tensor in some.values()]).cpu()
+        parts = joined.split([tensor.numel() for tensor in some.values()])
+        found |= {name: part.view(some[name].shape) for name, part in zip(some, parts, strict=True)}
+    return found
 
 
 def finite_rows(tensors: dict[str, Tensor]) -> Tensor:

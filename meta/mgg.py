@@ -141,24 +141,24 @@ class MGG:
 
     def initial(self, streams: int) -> State:
         """As `fresh`, in full precision, and differentiable in the learned initial memory."""
-        size = self.model.coordinates
+        size, device = self.model.coordinates, self.model.device
         weight, bias = self.learned.rule.memory.fresh(streams, size)
         state = {
             "affine": self.model.source_affine.expand(streams, -1).clone(),
-            "offset": torch.zeros(streams, size),
-            "first_moment": torch.zeros(streams, size),
-            "second_moment": torch.zeros(streams, size),
+            "offset": torch.zeros(streams, size, device=device),
+            "first_moment": torch.zeros(streams, size, device=device),
+            "second_moment": torch.zeros(streams, size, device=device),
             "memory_weight": weight.clone(memory_format=torch.contiguous_format),
             "memory_bias": bias.clone(memory_format=torch.contiguous_format),
             "feature_mean": self._known.mean.expand(streams, -1).clone(),
             "feature_square": self._known.square.expand(streams, -1).clone(),
-            "feature_classes": torch.full((streams, self.classes), 1 / self.classes),
-            "age": torch.zeros(streams),
+            "feature_classes": torch.full((streams, self.classes), 1 / self.classes, device=device),
+            "age": torch.zeros(streams, device=device),
         }
         if self.settings.class_filter:
-            state |= fresh_belief(streams, self.classes)
+            state |= fresh_belief(streams, self.classes, device)
         if self.model.correction is not None:
-            state["correction"] = torch.zeros(streams)
+            state["correction"] = torch.zeros(streams, device=device)
         elif self.model.batch_channels:
             state["norm_mean"] = self.model.source_mean.expand(streams, -1).clone()
             state["norm_variance"] = self.model.source_variance.expand(streams, -1).clone()
@@ -409,10 +409,10 @@ def as_served(method: Method) -> Callable[[Tensor, Tensor, State], Forward]:
 def evenly(stream: Tensor, counts: Tensor, wanted: Tensor) -> Tensor:
     """Places of so many `wanted` (S,) frames of each stream, evenly spread; stream (B,), counts (S,)."""
     chosen, start = [], 0
-    for count, few in zip(counts.long().tolist(), wanted.long().tolist(), strict=True):
+    for count, few in torch.stack([counts, wanted], 1).long().tolist():
         chosen += [start + (2 * i + 1) * count // (2 * few) for i in range(few)]
         start += count
-    return stream.argsort(stable=True).index_select(0, torch.tensor(chosen))
+    return stream.argsort(stable=True).index_select(0, torch.tensor(chosen, device=stream.device))
 
 
 def _uncertainty(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -207,6 +207,8 @@ def _group_normalised(x: Tensor, groups: int, epsilon: float) -> tuple[Tensor, T
     """x (B, C, ...) normalised over each group's channels and positions, and the inverse deviations (B, groups)."""
     frames, channels = x.shape[:2]
     size = math.prod(x.shape[2:])
+    if not x.is_cpu:
+        x = x.contiguous()  # CUDA's refuses anything else
     x_hat, _, inverse = torch.native_group_norm(x, None, None, frames, channels, size, groups, epsilon)
     return x_hat, inverse
 
@@ -304,10 +306,21 @@ class AdaptableModel(nn.Module):
     @property
     def is_scale(self) -> Tensor:
         """(P,) float: 1 for scales, 0 for shifts."""
-        flags = torch.zeros(self.coordinates)
+        flags = torch.zeros(self.coordinates, device=self.device)
         for place in self.places:
             flags[place.scale : place.shift] = 1.0
         return flags
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and so everything that a pass puts in and gets out."""
+        return self.source_affine.device
+
+    def place(self, device: torch.device) -> None:
+        """Move to the device. On a GPU nothing is laid out channels-last, which its group normalisation refuses."""
+        if device.type != "cpu":
+            self.memory_format = torch.contiguous_format
+        self.to(device, memory_format=self.memory_format)
 
     def _source_affine(self) -> Tensor:
         parts = []

@@ -36,6 +36,10 @@ class SourceStatistics:
         known = {name: getattr(self, name) for name in ("mean", "std", "class_mean", "class_square")}
         return {name: tensor for name, tensor in known.items() if tensor is not None}
 
+    def to(self, device: torch.device) -> SourceStatistics:
+        """The same on a device."""
+        return SourceStatistics(**{name: tensor.to(device) for name, tensor in self.as_tensors().items()})
+
     @property
     def square(self) -> Tensor:
         """Second moment (F,)."""

@@ -82,15 +82,15 @@ class PaperMGG:
 
     def initial(self, streams: int) -> State:
         """As `fresh`, but differentiable in the learned initial memory."""
-        size = self.model.coordinates
+        size, device = self.model.coordinates, self.model.device
         weight, bias = self.generator.memory.fresh(streams, size)
         return {
             "affine": self.model.source_affine.expand(streams, -1).clone(),
-            "first_moment": torch.zeros(streams, size),
-            "second_moment": torch.zeros(streams, size),
+            "first_moment": torch.zeros(streams, size, device=device),
+            "second_moment": torch.zeros(streams, size, device=device),
             "memory_weight": weight.clone(memory_format=torch.contiguous_format),
             "memory_bias": bias.clone(memory_format=torch.contiguous_format),
-            "age": torch.zeros(streams),
+            "age": torch.zeros(streams, device=device),
         }
 
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meta.estimator import AccuracyModel
-from meta.method import Forward
+from meta.method import CPU, Forward, State, on_cpu
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, per_stream_mean
 from schemas.state import RunningProxies
@@ -75,6 +75,7 @@ class Observer:
     def __init__(
         self, model: AdaptableModel, source: SourceStatistics, threshold: float, entropies: Sequence[float] = ()
     ) -> None:
+        source = source.to(CPU)
         self.model, self.source, self.threshold = model, source, threshold
         self._entropies = torch.tensor(list(entropies))
         self._dropped = _dropped_heads(model)
@@ -100,30 +101,36 @@ class Observer:
         To be called directly after the pass, in the same thread.
         """
         with np.errstate(invalid="ignore", over="ignore"):  # broken parameters show in the signals
-            seen = self._seen(forward.logits, forward.features)
-            own = _rows(self._own(forward, seen))
-            counts = forward.counts.long().tolist()
+            passed = self._near(_shown(forward, chosen, self.model.source_affine))
+            seen = self._seen(passed)
+            own = _rows(self._own(passed, seen))
+            counts = passed["counts"].long().tolist()
             if not len(chosen):
                 return [Observed(count, mine, 0, {}) for count, mine in zip(counts, own, strict=True)], None
-            some = frames.index_select(0, chosen).contiguous(memory_format=torch.channels_last)
-            logits, pooled = self.model.forward_with_features(some)
-            source = self._seen(logits, pooled)
-            signals, shadowed = self._shadow(source, chosen, forward, seen)
+            logits, pooled = self.model.forward_with_features(frames.index_select(0, chosen))
+            source = self._seen(self._near({"logits": logits, "features": pooled}))
+            stream = passed["stream"].index_select(0, passed["chosen"])
+            signals, shadowed = self._shadow(source, stream, passed, seen)
         said: list[list[int]] = [[] for _ in counts]
-        for row, index in zip(forward.stream.index_select(0, chosen).tolist(), source.said.tolist(), strict=True):
+        for row, index in zip(stream.tolist(), source.said.tolist(), strict=True):
             said[row].append(index)
         each = zip(counts, own, shadowed.long().tolist(), _rows(signals), map(tuple, said), strict=True)
         return [Observed(*one) for one in each], logits
 
-    def _own(self, forward: Forward, seen: _Seen) -> dict[str, Numbers]:
-        """Signals (S,) of the frames of `forward`."""
-        answer = seen.probability if (kept := forward.kept.get("probability")) is None else kept.numpy()
-        counts = forward.counts.clamp_min(1)
+    def _near(self, shown: State) -> State:
+        """On the CPU, with what went into the last layer of the model that was run last."""
+        head = self.model.frame_affine.head
+        return on_cpu(shown if head is None else shown | {"head": head})
+
+    def _own(self, passed: State, seen: _Seen) -> dict[str, Numbers]:
+        """Signals (S,) of the frames that `_shown` is of."""
+        answer = seen.probability if (kept := passed.get("probability")) is None else kept.numpy()
+        counts, stream = passed["counts"].clamp_min(1), passed["stream"]
         each = seen.signals | {"answer_confidence": answer.max(1), "changed": answer.argmax(1) != seen.said}
-        means, features = _means(each, forward.stream, counts, seen.features)
-        if (mix := forward.kept.get("class_mix")) is None:
-            mix = per_stream_mean(torch.from_numpy(seen.probability), forward.stream, counts)
-        mixed, stay = mix.numpy(), forward.kept.get("class_stay")
+        means, features = _means(each, stream, counts, seen.features)
+        if (mix := passed.get("class_mix")) is None:
+            mix = per_stream_mean(torch.from_numpy(seen.probability), stream, counts)
+        mixed, stay = mix.numpy(), passed.get("class_stay")
         gap = (features - self._mean) / self._scale
         gap *= gap
         return means | {
@@ -133,20 +140,17 @@ class Observer:
             "discrepancy": np.log1p(gap.mean(1)),
             "discrepancy_middle": np.log1p(gap[:, self._middle].mean(1)),
             "discrepancy_last": np.log1p(gap[:, self._last].mean(1)),
-            "distance": (forward.state["affine"] - self.model.source_affine).norm(dim=1).log1p().numpy(),
+            "distance": passed["distance"].log1p().numpy(),
         }
 
-    def _shadow(
-        self, source: _Seen, chosen: Tensor, forward: Forward, seen: _Seen
-    ) -> tuple[dict[str, Numbers], Tensor]:
-        """What the source model says of the frames that lie at `chosen` (n,) in `forward`, beside what that says.
+    def _shadow(self, source: _Seen, stream: Tensor, passed: State, seen: _Seen) -> tuple[dict[str, Numbers], Tensor]:
+        """What the source model says of the chosen frames (n,), which are of `stream` (n,), beside what the pass says.
 
         Returns signals (S,), zero where a stream has no such frame, and how many it has (S,).
         """
-        stream = forward.stream.index_select(0, chosen)
-        counts = torch.bincount(stream, minlength=len(forward.counts)).float()
-        places = chosen.numpy()
-        kept = forward.kept.get("probability")
+        counts = torch.bincount(stream, minlength=len(passed["counts"])).float()
+        places = passed["chosen"].numpy()
+        kept = passed.get("probability")
         said = seen.said[places] if kept is None else kept.numpy()[places].argmax(1)
         each = {f"source_{name}": values for name, values in source.signals.items()}
         each["flips"] = said != source.said
@@ -156,9 +160,9 @@ class Observer:
         each["gap"] = seen.signals["confidence"][places] - source.signals["confidence"]
         return _means(each, stream, counts.clamp_min(1))[0], counts
 
-    def _seen(self, logits: Tensor, pooled: Tensor) -> _Seen:
-        """Signals frame by frame, of the model that was run last; pooled features (B, F or more)."""
-        number, features = logits.detach().numpy(), pooled.detach().numpy()[:, : len(self._mean)]
+    def _seen(self, near: State) -> _Seen:
+        """Signals frame by frame, from logits, pooled features (B, F or more) and the last layer's input."""
+        number, features = near["logits"].numpy(), near["features"].numpy()[:, : len(self._mean)]
         most = number.max(1, keepdims=True)
         shifted = number - most
         likely = np.exp(shifted)
@@ -172,13 +176,12 @@ class Observer:
             "entropy": entropy / np.float32(math.log(number.shape[1])),
             "above": highest >= self.threshold,
             "energy": amount + most[:, 0],
-            "dropout": self._dropout(said),
+            "dropout": self._dropout(near.get("head"), said),
         }
         return _Seen(features, likely, said, signals | self._oddness(features, said))
 
-    def _dropout(self, said: Numbers) -> Numbers:
+    def _dropout(self, head: Tensor | None, said: Numbers) -> Numbers:
         """The share of votes under dropout masks before the last layer that differ from the classes (B,)."""
-        head = self.model.frame_affine.head
         if head is None or self._dropped is None or len(head) != len(said):
             return np.zeros(len(said), np.float32)
         weight, bias = self._dropped
@@ -222,6 +225,19 @@ class _Seen:
     signals: dict[str, Numbers]
 
 
+def _shown(forward: Forward, chosen: Tensor, source_affine: Tensor) -> State:
+    """What signals are made of, without a graph."""
+    kept = {name: forward.kept[name] for name in ("probability", "class_mix", "class_stay") if name in forward.kept}
+    return kept | {
+        "logits": forward.logits.detach(),
+        "features": forward.features.detach(),
+        "stream": forward.stream,
+        "counts": forward.counts,
+        "chosen": chosen,
+        "distance": (forward.state["affine"] - source_affine).norm(dim=1),
+    }
+
+
 def _means(
     frames: dict[str, Numbers], stream: Tensor, counts: Tensor, features: Numbers | None = None
 ) -> tuple[dict[str, Numbers], Numbers]:
@@ -241,11 +257,11 @@ def _dropped_heads(model: AdaptableModel) -> tuple[Tensor, Tensor] | None:
     """The last layer under fixed dropout masks, side by side: weight (d, masks x K) and bias."""
     if model.head is None:
         return None
-    weight, bias = model.head.weight.detach(), model.head.bias
+    weight, bias = model.head.weight.detach().cpu(), model.head.bias
     random = torch.Generator().manual_seed(0)
     keep = (torch.rand(MASKS, 1, weight.shape[1], generator=random) >= DROPPED).float() / (1 - DROPPED)
     heads = (keep * weight).flatten(0, 1).T.contiguous()
-    return heads, torch.zeros(heads.shape[1]) if bias is None else bias.detach().repeat(MASKS)
+    return heads, torch.zeros(heads.shape[1]) if bias is None else bias.detach().cpu().repeat(MASKS)
 
 
 def _rows(signals: dict[str, Numbers]) -> list[dict[str, float]]:

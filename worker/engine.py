@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meta.bundle import MGG_NAME, Bundle
 from meta.estimator import AccuracyModel
-from meta.method import Forward, State, finite_rows, narrowed, put, take
+from meta.method import Forward, State, finite_rows, narrowed, on_cpu, put, take
 from meta.mgg import MGG, as_served
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
@@ -41,7 +41,9 @@ FIXED = (
 
 
 class Engine:
-    """Holds the resident streams' tensors, row by row, and runs passes over them.
+    """Holds the resident streams' tensors, row by row, where the bundle's model is, and runs passes over them.
+
+    What others give and get, `like`, `fixed` and the tensors of a stream, is on the CPU.
 
     `gather` and `accept` touch these tensors and belong to the worker's loop; `forward` and `adapt` work on what was
     gathered, so that another thread may run them meanwhile. A stream must not be in two passes at once.
@@ -70,18 +72,18 @@ class Engine:
         self._shadow_every = round(1 / source_share) if source_share else 0
         self.bundle_hash = bundle.hash
         self._method = bundle.method.with_step_scale(step_scale)
+        self._device = bundle.model.device
         self._residents: dict[str, Resident] = {}
         self._headers = Headers()
-        self._fresh = {name: tensor[0].clone() for name, tensor in self._method.fresh(1).items()}
+        fresh = self._method.fresh(1)
+        self._fresh = on_cpu({name: tensor[0].clone() for name, tensor in fresh.items()})
         self._free: list[int] = []
         self.fixed = {name: tensor for name, tensor in self._fresh.items() if name in FIXED}
         places = bundle.model.places
         self._layers = [place.layer for place in places]
         sizes = torch.tensor([place.end - place.scale for place in places])
-        self._layer_of = torch.arange(len(places)).repeat_interleave(sizes)
-        self._state: State = {
-            name: tensor.new_empty(0, *tensor.shape, dtype=tensor.dtype) for name, tensor in self._fresh.items()
-        }
+        self._layer_of = torch.arange(len(places)).repeat_interleave(sizes).to(self._device)
+        self._state: State = {name: tensor[:0].clone() for name, tensor in fresh.items()}
 
     @property
     def like(self) -> dict[str, Tensor]:
@@ -154,9 +156,9 @@ class Engine:
         return [stream for stream in self._residents if stream not in keep][: max(0, count)]
 
     def tensors(self, stream: str) -> dict[str, Tensor]:
-        """The stream's tensors, as views."""
+        """The stream's tensors: views, or copies where the states are on another device."""
         slot = self._residents[stream].slot
-        return {name: tensor[slot] for name, tensor in self._state.items()}
+        return on_cpu({name: tensor[slot] for name, tensor in self._state.items()})
 
     def predict(self, batches: list[MicroBatch]) -> Pass:
         """Predict every frame of every micro-batch under its stream's parameters as they are now."""
@@ -191,7 +193,7 @@ class Engine:
             [watched[row] for row in updating],
             narrowed(seen, updating),
             [watched[row] for row in resting],
-            take(moved, torch.tensor(resting)) if resting else {},
+            take(moved, self._index(resting)) if resting else {},
         )
 
     def _hurries(self, batch: MicroBatch) -> bool:
@@ -226,7 +228,7 @@ class Engine:
         if passed.forward is not None:
             update = self._method.update(passed.forward)
             state, finite = update.state, finite_rows(update.state).tolist()
-            signals = {name: values.tolist() for name, values in update.signals.items()}
+            signals = {name: values.tolist() for name, values in on_cpu(update.signals).items()}
             layers = self.distances(passed.forward.state["affine"], update.state["affine"])
             for row, outlook in enumerate(passed.adapting):
                 own = {name: values[row] for name, values in signals.items()}
@@ -238,7 +240,8 @@ class Engine:
     def distances(self, before: Tensor, after: Tensor) -> list[dict[str, float]]:
         """How far each norm layer is from where it was, for every row of two affines (S, P); four digits."""
         change = (after - before).detach()
-        squared = change.new_zeros(len(change), len(self._layers)).index_add_(1, self._layer_of, change * change)
+        layer_of = self._layer_of.to(change.device)  # of streams that people ask about, it is on the CPU
+        squared = change.new_zeros(len(change), len(self._layers)).index_add_(1, layer_of, change * change)
         return [
             {layer: float(f"{distance:.4g}") for layer, distance in zip(self._layers, row, strict=True)}
             for row in squared.sqrt().tolist()
@@ -256,9 +259,16 @@ class Engine:
         for update, state in ((True, proposals.state), (False, proposals.known)):
             some = [proposal for proposal in accepted if proposal.update is update]
             if some and state:
-                rows = torch.tensor([proposal.row for proposal in some])
-                slots = torch.tensor([proposal.outlook.resident.slot for proposal in some])
+                rows = self._index([proposal.row for proposal in some])
+                slots = self._index([proposal.outlook.resident.slot for proposal in some])
                 put(self._state, slots, take(state, rows))
+
+    def _index(self, values: list[int]) -> Tensor:
+        return self._there(torch.tensor(values))
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        """Where the states are. The loop must not wait for what a GPU has still to do."""
+        return tensor.to(self._device, non_blocking=True)
 
     def _part(self, batches: list[MicroBatch]) -> Part | None:
         if not batches:
@@ -282,12 +292,12 @@ class Engine:
             batches,
             residents,
             headers,
-            stream,
-            counts,
-            take(self._state, torch.tensor([resident.slot for resident in residents])),
+            self._there(stream),
+            self._there(counts),
+            take(self._state, self._index([resident.slot for resident in residents])),
             self._fixed(batches, residents, stream, others) if others else None,
-            shadow,
-            by_source.index_select(0, stream.index_select(0, shadow)).nonzero().flatten(),
+            self._there(shadow),
+            self._there(by_source.index_select(0, stream.index_select(0, shadow)).nonzero().flatten()),
         )
 
     def _asks(self, batch: MicroBatch, header: StreamHeader) -> bool:
@@ -307,8 +317,8 @@ class Engine:
         place = place.index_select(0, stream)
         frames = (place >= 0).nonzero().flatten()
         own = [_answering(batches[row], residents[row], self.fixed) for row in rows]
-        parameters = {name: torch.stack([state[name] for state in own]) for name in self.fixed}
-        return Fixed(frames, place.index_select(0, frames), parameters)
+        parameters = {name: self._there(torch.stack([state[name] for state in own])) for name in self.fixed}
+        return Fixed(self._there(frames), self._there(place.index_select(0, frames)), parameters)
 
     def _frames(self, part: Part) -> tuple[Tensor, list[tuple[list[int], float]]]:
         """The model's input; and of every micro-batch the frames' checksums and how many of them are blank."""
@@ -321,7 +331,7 @@ class Engine:
             end = start + len(batch.frames)
             looks.append((checksums[start:end], float(blank[start:end].mean())))
             start = end
-        return normalise_pixels(stacked, self.bundle.manifest.preprocess), looks
+        return normalise_pixels(stacked, self.bundle.manifest.preprocess, self._device), looks
 
     def _outlooks(
         self,
@@ -337,23 +347,26 @@ class Engine:
         entropy = (log_p.exp() * log_p).sum(1).neg()
         calibration = self.bundle.manifest.calibration
         source_temperature = calibration.source_temperature or calibration.temperature
-        temperatures = torch.tensor([temperature(calibration, one.proxies) for one in part.headers])
+        temperatures = self._there(torch.tensor([temperature(calibration, one.proxies) for one in part.headers]))
         logits = logits / temperatures.index_select(0, part.stream).unsqueeze(1)
         top = _likeliest(logits)
-        classes = top.indices[:, 0].tolist()
-        mean_entropy = per_stream_mean(entropy, part.stream, part.counts).tolist()
-        signals = torch.stack([entropy, top.values[:, 0]], 1).tolist()
-        mean_confidence = per_stream_mean(top.values[:, 0], part.stream, part.counts).tolist()
+        said = {
+            "class": top.indices[:, 0],
+            "mean_entropy": per_stream_mean(entropy, part.stream, part.counts),
+            "signals": torch.stack([entropy, top.values[:, 0]], 1),
+            "mean_confidence": per_stream_mean(top.values[:, 0], part.stream, part.counts),
+        }
         answers = logits
         if part.fixed is not None:
             fixed = answer_fixed(self.bundle.model, frames, part.fixed)
             answers = answers.index_copy(0, part.fixed.frames, fixed / source_temperature)
         if source is not None and len(part.by_source):
-            said = source.index_select(0, part.by_source) / source_temperature
-            answers = answers.index_copy(0, part.shadow.index_select(0, part.by_source), said)
+            own = source.index_select(0, part.by_source) / source_temperature
+            answers = answers.index_copy(0, part.shadow.index_select(0, part.by_source), own)
         if answers is not logits:
             top = _likeliest(answers)
-        confidence, index = top.values.clamp_max(1.0).tolist(), top.indices.tolist()
+        said |= {"confidence": top.values.clamp_max(1.0), "index": top.indices}
+        rows = {name: values.tolist() for name, values in on_cpu(said).items()}
         outlooks, start = [], 0
         for row, (batch, header) in enumerate(zip(part.batches, part.headers, strict=True)):
             end, step = start + len(batch.frames), _step_of(batch.answer, header)
@@ -363,13 +376,13 @@ class Engine:
                     resident=part.residents[row],
                     parameters=named(batch.answer, header),
                     step=step,
-                    top_index=index[start:end],
-                    top_confidence=confidence[start:end],
-                    mean_confidence=mean_confidence[row],
-                    mean_entropy=mean_entropy[row],
-                    signals=signals[start:end],
+                    top_index=rows["index"][start:end],
+                    top_confidence=rows["confidence"][start:end],
+                    mean_confidence=rows["mean_confidence"][row],
+                    mean_entropy=rows["mean_entropy"][row],
+                    signals=rows["signals"][start:end],
                     observed=observed[row] if observed is not None else None,
-                    sight=_sight(looks[row], classes[start:end], observed[row] if observed is not None else None),
+                    sight=_sight(looks[row], rows["class"][start:end], observed[row] if observed is not None else None),
                 )
             )
             start = end
@@ -397,8 +410,7 @@ def temperature(calibration: Calibration, proxies: RunningProxies) -> float:
 
 def answer_fixed(model: AdaptableModel, frames: Tensor, fixed: Fixed) -> Tensor:
     """Logits (N, classes) of those of the frames (B, ch, h, w) alone, under their parameters."""
-    chosen = frames.index_select(0, fixed.frames).contiguous(memory_format=torch.channels_last)
-    return answer_barely(model, chosen, fixed.stream, fixed.parameters)
+    return answer_barely(model, frames.index_select(0, fixed.frames), fixed.stream, fixed.parameters)
 
 
 @torch.inference_mode()
@@ -408,7 +420,7 @@ def answer_barely(model: AdaptableModel, frames: Tensor, stream: Tensor, paramet
     if "correction" in parameters and model.correction is not None:
         correction = model.correction.under(parameters["correction"].index_select(0, stream))
     if "norm_mean" in parameters:
-        none = torch.zeros(len(parameters["affine"]))
+        none = torch.zeros(len(parameters["affine"]), device=stream.device)
         moments = NormMoments(stream, none, parameters["norm_mean"], parameters["norm_variance"])
     logits: Tensor = model(frames, parameters["affine"].index_select(0, stream), moments, correction)
     return logits

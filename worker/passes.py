@@ -130,7 +130,7 @@ class Proposals:
         """Go only so much of the way from the parameters that the stream `held`."""
         for name in WAY & set(self.state):
             row = self.state[name][proposal.row]
-            row.copy_(torch.lerp(held[name], row, share))
+            row.copy_(torch.lerp(held[name].to(row.device), row, share))
 
     def replace(self, proposal: Proposal, state: State) -> None:
         """Propose this state instead."""

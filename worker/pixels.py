@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meta.method import CPU
 from schemas.bundle import Preprocess
 from worker.decode import Pixels
 
@@ -26,10 +27,17 @@ def blank_frames(frames: np.ndarray) -> np.ndarray:
     return blank
 
 
-def normalise_pixels(pixels: Sequence[Pixels] | np.ndarray, preprocess: Preprocess) -> Tensor:
-    """Decoded pixels, uint8 (h, w) or (h, w, 3), to the model's input: float (B, ch, h, w), channels-last."""
+def normalise_pixels(
+    pixels: Sequence[Pixels] | np.ndarray, preprocess: Preprocess, device: torch.device = CPU
+) -> Tensor:
+    """Decoded pixels, uint8 (h, w) or (h, w, 3), to the model's input: float (B, ch, h, w), channels-last.
+
+    To a GPU they go as bytes, out of pinned memory, which the caller need not wait for.
+    """
     stacked = torch.from_numpy(pixels if isinstance(pixels, np.ndarray) else np.stack(pixels))
+    if device.type != "cpu":
+        stacked = stacked.pin_memory().to(device, non_blocking=True)
     images = stacked.unsqueeze(1) if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2)
-    mean = torch.tensor(preprocess.mean).view(1, -1, 1, 1) * 255
-    std = torch.tensor(preprocess.std).view(1, -1, 1, 1) * 255
+    mean = torch.tensor(preprocess.mean, device=device).view(1, -1, 1, 1) * 255
+    std = torch.tensor(preprocess.std, device=device).view(1, -1, 1, 1) * 255
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)

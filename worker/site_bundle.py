@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from meta.bundle import Bundle, load_bundle
+from meta.method import CPU
 from meta.models import import_from
 from schemas.config import WorkerConfig
 
 
-def site_bundle(config: WorkerConfig) -> Bundle:
-    """Checked and built, with the code that the site allows and no other. Raises BundleError."""
+def site_bundle(config: WorkerConfig, device: torch.device = CPU) -> Bundle:
+    """Checked and built on the device, with the code that the site allows and no other. Raises BundleError."""
     import_from(config.bundle.code)
-    return load_bundle(config.bundle.path, config.bundle.factories, config.adapt.method)
+    return load_bundle(config.bundle.path, config.bundle.factories, config.adapt.method, device)
