@@ -45,7 +45,7 @@ def _moved(images: Tensor, chance: Tensor) -> Tensor:
     angle = math.radians(15) * (2 * chance[:, 0] - 1)
     scale = 1 / (0.9 + 0.2 * chance[:, 1])
     mirror = torch.where(chance[:, 2] < 0.5, -1.0, 1.0)
-    matrices = torch.zeros(len(images), 2, 3)
+    matrices = images.new_zeros(len(images), 2, 3)
     matrices[:, 0, 0], matrices[:, 0, 1] = scale * torch.cos(angle) * mirror, -scale * torch.sin(angle)
     matrices[:, 1, 0], matrices[:, 1, 1] = scale * torch.sin(angle) * mirror, scale * torch.cos(angle)
     matrices[:, :, 2] = (2 * chance[:, 3:5] - 1) / 8  # of a width of 2: one sixteenth

@@ -48,8 +48,8 @@ class Sgd:
     def __init__(self, momentum: float = 0.9) -> None:
         self.momentum = momentum
 
-    def fresh(self, streams: int, size: int) -> State:
-        return {"velocity": torch.zeros(streams, size)}
+    def fresh(self, streams: int, size: int, device: torch.device | None = None) -> State:
+        return {"velocity": torch.zeros(streams, size, device=device)}
 
     def direction(self, state: State, gradient: Tensor) -> tuple[Tensor, State]:
         """What to subtract, before the step size, and the optimizer's new state."""
@@ -63,11 +63,11 @@ class Adam:
     def __init__(self, first: float = 0.9, second: float = 0.999, epsilon: float = 1e-8) -> None:
         self.first, self.second, self.epsilon = first, second, epsilon
 
-    def fresh(self, streams: int, size: int) -> State:
+    def fresh(self, streams: int, size: int, device: torch.device | None = None) -> State:
         return {
-            "first_moment": torch.zeros(streams, size),
-            "second_moment": torch.zeros(streams, size),
-            "steps": torch.zeros(streams),
+            "first_moment": torch.zeros(streams, size, device=device),
+            "second_moment": torch.zeros(streams, size, device=device),
+            "steps": torch.zeros(streams, device=device),
         }
 
     def direction(self, state: State, gradient: Tensor) -> tuple[Tensor, State]:
@@ -102,6 +102,7 @@ class Baseline:
         optimizer: Sgd | Adam | None = None,
     ) -> None:
         self.setup, self.model, self.classes = setup, setup.model, setup.classes
+        self.device = setup.model.device
         self.step_size, self.statistics, self.amount = step_size, statistics, amount
         self.optimizer = optimizer or Adam()
 
@@ -127,7 +128,7 @@ class Baseline:
         if self.statistics == "running" and self.model.batch_channels:
             state["norm_mean"] = self.model.source_mean.expand(streams, -1).clone()
             state["norm_variance"] = self.model.source_variance.expand(streams, -1).clone()
-        return state | self.optimizer.fresh(streams, self.model.coordinates) | self.memory(streams)
+        return state | self.optimizer.fresh(streams, self.model.coordinates, self.device) | self.memory(streams)
 
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
         rows = state["affine"].detach().index_select(0, stream).requires_grad_()
@@ -165,7 +166,7 @@ class Baseline:
             return None
         counts = torch.bincount(stream, minlength=streams).float()
         if self.statistics == "batch":
-            share = torch.ones(streams)
+            share = torch.ones(streams, device=self.device)
         elif self.statistics == "prior":
             share = counts / (counts + self.amount)
         else:
@@ -226,7 +227,7 @@ class Baseline:
         still = torch.zeros_like(forward.state["affine"])
         kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
         new = forward.state | kept | memory
-        return Update(new, self.signals(forward, torch.zeros(len(still)), still, still, new))
+        return Update(new, self.signals(forward, still.new_zeros(len(still)), still, still, new))
 
     def logits_under(self, frames: Tensor, stream: Tensor, affine: Tensor, state: State) -> Tensor:
         """Logits of frames under another affine (S, P), without a graph unless `affine` asks for one."""
@@ -236,7 +237,7 @@ class Baseline:
 class NoOptimizer(Sgd):
     """For methods that take no gradient steps."""
 
-    def fresh(self, streams: int, size: int) -> State:
+    def fresh(self, streams: int, size: int, device: torch.device | None = None) -> State:
         return {}
 
 
@@ -261,7 +262,7 @@ def position_in_stream(stream: Tensor) -> Tensor:
     ordered = stream[order]
     starts = torch.searchsorted(ordered, ordered)
     place = torch.empty_like(stream)
-    place[order] = torch.arange(len(stream)) - starts
+    place[order] = torch.arange(len(stream), device=stream.device) - starts
     return place
 
 
@@ -275,7 +276,7 @@ def uniforms(keys: Tensor, slots: int) -> Tensor:
 
     SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over key * slots + slot.
     """
-    x = (keys.unsqueeze(1) * slots + torch.arange(slots) + 1) * -0x61C8864680B583EB
+    x = (keys.unsqueeze(1) * slots + torch.arange(slots, device=keys.device) + 1) * -0x61C8864680B583EB
     x = (x ^ _logical_shift(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _logical_shift(x, 27)) * -0x6B2FB644ECCEEE15
     return _logical_shift(x ^ _logical_shift(x, 31), 40).float() / (1 << 24)

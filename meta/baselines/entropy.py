@@ -49,13 +49,13 @@ class Eata(Baseline):
         self.fisher = self._fisher()
 
     def _fisher(self) -> Tensor:
-        fisher = torch.zeros(self.model.coordinates)
+        fisher = torch.zeros_like(self.model.source_affine)
         if self.setup.source_frames is None:
             return fisher
         batches = self.setup.source_frames[:2_000].split(64)
         for frames in batches:
             alone = self.fresh(1)
-            forward = self.predict(frames, torch.zeros(len(frames), dtype=torch.long), alone)
+            forward = self.predict(frames, torch.zeros(len(frames), dtype=torch.long, device=self.device), alone)
             loss = F.cross_entropy(forward.logits, forward.logits.argmax(1))
             (rows,) = torch.autograd.grad(loss, [forward.rows])
             fisher += rows.sum(0) ** 2 / len(batches)
@@ -63,7 +63,7 @@ class Eata(Baseline):
 
     def memory(self, streams: int) -> State:
         # All zeros until the first frame was used: every cosine is then 0, and every reliable frame is new.
-        return {"mean_probability": torch.zeros(streams, self.classes)}
+        return {"mean_probability": torch.zeros(streams, self.classes, device=self.device)}
 
     def loss(self, forward: Forward) -> tuple[Tensor, Tensor, State]:
         stream, streams, old = forward.stream, len(forward.counts), forward.state["mean_probability"]
@@ -107,7 +107,7 @@ class Sar(Baseline):
 
     def memory(self, streams: int) -> State:
         # -1: there is no mean yet.
-        return {"mean_loss": torch.full((streams,), -1.0)}
+        return {"mean_loss": torch.full((streams,), -1.0, device=self.device)}
 
     def update(self, forward: Forward) -> Update:
         state, stream, streams = forward.state, forward.stream, len(forward.counts)
@@ -148,13 +148,13 @@ class Deyo(Baseline):
         self.drop, self.patches = drop, patches
 
     def memory(self, streams: int) -> State:
-        return {"age": torch.zeros(streams)}
+        return {"age": torch.zeros(streams, device=self.device)}
 
     def loss(self, forward: Forward) -> tuple[Tensor, Tensor, State]:
         stream, streams, state = forward.stream, len(forward.counts), forward.state
         surprise = entropy(forward.logits)
         first = surprise.detach() < self.limit
-        fall = torch.zeros(len(stream))
+        fall = torch.zeros(len(stream), device=self.device)
         if bool(first.any()):
             keys = state["age"].long().index_select(0, stream) * 65_536 + position_in_stream(stream)
             shuffled = shuffle_patches(forward.frames[first], self.patches, keys[first])

@@ -82,8 +82,7 @@ class Neo(Source):
         super().__init__(setup)
         self.head = classifier(setup.model)
         self.prior = prior
-        self.target = torch.zeros(self.head.in_features)
-        self.start = torch.zeros(self.head.in_features)
+        self.target = self.start = torch.zeros(self.head.in_features, device=self.device)
         if centre == "source" and setup.source_frames is not None:
             with torch.no_grad():
                 _, features = with_penultimate(setup.model, lambda: setup.model(setup.source_frames))
@@ -97,7 +96,7 @@ class Neo(Source):
     def memory(self, streams: int) -> State:
         return {
             "feature_mean": self.start.expand(streams, -1).clone(),
-            "seen": torch.full((streams,), self.prior),
+            "seen": torch.full((streams,), self.prior, device=self.device),
         }
 
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
@@ -150,7 +149,7 @@ class Lame(Source):
         longest = max(1, longest_stream(place))
         log_p = logits.new_zeros(streams, longest, logits.shape[1])
         padded = features.new_zeros(streams, longest, features.shape[1])
-        real = torch.zeros(streams, longest, dtype=torch.bool)
+        real = torch.zeros(streams, longest, dtype=torch.bool, device=self.device)
         log_p[stream, place], padded[stream, place] = logits.log_softmax(1).clamp_min(-23.0), features
         real[stream, place] = True
         affinity = self._affinity(padded, real)

@@ -39,8 +39,8 @@ class Roid(Baseline):
 
     def memory(self, streams: int) -> State:
         return {
-            "mean_probability": torch.full((streams, self.classes), 1 / self.classes),
-            "age": torch.zeros(streams),
+            "mean_probability": torch.full((streams, self.classes), 1 / self.classes, device=self.device),
+            "age": torch.zeros(streams, device=self.device),
         }
 
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
@@ -48,7 +48,7 @@ class Roid(Baseline):
         with torch.no_grad():
             counts = forward.counts.clamp_min(1).unsqueeze(1)
             prior = per_stream_mean(forward.logits.softmax(1), stream, forward.counts.clamp_min(1))
-            smooth = torch.maximum(1 / counts, torch.tensor(1 / self.classes)) / prior.amax(1, keepdim=True)
+            smooth = (1 / counts).clamp_min(1 / self.classes) / prior.amax(1, keepdim=True)
             smoothed = (prior + smooth) / (1 + smooth * self.classes)
             corrected = forward.logits * smoothed.index_select(0, stream)
         kept = forward.kept | {"uncorrected": forward.logits}

@@ -46,7 +46,10 @@ class Cotta(Baseline):
         self.confidence, self.augmentations = confidence, augmentations
 
     def memory(self, streams: int) -> State:
-        return {"student": self.model.source_affine.expand(streams, -1).clone(), "age": torch.zeros(streams)}
+        return {
+            "student": self.model.source_affine.expand(streams, -1).clone(),
+            "age": torch.zeros(streams, device=self.device),
+        }
 
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
         counts = torch.bincount(stream, minlength=len(state["age"])).clamp_min(1).float()
@@ -66,7 +69,7 @@ class Cotta(Baseline):
     def _averaged(self, frames: Tensor, stream: Tensor, chosen: Tensor, state: State) -> Tensor:
         keys = state["age"].long().index_select(0, stream) * 65_536 + position_in_stream(stream)
         keys, own = keys[chosen] * self.augmentations, stream[chosen]
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.device)
         for turn in range(self.augmentations):
             seen = augmented(frames, self.setup.mean, self.setup.std, keys + turn)
             total = total + self.logits_under(seen, own, state["affine"], state)
@@ -121,11 +124,11 @@ class Rotta(Baseline):
         shape = (streams, self.capacity)
         state = {
             "student": self.model.source_affine.expand(streams, -1).clone(),
-            "frames": torch.zeros(*shape, *self.setup.frame_shape),
-            "label": torch.full(shape, -1.0),
-            "uncertainty": torch.zeros(shape),
-            "frame_age": torch.zeros(shape),
-            "seen": torch.zeros(streams),
+            "frames": torch.zeros(*shape, *self.setup.frame_shape, device=self.device),
+            "label": torch.full(shape, -1.0, device=self.device),
+            "uncertainty": torch.zeros(shape, device=self.device),
+            "frame_age": torch.zeros(shape, device=self.device),
+            "seen": torch.zeros(streams, device=self.device),
         }
         for who in ("student", "teacher") if self.model.batch_channels else ():
             state[f"{who}_mean"] = self.model.source_mean.expand(streams, -1).clone()
@@ -141,14 +144,14 @@ class Rotta(Baseline):
     def _moments_of(self, who: str, stream: Tensor, state: State, share: float) -> NormMoments | None:
         if not self.model.batch_channels:
             return None
-        shares = torch.full((len(state["affine"]),), share)
+        shares = torch.full((len(state["affine"]),), share, device=self.device)
         return NormMoments(stream, shares, state[f"{who}_mean"], state[f"{who}_variance"])
 
     def update(self, forward: Forward) -> Update:
         state = {name: tensor.clone() for name, tensor in forward.state.items()}
         place, surprise = position_in_stream(forward.stream), entropy(forward.logits)
         label = forward.logits.argmax(1)
-        loss = torch.zeros(len(forward.counts))
+        loss = torch.zeros_like(forward.counts)
         gradient = torch.zeros_like(state["affine"])
         for turn in range(longest_stream(place)):
             now = torch.nonzero(place == turn).flatten()
@@ -163,7 +166,7 @@ class Rotta(Baseline):
         """Offer one frame to the memory of each of `streams`, in place."""
         labels, uncertainty = state["label"][streams], state["uncertainty"][streams]
         filled = labels >= 0
-        one_hot = (labels.unsqueeze(2) == torch.arange(self.classes)) & filled.unsqueeze(2)
+        one_hot = (labels.unsqueeze(2) == torch.arange(self.classes, device=self.device)) & filled.unsqueeze(2)
         occupied = one_hot.sum(1)
         own = occupied.gather(1, label.unsqueeze(1)).squeeze(1)
         rare, full = own < self.capacity / self.classes, filled.all(1)
