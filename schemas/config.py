@@ -309,6 +309,11 @@ class WorkerConfig(BaseSettings):
     threads: int = Field(
         0, ge=0, le=256, description="passes at the same time, a thread each; 0: two, where torch has as many"
     )
+    device: str = Field(
+        "cpu",
+        pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$",
+        description="where passes are computed: cpu, cuda or cuda:N; experimental but for cpu, see docs",
+    )
     kafka: Kafka = Kafka()
     store: Store = Store()
     frames: Frames = Frames()

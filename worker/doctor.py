@@ -14,6 +14,7 @@ from kafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError
 
 from schemas.config import WorkerConfig
 from schemas.errors import DriftkeelError
+from worker.device import EXPERIMENTAL, described, site_device
 from worker.kafka_client import connection, open_client
 from worker.redis_client import connect
 from worker.site import LOOPBACK
@@ -38,7 +39,7 @@ class Finding:
 
 def examine(config: WorkerConfig) -> Iterator[Finding]:
     """All checks, in the order in which a worker would need them."""
-    for check in (_versions, _bundle, _store, _broker):
+    for check in (_versions, _device, _bundle, _store, _broker):
         try:
             yield from check(config)
         except (DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError) as error:
@@ -73,6 +74,12 @@ def _versions(config: WorkerConfig) -> Iterator[Finding]:
                 "warning",
                 f"{package} is not installed: {cost}; pip install {PACKAGES.get(package, package)}",
             )
+
+
+def _device(config: WorkerConfig) -> Iterator[Finding]:
+    if config.device != "cpu":
+        device = site_device(config.device)
+        yield Finding("device", "warning", f"{described(device)}: {EXPERIMENTAL}")
 
 
 def _bundle(config: WorkerConfig) -> Iterator[Finding]:

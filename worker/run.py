@@ -24,6 +24,7 @@ from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, UnreachableError
 from schemas.frame import Frame, Position
+from worker.device import EXPERIMENTAL, described, out_of_memory, site_device
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
 from worker.offsets import Partition
 from worker.parts import connect
@@ -77,8 +78,12 @@ class Worker:
         self._lanes = config.threads or min(2, torch.get_num_threads())
         torch.set_num_threads(1)
         check_checksum_speed()
-        bundle = site_bundle(config)
-        log.info("bundle %s (%s) from %s", bundle.hash, bundle.manifest.name, config.bundle.path)
+        device = site_device(config.device)
+        bundle = site_bundle(config, device)
+        where = config.bundle.path, described(device)
+        log.info("bundle %s (%s) from %s, computed on %s", bundle.hash, bundle.manifest.name, *where)
+        if device.type != "cpu":
+            log.warning("device %s is %s", config.device, EXPERIMENTAL)
         self.metrics = WorkerMetrics(config.metrics.max_stream_labels)
         self.metrics.build.info({"version": installed_version(), "bundle": bundle.hash, "worker": config.worker})
         self._trace = open_trace(config.traces, config.worker)
@@ -371,4 +376,7 @@ def run_worker(config: WorkerConfig) -> None:
     sys.setswitchinterval(SWITCH_S)
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    Worker(config, stop).run()
+    try:
+        Worker(config, stop).run()
+    except torch.cuda.OutOfMemoryError as error:
+        raise out_of_memory(config.device, error) from error
