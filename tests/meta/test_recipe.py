@@ -1,5 +1,6 @@
 """Recipes, on the smallest settings that still go all the way."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_every_shipped_recipe_can_be_read() -> None:
     assert len(recipes) >= 2
     for path in recipes:
         assert read_recipe(path).name == path.stem
+
+
+def test_shipped_bundles_name_commands_that_anybody_can_run() -> None:
+    for manifest in SHIPPED_BUNDLE.parent.glob("*/manifest.json"):
+        content = json.loads(manifest.read_text())
+        for name in ("created_by", "calibrated_by"):
+            for word in str(content.get(name) or "").split():
+                assert not Path(word).is_absolute(), f"{manifest}: {name} names {word}"
 
 
 def test_the_papers_generator_starts_from_nothing(tmp_path: Path) -> None:
