@@ -312,7 +312,7 @@ class WorkerConfig(BaseSettings):
     device: str = Field(
         "cpu",
         pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$",
-        description="where passes are computed: cpu, cuda or cuda:N; experimental but for cpu, see docs",
+        description="where passes are computed: cpu, cuda or cuda:N; experimental but for cpu, see docs/deploy.md",
     )
     kafka: Kafka = Kafka()
     store: Store = Store()

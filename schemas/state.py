@@ -274,7 +274,7 @@ def decode_header(header: bytes) -> StreamHeader:
         return StreamHeader.model_validate_json(header)  # Parsed again, because what it takes for text is text.
     except ValidationError as error:
         where, words = mistakes(error)[0]
-        raise StateError(f"the header of the stored state is wrong at {where or 'all'}: {words}") from error
+        raise StateError(f"the header of the stored state is wrong{where and f' at {where}'}: {words}") from error
 
 
 def _tensor_metadata(blob: bytes) -> dict[str, str]:

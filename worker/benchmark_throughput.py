@@ -51,7 +51,7 @@ LARGE_STREAMS = 16
 PICTURES = 199  # prime, so that each stream meets them all: the guard lets repeated frames teach nothing
 MAX_WAIT_MS, BUDGET_MS = 100, 1_000
 FLOOD = 1.6  # times what a backlog is worked off at: more than anybody keeps up with
-FLOODED = (0.1, 0.45)  # shares of all frames whose predictions leave while frames still come
+FLOODED = (0.1, 0.35)  # shares of all frames whose predictions leave while frames still come
 PODS = min(PARTITIONS, os.cpu_count() or 1)
 
 

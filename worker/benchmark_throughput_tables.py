@@ -56,7 +56,7 @@ def _workers(results: dict[str, Any]) -> str:
         "the same, predicting only": small["predict_only"],
         "large net, 16 streams, JPEG 128 x 128": large["worker"],
         "large net, 16 streams, JPEG 640 x 640": large.get("worker_640x640_jpeg"),
-        **{f"example net, one worker, {streams} streams": seen for streams, seen in results["streams"].items()},
+        **{f"example net, one worker, streams: {name}": seen for name, seen in results["streams"].items()},
     }
     rows = [
         (

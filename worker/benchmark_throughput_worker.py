@@ -288,14 +288,19 @@ def _observed(
 
 
 def _read(kafka: Kafka, topic: str, partitions: int) -> Iterator[Any]:
-    """All records that a topic has now."""
+    """All records that a topic has now. Raises DriftkeelError where the broker stops giving them."""
     consumer = KafkaConsumer(**connection(kafka), auto_offset_reset="earliest", enable_auto_commit=False)
     places = [TopicPartition(topic, number) for number in range(partitions)]
     consumer.assign(places)
     ends = consumer.end_offsets(places)
     consumer.seek_to_beginning()
+    last_news = time.monotonic()
     while any(consumer.position(place) < ends[place] for place in places):
-        for records in consumer.poll(timeout_ms=500, max_records=5_000).values():
+        polled = consumer.poll(timeout_ms=500, max_records=5_000)
+        last_news = time.monotonic() if polled else last_news
+        if time.monotonic() - last_news > STALLED_S:
+            raise DriftkeelError(f"the broker has stopped giving the records of {topic}")
+        for records in polled.values():
             yield from records
     consumer.close(autocommit=False)
 

@@ -32,8 +32,8 @@ from worker.streams import Streams
 log = logging.getLogger("driftkeel.journal")
 PATIENT_S = 1.0  # micro-batches without an update may wait so long
 MOST_EVENTS = 32  # of a stream that wait; they lie beside its state until the next write
-# Of one write. At the end, and where memory is full, all that waits is written.
-PIECE_STREAMS, PIECE_BYTES = 256, 16 << 20
+PIECE_STREAMS, PIECE_BYTES = 256, 16 << 20  # of one write: what is packed for the store takes memory
+ALIVE_S = 1.0  # a write of many pieces tells the group so often that the worker lives; the loop stands still for it
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,22 @@ class Journal:
         return self.flush([s for s, waiting in self._waiting.items() if waiting.due(now, self._interval)])
 
     def flush(self, streams: Collection[str] | None = None) -> list[str]:
-        """Write what waits, of these streams or of all, in pieces: what is packed for the store takes memory, and
-        time. Returns those that another worker has claimed since."""
+        """Write what waits, of these streams or of all, in pieces. Returns those that another worker has claimed
+        since."""
         chosen = list(self._waiting if streams is None else streams)
+        if not chosen:
+            return []
+        # Predictions are acknowledged before the position moves past their frames; and the events of the last write
+        # are in the topic before others take their place beside the state.
+        self._publisher.settle(self._keep_alive)
+        chosen = [stream for stream in chosen if stream in self._waiting]
         fenced: list[str] = []
         size = max(1, min(PIECE_STREAMS, PIECE_BYTES // self._streams.engine.state_bytes))
+        alive = time.monotonic()
         for start in range(0, len(chosen), size):
-            if start:
+            if start and time.monotonic() - alive > ALIVE_S:
                 self._keep_alive()
-            # Predictions are acknowledged before the position moves past their frames; and the events of the last
-            # write are in the topic before others take their place beside the state.
-            self._publisher.settle(self._keep_alive)
+                alive = time.monotonic()
             fenced += self._write(chosen[start : start + size])
         self._metrics.fenced.inc(len(fenced))
         return fenced
@@ -127,7 +132,8 @@ class Journal:
         for folded, good in zip(taken, accepted, strict=True):
             if good:
                 self._stored(folded)
-        return [folded[0].header.stream for folded, good in zip(taken, accepted, strict=True) if not good]
+        refused = [folded[0] for folded, good in zip(taken, accepted, strict=True) if not good]
+        return [one.header.stream for one in refused if self._held(one)]  # One that went was claimed by nobody.
 
     def _held(self, folded: Folded) -> bool:
         return self._streams.engine.holds(folded.header.stream, folded.resident)

@@ -188,6 +188,8 @@ class Streams:
             return False  # It went while the store was waited for.
         log.info("tensors of stream %s are gone from the store and written again", stream, extra=_of(stream))
         resident.stored = False
+        if entry.header.approved is not None:
+            entry = replace(entry, approved=entry.approved or resident.approved)
         write = self._as_write(entry)
         return bool(self._heal(lambda: self._store.write([write]))[0])
 

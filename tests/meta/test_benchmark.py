@@ -1,6 +1,5 @@
 import importlib
 import json
-import linecache
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -311,6 +310,8 @@ def own_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
     monkeypatch.setattr(sys, "path", [*sys.path])
     path = tmp_path / "some_methods.py"
     path.write_text(OWN)
+    (tmp_path / "broken_methods.py").write_text("import not_there\n")
+    (tmp_path / "no_python.py").write_text("class Mine(\n")
     yield path
     sys.modules.pop("some_methods", None)
 
@@ -328,7 +329,6 @@ def test_a_method_of_the_users_own_has_cells_like_any(own_module: Path) -> None:
 def test_changed_code_makes_new_results(own_module: Path) -> None:
     def keys() -> list[str]:
         sys.modules.pop("some_methods", None)
-        linecache.clearcache()
         importlib.invalidate_caches()
         return [cell.key for cell in cells_of(own_plan(), {("blobs", "small"): False})]
 
@@ -345,8 +345,11 @@ def test_changed_code_makes_new_results(own_module: Path) -> None:
     [
         ("no_such_module:Mine", "cannot import 'no_such_module'"),
         ("some_methods:Other", "has no 'Other'"),
-        ("some_methods", "has no ''"),
+        ("some_methods", "is no module:Class"),
+        ("./some_methods.py:Mine", "is no module:Class"),
         ("some_methods:nothing", "no subclass"),
+        ("broken_methods:Mine", r"cannot import 'broken_methods'.*No module named 'not_there'\); correct it"),
+        ("no_python:Mine", r"cannot import 'no_python'.*; correct it"),
     ],
 )
 def test_a_method_that_cannot_be_had_is_named(own_module: Path, where: str, message: str) -> None:

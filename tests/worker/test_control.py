@@ -132,7 +132,7 @@ def test_a_command_to_all_goes_through_the_store_in_pieces(
     worker: Worker, commands: CommandList, store_settings: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the store fails in the middle, and where another command to all comes before the first is through."""
-    monkeypatch.setattr("worker.store.KEYS_AT_ONCE", 20, raising=False)
+    monkeypatch.setattr("worker.store.KEYS_AT_ONCE", 20)
     silent = [f"silent-{i}" for i in range(2 * AT_ONCE)]
     tell(commands, 0, "nobody")
     worker.control.met(worker.streams.ensure(silent))

@@ -202,7 +202,8 @@ def test_many_are_written_in_pieces(
 
     monkeypatch.setattr(store, "write", lambda writes: happened.append(len(writes)) or write(writes))
     monkeypatch.setattr(life.journal, "_keep_alive", one_goes)
-    monkeypatch.setattr("worker.journal.PIECE_STREAMS", 3, raising=False)
+    monkeypatch.setattr("worker.journal.PIECE_STREAMS", 3)
+    monkeypatch.setattr("worker.journal.ALIVE_S", -1.0)
     store.claim([streams[1], streams[4]], "another")
     assert life.journal.flush() == [streams[1], streams[4]]
     assert happened == [3, "alive", 3, "alive", 1]
@@ -224,7 +225,11 @@ def test_large_states_are_written_in_smaller_pieces(
     sizes: list[int] = []
     write = store.write
     monkeypatch.setattr(store, "write", lambda writes: sizes.append(len(writes)) or write(writes))
-    monkeypatch.setattr("worker.journal.PIECE_BYTES", life.streams.engine.state_bytes - 1, raising=False)
+    monkeypatch.setattr("worker.journal.PIECE_BYTES", life.streams.engine.state_bytes - 1)
+    stood_still: list[str] = []
+    monkeypatch.setattr(life.journal, "_keep_alive", lambda: stood_still.append("alive"))
+    assert life.journal.flush([f"silent-{i}" for i in range(9)]) == []
     assert life.journal.flush() == []
     assert sizes == [1, 1, 1]
+    assert stood_still == []  # They took no second.
     life.end()
