@@ -109,8 +109,11 @@ class FrameConsumer:
                 allow_auto_create_topics=False,
             )
 
-        self.consumer = until_reached(make, f"the broker at {settings.bootstrap}", settings.connect_timeout_s, stop)
-        self.consumer.subscribe([settings.topics.frames], listener=_Listener(self))
+        what, topic = f"the broker at {settings.bootstrap}", settings.topics.frames
+        self.consumer = until_reached(make, what, settings.connect_timeout_s, stop)
+        self.consumer.subscribe([topic], listener=_Listener(self))
+        # A member that joins before it has heard of the topic's partitions has none, and as leader has none to give.
+        until_reached(lambda: self.consumer.partitions_for_topic(topic), what, settings.connect_timeout_s, stop)
 
     def poll(self, timeout_s: float) -> tuple[list[Any], set[Partition]]:
         """Records that arrived, oldest first within a partition, and partitions that were taken away before them.

@@ -235,7 +235,10 @@ def test_a_read_gives_whole_batches_up_to_a_size(tmp_path: Path) -> None:
 
 def consumer_of(broker: Broker, **options: object) -> KafkaConsumer:
     fixed = {"group_id": "g", "auto_offset_reset": "earliest", "enable_auto_commit": False, "fetch_max_wait_ms": 20}
-    return KafkaConsumer("t", bootstrap_servers=broker.bootstrap, **fixed | options)
+    consumer = KafkaConsumer("t", bootstrap_servers=broker.bootstrap, **fixed | options)
+    # The client may join before it has heard of the topic's partitions; then it has none, and waits for minutes.
+    wait_until(lambda: consumer.partitions_for_topic("t"), "the topic's partitions")
+    return consumer
 
 
 def read(consumer: KafkaConsumer, count: int) -> list[bytes]:
