@@ -153,6 +153,8 @@ class Control:
         all of them, too, after it."""
         if self._all is None and self._all_again:
             self._all, self._all_again = self._store.pieces(), False
+        if self._all is None:
+            return []
         piece = self._heal(self._piece)
         if piece is None:
             self._all = None

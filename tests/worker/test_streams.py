@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -18,6 +17,7 @@ from schemas.config import Adapt, Kafka, Store
 from schemas.policy import Policy
 from schemas.state import DriftWatch, GuardState, RunningProxies, decode_header
 from schemas.update import Proxies, UpdateEvent, seal
+from tests.servers import wait_until
 from worker.answer import Policies
 from worker.engine import Engine
 from worker.obey import Entry, Place, Subject, obey
@@ -139,8 +139,8 @@ def taught(site: Site) -> Streams:
     tensors["affine"] += 0.5
     first.engine.replace("cam", tensors)
     assert first.write([change(first, "freeze")]) == [True]
-    time.sleep(1.1)
-    assert (site.store.read("cam").tensors, site.store.read("cam").token) == (None, 1)
+    wait_until(lambda: site.store.read("cam").tensors is None, "the expiry of the tensors")
+    assert site.store.read("cam").token == 1
     return first
 
 
@@ -174,7 +174,7 @@ def test_a_stream_whose_tensors_expired_is_fenced_as_any(site: Site) -> None:
     second.ensure(["cam"])
     header = second.engine.resident("cam").header
     assert (header.events, header.step) == (2, 0)  # From source, and an event says so.
-    time.sleep(1.1)
+    wait_until(lambda: site.store.read("cam").tensors is None, "the expiry of the tensors")
     whole = replace(change(first, "unfreeze"), tensors=dict(first.engine.tensors("cam")))
     assert first.write([change(first, "unfreeze"), whole]) == [False, False]
     assert decode_header(site.store.read("cam").header or b"") == header
