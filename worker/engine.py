@@ -224,18 +224,18 @@ class Engine:
     def adapt(self, passed: Pass) -> Proposals:
         """The update of every micro-batch that adapts, and what the others have shown of their streams."""
         proposals: list[Proposal] = []
-        state: State = {}
+        before, state = State(), State()
         if passed.forward is not None:
-            update = self._method.update(passed.forward)
+            update, before = self._method.update(passed.forward), passed.forward.state
             state, finite = update.state, finite_rows(update.state).tolist()
             signals = {name: values.tolist() for name, values in on_cpu(update.signals).items()}
-            layers = self.distances(passed.forward.state["affine"], update.state["affine"])
+            layers = self.distances(before["affine"], state["affine"])
             for row, outlook in enumerate(passed.adapting):
                 own = {name: values[row] for name, values in signals.items()}
                 proposals.append(Proposal(outlook, row, True, own, finite[row], layers[row]))
         sound = finite_rows(passed.observed).tolist() if passed.observed else [True] * len(passed.passive)
         proposals += [Proposal(one, row, False, {}, sound[row]) for row, one in enumerate(passed.passive)]
-        return Proposals(proposals, state, passed.observed)
+        return Proposals(proposals, before, state, passed.observed)
 
     def distances(self, before: Tensor, after: Tensor) -> list[dict[str, float]]:
         """How far each norm layer is from where it was, for every row of two affines (S, P); four digits."""

@@ -66,7 +66,7 @@ def judge(
             proposals.replace(proposal, restored[1] if restored else engine.like)
             proxies = as_source(proxies)
         elif verdict.share < 1:
-            proposals.shrink(proposal, verdict.share, engine.tensors(outlook.batch.stream))
+            proposals.shrink(proposal, verdict.share)
     header = next_header(before, outlook, verdict.apply, watch, proxies, state)
     if verdict.back:
         header.step = header.snapshot = restored[0].header.step if restored else 0

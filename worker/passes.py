@@ -119,18 +119,20 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Proposals:
-    """The updates that a pass proposes, and the rows of state that they would leave; and of streams without an update
-    those tensors that move all the same."""
+    """The updates that a pass proposes: the rows of state that they would leave, and what was there `before`; and of
+    streams without an update those tensors that move all the same."""
 
     proposals: list[Proposal]
+    before: State
     state: State
     known: State
 
-    def shrink(self, proposal: Proposal, share: float, held: State) -> None:
-        """Go only so much of the way from the parameters that the stream `held`."""
+    def shrink(self, proposal: Proposal, share: float) -> None:
+        """Go only so much of the way from the parameters that the stream had. All of it is where the pass was: the
+        loop must not wait for a GPU."""
         for name in WAY & set(self.state):
             row = self.state[name][proposal.row]
-            row.copy_(torch.lerp(held[name].to(row.device), row, share))
+            row.copy_(torch.lerp(self.before[name][proposal.row], row, share))
 
     def replace(self, proposal: Proposal, state: State) -> None:
         """Propose this state instead."""

@@ -102,7 +102,7 @@ def story(bundle: Bundle) -> Iterator[Any]:
             engine.resident(proposal.outlook.batch.stream).header = judgement.header
         moving = [proposal for proposal in proposals.proposals if proposal.update]
         if turn == 1:
-            proposals.shrink(moving[0], 0.25, engine.tensors(moving[0].outlook.batch.stream))
+            proposals.shrink(moving[0], 0.25)
         if turn == 2:
             proposals.replace(moving[0], engine.like)
         engine.accept(proposals, [proposal for proposal in proposals.proposals if proposal.finite])
@@ -177,6 +177,8 @@ def test_group_normalisation_has_its_input_as_a_gpu_wants_it_whatever_the_networ
 def test_the_loop_waits_for_nothing_that_the_device_has_still_to_do() -> None:
     with pretended_cuda():
         engine = Engine(load_bundle(GROUPNORM, device=DEVICE))
+        limits = engine.bundle.manifest.limits.model_copy(update={"generated_gradient_norm": 1e-6})
+        guard = Guard(GuardSettings(), limits)
         admit(engine, "adapts")
         admit(engine, "by-source")
         waited.clear()
@@ -186,6 +188,9 @@ def test_the_loop_waits_for_nothing_that_the_device_has_still_to_do() -> None:
         proposals = engine.adapt(passed)
         assert 0 < waited.total() <= 25
         waited.clear()
+        updating, watched = proposals.proposals
+        assert judge(engine, guard, updating.outlook, proposals, updating).verdict.decision == "partial"
+        assert judge(engine, guard, watched.outlook, proposals, watched).verdict.decision == "skipped"
         engine.accept(proposals, proposals.proposals)
         assert not waited
 

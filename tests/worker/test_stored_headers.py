@@ -77,7 +77,7 @@ class Worker:
             sight=Sight(range(FRAMES * number, FRAMES * (number + 1)), 0.0, number % 3, 0.5, rank),
         )
         proposal = Proposal(outlook, 0, update, SIGNALS if update else {}, True)
-        verdict = judge(self.engine, self.guard, outlook, Proposals([proposal], {}, {}), proposal, 2 * FRAMES)
+        verdict = judge(self.engine, self.guard, outlook, Proposals([proposal], {}, {}, {}), proposal, 2 * FRAMES)
         after = verdict.header
         event = UpdateEvent(
             id=f"cam@{after.events}",
