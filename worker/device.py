@@ -13,7 +13,8 @@ EXPERIMENTAL = "experimental: where tensors are is tested, but no GPU has run th
 
 
 def site_device(name: str) -> torch.device:
-    """The device that a configuration names: cpu, cuda or cuda:N. Raises ConfigError where torch does not see it."""
+    """The device that a configuration names: cpu, cuda or cuda:N; this thread uses it from here on. Raises ConfigError
+    where torch does not see it."""
     if name == "cpu":
         return torch.device(name)
     device = torch.device("cuda", torch.device(name).index or 0)
@@ -26,7 +27,15 @@ def site_device(name: str) -> torch.device:
         raise ConfigError(f"device {name}: {what}, or set device: cpu")
     # As on processors, for which bundles are calibrated; TF32 keeps ten bits of each factor.
     torch.backends.cudnn.allow_tf32 = False
+    use(device)
     return device
+
+
+def use(device: torch.device) -> None:
+    """Let this thread use the device. Every thread begins with the first GPU, where torch would keep a context of some
+    hundred megabytes besides."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def described(device: torch.device) -> str:

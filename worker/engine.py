@@ -72,7 +72,7 @@ class Engine:
         self._shadow_every = round(1 / source_share) if source_share else 0
         self.bundle_hash = bundle.hash
         self._method = bundle.method.with_step_scale(step_scale)
-        self._device = bundle.model.device
+        self.device = bundle.model.device
         self._residents: dict[str, Resident] = {}
         self._headers = Headers()
         fresh = self._method.fresh(1)
@@ -82,7 +82,7 @@ class Engine:
         places = bundle.model.places
         self._layers = [place.layer for place in places]
         sizes = torch.tensor([place.end - place.scale for place in places])
-        self._layer_of = torch.arange(len(places)).repeat_interleave(sizes).to(self._device)
+        self._layer_of = torch.arange(len(places)).repeat_interleave(sizes).to(self.device)
         self._state: State = {name: tensor[:0].clone() for name, tensor in fresh.items()}
 
     @property
@@ -268,7 +268,7 @@ class Engine:
 
     def _there(self, tensor: Tensor) -> Tensor:
         """Where the states are. The loop must not wait for what a GPU has still to do."""
-        return tensor.to(self._device, non_blocking=True)
+        return tensor.to(self.device, non_blocking=True)
 
     def _part(self, batches: list[MicroBatch]) -> Part | None:
         if not batches:
@@ -331,7 +331,7 @@ class Engine:
             end = start + len(batch.frames)
             looks.append((checksums[start:end], float(blank[start:end].mean())))
             start = end
-        return normalise_pixels(stacked, self.bundle.manifest.preprocess, self._device), looks
+        return normalise_pixels(stacked, self.bundle.manifest.preprocess, self.device), looks
 
     def _outlooks(
         self,

@@ -28,6 +28,7 @@ from schemas.state import StreamHeader
 from schemas.update import UpdateEvent, seal
 from worker.answer import named
 from worker.batcher import MicroBatch, MicroBatcher
+from worker.device import use
 from worker.guard import Guard, Verdict
 from worker.journal import Folded, Journal
 from worker.judge import Judgement, judge
@@ -89,7 +90,7 @@ class Step:
         self._engine = engine = streams.engine
         self._watch, self._trace = watch, trace
         self._writer = PredictionWriter(engine.bundle.labels, engine.bundle_hash, worker)
-        self._threads = ThreadPoolExecutor(lanes, thread_name_prefix="pass")
+        self._threads = ThreadPoolExecutor(lanes, "pass", use, (engine.device,))
 
     def start(self, batches: list[MicroBatch]) -> Flight:
         """Begin a pass; returns at once."""

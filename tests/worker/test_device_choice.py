@@ -44,8 +44,11 @@ def test_a_gpu_that_is_seen_computes_as_exactly_as_a_processor(monkeypatch) -> N
     monkeypatch.setattr(torch.version, "cuda", "12.6")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
     assert site_device("cuda:1") == torch.device("cuda", 1)
     assert site_device("cuda") == torch.device("cuda", 0)
+    assert used == [torch.device("cuda", 1), torch.device("cuda", 0)]
     assert not torch.backends.cudnn.allow_tf32
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
-from meta.bundle import Bundle
+from meta.bundle import CPU, Bundle
 from monitoring.metrics import WorkerMetrics
 from schemas.config import Adapt, Batch, Kafka, Store
 from schemas.config import Guard as GuardSettings
@@ -101,3 +102,16 @@ def test_a_pass_that_fails_is_not_waited_for(engine: Held, step: Step) -> None:
         step.publish(flight)
     with pytest.raises(RuntimeError, match="broken"):
         step.finish(flight)
+
+
+def test_passes_use_the_gpu_that_the_engine_is_on_and_no_other(
+    engine: Held, kafka_settings: Kafka, store_settings: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: used.append((threading.current_thread().name, device)))
+    engine.device = torch.device("cuda", 1)
+    with make_step(engine, kafka_settings, store_settings) as step:
+        engine.device = CPU  # where the tensors are
+        engine.go.set()
+        step.start([batch("a", 5)]).adapted.result(20)
+    assert used == [("pass_0", torch.device("cuda", 1))]
