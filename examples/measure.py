@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 from meta.bundle import load_bundle
-from meta.models import import_from
+from meta.imports import import_from
 from worker.benchmark_throughput_engine import Case, engine_pass, forward_pass, frames_per_second
 from worker.engine import Engine
 from worker.run import keep_freed_memory

@@ -6,17 +6,15 @@ worker's own config, so that bytes from outside cannot choose what is imported.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meta.imports import imported
 from schemas.errors import BundleError
 
 
@@ -134,31 +132,20 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "batchnorm-cnn": batchnorm_cnn,
     "layernorm-vit": layernorm_vit,
 }
+COLLECTIONS = {"timm": "timm:create_model", "torchvision": "torchvision.models:get_model"}
+FOLDER = "name the folder it lies in (bundle.code in a worker's config, --code of 'driftkeel bundle create')"
 
 
-def import_from(folder: Path | None) -> None:
-    """Let factories be imported from a folder too, after what is installed."""
-    if folder is not None and str(folder.resolve()) not in sys.path:
-        sys.path.append(str(folder.resolve()))
-
-
-def _imported(name: str) -> Callable[..., nn.Module]:
+def _factory(architecture: str) -> Callable[..., nn.Module]:
     """The function behind `module:function`, `timm:NAME` or `torchvision:NAME`."""
-    module, _, function = name.partition(":")
+    collection, _, name = architecture.partition(":")
     try:
-        if module == "timm":
-            return partial(importlib.import_module("timm").create_model, function)
-        if module == "torchvision":
-            return partial(importlib.import_module("torchvision.models").get_model, function)
-        found: Callable[..., nn.Module] = getattr(importlib.import_module(module), function)
+        if collection in COLLECTIONS:
+            return partial(imported(COLLECTIONS[collection], FOLDER), name)
+        found: Callable[..., nn.Module] = imported(architecture, FOLDER)
         return found
-    except (ImportError, ValueError) as error:
-        raise BundleError(
-            f"architecture {name!r}: cannot import {module!r} ({error}); install it, or name the folder it lies in "
-            "(bundle.code in a worker's config, --code of 'driftkeel bundle create')"
-        ) from error
-    except AttributeError as error:
-        raise BundleError(f"architecture {name!r}: module {module!r} has no {function!r}") from error
+    except ImportError as error:
+        raise BundleError(f"architecture {architecture!r}: {error}") from error
 
 
 def build_network(architecture: str, arguments: dict[str, Any], factories: Iterable[str] = ()) -> nn.Module:
@@ -166,7 +153,7 @@ def build_network(architecture: str, arguments: dict[str, Any], factories: Itera
     if architecture in ARCHITECTURES:
         factory = ARCHITECTURES[architecture]
     elif architecture in set(factories):
-        factory = _imported(architecture)
+        factory = _factory(architecture)
     else:
         known = ", ".join(sorted(ARCHITECTURES))
         raise BundleError(

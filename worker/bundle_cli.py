@@ -30,7 +30,7 @@ def bundle_show(
 ) -> None:
     """Check every hash of a bundle; say what it is, with its verdict where it has one."""
     from meta.bundle import load_bundle, read_verdict
-    from meta.models import import_from
+    from meta.imports import import_from
     from worker.bundle_show import show
     from worker.terminal import terminal
 
@@ -97,7 +97,7 @@ def bundle_create(
     from meta.bundle import read_verdict
     from meta.create.piecewise import frames_in_pass
     from meta.create.run import CreateSettings, create_bundle
-    from meta.models import import_from
+    from meta.imports import import_from
     from worker.decode import decode_image
     from worker.site import EXAMPLE_BUNDLE, shipped
 

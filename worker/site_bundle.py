@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from meta.bundle import Bundle, load_bundle
+from meta.imports import import_from
 from meta.method import CPU
-from meta.models import import_from
 from schemas.config import WorkerConfig
 
 

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 from pathlib import Path
 
 from meta.baselines import Baseline
-from meta.models import import_from
+from meta.imports import import_from, imported
 from schemas.errors import ConfigError
 
 
 def own_method(name: str) -> type[Baseline]:
     """The class behind `module:Class`, of what is installed or else in the current folder. Raises ConfigError."""
-    module, _, kind = name.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), kind)):
-        raise ConfigError(f"own_methods: {name!r} is no module:Class, such as own_method:SureTent")
     import_from(Path.cwd())
     try:
-        found = getattr(importlib.import_module(module), kind)
-    except (ImportError, SyntaxError) as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == module
-        hint = f"install it, or run where {module}.py lies" if missing else "correct it"
-        raise ConfigError(f"own_methods: cannot import {module!r} of {name!r} ({error}); {hint}") from error
-    except AttributeError as error:
-        raise ConfigError(f"own_methods: module {module!r} has no {kind!r}") from error
+        found = imported(name, "run in the folder it lies in")
+    except ImportError as error:
+        raise ConfigError(f"own_methods: {name!r}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Baseline)):
         raise ConfigError(f"own_methods: {name!r} is no subclass of meta.baselines.Baseline")
     return found

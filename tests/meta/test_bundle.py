@@ -80,6 +80,30 @@ def test_trusted_factories_are_imported(copy_of: Path) -> None:
     assert load_bundle(copy_of, ["meta.models:groupnorm_cnn"]).labels[0] == "nut"
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("groupnorm_cnn", "not of the form module:name"),
+        ("meta.models:other", "module 'meta.models' has no 'other'"),
+        (
+            "not_there:net",
+            r"cannot import 'not_there' .*; install it, or .*bundle\.code in a worker's",
+        ),
+        ("not.there:net", r"cannot import 'not.there' \(.*No module named 'not'\); install it, or"),
+        ("not_timm:net", r"cannot import 'not_timm' \(NameError: name 'nonsense' is not defined\); correct it"),
+    ],
+)
+def test_a_factory_that_cannot_be_had_is_named(
+    copy_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "not_timm.py").write_text("nonsense\n")
+    manifest = json.loads((copy_of / "manifest.json").read_text())
+    edit(copy_of, model={**manifest["model"], "architecture": name})
+    with pytest.raises(BundleError, match=rf"^architecture '{name}': {message}"):
+        load_bundle(copy_of, [name])
+
+
 def with_correction(folder: Path, **changes: torch.Tensor | None) -> None:
     """Pack the bundle anew with a correction, which the changes spoil."""
     bundle = load_bundle(folder)
