@@ -73,16 +73,38 @@ def store(store_settings: Store) -> Iterator[StateStore]:
     store.close()
 
 
+@pytest.fixture
+def life(tiny_bundle: Bundle, publisher: Publisher, store: StateStore, store_settings: Store) -> Iterator[Life]:
+    """A worker that writes when it is told to."""
+    life = Life(tiny_bundle, publisher, store, store_settings, LONG_MS)
+    yield life
+    life.end()
+
+
+@pytest.fixture
+def happened(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
+    """How many streams each write has had."""
+    happened: list[int | str] = []
+    write = store.write
+    monkeypatch.setattr(store, "write", lambda writes: happened.append(len(writes)) or write(writes))
+    return happened
+
+
 def nth(number: int, stream: str) -> MicroBatch:
     one = batch(stream, FRAMES, seed=number)
     moved = [replace(f, position=Position("frames", 0, number * FRAMES + i)) for i, f in enumerate(one.frames)]
     return replace(one, frames=moved)
 
 
-def test_nothing_leaves_before_it_is_stored(
-    tiny_bundle: Bundle, publisher: Publisher, store: StateStore, store_settings: Store, topic, kafka_settings: Kafka
-) -> None:
-    life = Life(tiny_bundle, publisher, store, store_settings, LONG_MS)
+def each_once(life: Life, count: int) -> list[str]:
+    """Streams with a step that waits to be written."""
+    streams = [f"cam-{i}" for i in range(count)]
+    for stream in streams:
+        life.fold(nth(0, stream))
+    return streams
+
+
+def test_nothing_leaves_before_it_is_stored(life: Life, store: StateStore, topic, kafka_settings: Kafka) -> None:
     for number in range(3):
         assert life.fold(nth(number, "a")) == []
     assert store.read("a").header is None
@@ -95,20 +117,15 @@ def test_nothing_leaves_before_it_is_stored(
     assert life.offsets.committable() == {("frames", 0): 3 * FRAMES}
     records = topic.read(kafka_settings.topics.updates, lambda rs: len(rs) == 3)
     assert [UpdateEvent.model_validate_json(r.value).number for r in records] == [1, 2, 3]
-    life.end()
 
 
-def test_what_another_claims_is_given_up(
-    tiny_bundle: Bundle, publisher: Publisher, store: StateStore, store_settings: Store
-) -> None:
-    life = Life(tiny_bundle, publisher, store, store_settings, LONG_MS)
+def test_what_another_claims_is_given_up(life: Life, store: StateStore) -> None:
     life.fold(nth(0, "a"))
     life.fold(nth(0, "b"))
     store.claim(["a"], "another")
     assert life.journal.flush() == ["a"]
     assert store.read("a").header is None
     assert decode_header(store.read("b").header or b"").frames == FRAMES
-    life.end()
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -154,16 +171,12 @@ def test_a_crash_repeats_what_was_not_written(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_tensors_in_memory_follow_every_step(
-    tiny_bundle: Bundle, publisher: Publisher, store: StateStore, store_settings: Store
-) -> None:
-    life = Life(tiny_bundle, publisher, store, store_settings, LONG_MS)
+def test_tensors_in_memory_follow_every_step(life: Life) -> None:
     life.fold(nth(0, "a"))
     after_one = life.streams.engine.tensors("a")["affine"].clone()
     life.fold(nth(1, "a"))
     assert not torch.equal(after_one, life.streams.engine.tensors("a")["affine"])
     assert life.streams.engine.resident("a").header.frames == 2 * FRAMES
-    life.end()
 
 
 def test_only_what_makes_no_update_waits(
@@ -181,26 +194,15 @@ def test_only_what_makes_no_update_waits(
 
 
 def test_many_are_written_in_pieces(
-    tiny_bundle: Bundle,
-    publisher: Publisher,
-    store: StateStore,
-    store_settings: Store,
-    monkeypatch: pytest.MonkeyPatch,
+    life: Life, store: StateStore, happened: list[int | str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between them the worker stays in its group; a stream that goes meanwhile is its next owner's."""
-    life = Life(tiny_bundle, publisher, store, store_settings, LONG_MS)
-    streams = [f"cam-{i}" for i in range(8)]
-    for stream in streams:
-        life.fold(nth(0, stream))
-    happened: list[int | str] = []
-    write, waiting = store.write, life.journal._keep_alive
+    streams = each_once(life, 8)
 
     def one_goes() -> None:
-        waiting()
         happened.append("alive")
         life.streams.release([streams[-1]])
 
-    monkeypatch.setattr(store, "write", lambda writes: happened.append(len(writes)) or write(writes))
     monkeypatch.setattr(life.journal, "_keep_alive", one_goes)
     monkeypatch.setattr("worker.journal.PIECE_STREAMS", 3)
     monkeypatch.setattr("worker.journal.ALIVE_S", -1.0)
@@ -209,27 +211,14 @@ def test_many_are_written_in_pieces(
     assert happened == [3, "alive", 3, "alive", 1]
     assert [store.read(s).header is not None for s in streams] == [i not in {1, 4, 7} for i in range(8)]
     assert life.journal.flush() == []
-    life.end()
 
 
 def test_large_states_are_written_in_smaller_pieces(
-    tiny_bundle: Bundle,
-    publisher: Publisher,
-    store: StateStore,
-    store_settings: Store,
-    monkeypatch: pytest.MonkeyPatch,
+    life: Life, happened: list[int | str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    life = Life(tiny_bundle, publisher, store, store_settings, LONG_MS)
-    for number in range(3):
-        life.fold(nth(0, f"cam-{number}"))
-    sizes: list[int] = []
-    write = store.write
-    monkeypatch.setattr(store, "write", lambda writes: sizes.append(len(writes)) or write(writes))
+    each_once(life, 3)
     monkeypatch.setattr("worker.journal.PIECE_BYTES", life.streams.engine.state_bytes - 1)
-    stood_still: list[str] = []
-    monkeypatch.setattr(life.journal, "_keep_alive", lambda: stood_still.append("alive"))
+    monkeypatch.setattr(life.journal, "_keep_alive", lambda: happened.append("alive"))
     assert life.journal.flush([f"silent-{i}" for i in range(9)]) == []
     assert life.journal.flush() == []
-    assert sizes == [1, 1, 1]
-    assert stood_still == []  # They took no second.
-    life.end()
+    assert happened == [1, 1, 1]  # They took no second.
