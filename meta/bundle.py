@@ -29,7 +29,7 @@ from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics
 from meta.paper import PaperMGG, PaperSettings
 from schemas.bundle import FileEntry, Manifest
-from schemas.errors import BundleError
+from schemas.errors import BundleError, first_mistake
 from schemas.verdict import Verdict
 
 MANIFEST = "manifest.json"
@@ -113,9 +113,7 @@ def read_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "the file"
-        raise BundleError(f"{path} is no valid manifest: {where}: {problem['msg']}") from error
+        raise BundleError(f"{path} is no valid manifest: {first_mistake(error)}") from error
 
 
 def load_bundle(
@@ -146,7 +144,7 @@ def load_bundle(
     try:
         return Bundle(manifest, labels, model, made(manifest, generator, model, source, len(labels)))
     except ValidationError as error:
-        raise BundleError(f"{folder}: method settings: {error.errors()[0]['msg']}") from error
+        raise BundleError(f"{folder}: method settings: {first_mistake(error)}") from error
 
 
 def _ours(
@@ -186,7 +184,7 @@ def portable_rule(folder: Path) -> tuple[GeneratorSettings, dict[str, Tensor]]:
     try:
         settings = GeneratorSettings.model_validate(manifest.method.settings)
     except ValidationError as error:
-        raise BundleError(f"{folder}: method settings: {error.errors()[0]['msg']}") from error
+        raise BundleError(f"{folder}: method settings: {first_mistake(error)}") from error
     return settings, {key: tensor for key, tensor in tensors.items() if not key.startswith("anchor.")}
 
 
@@ -198,7 +196,7 @@ def read_verdict(folder: Path) -> Verdict | None:
     try:
         return Verdict.model_validate_json(_checked_file(folder, VERDICT, entry))
     except ValidationError as error:
-        raise BundleError(f"{folder / VERDICT} is no valid verdict: {error.errors()[0]['msg']}") from error
+        raise BundleError(f"{folder / VERDICT} is no valid verdict: {first_mistake(error)}") from error
 
 
 def _baseline(name: str, manifest: Manifest, model: AdaptableModel, source: SourceStatistics, classes: int) -> Baseline:

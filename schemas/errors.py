@@ -52,3 +52,8 @@ def mistakes(error: ValidationError) -> list[tuple[str, str]]:
     before what validators of ours say."""
     found = error.errors(include_url=False)
     return [(".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")) for one in found]
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first of these in a line: place and words."""
+    return ": ".join(filter(None, mistakes(error)[0]))

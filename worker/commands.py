@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from schemas.command import EVERY_STREAM, Command
 from schemas.config import Kafka
-from schemas.errors import mistakes
+from schemas.errors import first_mistake
 from schemas.frame import Position
 from schemas.state import StreamHeader
 from worker.kafka_batches import Unreadable
@@ -107,7 +107,7 @@ class CommandList:
                 command = command.model_copy(update={"id": f"record:{position.partition}:{position.offset}"})
             return command
         except ValidationError as error:
-            reason = ": ".join(filter(None, mistakes(error)[0]))
+            reason = first_mistake(error)
         except ValueError as error:
             reason = str(error)
         log.error("record %s is no command and is passed over: %s", position, reason)

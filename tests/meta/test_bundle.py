@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from meta.bundle import load_bundle, model_weights, write_bundle
+from meta.bundle import load_bundle, model_weights, portable_rule, read_verdict, write_bundle
 from meta.correction import Correction
 from schemas.errors import BundleError
 from tests.conftest import SHIPPED_BUNDLE
@@ -70,6 +71,49 @@ def test_unsound_bundles(copy_of: Path, break_it, message: str) -> None:
     break_it(copy_of)
     with pytest.raises(BundleError, match=message):
         load_bundle(copy_of)
+
+
+def settings_of(folder: Path, name: str, **settings: object) -> None:
+    edit(folder, method={"name": name, "settings": settings})
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (
+            lambda f: edit(f, preprocess={"mode": "L", "width": 28, "height": 28, "mean": [0.0], "std": [0.0]}),
+            "manifest.json is no valid manifest: preprocess: std must be positive",
+        ),
+        (
+            lambda f: settings_of(f, "mgg", hidden=1),
+            "method settings: hidden: Input should be greater than or equal to 2",
+        ),
+        (
+            lambda f: settings_of(f, "mgg-paper", hiden=4),
+            "method settings: hiden: Extra inputs are not permitted",
+        ),
+    ],
+)
+def test_what_a_bundle_says_wrongly_is_named_with_its_place(copy_of: Path, break_it, message: str) -> None:
+    break_it(copy_of)
+    with pytest.raises(BundleError, match=rf"{message}$"):
+        load_bundle(copy_of)
+
+
+def test_settings_of_a_rule_to_take_over_are_named_too(copy_of: Path) -> None:
+    settings_of(copy_of, "mgg", step_limit=0)
+    with pytest.raises(BundleError, match=r"method settings: step_limit: Input should be greater than 0$"):
+        portable_rule(copy_of)
+
+
+def test_a_verdict_of_another_make_is_named_with_its_place(copy_of: Path) -> None:
+    content = b'{"schema_version": 2}'
+    (copy_of / "verdict.json").write_bytes(content)
+    files = json.loads((copy_of / "manifest.json").read_text())["files"]
+    files["verdict.json"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    edit(copy_of, files=files)
+    with pytest.raises(BundleError, match=r"verdict.json is no valid verdict: schema_version: Input should be 1$"):
+        read_verdict(copy_of)
 
 
 def test_trusted_factories_are_imported(copy_of: Path) -> None:
