@@ -18,7 +18,8 @@ streams over (a zombie) is so refused. Writes under one token are numbered: one 
 lost, counts once, and one that comes late, because a broken connection still held it, cannot undo a newer one. The last
 update event lies beside the state, so that a crash between writing the state and publishing the event cannot lose it.
 The header stays when tensors expire: an idle stream restarts from source and can say so. A worker that still has it in
-memory is asked for the tensors again, as no header may say more than the tensors beside it.
+memory is asked for the tensors again, as no header may say more than the tensors beside it. So it is for parameters
+that the header calls approved.
 
 Where one of a stream's keys is of another type, somebody else put it there. No script touches such a stream.
 """
@@ -81,7 +82,8 @@ class Overview:
 
 @dataclass(frozen=True)
 class Write:
-    """A state to write. `tensors` None leaves the stored ones as they are, and so does `approved`.
+    """A state to write. `tensors` None leaves the stored ones as they are, and so does `approved`; where the header is
+    nothing without these, `keeps_approved`.
 
     `snapshot` keeps these tensors for rollback, under what it says of them. `number` grows from write to write of a
     stream; tensors are as `pack` gave them.
@@ -95,6 +97,7 @@ class Write:
     tensors: bytes | None
     snapshot: bytes | None = None
     approved: bytes | None = None
+    keeps_approved: bool = False
 
 
 class StateStore:
@@ -132,7 +135,7 @@ class StateStore:
     def write(self, writes: list[Write]) -> list[bool | None]:
         """Write states, in order; False where another worker has claimed the stream since.
 
-        None where nothing was written, because there are no tensors that could stay as they are.
+        None where nothing was written, because tensors or approved parameters that should stay as they are, are gone.
         """
         calls = [(self.keys(w.stream), self._arguments(w)) for w in writes]
         return [None if outcome == 2 else bool(outcome) for outcome in self._scripts(scripts.WRITE, calls)]
@@ -249,7 +252,7 @@ class StateStore:
         snapshot = _join(write.snapshot, write.tensors) if write.snapshot and write.tensors else b""
         return [
             *(write.token, write.header, write.event, write.tensors or b"", settings.idle_ttl_s),
-            *(snapshot, settings.snapshots, write.number, write.approved or b""),
+            *(snapshot, settings.snapshots, write.number, write.approved or b"", int(write.keeps_approved)),
         ]
 
     def _unpacked(self, tensors: bytes | None) -> bytes | None:

@@ -182,11 +182,11 @@ class Streams:
         return accepted
 
     def _write_whole(self, entry: Entry, resident: Resident) -> bool:
-        """The store has the stream's tensors no more: they expired while it was idle, or were evicted."""
+        """The store has the stream's tensors no more, or those that are approved: they expired or were evicted."""
         stream = entry.header.stream
         if not self.engine.holds(stream, resident):
             return False  # It went while the store was waited for.
-        log.info("tensors of stream %s are gone from the store and written again", stream, extra=_of(stream))
+        log.info("parameters of stream %s are gone from the store and written again", stream, extra=_of(stream))
         resident.stored = False
         if entry.header.approved is not None:
             entry = replace(entry, approved=entry.approved or resident.approved)
@@ -219,7 +219,8 @@ class Streams:
         resident = self.engine.resident(entry.header.stream)
         if entry.tensors is None and not resident.stored:
             entry = replace(entry, tensors=self.engine.tensors(entry.header.stream))
-        return as_write(entry, resident.token, self._compression)
+        keeps = entry.header.approved is not None and entry.approved is None
+        return replace(as_write(entry, resident.token, self._compression), keeps_approved=keeps)
 
     def _restored(self, stream: str, claimed: Claimed) -> _Restored:
         """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""

@@ -1,4 +1,5 @@
 import contextlib
+from dataclasses import replace
 
 import pytest
 import redis
@@ -211,6 +212,23 @@ def test_approved_parameters_stay_until_others_are_approved(store: StateStore) -
     assert store.read("cam").approved == b"a1"
     store.write([Write("cam", 1, 3, b"h", b"e", None, approved=b"a2")])
     assert store.claim(["cam"], "w")[0].approved == b"a2"
+
+
+@pytest.mark.parametrize("tensors", [b"t", None])
+def test_what_rests_on_approved_parameters_is_not_written_without_them(
+    store: StateStore, store_url: str, tensors: bytes | None
+) -> None:
+    store.claim(["cam"], "w")
+    client = redis.Redis.from_url(store_url)
+    resting = Write("cam", 1, 2, b"h2", b"e2", tensors, keeps_approved=True)
+    assert store.write([Write("cam", 1, 1, b"h1", b"e1", b"t", approved=b"a"), resting]) == [True, True]
+    client.delete(store.keys("cam")[3])
+    again = replace(resting, number=3, header=b"h3")
+    assert store.write([again, replace(again, token=2)]) == [None, False]
+    assert store.read("cam").header == b"h2"
+    assert store.write([replace(again, approved=b"a", keeps_approved=False)]) == [True]
+    assert (store.read("cam").header, store.read("cam").approved) == (b"h3", b"a")
+    client.close()
 
 
 def test_reading_claims_nothing(store: StateStore) -> None:

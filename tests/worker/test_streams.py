@@ -11,6 +11,7 @@ import redis
 import torch
 
 from meta.bundle import Bundle
+from meta.method import State
 from monitoring.metrics import WorkerMetrics
 from schemas.command import Command
 from schemas.config import Adapt, Kafka, Store
@@ -181,13 +182,39 @@ def test_a_stream_whose_tensors_expired_is_fenced_as_any(site: Site) -> None:
     assert second.write([change(second, "unfreeze")]) == [True]
 
 
-def test_approved_parameters_survive_their_worker_and_go_with_their_bundle(site: Site) -> None:
+def approving(site: Site) -> tuple[Streams, State]:
+    """A worker that has cam in memory, with parameters that are approved."""
     first = site.worker("first")
     first.ensure(["cam"])
     tensors = {name: t.clone() for name, t in first.engine.tensors("cam").items()}
     tensors["affine"] += 0.5
     first.engine.replace("cam", tensors)
     assert first.write([change(first, "approve")]) == [True]
+    return first, tensors
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_approved_parameters_that_were_evicted_are_written_again_by_who_has_them(
+    site: Site, store_url: str, moving: bool
+) -> None:
+    """Also where the tensors are all there, or come along."""
+    first, tensors = approving(site)
+    client = redis.Redis.from_url(store_url)
+    client.delete(site.store.keys("cam")[3])
+    client.close()
+    entry = change(first, "freeze")
+    assert first.write([replace(entry, tensors=first.engine.like) if moving else entry]) == [True]
+    second = site.worker("second")
+    second.ensure(["cam"])
+    resident = second.engine.resident("cam")
+    assert (resident.header.approved, resident.header.events) == (0, 2)
+    assert torch.equal(resident.approved["affine"], tensors["affine"])
+    expected = second.engine.like if moving else tensors
+    assert torch.equal(second.engine.tensors("cam")["affine"], expected["affine"])
+
+
+def test_approved_parameters_survive_their_worker_and_go_with_their_bundle(site: Site) -> None:
+    _, tensors = approving(site)
     second = site.worker("second")
     second.ensure(["cam"])
     resident = second.engine.resident("cam")
