@@ -1,27 +1,22 @@
-"""The configuration of a worker: one YAML file, checked, every key overridable from the environment."""
+"""Everything that a worker can be told, as checked sections. `schemas.config_file` reads them."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import socket
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
-from schemas.errors import ConfigError, mistakes
 from schemas.policy import Policy, PolicyChange
-from schemas.yaml_file import yaml_content
 
 ENVIRONMENT_PREFIX = "DRIFTKEEL__"
 STORE_SCHEMES = (
@@ -339,76 +334,6 @@ class WorkerConfig(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The environment goes before the file, whose content arrives as init settings."""
         return env_settings, init_settings
-
-
-def load_config(path: Path | None) -> WorkerConfig:
-    """The configuration in `path` (defaults where None) with the environment's overrides.
-
-    Raises ConfigError, one line per mistake, with the nearest valid key for an unknown one.
-    """
-    content: dict[str, Any] = {}
-    if path is not None:
-        content = _read_yaml(path)
-    where = str(path) if path else "defaults"
-    _refuse_unknown_environment()
-    try:
-        return WorkerConfig(**content)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explained(error, where))) from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    content = yaml_content(path, "config")
-    if content is None:
-        return {}
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ConfigError(f"config {path}: expected sections such as 'kafka:' at the top level")
-    return content
-
-
-def _explained(error: ValidationError, where: str) -> Iterator[str]:
-    for problem, (name, words) in zip(error.errors(), mistakes(error), strict=True):
-        if problem["type"] == "extra_forbidden":
-            yield f"config {where}: unknown key '{name}'{_nearest([str(part) for part in problem['loc']])}"
-        else:
-            yield f"config {where}: {name or 'configuration'}: {words[:1].lower()}{words[1:]}"
-
-
-def _nearest(location: list[str]) -> str:
-    # A key in the wrong section is as common a mistake as a misspelt one, and surer to be seen.
-    close = [key for key in _keys(WorkerConfig) if key.split(".")[-1] == location[-1]][:1]
-    if not close:
-        valid = [key for key in _keys(WorkerConfig) if key.count(".") == len(location) - 1]
-        close = difflib.get_close_matches(".".join(location), valid, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else "; 'driftkeel config' prints all valid keys"
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys, sections included."""
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _keys(kind, f"{prefix}{name}.")
-    return keys
-
-
-def _refuse_unknown_environment() -> None:
-    valid = set(_keys(WorkerConfig))
-    for variable in os.environ:
-        if not variable.upper().startswith(ENVIRONMENT_PREFIX):
-            continue
-        key = variable[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
-        if key not in valid:
-            raise ConfigError(f"environment variable {variable}: unknown key '{key}'{_nearest(key.split('.'))}")
-
-
-def effective_yaml(config: WorkerConfig) -> str:
-    """The configuration as YAML, secrets masked."""
-    content = config.model_dump(mode="json")
-    content["store"]["url"] = config.store.address
-    return yaml.safe_dump(content, sort_keys=False)
 
 
 def mask_url(url: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from schemas.config import load_config
+from schemas.config_file import load_config
 from schemas.errors import ConfigError, StateError
 from worker.options import ConfigOption
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from schemas.config import effective_yaml, load_config
+from schemas.config_file import effective_yaml, load_config
 from schemas.errors import ConfigError, DriftkeelError
 from worker.audit_cli import audit_app
 from worker.benchmark_cli import benchmark_app

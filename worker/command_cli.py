@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from schemas.command import Action, Command
-from schemas.config import load_config
+from schemas.config_file import load_config
 from schemas.errors import ConfigError, mistakes
 from schemas.policy import Mode, PolicyChange
 from worker.options import ConfigOption, ReasonOption

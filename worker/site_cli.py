@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from schemas.config import load_config
+from schemas.config_file import load_config
 from worker.options import ConfigOption
 
 

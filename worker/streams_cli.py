@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from schemas.config import load_config
+from schemas.config_file import load_config
 from schemas.errors import StateError
 from worker.options import ConfigOption, ReasonOption
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from schemas.command import EVERY_STREAM
-from schemas.config import Kafka, WorkerConfig, load_config
+from schemas.config import Kafka, WorkerConfig
+from schemas.config_file import load_config
 from schemas.errors import ConfigError
 from worker.options import ConfigOption
 

@@ -12,7 +12,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from schemas.config import ENVIRONMENT_PREFIX, WorkerConfig, _keys, load_config
+from schemas.config import ENVIRONMENT_PREFIX, WorkerConfig
+from schemas.config_file import dotted_keys, load_config
 from worker.cli import app
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -61,7 +62,7 @@ def environment_names(text: str) -> set[str]:
 
 
 def test_every_variable_in_deploy_is_a_key_of_the_configuration() -> None:
-    valid = {ENVIRONMENT_PREFIX + key.upper().replace(".", "__") for key in _keys(WorkerConfig)}
+    valid = {ENVIRONMENT_PREFIX + key.upper().replace(".", "__") for key in dotted_keys(WorkerConfig)}
     files = [p for p in DEPLOY.rglob("*") if p.is_file()] + [DEPLOY.parent / "Dockerfile"]
     named = {name for path in files for name in environment_names(path.read_text())}
     assert len(named) > 5

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from schemas.config import effective_yaml, load_config, mask_url
+from schemas.config import mask_url
+from schemas.config_file import effective_yaml, load_config
 from schemas.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "driftkeel.example.yaml"

@@ -23,7 +23,8 @@ import yaml
 from PIL import Image
 
 from meta.data import fashion_mnist
-from schemas.config import WorkerConfig, _keys, load_config
+from schemas.config import WorkerConfig
+from schemas.config_file import dotted_keys, load_config
 from tests.conftest import SHIPPED_BUNDLE
 from tests.system.conftest import Site
 from tests.videos import write_video
@@ -123,7 +124,7 @@ def test_shell_blocks_are_shell(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_yaml_blocks_are_configuration(page: Path, tmp_path: Path) -> None:
-    sections = {key for key in _keys(WorkerConfig) if "." not in key}
+    sections = {key for key in dotted_keys(WorkerConfig) if "." not in key}
     for number, text in enumerate(blocks(page, "yaml")):
         if set(yaml.safe_load(text)) & sections:
             path = tmp_path / f"{number}.yaml"

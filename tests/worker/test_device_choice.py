@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from schemas.config import WorkerConfig, load_config
+from schemas.config import WorkerConfig
+from schemas.config_file import load_config
 from schemas.errors import ConfigError
 from worker import run
 from worker.device import site_device

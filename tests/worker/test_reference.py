@@ -10,7 +10,8 @@ import jsonschema
 import pytest
 import yaml
 
-from schemas.config import WorkerConfig, _keys
+from schemas.config import WorkerConfig
+from schemas.config_file import dotted_keys
 from worker.reference import SCHEMAS, asyncapi, configuration, reference, write
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
@@ -33,7 +34,7 @@ def test_what_is_no_longer_generated_is_removed(tmp_path: Path) -> None:
 
 def test_every_key_of_the_configuration_is_there() -> None:
     text = configuration()
-    keys = [key for key in _keys(WorkerConfig) if not key.startswith("streams.")]  # below a stream's name
+    keys = [key for key in dotted_keys(WorkerConfig) if not key.startswith("streams.")]  # below a stream's name
     assert len(keys) > 60
     assert [key for key in keys if f"`{key}`" not in text] == []
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from schemas.config import WorkerConfig, load_config
+from schemas.config import WorkerConfig
+from schemas.config_file import load_config
 from schemas.errors import ConfigError
 from worker.site import EXAMPLE_BUNDLE, local_services, shipped, site_compose, write_site
 

@@ -1,0 +1,86 @@
+"""A worker's configuration from one YAML file and the environment, and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from schemas.config import ENVIRONMENT_PREFIX, WorkerConfig
+from schemas.errors import ConfigError, mistakes
+from schemas.yaml_file import yaml_content
+
+
+def load_config(path: Path | None) -> WorkerConfig:
+    """The configuration in `path` (defaults where None) with the environment's overrides.
+
+    Raises ConfigError, one line per mistake, with the nearest valid key for an unknown one.
+    """
+    content: dict[str, Any] = {}
+    if path is not None:
+        content = _read_yaml(path)
+    where = str(path) if path else "defaults"
+    _refuse_unknown_environment()
+    try:
+        return WorkerConfig(**content)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explained(error, where))) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    content = yaml_content(path, "config")
+    if content is None:
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(f"config {path}: expected sections such as 'kafka:' at the top level")
+    return content
+
+
+def _explained(error: ValidationError, where: str) -> Iterator[str]:
+    for problem, (name, words) in zip(error.errors(), mistakes(error), strict=True):
+        if problem["type"] == "extra_forbidden":
+            yield f"config {where}: unknown key '{name}'{_nearest([str(part) for part in problem['loc']])}"
+        else:
+            yield f"config {where}: {name or 'configuration'}: {words[:1].lower()}{words[1:]}"
+
+
+def _nearest(location: list[str]) -> str:
+    # A key in the wrong section is as common a mistake as a misspelt one, and surer to be seen.
+    close = [key for key in dotted_keys(WorkerConfig) if key.split(".")[-1] == location[-1]][:1]
+    if not close:
+        valid = [key for key in dotted_keys(WorkerConfig) if key.count(".") == len(location) - 1]
+        close = difflib.get_close_matches(".".join(location), valid, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else "; 'driftkeel config' prints all valid keys"
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """All dotted keys, sections included."""
+    found = []
+    for name, field in model.model_fields.items():
+        found.append(prefix + name)
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found += dotted_keys(kind, f"{prefix}{name}.")
+    return found
+
+
+def _refuse_unknown_environment() -> None:
+    valid = set(dotted_keys(WorkerConfig))
+    for variable in os.environ:
+        if not variable.upper().startswith(ENVIRONMENT_PREFIX):
+            continue
+        key = variable[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
+        if key not in valid:
+            raise ConfigError(f"environment variable {variable}: unknown key '{key}'{_nearest(key.split('.'))}")
+
+
+def effective_yaml(config: WorkerConfig) -> str:
+    """The configuration as YAML, secrets masked."""
+    content = config.model_dump(mode="json")
+    content["store"]["url"] = config.store.address
+    return yaml.safe_dump(content, sort_keys=False)
