@@ -27,8 +27,9 @@ from meta.generator import Anchor, UpdateRule
 from meta.inputs import ALL_INPUTS, Input, Inputs
 from meta.method import Forward, Method, State, Update
 from meta.moments import NormMoments
-from meta.norms import AdaptableModel, LayerCorrection
+from meta.norms import AdaptableModel
 from meta.objective import EPSILON, SourceStatistics, deviation, per_stream_mean, running
+from meta.stream_norm import LayerCorrection
 from meta.temporal import filter_classes, fresh_belief
 
 TINY = 1e-8

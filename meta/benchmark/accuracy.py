@@ -28,7 +28,7 @@ from meta.data import cache_folder
 from meta.method import Method
 from meta.mgg import MGG
 from meta.models import build_network
-from meta.norms import BATCH_NORM
+from meta.stream_norm import BATCH_NORM
 
 TUNING_SETTINGS: tuple[Setting, ...] = ("continual", "correlated", "reset")
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from meta.affine import Affine, rectified_mean
-from meta.norms import AdaptableModel, _group_normalised
+from meta.norms import AdaptableModel
+from meta.stream_norm import _group_normalised
 
 SHAPES = {  # x, scale and shift, positions
     "picture": ((3, 4, 5, 2), (3, 4, 1, 1), (2, 3)),

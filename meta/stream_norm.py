@@ -1,0 +1,213 @@
+"""A normalisation layer whose scale and shift may differ from frame to frame.
+
+It normalises without affine and then applies the scale and shift of the stream that each frame belongs to. Normalising
+without affine also avoids a crash of torch 2.13 in the backward of `group_norm` with affine weights on channels-last
+input.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from meta.affine import Affine, rectified_mean, scaled, scaled_in_place
+from meta.moments import NormMoments
+from schemas.errors import BundleError
+
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+CHANNELS_FIRST = (nn.GroupNorm, BATCH_NORM, nn.modules.instancenorm._InstanceNorm)
+CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class NormSlice:
+    """Where one layer's affine lies in the flat vector: [scale, shift) then [shift, end)."""
+
+    layer: str
+    scale: int
+    shift: int
+    end: int
+
+
+class LayerCorrection(Protocol):
+    """What changes normalised activations, channel by channel, before scale and shift (`meta.correction`)."""
+
+    def of(self, channels: slice, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """Gain and offset (B, C) of a layer that has `channels` of those of all layers joined, from each frame's first
+        and second moments (B, C) over its positions."""
+        ...
+
+
+class FrameAffine(threading.local):
+    """What the pass under way asks of every layer, shared by all layers of one model; each thread has its own pass.
+
+    `rows` are scales and shifts of every layer in turn, (B, ...) each, one row a frame, or None for the source affine;
+    `moments` replaces the running statistics of BatchNorm layers where it is set; `correction` changes what is
+    normalised before scale and shift; `features` collects each layer's
+    rectified and pooled output (B, C), with the layer's place in the affine, where it is a list; `first_features` is
+    that of the first layer as the source affine would make it, where `first` asks for it. `head` is what went into the
+    last linear layer in the thread's last pass.
+    """
+
+    def __init__(self) -> None:
+        self.rows: tuple[Tensor, ...] | None = None
+        self.moments: NormMoments | None = None
+        self.correction: LayerCorrection | None = None
+        self.features: list[tuple[int, Tensor]] | None = None
+        self.first = False
+        self.first_features: Tensor | None = None
+        self.head: Tensor | None = None
+
+
+class StreamNorm(nn.Module):
+    """One swapped normalisation layer: x_hat = normalise(x), then per-frame scale and shift.
+
+    `part`: which of the pass's `rows` are its scales; its shifts, if it has any, come next.
+    """
+
+    def __init__(
+        self, norm: nn.Module, name: str, offset: int, frame_affine: FrameAffine, channel: int = 0, part: int = 0
+    ) -> None:
+        super().__init__()
+        scale = norm.weight
+        if not isinstance(scale, Tensor):
+            raise BundleError(f"norm layer {name!r} has no scale: nothing there can adapt")
+        shift = getattr(norm, "bias", None)
+        self.norm = _without_affine(norm)
+        self.shape = tuple(scale.shape)
+        self.channels_first = isinstance(norm, CHANNELS_FIRST)
+        self.has_shift = isinstance(shift, Tensor)
+        size = scale.numel()
+        self.place = NormSlice(name, offset, offset + size, offset + size * (2 if self.has_shift else 1))
+        self.register_buffer("scale", scale.detach().clone().float())
+        self.register_buffer("shift", shift.detach().clone().float() if isinstance(shift, Tensor) else None)
+        self.frame_affine = frame_affine
+        self.part = part
+        # Where this layer's running statistics lie in those of all BatchNorm layers; empty where it has none.
+        self.channels = slice(channel, channel + (size if isinstance(norm, BATCH_NORM) else 0))
+        self.own_features = slice(0, 0)  # of those of all layers joined
+        self.groups = norm.num_groups if type(norm).forward is nn.GroupNorm.forward else 0
+        self.rectify = False  # whether it does the work of the ReLU behind it
+
+    def forward(self, x: Tensor) -> Tensor:
+        at, rows = self.frame_affine, self.frame_affine.rows
+        if rows is None and at.correction is None and not (x.requires_grad and torch.is_grad_enabled()):
+            return self._as_source(x)
+        scale, shift = self._source_rows(x) if rows is None else self._frame_rows(x, rows)
+        inverse = None
+        if self.groups and at.correction is None:
+            with torch.no_grad():
+                x_hat, inverse = _group_normalised(x, self.groups, self.norm.eps)
+        else:
+            x = self._normalised(x)
+            x_hat = x.detach()
+        if at.correction is not None:
+            scale, shift = self._corrected(x, scale, shift, at.correction)
+        positions = self._positions(x) if at.features is not None else None
+        if at.first and self.place.scale == 0 and rows is not None:
+            with torch.no_grad():
+                as_source = scaled(x_hat, *self._source_rows(x_hat)).relu_()
+                at.first_features = rectified_mean(as_source, self._positions(x), rectified=True)
+        if torch.is_grad_enabled():
+            out, pooled = Affine.apply(x, x_hat, inverse, scale, shift, self.rectify, positions)
+        else:
+            out, pooled = scaled_in_place(x_hat, scale, shift, self.rectify, positions)
+        self._collect(pooled)
+        return cast(Tensor, out)
+
+    def _collect(self, pooled: Tensor | None) -> None:
+        at = self.frame_affine
+        if at.features is not None and pooled is not None:
+            at.features.append((self.place.scale, pooled))
+            if at.first and self.place.scale == 0 and at.first_features is None:
+                at.first_features = pooled
+
+    def _corrected(
+        self, x: Tensor, scale: Tensor, shift: Tensor | None, correction: LayerCorrection
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and shift that also do what the correction does to x, which is normalised: going over it once will do.
+
+        The gradient passes through what is estimated: a change of scale or shift in a layer before is partly taken back
+        here, and whoever adapts has to know.
+        """
+        positions = self._positions(x)
+        mean, square = (t.mean(positions) if positions else t for t in (x, x * x))
+        gain, offset = correction.of(self.own_features, mean, square)
+        ones = [1] * len(positions)
+        shape = (len(x), -1, *ones) if self.channels_first else (len(x), *ones, -1)
+        gain, offset = gain.view(shape), offset.view(shape)
+        moved = scale * offset
+        return scale * gain, moved if shift is None else shift + moved
+
+    def _as_source(self, x: Tensor) -> Tensor:
+        """What the trained layer puts out, as fast as that."""
+        if self.groups:
+            out = nn.functional.group_norm(x, self.groups, self.scale, self.shift, self.norm.eps)
+        else:
+            out = scaled(self._normalised(x), *self._source_rows(x))
+        if self.rectify:
+            out.relu_()
+        if self.frame_affine.features is not None:
+            self._collect(rectified_mean(out, self._positions(x), self.rectify))
+        return out
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        moments = self.frame_affine.moments
+        if moments is None or self.channels.start == self.channels.stop:
+            return cast(Tensor, self.norm(x))
+        return moments.normalise(x, self.channels, self.norm.eps)
+
+    @property
+    def feature_count(self) -> int:
+        """How many pooled features this layer has: one a channel."""
+        return int(self.scale.shape[0 if self.channels_first else -1])
+
+    def _frame_rows(self, x: Tensor, rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        if x.shape[0] != rows[0].shape[0]:
+            raise BundleError(
+                f"norm layer {self.place.layer!r} sees {x.shape[0]} rows for {rows[0].shape[0]} frames: "
+                "models that fold other dimensions into the batch cannot be adapted per stream"
+            )
+        shift = self._shaped(rows[self.part + 1], x) if self.has_shift else None
+        return self._shaped(rows[self.part], x), shift
+
+    def _source_rows(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        shift = self._shaped(self.shift[None], x) if self.shift is not None else None
+        return self._shaped(self.scale[None], x), shift
+
+    def _shaped(self, rows: Tensor, x: Tensor) -> Tensor:
+        if self.channels_first:
+            return rows.view(*rows.shape, *([1] * (x.dim() - 2)))
+        lead = x.dim() - 1 - len(self.shape)
+        return rows.view(rows.shape[0], *([1] * lead), *self.shape)
+
+    def _positions(self, x: Tensor) -> tuple[int, ...]:
+        """The dimensions of x that are neither frames nor channels."""
+        return tuple(range(2, x.dim()) if self.channels_first else range(1, x.dim() - 1))
+
+
+def _group_normalised(x: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x (B, C, ...) normalised over each group's channels and positions, and the inverse deviations (B, groups)."""
+    frames, channels = x.shape[:2]
+    size = math.prod(x.shape[2:])
+    if not x.is_cpu:
+        x = x.contiguous()  # CUDA's refuses anything else
+    x_hat, _, inverse = torch.native_group_norm(x, None, None, frames, channels, size, groups, epsilon)
+    return x_hat, inverse
+
+
+def _without_affine(norm: nn.Module) -> nn.Module:
+    bare = copy.copy(norm)
+    bare._parameters = dict.fromkeys(norm._parameters)
+    return bare.eval()
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is a normalisation layer of a kind that a `StreamNorm` can take the place of."""
+    return isinstance(module, CHANNELS_FIRST + CHANNELS_LAST)
