@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterable, Set
 from dataclasses import replace
@@ -15,21 +14,15 @@ from meta.bundle import MGG_NAME, Bundle
 from meta.estimator import AccuracyModel
 from meta.method import Forward, State, finite_rows, narrowed, on_cpu, put, take
 from meta.mgg import MGG, as_served
-from meta.moments import NormMoments
-from meta.norms import AdaptableModel
-from meta.objective import per_stream_mean
-from meta.proxies import Observed, Observer
-from schemas.bundle import Calibration
-from schemas.prediction import Parameters
-from schemas.state import RunningProxies, StreamHeader, StreamState
-from worker.answer import named
+from meta.proxies import Observer
+from schemas.state import StreamHeader, StreamState
 from worker.batcher import MicroBatch
-from worker.guard import Sight, watched
+from worker.guard import watched
+from worker.outlook import Look, answer_barely, outlooks
 from worker.passes import Fixed, Gathered, Outlook, Part, Pass, Proposal, Proposals
 from worker.pixels import blank_frames, normalise_pixels
 from worker.resident import Headers, Resident
 
-TOP = 3
 FIRST_SLOTS = 16
 SOURCE_SHARE = 1 / 16
 FIXED = (
@@ -207,7 +200,7 @@ class Engine:
         observed, source = None, None
         if self._observer is not None:
             observed, source = self._observer.observe(frames, forward, part.shadow)
-        return self._outlooks(part, frames, forward.answer, observed, sights, source), forward
+        return outlooks(self.bundle, part, frames, forward.answer, observed, sights, source), forward
 
     def _hurry(self, part: Part) -> list[Outlook]:
         """One forward of the bare model under the parameters that answer: no class filter, no question to source."""
@@ -219,7 +212,7 @@ class Engine:
                 parameters[name] = parameters[name].index_copy(0, rows, own.index_select(0, part.fixed.stream))
             part = replace(part, fixed=None)
         logits = answer_barely(self.bundle.model, frames, part.stream, parameters)
-        return self._outlooks(part, frames, logits, None, sights)
+        return outlooks(self.bundle, part, frames, logits, None, sights)
 
     def adapt(self, passed: Pass) -> Proposals:
         """The update of every micro-batch that adapts, and what the others have shown of their streams."""
@@ -320,7 +313,7 @@ class Engine:
         parameters = {name: self._there(torch.stack([state[name] for state in own])) for name in self.fixed}
         return Fixed(self._there(frames), self._there(place.index_select(0, frames)), parameters)
 
-    def _frames(self, part: Part) -> tuple[Tensor, list[tuple[list[int], float]]]:
+    def _frames(self, part: Part) -> tuple[Tensor, list[Look]]:
         """The model's input; and of every micro-batch the frames' checksums and how many of them are blank."""
         pixels = [frame.pixels for batch in part.batches for frame in batch.frames]
         stacked = np.stack(pixels)
@@ -333,106 +326,8 @@ class Engine:
             start = end
         return normalise_pixels(stacked, self.bundle.manifest.preprocess, self.device), looks
 
-    def _outlooks(
-        self,
-        part: Part,
-        frames: Tensor,
-        logits: Tensor,
-        observed: list[Observed] | None,
-        looks: list[tuple[list[int], float]],
-        source: Tensor | None = None,
-    ) -> list[Outlook]:
-        """`source` (n, K): its logits for the part's `shadow`."""
-        log_p = logits.log_softmax(1)
-        entropy = (log_p.exp() * log_p).sum(1).neg()
-        calibration = self.bundle.manifest.calibration
-        source_temperature = calibration.source_temperature or calibration.temperature
-        temperatures = self._there(torch.tensor([temperature(calibration, one.proxies) for one in part.headers]))
-        logits = logits / temperatures.index_select(0, part.stream).unsqueeze(1)
-        top = _likeliest(logits)
-        said = {
-            "class": top.indices[:, 0],
-            "mean_entropy": per_stream_mean(entropy, part.stream, part.counts),
-            "signals": torch.stack([entropy, top.values[:, 0]], 1),
-            "mean_confidence": per_stream_mean(top.values[:, 0], part.stream, part.counts),
-        }
-        answers = logits
-        if part.fixed is not None:
-            fixed = answer_fixed(self.bundle.model, frames, part.fixed)
-            answers = answers.index_copy(0, part.fixed.frames, fixed / source_temperature)
-        if source is not None and len(part.by_source):
-            own = source.index_select(0, part.by_source) / source_temperature
-            answers = answers.index_copy(0, part.shadow.index_select(0, part.by_source), own)
-        if answers is not logits:
-            top = _likeliest(answers)
-        said |= {"confidence": top.values.clamp_max(1.0), "index": top.indices}
-        rows = {name: values.tolist() for name, values in on_cpu(said).items()}
-        outlooks, start = [], 0
-        for row, (batch, header) in enumerate(zip(part.batches, part.headers, strict=True)):
-            end, step = start + len(batch.frames), _step_of(batch.answer, header)
-            outlooks.append(
-                Outlook(
-                    batch=batch,
-                    resident=part.residents[row],
-                    parameters=named(batch.answer, header),
-                    step=step,
-                    top_index=rows["index"][start:end],
-                    top_confidence=rows["confidence"][start:end],
-                    mean_confidence=rows["mean_confidence"][row],
-                    mean_entropy=rows["mean_entropy"][row],
-                    signals=rows["signals"][start:end],
-                    observed=observed[row] if observed is not None else None,
-                    sight=_sight(looks[row], rows["class"][start:end], observed[row] if observed is not None else None),
-                )
-            )
-            start = end
-        return outlooks
-
-
-def _sight(look: tuple[list[int], float], classes: list[int], observed: Observed | None) -> Sight:
-    dominant = max(set(classes), key=classes.count)
-    rank = None if observed is None else observed.rank
-    return Sight(look[0], look[1], dominant, classes.count(dominant) / len(classes), rank)
-
-
-def _likeliest(logits: Tensor) -> torch.return_types.topk:
-    """The first classes with their confidences, of logits that are calibrated."""
-    return logits.softmax(1).nan_to_num().topk(min(TOP, logits.shape[1]), 1)
-
-
-def temperature(calibration: Calibration, proxies: RunningProxies) -> float:
-    """Of a stream's answers: the surer they are beyond their estimated accuracy, the softer they become."""
-    if proxies.accuracy is None or not calibration.softening:
-        return calibration.temperature
-    excess = proxies.signals.get("answer_confidence", proxies.accuracy) - proxies.accuracy
-    return calibration.temperature * math.exp(calibration.softening * min(1.0, max(-1.0, excess)))
-
-
-def answer_fixed(model: AdaptableModel, frames: Tensor, fixed: Fixed) -> Tensor:
-    """Logits (N, classes) of those of the frames (B, ch, h, w) alone, under their parameters."""
-    return answer_barely(model, frames.index_select(0, fixed.frames), fixed.stream, fixed.parameters)
-
-
-@torch.inference_mode()
-def answer_barely(model: AdaptableModel, frames: Tensor, stream: Tensor, parameters: State) -> Tensor:
-    """Logits (B, classes) of frames (B, ch, h, w), each under its row `stream` (B,) of the parameters in `FIXED`."""
-    moments = correction = None
-    if "correction" in parameters and model.correction is not None:
-        correction = model.correction.under(parameters["correction"].index_select(0, stream))
-    if "norm_mean" in parameters:
-        none = torch.zeros(len(parameters["affine"]), device=stream.device)
-        moments = NormMoments(stream, none, parameters["norm_mean"], parameters["norm_variance"])
-    logits: Tensor = model(frames, parameters["affine"].index_select(0, stream), moments, correction)
-    return logits
-
 
 def _answering(batch: MicroBatch, resident: Resident, source: State) -> State:
     if batch.answer == "approved" and resident.approved is not None:
         return resident.approved
     return source
-
-
-def _step_of(parameters: Parameters, header: StreamHeader) -> int:
-    if parameters == "source":
-        return 0
-    return header.step if parameters == "adapted" else header.approved or 0

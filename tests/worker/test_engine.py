@@ -12,8 +12,9 @@ from schemas.frame import Position
 from schemas.state import RunningProxies, StreamHeader, StreamState
 from worker.batcher import MicroBatch
 from worker.decode import DecodedFrame
-from worker.engine import Engine, answer_fixed
+from worker.engine import Engine
 from worker.known import next_header, next_proxies
+from worker.outlook import answer_fixed
 from worker.passes import Fixed
 from worker.pixels import blank_frames, normalise_pixels
 

@@ -27,9 +27,10 @@ from schemas.update import UpdateEvent, seal
 from tests.conftest import SHIPPED_BUNDLE
 from worker.answer import Policies, answering, named
 from worker.batcher import MicroBatch
-from worker.engine import Engine, temperature
+from worker.engine import Engine
 from worker.guard import Guard, Sight
 from worker.judge import judge
+from worker.outlook import temperature
 from worker.passes import Outlook, Proposal, Proposals
 from worker.resident import pack, unpack
 from worker.schedule import held_back
