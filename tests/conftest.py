@@ -6,6 +6,7 @@ import os
 
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
+import contextlib
 import io
 import time
 import uuid
@@ -31,6 +32,7 @@ from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart,
 from schemas.config import Kafka, Store, Topics
 from worker.embedded import start_broker, start_store
 from worker.kafka_client import create_topics
+from worker.store import StateStore
 
 torch.set_num_threads(1)
 settings.register_profile("driftkeel", deadline=None, max_examples=40, derandomize=True)
@@ -99,6 +101,24 @@ def store_settings(store_url: str) -> Iterator[Store]:
     for key in client.scan_iter(f"{prefix}:*"):
         client.delete(key)
     client.close()
+
+
+@pytest.fixture
+def open_store() -> Iterator[Callable[[Store], StateStore]]:
+    """Opens stores, and closes them afterwards: a connection left to the garbage collector fails a later test."""
+    with contextlib.ExitStack() as opened:
+
+        def open(settings: Store) -> StateStore:
+            store = StateStore(settings)
+            opened.callback(store.close)
+            return store
+
+        yield open
+
+
+@pytest.fixture
+def store(open_store: Callable[[Store], StateStore], store_settings: Store) -> StateStore:
+    return open_store(store_settings)
 
 
 @dataclass

@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from schemas.command import Command
-from schemas.config import Kafka, Store, WorkerConfig
+from schemas.config import Kafka, WorkerConfig
 from schemas.prediction import Prediction
 from schemas.update import UpdateEvent
 from tests.conftest import Topic, picture
@@ -85,12 +85,11 @@ def test_source_answers_until_the_key_is_free(
     worker: Worker,
     client: Any,
     kafka_settings: Kafka,
-    store_settings: Store,
+    store: StateStore,
     topic: Topic,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    store = StateStore(store_settings)
     key = store.keys("odd")[0] + part
     put(client, key)
     theirs = client.dump(key)
@@ -121,10 +120,10 @@ def test_source_answers_until_the_key_is_free(
 
 
 def test_a_key_that_is_taken_while_its_stream_runs(
-    worker: Worker, client: Any, kafka_settings: Kafka, store_settings: Store, topic: Topic
+    worker: Worker, client: Any, kafka_settings: Kafka, store: StateStore, topic: Topic
 ) -> None:
     send(topic, kafka_settings, worker, "odd", "good")
-    key = StateStore(store_settings).keys("odd")[0]
+    key = store.keys("odd")[0]
     client.delete(key)
     client.sadd(key, "theirs")
     send(topic, kafka_settings, worker, "odd", "good")
@@ -134,9 +133,9 @@ def test_a_key_that_is_taken_while_its_stream_runs(
 
 
 def test_a_mark_that_is_none_is_written_anew(
-    config: WorkerConfig, client: Any, kafka_settings: Kafka, store_settings: Store, topic: Topic
+    config: WorkerConfig, client: Any, kafka_settings: Kafka, store: StateStore, topic: Topic
 ) -> None:
-    store, group = StateStore(store_settings), kafka_settings.group
+    group = kafka_settings.group
     partitions = [(kafka_settings.topics.frames, number) for number in range(3)]
     client.set(store._mark_key(group, partitions[0]), "theirs")
     client.rpush(store._mark_key(group, partitions[1]), "theirs")

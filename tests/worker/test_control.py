@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import redis
@@ -32,14 +33,14 @@ from worker.streams import Streams
 class Worker:
     """A worker without frames."""
 
-    def __init__(self, bundle: Bundle, kafka: Kafka, store: Store, commands: CommandList) -> None:
+    def __init__(self, bundle: Bundle, kafka: Kafka, settings: Store, store: StateStore, commands: CommandList) -> None:
         self.publisher = Publisher(kafka, "w", threading.Event())
-        client, metrics, policies = StateStore(store), WorkerMetrics(0), Policies(Policy(), {})
+        metrics, policies = WorkerMetrics(0), Policies(Policy(), {})
         self.streams = Streams(
-            Engine(bundle), client, self.publisher, metrics, "w", Adapt(), store, lambda act: act(), policies
+            Engine(bundle), store, self.publisher, metrics, "w", Adapt(), settings, lambda act: act(), policies
         )
         self.control = Control(
-            commands, self.streams, client, metrics, policies, "w", lambda act: act(), lambda streams: []
+            commands, self.streams, store, metrics, policies, "w", lambda act: act(), lambda streams: []
         )
 
     def policy(self, stream: str):
@@ -52,8 +53,14 @@ def commands() -> CommandList:
 
 
 @pytest.fixture
-def worker(tiny_bundle: Bundle, kafka_settings: Kafka, store_settings: Store, commands: CommandList):
-    worker = Worker(tiny_bundle, kafka_settings, store_settings, commands)
+def worker(
+    tiny_bundle: Bundle,
+    kafka_settings: Kafka,
+    store_settings: Store,
+    open_store: Callable[[Store], StateStore],
+    commands: CommandList,
+):
+    worker = Worker(tiny_bundle, kafka_settings, store_settings, open_store(store_settings), commands)
     yield worker
     worker.publisher.close()
 
@@ -129,7 +136,7 @@ def test_a_command_to_all_does_not_hold_up_the_loop(
 
 
 def test_a_command_to_all_goes_through_the_store_in_pieces(
-    worker: Worker, commands: CommandList, store_settings: Store, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, commands: CommandList, store: StateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the store fails in the middle, and where another command to all comes before the first is through."""
     monkeypatch.setattr("worker.store.KEYS_AT_ONCE", 20)
@@ -174,17 +181,14 @@ def test_a_command_to_all_goes_through_the_store_in_pieces(
     assert healed.times == 1
     assert turns > 10
     assert most <= AT_ONCE
-    store = StateStore(store_settings)
     headers = [decode_header(store.read(stream).header or b"") for stream in silent]
     assert all(header.commands == {"commands/0": 2} and not header.policy.frozen for header in headers)
-    store.close()
 
 
 def test_a_stream_that_was_deleted_begins_like_any_other(
-    worker: Worker, commands: CommandList, store_settings: Store
+    worker: Worker, commands: CommandList, store: StateStore
 ) -> None:
     """What was done to it before means nothing to it; what holds for its name does. Its chain goes on."""
-    store = StateStore(store_settings)
     worker.control.met(worker.streams.ensure(["a"]))
     tell(commands, 0, "a", "freeze")
     tell(commands, 1, "a", "reset")
@@ -204,9 +208,9 @@ def test_a_stream_that_was_deleted_begins_like_any_other(
     assert [(event.number, event.decision) for event in found] == [(3, "frozen")]
 
 
-def test_a_stream_that_another_claims_is_let_go(worker: Worker, commands: CommandList, store_settings: Store) -> None:
+def test_a_stream_that_another_claims_is_let_go(worker: Worker, commands: CommandList, store: StateStore) -> None:
     worker.control.met(worker.streams.ensure(["a"]))
-    StateStore(store_settings).claim(["a"], "another")
+    store.claim(["a"], "another")
     tell(commands, 0, "a")
     worker.control.listen()
     assert worker.control.run(()) == ["a"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from worker.embedded import free_port, start_store
 from worker.redis_client import connect
 from worker.store import StateStore, Write
 
+OpenStore = Callable[[Store], StateStore]
 STREAMS = [f"cam-{i}" for i in range(40)]
 
 
@@ -39,10 +41,10 @@ def exercise(store: StateStore) -> None:
     assert store.marks("other", partitions) == {}
 
 
-def test_a_cluster_of_three_nodes(tmp_path: Path) -> None:
+def test_a_cluster_of_three_nodes(tmp_path: Path, open_store: OpenStore) -> None:
     with store_cluster(tmp_path) as nodes:
         url = f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"
-        store = StateStore(Store(url=url))
+        store = open_store(Store(url=url))
         store.ping()
         exercise(store)
         sizes = [redis.Redis(port=node.port).dbsize() for node in nodes]
@@ -54,12 +56,11 @@ def test_a_cluster_of_three_nodes(tmp_path: Path) -> None:
         nodes[1] = cluster_node(tmp_path / "1", nodes[1].port)
         wait_until(lambda: _claims(store), "the Cluster answering again")
         assert {len(c.tensors or b"") for c in store.claim(STREAMS, "w4")} == {5_000}
-        store.close()
 
 
-def test_a_failover_by_sentinel(tmp_path: Path) -> None:
+def test_a_failover_by_sentinel(tmp_path: Path, open_store: OpenStore) -> None:
     with store_with_sentinel(tmp_path) as (primary, replica, port):
-        store = StateStore(Store(url=f"redis+sentinel://127.0.0.1:{port}/driftkeel/0"))
+        store = open_store(Store(url=f"redis+sentinel://127.0.0.1:{port}/driftkeel/0"))
         exercise(store)
         store.reconnected()
         link = redis.Redis(port=replica.port)
@@ -71,7 +72,6 @@ def test_a_failover_by_sentinel(tmp_path: Path) -> None:
         assert store.reconnected()
         assert {len(c.tensors or b"") for c in store.claim(STREAMS, "w4")} == {5_000}
         link.close()
-        store.close()
 
 
 def _claims(store: StateStore) -> bool:
@@ -82,20 +82,22 @@ def _claims(store: StateStore) -> bool:
     return True
 
 
-def test_tls_with_a_client_certificate(tmp_path: Path, store_url: str, store_settings: Store) -> None:
+def test_tls_with_a_client_certificate(
+    tmp_path: Path, store_url: str, store_settings: Store, open_store: OpenStore
+) -> None:
     authority = trustme.CA()
     files = write_certificates(authority, tmp_path)
     target = int(store_url.rsplit(":", 1)[1].split("/")[0])
     proxy = TlsProxy(target, authority, free_port(), client_certificate=True)
     settings = store_settings.model_copy(update={"url": _secret(f"rediss://127.0.0.1:{proxy.port}/0"), **files})
-    store = StateStore(settings)
+    store = open_store(settings)
     exercise(store)
-    store.close()
+    store.close()  # before the proxy
     for missing in ({"ssl_cafile": None}, {"ssl_certfile": None, "ssl_keyfile": None}):
         with pytest.raises(UnreachableError, match="does not answer"):
-            StateStore(settings.model_copy(update=missing)).ping()
+            open_store(settings.model_copy(update=missing)).ping()
     with pytest.raises(ConfigError, match="no file nowhere"):
-        StateStore(settings.model_copy(update={"ssl_cafile": "nowhere.pem"})).ping()
+        open_store(settings.model_copy(update={"ssl_cafile": "nowhere.pem"})).ping()
     proxy.close()
 
 
@@ -109,27 +111,26 @@ def test_tls_to_sentinel_and_cluster_uses_the_same_files(tmp_path: Path) -> None
     assert asked.connection_kwargs["ssl_ca_certs"] == files["ssl_cafile"]
 
 
-def test_a_user_with_the_rights_that_the_docs_name(tmp_path: Path) -> None:
+def test_a_user_with_the_rights_that_the_docs_name(tmp_path: Path, open_store: OpenStore) -> None:
     server = start_store(tmp_path)
     admin = redis.Redis(port=server.port)
     line = "on >geheim resetkeys ~driftkeel:* resetchannels -@all +@read +@write +@scripting +@connection"
     admin.execute_command("ACL", "SETUSER", "worker", *line.split())
     admin.execute_command("ACL", "SETUSER", "default", "off")
-    store = StateStore(Store(url=f"redis://worker:geheim@127.0.0.1:{server.port}/0"))
+    store = open_store(Store(url=f"redis://worker:geheim@127.0.0.1:{server.port}/0"))
     exercise(store)
     with pytest.raises(UnreachableError, match="refuses a command"):
-        StateStore(Store(url=f"redis://worker:geheim@127.0.0.1:{server.port}/0", prefix="other")).claim(["cam"], "w")
+        open_store(Store(url=f"redis://worker:geheim@127.0.0.1:{server.port}/0", prefix="other")).claim(["cam"], "w")
     with pytest.raises(UnreachableError, match="refuses the login") as caught:
-        StateStore(Store(url=f"redis://worker:falsch@127.0.0.1:{server.port}/0")).ping()
+        open_store(Store(url=f"redis://worker:falsch@127.0.0.1:{server.port}/0")).ping()
     assert "falsch" not in str(caught.value)
-    store.close()
     admin.close()
     server.child.stop()
 
 
-def test_new_connections_are_noticed(store_url: str, store_settings: Store) -> None:
+def test_new_connections_are_noticed(store_url: str, store_settings: Store, open_store: OpenStore) -> None:
     proxy = FlakyProxy(int(store_url.rsplit(":", 1)[1].split("/")[0]), free_port())
-    store = StateStore(store_settings.model_copy(update={"url": _secret(f"redis://127.0.0.1:{proxy.port}/0")}))
+    store = open_store(store_settings.model_copy(update={"url": _secret(f"redis://127.0.0.1:{proxy.port}/0")}))
     store.ping()
     assert not store.reconnected()
     store.ping()
@@ -138,7 +139,7 @@ def test_new_connections_are_noticed(store_url: str, store_settings: Store) -> N
     wait_until(lambda: _claims(store), "another connection")
     assert store.reconnected()
     assert not store.reconnected()
-    store.close()
+    store.close()  # before the proxy
     proxy.close()
 
 

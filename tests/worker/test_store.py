@@ -1,4 +1,5 @@
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,7 @@ from schemas.errors import StateError, UnreachableError
 from worker.embedded import free_port
 from worker.store import Overview, StateStore, Write
 
-
-@pytest.fixture
-def store(store_settings: Store) -> StateStore:
-    return StateStore(store_settings)
+OpenStore = Callable[[Store], StateStore]
 
 
 def write(stream: str, token: int, tensors: bytes | None = b"t", number: int = 1) -> Write:
@@ -154,17 +152,17 @@ def test_any_stream_id_has_a_key_and_hash_tag_of_its_own(store: StateStore, stre
     assert set(store.streams()) == {stream, stream + "x"}
 
 
-def test_unreachable_store_names_its_address_and_no_password() -> None:
+def test_unreachable_store_names_its_address_and_no_password(open_store: OpenStore) -> None:
     port = free_port()
-    store = StateStore(Store(url=f"redis://user:geheim@127.0.0.1:{port}/0"))
+    store = open_store(Store(url=f"redis://user:geheim@127.0.0.1:{port}/0"))
     with pytest.raises(UnreachableError) as caught:
         store.ping()
     assert f"127.0.0.1:{port}" in str(caught.value)
     assert "geheim" not in str(caught.value)
 
 
-def test_snapshots_are_kept_newest_first_and_bounded(store_settings: Store) -> None:
-    store = StateStore(store_settings.model_copy(update={"snapshots": 2}))
+def test_snapshots_are_kept_newest_first_and_bounded(open_store: OpenStore, store_settings: Store) -> None:
+    store = open_store(store_settings.model_copy(update={"snapshots": 2}))
     store.claim(["cam"], "w")
     for i in range(4):
         store.write([Write("cam", 1, i, b"h%d" % i, b"e", b"t%d" % i, snapshot=b"s%d" % i if i != 1 else None)])
@@ -172,8 +170,8 @@ def test_snapshots_are_kept_newest_first_and_bounded(store_settings: Store) -> N
     assert store.snapshots("unknown") == []
 
 
-def test_idle_tensors_expire_and_the_header_stays(store_settings: Store, store_url: str) -> None:
-    store = StateStore(store_settings.model_copy(update={"idle_ttl_s": 100}))
+def test_idle_tensors_expire_and_the_header_stays(open_store: OpenStore, store_settings: Store, store_url: str) -> None:
+    store = open_store(store_settings.model_copy(update={"idle_ttl_s": 100}))
     store.claim(["cam"], "w")
     store.write([write("cam", 1)])
     client = redis.Redis.from_url(store_url)
@@ -183,7 +181,7 @@ def test_idle_tensors_expire_and_the_header_stays(store_settings: Store, store_u
     client.expire(tensors, 10)
     store.write([write("cam", 1, None, number=2)])
     assert client.ttl(tensors) > 10
-    StateStore(store_settings).write([write("cam", 1, None, number=3)])
+    open_store(store_settings).write([write("cam", 1, None, number=3)])
     assert client.ttl(tensors) == -1
     client.delete(tensors)
     assert store.write([Write("cam", 1, 4, b"h4", b"e4", None)]) == [None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -30,9 +31,11 @@ from worker.streams import Streams
 class Site:
     """As many workers' streams as a test wants, on one store and one topic."""
 
-    def __init__(self, bundle: Bundle, kafka: Kafka, settings: Store) -> None:
-        self.bundle, self.kafka, self.settings = bundle, kafka, settings
-        self.store = StateStore(settings)
+    def __init__(
+        self, bundle: Bundle, kafka: Kafka, settings: Store, open_store: Callable[[Store], StateStore]
+    ) -> None:
+        self.bundle, self.kafka, self.settings, self.open_store = bundle, kafka, settings, open_store
+        self.store = open_store(settings)
         self._publishers: list[Publisher] = []
 
     def worker(self, name: str, **more: object) -> Streams:
@@ -41,7 +44,7 @@ class Site:
         settings = self.settings.model_copy(update={"snapshot_every": 2, **more})
         engine = Engine(self.bundle)
         return Streams(
-            engine, StateStore(settings), publisher, WorkerMetrics(4), name, Adapt(), settings, lambda act: act()
+            engine, self.open_store(settings), publisher, WorkerMetrics(4), name, Adapt(), settings, lambda act: act()
         )
 
     def settle(self) -> None:
@@ -54,8 +57,8 @@ class Site:
 
 
 @pytest.fixture
-def site(tiny_bundle: Bundle, kafka_settings: Kafka, store_settings: Store):
-    site = Site(tiny_bundle, kafka_settings, store_settings)
+def site(tiny_bundle: Bundle, kafka_settings: Kafka, store_settings: Store, open_store: Callable[[Store], StateStore]):
+    site = Site(tiny_bundle, kafka_settings, store_settings, open_store)
     yield site
     site.close()
 
