@@ -114,7 +114,8 @@ class StreamNorm(nn.Module):
             with torch.no_grad():
                 as_source = scaled(x_hat, *self._source_rows(x_hat)).relu_()
                 at.first_features = rectified_mean(as_source, self._positions(x), rectified=True)
-        if torch.is_grad_enabled():
+        # Inference mode keeps nothing, also where gradients are enabled within it.
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             out, pooled = Affine.apply(x, x_hat, inverse, scale, shift, self.rectify, positions)
         else:
             out, pooled = scaled_in_place(x_hat, scale, shift, self.rectify, positions)

@@ -105,6 +105,15 @@ def test_training_makes_the_updates_that_sites_make(interleaved: bool) -> None:
         torch.testing.assert_close(trained.state[name].to(tensor.dtype), tensor, rtol=2e-3, atol=1e-5, msg=name)
 
 
+def test_served_frames_are_scaled_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no gradient follows keeps nothing for one, nor takes new memory for what it puts out."""
+    frames, stream, state = torch.randn(16, 1, 12, 12), torch.zeros(16, dtype=torch.long), lived_in(1, 0)
+    monkeypatch.setattr("meta.stream_norm.Affine.apply", None)
+    assert not METHOD.serve(frames, stream, state).logits.requires_grad
+    with pytest.raises(TypeError):
+        METHOD.predict(frames, stream, state)
+
+
 def test_single_frames_are_served_with_their_graph() -> None:
     frames, stream = torch.randn(3, 1, 12, 12), torch.arange(3)
     forward = METHOD.serve(frames, stream, lived_in(3, 0))
