@@ -197,7 +197,7 @@ def _small(bench: Bench, path: Path, bundle: Bundle, plan: Plan) -> dict[str, An
     results = _against_bare(bench, path, bundle, frames, 4 * plan.repetitions)
     if plan.more:
         results["one_process"] = bench.run(path, frames, threads=0).summary()
-    results["predict_only"] = bench.run(path, frames, pods=PODS, adapt={"enabled": False}).summary()
+        results["predict_only"] = bench.run(path, frames, pods=PODS, adapt={"enabled": False}).summary()
     return results
 
 

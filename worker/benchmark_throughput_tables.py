@@ -53,7 +53,7 @@ def _workers(results: dict[str, Any]) -> str:
     runs = {
         "example net, 64 streams": small["worker"],
         "the same, one process with a thread per processor": small.get("one_process"),
-        "the same, predicting only": small["predict_only"],
+        "the same, predicting only": small.get("predict_only"),
         "large net, 16 streams, JPEG 128 x 128": large["worker"],
         "large net, 16 streams, JPEG 640 x 640": large.get("worker_640x640_jpeg"),
         **{f"example net, one worker, streams: {name}": seen for name, seen in results["streams"].items()},
