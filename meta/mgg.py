@@ -28,7 +28,7 @@ from meta.inputs import ALL_INPUTS, Input, Inputs
 from meta.method import Forward, Method, State, Update
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
-from meta.objective import EPSILON, SourceStatistics, deviation, per_stream_mean, running
+from meta.objective import Objective, SourceStatistics
 from meta.stream_norm import LayerCorrection
 from meta.temporal import filter_classes, fresh_belief
 
@@ -113,8 +113,15 @@ class MGG:
     ) -> None:
         self.model, self.source, self.learned = model, source, learned
         self._known = _with_first(source, model)
-        self._features = model.feature_count
-        self.settings = learned.settings
+        self.settings = settings = learned.settings
+        self.objective = Objective(
+            self._known,
+            model.feature_count,
+            settings.entropy_weight,
+            settings.discrepancy_weight,
+            settings.feature_window,
+            settings.class_share,
+        )
         self.classes = classes
         self.step_scale, self.gradient_share = 1.0, GRADIENT_SHARE
         decays = self.settings.momentum_decay, self.settings.square_decay
@@ -271,72 +278,12 @@ class MGG:
         self, forward: Forward, retain_graph: bool = False, whole: Forward | None = None
     ) -> tuple[Tensor, State, State]:
         """The gradient of the sum of the streams' losses with respect to every frame's affine (B, P), the moved
-        statistics, and the signals. `whole`: see `objective`."""
+        statistics, and the signals. `whole`: see `Objective`."""
         slopes, statistics, signals = self.objective(forward, whole)
         (frame_gradient,) = torch.autograd.grad(
             [forward.logits, forward.features], [forward.rows], list(slopes), retain_graph=retain_graph
         )
         return frame_gradient, statistics, signals
-
-    @torch.no_grad()
-    def objective(self, forward: Forward, whole: Forward | None = None) -> tuple[tuple[Tensor, Tensor], State, State]:
-        """The gradient of the streams' losses with respect to logits (B, K) and features (B, F + F1), the moved
-        statistics, and the signals: per-stream `loss` and its parts (S,), and the gaps (S, F + F1).
-
-        `whole`: all frames of the micro-batches, of which `forward` has some; the statistics are theirs. The gradient
-        is written out, for it is a few lines: autograd took a tenth of a small pass for it.
-        """
-        settings, known, state, stream = self.settings, self._known, forward.state, forward.stream
-        frames, features = forward.counts.clamp_min(1), forward.features.detach()
-        log_p, p, entropy = _uncertainty(forward.logits)
-        if whole is None:
-            counted, means = frames, self._means(forward, p, entropy)
-        else:
-            counted, means = whole.counts.clamp_min(1), self._means(whole, *_uncertainty(whole.logits)[1:])
-        mean_entropy = means.pop().squeeze(1)
-
-        names = ("feature_mean", "feature_square", "feature_classes")
-        # See `observe`: large micro-batches must not replace the whole window either.
-        counts = counted.clamp(max=settings.feature_window / 2)
-        old = [state[name] for name in names]
-        mean, square, classes = (
-            running(*both, counts, settings.feature_window) for both in zip(old, means, strict=True)
-        )
-        share = settings.class_share
-        expected, expected_std = known.expected(share * classes + (1 - share) / self.classes)
-        std = deviation(mean, square)
-        mean_gap, std_gap = (mean - expected) / known.scale, (std - expected_std) / known.scale
-        squared = mean_gap.square() + std_gap.square()
-        distance, novelty = squared[:, : self._features].mean(1), squared[:, self._features :].mean(1)
-        signals = {
-            "loss": settings.entropy_weight * mean_entropy + settings.discrepancy_weight * distance,
-            "entropy": mean_entropy,
-            "discrepancy": distance,
-            "novelty": novelty,
-            "gap_mean": mean_gap.clamp(-5, 5),
-            "gap_std": (std / expected_std).log().clamp(-3, 3),
-        }
-
-        each = frames.unsqueeze(1)
-        of_logits = p * (log_p + entropy) * (-settings.entropy_weight / each).index_select(0, stream)
-        # d distance / d feature = a + b * (feature - mean), the newest frames counting as the whole window. The first
-        # layer's features under the source affine are outside of the distance.
-        usual = 2 * settings.discrepancy_weight / self._features / (each * known.scale)
-        usual[:, self._features :] = 0
-        slope = torch.where(square - mean.square() > EPSILON, usual * std_gap / std, 0)  # else `deviation` is clamped
-        constant = usual * mean_gap - slope * mean
-        rows = torch.stack([constant, slope]).index_select(1, stream)
-        of_features = torch.addcmul(rows[0], rows[1], features)
-        return (of_logits, of_features), dict(zip(names, (mean, square, classes), strict=True)), signals
-
-    def _means(self, forward: Forward, p: Tensor, entropy: Tensor) -> list[Tensor]:
-        """Of each stream's frames: features and their squares (S, F or F + F1), class probabilities (S, K) and entropy
-        (S, 1)."""
-        features, probability = forward.features.detach(), forward.kept.get("probability", p)
-        joined = torch.cat([features, features.square(), probability, entropy], 1)
-        width = features.shape[1]
-        means = per_stream_mean(joined, forward.stream, forward.counts.clamp_min(1))
-        return list(means.split([width, width, self.classes, 1], 1))
 
     def generate(self, forward: Forward, frame_gradient: Tensor, statistics: State, signals: State) -> Update:
         """From per-frame gradients (B, P) to the next state, in full precision.
@@ -414,13 +361,6 @@ def evenly(stream: Tensor, counts: Tensor, wanted: Tensor) -> Tensor:
         chosen += [start + (2 * i + 1) * count // (2 * few) for i in range(few)]
         start += count
     return stream.argsort(stable=True).index_select(0, torch.tensor(chosen, device=stream.device))
-
-
-def _uncertainty(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logarithms of probabilities and these (B, K), and entropies (B, 1), without a graph."""
-    log_p = logits.detach().log_softmax(1)
-    p = log_p.exp()
-    return log_p, p, (p * log_p).sum(1, keepdim=True).neg()
 
 
 def _with_first(source: SourceStatistics, model: AdaptableModel) -> SourceStatistics:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meta.method import Forward, State
+
 EPSILON = 1e-5
 
 
@@ -102,3 +104,85 @@ def feature_statistics(source_features: Tensor, probability: Tensor | None = Non
         return SourceStatistics(mean, std)
     weight = (probability / probability.sum(0).clamp_min(EPSILON)).T
     return SourceStatistics(mean, std, weight @ source_features, weight @ source_features**2)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss with its gradient written out, for that is a few lines: autograd took a tenth of a small pass for it.
+
+    `known` are source statistics of F + F1 features: those of all norm layers, F of them, and again those of the first
+    layer, for what it would put out under the source affine; the latter are outside of the distance. `window`: frames
+    over which feature statistics are averaged. `class_share`: how far the class mix of a stream explains its features.
+    """
+
+    known: SourceStatistics
+    features: int
+    entropy_weight: float
+    discrepancy_weight: float
+    window: int
+    class_share: float
+
+    @torch.no_grad()
+    def __call__(self, forward: Forward, whole: Forward | None = None) -> tuple[tuple[Tensor, Tensor], State, State]:
+        """The gradient of the streams' losses with respect to logits (B, K) and features (B, F + F1), the moved
+        statistics, and the signals: per-stream `loss` and its parts (S,), and the gaps (S, F + F1).
+
+        `whole`: all frames of the micro-batches, of which `forward` has some; the statistics are theirs.
+        """
+        known, state, stream = self.known, forward.state, forward.stream
+        frames, features = forward.counts.clamp_min(1), forward.features.detach()
+        log_p, p, frame_entropy = _uncertainty(forward.logits)
+        if whole is None:
+            counted, means = frames, _means(forward, p, frame_entropy)
+        else:
+            counted, means = whole.counts.clamp_min(1), _means(whole, *_uncertainty(whole.logits)[1:])
+        mean_entropy = means.pop().squeeze(1)
+
+        names = ("feature_mean", "feature_square", "feature_classes")
+        # See `MGG.observe`: large micro-batches must not replace the whole window either.
+        counts = counted.clamp(max=self.window / 2)
+        old = [state[name] for name in names]
+        mean, square, classes = (running(*both, counts, self.window) for both in zip(old, means, strict=True))
+        share = self.class_share
+        expected, expected_std = known.expected(share * classes + (1 - share) / classes.shape[1])
+        std = deviation(mean, square)
+        mean_gap, std_gap = (mean - expected) / known.scale, (std - expected_std) / known.scale
+        squared = mean_gap.square() + std_gap.square()
+        distance, novelty = squared[:, : self.features].mean(1), squared[:, self.features :].mean(1)
+        signals = {
+            "loss": self.entropy_weight * mean_entropy + self.discrepancy_weight * distance,
+            "entropy": mean_entropy,
+            "discrepancy": distance,
+            "novelty": novelty,
+            "gap_mean": mean_gap.clamp(-5, 5),
+            "gap_std": (std / expected_std).log().clamp(-3, 3),
+        }
+
+        each = frames.unsqueeze(1)
+        of_logits = p * (log_p + frame_entropy) * (-self.entropy_weight / each).index_select(0, stream)
+        # d distance / d feature = a + b * (feature - mean), the newest frames counting as the whole window. The first
+        # layer's features under the source affine are outside of the distance.
+        usual = 2 * self.discrepancy_weight / self.features / (each * known.scale)
+        usual[:, self.features :] = 0
+        slope = torch.where(square - mean.square() > EPSILON, usual * std_gap / std, 0)  # else `deviation` is clamped
+        constant = usual * mean_gap - slope * mean
+        rows = torch.stack([constant, slope]).index_select(1, stream)
+        of_features = torch.addcmul(rows[0], rows[1], features)
+        return (of_logits, of_features), dict(zip(names, (mean, square, classes), strict=True)), signals
+
+
+def _uncertainty(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithms of probabilities and these (B, K), and entropies (B, 1), without a graph."""
+    log_p = logits.detach().log_softmax(1)
+    p = log_p.exp()
+    return log_p, p, (p * log_p).sum(1, keepdim=True).neg()
+
+
+def _means(forward: Forward, p: Tensor, frame_entropy: Tensor) -> list[Tensor]:
+    """Of each stream's frames: features and their squares (S, F or F + F1), class probabilities (S, K) and entropy
+    (S, 1)."""
+    features, probability = forward.features.detach(), forward.kept.get("probability", p)
+    joined = torch.cat([features, features.square(), probability, frame_entropy], 1)
+    width = features.shape[1]
+    means = per_stream_mean(joined, forward.stream, forward.counts.clamp_min(1))
+    return list(means.split([width, width, p.shape[1], 1], 1))
