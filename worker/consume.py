@@ -245,6 +245,11 @@ class FrameConsumer:
         """The partitions that are ours now."""
         return {(p.topic, p.partition) for p in self.consumer.assignment()}
 
+    @property
+    def joined(self) -> bool:
+        """Whether this is a member of the group, with partitions or without."""
+        return bool(self.consumer.group_metadata().generation_id >= 0)
+
     def lag(self) -> dict[Partition, int]:
         """Records of each assigned partition that are not finished, as far as the last fetch knew."""
         lags = {}

@@ -89,7 +89,7 @@ class Worker:
         self._trace = open_trace(config.traces, config.worker)
         self._probe = StateStore(config.store)
         self._healthy_store = True
-        self._assigned = False
+        self._joined = False
         self._progress = time.monotonic()
         self._server = self._serve()
         waiting = self._heal, self._keep_alive
@@ -128,8 +128,11 @@ class Worker:
         return time.monotonic() - self._progress < STUCK_AFTER_S
 
     def ready(self) -> bool:
-        """Whether partitions are assigned and the store answers."""
-        return self._assigned and self._healthy_store and self._store_answers()
+        """Whether the worker is in its group and the store answers.
+
+        One without partitions is: it takes over as soon as another goes, and a rollout must not wait for it for ever.
+        """
+        return self._joined and self._healthy_store and self._store_answers()
 
     def _store_answers(self) -> bool:
         """Asked on the HTTP port's thread, with a connection of its own: a loop without frames would not notice."""
@@ -169,9 +172,8 @@ class Worker:
         if fenced := self._control.look_after_the_rest(self._busy):
             self._rewind(fenced)
         self._consumer.commit()
-        assigned = self._consumer.assignment()
-        self._assigned = bool(assigned)
-        self.metrics.partitions.set(len(assigned))
+        self._joined = self._consumer.joined
+        self.metrics.partitions.set(len(self._consumer.assignment()))
         self._progress = time.monotonic()
         self.metrics.last_progress.set_to_current_time()
         self.metrics.buffered.set(len(self._batcher))

@@ -47,6 +47,21 @@ def test_nothing_is_kept_of_streams_that_made_room(config: WorkerConfig, topic: 
     worker.run()
 
 
+def test_a_worker_is_ready_once_it_has_joined_with_partitions_or_without(
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(config, threading.Event())
+    assert not worker.ready()
+    monkeypatch.setattr(worker._consumer, "assignment", set)
+    deadline = time.monotonic() + 60
+    while not worker.ready():
+        assert time.monotonic() < deadline
+        worker._turn()
+    assert worker.metrics.registry.get_sample_value("driftkeel_assigned_partitions") == 0
+    worker._stop.set()
+    worker.run()
+
+
 def test_a_refusal_after_a_long_outage_does_not_stop_the_loop(
     config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,19 @@ def test_busy_members_share_partitions(make: Callable[..., FrameConsumer], assig
 
 
 @pytest.mark.parametrize("assignment", ["range", "cooperative-sticky"])
+def test_a_member_without_partitions_has_joined(make: Callable[..., FrameConsumer], assignment: str) -> None:
+    members = [make(assignment) for _ in range(4)]
+    assert not any(member.joined for member in members)
+
+    def shared() -> bool:
+        return sorted(len(member.assignment()) for member in members) == [0, 1, 1, 1]
+
+    busy_until(
+        lambda: shared() and all(member.joined for member in members), "a member for each and one idle", *members
+    )
+
+
+@pytest.mark.parametrize("assignment", ["range", "cooperative-sticky"])
 def test_partitions_added_while_running(
     make: Callable[..., FrameConsumer], kafka_settings: Kafka, assignment: str
 ) -> None:
