@@ -162,8 +162,21 @@ def test_a_worker_takes_the_chart_s_configuration(
         assert env["DRIFTKEEL__STORE__URL"] == {"secretKeyRef": {"name": "store", "key": "url"}}
 
 
+def test_pods_go_one_at_a_time_or_all_together() -> None:
+    one_at_a_time = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}
+    assert rendered({})["Deployment"]["spec"]["strategy"] == one_at_a_time
+    # Kubernetes refuses it beside what RollingUpdate takes.
+    assert rendered({"strategy": {"type": "Recreate"}})["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
+    assert rendered({})["PodDisruptionBudget"]["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
 def test_the_chart_refuses_what_it_does_not_know() -> None:
-    for values in ({"replica": 3}, {"config": {"store": {"url": "redis://x"}}}, {"terminationGracePeriodSeconds": 5}):
+    for values in (
+        {"replica": 3},
+        {"config": {"store": {"url": "redis://x"}}},
+        {"terminationGracePeriodSeconds": 5},
+        {"strategy": {"type": "recreate"}},
+    ):
         with pytest.raises(helm_python.HelmError):
             rendered(values)
 
