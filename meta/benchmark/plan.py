@@ -15,7 +15,7 @@ from meta.baselines import BASELINES, Baseline
 from meta.benchmark.datasets import DataConfig
 from meta.benchmark.own import code_digest, own_method
 from meta.benchmark.sources import ModelConfig
-from meta.benchmark.streams import SETTINGS, Setting
+from meta.benchmark.streams import DRIFT, Setting
 from meta.bundle import MGG_NAME
 from meta.mgg import GRADIENT_SHARE
 from meta.yaml_file import read_yaml
@@ -46,7 +46,7 @@ class RunConfig(BaseModel):
     methods: tuple[str, ...] = Field((), description="empty: all, and all generators")
     variants: tuple[Variant, ...] = ("published", "tuned")
     batches: tuple[int, ...] = (16,)
-    settings: tuple[Setting, ...] = tuple(s for s in SETTINGS if s not in ("healthy", "long"))
+    settings: tuple[Setting, ...] = DRIFT
     seeds: tuple[int, ...] = (0, 1, 2)
 
     @model_validator(mode="after")

@@ -35,6 +35,11 @@ class Record(TypedDict):
     source_accuracy: float
 
 
+def identity(record: Record) -> tuple[Any, ...]:
+    """All but what was measured."""
+    return tuple(value for name, value in record.items() if name not in ("accuracy", "source_accuracy"))
+
+
 def records_of(cell: Cell, streams: list[Stream], right: list[np.ndarray], source: list[np.ndarray]) -> list[Record]:
     """One record per setting, seed, shift and severity."""
     sums: dict[tuple[str, int, str, int], list[float]] = {}
@@ -111,9 +116,15 @@ def write_report(
 ) -> None:
     """The cells `keys` as one JSON file: records for everybody, cells for who wants to know how.
 
-    The records are in the order of the cells, of which each says how many are its own.
+    The records are in the order of the cells, of which each says how many are its own. What two cells measured, one of
+    them with fewer seeds, is there once, from the later one.
     """
     done = [journal.entries[key] for key in keys if key in journal.entries]
+    owner = {identity(record): number for number, entry in enumerate(done) for record in entry["records"]}
+    done = [
+        {**entry, "records": [record for record in entry["records"] if owner[identity(record)] == number]}
+        for number, entry in enumerate(done)
+    ]
     content = {
         "command": command,
         "commit": commit(),

@@ -23,6 +23,7 @@ from meta.benchmark.datasets import CLEAN
 
 Setting = Literal["continual", "timed", "reset", "gradual", "recurring", "mixed", "correlated", "healthy", "long"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
+DRIFT: tuple[Setting, ...] = tuple(s for s in SETTINGS if s not in ("healthy", "long"))
 Condition = tuple[str, int]  # shift and severity
 VISITS = 10
 DIRICHLET = 0.1

@@ -7,14 +7,14 @@ minus source accuracy of the same frames, in points. Means over shifts give ever
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import NamedTuple
 
-from meta.benchmark.report import Record
-from meta.benchmark.streams import SETTINGS
+from meta.benchmark.report import Record, identity
+from meta.benchmark.streams import DRIFT, SETTINGS
 from schemas.errors import DataError
 
 
@@ -48,9 +48,11 @@ def read_records(path: Path) -> list[Record]:
 
 
 class Results:
-    """Records, looked at from all sides."""
+    """Records, looked at from all sides. Raises DataError where two are of the same: means would count it twice."""
 
-    def __init__(self, records: Iterable[Record]) -> None:
+    def __init__(self, records: Sequence[Record]) -> None:
+        if twice := [key for key, times in Counter(map(identity, records)).items() if times > 1]:
+            raise DataError(f"{len(twice)} results are there twice, the first of {twice[0]}; write the report anew")
         self._by: dict[tuple[Place, Entry, str], list[Record]] = defaultdict(list)
         for record in records:
             place = Place(record["data"], record["model"], record["batch"])
@@ -87,8 +89,9 @@ class Results:
         return fmean(gains.values()) if gains else None
 
     def spread(self, place: Place, entry: Entry) -> float | None:
-        """Standard deviation of the gain over the shifts, averaged over settings with more than one."""
-        found = [list(self.gains(place, entry, setting).values()) for setting in self.settings]
+        """Standard deviation of the gain over the shifts, averaged over settings of drift: few methods were
+        run on others, and means over different settings are not to be compared."""
+        found = [list(self.gains(place, entry, setting).values()) for setting in DRIFT]
         spreads = [pstdev(gains) for gains in found if len(gains) > 1]
         return fmean(spreads) if spreads else None
 
@@ -102,9 +105,9 @@ class Results:
         return min(found) if found else None
 
     def oracle_share(self, place: Place, entry: Entry) -> float | None:
-        """Gain as a share of the oracle's, in percent, averaged over settings where the oracle gains a point."""
+        """Gain as a share of the oracle's, in percent, over settings of drift where the oracle gains a point."""
         shares = []
-        for setting in self.settings:
+        for setting in DRIFT:
             ours, best = (self.mean_gain(place, e, setting) for e in (entry, Entry("oracle", "")))
             if ours is not None and best is not None and best > 1:
                 shares.append(100 * ours / best)

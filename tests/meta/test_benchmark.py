@@ -14,10 +14,10 @@ from meta.benchmark import accuracy as driver
 from meta.benchmark.corruptions import TEST, TUNING
 from meta.benchmark.datasets import Cifar10C, DataConfig, Pool, open_dataset, read_jpeg_archive
 from meta.benchmark.plan import BenchmarkConfig, cells_of, read_benchmark
-from meta.benchmark.report import Journal, Record
+from meta.benchmark.report import Journal, Record, write_report
 from meta.benchmark.run import load_frames, run_streams, source_hits
 from meta.benchmark.streams import SETTINGS, Stream, make_streams
-from meta.benchmark.tables import Entry, Place, Results, markdown, plot
+from meta.benchmark.tables import Entry, Place, Results, markdown, plot, read_records
 from meta.data import LabelledImages
 from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
@@ -494,6 +494,34 @@ def test_tables_by_hand(tmp_path: Path) -> None:
     for name in ("plot.svg", "plot.png"):
         plot(results, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1_000
+
+
+def test_what_two_cells_measured_counts_once(tmp_path: Path) -> None:
+    """A cell of seed 0, and later one of two seeds: the report has each seed once, and can be gone on from."""
+    report = tmp_path / "out.json"
+    journal = Journal(tmp_path / "out.jsonl")
+    first, later = (
+        [("tent", "published", "fog", 0.1, 0.5, 0)],
+        [("tent", "published", "fog", 0.4, 0.5, s) for s in (0, 1)],
+    )
+    for key, rows in (("few", first), ("many", later)):
+        journal.add(key, name=key, records=[record(*row) for row in rows])
+    write_report(report, journal, ["few", "many"], "command", {}, [])
+    records = read_records(report)
+    assert [(r["seed"], r["accuracy"]) for r in records] == [(0, 0.4), (1, 0.4)]
+    assert set(Journal.beside(report).entries) == {"few", "many"}
+    with pytest.raises(DataError, match="1 results are there twice"):
+        Results([*records, records[0]])
+
+
+def test_spread_and_share_are_those_of_drift_alone() -> None:
+    """A method that was run on more settings is compared on the same ones."""
+    rows = [record("mgg", "ours", shift, 0.6, 0.5, 0) for shift in ("fog", "snow")]
+    healthy = [record("mgg", "ours", shift, accuracy, 0.5, 0) for shift, accuracy in (("fog", 0.1), ("snow", 0.9))]
+    healthy = [Record(**{**row, "setting": "healthy"}) for row in healthy]
+    results, place, entry = Results(rows + healthy), Place("d", "m", 16), Entry("mgg", "ours")
+    assert results.spread(place, entry) == pytest.approx(0)
+    assert results.worst(place, entry) == (pytest.approx(-40), "healthy, fog 5")
 
 
 def test_tuning_and_test_shifts_are_apart() -> None:
