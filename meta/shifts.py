@@ -4,9 +4,9 @@ A shift takes images in [0, 1], float (B, ch, h, w); a severity in [0, 1] per im
 numbers that stay the same for one stream and say how the shift looks there (direction, place, sign); and a random
 generator for what differs from frame to frame. It returns images of the same shape in [0, 1].
 
-`TUNING` shifts train and tune; `HELD_OUT` shifts measure and play in the demo. No shift is in both, and none of the
-fifteen common corruptions that the accuracy benchmark tests on is among those for tuning: no independent pixel noise
-other than speckle, no defocus, motion or zoom blur, no weather, no contrast or brightness loss, no blocks.
+`TUNING` shifts train and tune; `HELD_OUT` shifts measure and play in the demo. No shift is in both, and none is one of
+the fifteen common corruptions that the accuracy benchmark tests on. They are apart as functions, not as what they do to
+a picture: some of these resemble some of those closely (docs/science.md, "What the generator has seen").
 """
 
 from __future__ import annotations
