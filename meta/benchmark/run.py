@@ -132,7 +132,7 @@ def _guarded(new: State, old: State) -> tuple[State, int]:
 
 
 def relative_cost(method: Method, model: torch.nn.Module, frames: Tensor, labels: Tensor) -> float:
-    """Processor time of predict and update over that of a plain forward, for one stream: medians of nine, taken in turn.
+    """Processor time of predict and update over that of a plain forward, for one stream: medians of nine in turn.
 
     Of the processor, because what else runs on the machine must not decide how many batches a method misses.
     """
