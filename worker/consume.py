@@ -81,9 +81,11 @@ class FrameConsumer:
         marks: Marks,
         stop: threading.Event,
         failed: Callable[[str], object] = str,
+        store_failed: Callable[[], object] = str,
     ) -> None:
-        """`failed` hears of every call that the broker did not answer or refused, to count them."""
-        self._settings, self._failed = settings, failed
+        """`failed` hears of every call that the broker did not answer or refused, `store_failed` of the store's, to
+        count them."""
+        self._settings, self._failed, self._store_failed = settings, failed, store_failed
         self.offsets, self._marks, self._stop = offsets, marks, stop
         self._compared: set[Partition] = set()
         self._gone: deque[Partition] = deque()
@@ -166,6 +168,7 @@ class FrameConsumer:
             older = [TopicPartition(*p) for p, mark in marks.items() if mark < first[p]]
             beginnings = self.consumer.beginning_offsets(older) if older else {}
         except (KafkaError, UnreachableError) as error:
+            self._count("poll", error)
             log.warning("partitions %s wait: %s", sorted(number for _, number in first), error)
             self._stop.wait(ASK_AGAIN_S)
             return first
@@ -231,7 +234,7 @@ class FrameConsumer:
             else:
                 self.consumer.commit_async(_with_metadata(offsets), callback=self._committed)
         except (KafkaError, UnreachableError) as error:
-            self._failed("commit")
+            self._count("commit", error)
             log.warning("offsets not committed (%s); their frames may be read again", error)
 
     def _committed(self, offsets: dict[TopicPartition, OffsetAndMetadata], answer: Any) -> None:
@@ -240,6 +243,13 @@ class FrameConsumer:
             log.warning("offsets not committed (%s); trying again with the next", answer)
         else:
             self.offsets.committed({(p.topic, p.partition): meta.offset for p, meta in offsets.items()})
+
+    def _count(self, operation: str, error: Exception) -> None:
+        """Whoever did not answer: the store has the marks, the broker everything else."""
+        if isinstance(error, UnreachableError):
+            self._store_failed()
+        else:
+            self._failed(operation)
 
     def assignment(self) -> set[Partition]:
         """The partitions that are ours now."""

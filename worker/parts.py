@@ -89,7 +89,7 @@ def connect(
     require_topics(config.kafka, stop)
     publisher = Publisher(config.kafka, name, stop, metrics.broker_error)
     offsets = Offsets()
-    consumer = FrameConsumer(config.kafka, offsets, store, stop, metrics.broker_error)
+    consumer = FrameConsumer(config.kafka, offsets, store, stop, metrics.broker_error, metrics.store_errors.inc)
     decode = partial(decode_frame, limits=config.frames, preprocess=bundle.manifest.preprocess)
     decoding = Decoding(decode, config.frames.decode_threads)
     batcher = MicroBatcher(config.batch, adapt.enabled)

@@ -49,9 +49,9 @@ def notes() -> Notes:
 def make(kafka_settings: Kafka, notes: Notes) -> Iterator[Callable[..., FrameConsumer]]:
     made: list[FrameConsumer] = []
 
-    def build(**changes: object) -> FrameConsumer:
+    def build(failed: Callable[[str], object] = str, **changes: object) -> FrameConsumer:
         settings = kafka_settings.model_copy(update=changes)
-        made.append(FrameConsumer(settings, Offsets(), notes, threading.Event()))
+        made.append(FrameConsumer(settings, Offsets(), notes, threading.Event(), failed, lambda: failed("store")))
         return made[-1]
 
     yield build
@@ -128,6 +128,26 @@ def test_what_the_store_does_not_know_is_read_again(
     assert second.lag()[kafka_settings.topics.frames, 0] == 1  # and the lag shows all the same
     notes.away = False
     assert read(second, 10) == list(range(4, 11))
+
+
+def test_what_the_store_does_not_answer_is_no_error_of_the_broker(
+    make: Callable[..., FrameConsumer], notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    errors: list[str] = []
+    consumer = make(errors.append)
+    notes.away = True
+    deadline = time.monotonic() + 20
+    while not errors:  # it asks for the marks of what has come
+        assert time.monotonic() < deadline
+        consumer.poll(0.05)
+    notes.away = False
+    take(consumer, kafka_settings, read(consumer, 9), finished=10)
+    asked = len(errors)
+    notes.away = True
+    consumer.commit(now=True)
+    assert len(errors) == asked + 1
+    assert set(errors) == {"store"}
 
 
 def test_a_rewind_reads_again_from_the_oldest_in_hand(
