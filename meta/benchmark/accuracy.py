@@ -16,6 +16,7 @@ import torch
 from meta.baselines import configured
 from meta.baselines.base import Options
 from meta.baselines.own import Oracle
+from meta.benchmark.controls import without_memory
 from meta.benchmark.corruptions import TEST, TUNING
 from meta.benchmark.datasets import DataSet, Pool, open_dataset
 from meta.benchmark.plan import MGG_NAME, BenchmarkConfig, Cell, cells_of
@@ -186,6 +187,8 @@ class _Bench:
         if cell.method == MGG_NAME:
             generator = self.config.generator(cell)
             method = self.source.generator(load_bundle(generator.bundle))
+            if not generator.memory:
+                method = without_memory(method)
             # The paper's takes its gradient from all frames.
             return method.with_gradient_share(generator.gradient_share) if isinstance(method, MGG) else method
         return configured(self.config.kinds[cell.method], self.source.setup, **options)

@@ -35,6 +35,7 @@ class GeneratorConfig(BaseModel):
     bundle: Path
     models: tuple[str, ...] = Field((), description="names of models, or data/model; empty: all")
     gradient_share: int = Field(GRADIENT_SHARE, ge=1, description="one of so many frames gives a gradient")
+    memory: bool = Field(True, description="false: the rule reads nothing from its gradient memory, a control")
 
 
 class RunConfig(BaseModel):
@@ -200,12 +201,14 @@ def _generator_digest(generator: GeneratorConfig) -> str:
         raise ConfigError(f"generators: {bundle} is no bundle: {error}") from error
     if share > 1:
         content["gradient_share"] = share
+    if not generator.memory:
+        content["memory"] = False
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(config: BenchmarkConfig, model: ModelConfig, extra: Any) -> str:
     sizes = [config.pool, config.frames, config.long_frames, config.tuning_frames]
-    content = [sizes, config.data[model.data].model_dump(mode="json"), model.model_dump(mode="json"), extra]
+    content = [sizes, config.data[model.data].model_dump(mode="json"), model.content(), extra]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -7,15 +7,18 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
 
 from meta import data
 from meta.baselines import Setup
+from meta.benchmark.controls import train_on_shifts
 from meta.benchmark.datasets import DataSet
-from meta.bundle import Bundle, load_bundle
+from meta.bundle import Bundle, load_bundle, model_weights, read_manifest
 from meta.calibrate import source_statistics
 from meta.data import LabelledImages
 from meta.mgg import MGG, transplant
@@ -43,6 +46,13 @@ class ModelConfig(BaseModel):
     epochs: int = Field(10, ge=1)
     seed: int = 0
     bundle: Path | None = Field(None, description="take the source model from here instead of training one")
+    shift_steps: int = Field(
+        0, ge=0, description="and train it on so many steps, with labels, under the simulated shifts of meta-training"
+    )
+
+    def content(self) -> dict[str, Any]:
+        """What results depend on. An option that is not used is not in it, so that older results stay valid."""
+        return self.model_dump(mode="json", exclude=None if self.shift_steps else {"shift_steps"})
 
 
 @dataclass(frozen=True)
@@ -77,23 +87,38 @@ def parts(train: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
     return train.part(0, cut), train.part(cut, len(train))
 
 
+def shown_parts(unseen: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
+    """Of what trained no source model: images for training under simulated shifts, and the rest.
+
+    Of Fashion-MNIST those that meta-training sees; of other data sets as large a share.
+    """
+    start, stop = data.META_PART
+    cut = len(unseen) * (stop - start) // (data.CALIBRATION_PART[1] - start)
+    return unseen.part(0, cut), unseen.part(cut, len(unseen))
+
+
 def open_source(config: ModelConfig, dataset: DataSet, cache: Path, say: Callable[[str], None]) -> SourceModel:
     """Load or train. Raises BundleError where a bundle does not fit the data."""
     for_source, unseen = parts(dataset.train())
     mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
-    if config.bundle is not None:
-        bundle = load_bundle(config.bundle)
+    bundle = None if config.bundle is None else load_bundle(config.bundle)
+    if bundle is not None:
+        _check(config, bundle, dataset, unseen)
         preprocess = bundle.manifest.preprocess
-        shape = (preprocess.channels, preprocess.height, preprocess.width)
-        if shape != image_tensor(unseen.images[:1]).shape[1:] or len(bundle.labels) != len(dataset.labels):
-            raise BundleError(
-                f"model {config.name!r}: bundle {config.bundle} takes frames {shape}, not {dataset.name}'s"
-            )
-        model, source = bundle.model, bundle.method.source
         mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+    if bundle is not None and not config.shift_steps:
+        model, source = bundle.model, bundle.statistics
     else:
-        model = AdaptableModel(_trained(config, dataset, for_source, cache, say))
-        source = source_statistics(model, image_tensor(unseen.images), Preprocessing(mean, std))
+        preprocessing = Preprocessing(mean, std)
+        if config.bundle is not None:
+            network = _network_of(config.bundle)
+        else:
+            network = _trained(config, dataset, for_source, cache, say)
+        if config.shift_steps:
+            shown, unseen = shown_parts(unseen)
+            network = _shifted(config, dataset, network, shown, preprocessing, cache, say)
+        model = AdaptableModel(network.eval().to(memory_format=torch.channels_last))
+        source = source_statistics(model, image_tensor(unseen.images), preprocessing)
     test = dataset.test()
     clean = accuracy(model, image_tensor(test.images).float() / 255, torch.from_numpy(test.labels), mean, std)
     frames = as_frames(image_tensor(unseen.images[:SOURCE_FRAMES]).float() / 255, mean, std)
@@ -101,21 +126,68 @@ def open_source(config: ModelConfig, dataset: DataSet, cache: Path, say: Callabl
     return SourceModel(config, setup, clean, unseen)
 
 
+def _check(config: ModelConfig, bundle: Bundle, dataset: DataSet, images: LabelledImages) -> None:
+    preprocess = bundle.manifest.preprocess
+    shape = (preprocess.channels, preprocess.height, preprocess.width)
+    if shape != image_tensor(images.images[:1]).shape[1:] or len(bundle.labels) != len(dataset.labels):
+        raise BundleError(f"model {config.name!r}: bundle {config.bundle} takes frames {shape}, not {dataset.name}'s")
+
+
+def _network_of(folder: Path) -> nn.Module:
+    """A bundle's source network, with its norm layers as they were trained."""
+    part = read_manifest(folder).model
+    network = build_network(part.architecture, part.arguments)
+    network.load_state_dict(model_weights(folder))
+    return network
+
+
 def _trained(
     config: ModelConfig, dataset: DataSet, images: LabelledImages, cache: Path, say: Callable[[str], None]
-) -> torch.nn.Module:
-    recipe = config.model_dump(mode="json", exclude={"name", "bundle"})
+) -> nn.Module:
+    recipe = config.model_dump(mode="json", exclude={"name", "bundle", "shift_steps"})
     digest = hashlib.sha256(json.dumps([recipe, len(images)], sort_keys=True).encode()).hexdigest()[:12]
-    path = cache / "sources" / f"{dataset.name}-{config.name}-{digest}.safetensors"
     torch.manual_seed(config.seed)
     network = build_network(config.architecture, config.arguments)
-    if path.exists():
-        network.load_state_dict(safetensors.torch.load_file(path))
-    else:
+
+    def train() -> None:
         say(f"training {config.name} on {dataset.name}")
         rate = 2e-3 if "vit" in config.architecture else 4e-3
         train_source(network, images, config.epochs, config.seed, 128, rate, say, dataset.mean, dataset.std)
+
+    return _once(cache / "sources" / f"{dataset.name}-{config.name}-{digest}.safetensors", network, train)
+
+
+def _shifted(
+    config: ModelConfig,
+    dataset: DataSet,
+    network: nn.Module,
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    cache: Path,
+    say: Callable[[str], None],
+) -> nn.Module:
+    """The network after its training under simulated shifts; what it starts from is part of the cache's name."""
+    recipe = json.dumps([config.shift_steps, config.seed, len(images)]).encode()
+    digest = hashlib.sha256(recipe + _packed(network)).hexdigest()[:12]
+
+    def train() -> None:
+        say(f"training {config.name} on {dataset.name} under simulated shifts")
+        train_on_shifts(network, images, config.shift_steps, config.seed, preprocessing, say)
+
+    return _once(cache / "sources" / f"{dataset.name}-{config.name}-shifts-{digest}.safetensors", network, train)
+
+
+def _once(path: Path, network: nn.Module, train: Callable[[], None]) -> nn.Module:
+    """The network with the weights that a file has, or else after `train`, which are kept there."""
+    if path.exists():
+        network.load_state_dict(safetensors.torch.load_file(path))
+    else:
+        train()
         path.parent.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-        path.write_bytes(safetensors.torch.save(weights))
-    return network.eval().to(memory_format=torch.channels_last)
+        path.write_bytes(_packed(network))
+    return network
+
+
+def _packed(network: nn.Module) -> bytes:
+    packed: bytes = safetensors.torch.save({name: t.contiguous() for name, t in network.state_dict().items()})
+    return packed
