@@ -72,14 +72,16 @@ def judged(metrics: WorkerMetrics, event: UpdateEvent, entropy: float, answered_
     metrics.correct.labels("answered").inc(frames * (source if answered_by == "source" else adapted))
 
 
-def decided(metrics: WorkerMetrics, event: UpdateEvent, header: StreamHeader | None) -> None:
+def decided(metrics: WorkerMetrics, event: UpdateEvent, header: StreamHeader | None, blind: bool | None = None) -> None:
     """Something was decided of a stream, with or without frames.
 
-    `header` is the stream's after it; None where the stream has left this worker meanwhile.
+    `header` is the stream's after it; None where the stream has left this worker meanwhile. `blind`: whether most
+    frames were blank or came before; None where there are no frames.
     """
     metrics.updates.labels(event.decision, reason_kind(event)).inc()
     if header is not None:
-        metrics.streams.put(event.stream, next_view(metrics.streams.get(event.stream), event, header, time.time()))
+        before = metrics.streams.get(event.stream)
+        metrics.streams.put(event.stream, next_view(before, event, header, time.time(), blind))
 
 
 def took(metrics: WorkerMetrics, **stages: float) -> None:

@@ -26,9 +26,9 @@ _KINDS = (
     (" bundle ", "bundle"),
     ("the stored", "stored_state"),
 )
-OTHER, COMMAND = "other", "command"
-CAMERA = "camera"  # blank or repeated frames
-TROUBLE = frozenset({"not_finite", "turned", "gradient", "collapse", "worse", "distance", CAMERA})
+OTHER, COMMAND, POLICY = "other", "command", "policy"
+# Not "camera", blank or repeated frames: that is no trouble of the updates.
+TROUBLE = frozenset({"not_finite", "turned", "gradient", "collapse", "worse", "distance"})
 
 
 def reason_kind(event: UpdateEvent) -> str:

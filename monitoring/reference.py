@@ -18,9 +18,10 @@ A worker serves them on `http://<metrics.host>:<metrics.port>/metrics`, as Prome
 is a target of its own.
 
 **Cardinality.** `driftkeel_stream_*` has series for at most `metrics.max_stream_labels` streams per worker (50), chosen
-every 30 seconds by need: in trouble (an update refused or undone lately, or the guard doubts the adapted parameters),
-drifting, new, then the lowest estimated accuracy. All streams count in `driftkeel_fleet_*`, whose distributions are of
-the present moment: `histogram_quantile` takes them as they are, without `rate`. All other labels have few values.
+every 30 seconds by need: in trouble (an update refused or undone lately, the guard doubts the adapted parameters, or
+the camera is blind), drifting, new, then the lowest estimated accuracy. All streams count in `driftkeel_fleet_*`,
+whose distributions are of the present moment: `histogram_quantile` takes them as they are, without `rate`. All other
+labels have few values.
 
 | metric | type | labels | what it is |
 |---|---|---|---|

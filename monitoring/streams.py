@@ -21,7 +21,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from monitoring.drift import ALARM
-from monitoring.reasons import CAMERA, TROUBLE, reason_kind
+from monitoring.reasons import POLICY, TROUBLE, reason_kind
 from schemas.config import Guard
 from schemas.state import StreamHeader
 from schemas.update import Decision, UpdateEvent
@@ -47,6 +47,7 @@ class StreamView(NamedTuple):
     trusted: float = 1.0
     shifted: float = 0.0
     blind: float = 0.0
+    held_back: float = 0.0
     last_update: float | None = None
     troubled: float | None = None
     accuracy: float | None = None
@@ -65,8 +66,9 @@ class StreamView(NamedTuple):
     adapting: float | None = None
 
     def in_trouble(self, now: float) -> bool:
-        """Whether an update was refused or undone lately, or the guard does not trust the adapted parameters."""
-        return not self.trusted or (self.troubled or 0.0) > now - TROUBLED_S
+        """Whether an update was refused or undone lately, the guard does not trust the adapted parameters, or most
+        frames are blank or repeat."""
+        return not self.trusted or self.blind == 1.0 or (self.troubled or 0.0) > now - TROUBLED_S
 
     @property
     def drifting(self) -> bool:
@@ -96,6 +98,7 @@ GAUGES = (
     ("shifted", "shifted", "1 once the guard is sure that the frames are not what source was made for."),
     ("trusted", "trusted", "0 while the guard has source answer, because it is estimated to do better."),
     ("blind", "blind", "1 while most frames are blank or repeat: a covered or frozen camera."),
+    ("held_back", "held_back", "1 while the policy allows no update: frozen, quiet hours, or the hour's are used up."),
     ("decision", "decision", f"The newest decision: {', '.join(f'{i} {d}' for i, d in enumerate(DECISIONS))}."),
     ("last_decision", "last_decision_timestamp_seconds", "When the stream's newest frames were judged."),
     ("last_update", "last_update_timestamp_seconds", "When this worker last applied an update to the stream."),
@@ -104,8 +107,11 @@ GAUGES = (
 _BACK = ("rolled_back", "reset", "imported", "carried")
 
 
-def next_view(before: StreamView | None, event: UpdateEvent, header: StreamHeader, now: float) -> StreamView:
-    """The view after one more event. What an event does not say of its gradients stays as it was."""
+def next_view(
+    before: StreamView | None, event: UpdateEvent, header: StreamHeader, now: float, blind: bool | None = None
+) -> StreamView:
+    """The view after one more event. What an event does not say of its gradients stays as it was, and so does what an
+    event without frames does not say of the camera: whether it is `blind`, or held back."""
     if before is None:
         before = StreamView(now, now, 0.0, 0.0, 0.0, 0.0)
     kept: dict[str, float | None] = {
@@ -135,7 +141,8 @@ def next_view(before: StreamView | None, event: UpdateEvent, header: StreamHeade
         frozen=float(bool(header.policy and header.policy.frozen)),
         last_update=now if event.decision in ("applied", "partial") else before.last_update,
         troubled=now if kind in TROUBLE else before.troubled,
-        blind=float(kind == CAMERA),
+        blind=before.blind if blind is None else float(blind),
+        held_back=float(kind == POLICY) if event.frames else before.held_back,
         accuracy=after.estimated_accuracy if after else before.accuracy,
         low=after.low if after else before.low,
         high=after.high if after else before.high,

@@ -115,6 +115,20 @@ class Guard:
             return Verdict("skipped", f"distance from source {distance:.3g} above its limit {self._max_distance:.3g}")
         return self._measured(state, signals)
 
+    def blinded(self, before: GuardState, sight: Sight) -> str:
+        """Why the camera seems to see nothing, whether there is an update or not: most frames are blank or came before.
+        Empty where most are neither."""
+        most, frames = self.settings.max_repeats, max(1, len(sight.checksums))
+        if sight.blank > most:
+            return f"{sight.blank:.0%} of the frames are blank: covered camera?"
+        seen, repeats = set(before.recent), 0
+        for checksum in sight.checksums:
+            repeats += checksum in seen
+            seen.add(checksum)
+        if repeats / frames > most:
+            return f"{repeats / frames:.0%} of the frames repeat earlier ones: frozen camera?"
+        return ""
+
     def _count_alike(self, state: GuardState, sight: Sight, frames: int) -> None:
         """Up while one class fills the micro-batches, but for errors; down, and sooner, while others come."""
         if sight.share < FILLS:
@@ -127,15 +141,8 @@ class Guard:
     # --- rules -----------------------------------------------------------------------------------------------------
 
     def _teaches_nothing(self, before: GuardState, state: GuardState, sight: Sight) -> str:
-        most, frames = self.settings.max_repeats, max(1, len(sight.checksums))
-        if sight.blank > most:
-            return f"{sight.blank:.0%} of the frames are blank: covered camera?"
-        seen, repeats = set(before.recent), 0
-        for checksum in sight.checksums:
-            repeats += checksum in seen
-            seen.add(checksum)
-        if repeats / frames > most:
-            return f"{repeats / frames:.0%} of the frames repeat earlier ones: frozen camera?"
+        if reason := self.blinded(before, sight):
+            return reason
         if state.alike > self.settings.max_alike:
             return f"one class for more than {self.settings.max_alike} frames"
         if state.rest:

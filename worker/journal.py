@@ -40,7 +40,7 @@ ALIVE_S = 1.0  # a write of many pieces tells the group so often that the worker
 class Folded:
     """What a step has made of one micro-batch. The engine has its tensors; `moved` says whether they changed.
 
-    `patient`: it was not meant to make an update.
+    `patient`: it was not meant to make an update. `blind`: most of its frames were blank or came before.
     """
 
     resident: Resident
@@ -52,6 +52,7 @@ class Folded:
     answered: Parameters
     snapshot: Snapshot | None = None
     patient: bool = False
+    blind: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Journal:
             self._publisher.update(one.sealed)
             _say(one.sealed.event)
             self._offsets.finished(one.positions)
-            observe.decided(self._metrics, one.sealed.event, one.header if self._held(one) else None)
+            observe.decided(self._metrics, one.sealed.event, one.header if self._held(one) else None, one.blind)
             observe.judged(self._metrics, one.sealed.event, one.mean_entropy, one.answered)
 
 

@@ -25,13 +25,14 @@ def no_snapshot(stream: str) -> Restored | None:
 class Judgement:
     """A verdict, the header after it, and the proposal whose tensors become the stream's; None: they stay.
 
-    `went_back_to`: the snapshot that the stream was rolled back to.
+    `went_back_to`: the snapshot that the stream was rolled back to. `blind`: the camera seems to see nothing.
     """
 
     verdict: Verdict
     header: StreamHeader
     kept: Proposal | None
     went_back_to: Restored | None = None
+    blind: bool = False
 
 
 def judge(
@@ -56,6 +57,7 @@ def judge(
     if not outlook.batch.hurried:
         proxies = next_proxies(before.proxies, outlook, signals, engine.accuracy_model)
     state = guard.observe(before.guard, outlook.sight, proxies)
+    blind = bool(guard.blinded(before.guard, outlook.sight))
     verdict, restored = Verdict("skipped", outlook.batch.reason), None
     if proposal is not None and update:
         verdict = guard.judge(before.guard, state, outlook.sight, proxies, signals, proposal.finite)
@@ -71,4 +73,4 @@ def judge(
     if verdict.back:
         header.step = header.snapshot = restored[0].header.step if restored else 0
     taken = verdict.apply or verdict.back if update else proposal is not None and proposal.finite
-    return Judgement(verdict, header, proposal if taken else None, restored)
+    return Judgement(verdict, header, proposal if taken else None, restored, blind)

@@ -50,11 +50,12 @@ class Scheduler:
         policy = self._policies.of(header)
         batch = replace(batch, answer=answering(policy, header, header.guard.trusted))
         late = self._late(batch, now)
-        if batch.fold and not batch.adapt:
-            return replace(batch, hurried=late)
-        if batch.adapt and (reason := held_back(policy, header, now)):
+        # Before too few frames: a slow camera that is held back on purpose is not stuck.
+        if batch.fold and (reason := held_back(policy, header, now)):
             self._metrics.left_out.labels("policy").inc()
             return replace(batch, adapt=False, hurried=late, reason=reason)
+        if batch.fold and not batch.adapt:
+            return replace(batch, hurried=late)
         if late:  # Nor do these wait for an update, for which they would be predicted once more.
             self._metrics.left_out.labels("overload").inc()
             return replace(batch, adapt=False, fold=True, hurried=True, reason=self._overload)

@@ -222,7 +222,11 @@ class Step:
             moved = judgement.kept is not None
             entropy, answered = outlook.mean_entropy, outlook.parameters
             patient = not batch.adapt
-            folded.append(Folded(resident, header, sealed, moved, positions, entropy, answered, snapshot, patient))
+            folded.append(
+                Folded(
+                    resident, header, sealed, moved, positions, entropy, answered, snapshot, patient, judgement.blind
+                )
+            )
             if judgement.kept is not None:
                 accepted.append(judgement.kept)
         self._engine.accept(proposals, accepted)

@@ -52,7 +52,7 @@ def build() -> Dashboard:
             number(
                 "In trouble",
                 "Streams of which an update was refused or undone in the last five minutes, or that source answers "
-                "because it is estimated to do better.",
+                "because it is estimated to do better; and blind cameras.",
                 condition("in_trouble"),
                 steps=few_is_good,
                 width=3,
@@ -163,7 +163,7 @@ def build() -> Dashboard:
                     ("Distance", of_stream("source_distance"), "short", CALM),
                     ("Source answers", of_stream("answers_source"), "bool_yes_no", ((None, GREEN), (1, YELLOW))),
                     ("Blind", of_stream("blind"), "bool_yes_no", ((None, GREEN), (1, RED))),
-                    ("Frozen", of_stream("frozen"), "bool_yes_no", ((None, GREEN), (1, YELLOW))),
+                    ("Held back", of_stream("held_back"), "bool_yes_no", ((None, GREEN), (1, YELLOW))),
                     ("Updates", of_stream("step"), "short", CALM),
                     (
                         "Last frames",

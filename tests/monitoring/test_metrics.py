@@ -29,6 +29,7 @@ UNITLESS |= {
     "trusted",
     "source",
     "frozen",
+    "back",  # of held_back
     "gcount",
     "gsum",
 }  # scores and flags
@@ -185,6 +186,23 @@ def test_who_is_shown_needs_it_no_less_than_who_is_not(streams: dict[str, Stream
         return view.in_trouble(now), view.drifting, view.first_seen > now - 600
 
     assert all(need(stream) >= need(other) for stream in seen for other in set(streams) - seen)
+
+
+def test_a_blind_camera_is_shown_whatever_the_policy_says_and_is_no_trouble_of_the_updates() -> None:
+    metrics = WorkerMetrics(5)
+    refused = event("a", decision="skipped", reason="90% of the frames are blank: covered camera?")
+    observe.decided(metrics, refused, header("a"), blind=True)
+    quiet = event("a", decision="skipped", reason="policy: quiet hours 00:00-23:59")
+    observe.decided(metrics, quiet, header("a"), blind=True)
+    assert (value(metrics, "stream_blind", stream="a"), value(metrics, "stream_held_back", stream="a")) == (1.0, 1.0)
+    assert value(metrics, "stream_last_trouble_timestamp_seconds", stream="a") is None
+    assert value(metrics, "fleet_streams", condition="in_trouble") == 1
+    # A command has no frames: nothing is known anew of the camera.
+    observe.decided(metrics, event("a", decision="frozen", command="c", frames=[]), header("a"))
+    assert (value(metrics, "stream_blind", stream="a"), value(metrics, "stream_held_back", stream="a")) == (1.0, 1.0)
+    observe.decided(metrics, event("a"), header("a"), blind=False)
+    assert (value(metrics, "stream_blind", stream="a"), value(metrics, "stream_held_back", stream="a")) == (0.0, 0.0)
+    assert value(metrics, "fleet_streams", condition="in_trouble") == 0
 
 
 def test_frozen_is_what_the_stream_s_policy_says() -> None:

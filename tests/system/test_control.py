@@ -187,6 +187,9 @@ def test_policies_say_who_answers_and_when_there_are_updates(site: Site) -> None
     (approval,) = tell(site, "approve", "approve")
     assert (approval.decision, approval.step, approval.parameters) == ("approved", 2, "approved")
     ids = {stream: feed(site, worker, stream, 24) for stream in streams}
+    for stream in ("quiet", "auto"):  # by its hours; and by the updates of this hour
+        line = f'driftkeel_stream_held_back{{stream="{stream}"}} 1.0'
+        worker.wait_until(lambda line=line: line in worker.metrics(), line)
     predictions = site.predictions([i for group in ids.values() for i in group])
     last = {stream: predictions[group[-1]][0] for stream, group in ids.items()}
     assert {s: (p.parameters, min(p.step, 3)) for s, p in last.items()} == {

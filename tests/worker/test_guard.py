@@ -105,6 +105,12 @@ def test_a_covered_camera_does_not_teach() -> None:
     assert verdict.reason == "75% of the frames are blank: covered camera?"
 
 
+def test_a_blind_camera_is_seen_without_an_update() -> None:
+    assert "blank" in GUARD.blinded(GuardState(), sight(blank=0.75))
+    assert "repeat" in GUARD.blinded(GuardState(recent=[3, 4]), sight(0, checksums=[3, 4, 3, 5]))
+    assert GUARD.blinded(GuardState(), sight(blank=0.25)) == ""
+
+
 def test_one_class_for_long_stops_teaching_and_others_begin_again() -> None:
     state, applied = GuardState(), 0
     for round_ in range(100):

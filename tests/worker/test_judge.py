@@ -55,6 +55,12 @@ def test_a_skipped_update_leaves_every_tensor(engine: Engine) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.tensors("a").items())
 
 
+def test_repeated_frames_are_seen_whether_an_update_was_meant_or_not(engine: Engine) -> None:
+    assert turn(engine, Verdict("skipped", ""), 1, adapt=False).blind  # those of the fixture
+    assert not turn(engine, Verdict("skipped", ""), 2, adapt=False).blind
+    assert turn(engine, Verdict("skipped", ""), 2).blind
+
+
 def test_a_partial_update_goes_part_of_the_way(engine: Engine) -> None:
     before = engine.tensors("a")["affine"].clone()
     other = Engine(engine.bundle)

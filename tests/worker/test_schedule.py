@@ -116,6 +116,13 @@ def test_the_policy_says_when_there_may_be_updates(engine: Engine, policy: Polic
     assert left_out(metrics, "policy") == bool(reason)
 
 
+def test_the_policy_is_the_reason_also_where_frames_are_too_few(engine: Engine) -> None:
+    few = replace(batch("a", 4), adapt=False, reason="too few frames within max_hold_ms")
+    quiet = Policies(Policy(quiet_hours=("22:00-06:00",)), {})
+    (decided,) = Scheduler(Batch(), Adapt(), quiet, engine, WorkerMetrics(0)).decide([few], NOW)
+    assert (decided.adapt, decided.fold, decided.reason) == (False, True, "policy: quiet hours 22:00-06:00")
+
+
 def test_single_streams_and_commands_override_the_policy(engine: Engine) -> None:
     policies = Policies(Policy(mode="shadow", frozen=True), {"b": PolicyChange(mode="auto")})
     engine.resident("b").header.policy = PolicyChange(frozen=False)
