@@ -70,7 +70,7 @@ class Plan:
     demo_seeds: tuple[int, ...]
 
 
-QUICK = Plan(False, 7, 8_000, 768, 3_000, 16, 5.0, 3_000, (0,))
+QUICK = Plan(False, 5, 6_000, 768, 2_000, 16, 4.0, 2_400, (0,))
 FULL = Plan(True, 11, 24_000, 2_048, 8_000, 32, 20.0, 4_000, (0, 1, 2))
 
 
