@@ -158,6 +158,9 @@ class Batch(Section):
     )
     max_pass: int = Field(64, ge=1, description="frames of all streams in one pass; each thread runs its own")
     max_buffered: int = Field(4_096, ge=1, description="frames in memory before partitions are paused")
+    max_buffered_bytes: int = Field(
+        256 << 20, ge=1 << 20, description="the same for their pixels in the model's size; two passes have room anyway"
+    )
     latency_budget_ms: int = Field(
         0,
         ge=0,

@@ -46,6 +46,13 @@ class _Waiting:
         return len(self.held) + len(self.fresh)
 
 
+def within_memory(settings: Batch, frame_bytes: int, lanes: int) -> Batch:
+    """The same settings with no more frames buffered than there is room for; `frame_bytes` of pixels each. `lanes`
+    passes at a time always find frames for two each."""
+    room = max(settings.max_buffered_bytes // frame_bytes, 2 * lanes * settings.max_pass)
+    return settings.model_copy(update={"max_buffered": min(settings.max_buffered, room)})
+
+
 class MicroBatcher:
     """Collects frames per stream and closes micro-batches by size or by time, streams taking turns.
 

@@ -24,6 +24,7 @@ from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, UnreachableError
 from schemas.frame import Frame, Position
+from worker.batcher import within_memory
 from worker.device import EXPERIMENTAL, described, out_of_memory, site_device
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
 from worker.offsets import Partition
@@ -80,6 +81,10 @@ class Worker:
         check_checksum_speed()
         device = site_device(config.device)
         bundle = site_bundle(config, device)
+        preprocess = bundle.manifest.preprocess
+        frame_bytes = preprocess.channels * preprocess.height * preprocess.width
+        batch = within_memory(config.batch, frame_bytes, self._lanes)
+        self.config = config = config.model_copy(update={"batch": batch})
         where = config.bundle.path, described(device)
         log.info("bundle %s (%s) from %s, computed on %s", bundle.hash, bundle.manifest.name, *where)
         if device.type != "cpu":

@@ -126,10 +126,13 @@ def test_frames_read_again_while_they_are_decoded_count_once(
     worker.run()
 
 
-def test_what_is_decoded_counts_as_buffered(config: WorkerConfig, topic: Topic, free: threading.Event) -> None:
+@pytest.mark.parametrize("limit", [{"max_buffered": 20}, {"max_buffered_bytes": 20 * 28 * 28, "max_pass": 5}])
+def test_what_is_decoded_counts_as_buffered(
+    config: WorkerConfig, topic: Topic, free: threading.Event, limit: dict[str, int]
+) -> None:
     config = config.model_copy(
         update={
-            "batch": config.batch.model_copy(update={"max_buffered": 20}),
+            "batch": config.batch.model_copy(update=limit),
             "kafka": config.kafka.model_copy(update={"max_poll_records": 5}),
         }
     )

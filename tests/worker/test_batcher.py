@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from schemas.config import Batch
 from schemas.frame import Position
-from worker.batcher import MicroBatcher
+from worker.batcher import MicroBatcher, within_memory
 from worker.decode import DecodedFrame
 
 SETTINGS = Batch(max_batch=8, max_wait_ms=100, min_adapt=4, max_hold_ms=1_000, max_pass=32)
@@ -164,6 +164,13 @@ def test_frames_held_by_many_streams_make_room_when_memory_is_full() -> None:
     assert all(not b.adapt and b.fold and "max_buffered" in b.reason for b in out)
     assert len(batcher) < 20
     assert batcher.take(0.2, 64) == []
+
+
+def test_large_frames_fill_the_memory_sooner() -> None:
+    settings = Batch(max_buffered=4_096, max_buffered_bytes=64 << 20, max_pass=64)
+    assert within_memory(settings, 28 * 28, 2).max_buffered == 4_096
+    assert within_memory(settings, 224 * 224 * 3, 2).max_buffered == 445
+    assert within_memory(settings, 1024 * 1024 * 3, 2).max_buffered == 256  # two passes for each of two lanes
 
 
 def test_a_small_pass_is_not_begun_before_its_time() -> None:
