@@ -157,6 +157,8 @@ def test_a_worker_takes_the_chart_s_configuration(
         assert trigger["metadata"]["topic"] == config.kafka.topics.frames
         assert trigger["metadata"]["consumerGroup"] == config.kafka.group
         assert trigger["metadata"]["bootstrapServers"] == config.kafka.bootstrap
+        # Twice what a worker of a hundred frames a second may hold: keeping up is no reason for more workers.
+        assert int(trigger["metadata"]["lagThreshold"]) >= 100 * 2 * config.batch.max_hold_ms / 1000
         assert "replicas" not in manifests["Deployment"]["spec"]
         env = {v["name"]: v.get("valueFrom") for v in container["env"]}
         assert env["DRIFTKEEL__STORE__URL"] == {"secretKeyRef": {"name": "store", "key": "url"}}
@@ -176,6 +178,7 @@ def test_the_chart_refuses_what_it_does_not_know() -> None:
         {"config": {"store": {"url": "redis://x"}}},
         {"terminationGracePeriodSeconds": 5},
         {"strategy": {"type": "recreate"}},
+        {"autoscaling": {"lagThreshold": 0}},
     ):
         with pytest.raises(helm_python.HelmError):
             rendered(values)
