@@ -26,13 +26,18 @@ EXAMPLE_BUNDLE = "bundles/fashion-mnist"
 LOCAL_PARTITIONS = 4
 LOOPBACK = ("127.0.0.1", "localhost")
 _IMAGE_IS_BUILT = "    build: {context: ..}\n"
-_SITE_IS_MOUNTED = """\
-    command: ["worker", "--config", "/site/driftkeel.yaml"]
+_CONSOLE = '    command: ["console"]\n'
+_ON_THE_SITE = """\
+    command: ["{command}", "--config", "/site/driftkeel.yaml"]
     working_dir: /site
     volumes:
       - ./driftkeel.yaml:/site/driftkeel.yaml:ro
       - ./bundles:/site/bundles:ro
 """
+# Of the compose file's broker and store: services, the variable that names them, and the words of the first lines.
+_FRAMES = "Frames go to 127.0.0.1:9092, topic `frames`; "
+_BROKER = (("kafka", "topics"), "DRIFTKEEL__KAFKA__BOOTSTRAP", ("broker, ", _FRAMES))
+_STORE = (("store",), "DRIFTKEEL__STORE__URL", ("store, ",))
 
 
 def shipped(name: str) -> Path:
@@ -61,10 +66,28 @@ def site_config(changes: dict[str, Any]) -> str:
     return text
 
 
-def site_compose() -> str:
-    """The repository's compose file, with the site's configuration and bundles, and an image that is there already."""
+def site_compose(own_broker: bool = False, own_store: bool = False) -> str:
+    """The repository's compose file, with the site's configuration and bundles, and an image that is there already.
+
+    Without its broker and store where the configuration names others: variables go before the file.
+    """
     text = shipped("deploy/compose.yaml").read_text(encoding="utf-8")
-    return text.replace("-f deploy/compose.yaml up --build", "up").replace(_IMAGE_IS_BUILT, _SITE_IS_MOUNTED)
+    text = text.replace("-f deploy/compose.yaml up --build", "up")
+    text = text.replace(_IMAGE_IS_BUILT, _ON_THE_SITE.format(command="worker"))
+    text = text.replace(_CONSOLE, _ON_THE_SITE.format(command="console"))
+    for services, variable, words in [_BROKER] * own_broker + [_STORE] * own_store:
+        text = re.sub(rf"(?m)^ +{variable}: .*\n", "", text)
+        for word in words:
+            text = text.replace(word, "", 1)
+        for service in services:
+            text = _without(service, text)
+    return re.sub(r"(?m)^    depends_on:\n(?!      )", "", text)
+
+
+def _without(service: str, text: str) -> str:
+    """A compose file without a service, its volume, and the word that others wait for it."""
+    text = re.sub(rf"(?m)^      {service}: {{condition: .*\n", "", text)
+    return re.sub(rf"(?m)^(?:  #.*\n)*  {service}:\n(?:    .*\n|\n)*", "", text)
 
 
 def write_site(
@@ -86,7 +109,7 @@ def write_site(
         raise ConfigError(f"{source} is no bundle: it has no manifest.json")
     texts = {
         Path("driftkeel.yaml"): site_config(changes),
-        Path("compose.yaml"): site_compose(),
+        Path("compose.yaml"): site_compose(bootstrap is not None, store is not None),
     }
     folders = {
         copy: source,

@@ -15,8 +15,12 @@ from worker.options import ConfigOption
 
 def init(
     folder: Annotated[Path, typer.Argument(help="Where to write; made where it does not exist.")] = Path(),
-    bootstrap: Annotated[str | None, typer.Option(help="host:port of your broker.")] = None,
-    store: Annotated[str | None, typer.Option(help="redis:// URL of your store.")] = None,
+    bootstrap: Annotated[
+        str | None, typer.Option(help="host:port of your broker; the compose file then has none.")
+    ] = None,
+    store: Annotated[
+        str | None, typer.Option(help="redis:// URL of your store; the compose file then has none.")
+    ] = None,
     bundle: Annotated[
         Path | None, typer.Option(help="The bundle to run, copied; the example's where not given.")
     ] = None,

@@ -51,13 +51,16 @@ def test_code_is_allowed_where_it_is_named(tmp_path: Path, tiny_bundle_path: Pat
         write_site(tmp_path / "other", None, None, tiny_bundle_path, tmp_path)
 
 
-def test_the_compose_file_is_the_repository_s_but_for_the_worker_s_files(tmp_path: Path) -> None:
+def test_the_compose_file_is_the_repository_s_but_for_the_site_s_files(tmp_path: Path) -> None:
     ours = yaml.safe_load(site_compose())
     theirs = yaml.safe_load(shipped("deploy/compose.yaml").read_text())
-    worker = ours["services"]["worker"]
-    assert worker.pop("command") == ["worker", "--config", "/site/driftkeel.yaml"]
-    mounts = worker.pop("volumes")
-    assert worker.pop("working_dir") == "/site"
+    mounts: list[str] = []
+    for name in ("worker", "console"):
+        service = ours["services"][name]
+        assert service.pop("command") == [name, "--config", "/site/driftkeel.yaml"]
+        assert service.pop("working_dir") == "/site"
+        mounts += service.pop("volumes")
+    del theirs["services"]["console"]["command"]
     assert theirs["services"]["worker"].pop("build") == {"context": ".."}
     assert ours == theirs
     write_site(tmp_path, None, None, None)
@@ -69,6 +72,35 @@ def test_the_compose_file_is_the_repository_s_but_for_the_worker_s_files(tmp_pat
     assert "DRIFTKEEL__BUNDLE__" not in image + site_compose()
     assert re.search(rf"COPY {EXAMPLE_BUNDLE} /opt/{EXAMPLE_BUNDLE}\n", image)
     assert re.search(r"(?m)^WORKDIR /opt$", image)
+
+
+@pytest.mark.parametrize("bootstrap", [None, "k:9092"])
+@pytest.mark.parametrize("store", [None, "redis://s:6379/0"])
+def test_the_compose_file_runs_the_site_that_was_asked_for(
+    bootstrap: str | None, store: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_site(tmp_path, bootstrap, store, None)
+    content = yaml.safe_load((tmp_path / "compose.yaml").read_text())
+    services = content["services"]
+    expected = {"worker", "console", "prometheus", "grafana"}
+    expected |= set() if bootstrap else {"kafka", "topics"}
+    expected |= set() if store else {"store"}
+    assert set(services) == expected
+    for name in ("worker", "console"):
+        with monkeypatch.context() as environment:
+            for variable, value in services[name]["environment"].items():
+                environment.setenv(variable, "x" * 16 if "TOKEN" in variable else str(value))
+            config = load_config(tmp_path / "driftkeel.yaml")
+        assert config.kafka.bootstrap == (bootstrap or "kafka:19092")
+        assert config.store.url.get_secret_value() == (store or "redis://store:6379/0")
+    used = set()
+    for service in services.values():
+        assert set(service.get("depends_on", ())) <= set(services)
+        assert service.get("depends_on", True)
+        used |= {source for v in service.get("volumes", ()) if not (source := v.split(":")[0]).startswith(".")}
+    assert set(content["volumes"]) == used
+    head = (tmp_path / "compose.yaml").read_text().split("name:")[0]
+    assert ("9092" in head, "broker" in head, "store" in head) == (bootstrap is None, bootstrap is None, store is None)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
