@@ -28,7 +28,10 @@ EVERYTHING = {
     "config": {"bundle": {"path": "/bundle"}, "kafka": {"assignment": "cooperative-sticky"}},
     "volumes": [{"name": "bundle", "persistentVolumeClaim": {"claimName": "bundle"}}],
     "volumeMounts": [{"name": "bundle", "mountPath": "/bundle", "readOnly": True}],
-    "networkPolicy": {"metricsFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}]},
+    "networkPolicy": {
+        "metricsFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
+        "storePorts": [6379],
+    },
     "imagePullSecrets": [{"name": "registry"}],
     "console": {"enabled": True, "token": {"name": "console"}, "hosts": ["console.example"]},
     "podAnnotations": {"a": "b"},
@@ -170,6 +173,49 @@ def test_pods_go_one_at_a_time_or_all_together() -> None:
     # Kubernetes refuses it beside what RollingUpdate takes.
     assert rendered({"strategy": {"type": "Recreate"}})["Deployment"]["spec"]["strategy"] == {"type": "Recreate"}
     assert rendered({})["PodDisruptionBudget"]["spec"]["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+@pytest.mark.parametrize(
+    ("bootstrap", "url", "listed", "expected"),
+    [
+        ("kafka:9092", "redis://store:6379/0", {}, {9092, 6379}),
+        # As docs/secure.md has them, and brokers that tell clients of other ports.
+        ("kafka-1:9093", "rediss://store-1:6380/0", {"kafkaPorts": [9094]}, {9093, 9094, 6380}),
+        ("a:9092,b:9093", "redis+cluster://u:p:1@x:7000,y:7001,z", {}, {9092, 9093, 7000, 7001, 6379}),
+        ("[fe80::1]:9092", "redis://store", {}, {9092, 6379}),
+        ("kafka:9092", "redis+sentinel://a:5000,b/service/0", {"storePorts": [6379]}, {9092, 5000, 26379, 6379}),
+        ("kafka:9092", "unix:///run/redis.sock", {}, {9092}),
+    ],
+)
+def test_workers_reach_the_ports_that_they_are_sent_to(
+    bootstrap: str, url: str, listed: dict[str, list[int]], expected: set[int]
+) -> None:
+    console = {"enabled": True, "token": {"name": "console"}}
+    given = {
+        "config": {"kafka": {"bootstrap": bootstrap}},
+        "storeUrl": url,
+        "networkPolicy": listed,
+        "console": console,
+    }
+    manifests = rendered(given)
+    metrics = manifests["Deployment"]["spec"]["template"]["spec"]["containers"][0]["ports"][0]["containerPort"]
+    for policy, further in (("NetworkPolicy", set()), ("ConsoleNetworkPolicy", {metrics})):
+        rules = manifests[policy]["spec"]["egress"]
+        assert {port["port"] for rule in rules for port in rule["ports"]} == expected | further | {53}
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"secrets": {"storeUrl": {"name": "store"}}}, "networkPolicy.storePorts"),
+        ({"storeUrl": "redis+sentinel://a:26379/service/0"}, "networkPolicy.storePorts"),
+        ({"serviceMonitor": {"enabled": True}}, "networkPolicy.metricsFrom"),
+    ],
+)
+def test_the_chart_asks_for_what_its_network_policy_must_know(values: dict[str, Any], key: str) -> None:
+    with pytest.raises(helm_python.HelmError, match=key):
+        rendered(values)
+    rendered({**values, "networkPolicy": {"enabled": False}})
 
 
 def test_the_chart_refuses_what_it_does_not_know() -> None:

@@ -18,3 +18,31 @@ app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
+
+{{/* Ports of "host:port,host:port", as JSON; the second of the list for hosts without one. */}}
+{{- define "driftkeel.portsOf" -}}
+{{- $ports := list -}}
+{{- range splitList "," (index . 0) -}}
+{{- $ports = append $ports (regexFind ":[0-9]+$" (trim .) | trimPrefix ":" | default (index $ 1) | int) -}}
+{{- end -}}
+{{- $ports | toJson -}}
+{{- end -}}
+
+{{/* Ports of Kafka and the store that pods may reach, as JSON: of the addresses they are given, and those that are listed. */}}
+{{- define "driftkeel.egressPorts" -}}
+{{- $policy := .Values.networkPolicy -}}
+{{- $ports := include "driftkeel.portsOf" (list .Values.config.kafka.bootstrap 9092) | fromJsonArray -}}
+{{- $url := .Values.storeUrl -}}
+{{- if and (or .Values.secrets.storeUrl.name (contains "sentinel://" $url)) (not $policy.storePorts) -}}
+{{- fail "networkPolicy.storePorts: list the ports of the store here; the chart cannot tell them from a URL in a Secret, nor from one of Sentinels" -}}
+{{- end -}}
+{{- if not (or .Values.secrets.storeUrl.name (hasPrefix "unix:" $url)) -}}
+{{- $hosts := regexReplaceAll "[/?].*$" (regexReplaceAll "^[a-z+]+://([^@]*@)?" $url "") "" -}}
+{{- $ports = concat $ports (include "driftkeel.portsOf" (list $hosts (ternary 26379 6379 (contains "sentinel://" $url))) | fromJsonArray) -}}
+{{- end -}}
+{{- $all := list -}}
+{{- range concat $ports $policy.kafkaPorts $policy.storePorts -}}
+{{- $all = append $all (int .) -}}
+{{- end -}}
+{{- $all | uniq | toJson -}}
+{{- end -}}
