@@ -136,6 +136,11 @@ class WorkerMetrics:
         )
         self._lagging: set[tuple[str, str]] = set()
         self.partitions = Gauge("driftkeel_assigned_partitions", "Partitions that the worker reads.", registry=r)
+        self.refused_partitions = Gauge(
+            "driftkeel_refused_partitions",
+            "Partitions that the worker has and does not read: the store knows of more frames than their log has.",
+            registry=r,
+        )
         self.buffered = Gauge("driftkeel_buffered_frames", "Decoded frames that wait for their pass.", registry=r)
         self.resident = Gauge("driftkeel_resident_streams", "Streams whose state is in memory.", registry=r)
         self.homeless = Gauge(

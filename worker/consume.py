@@ -27,10 +27,12 @@ from schemas.errors import UnreachableError
 from worker.kafka_client import connection, open_client, until_reached
 from worker.kafka_join import poll_timeout
 from worker.offsets import Offsets, Partition
+from worker.short_logs import ShortLog, ShortLogs
 
 log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
 ASK_AGAIN_S = 0.5
+END_TIMEOUT_MS = 5_000
 FETCH_BYTES = 256 << 10  # of a partition at a time: what is fetched is served before the other partitions' next frames
 METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
 ASSIGNORS = {"range": RangePartitionAssignor, "cooperative-sticky": CooperativeStickyAssignor}
@@ -88,6 +90,7 @@ class FrameConsumer:
         self._settings, self._failed, self._store_failed = settings, failed, store_failed
         self.offsets, self._marks, self._stop = offsets, marks, stop
         self._compared: set[Partition] = set()
+        self._short = ShortLogs()
         self._gone: deque[Partition] = deque()
         self._last_commit = 0.0
         self._paused = False
@@ -143,13 +146,18 @@ class FrameConsumer:
         while self._gone:
             gone.add(self._gone.popleft())
         arrived = {(p.topic, p.partition): part for p, part in polled.items()}
+        gone |= self._cut({p: part[0].offset for p, part in arrived.items() if p not in gone})
         for lost in gone:
             passed_over = arrived.pop(lost, [])
             self.rewind(lost, passed_over[0].offset if passed_over else None)
+        for partition in self._leave_short():
+            arrived.pop(partition, None)
         behind = self._behind({p: part[0].offset for p, part in arrived.items() if p not in self._compared})
         for partition, offset in behind.items():
             del arrived[partition]
             self.consumer.seek(TopicPartition(*partition), offset)
+        for partition in self._short.waiting:
+            arrived.pop(partition, None)
         return [record for part in arrived.values() for record in part], gone
 
     def _behind(self, first: dict[Partition, int]) -> dict[Partition, int]:
@@ -167,6 +175,7 @@ class FrameConsumer:
                 self._marks.mark(self._settings.group, unknown)
             older = [TopicPartition(*p) for p, mark in marks.items() if mark < first[p]]
             beginnings = self.consumer.beginning_offsets(older) if older else {}
+            short = self._too_short(first, marks)
         except (KafkaError, UnreachableError) as error:
             self._count("poll", error)
             log.warning("partitions %s wait: %s", sorted(number for _, number in first), error)
@@ -180,12 +189,62 @@ class FrameConsumer:
                     number,
                     offset,
                 )
-        self._compared |= set(first)
+        self._short.found(short)
+        self._compared |= set(first) - set(short)
+        for partition in set(first) - set(short):
+            self._short.forget(partition)
         behind = {}
         for where, beginning in beginnings.items():
             partition = (where.topic, where.partition)
             behind[partition] = min(first[partition], max(beginning, marks[partition]))
         return {partition: offset for partition, offset in behind.items() if offset < first[partition]}
+
+    def _too_short(self, first: dict[Partition, int], marks: dict[Partition, int]) -> dict[Partition, ShortLog]:
+        """Partitions whose log ends before what is said to be folded of it. Their marks stay as they are."""
+        reach = {p: max(marks.get(p, 0), self._short.doubts.get(p, 0)) for p in first}
+        asked = [TopicPartition(*p) for p, offset in reach.items() if offset > first[p] and not self.reaches(p, offset)]
+        ends = self.consumer.end_offsets(asked, timeout_ms=END_TIMEOUT_MS) if asked else {}
+        short = {}
+        for where, end in ends.items():
+            partition = (where.topic, where.partition)
+            if end < reach[partition]:
+                short[partition] = ShortLog(first[partition], end, reach[partition])
+        return short
+
+    def _leave_short(self) -> set[Partition]:
+        """Partitions of short logs, of which nothing is taken from this poll. Those that have grown are read again."""
+        waiting = dict(self._short.waiting)
+        for partition, short in waiting.items():
+            if TopicPartition(*partition) in self.consumer.assignment() and self.reaches(partition, short.reach):
+                log.warning("partition %d has grown to offset %d and is read again", partition[1], short.reach)
+                self.rewind(partition)
+        return set(waiting)
+
+    def _cut(self, first: dict[Partition, int]) -> set[Partition]:
+        """Partitions that go on before what was read of them already: their log was cut, or is another one. All that is
+        known of them is forgotten, and they are compared again."""
+        known = {p: newest for p in first if (newest := self.offsets.newest(p)) is not None}
+        cut = {p for p, newest in known.items() if first[p] <= newest}
+        for partition in cut:
+            log.warning("partition %d goes on at %d, which was read before", partition[1], first[partition])
+        self.offsets.forget(cut)
+        return cut
+
+    def reaches(self, partition: Partition, offset: int) -> bool:
+        """Whether the log of an assigned partition ends at `offset` or later, as far as the last fetch knew."""
+        end = self.consumer.highwater(TopicPartition(*partition))
+        return end is not None and end >= offset
+
+    def doubt(self, partition: Partition, folded: int) -> None:
+        """A stream says that it has folded this partition up to `folded`, and its log seems to end before that. It is
+        read again, once the broker has been asked."""
+        self.rewind(partition)
+        self._short.doubts[partition] = folded
+
+    @property
+    def refused(self) -> int:
+        """Partitions that are ours and not read, because the store knows more of them than their log has."""
+        return len(self._short.waiting)
 
     def note_gone(self, partitions: Iterable[Partition]) -> None:
         """Partitions were taken away. Called on the client's thread, while the loop waits inside poll."""
@@ -208,6 +267,8 @@ class FrameConsumer:
         offset = self.offsets.next_offset(partition)
         self.offsets.forget([partition])
         self._compared.discard(partition)
+        short = self._short.forget(partition)
+        otherwise = short.first if short else otherwise
         offset = otherwise if offset is None else offset
         where = TopicPartition(*partition)
         if offset is not None and where in self.consumer.assignment():
@@ -266,6 +327,8 @@ class FrameConsumer:
         for partition in self.consumer.assignment():
             key = (partition.topic, partition.partition)
             newest, done = self.consumer.highwater(partition), self.offsets.next_offset(key)
+            if short := self._short.waiting.get(key):
+                done = short.first
             if done is None and (following := self.consumer._subscription.assignment[partition].position):
                 done = following.offset  # Nothing was handed out yet: the store is away, perhaps.
             if newest is not None and done is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from schemas.errors import DriftkeelError
 from worker.device import EXPERIMENTAL, described, site_device
 from worker.kafka_client import connection, open_client
 from worker.redis_client import connect
+from worker.short_logs import REMEDY
 from worker.site import LOOPBACK
 from worker.site_bundle import site_bundle
+from worker.site_positions import short_logs
 from worker.store import StateStore, Write
 
 Level = Literal["ok", "warning", "failed"]
@@ -39,7 +42,7 @@ class Finding:
 
 def examine(config: WorkerConfig) -> Iterator[Finding]:
     """All checks, in the order in which a worker would need them."""
-    for check in (_versions, _device, _bundle, _store, _broker):
+    for check in (_versions, _device, _bundle, _store, _broker, _folded):
         try:
             yield from check(config)
         except (DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError) as error:
@@ -150,6 +153,18 @@ def _broker(config: WorkerConfig) -> Iterator[Finding]:
         yield Finding("broker", "warning", f"{text} and retention.ms=-1")
     if topics.frames in known:
         yield _partitions(kafka, topics.frames)
+
+
+def _folded(config: WorkerConfig) -> Iterator[Finding]:
+    """Whether broker and store belong together. Nothing is said where one of them is away: that was said before."""
+    store = StateStore(config.store)
+    with contextlib.suppress(DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError):
+        short = short_logs(config.kafka, store)
+        for partition, found in sorted(short.items()):
+            yield Finding("positions", "failed", f"{found.described(partition)}; {REMEDY}")
+        if not short:
+            yield Finding("positions", "ok", "no partition ends before what the store says was read of it")
+    store.close()
 
 
 def _partitions(kafka: Any, topic: str) -> Finding:

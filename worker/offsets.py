@@ -69,6 +69,12 @@ class Offsets:
         with self._lock:
             return {partition: len(progress.waiting) for partition, progress in self._progress.items()}
 
+    def newest(self, partition: Partition) -> int | None:
+        """The offset of the last record that was received of a partition."""
+        with self._lock:
+            progress = self._progress.get(partition)
+            return None if progress is None else progress.newest
+
     def next_offset(self, partition: Partition) -> int | None:
         """The offset to read from when everything in hand of a partition is given up."""
         with self._lock:

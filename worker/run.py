@@ -95,6 +95,7 @@ class Worker:
         self._probe = StateStore(config.store)
         self._healthy_store = True
         self._joined = False
+        self._refusing = False
         self._progress = time.monotonic()
         self._server = self._serve()
         waiting = self._heal, self._keep_alive
@@ -107,6 +108,7 @@ class Worker:
         self._flights: list[Flight] = []
         self._lag_shown = self._looked = 0.0
         self._partitions_of: dict[str, set[Partition]] = {}
+        self._beyond: dict[Partition, int] = {}
         log.info(
             "worker %s: broker %s, topic %s, group %s, store %s, metrics http://%s:%d/metrics",
             config.worker,
@@ -133,11 +135,11 @@ class Worker:
         return time.monotonic() - self._progress < STUCK_AFTER_S
 
     def ready(self) -> bool:
-        """Whether the worker is in its group and the store answers.
+        """Whether the worker is in its group, reads each of its partitions, and the store answers.
 
         One without partitions is: it takes over as soon as another goes, and a rollout must not wait for it for ever.
         """
-        return self._joined and self._healthy_store and self._store_answers()
+        return self._joined and not self._refusing and self._healthy_store and self._store_answers()
 
     def _store_answers(self) -> bool:
         """Asked on the HTTP port's thread, with a connection of its own: a loop without frames would not notice."""
@@ -179,6 +181,8 @@ class Worker:
         self._consumer.commit()
         self._joined = self._consumer.joined
         self.metrics.partitions.set(len(self._consumer.assignment()))
+        self._refusing = self._consumer.refused > 0
+        self.metrics.refused_partitions.set(self._consumer.refused)
         self._progress = time.monotonic()
         self.metrics.last_progress.set_to_current_time()
         self.metrics.buffered.set(len(self._batcher))
@@ -186,6 +190,7 @@ class Worker:
         if not self._stocked:
             self._look()
         self._intake.hand_over(self._load)
+        self._doubt()
 
     def _take_up(self) -> None:
         """Frames that are decoded wait for their pass from now on."""
@@ -304,9 +309,23 @@ class Worker:
         def is_folded(frame: Frame) -> bool:
             where = (frame.position.topic, frame.position.partition)
             self._partitions_of.setdefault(frame.stream, set()).add(where)
-            return engine.resident(frame.stream).header.has_folded(frame.position)
+            header = engine.resident(frame.stream).header
+            if not header.has_folded(frame.position):
+                return False
+            folded = header.positions[frame.position.log] + 1
+            if self._consumer.reaches(where, folded):
+                return True
+            self._beyond[where] = max(folded, self._beyond.get(where, 0))
+            return False
 
         return is_folded
+
+    def _doubt(self) -> None:
+        """Streams claim to have folded more than their partition's log has: nothing was done with its frames yet."""
+        while self._beyond:
+            partition, folded = self._beyond.popitem()
+            self._consumer.doubt(partition, folded)
+            self._drop(partition)
 
     def _drop(self, partition: Partition) -> set[Partition]:
         """Forget a partition: whoever has it now reads again what was not finished.
