@@ -48,6 +48,7 @@ from worker.run import keep_freed_memory
 LARGE_WIDTHS = (32, 64, 96, 128)  # on 64 x 64 pixels: 150 million multiply-adds, 300 MFLOPs a frame
 LARGE_SIDE, LARGE_SOURCE_SIDE = 64, 128
 LARGE_STREAMS = 16
+CAMERAS, FRAMES_A_SECOND = 100, (1, 5)  # of each: what a site of slow cameras costs
 PICTURES = 199  # prime, so that each stream meets them all: the guard lets repeated frames teach nothing
 MAX_WAIT_MS, BUDGET_MS = 100, 1_000
 FLOOD = 1.6  # times what a backlog is worked off at: more than anybody keeps up with
@@ -98,6 +99,8 @@ def run_throughput(bundle_path: Path, report: Path | None, profile: Path | None,
             ("latency", lambda: _latency(bench, bundle_path, plan, results["small"]["worker"]["frames_per_second"])),
             ("on_demand", lambda: on_demand(bench, bundle_path, small, plan.demo_frames, plan.demo_seeds)),
         ]
+        if plan.more:
+            parts.append(("cameras", lambda: _cameras(bench, bundle_path, plan)))
         for name, measure in parts:
             results[name] = measure()
             console.print(f"{time.monotonic() - began:4.0f} s  {name} measured")
@@ -248,6 +251,18 @@ def _latency(bench: Bench, path: Path, plan: Plan, backlog: float) -> dict[str, 
             "shed": seen.metrics.get('driftkeel_adaptations_left_out_total{reason="overload"}', 0.0),
         }
     return results
+
+
+def _cameras(bench: Bench, path: Path, plan: Plan) -> dict[str, Any]:
+    """One worker and many slow cameras: their micro-batches close by time, with few frames in each."""
+    images = pictures(PICTURES, 28, "L", "PNG")
+    found = {}
+    for rate in FRAMES_A_SECOND:
+        pace = CAMERAS * rate
+        seen = bench.run(path, frames_of(CAMERAS, int(pace * plan.paced_seconds), images), pace)
+        batches = seen.metrics["driftkeel_batch_frames_count"]
+        found[str(rate)] = {**seen.summary(), "micro_batches": batches}
+    return found
 
 
 def stages(seen: Observed) -> dict[str, float]:

@@ -57,6 +57,10 @@ def _workers(results: dict[str, Any]) -> str:
         "large net, 16 streams, JPEG 128 x 128": large["worker"],
         "large net, 16 streams, JPEG 640 x 640": large.get("worker_640x640_jpeg"),
         **{f"example net, one worker, streams: {name}": seen for name, seen in results["streams"].items()},
+        **{
+            f"example net, one worker, 100 cameras, frames a second of each: {rate}": seen
+            for rate, seen in results.get("cameras", {}).items()
+        },
     }
     rows = [
         (

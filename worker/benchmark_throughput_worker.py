@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,9 +114,11 @@ class Bench:
         with contextlib.ExitStack() as stack:
             running = [Pod(stack.enter_context(self._worker(one)), one) for one in configs]
             _wait_ready(running)
-            if not waiting:
-                send(config.kafka, frames, pace)
-            samples = _watch(running, len(frames))
+            with ThreadPoolExecutor(1) as sender:  # Beside it, so that what the workers do meanwhile is seen.
+                sending = None if waiting else sender.submit(send, config.kafka, frames, pace)
+                samples = _watch(running, len(frames))
+                if sending is not None:
+                    sending.result()
             peak = sum(_peak_memory(pod.child) for pod in running)
             metrics = _summed([scrape(pod.config) for pod in running])
         return _observed(config.kafka, len(frames), samples, peak, metrics, window)
