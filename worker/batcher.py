@@ -97,6 +97,8 @@ class MicroBatcher:
 
         The stream that had its last turn longest ago goes first: however much one sends, the others' turns come.
         What is due is divided by `shares`, so that as many passes find work, unless they would become too small.
+        Where a pass goes anyway, micro-batches ride along that have nothing to gain by waiting longer: slow cameras
+        would else have a pass for a frame or two each.
         Of a stream that `rests`, and so will make no update, all that waits may go at once, up to `limit`.
         """
         pressed = self._pressed
@@ -112,8 +114,9 @@ class MicroBatcher:
         self._turn += 1
         room = min(limit, max(SMALL_PASS, -(-ready // shares)))
         batches: list[MicroBatch] = []
-        for _, _, stream in sorted(due):
-            batch = self._close(stream, now, pressed, min(most[stream], max(self._settings.max_batch, room)))
+        closing = [stream for _, _, stream in sorted(due)]
+        for stream in closing + self._riders(now, closing, busy):
+            batch = self._close(stream, now, pressed, min(most.get(stream, room), max(self._settings.max_batch, room)))
             if batches and len(batch.frames) > room:
                 self._put_back(batch)
                 break
@@ -122,6 +125,23 @@ class MicroBatcher:
             batches.append(batch)
             self._took_turn(stream)
         return batches
+
+    def _riders(self, now: float, closing: list[str], busy: Container[str]) -> list[str]:
+        """Streams that are not due, and expect no other frame before they are, whose turn comes first; by the frames
+        that have come: the next one as long after the last as these came after each other, and not before as long
+        again as there has been none."""
+        if not self._wait:
+            return []
+        found = []
+        due = set(closing)
+        for stream, waiting in self._streams.items():
+            if stream in due or stream in busy or not waiting.fresh:
+                continue
+            first, last = waiting.fresh[0].received, waiting.fresh[-1].received
+            gap = (last - first) / max(1, len(waiting.fresh) - 1)
+            if max(last + gap, 2 * now - last) >= first + self._wait:
+                found.append((self._turns.get(stream, 0), first, stream))
+        return [stream for _, _, stream in sorted(found)]
 
     def hold(self, batch: MicroBatch) -> None:
         """Take back frames that were predicted but not folded."""

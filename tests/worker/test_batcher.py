@@ -173,6 +173,27 @@ def test_large_frames_fill_the_memory_sooner() -> None:
     assert within_memory(settings, 1024 * 1024 * 3, 2).max_buffered == 256  # two passes for each of two lanes
 
 
+def test_slow_cameras_ride_along_and_fast_ones_wait_for_more() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    batcher.add(frames("due", 1))
+    batcher.add(frames("slow", 1, received=0.04))
+    batcher.add([frame("fast", i, 0.03 + 0.02 * i) for i in range(4)])
+    batcher.add(frames("new", 1, received=0.09))
+    batcher.add(frames("busy", 1, received=0.02))
+    assert batcher.take(0.09, 32) == []  # nobody is due, so nobody rides
+    assert [b.stream for b in batcher.take(0.1, 32, busy={"busy"})] == ["due", "slow"]
+    (late,) = batcher.take(0.13, 32, busy={"busy", "new"})
+    assert (late.stream, len(late.frames)) == ("fast", 4)
+
+
+def test_riders_take_no_room_from_those_that_are_due() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    batcher.add(frames("slow", 1, received=0.01))
+    for stream in "abcd":
+        batcher.add(frames(stream, 8))
+    assert [b.stream for b in batcher.take(0.1, 32)] == list("abcd")
+
+
 def test_a_small_pass_is_not_begun_before_its_time() -> None:
     batcher = MicroBatcher(Batch(max_batch=16, max_pass=64))
     batcher.add(frames("a", 16) + frames("b", 16) + frames("c", 16))
