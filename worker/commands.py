@@ -2,6 +2,8 @@
 
 What a stream has obeyed stands in its own state, as the newest offset per partition of this topic, written together
 with what the command changed. So each command is obeyed once, by whichever worker holds the stream, now or later.
+
+The newest commands are kept, some thousand; of older ones what still stands (see `worker.standing`), for ever.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from schemas.frame import Position
 from schemas.state import StreamHeader
 from worker.kafka_batches import Unreadable
 from worker.kafka_client import connection, open_client
+from worker.standing import Standing
 
 log = logging.getLogger("driftkeel.commands")
 MAX_KEPT = 10_000
@@ -48,6 +51,8 @@ class CommandList:
         self._max_kept = max_kept
         self._kept: deque[Numbered] = deque()
         self._of: dict[str, deque[Numbered]] = {}
+        self._standing: Standing[Numbered] = Standing()
+        self._forgotten = 0
         self._ids: set[str] = set()
         self._new: list[Numbered] = []
         self._read: dict[str, int] = {}
@@ -66,6 +71,7 @@ class CommandList:
             numbered = Numbered(command, position, time.monotonic())
             self._kept.append(numbered)
             self._of.setdefault(command.stream, deque()).append(numbered)
+            self._standing.add(numbered)
             self._ids.add(command.id)
             self._new.append(numbered)
 
@@ -83,8 +89,12 @@ class CommandList:
     def after(self, header: StreamHeader) -> list[Numbered]:
         """What the stream has still to obey, in order."""
         with self._lock:
-            mine = [*self._of.get(header.stream, ()), *self._of.get(EVERY_STREAM, ())]
-        due = [n for n in mine if n.position.offset > header.commands.get(n.position.log, -1)]
+            mine = {
+                numbered.position: numbered
+                for name in (header.stream, EVERY_STREAM)
+                for numbered in (*self._standing.of(name), *self._of.get(name, ()))
+            }
+        due = [n for n in mine.values() if n.position.offset > header.commands.get(n.position.log, -1)]
         return sorted(due, key=lambda numbered: numbered.arrived)
 
     def _forget_oldest(self) -> None:
@@ -94,7 +104,15 @@ class CommandList:
         if not self._of[stream]:
             del self._of[stream]
         self._ids.discard(oldest.command.id)
-        log.warning("more than %d commands in the topic; %s is forgotten", self._max_kept, oldest.position)
+        self._forgotten += 1
+        if self._forgotten.bit_count() == 1:  # The first, and then seldom.
+            log.warning(
+                "more than %d commands in the topic: the oldest, %d by now, up to %s, are forgotten, but for those "
+                "that still stand (freeze, policy)",
+                self._max_kept,
+                self._forgotten,
+                oldest.position,
+            )
 
     def _parsed(self, position: Position, content: bytes | None) -> Command | None:
         try:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from schemas.command import Command
 from schemas.frame import Position
+from schemas.policy import PolicyChange
 from schemas.state import StreamHeader
 from worker.commands import CommandList
 
@@ -17,7 +18,7 @@ HEADER = StreamHeader(stream="cam", bundle="b", method="mgg")
 
 
 def put(commands: CommandList, offset: int, stream: str = "cam", partition: int = 0, **more) -> Command:
-    command = Command(stream=stream, action="freeze", **more)
+    command = Command(stream=stream, **{"action": "freeze", **more})
     commands.add(Position("commands", partition, offset), command.model_dump_json(exclude_none=True).encode())
     return command
 
@@ -59,9 +60,63 @@ def test_one_without_an_id_has_its_place() -> None:
 
 def test_memory_is_bounded_and_the_newest_stay() -> None:
     commands = CommandList(max_kept=3)
-    sent = [put(commands, offset, stream) for offset, stream in enumerate(["a", "cam", "cam", "*", "cam"])]
+    sent = [put(commands, o, stream, action="reset") for o, stream in enumerate(["a", "cam", "cam", "*", "cam"])]
     assert ids(commands, HEADER) == [sent[2].id, sent[3].id, sent[4].id]
     assert ids(commands, HEADER.model_copy(update={"stream": "a"})) == [sent[3].id]
+
+
+def test_what_stands_is_never_forgotten(caplog: pytest.LogCaptureFixture) -> None:
+    """A freeze of all, then a PLC that says all day long that a door opens and closes, then a new camera."""
+    commands = CommandList(max_kept=100)
+    everybody = put(commands, 0, "*")
+    for offset in range(1, 3_001, 3):
+        put(commands, offset, "door", action="freeze")
+        put(commands, offset + 1, "door", action="unfreeze")
+        put(commands, offset + 2, "door", action="reset")
+    assert ids(commands, HEADER.model_copy(update={"stream": "new"})) == [everybody.id]
+    assert len(commands.after(HEADER.model_copy(update={"stream": "door"}))) <= 102
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 12  # 1, 2, 4, ... of 2,901
+    assert "commands/0/0, are forgotten, but for those that still stand" in lines[0]
+
+
+RULES = st.sampled_from(
+    [
+        {"action": "freeze"},
+        {"action": "unfreeze"},
+        {"action": "reset"},
+        {"action": "policy", "policy": {}},
+        {"action": "policy", "policy": {"mode": "shadow"}},
+        {"action": "policy", "policy": {"mode": "auto", "frozen": True}},
+        {"action": "policy", "policy": {"max_updates_per_hour": 3, "frozen": False}},
+    ]
+)
+
+
+@given(told=st.lists(st.tuples(st.sampled_from(["cam", "*", "other"]), RULES), max_size=30), kept=st.integers(1, 4))
+def test_forgetting_changes_no_policy(told: list[tuple[str, dict]], kept: int) -> None:
+    few, all_of_them = CommandList(max_kept=kept), CommandList()
+    for offset, (stream, rule) in enumerate(told):
+        put(few, offset, stream, **rule)
+        put(all_of_them, offset, stream, **rule)
+    assert policy(few) == policy(all_of_them)
+    assert len(few.after(HEADER)) <= kept + 2 * 6
+
+
+def policy(commands: CommandList) -> PolicyChange:
+    """What holds for a stream that only begins."""
+    held = PolicyChange()
+    for numbered in commands.after(HEADER):
+        command = numbered.command
+        if command.action in ("freeze", "unfreeze"):
+            change = PolicyChange(frozen=command.action == "freeze")
+        elif command.policy is not None:
+            change = command.policy
+        else:
+            continue
+        rules = change.model_dump(exclude_none=True)
+        held = held.model_copy(update=rules) if rules else PolicyChange()
+    return held
 
 
 @given(content=st.one_of(st.none(), st.binary(max_size=200), st.text(max_size=200).map(str.encode)))
