@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_settings import SettingsError
 
 from schemas.config import ENVIRONMENT_PREFIX, WorkerConfig
 from schemas.errors import ConfigError, mistakes
@@ -24,12 +26,14 @@ def load_config(path: Path | None) -> WorkerConfig:
     content: dict[str, Any] = {}
     if path is not None:
         content = _read_yaml(path)
-    where = str(path) if path else "defaults"
+    where = f"config {path}" if path else "config defaults"
     _refuse_unknown_environment()
     try:
         return WorkerConfig(**content)
     except ValidationError as error:
         raise ConfigError("\n".join(_explained(error, where))) from error
+    except SettingsError as error:
+        raise ConfigError(_no_json(error)) from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -43,10 +47,54 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _explained(error: ValidationError, where: str) -> Iterator[str]:
     for problem, (name, words) in zip(error.errors(), mistakes(error), strict=True):
+        place = _said_by(problem["loc"], where)
         if problem["type"] == "extra_forbidden":
-            yield f"config {where}: unknown key '{name}'{_nearest([str(part) for part in problem['loc']])}"
+            yield f"{place}: unknown key '{name}'{_nearest([str(part) for part in problem['loc']])}"
         else:
-            yield f"config {where}: {name or 'configuration'}: {words[:1].lower()}{words[1:]}"
+            yield f"{place}: {name or 'configuration'}: {words[:1].lower()}{words[1:]}"
+
+
+def _said_by(location: Sequence[str | int], where: str) -> str:
+    """Who said what is wrong at `location`: a variable; `where`, the file; or, of a section's rule, perhaps both."""
+    key, whole, parts = [str(part).lower() for part in location], [], []
+    for variable in _environment():
+        named = variable[len(ENVIRONMENT_PREFIX) :].lower().split("__")
+        if named == key[: len(named)] and _has(os.environ[variable], key[len(named) :]):
+            whole.append(variable)
+        elif key and named[: len(key)] == key:
+            parts.append(variable)
+    return _called(whole) if whole else " and ".join(filter(None, [where, _called(parts)]))
+
+
+def _has(content: str, key: list[str]) -> bool:
+    """Whether a variable's content has such a key in it, where it is a section as JSON."""
+    try:
+        inside = json.loads(content)
+    except ValueError:
+        return True
+    for part in key:
+        if not isinstance(inside, dict):
+            break
+        inside = {str(name).lower(): value for name, value in inside.items()}
+        if part not in inside:
+            return False
+        inside = inside[part]
+    return True
+
+
+def _no_json(error: SettingsError) -> str:
+    """pydantic-settings names the section and not the variable, but keeps the text."""
+    text = getattr(error.__cause__, "doc", None)
+    named = [variable for variable in _environment() if os.environ[variable] == text]
+    return f'{_called(named) or error}: lists and sections are written as JSON there, such as \'["a", "b"]\''
+
+
+def _called(variables: list[str]) -> str:
+    return f"environment variable{'s' * (len(variables) > 1)} {', '.join(variables)}" if variables else ""
+
+
+def _environment() -> list[str]:
+    return [variable for variable in os.environ if variable.upper().startswith(ENVIRONMENT_PREFIX)]
 
 
 def _nearest(location: list[str]) -> str:
@@ -71,9 +119,7 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _refuse_unknown_environment() -> None:
     valid = set(dotted_keys(WorkerConfig))
-    for variable in os.environ:
-        if not variable.upper().startswith(ENVIRONMENT_PREFIX):
-            continue
+    for variable in _environment():
         key = variable[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
         if key not in valid:
             raise ConfigError(f"environment variable {variable}: unknown key '{key}'{_nearest(key.split('.'))}")

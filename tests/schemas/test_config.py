@@ -78,6 +78,43 @@ def test_environment_goes_before_the_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert config.kafka.topics.updates == "updates"
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"THREADS": "two"}, "environment variable DRIFTKEEL__THREADS: threads: input should be a valid integer"),
+        ({"batch__max_batch": "x"}, "environment variable DRIFTKEEL__batch__max_batch: batch.max_batch: input"),
+        ({"BATCH": '{"max_batch": "x"}'}, "environment variable DRIFTKEEL__BATCH: batch.max_batch: input"),
+        ({"CONSOLE__HOSTS": "a"}, "environment variable DRIFTKEEL__CONSOLE__HOSTS: lists and sections are written as"),
+        ({"KAFKA": "a", "STORE": "{}"}, "environment variable DRIFTKEEL__KAFKA: lists and sections are written as"),
+    ],
+)
+def test_a_bad_variable_is_named_and_not_the_file(
+    variables: dict[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in variables.items():
+        monkeypatch.setenv(f"DRIFTKEEL__{name}", content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "kafka: {group: a}"))
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("variable", [("BATCH__MAX_BATCH", "32"), ("BATCH", '{"max_batch": 32}')])
+def test_a_mistake_of_the_file_is_not_the_environment_s(
+    variable: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"DRIFTKEEL__{variable[0]}", variable[1])
+    with pytest.raises(ConfigError, match=r"^config .*worker.yaml: batch.max_wait_ms: input"):
+        load_config(write(tmp_path, "batch: {max_wait_ms: x}"))
+
+
+def test_a_rule_of_a_section_may_be_broken_by_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRIFTKEEL__BATCH__MIN_ADAPT", "16")
+    with pytest.raises(
+        ConfigError, match=r"^config .* and environment variable DRIFTKEEL__BATCH__MIN_ADAPT: batch: min_adapt must"
+    ):
+        load_config(write(tmp_path, "batch: {max_batch: 8}"))
+
+
 def test_unknown_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRIFTKEEL__BATCH__MAX_BACH", "32")
     with pytest.raises(ConfigError, match=r"did you mean 'batch.max_batch'"):
