@@ -27,6 +27,7 @@ Where one of a stream's keys is of another type, somebody else put it there. No 
 from __future__ import annotations
 
 import logging
+import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -288,9 +289,15 @@ class StateStore:
             raise UnreachableError(f"the store at {address} refuses the login: {error}") from error
         except redis.exceptions.ResponseError as error:
             # Loading its data, out of memory, read only after a failover: all may heal, and all are somebody's to mend.
-            raise UnreachableError(f"the store at {address} refuses a command: {error}") from error
+            raise UnreachableError(f"the store at {address} refuses a command: {_cause(error)}") from error
         except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
             raise UnreachableError(f"the store at {address} does not answer: {error}") from error
+
+
+def _cause(error: Exception) -> str:
+    """What the store says, without the script around it, of which redis-py and the store quote a part."""
+    said = str(error).rpartition(" of pipeline caused error: ")[2]
+    return re.sub(r" script: ([0-9a-f]{40},? )?on @user_script.*", "", said, flags=re.DOTALL)
 
 
 def _scan(cursor: int, pattern: str, where: dict[str, Any], client: Any) -> tuple[int, list[bytes]]:

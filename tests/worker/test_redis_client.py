@@ -111,6 +111,22 @@ def test_tls_to_sentinel_and_cluster_uses_the_same_files(tmp_path: Path) -> None
     assert asked.connection_kwargs["ssl_ca_certs"] == files["ssl_cafile"]
 
 
+def test_a_full_store_is_named_as_the_cause_without_the_script(tmp_path: Path, open_store: OpenStore) -> None:
+    server = start_store(tmp_path)
+    admin = redis.Redis(port=server.port)
+    store = open_store(Store(url=f"redis://127.0.0.1:{server.port}/0"))
+    store.claim(["cam"], "w")
+    admin.config_set("maxmemory", 1)
+    with pytest.raises(UnreachableError) as caught:
+        store.write([Write("cam", 1, 1, b"header", b"event", b"tensors")])
+    assert str(caught.value) == (
+        f"the store at redis://127.0.0.1:{server.port}/0 refuses a command: "
+        "command not allowed when used memory > 'maxmemory'."
+    )
+    admin.close()
+    server.child.stop()
+
+
 def test_a_user_with_the_rights_that_the_docs_name(tmp_path: Path, open_store: OpenStore) -> None:
     server = start_store(tmp_path)
     admin = redis.Redis(port=server.port)
