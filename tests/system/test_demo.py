@@ -22,7 +22,7 @@ from tests.system.conftest import run_cli
 from tests.system.test_faults import _alive
 from worker.decode import decode_image
 from worker.demo.cameras import CAMERAS, film
-from worker.demo.run import _unwind_on_signals
+from worker.demo.run import _standstill, _unwind_on_signals
 from worker.demo.summary import summarise
 
 
@@ -84,6 +84,17 @@ def test_interrupted_demo_stops_all_it_started(tmp_path: Path) -> None:
     while any(_alive(pid) for pid in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_worker_that_stands_still_says_all_there_is_to_say(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    log.write_text("")
+    assert _standstill(None, 240.2, log) == (
+        "the worker has answered no frame for 240 s, and has written nothing; is this machine busy, or short of memory?"
+    )
+    log.write_text("\n".join(f"line {i}" for i in range(20)))
+    first, *lines = _standstill(-9, 1.0, log).splitlines()
+    assert (first, len(lines), lines[-1]) == ("the worker has ended with code -9; its last lines:", 8, "line 19")
 
 
 def test_an_interrupt_that_somebody_else_catches_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,8 @@ from worker.pixels import normalise_pixels
 
 PARTITIONS = 4
 LEAD = 256  # frames of a camera that may be on their way
-STALLED_S = 60.0
+STALLED_S = 60.0  # without an answer, the worker makes no progress
+STARTING_S = 240.0  # before its first: on a busy machine torch alone takes a minute to be imported
 
 
 def run_demo(
@@ -207,14 +208,23 @@ def _replay(
             _collect(outputs, kafka, board)
             if board.answered != answered:
                 answered, last_news = board.answered, time.monotonic()
-            if worker.process.poll() is not None or time.monotonic() - last_news > STALLED_S:
-                tail = "\n".join(worker_log.read_text(errors="replace").splitlines()[-8:])
-                raise DriftkeelError(f"the worker makes no progress any more; its last lines:\n{tail}")
+            silent, most = time.monotonic() - last_news, STALLED_S if answered > 0 else STARTING_S
+            if worker.process.poll() is not None or silent > most:
+                raise DriftkeelError(_standstill(worker.process.poll(), silent, worker_log))
             screen.show(board, board.answered / max(1e-9, time.monotonic() - began))
         _collect_last_updates(outputs, kafka, board)
     finally:
         producer.close(timeout=2)
         outputs.close(autocommit=False)
+
+
+def _standstill(exit_code: int | None, silent: float, worker_log: Path) -> str:
+    """What there is to say of a worker that has ended, or has not answered for so many seconds."""
+    what = f"has answered no frame for {silent:.0f} s" if exit_code is None else f"has ended with code {exit_code}"
+    lines = worker_log.read_text(errors="replace").splitlines()[-8:]
+    if not lines:
+        return f"the worker {what}, and has written nothing; is this machine busy, or short of memory?"
+    return "\n".join([f"the worker {what}; its last lines:", *lines])
 
 
 def _send(producer: Any, topic: str, board: Scoreboard) -> None:
