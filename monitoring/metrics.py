@@ -151,6 +151,17 @@ class WorkerMetrics:
         self.last_progress = Gauge(
             "driftkeel_last_progress_timestamp_seconds", "When the last step ended or found nothing to do.", registry=r
         )
+        self.broker_answered = Gauge(
+            "driftkeel_broker_last_answer_timestamp_seconds", "When the broker last answered anything.", registry=r
+        )
+        self.store_answered = Gauge(
+            "driftkeel_store_last_answer_timestamp_seconds",
+            "When the store last answered, and did what was asked of it.",
+            registry=r,
+        )
+        # A worker that starts waits for both.
+        for answered in (self.broker_answered, self.store_answered):
+            answered.set_to_current_time()
         ProcessCollector(registry=r)
         self.streams = StreamSeries(max_streams)
         r.register(self.streams)

@@ -24,6 +24,7 @@ from kafka.structs import OffsetAndMetadata
 
 from schemas.config import Kafka
 from schemas.errors import UnreachableError
+from worker.kafka_answer import last_answer
 from worker.kafka_client import connection, open_client, until_reached
 from worker.kafka_join import poll_timeout
 from worker.offsets import Offsets, Partition
@@ -320,6 +321,11 @@ class FrameConsumer:
     def joined(self) -> bool:
         """Whether this is a member of the group, with partitions or without."""
         return bool(self.consumer.group_metadata().generation_id >= 0)
+
+    def answered(self) -> float:
+        """When the broker last answered anything, in monotonic seconds: a heartbeat, where there is nothing to fetch.
+        From any thread."""
+        return last_answer(self.consumer)
 
     def lag(self) -> dict[Partition, int]:
         """Records of each assigned partition that are not finished, as far as the last fetch knew."""

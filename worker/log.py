@@ -31,13 +31,13 @@ class _JsonLines(logging.Formatter):
 
 
 def set_up_logging(settings: Log) -> None:
-    """Configure the root logger; the Kafka client speaks only when something is wrong."""
+    """Configure the root logger; the Kafka client speaks only where everything is to be heard."""
     as_json = settings.format == "json" or (settings.format == "auto" and not sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         _JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
     )
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
-    # Its connection errors come back to us as exceptions, and are reported once, with what to do.
-    logging.getLogger("kafka").setLevel(logging.CRITICAL)
+    # It says every error several times a second while the broker is away. We say that it is, with what to do.
+    logging.getLogger("kafka").setLevel(logging.WARNING if settings.level == "debug" else logging.CRITICAL)
     logging.getLogger("PIL").setLevel(logging.INFO)

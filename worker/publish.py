@@ -56,7 +56,7 @@ class Publisher:
     def __init__(
         self, settings: Kafka, worker: str, stop: threading.Event, failed: Callable[[str], object] = str
     ) -> None:
-        """`failed` hears of every round in which the broker did not take all, to count them."""
+        """`failed` hears of every round in which the broker did not take all or was not there, to count them."""
         self._settings, self._worker, self._stop, self._failed = settings, worker, stop, failed
         self._waiting: list[tuple[Message, Any]] = []
         self._prediction_headers = self._event_headers(PREDICTION_TYPE)
@@ -133,17 +133,21 @@ class Publisher:
     def _renew(self, keep_alive: Callable[[], object]) -> None:
         """A new producer: indefinite errors leave an idempotent one in a state of its own."""
         self._producer.close(timeout=0)
+        bootstrap, pause = self._settings.bootstrap, FIRST_PAUSE_S
         while True:
             try:
                 self._producer = self._make()
-                self._away = None
-                return
+                break
             except (KafkaError, OSError) as error:
+                self._failed("publish")
                 if self._stop.is_set():
-                    raise UnreachableError(
-                        f"the broker at {self._settings.bootstrap} did not answer: {error}"
-                    ) from error
-                self._wait(FIRST_PAUSE_S, keep_alive)
+                    raise UnreachableError(f"the broker at {bootstrap} did not answer: {error}") from error
+                log.warning("the broker at %s does not answer (%s); trying again in %.1f s", bootstrap, error, pause)
+            self._wait(pause, keep_alive)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+        self._away = None
+        if pause > FIRST_PAUSE_S:
+            log.info("the broker at %s answers again", bootstrap)
 
     def _wait(self, seconds: float, keep_alive: Callable[[], object]) -> None:
         resume = time.monotonic() + seconds

@@ -29,9 +29,9 @@ from worker.device import EXPERIMENTAL, described, out_of_memory, site_device
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
 from worker.offsets import Partition
 from worker.parts import connect
+from worker.reach import Reach
 from worker.site_bundle import site_bundle
 from worker.step import Flight
-from worker.store import StateStore
 from worker.trace import open_trace
 
 log = logging.getLogger("driftkeel.worker")
@@ -92,7 +92,6 @@ class Worker:
         self.metrics = WorkerMetrics(config.metrics.max_stream_labels)
         self.metrics.build.info({"version": installed_version(), "bundle": bundle.hash, "worker": config.worker})
         self._trace = open_trace(config.traces, config.worker)
-        self._probe = StateStore(config.store)
         self._healthy_store = True
         self._joined = False
         self._refusing = False
@@ -102,6 +101,7 @@ class Worker:
         self._parts = parts = connect(config, bundle, self.metrics, self._trace, self._lanes, stop, *waiting)
         self._store = parts.store
         self._consumer, self._offsets = parts.consumer, parts.offsets
+        self._reach = Reach(config, self.metrics, self._consumer.answered, lambda: self._healthy_store)
         self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
         self._scheduler, self._streams, self._step = parts.scheduler, parts.streams, parts.step
         self._journal, self._control = parts.journal, parts.control
@@ -135,19 +135,12 @@ class Worker:
         return time.monotonic() - self._progress < STUCK_AFTER_S
 
     def ready(self) -> bool:
-        """Whether the worker is in its group, reads each of its partitions, and the store answers.
+        """Whether the worker is in its group, reads each of its partitions, and broker and store answer.
 
         One without partitions is: it takes over as soon as another goes, and a rollout must not wait for it for ever.
         """
-        return self._joined and not self._refusing and self._healthy_store and self._store_answers()
-
-    def _store_answers(self) -> bool:
-        """Asked on the HTTP port's thread, with a connection of its own: a loop without frames would not notice."""
-        try:
-            self._probe.ping()
-        except UnreachableError:
-            return False
-        return True
+        answers = self._reach.broker_answers and self._reach.store_answers
+        return self._joined and not self._refusing and self._healthy_store and answers
 
     def run(self) -> None:
         """Turn the loop until told to stop, then finish the step in hand, commit and leave the group."""
@@ -385,7 +378,7 @@ class Worker:
             stack.callback(self._server.close)
             if self._trace is not None:
                 stack.callback(self._trace.close)
-            stack.callback(self._probe.close)
+            stack.callback(self._reach.close)
             stack.callback(self._parts.close)
 
 

@@ -196,6 +196,19 @@ def build() -> Dashboard:
         .with_row(Row("Errors and resources"))
         .with_panel(
             lines(
+                "Since store and broker last answered",
+                "Seconds, of every worker; above 60 s an alert fires. A worker without frames asks both, too.",
+                [
+                    (f"time() - driftkeel_store_last_answer_timestamp_seconds{{{OWN}}}", "store {{instance}}"),
+                    (f"time() - driftkeel_broker_last_answer_timestamp_seconds{{{OWN}}}", "broker {{instance}}"),
+                ],
+                "s",
+                width=8,
+                limits=((None, GREEN), (60, RED)),
+            )
+        )
+        .with_panel(
+            lines(
                 "Store and broker errors",
                 "Per second. The worker waits and tries again; nothing is lost, but lag grows meanwhile.",
                 [
@@ -204,6 +217,7 @@ def build() -> Dashboard:
                     (rate("fenced_writes_total"), "refused writes {{instance}}"),
                 ],
                 "ops",
+                width=8,
             )
         )
         .with_panel(
@@ -213,6 +227,7 @@ def build() -> Dashboard:
                 "already, after a crash or a rebalance.",
                 [(rate("bad_frames_total", "kind"), "{{kind}}"), (rate("frames_again_total", "job"), "read again")],
                 "ops",
+                width=8,
             )
         )
         .with_panel(

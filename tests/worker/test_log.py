@@ -65,3 +65,13 @@ def test_people_get_text_on_a_terminal(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     (line,) = lines(capsys)
     assert line.endswith("WARNING cam@7: rolled_back (collapse: of all kinds)")
+
+
+@pytest.mark.parametrize(("level", "heard"), [("info", False), ("debug", True)])
+def test_the_kafka_client_is_heard_where_everything_is(
+    level: str, heard: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_up_logging(Log(level=level, format="text"))
+    logging.getLogger("kafka.net.manager").error("Connection failed: nobody there")
+    assert ("nobody there" in capsys.readouterr().err) == heard
+    logging.getLogger("kafka").setLevel(logging.NOTSET)

@@ -149,28 +149,39 @@ def test_a_dead_letter_that_cannot_arrive_is_given_up_and_the_rest_goes_on(
     assert values == {b"before", b"after"}
 
 
-def test_an_outage_is_waited_out_with_the_membership_kept(stop: threading.Event) -> None:
+def test_an_outage_is_waited_out_with_the_membership_kept(
+    stop: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And is heard of all the while: each try that fails counts, and is in the log, as is its end."""
     threads = threading.active_count()
     port = free_port()
     broker = start_broker(port=free_port(), advertised=port)
     proxy = FlakyProxy(broker.port, port)
     settings = Kafka(bootstrap=f"127.0.0.1:{port}", connect_timeout_s=10)
     create_topics(settings, 1)
-    publisher = Publisher(settings, "w", stop)
+    errors: list[str] = []
+    publisher = Publisher(settings, "w", stop, errors.append)
     publisher.send(Message("updates", b"cam", b"1", []))
     publisher.settle(nothing)
     proxy.down(True)
-    kept: list[None] = []
+    came_back = threading.Event()
 
     def keep_alive() -> None:
-        kept.append(None)
-        if len(kept) == 10:
+        if errors.count("publish") == 3 and not came_back.is_set():
+            came_back.set()
             proxy.down(False)
 
     publisher._away = KafkaTimeoutError("as after a send that waited in vain")
     for i in range(2, 40):
         publisher.send(Message("updates", b"cam", str(i).encode(), []))
-    publisher.settle(keep_alive)
+    with caplog.at_level(logging.INFO, "driftkeel.publish"):
+        publisher.settle(keep_alive)
+    said = [r.getMessage() for r in caplog.records if r.name == "driftkeel.publish"]
+    assert [text.partition(f"the broker at {settings.bootstrap} ")[2].split(" (")[0] for text in said[-3:]] == [
+        "does not answer",
+        "does not answer",
+        "answers again",
+    ]
     found = Topic(f"127.0.0.1:{broker.port}").read("updates", lambda rs: len({r.value for r in rs}) >= 39)
     assert {r.value for r in found} == {str(i).encode() for i in range(1, 40)}
     proxy.down(True)

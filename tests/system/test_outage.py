@@ -1,0 +1,118 @@
+"""Broker or store away, with a worker in this process: it says so, and shows what it can."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
+from tests.chaos.proxy import FlakyProxy
+from worker.embedded import free_port, start_broker
+from worker.kafka_client import create_topics
+from worker.run import Worker
+
+SILENT_S = 1.0  # in these tests
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds of an outage count as minutes do."""
+    monkeypatch.setattr("worker.reach.SILENT_S", SILENT_S)
+    monkeypatch.setattr("worker.reach.LOOK_S", 0.05)
+
+
+@pytest.fixture
+def broker() -> Iterator[FlakyProxy]:
+    """The way to a broker of the test's own, whose clients have no other."""
+    port = free_port()
+    behind = start_broker(port=free_port(), advertised=port)
+    proxy = FlakyProxy(behind.port, port)
+    yield proxy
+    proxy.close()
+    behind.child.stop(0)
+
+
+@pytest.fixture
+def store_proxy(store_url: str) -> Iterator[FlakyProxy]:
+    proxy = FlakyProxy(int(store_url.rsplit(":", 1)[1].split("/")[0]), free_port())
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def config(broker: FlakyProxy, store_proxy: FlakyProxy, store_settings: Store, tiny_bundle_path: Path) -> WorkerConfig:
+    kafka = Kafka(
+        bootstrap=f"127.0.0.1:{broker.port}",
+        session_timeout_ms=10_000,
+        heartbeat_interval_ms=200,
+        fetch_max_wait_ms=20,
+        connect_timeout_s=10,
+    )
+    create_topics(kafka, 1)
+    url = SecretStr(f"redis://127.0.0.1:{store_proxy.port}/0")
+    return WorkerConfig(
+        threads=1,
+        kafka=kafka,
+        store=store_settings.model_copy(update={"url": url}),
+        bundle=Bundle(path=tiny_bundle_path),
+        batch=Batch(max_batch=4, max_wait_ms=10, min_adapt=1),
+        adapt=Adapt(),
+        metrics=Metrics(port=0),
+    )
+
+
+@pytest.fixture
+def worker(config: WorkerConfig) -> Iterator[Worker]:
+    """One that has joined."""
+    worker = Worker(config, threading.Event())
+    turn_until(worker, lambda: worker.ready() and value(worker, "assigned_partitions") == 1)
+    yield worker
+    worker._stop.set()
+    worker.run()
+
+
+def value(worker: Worker, name: str, **labels: str) -> float:
+    return worker.metrics.registry.get_sample_value(f"driftkeel_{name}", labels) or 0.0
+
+
+def turn_until(worker: Worker, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        worker._turn()
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_broker_that_is_away_shows_without_a_frame(
+    worker: Worker, broker: FlakyProxy, caplog: pytest.LogCaptureFixture, hangs: bool
+) -> None:
+    turn_until(worker, lambda: time.time() - value(worker, "broker_last_answer_timestamp_seconds") < SILENT_S / 2)
+    away = broker.hold if hangs else broker.down
+    with caplog.at_level(logging.INFO, "driftkeel.reach"):
+        away(True)
+        turn_until(worker, lambda: caplog.text.count("has not answered for") == 2)
+        assert not worker._reach.broker_answers
+        assert not worker.ready()
+        assert worker.alive()
+        assert time.time() - value(worker, "broker_last_answer_timestamp_seconds") > SILENT_S
+        away(False)
+        turn_until(worker, lambda: "answers again" in caplog.text)
+    turn_until(worker, worker.ready)
+    assert time.time() - value(worker, "broker_last_answer_timestamp_seconds") < SILENT_S
+
+
+def test_a_broker_that_answers_is_never_called_silent(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    """An idle worker, and one that takes no records over, both hear of it all the while."""
+    for paused in (False, True):
+        worker._consumer.pause(paused)
+        until = time.monotonic() + 2 * SILENT_S
+        while time.monotonic() < until:
+            worker._keep_alive() if paused else worker._turn()
+            assert worker._reach.broker_answers
+    assert "driftkeel.reach" not in {record.name for record in caplog.records}
