@@ -149,7 +149,9 @@ class WorkerMetrics:
             registry=r,
         )
         self.last_progress = Gauge(
-            "driftkeel_last_progress_timestamp_seconds", "When the last step ended or found nothing to do.", registry=r
+            "driftkeel_last_progress_timestamp_seconds",
+            "When the loop last turned: a step ended, there was nothing to do, or it waits for broker or store.",
+            registry=r,
         )
         self.broker_answered = Gauge(
             "driftkeel_broker_last_answer_timestamp_seconds", "When the broker last answered anything.", registry=r

@@ -24,6 +24,7 @@ from kafka.structs import OffsetAndMetadata
 
 from schemas.config import Kafka
 from schemas.errors import UnreachableError
+from worker.ends import Ends
 from worker.kafka_answer import last_answer
 from worker.kafka_client import connection, open_client, until_reached
 from worker.kafka_join import poll_timeout
@@ -117,6 +118,7 @@ class FrameConsumer:
 
         what, topic = f"the broker at {settings.bootstrap}", settings.topics.frames
         self.consumer = until_reached(make, what, settings.connect_timeout_s, stop)
+        self._ends = Ends(self.consumer)
         self.consumer.subscribe([topic], listener=_Listener(self))
         # A member that joins before it has heard of the topic's partitions has none, and as leader has none to give.
         until_reached(lambda: self.consumer.partitions_for_topic(topic), what, settings.connect_timeout_s, stop)
@@ -258,6 +260,8 @@ class FrameConsumer:
             self.consumer.pause(*assigned)
         elif self._paused:
             self.consumer.resume(*assigned)
+        if paused != self._paused:
+            self._ends.forget()
         self._paused = paused
 
     def rewind(self, partition: Partition, otherwise: int | None = None) -> None:
@@ -328,8 +332,9 @@ class FrameConsumer:
         return last_answer(self.consumer)
 
     def lag(self) -> dict[Partition, int]:
-        """Records of each assigned partition that are not finished, as far as the last fetch knew."""
-        lags = {}
+        """Records of each assigned partition that are not finished, as far as the last fetch knew; while paused, as the
+        broker said lately, for which it is waited a moment every few seconds."""
+        lags, ends = {}, self._ends.now() if self._paused else {}
         for partition in self.consumer.assignment():
             key = (partition.topic, partition.partition)
             newest, done = self.consumer.highwater(partition), self.offsets.next_offset(key)
@@ -337,8 +342,9 @@ class FrameConsumer:
                 done = short.first
             if done is None and (following := self.consumer._subscription.assignment[partition].position):
                 done = following.offset  # Nothing was handed out yet: the store is away, perhaps.
-            if newest is not None and done is not None:
-                lags[key] = max(0, newest - done)
+            known = [offset for offset in (newest, ends.get(partition)) if offset is not None]
+            if known and done is not None:
+                lags[key] = max(0, max(known) - done)
         return lags
 
     def close(self) -> None:

@@ -173,13 +173,10 @@ class Worker:
             self._rewind(fenced)
         self._consumer.commit()
         self._joined = self._consumer.joined
-        self.metrics.partitions.set(len(self._consumer.assignment()))
         self._refusing = self._consumer.refused > 0
         self.metrics.refused_partitions.set(self._consumer.refused)
-        self._progress = time.monotonic()
-        self.metrics.last_progress.set_to_current_time()
         self.metrics.buffered.set(len(self._batcher))
-        self._show_lag()
+        self._show_progress()
         if not self._stocked:
             self._look()
         self._intake.hand_over(self._load)
@@ -249,7 +246,11 @@ class Worker:
             for stream in self._streams.trim(self._batcher.streams | self._decoding.streams | self._busy):
                 self._partitions_of.pop(stream, None)
 
-    def _show_lag(self) -> None:
+    def _show_progress(self) -> None:
+        """The loop is no standstill, whatever it waits for."""
+        self._progress = time.monotonic()
+        self.metrics.last_progress.set_to_current_time()
+        self.metrics.partitions.set(len(self._consumer.assignment()))
         if time.monotonic() - self._lag_shown > LAG_INTERVAL_S:
             self._lag_shown = time.monotonic()
             self.metrics.set_lag(self._consumer.lag())
@@ -290,8 +291,8 @@ class Worker:
                 self._decoding.add(self._looked, record)
 
     def _keep_alive(self) -> None:
-        """Keep the group membership while the loop waits for something else; that is no standstill."""
-        self._progress = time.monotonic()
+        """Keep the group membership while the loop waits for something else; lag grows meanwhile."""
+        self._show_progress()
         self._consumer.pause(True)
         self._receive(0.05)
 

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from pydantic import SecretStr
 
 from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
 from tests.chaos.proxy import FlakyProxy
+from tests.conftest import Topic, picture
+from tests.servers import wait_until
 from worker.embedded import free_port, start_broker
 from worker.kafka_client import create_topics
 from worker.run import Worker
@@ -25,6 +28,8 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds of an outage count as minutes do."""
     monkeypatch.setattr("worker.reach.SILENT_S", SILENT_S)
     monkeypatch.setattr("worker.reach.LOOK_S", 0.05)
+    monkeypatch.setattr("worker.ends.ASK_S", 0.1)
+    monkeypatch.setattr("worker.run.LAG_INTERVAL_S", 0.1)
 
 
 @pytest.fixture
@@ -116,3 +121,45 @@ def test_a_broker_that_answers_is_never_called_silent(worker: Worker, caplog: py
             worker._keep_alive() if paused else worker._turn()
             assert worker._reach.broker_answers
     assert "driftkeel.reach" not in {record.name for record in caplog.records}
+
+
+def test_a_store_that_is_away_is_no_standstill_and_lag_shows(
+    worker: Worker, config: WorkerConfig, store_proxy: FlakyProxy
+) -> None:
+    topic, frames = Topic(config.kafka.bootstrap), config.kafka.topics.frames
+
+    def send() -> None:
+        topic.send(frames, [(b"cam", picture(i), []) for i in range(10)])
+
+    def lag() -> float:
+        return value(worker, "consumer_lag_records", topic=frames, partition="0")
+
+    send()
+    turn_until(worker, lambda: value(worker, "predictions_total") == 10 and lag() == 0)
+    store_proxy.down(True)
+    since, still, stored = time.time(), [0.0], [0.0]
+
+    def watched() -> bool:
+        still.append(time.time() - value(worker, "last_progress_timestamp_seconds"))
+        return value(worker, "store_errors_total") >= 4
+
+    def scrape() -> None:
+        """On a thread of its own, as Prometheus does: the loop waits for the store."""
+        try:
+            for behind in (10.0, 20.0, 30.0):
+                send()
+                wait_until(lambda behind=behind: watched() and lag() == behind, f"a lag of {behind}")
+            stored.append(value(worker, "store_last_answer_timestamp_seconds"))
+            assert not worker.ready()
+        finally:
+            store_proxy.down(False)
+
+    with ThreadPoolExecutor(1) as threads:
+        scraped = threads.submit(scrape)
+        turn_until(worker, lambda: scraped.done() and value(worker, "predictions_total") >= 40 and lag() == 0)
+        scraped.result()
+    assert max(still) < 2.0
+    assert stored[-1] < since + 0.5
+    assert value(worker, "broker_errors_total", operation="commit") == 0
+    turn_until(worker, worker.ready)
+    assert value(worker, "store_last_answer_timestamp_seconds") > stored[-1]
