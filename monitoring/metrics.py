@@ -33,7 +33,17 @@ STAGES = ("predict", "publish", "adapt", "settle", "store", "all")
 STORE_OPERATIONS = ("claim", "write")
 BROKER_OPERATIONS = ("publish", "poll", "commit")
 OUTCOMES = ("done", "refused")
-BAD_FRAMES = ("no_key", "bad_key", "empty", "too_large", "animated", "not_an_image", "damaged", "unreadable")
+BAD_FRAMES = (
+    "no_key",
+    "bad_key",
+    "empty",
+    "too_large",
+    "animated",
+    "not_an_image",
+    "damaged",
+    "unreadable",
+    "too_many_streams",
+)
 LEFT_OUT = ("policy", "settled", "overload")
 DECISIONS = (
     ("applied", "within_limits"),

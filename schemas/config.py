@@ -114,6 +114,9 @@ class Store(Section):
         description="a stream's state is written so often; what a crash costs is read and predicted again. "
         "0: after every step that was to make an update, and within a second where none was",
     )
+    max_streams: int = Field(
+        10_000, ge=1, description="states in the store at most; frames of further new streams become dead letters"
+    )
     max_state_bytes: int = Field(64 << 20, ge=1_024, description="a stored state larger than this is refused")
     idle_ttl_s: int = Field(
         0, ge=0, description="states of streams idle for so long expire, and restart from source; 0 keeps them"

@@ -25,6 +25,7 @@ from worker.site_positions import short_logs
 from worker.store import StateStore, Write
 
 Level = Literal["ok", "warning", "failed"]
+NEARLY_FULL = 0.9
 OLDEST_REDIS = (6, 2)
 PACKAGES = {"snappy": "python-snappy"}  # where the module has another name
 _NOBODY = "driftkeel-doctor"
@@ -103,6 +104,7 @@ def _store(config: WorkerConfig) -> Iterator[Finding]:
     client = connect(config.store)
     client.delete(*store.keys(_NOBODY))
     yield Finding("store", "ok", "states can be claimed, written and read")
+    yield _room(config, store.count())
     yield _server_version(client)
     settings = {
         "appendonly": ("yes", "a restart of the store loses all states"),
@@ -114,6 +116,14 @@ def _store(config: WorkerConfig) -> Iterator[Finding]:
             yield Finding("store", "warning", f"{name} is {found}: {cost}; set it to {wanted}")
     client.close()
     store.close()
+
+
+def _room(config: WorkerConfig, streams: int) -> Finding:
+    most = config.store.max_streams
+    text = f"{streams} streams, of at most {most} (store.max_streams)"
+    if streams < NEARLY_FULL * most:
+        return Finding("store", "ok", text)
+    return Finding("store", "warning", f"{text}: delete those that are no cameras, or raise it and the store's memory")
 
 
 def _server_version(client: Any) -> Finding:

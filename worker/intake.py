@@ -34,7 +34,8 @@ class Intake:
     def hand_over(self, load: Load) -> None:
         """Have decoded what there are threads for.
 
-        `load` makes streams resident and tells whether a frame is folded in already. Offsets know of the records.
+        `load` makes streams resident and tells whether a frame is folded in already; it raises FrameError for one of a
+        stream that may not begin. Offsets know of the records.
         """
         self._decoding.hand_over(partial(self._prepare, load))
 
@@ -67,11 +68,18 @@ class Intake:
                 self._decoding.finish(arrival, error)
         is_folded = load([arrival.frame.stream for arrival in arrivals if arrival.frame])
         # Some may have been dropped with their partition while the store was waited for.
-        again = [arrival for arrival in arrivals if arrival.frame and is_folded(arrival.frame)]
+        again = [arrival for arrival in arrivals if arrival.frame and self._is_again(arrival, is_folded)]
         self._metrics.frames_again.inc(len(again))
         self._offsets.finished(_position(arrival.record) for arrival in again)
         for arrival in again:
             self._decoding.finish(arrival, None)
+
+    def _is_again(self, arrival: Arrival, is_folded: Callable[[Frame], bool]) -> bool:
+        try:
+            return arrival.frame is not None and is_folded(arrival.frame)
+        except FrameError as error:
+            self._decoding.finish(arrival, error)
+            return False
 
     def _parsed(self, record: Any, position: Position) -> Frame:
         if isinstance(record.value, Unreadable):

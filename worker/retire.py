@@ -32,7 +32,7 @@ def delete(store: StateStore, stream: str, reason: str, name: str) -> list[Seale
         if before is None:
             raise unknown(store, stream)
         return _events(before)
-    (claimed,) = store.claim([stream], name)
+    (claimed,) = store.claim([stream], name, "last")
     waiting = _events(claimed.event or b"")
     last = _last(stream, claimed, waiting, reason, name)
     if not store.delete(stream, claimed.token, last.content):

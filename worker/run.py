@@ -22,7 +22,7 @@ import torch
 from monitoring.http import MetricsServer, serve_metrics
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
-from schemas.errors import ConfigError, UnreachableError
+from schemas.errors import ConfigError, FrameError, UnreachableError
 from schemas.frame import Frame, Position
 from worker.batcher import within_memory
 from worker.device import EXPERIMENTAL, described, out_of_memory, site_device
@@ -301,6 +301,8 @@ class Worker:
         engine = self._streams.engine
 
         def is_folded(frame: Frame) -> bool:
+            if frame.stream not in engine:
+                raise _no_room(self.config.store.max_streams)
             where = (frame.position.topic, frame.position.partition)
             self._partitions_of.setdefault(frame.stream, set()).add(where)
             header = engine.resident(frame.stream).header
@@ -381,6 +383,11 @@ class Worker:
                 stack.callback(self._trace.close)
             stack.callback(self._reach.close)
             stack.callback(self._parts.close)
+
+
+def _no_room(most: int) -> FrameError:
+    reason = f"its stream is new, and the store has as many as it may (store.max_streams: {most})"
+    return FrameError("too_many_streams", f"{reason}: see docs/runbooks/too-many-streams.md")
 
 
 def run_worker(config: WorkerConfig) -> None:

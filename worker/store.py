@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import quote, unquote
 
 import redis
@@ -48,6 +48,7 @@ from worker.redis_client import connect
 
 log = logging.getLogger("driftkeel.store")
 Result = TypeVar("Result")
+Which = Literal["any", "known", "last"]
 KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
 
 
@@ -56,6 +57,7 @@ class Claimed:
     """A claim, and what was stored: header is None for a stream never written, tensors also for an expired one.
 
     `foreign` says what lies under one of the stream's keys that no worker wrote; then nothing is claimed, token is 0.
+    So it is for a new stream where only known ones were to be claimed.
     """
 
     token: int
@@ -129,9 +131,12 @@ class StateStore:
     def ping(self) -> None:
         self._reach(lambda client: client.ping())
 
-    def claim(self, streams: list[str], owner: str) -> list[Claimed]:
-        """Take over streams, in order."""
-        return self._claimed(scripts.CLAIM, [(self._all_keys(stream), [owner]) for stream in streams])
+    def claim(self, streams: list[str], owner: str, which: Which = "any") -> list[Claimed]:
+        """Take over streams, in order. Where only `known` ones are wanted, new ones are not begun: their token is 0.
+
+        `last`: known ones that are about to be deleted, which a store without memory takes, too.
+        """
+        return self._claimed(scripts.CLAIM, [(self._all_keys(stream), [owner, which]) for stream in streams])
 
     def write(self, writes: list[Write]) -> list[bool | None]:
         """Write states, in order; False where another worker has claimed the stream since.
@@ -183,6 +188,10 @@ class StateStore:
             raise
         kept = [_split(content) for content in packed]
         return [(said, unpack(tensors, self._settings.max_state_bytes)) for said, tensors in kept]
+
+    def count(self) -> int:
+        """How many streams have a state."""
+        return sum(map(len, self.pieces()))
 
     def streams(self) -> Iterator[str]:
         """All streams that have a state, in no order."""

@@ -22,10 +22,14 @@ end
 local strange = foreign()
 """
 
+# ARGV: owner, 'any', or 'known' where a new stream is not to begin, or 'last' where the stream is about to be deleted.
+# A store that is full refuses a script whose first write may need memory, and only the first: so 'last' goes through.
 CLAIM = (
     _FOREIGN
     + """
 if strange then return strange end
+if ARGV[2] ~= 'any' and redis.call('EXISTS', KEYS[1]) == 0 then return {0, false, false, false, false} end
+if ARGV[2] == 'last' then redis.call('HDEL', KEYS[1], 'written') end
 if redis.call('EXISTS', KEYS[1]) == 0 then
   local last = redis.call('GET', KEYS[5])
   local number, event = string.match(last or '', '^(%d+)\\n?(.*)$')
@@ -94,14 +98,14 @@ end
 return 1
 """
 
-# ARGV: token, last event.
+# ARGV: token, last event. What frees memory goes first: see CLAIM.
 DELETE = (
     _FOREIGN
     + """
 if strange then return 0 end
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[5], ARGV[1] .. '\\n' .. ARGV[2])
 redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
+redis.call('SET', KEYS[5], ARGV[1] .. '\\n' .. ARGV[2])
 return 1
 """
 )

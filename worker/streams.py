@@ -34,10 +34,11 @@ from schemas.update import Decision, SealedEvent, UpdateEvent, digest, seal
 from worker.answer import Policies, answering, named
 from worker.compress import pack
 from worker.engine import Engine
+from worker.newcomers import Newcomers
 from worker.obey import Entry, moved
 from worker.publish import Publisher
 from worker.resident import Resident
-from worker.store import Claimed, StateStore, Write
+from worker.store import Claimed, StateStore, Which, Write
 from worker.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
@@ -89,27 +90,41 @@ class Streams:
         self._max_state_bytes, self._snapshot_every = settings.max_state_bytes, settings.snapshot_every
         self._compression = settings.compression
         self._heal = heal
+        self._newcomers = Newcomers(settings.max_streams, lambda: heal(store.count))
         self._homeless: set[str] = set()
         self._looked = 0.0
 
     def ensure(self, wanted: Iterable[str]) -> list[str]:
-        """Make streams resident; returns those that were not."""
+        """Make streams resident; returns those that were not. New ones for which the store has no room stay away."""
         wanted = list(dict.fromkeys(wanted))
         new: dict[str, None] = {}
+        refused: set[str] = set()
         # Again, because streams that were resident may go while a store that is away is waited for.
-        while missing := [stream for stream in wanted if stream not in self.engine]:
-            self._claim(missing)
-            new |= dict.fromkeys(missing)
+        while missing := [stream for stream in wanted if stream not in self.engine and stream not in refused]:
+            refused |= self._claim(missing)
+            new |= dict.fromkeys(stream for stream in missing if stream not in refused)
             self._metrics.resident.set(len(self.engine))
         return list(new)
 
-    def _claim(self, streams: list[str]) -> None:
+    def _claim(self, streams: list[str]) -> set[str]:
+        """Take streams in, but for new ones for which there is no room: these are returned."""
+        new = self._take_in(streams, "known")
+        begun = new[: self._newcomers.admit(len(new))]
+        if begun:
+            self._take_in(begun, "any")
+        return set(new[len(begun) :])
+
+    def _take_in(self, streams: list[str], which: Which) -> list[str]:
+        """Claim streams and make them resident. Returns those that would have begun."""
         with self._metrics.store_seconds.labels("claim").time():
-            claims = self._heal(lambda: self._store.claim(streams, self._worker))
-        changed = []
+            claims = self._heal(lambda: self._store.claim(streams, self._worker, which))
+        changed, new = [], []
         for stream, claimed in zip(streams, claims, strict=True):
             if claimed.foreign:
                 self._take_in_homeless(stream, claimed.foreign)
+                continue
+            if not claimed.token:
+                new.append(stream)
                 continue
             self._publish_again(stream, claimed.event)
             restored = self._restored(stream, claimed)
@@ -118,6 +133,7 @@ class Streams:
             if restored.change:
                 changed.append(self._changed(restored, restored.change))
         self._explain(changed)
+        return new
 
     def _take_in_homeless(self, stream: str, foreign: str) -> None:
         log.error("stream %s is answered by source, and nothing of it is kept: %s", stream, foreign, extra=_of(stream))
