@@ -10,6 +10,8 @@ from monitoring.dashboards.parts import (
     CALM,
     GREEN,
     JOB,
+    LAG_IS,
+    LAG_STEPS,
     NONE_IS_GOOD,
     ORANGE,
     RATE,
@@ -19,6 +21,7 @@ from monitoring.dashboards.parts import (
     board,
     buckets,
     colored,
+    lag_seconds,
     lines,
     number,
     rows_by,
@@ -96,9 +99,10 @@ def build() -> Dashboard:
         .with_panel(
             number(
                 "Lag",
-                "Records of the frames topic that are not finished yet.",
-                f"sum(driftkeel_consumer_lag_records{{{JOB}}})",
-                steps=((None, GREEN), (1_000, YELLOW), (10_000, RED)),
+                LAG_IS,
+                lag_seconds(JOB),
+                "s",
+                steps=LAG_STEPS,
                 width=3,
             )
         )

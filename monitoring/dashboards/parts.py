@@ -53,6 +53,20 @@ NONE_IS_GOOD: Steps = ((None, GREEN), (1, RED))
 ACCURACY: Steps = ((None, RED), (0.6, ORANGE), (0.75, YELLOW), (0.85, GREEN))
 
 
+# Lag as the alert on it sees it: the more frames come, the more are held on purpose.
+LAG_IS = (
+    "Records of the frames topic that are not finished yet, in seconds of what the workers predict now. Up to "
+    "batch.max_hold_ms of it are frames held for their camera's next update."
+)
+LAG_STEPS: Steps = ((None, GREEN), (30, YELLOW), (60, RED))
+
+
+def lag_seconds(chosen: str) -> str:
+    """Of the workers that the labels choose."""
+    predicted = f"sum(rate(driftkeel_predictions_total{{{chosen}}}{RATE}))"
+    return f"sum(driftkeel_consumer_lag_records{{{chosen}}}) / clamp_min({predicted}, 0.01)"
+
+
 def board(title: str, uid: str, description: str) -> dashboard.Dashboard:
     """An empty dashboard with the variables datasource and job, and links to its sisters."""
     sisters = (

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 
-from monitoring.dashboards.parts import GREEN, NONE_IS_GOOD, RATE, RED, YELLOW, board, buckets, lines, number, variable
+from monitoring.dashboards.parts import (
+    GREEN,
+    LAG_IS,
+    LAG_STEPS,
+    NONE_IS_GOOD,
+    RATE,
+    RED,
+    YELLOW,
+    board,
+    buckets,
+    lag_seconds,
+    lines,
+    number,
+    variable,
+)
 
 OWN = 'job=~"$job",instance=~"$instance"'
 
@@ -42,9 +56,10 @@ def build() -> Dashboard:
         .with_panel(
             number(
                 "Lag",
-                "Records that are not finished yet.",
-                f"sum(driftkeel_consumer_lag_records{{{OWN}}})",
-                steps=((None, GREEN), (1_000, YELLOW), (10_000, RED)),
+                LAG_IS,
+                lag_seconds(OWN),
+                "s",
+                steps=LAG_STEPS,
             )
         )
         .with_panel(
