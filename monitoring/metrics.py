@@ -64,7 +64,7 @@ class WorkerMetrics:
     it most. Several workers on one machine are several processes with a port each, and Prometheus adds them up.
     """
 
-    def __init__(self, max_streams: int) -> None:
+    def __init__(self, max_streams: int, silent_after_s: float = 600.0) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
         self.build = Info("driftkeel_build", "Version of the worker and the bundle it runs.", registry=r)
@@ -175,7 +175,7 @@ class WorkerMetrics:
         for answered in (self.broker_answered, self.store_answered):
             answered.set_to_current_time()
         ProcessCollector(registry=r)
-        self.streams = StreamSeries(max_streams)
+        self.streams = StreamSeries(max_streams, silent_after_s)
         r.register(self.streams)
         self._begin_at_zero()
 

@@ -171,8 +171,9 @@ class StreamSeries(Collector):
     The worker's loop calls `put` and `forget`; a scrape comes from another thread and sees whole views.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, silent_after_s: float) -> None:
+        """At most `most` streams have series; one without frames for `silent_after_s` counts as silent."""
+        self._most, self._silent_after_s = most, silent_after_s
         self._views: dict[str, StreamView] = {}
         self._chosen: set[str] = set()
         self._chosen_at = -math.inf
@@ -241,6 +242,7 @@ class StreamSeries(Collector):
             "adapting": sum(view.adapting == 1.0 for view in every),
             "answered_by_source": sum(view.answers_source == 1.0 for view in every),
             "frozen": sum(view.frozen == 1.0 for view in every),
+            "silent": sum(now - view.last_decision > self._silent_after_s for view in every),
         }
         family = _condition_family()
         for condition, count in counts.items():
@@ -249,7 +251,7 @@ class StreamSeries(Collector):
 
 
 def _condition_family() -> GaugeMetricFamily:
-    text = "Streams of the worker by condition; any: all, shown: those with series of their own."
+    text = "Streams of the worker by condition; any: all, shown: with series of their own, silent: no frames."
     return GaugeMetricFamily("driftkeel_fleet_streams", text, labels=["condition"])
 
 

@@ -262,6 +262,7 @@ class Metrics(Section):
     max_stream_labels: int = Field(
         50, ge=0, description="streams with series of their own; the rest count in the fleet's series only"
     )
+    silent_after_s: float = Field(600, gt=0, description="a stream without a frame for so long counts as silent")
 
 
 class Console(Section):

@@ -89,7 +89,7 @@ class Worker:
         log.info("bundle %s (%s) from %s, computed on %s", bundle.hash, bundle.manifest.name, *where)
         if device.type != "cpu":
             log.warning("device %s is %s", config.device, EXPERIMENTAL)
-        self.metrics = WorkerMetrics(config.metrics.max_stream_labels)
+        self.metrics = WorkerMetrics(config.metrics.max_stream_labels, config.metrics.silent_after_s)
         self.metrics.build.info({"version": installed_version(), "bundle": bundle.hash, "worker": config.worker})
         self._trace = open_trace(config.traces, config.worker)
         self._healthy_store = True

@@ -157,6 +157,21 @@ def test_a_command_is_no_sign_of_frames(monkeypatch) -> None:
     assert value(metrics, "stream_last_decision_timestamp_seconds", stream="a") == 1_000.0
 
 
+def test_a_stream_without_frames_is_silent_until_one_comes(monkeypatch) -> None:
+    metrics = WorkerMetrics(0, silent_after_s=60.0)
+    now = time.time()
+    decide(metrics, "a")
+    decide(metrics, "b")
+    assert value(metrics, "fleet_streams", condition="silent") == 0
+    monkeypatch.setattr("monitoring.observe.time.time", lambda: now + 61)
+    monkeypatch.setattr("monitoring.streams.time", lambda: now + 62)
+    decide(metrics, "a")
+    decide(metrics, "b", decision="frozen", frames=[])  # a command is no frame
+    assert value(metrics, "fleet_streams", condition="silent") == 1
+    decide(metrics, "b")
+    assert value(metrics, "fleet_streams", condition="silent") == 0
+
+
 views = st.builds(
     StreamView,
     first_seen=st.sampled_from([0.0, 9_900.0]),
