@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from monitoring.dashboards.__main__ import files
 from schemas.config import Kafka, Store
@@ -105,7 +107,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bundle_with_an_estimator(folder: Path) -> Path:
-    """An untrained bundle whose estimator says: the surer, the better, and source a little worse."""
+    """An untrained bundle whose estimator says: the surer, the better, and source a little worse; and whose limits
+    refuse the updates of dark pictures."""
     make_tiny_bundle(folder)
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -119,6 +122,7 @@ def bundle_with_an_estimator(folder: Path) -> Path:
         "low": [-0.1, -0.1],
         "high": [0.1, 0.1],
     }
+    manifest["limits"]["raw_gradient_norm"] = 600.0  # the guard allows ten times that: dark pictures have eighteen
     path.write_text(json.dumps(manifest))
     return folder
 
@@ -139,11 +143,19 @@ def fed(kafka_settings: Kafka, store_settings: Store, folder: Path, topic: Topic
 
 
 def feed(site: Site, rounds: Iterator[int]) -> None:
-    """Pictures for every stream, one that repeats, and a record that is no frame."""
+    """Pictures for every stream; then some that repeat, some so dark that their updates are refused, and a record that
+    is no frame."""
     number = next(rounds)
     frames = [(stream, picture(100 * number + i)) for i in range(8) for stream in STREAMS]
     frames += [(STREAMS[0], picture(1))] * (8 * (number % 4 == 3))
+    frames += [(STREAMS[0], dark(i)) for i in range(8 * (number % 4 == 1))]
     site.send([*frames, ("cam-0", b"no image")])
+
+
+def dark(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(picture(seed))).point(lambda value: value // 16).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def with_variables(expr: str) -> str:
