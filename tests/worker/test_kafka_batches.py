@@ -63,7 +63,7 @@ def pack(base: int, values: list[bytes], codec: int = 0, headers: int = 0) -> by
 @contextlib.contextmanager
 def packing(settings: Kafka) -> Iterator[Callable[..., None]]:
     """Sends records of one key to partition 0, as one gzip batch; or as one whose bytes are no gzip."""
-    arguments = {"max_request_size": 1 << 30, "batch_size": 1 << 30, "linger_ms": 500}
+    arguments = {"max_request_size": 1 << 30, "batch_size": 1 << 30, "linger_ms": 60_000}  # until the flush
     producer = KafkaProducer(bootstrap_servers=settings.bootstrap, compression_type="gzip", **arguments)
 
     def send(
@@ -73,6 +73,7 @@ def packing(settings: Kafka) -> Iterator[Callable[..., None]]:
             if broken:
                 changed.setattr("kafka.record.default_records.gzip_encode", lambda content: b"no gzip")
             futures = [producer.send(topic, key=b"cam", value=v, partition=partition) for v in values]
+            producer.flush()
             assert len({future.get(timeout=60).offset for future in futures}) == len(values)
 
     yield send
