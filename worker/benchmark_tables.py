@@ -12,7 +12,7 @@ from schemas.errors import ConfigError, DataError
 def markdown(report: Path, plot: Path | None = None) -> str:
     """The tables; `plot` also draws the gains of an accuracy report there. Raises DataError, ConfigError."""
     content = _read(report)
-    if "records" in content:
+    if isinstance(content, list):
         from meta.benchmark import tables
 
         results = tables.Results(tables.read_records(report))
@@ -34,9 +34,9 @@ def markdown(report: Path, plot: Path | None = None) -> str:
     raise DataError(f"{report} is no report of a benchmark")
 
 
-def _read(report: Path) -> dict[str, Any]:
+def _read(report: Path) -> dict[str, Any] | list[Any]:
     try:
         content = json.loads(report.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{report} is no report of a benchmark: {error}") from error
-    return content if isinstance(content, dict) else {}
+    return content if isinstance(content, dict | list) else {}

@@ -1,12 +1,14 @@
 """What a benchmark leaves: a line per finished cell beside the report, and the report put together from them.
 
-The journal is for the run that is going on. A finished report says as much, so that a run can go on from it alone.
+A report is a list of records, for everybody; a second file beside it says how they were made. The journal is for the
+run that is going on. The two say as much, so that a run can go on from them alone.
 """
 
 from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -88,10 +90,12 @@ class Journal:
         journal = cls(report.with_suffix(".jsonl"))
         if report.exists():
             try:
-                finished = _entries(json.loads(report.read_text(encoding="utf-8")))
-            except (ValueError, KeyError, TypeError) as error:
+                made, records = (json.loads(path.read_text(encoding="utf-8")) for path in (run_file(report), report))
+                finished = _entries(made, records)
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"{report} is no accuracy report ({error!r}); name another file, or move it"
+                    f"{report} with {run_file(report).name} beside it is no accuracy report ({error!r}); name another "
+                    "file, or move it"
                 ) from error
             journal.entries = {**finished, **journal.entries}
         return journal
@@ -111,10 +115,15 @@ class Journal:
         return entry
 
 
+def run_file(report: Path) -> Path:
+    """What a report was made by: command, commit, plan, source models, and the cells."""
+    return report.with_suffix(".run.json")
+
+
 def write_report(
     path: Path, journal: Journal, keys: list[str], command: str, config: dict[str, Any], models: list[dict[str, Any]]
 ) -> None:
-    """The cells `keys` as one JSON file: records for everybody, cells for who wants to know how.
+    """The records of the cells `keys` as one JSON file, and beside it, for who wants to know how, the cells.
 
     The records are in the order of the cells, of which each says how many are its own. What two cells measured, one of
     them with fewer seeds, is there once, from the later one.
@@ -125,27 +134,36 @@ def write_report(
         {**entry, "records": [record for record in entry["records"] if owner[identity(record)] == number]}
         for number, entry in enumerate(done)
     ]
-    content = {
+    made = {
         "command": command,
         "commit": commit(),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config,
         "models": models,
         "cells": [{**entry, "records": len(entry["records"])} for entry in done],
-        "records": [record for entry in done for record in entry["records"]],
     }
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(_lines(content), encoding="utf-8")
-    partial.replace(path)
+    parts = [
+        f' "{name}": {_rows(value) if isinstance(value, list) else json.dumps(value)}' for name, value in made.items()
+    ]
+    _replace(run_file(path), "{\n" + ",\n".join(parts) + "\n}\n")
+    _replace(path, _rows([record for entry in done for record in entry["records"]]) + "\n")
 
 
-def _entries(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _entries(made: dict[str, Any], every: list[Record]) -> dict[str, dict[str, Any]]:
     """What the journal held of which the report was made, but for the steps of tuning, which the cells repeat."""
-    entries = {model["key"]: model for model in report["models"]}
-    records = iter(report["records"])
-    for cell in report["cells"]:
+    entries = {model["key"]: model for model in made["models"]}
+    if sum(cell["records"] for cell in made["cells"]) != len(every):
+        raise ValueError("the two files are of different runs")
+    records = iter(every)
+    for cell in made["cells"]:
         entries[cell["key"]] = {**cell, "records": list(islice(records, cell["records"]))}
     return entries
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def _compact(value: Any) -> str:
@@ -153,16 +171,9 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def _lines(content: dict[str, Any]) -> str:
-    """JSON with one record or cell a line, so that differences between two reports can be read."""
-    parts = []
-    for name, value in content.items():
-        if isinstance(value, list):
-            rows = ",\n".join(" " + _compact(row) for row in value)
-            parts.append(f' "{name}": [\n{rows}\n ]')
-        else:
-            parts.append(f' "{name}": {json.dumps(value)}')
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+def _rows(values: Sequence[Any]) -> str:
+    """A JSON list with one record or cell a line, so that differences between two reports can be read."""
+    return "[\n" + ",\n".join(_compact(value) for value in values) + "\n]"
 
 
 def commit() -> str:

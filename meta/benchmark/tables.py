@@ -39,8 +39,8 @@ class Entry(NamedTuple):
 def read_records(path: Path) -> list[Record]:
     """The records of a report. Raises DataError."""
     try:
-        records: list[Record] = json.loads(path.read_text(encoding="utf-8"))["records"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        records: list[Record] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is no report of the benchmark: {error}") from error
     if not records:
         raise DataError(f"{path} has no records")

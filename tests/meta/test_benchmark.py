@@ -14,7 +14,7 @@ from meta.benchmark import accuracy as driver
 from meta.benchmark.corruptions import TEST, TUNING
 from meta.benchmark.datasets import Cifar10C, DataConfig, Pool, open_dataset, read_jpeg_archive
 from meta.benchmark.plan import BenchmarkConfig, cells_of, read_benchmark
-from meta.benchmark.report import Journal, Record, write_report
+from meta.benchmark.report import Journal, Record, run_file, write_report
 from meta.benchmark.run import load_frames, run_streams, source_hits
 from meta.benchmark.streams import SETTINGS, Stream, make_streams
 from meta.benchmark.tables import Entry, Place, Results, markdown, plot, read_records
@@ -383,7 +383,7 @@ def test_a_method_of_the_users_own_from_data_to_report(own_module: Path, blob_da
     plan = own_plan().model_copy(update={"threads": 1, "data": small_plan(data=blobs_at).data})
     report = tmp_path / "out.json"
     assert driver.run_accuracy(plan, report, "test", driver.Progress([].append)) == 0
-    found = {(r["method"], r["variant"]) for r in json.loads(report.read_text())["records"]}
+    found = {(r["method"], r["variant"]) for r in json.loads(report.read_text())}
     assert found == {("source", ""), ("mine", "published"), ("mine", "tuned")}
 
 
@@ -393,28 +393,28 @@ def test_a_benchmark_from_data_to_report(blob_data: Path, tmp_path: Path) -> Non
     said: list[str] = []
     progress = driver.Progress(said.append)
     assert driver.run_accuracy(plan, report, "test", progress, stop_after_s=0) == 3
-    assert {r["method"] for r in json.loads(report.read_text())["records"]} == {"source"}
+    assert {r["method"] for r in json.loads(report.read_text())} == {"source"}
     assert driver.run_accuracy(plan, report, "test", progress, only="tent-tuned") == 0
-    found = {(r["method"], r["variant"]) for r in json.loads(report.read_text())["records"]}
+    found = {(r["method"], r["variant"]) for r in json.loads(report.read_text())}
     assert found == {("source", ""), ("tent", "tuned")}
     assert driver.run_accuracy(plan, report, "test", progress) == 0
-    content = json.loads(report.read_text())
+    records, made = (json.loads(path.read_text()) for path in (report, run_file(report)))
     # Four cells, two settings, fifteen shifts, three seeds.
-    assert len(content["records"]) == 4 * 2 * 15 * 3
-    for record in content["records"]:
+    assert len(records) == 4 * 2 * 15 * 3
+    for record in records:
         assert set(record) == set(Record.__annotations__)
         assert 0 <= record["accuracy"] <= 1
         if record["method"] == "source":
             assert record["accuracy"] == record["source_accuracy"]
-    assert content["models"][0]["clean_accuracy"] > 0.7
-    tuned = next(cell for cell in content["cells"] if cell["name"].endswith("tent-tuned"))
+    assert made["models"][0]["clean_accuracy"] > 0.7
+    tuned = next(cell for cell in made["cells"] if cell["name"].endswith("tent-tuned"))
     assert tuned["options"] in [one["options"] for one in tuned["tried"]]
     assert tuned["relative_cost"] > 1
     # Everything is in the report: the same command again runs nothing and writes the same records.
     report.with_suffix(".jsonl").unlink()
     said.clear()
     driver.run_accuracy(plan, report, "test", progress)
-    assert json.loads(report.read_text())["records"] == content["records"]
+    assert json.loads(report.read_text()) == records
     assert not any("/b8/" in line for line in said)
 
 
@@ -427,10 +427,16 @@ def test_a_bundle_for_other_frames_is_refused(blob_data: Path, tmp_path: Path, t
         driver.run_accuracy(plan, tmp_path / "out.json", "test", driver.Progress(lambda _: None))
 
 
-def test_another_file_is_not_taken_for_a_report(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "made",
+    ['{"cells": [{"key": "a"}], "models": []}', '{"cells": [{"key": "a", "records": 2}], "models": []}', "[]", None],
+)
+def test_another_file_is_not_taken_for_a_report(tmp_path: Path, made: str | None) -> None:
     report = tmp_path / "out.json"
-    report.write_text('{"cells": [{"key": "a"}], "models": [], "records": []}')
-    with pytest.raises(ConfigError, match=r"out\.json is no accuracy report"):
+    report.write_text(json.dumps([record("tent", "published", "fog", 0.1, 0.5, 0)]))
+    if made is not None:
+        run_file(report).write_text(made)
+    with pytest.raises(ConfigError, match=r"out\.json with out\.run\.json beside it is no accuracy report"):
         Journal.beside(report)
 
 

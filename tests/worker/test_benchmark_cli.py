@@ -23,7 +23,7 @@ def test_tables_of_a_report(tmp_path: Path) -> None:
         "source_accuracy": 0.5,
     }
     report = tmp_path / "report.json"
-    report.write_text(json.dumps({"records": [record]}))
+    report.write_text(json.dumps([record]))
     result = CliRunner().invoke(app, ["benchmark", "tables", str(report), "--plot", str(tmp_path / "plot.svg")])
     assert result.exit_code == 0
     assert "| tent (tuned) | 75.0 |" in result.output
