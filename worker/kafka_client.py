@@ -18,6 +18,7 @@ from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
 from worker.kafka_batches import pass_over_unreadable
 from worker.kafka_records import forgive_header_names
+from worker.kafka_sockets import close_failed_connects
 from worker.kafka_unpack import bound_unpacking
 
 log = logging.getLogger("driftkeel.kafka")
@@ -68,6 +69,7 @@ def open_client(kind: Any, **arguments: Any) -> Any:
     """
     forgive_header_names()
     bound_unpacking()
+    close_failed_connects()
     opened: list[Any] = []
 
     def remember(**options: Any) -> Any:

@@ -1,0 +1,36 @@
+"""Connects that fail: kafka-python 3.0 leaves their sockets open until the next full garbage collection.
+
+A client tries again for as long as its broker is away, so that a long outage, or a certificate that does not fit, could
+cost a worker its file descriptors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kafka.net.inet import KafkaNetSocket
+from kafka.net.transport import KafkaSSLTransport
+
+
+def close_failed_connects() -> None:
+    """From here on, in this process. Again does nothing."""
+    connect, shake = KafkaNetSocket.sock_connect, KafkaSSLTransport.handshake
+    if getattr(connect, "closing", False):
+        return
+
+    async def sock_connect(factory: Any, net: Any, sock: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return await connect(factory, net, sock, *arguments, **options)
+        except BaseException:  # A client that is closed meanwhile ends this with GeneratorExit.
+            sock.close()
+            raise
+
+    async def handshake(transport: Any) -> None:
+        try:
+            await shake(transport)
+        except BaseException:
+            transport._sock.close()
+            raise
+
+    sock_connect.closing = True  # type: ignore[attr-defined]
+    KafkaNetSocket.sock_connect, KafkaSSLTransport.handshake = sock_connect, handshake
