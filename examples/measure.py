@@ -19,7 +19,7 @@ from meta.bundle import load_bundle
 from meta.imports import import_from
 from worker.benchmark_throughput_engine import Case, engine_pass, forward_pass, frames_per_second
 from worker.engine import Engine
-from worker.run import keep_freed_memory
+from worker.process import keep_freed_memory
 
 
 def peak_megabytes() -> float:

@@ -43,7 +43,7 @@ from worker.benchmark_throughput_engine import (
 )
 from worker.benchmark_throughput_worker import PARTITIONS, WINDOW, Bench, Observed, Sent, Window
 from worker.embedded import embedded_services
-from worker.run import keep_freed_memory
+from worker.process import keep_freed_memory
 
 LARGE_WIDTHS = (32, 64, 96, 128)  # on 64 x 64 pixels: 150 million multiply-adds, 300 MFLOPs a frame
 LARGE_SIDE, LARGE_SOURCE_SIDE = 64, 128

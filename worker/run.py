@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +27,7 @@ from worker.device import EXPERIMENTAL, described, out_of_memory, site_device
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
 from worker.offsets import Partition
 from worker.parts import connect
+from worker.process import keep_freed_memory, spare_collections, switch_often
 from worker.reach import Reach
 from worker.site_bundle import site_bundle
 from worker.step import Flight
@@ -37,12 +36,8 @@ from worker.trace import open_trace
 log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
 IDLE_POLL_S = 0.1
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 GLANCE_S = 0.01  # between looks at the topic while passes run
 STOCKED_S = 0.05  # and while frames for all threads' next passes are in memory: a look costs two threads a millisecond
-# Between two operations of torch a pass needs the interpreter for some microseconds. With Python's own 5 ms it waits
-# longer for it than the next operation takes, whenever the loop computes.
-SWITCH_S = 0.001
 MAX_HELD = 64 << 20  # bytes that wait to be decoded, or are, before partitions are paused
 STUCK_AFTER_S = 60.0
 LAG_INTERVAL_S = 1.0
@@ -54,18 +49,6 @@ def installed_version() -> str:
         return version("driftkeel")
     except PackageNotFoundError:
         return "unknown"
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what a pass frees for the next pass.
-
-    By default activations go back to the kernel after each pass and come again as page faults: a fifth of a pass's
-    processor time. Where the C library is another one, nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, 1 << 30)):
-            mallopt(parameter, value)
 
 
 class Worker:
@@ -400,10 +383,12 @@ def run_worker(config: WorkerConfig) -> None:
         log.info("%s: finishing the step in hand", signal.Signals(number).name)
         stop.set()
 
-    sys.setswitchinterval(SWITCH_S)
+    switch_often()
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     try:
-        Worker(config, stop).run()
+        worker = Worker(config, stop)
+        spare_collections()
+        worker.run()
     except torch.cuda.OutOfMemoryError as error:
         raise out_of_memory(config.device, error) from error
