@@ -19,7 +19,7 @@ lost, counts once, and one that comes late, because a broken connection still he
 update event lies beside the state, so that a crash between writing the state and publishing the event cannot lose it.
 The header stays when tensors expire: an idle stream restarts from source and can say so. A worker that still has it in
 memory is asked for the tensors again, as no header may say more than the tensors beside it. So it is for parameters
-that the header calls approved.
+that the header calls approved, and where the store has lost the write that left either there.
 
 Where one of a stream's keys is of another type, somebody else put it there. No script touches such a stream.
 """
@@ -86,7 +86,8 @@ class Overview:
 @dataclass(frozen=True)
 class Write:
     """A state to write. `tensors` None leaves the stored ones as they are, and so does `approved`; where the header is
-    nothing without these, `keeps_approved`.
+    nothing without these, `keeps_approved`. `after`: the number of the write that left them there, 0 where the claim
+    found them; None where that does not matter.
 
     `snapshot` keeps these tensors for rollback, under what it says of them. `number` grows from write to write of a
     stream; tensors are as `pack` gave them.
@@ -101,6 +102,7 @@ class Write:
     snapshot: bytes | None = None
     approved: bytes | None = None
     keeps_approved: bool = False
+    after: int | None = None
 
 
 class StateStore:
@@ -141,7 +143,8 @@ class StateStore:
     def write(self, writes: list[Write]) -> list[bool | None]:
         """Write states, in order; False where another worker has claimed the stream since.
 
-        None where nothing was written, because tensors or approved parameters that should stay as they are, are gone.
+        None where nothing was written, because tensors or approved parameters that should stay as they are, are gone,
+        or older than the write they should be of: the store has lost its last writes.
         """
         calls = [(self.keys(w.stream), self._arguments(w)) for w in writes]
         return [None if outcome == 2 else bool(outcome) for outcome in self._scripts(scripts.WRITE, calls)]
@@ -263,6 +266,7 @@ class StateStore:
         return [
             *(write.token, write.header, write.event, write.tensors or b"", settings.idle_ttl_s),
             *(snapshot, settings.snapshots, write.number, write.approved or b"", int(write.keeps_approved)),
+            "" if write.after is None else write.after,
         ]
 
     def _unpacked(self, tensors: bytes | None) -> bytes | None:

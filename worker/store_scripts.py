@@ -65,8 +65,8 @@ return {tonumber(stored[1]) or 0, stored[2], stored[3], sizes[1], sizes[2]}
 )
 
 # ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep, number,
-# approved or '', '1' where those that are there have to stay. Returns 1 where it is written, 0 where it is refused, 2
-# where what should stay is not there.
+# approved or '', '1' where those that are there have to stay, number of the write that these are of or ''. Returns 1
+# where it is written, 0 where it is refused, 2 where what should stay is not there, or the store has lost that write.
 # Types are looked at where this would write only: the claim has seen all of them, and each look costs microseconds.
 WRITE = """
 local function taken(i, kind)
@@ -81,6 +81,7 @@ if ARGV[4] ~= '' and taken(2, 'string') or ARGV[9] ~= '' and taken(4, 'string') 
 if (ARGV[6] ~= '' or ARGV[5] ~= '0') and taken(3, 'list') then return 0 end
 if ARGV[4] == '' and redis.call('EXISTS', KEYS[2]) == 0 then return 2 end
 if ARGV[10] == '1' and redis.call('EXISTS', KEYS[4]) == 0 then return 2 end
+if (ARGV[4] == '' or ARGV[10] == '1') and ARGV[11] ~= '' and (stored[2] or '0') ~= ARGV[11] then return 2 end
 redis.call('HSET', KEYS[1], 'header', ARGV[2], 'event', ARGV[3], 'written', ARGV[8])
 if ARGV[4] ~= '' then redis.call('SET', KEYS[2], ARGV[4]) end
 if ARGV[9] ~= '' then redis.call('SET', KEYS[4], ARGV[9]) end

@@ -191,14 +191,15 @@ class Streams:
         for entry, write, good in zip(entries, writes, accepted, strict=True):
             if good and entry.header.stream in self.engine:
                 resident = self.engine.resident(entry.header.stream)
-                resident.header, resident.stored = entry.header, True
+                resident.header, resident.stored, resident.written = entry.header, True, entry.header.events
                 resident.approved = entry.approved or resident.approved
             if write.tensors:
                 self._metrics.state_bytes.observe(len(write.tensors))
         return accepted
 
     def _write_whole(self, entry: Entry, resident: Resident) -> bool:
-        """The store has the stream's tensors no more, or those that are approved: they expired or were evicted."""
+        """The store has the stream's tensors no more, or those that are approved: they expired or were evicted, or the
+        store has lost its last writes."""
         stream = entry.header.stream
         if not self.engine.holds(stream, resident):
             return False  # It went while the store was waited for.
@@ -236,7 +237,8 @@ class Streams:
         if entry.tensors is None and not resident.stored:
             entry = replace(entry, tensors=self.engine.tensors(entry.header.stream))
         keeps = entry.header.approved is not None and entry.approved is None
-        return replace(as_write(entry, resident.token, self._compression), keeps_approved=keeps)
+        write = as_write(entry, resident.token, self._compression)
+        return replace(write, keeps_approved=keeps, after=resident.written)
 
     def _restored(self, stream: str, claimed: Claimed) -> _Restored:
         """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""

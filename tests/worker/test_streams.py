@@ -230,6 +230,34 @@ def test_approved_parameters_survive_their_worker_and_go_with_their_bundle(site:
     assert third.engine.resident("cam").header.approved is None
 
 
+@pytest.mark.parametrize("lost", ["tensors", "approved"])
+def test_a_store_that_lost_the_last_write_gets_the_next_one_whole(site: Site, store_url: str, lost: str) -> None:
+    """A header that changes alone would lie beside older tensors, and the next owner would start from source."""
+    first, tensors = approving(site)
+    client = redis.Redis.from_url(store_url)
+    before = {key: content for key in site.store.keys("cam") if (content := client.dump(key))}
+    if lost == "tensors":
+        moving = change(first, "freeze")
+        moving.header.step = 1
+        tensors["affine"] += 0.5
+        first.engine.replace("cam", tensors)
+        assert first.write([replace(moving, tensors=tensors)]) == [True]
+    else:
+        first.engine.resident("cam").header.step = 1
+        moving = change(first, "approve")
+        assert first.write([replace(moving, tensors=tensors)]) == [True]
+    for key, content in before.items():  # As after a crash, or on a replica that has taken over.
+        client.restore(key, 0, content, replace=True)
+    client.close()
+    assert first.write([change(first, "unfreeze")]) == [True]
+    second = site.worker("second")
+    second.ensure(["cam"])
+    resident = second.engine.resident("cam")
+    assert (resident.header.step, resident.header.events) == (1, 3)
+    assert resident.header.approved == (0 if lost == "tensors" else 1)
+    assert torch.equal(second.engine.tensors("cam")["affine"], tensors["affine"])
+
+
 @pytest.mark.parametrize(
     ("changes", "trusted", "taken"),
     [
