@@ -225,7 +225,14 @@ class StateStore:
                 yield [unquote(name.decode(errors="replace")[len(prefix) : -len(suffix)]) for name in names]
 
     def mark(self, group: str, offsets: dict[Partition, int]) -> None:
-        """Note that all frames before these offsets are in the states."""
+        """Note that all frames before these offsets are in the states.
+
+        Raises UnreachableError over a new connection that `reconnected` has not told of: what is behind it may have
+        lost these states, and only an older mark shows that.
+        """
+        self.ping()
+        if 0 < self._noticed < self._opened:
+            raise UnreachableError(f"the store at {self._settings.address} may have lost its last writes")
         self._pipeline([("SET", self._mark_key(group, p), offset) for p, offset in offsets.items()])
 
     def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:

@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import redis
 from kafka import TopicPartition
 from pydantic import SecretStr
 
 from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
+from schemas.state import decode_header
 from tests.chaos.proxy import FlakyProxy
 from tests.conftest import Topic, picture
 from tests.servers import wait_until
@@ -165,3 +167,39 @@ def test_a_store_that_is_away_is_no_standstill_and_lag_shows(
     assert value(worker, "broker_errors_total", operation="commit") == 0
     turn_until(worker, worker.ready)
     assert value(worker, "store_last_answer_timestamp_seconds") > stored[-1]
+
+
+def test_a_store_that_lost_its_last_second_is_compared_before_anything_is_noted(
+    worker: Worker, config: WorkerConfig, store_proxy: FlakyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a commit is the first to meet it, because no frame has come since."""
+    topic, frames, group = Topic(config.kafka.bootstrap), config.kafka.topics.frames, config.kafka.group
+    store = redis.Redis(port=store_proxy._target)
+    header, mark = worker._store.keys("cam")[0], worker._store._mark_key(group, (frames, 0))
+
+    def folded() -> int:
+        content = store.hget(header, "header")
+        return decode_header(content).frames if content else 0
+
+    def send() -> None:
+        topic.send(frames, [(b"cam", picture(i), []) for i in range(4)])
+
+    def noted() -> int:
+        return int(store.get(mark) or 0)
+
+    send()
+    turn_until(worker, lambda: noted() == 4)
+    kept = {key: store.dump(key) for key in store.scan_iter(f"{config.store.prefix}:*")}
+    monkeypatch.setattr("worker.consume.COMMIT_INTERVAL_S", 60.0)
+    send()
+    turn_until(worker, lambda: folded() == 8)
+    for key, content in kept.items():
+        store.restore(key, 0, content, replace=True)
+    store_proxy.cut()
+    monkeypatch.setattr("worker.consume.COMMIT_INTERVAL_S", 0.0)
+    for _ in range(20):
+        worker._turn()
+    assert noted() == 4
+    send()
+    turn_until(worker, lambda: folded() == 12 and noted() == 12)
+    store.close()

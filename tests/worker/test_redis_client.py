@@ -153,8 +153,11 @@ def test_new_connections_are_noticed(store_url: str, store_settings: Store, open
     assert not store.reconnected()
     proxy.cut()
     wait_until(lambda: _claims(store), "another connection")
+    with pytest.raises(UnreachableError, match="may have lost its last writes"):
+        store.mark("group", {("frames", 0): 1})
     assert store.reconnected()
     assert not store.reconnected()
+    store.mark("group", {("frames", 0): 1})
     store.close()  # before the proxy
     proxy.close()
 
