@@ -196,6 +196,7 @@ class Control:
             header, events = entry.header, events + entry.events
             tensors, approved = entry.tensors or tensors, entry.approved or approved
         if not meant:
+            resident.header = _done(header, waiting)
             return None
         return _Obeyed(Entry(_done(header, waiting), events, tensors, approved), [n.command.action for n in meant])
 

@@ -208,6 +208,21 @@ def test_a_stream_that_was_deleted_begins_like_any_other(
     assert [(event.number, event.decision) for event in found] == [(3, "frozen")]
 
 
+def test_what_means_nothing_to_a_stream_that_begins_is_not_done_to_it_later(
+    worker: Worker, commands: CommandList
+) -> None:
+    """Also where the command comes when its first frames wait to be folded."""
+    tell(commands, 0, "a", "reset")
+    worker.control.met(worker.streams.ensure(["a", "b"]))
+    tell(commands, 1, "*", "approve")
+    worker.control.listen()
+    assert worker.control.run(()) == []
+    assert worker.streams.write([change_nothing(worker, stream) for stream in ("a", "b")]) == [True, True]
+    worker.streams.release(["a", "b"])
+    worker.control.met(worker.streams.ensure(["a", "b"]))
+    assert worker.control.due == set()
+
+
 def test_a_stream_that_another_claims_is_let_go(worker: Worker, commands: CommandList, store: StateStore) -> None:
     worker.control.met(worker.streams.ensure(["a"]))
     store.claim(["a"], "another")
