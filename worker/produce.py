@@ -326,17 +326,17 @@ def produce(
     memory = None if wishes.loop else Sent(state, config.kafka.bootstrap)
     sender = Sender(config, stop)
     players = [Player(name, items, sender, config.kafka, wishes, stop, memory) for name, items in streams.items()]
-    failures: list[DriftkeelError] = []
+    failures: list[Exception] = []
 
-    def run(player: Player) -> None:
+    def attempt(action: Callable[[], None]) -> None:
         try:
-            player.play()
-        except DriftkeelError as error:
+            action()
+        except Exception as error:  # noqa: BLE001 - nobody else sees what ends a thread
             failures.append(error)
             stop.set()
 
     # Daemons: a thread that waits for standard input must not keep the process.
-    threads = [threading.Thread(target=run, args=(player,), daemon=True) for player in players]
+    threads = [threading.Thread(target=attempt, args=(player.play,), daemon=True) for player in players]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -344,12 +344,9 @@ def produce(
             thread.join(0.1)
     for thread in threads:
         thread.join(STOP_PATIENCE_S)
-    try:
-        sender.finish()
-    except DriftkeelError as error:
-        failures.append(error)
+    attempt(sender.finish)
     for player in players:
-        player.remember()
+        attempt(player.remember)
     sender.close()
     if memory:
         memory.close()

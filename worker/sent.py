@@ -6,14 +6,17 @@ the file knows how far it had got there, and every record names its item and its
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
 
 from schemas.config import Kafka
 from schemas.errors import SourceError, UnreachableError
@@ -55,30 +58,29 @@ class News:
 
 
 class Sent:
-    """The file, for any number of streams and threads. Topics are told apart by their broker's address too."""
+    """The file, for any number of streams and threads. Topics are told apart by their broker's address too.
+
+    Raises SourceError where the file cannot be used.
+    """
 
     def __init__(self, path: Path, broker: str) -> None:
-        self._broker, self._lock = broker, threading.Lock()
-        try:
+        self._broker, self._path, self._lock = broker, path, threading.Lock()
+        with self._using():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(path, check_same_thread=False)
             self._file.executescript(_TABLES)
-        except (OSError, sqlite3.Error) as error:
-            raise SourceError(
-                f"{path} cannot be used to remember what was sent: {error}; name another with --state, or give --again"
-            ) from error
 
     def frames(self, topic: str, stream: str, item: str) -> tuple[int, bool]:
         """How many frames of an item are in the topic, and whether that is all of them."""
         query = "SELECT frames, done FROM items WHERE topic = ? AND stream = ? AND item = ?"
-        with self._lock:
+        with self._using():
             row = self._file.execute(query, (self._name(topic), stream, item)).fetchone()
         return (int(row[0]), bool(row[1])) if row else (0, False)
 
     def reached(self, topic: str, stream: str) -> int | None:
         """The offset after the newest known frame of a stream."""
         query = "SELECT next_offset FROM reached WHERE topic = ? AND stream = ?"
-        with self._lock:
+        with self._using():
             row = self._file.execute(query, (self._name(topic), stream)).fetchone()
         return int(row[0]) if row else None
 
@@ -87,13 +89,13 @@ class Sent:
         name = self._name(topic)
         rows = [(name, stream, item, frames, 0) for item, frames in news.frames.items()]
         rows += [(name, stream, item, 0, 1) for item in news.done]
-        with self._lock, self._file:
+        with self._using(), self._file:
             self._file.executemany(_ITEM, rows)
             self._file.execute(_REACHED, (name, stream, news.next_offset))
 
     def forget(self, topic: str, stream: str, item: str) -> None:
         """Have an item sent again."""
-        with self._lock, self._file:
+        with self._using(), self._file:
             row = (self._name(topic), stream, item)
             self._file.execute("DELETE FROM items WHERE topic = ? AND stream = ? AND item = ?", row)
 
@@ -101,13 +103,32 @@ class Sent:
         """Close the file."""
         self._file.close()
 
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        """One thread at a time, and an error that says what to do."""
+        try:
+            with self._lock:
+                yield
+        except (OSError, sqlite3.Error) as error:
+            raise SourceError(
+                f"{self._path} cannot be used to remember what was sent: {error}; name another with --state"
+            ) from error
+
     def _name(self, topic: str) -> str:
         return f"{self._broker}/{topic}"
 
 
 def read_back(kafka: Kafka, partition: int, stream: str, start: int | None) -> News:
-    """What the topic holds of a stream from offset `start` on; where it is None, only where the topic ends now."""
-    place = TopicPartition(kafka.topics.frames, partition)
+    """What the topic holds of a stream from offset `start` on; where it is None, only where the topic ends now. Raises
+    UnreachableError."""
+    try:
+        return _read_back(kafka, TopicPartition(kafka.topics.frames, partition), stream, start)
+    except (KafkaError, OSError) as error:
+        said = f"the broker at {kafka.bootstrap} does not tell what it has of stream {stream}"
+        raise UnreachableError(f"{said}: {error}") from error
+
+
+def _read_back(kafka: Kafka, place: TopicPartition, stream: str, start: int | None) -> News:
     consumer = open_client(
         KafkaConsumer,
         **connection(kafka),
@@ -131,7 +152,7 @@ def read_back(kafka: Kafka, partition: int, stream: str, start: int | None) -> N
             if records:
                 last = time.monotonic()
             elif time.monotonic() - last > kafka.connect_timeout_s:
-                raise UnreachableError(f"the broker at {kafka.bootstrap} does not say what it has of stream {stream}")
+                raise UnreachableError(f"the broker at {kafka.bootstrap} does not tell what it has of stream {stream}")
     finally:
         consumer.close(autocommit=False)
     return news

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError
+from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError, TopicAuthorizationFailedError
 
 from schemas.config import Frames, Kafka, WorkerConfig
-from schemas.errors import ConfigError, SourceError
+from schemas.errors import ConfigError, SourceError, UnreachableError
 from schemas.frame import Position, parse_frame
 from tests.conftest import Topic, picture
 from tests.videos import make_video
@@ -161,6 +162,40 @@ def test_one_stream_s_error_ends_all_and_loses_nothing(site: Site, tmp_path: Pat
     rest = site.play(path)
     assert rest.sent + rest.before == 50
     assert site.ids(50) == [str(i) for i in range(50)]
+
+
+def test_a_broker_that_lets_nobody_read_is_an_error(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is sent without a look at what is there; that this failed must show."""
+
+    def refused(*_: object) -> None:
+        raise TopicAuthorizationFailedError
+
+    monkeypatch.setattr("worker.sent.KafkaConsumer.end_offsets", refused)
+    (tmp_path / "a.png").write_bytes(picture())
+    with pytest.raises(UnreachableError, match="does not tell what it has of stream cam"):
+        site.play(tmp_path / "a.png")
+
+
+def test_a_state_file_that_cannot_be_written_any_more_is_an_error(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    site.play(tmp_path / "a.png")
+    other = sqlite3.connect(site.state)
+    other.execute("CREATE TRIGGER full BEFORE INSERT ON items BEGIN SELECT RAISE(FAIL, 'disk full'); END")
+    other.close()
+    (tmp_path / "b.png").write_bytes(picture(1))
+    with pytest.raises(SourceError, match=r"produce.sqlite cannot be used to remember what was sent: disk full"):
+        site.play(tmp_path / "b.png")
+
+
+def test_whatever_ends_a_stream_shows(site: Site) -> None:
+    def broken() -> Iterator[Item]:
+        raise RuntimeError("a mistake of ours")
+        yield
+
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        site.run({"cam": broken()})
 
 
 def test_a_topic_that_is_missing_is_named(site: Site, tmp_path: Path) -> None:
