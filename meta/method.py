@@ -7,7 +7,7 @@ backward pass starts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -25,7 +25,8 @@ class Forward:
     logits (B, classes), features (B, F), rows (B, P), None where there is no graph, stream (B,) int64 in [0, S), counts
     (S,) float, and the state it ran under. logits carry a graph; use `detach` before they leave. `frames` and `kept`
     are what some methods need again: the frames themselves, and whatever else `predict` worked out, of each stream
-    (S, ...), but for `probability` (B, classes).
+    (S, ...), but for `probability` (B, classes). `giving`: where there is no graph, those frames once more that give an
+    update its gradient, with one.
     """
 
     logits: Tensor
@@ -36,6 +37,7 @@ class Forward:
     state: State
     frames: Tensor | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
+    giving: Forward | None = None
 
     @property
     def answer(self) -> Tensor:
@@ -82,22 +84,28 @@ class AdaptationMethod(Method, Protocol):
 
 
 def narrowed(forward: Forward, streams: list[int]) -> Forward:
-    """The same for some of the streams alone, with their frames; without a graph."""
+    """The same for some of the streams alone, with their frames; without a graph, but for `giving`, whose streams must
+    be among these."""
     device = forward.stream.device
     index = torch.tensor(streams, device=device)
     place = torch.full((len(forward.counts),), -1, device=device)
     place.index_copy_(0, index, torch.arange(len(index), device=device))
     stream = place.index_select(0, forward.stream)
     frames = (stream >= 0).nonzero().flatten()
+    state, giving = take(forward.state, index), forward.giving
+    if giving is not None:
+        counts = giving.counts.index_select(0, index)
+        giving = replace(giving, stream=place.index_select(0, giving.stream), counts=counts, state=state)
     return Forward(
         forward.logits.detach().index_select(0, frames),
         forward.features.detach().index_select(0, frames),
         None,
         stream.index_select(0, frames),
         forward.counts.index_select(0, index),
-        take(forward.state, index),
+        state,
         None if forward.frames is None else forward.frames.index_select(0, frames),
         {name: t.index_select(0, frames if name == "probability" else index) for name, t in forward.kept.items()},
+        giving,
     )
 
 

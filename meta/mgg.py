@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -105,6 +105,27 @@ def transplant(learned: LearnedOptimizer, model: AdaptableModel) -> LearnedOptim
     return moved.eval()
 
 
+@dataclass(frozen=True)
+class _Ran:
+    """What the model put out for some frames: logits and features (B, ...), and what went into its last linear layer;
+    `rows` is their affine where there is a graph."""
+
+    logits: Tensor
+    features: Tensor
+    head: Tensor | None
+    rows: Tensor | None
+    moments: NormMoments | None
+
+    def joined(self, other: _Ran, order: Tensor) -> _Ran:
+        """The frames of both, `order` (B,) saying which place each has among these and then those; no graph."""
+        pairs = (self.logits, other.logits), (self.features, other.features), (self.head, other.head)
+        logits, features, head = (
+            None if one is None or two is None else torch.cat([one.detach(), two]).index_select(0, order)
+            for one, two in pairs
+        )
+        return _Ran(cast(Tensor, logits), cast(Tensor, features), head, None, None)
+
+
 class MGG:
     """The method `mgg`. Its state: affine, offset, moments, gradient memory, running statistics, belief, age."""
 
@@ -185,31 +206,41 @@ class MGG:
 
     def _forward(self, frames: Tensor, stream: Tensor, state: State, update: bool) -> Forward:
         """`update`: what an update needs of all frames comes with it."""
-        rows = state["affine"].detach().index_select(0, stream)
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
-        moments, correction = self._moments(stream, counts, state), self._correction(stream, state)
-        if update:
-            logits, features = self._for_update(frames, rows, moments, correction)
-        else:
-            logits, features = self.model.forward_with_features(frames, rows, moments, correction)
-        kept: State = {}
-        if moments is not None:
-            kept["norm_mean"], kept["norm_variance"] = moments.mixed()
-        if self.settings.class_filter:
-            kept["probability"], belief = filter_classes(logits.detach(), stream, counts, state)
-            kept |= belief
-        return Forward(logits, features, rows if rows.requires_grad else None, stream, counts, state, frames, kept)
+        ran = self._run(frames, stream, state, None, counts, update)
+        kept = self._kept(ran.logits.detach(), stream, counts, state, ran.moments)
+        return Forward(ran.logits, ran.features, ran.rows, stream, counts, state, frames, kept)
 
-    def serve(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
-        """As `predict`, the way sites do it: without a graph, where not every frame will give the update a gradient."""
-        some = self.gradient_share > 1 and bool((torch.bincount(stream) > 1).any())
-        with torch.inference_mode(some):
+    def serve(self, frames: Tensor, stream: Tensor, state: State, adapts: Sequence[bool] | None = None) -> Forward:
+        """As `predict`, the way sites do it: only those frames have a graph that give an update its gradient.
+
+        `adapts` (S,): which streams will be updated; None: all. Where layers normalise with the statistics of their
+        batch, those frames are run twice, for what the others get must not depend on them.
+        """
+        counts = torch.bincount(stream, minlength=len(state["affine"])).float()
+        chosen, given, few = self._giving(stream, counts, adapts)
+        if len(chosen) == len(stream):
             return self._forward(frames, stream, state, update=True)
+        everything = torch.ones(len(stream), dtype=torch.bool, device=stream.device)
+        rest = (everything if self._mixes else everything.index_fill(0, chosen, False)).nonzero().flatten()
+        with torch.inference_mode():
+            others = self._run(frames, stream, state, rest, counts)
+        with torch.inference_mode(False):
+            own = self._run(frames, stream, state, chosen, few)
+        with torch.inference_mode():
+            whole = others if self._mixes else own.joined(others, torch.cat([chosen, rest]).argsort())
+            self.model.frame_affine.head = whole.head
+            kept = self._kept(whole.logits, stream, counts, state, whole.moments)
+        giving = Forward(own.logits, own.features, own.rows, given, few, state)
+        return Forward(whole.logits, whole.features, None, stream, counts, state, frames, kept, giving)
 
     def update(self, forward: Forward) -> Update:
-        """One update per stream. Of frames that were served without a graph some give the gradient, and are run once
-        more; all count in the statistics."""
-        some, whole = (self._again(forward), forward) if forward.rows is None else (forward, None)
+        """One update per stream. Of frames that were served some give the gradient; all count in the statistics."""
+        some, whole = forward, None
+        if forward.rows is None:
+            if forward.giving is None:
+                raise ValueError("no frame has a graph: what was predicted in inference mode cannot be updated from")
+            some, whole = replace(forward.giving, state=forward.state, kept=forward.kept), forward
         frame_gradient, statistics, signals = self.gradient(some, whole=whole)
         with torch.no_grad():
             update = self.generate(some, frame_gradient, statistics, signals)
@@ -224,43 +255,59 @@ class MGG:
         """
         return forward.state | self._carried(forward)
 
-    def _for_update(
-        self, frames: Tensor, rows: Tensor, moments: NormMoments | None, correction: LayerCorrection | None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits, and the features with those of the first layer under the source affine; with a graph, but for
-        inference mode."""
+    def _run(
+        self, frames: Tensor, stream: Tensor, state: State, places: Tensor | None, counts: Tensor, update: bool = True
+    ) -> _Ran:
+        """The model on the frames at `places`, or on all, of which each stream has `counts` (S,). For an `update` the
+        features have those of the first layer under the source affine; with a graph, but for inference mode."""
+        if places is not None:
+            frames, stream = frames.index_select(0, places), stream.index_select(0, places)
+        rows = state["affine"].detach().index_select(0, stream)
+        moments, correction = self._moments(stream, counts, state), self._correction(stream, state)
+        if not update:
+            logits, features = self.model.forward_with_features(frames, rows, moments, correction)
+            return _Ran(logits, features, self.model.frame_affine.head, None, moments)
         with torch.enable_grad():
             rows.requires_grad_(not torch.is_inference_mode_enabled())
             logits, *pooled = self.model.forward_with_inputs(frames, rows, moments, correction)
-            return logits, torch.cat(pooled, 1)
+            graph = rows if rows.requires_grad else None
+            return _Ran(logits, torch.cat(pooled, 1), self.model.frame_affine.head, graph, moments)
 
-    def _again(self, forward: Forward) -> Forward:
-        """The share of every stream's frames, one at least, with a graph."""
-        if forward.frames is None:
-            raise ValueError("there is neither a graph nor are there frames to make one from")
-        state, (chosen, stream, counts) = forward.state, self._giving(forward)
-        rows = state["affine"].detach().index_select(0, stream)
-        conditions = self._moments(stream, counts, state), self._correction(stream, state)
-        logits, features = self._for_update(forward.frames.index_select(0, chosen), rows, *conditions)
-        return Forward(logits, features, rows, stream, counts, state, kept=forward.kept)
+    def _kept(self, logits: Tensor, stream: Tensor, counts: Tensor, state: State, moments: NormMoments | None) -> State:
+        kept: State = {}
+        if moments is not None:
+            kept["norm_mean"], kept["norm_variance"] = moments.mixed()
+        if self.settings.class_filter:
+            kept["probability"], belief = filter_classes(logits, stream, counts, state)
+            kept |= belief
+        return kept
 
     def thinned(self, forward: Forward) -> tuple[Forward, Tensor]:
         """Those frames of a forward with a graph that give the gradient as served, and their places in it (b,)."""
-        chosen, stream, counts = self._giving(forward)
+        chosen, stream, counts = self._giving(forward.stream, forward.counts)
         logits, features = (t.index_select(0, chosen) for t in (forward.logits, forward.features))
         return replace(forward, logits=logits, features=features, stream=stream, counts=counts), chosen
 
-    def _giving(self, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
+    def _giving(
+        self, stream: Tensor, counts: Tensor, adapts: Sequence[bool] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The places of the frames that give a gradient (b,), their streams (b,), and how many each has (S,)."""
-        counts = (forward.counts / self.gradient_share).ceil()
-        chosen = evenly(forward.stream, forward.counts, counts)
-        return chosen, forward.stream.index_select(0, chosen), counts
+        few = (counts / self.gradient_share).ceil()
+        if adapts is not None:
+            few = few * torch.tensor(adapts, device=few.device)
+        chosen = evenly(stream, counts, few)
+        return chosen, stream.index_select(0, chosen), few
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
+    @property
+    def _mixes(self) -> bool:
+        """Whether layers normalise with what a stream's frames in the pass have in common."""
+        return self.model.batch_channels > 0 and self.model.correction is None
+
     def _moments(self, stream: Tensor, counts: Tensor, state: State) -> NormMoments | None:
         """BatchNorm layers normalise with a running mean over the window, which starts at the source's."""
-        if not self.model.batch_channels or self.model.correction is not None:
+        if not self._mixes:
             return None
         share = 1 - (1 - 1 / self.settings.norm_window) ** counts
         return NormMoments(stream, share, state["norm_mean"], state["norm_variance"])

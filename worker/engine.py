@@ -13,7 +13,7 @@ from torch import Tensor
 from meta.bundle import MGG_NAME, Bundle
 from meta.estimator import AccuracyModel
 from meta.method import Forward, State, finite_rows, narrowed, on_cpu, put, take
-from meta.mgg import MGG, as_served
+from meta.mgg import MGG
 from meta.proxies import Observer
 from schemas.state import StreamHeader, StreamState
 from worker.batcher import MicroBatch
@@ -161,7 +161,7 @@ class Engine:
         """Copy the states that the micro-batches need."""
         hurried = [batch for batch in batches if self._hurries(batch)]
         adapting = [batch for batch in batches if batch.adapt]
-        # Of several frames our own generator takes the gradient from some, and runs these once more.
+        # Of several frames our own generator takes the gradient from some, and only these need a graph.
         whole = not isinstance(self._method, MGG) or all(len(batch.frames) == 1 for batch in adapting)
         graphs = adapting if whole else []
         others = [batch for batch in batches if not self._hurries(batch) and not (whole and batch.adapt)]
@@ -194,9 +194,11 @@ class Engine:
 
     def _predict(self, part: Part) -> tuple[list[Outlook], Forward]:
         frames, sights = self._frames(part)
-        adapts = any(batch.adapt for batch in part.batches)
-        predict = as_served(self._method) if adapts else self._method.predict
-        forward = predict(frames, part.stream, part.state)
+        adapts = [batch.adapt for batch in part.batches]
+        if isinstance(self._method, MGG) and any(adapts):
+            forward = self._method.serve(frames, part.stream, part.state, adapts)
+        else:
+            forward = self._method.predict(frames, part.stream, part.state)
         observed, source = None, None
         if self._observer is not None:
             observed, source = self._observer.observe(frames, forward, part.shadow)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -26,16 +29,16 @@ class PiecewiseMGG(MGG):
         super().__init__(model, source, learned, classes)
         self._frames = frames
 
-    def serve(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
+    def serve(self, frames: Tensor, stream: Tensor, state: State, adapts: Sequence[bool] | None = None) -> Forward:
         groups = _groups(torch.bincount(stream, minlength=len(state["affine"])).tolist(), self._frames)
         passed, updated, heads = [], [], []
         for first, last in groups:
             chosen = (stream >= first) & (stream < last)
             part = {name: tensor[first:last] for name, tensor in state.items()}
-            forward = super().serve(frames[chosen], stream[chosen] - first, part)
+            forward = super().serve(frames[chosen], stream[chosen] - first, part, adapts and adapts[first:last])
             heads.append(self.model.frame_affine.head)
             updated.append(super().update(forward))
-            passed.append(forward)
+            passed.append(replace(forward, giving=None))  # Its graph would fill the memory.
         kept = {name: torch.cat([forward.kept[name] for forward in passed]) for name in passed[0].kept}
         known = [head for head in heads if head is not None]
         self.model.frame_affine.head = torch.cat(known) if len(known) == len(heads) else None

@@ -1,9 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meta.method import finite_rows
+from meta.affine import Affine
+from meta.method import finite_rows, narrowed
 from meta.mgg import GRADIENT_SHARE, MGG, GeneratorSettings, LearnedOptimizer, evenly
 from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
@@ -105,13 +108,43 @@ def test_training_makes_the_updates_that_sites_make(interleaved: bool) -> None:
         torch.testing.assert_close(trained.state[name].to(tensor.dtype), tensor, rtol=2e-3, atol=1e-5, msg=name)
 
 
-def test_served_frames_are_scaled_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no gradient follows keeps nothing for one, nor takes new memory for what it puts out."""
+def test_only_frames_that_give_a_gradient_are_kept_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no gradient follows is scaled in place."""
     frames, stream, state = torch.randn(16, 1, 12, 12), torch.zeros(16, dtype=torch.long), lived_in(1, 0)
-    monkeypatch.setattr("meta.stream_norm.Affine.apply", None)
+    kept: list[int] = []
+    apply = Affine.apply
+
+    def note(x: torch.Tensor, *others: Any) -> Any:
+        kept.append(len(x))
+        return apply(x, *others)
+
+    monkeypatch.setattr(Affine, "apply", note)
     assert not METHOD.serve(frames, stream, state).logits.requires_grad
-    with pytest.raises(TypeError):
-        METHOD.predict(frames, stream, state)
+    assert set(kept) == {4}
+    kept.clear()
+    METHOD.predict(frames, stream, state)
+    assert set(kept) == {16}
+
+
+@pytest.mark.parametrize("adapts", [None, [True, False, True], [False, True, False]])
+def test_what_is_served_is_what_is_predicted(adapts: list[bool] | None) -> None:
+    """Whichever frames have a graph, each is where it was, and so is what the last layer was given."""
+    state, sizes = lived_in(3, 0), torch.tensor([5, 1, 16])
+    frames = torch.randn(22, 1, 12, 12, generator=torch.Generator().manual_seed(2))
+    stream = torch.arange(3).repeat_interleave(sizes)[torch.randperm(22, generator=torch.Generator().manual_seed(3))]
+    plain = METHOD.predict(frames, stream, state)
+    head = METHOD.model.frame_affine.head
+    served = METHOD.serve(frames, stream, state, adapts)
+    torch.testing.assert_close(served.logits, plain.logits.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(served.features, plain.features.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(METHOD.model.frame_affine.head, head, rtol=1e-4, atol=1e-5)
+    assert served.giving is not None
+    wanted = [2, 1, 4] if adapts is None else [few * one for few, one in zip([2, 1, 4], adapts, strict=True)]
+    assert torch.bincount(served.giving.stream, minlength=3).tolist() == wanted
+    if adapts is not None:  # The others' frames do not matter to an update.
+        some = [row for row, one in enumerate(adapts) if one]
+        alone = METHOD.update(METHOD.serve(frames, stream, state)).state["affine"][some]
+        torch.testing.assert_close(METHOD.update(narrowed(served, some)).state["affine"], alone, rtol=1e-4, atol=1e-6)
 
 
 def test_single_frames_are_served_with_their_graph() -> None:
@@ -136,7 +169,8 @@ def test_the_gradient_is_that_of_a_quarter_and_of_one_frame_at_least(size: int) 
         METHOD.update(METHOD.serve(torch.randn(size, 1, 12, 12), stream, METHOD.fresh(1)))
     finally:
         handle.remove()
-    assert run == [size] if size == 1 else run == [size, -(-size // GRADIENT_SHARE)]
+    some = -(-size // GRADIENT_SHARE)
+    assert run == ([size] if size == 1 else [size - some, some])
 
 
 def test_fresh_streams_predict_as_the_source() -> None:
