@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import ValidationError
 
 from schemas.command import EVERY_STREAM
 from schemas.config import Kafka, WorkerConfig
 from schemas.config_file import load_config
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, mistakes
 from worker.options import ConfigOption
 
 if TYPE_CHECKING:
@@ -143,7 +144,10 @@ def _settings(config: Path | None, bootstrap: str | None) -> WorkerConfig:
     settings = load_config(config)
     if bootstrap is None:
         return settings
-    kafka = Kafka.model_validate({**settings.kafka.model_dump(), "bootstrap": bootstrap})
+    try:
+        kafka = Kafka.model_validate({**settings.kafka.model_dump(), "bootstrap": bootstrap})
+    except ValidationError as error:
+        raise ConfigError(f"--bootstrap: {mistakes(error)[0][1]}") from error
     return settings.model_copy(update={"kafka": kafka})
 
 

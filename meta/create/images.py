@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -44,12 +46,12 @@ class Images:
 def read_labels(path: Path | None, data: Path) -> list[str]:
     """One label a line, in the order of the network's outputs; without a file, the folders of `data` by name."""
     if path is None:
-        labels = sorted(child.name for child in data.iterdir() if child.is_dir()) if data.is_dir() else []
+        labels = [] if data.suffix == ".npz" else [folder.name for folder in _class_folders(data)]
         if len(labels) < 2:
             raise DataError(f"{data} has no folder per class to take labels from; name them with --labels")
         return labels
     try:
-        labels = path.read_text(encoding="utf-8").splitlines()
+        labels = path.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors put a mark before the first
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read labels {path}: {error}") from error
     if len(labels) < 2 or not all(label.strip() for label in labels):
@@ -61,9 +63,7 @@ def read_labels(path: Path | None, data: Path) -> list[str]:
 
 def image_files(data: Path, labels: list[str]) -> tuple[list[Path], list[int] | None]:
     """The image files under `data`, sorted, and their classes; None where they lie in one flat folder."""
-    if not data.is_dir():
-        raise DataError(f"{data} is no folder of images and no .npz file")
-    folders = sorted(child for child in data.iterdir() if child.is_dir() and not child.name.startswith("."))
+    folders = _class_folders(data)
     if not folders:
         return [path for path in sorted(data.iterdir()) if path.suffix.lower() in SUFFIXES], None
     number = {label: i for i, label in enumerate(labels)}
@@ -77,6 +77,13 @@ def image_files(data: Path, labels: list[str]) -> tuple[list[Path], list[int] | 
         paths += found
         classes += [number[folder.name]] * len(found)
     return paths, classes
+
+
+def _class_folders(data: Path) -> list[Path]:
+    """The folders in `data` by name, hidden ones left out. Raises DataError."""
+    if not data.is_dir():
+        raise DataError(f"{data} is no folder of images and no .npz file")
+    return sorted(child for child in data.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
 def common_size(paths: list[Path]) -> tuple[int, int]:
@@ -130,10 +137,10 @@ def read_files(
 def read_npz(path: Path, limit: int, seed: int) -> Images:
     """`images` uint8 (N, h, w) or (N, h, w, 3), and `labels` (N,) where there are any. Raises DataError."""
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             images = content["images"]
             labels = content.get("labels")
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: an .npz with the arrays 'images' and 'labels' is needed: {error}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
         raise DataError(f"{path}: 'images' must be uint8 (N, h, w) or (N, h, w, 3), not {images.dtype} {images.shape}")

@@ -40,7 +40,8 @@ def read_weights(path: Path, say: Say) -> dict[str, Tensor]:
             "torch.save(model.state_dict(), ...) or safetensors.torch.save_file"
         ) from error
     except (safetensors.SafetensorError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise BundleError(f"{path} is no file of weights: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200] or "it ends too early"
+        raise BundleError(f"{path} is no file of weights: {reason}") from error
     nested = next((name for name in NESTED if isinstance(content, dict) and isinstance(content.get(name), dict)), None)
     if nested is not None:
         say(f"weights: taken from {nested!r} of the checkpoint")

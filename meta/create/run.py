@@ -101,7 +101,7 @@ def create_bundle(
     Raises BundleError, ConfigError or DataError.
     """
     notes: list[str] = []
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is there already; new bundles lie next to old ones: name another --output")
 
     def note(text: str) -> None:
@@ -110,7 +110,10 @@ def create_bundle(
 
     subject = _prepare(settings, decode, note)
     work = output.parent / f"{output.name}.work" / _digest(subject)
-    work.mkdir(parents=True, exist_ok=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}; name another --output") from error
     source = _statistics(subject, work, note)
     correction = _correction(subject, work, say)
     learned, made = _generator(subject, source, work, say)

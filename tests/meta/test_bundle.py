@@ -49,7 +49,7 @@ def test_altered_file(copy_of: Path) -> None:
     [
         (lambda f: (f / "labels.txt").unlink(), "cannot read .*labels.txt"),
         (lambda f: (f / "labels.txt").write_bytes(b"x"), "does not have the"),
-        (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing; set bundle.path"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing; name a bundle's folder"),
         (lambda f: (f / "manifest.json").write_text("{"), "no valid manifest"),
         (lambda f: (f / "manifest.json").write_text(" " * (2 << 20)), "larger than"),
         (lambda f: edit(f, schema_version=2), "no valid manifest: schema_version"),

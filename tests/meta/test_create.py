@@ -297,6 +297,9 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
         read_weights(tmp_path / "list.pt", quiet)
     with pytest.raises(BundleError, match="cannot read the weights"):
         read_weights(tmp_path / "absent.pt", quiet)
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(BundleError, match=r"empty.pt is no file of weights: it ends too early"):
+        read_weights(tmp_path / "empty.pt", quiet)
 
 
 # --- images ------------------------------------------------------------------------------------------------------
@@ -365,6 +368,21 @@ def test_folders_and_labels_that_do_not_match(own: Path, tmp_path: Path) -> None
         read_labels(tmp_path / "labels.txt", own)
     with pytest.raises(DataError, match="no folder per class"):
         read_labels(None, tmp_path)
+    with pytest.raises(DataError, match="absent is no folder of images"):
+        read_labels(None, tmp_path / "absent")
+    (tmp_path / "labels.txt").write_text("bolt\nnut\n", encoding="utf-8-sig")
+    assert read_labels(tmp_path / "labels.txt", own) == ["bolt", "nut"]
+    for name in ("bolt", "nut", ".ipynb_checkpoints"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+    assert read_labels(None, tmp_path / "images") == ["bolt", "nut"]
+
+
+def test_an_output_that_cannot_be_written(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is there already"):
+        create(wanted(own), tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"bundle cannot be written: Not a directory; name another --output"):
+        create(wanted(own), tmp_path / "file" / "bundle")
 
 
 def test_arrays(own: Path, tmp_path: Path) -> None:
@@ -384,6 +402,16 @@ def test_arrays(own: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "odd.npz", images=np.array([{}]), labels=labels)
     with pytest.raises(DataError, match=r"an .npz with the arrays"):
         read_npz(tmp_path / "odd.npz", 1_000, 0)
+
+
+def test_arrays_that_are_damaged(tmp_path: Path) -> None:
+    images, labels = pictures(150, 0)
+    np.savez_compressed(tmp_path / "data.npz", images=images, labels=labels)
+    content = (tmp_path / "data.npz").read_bytes()
+    for damaged in (content[:999], content[:99] + bytes(99) + content[198:], content[:400] + b"x" + content[401:]):
+        (tmp_path / "data.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"an .npz with the arrays"):
+            read_npz(tmp_path / "data.npz", 1_000, 0)
 
 
 # --- the verdict -------------------------------------------------------------------------------------------------

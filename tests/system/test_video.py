@@ -131,6 +131,7 @@ def test_mistakes_are_named(site: Site, tmp_path: Path) -> None:
         ("nothing.mp4",): "nothing.mp4 is no file",
         ("lavfi:testsrc", "lavfi:testsrc", "--stream", "x"): "a camera never ends",
         ("a.mp4", "--size", "big"): "--size 'big' is not WIDTHxHEIGHT",
+        ("a.mp4", "--bootstrap", "kafka:x"): "driftkeel: --bootstrap: 'kafka:x' is no host:port",
     }
     for arguments, message in cases.items():
         result = run_cli("produce", *arguments, "--state", str(tmp_path / "s"), **environment)
