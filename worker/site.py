@@ -27,6 +27,7 @@ LOCAL_PARTITIONS = 4
 LOOPBACK = ("127.0.0.1", "localhost")
 _IMAGE_IS_BUILT = "    build: {context: ..}\n"
 _CONSOLE = '    command: ["console"]\n'
+_FILE_SAYS = "      DRIFTKEEL__THREADS: 1\n"
 _ON_THE_SITE = """\
     command: ["{command}", "--config", "/site/driftkeel.yaml"]
     working_dir: /site
@@ -73,6 +74,7 @@ def site_compose(own_broker: bool = False, own_store: bool = False) -> str:
     """
     text = shipped("deploy/compose.yaml").read_text(encoding="utf-8")
     text = text.replace("-f deploy/compose.yaml up --build", "up")
+    text = text.replace(_FILE_SAYS, "")
     text = text.replace(_IMAGE_IS_BUILT, _ON_THE_SITE.format(command="worker"))
     text = text.replace(_CONSOLE, _ON_THE_SITE.format(command="console"))
     for services, variable, words in [_BROKER] * own_broker + [_STORE] * own_store:

@@ -62,6 +62,7 @@ def test_the_compose_file_is_the_repository_s_but_for_the_site_s_files(tmp_path:
         mounts += service.pop("volumes")
     del theirs["services"]["console"]["command"]
     assert theirs["services"]["worker"].pop("build") == {"context": ".."}
+    del theirs["services"]["worker"]["environment"]["DRIFTKEEL__THREADS"]
     assert ours == theirs
     write_site(tmp_path, None, None, None)
     relative = [v for service in ours["services"].values() for v in service.get("volumes", []) if v.startswith("./")]
@@ -80,6 +81,8 @@ def test_the_compose_file_runs_the_site_that_was_asked_for(
     bootstrap: str | None, store: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_site(tmp_path, bootstrap, store, None)
+    site = tmp_path / "driftkeel.yaml"
+    site.write_text(site.read_text().replace("threads: 0", "threads: 4").replace("format: auto", "format: text"))
     content = yaml.safe_load((tmp_path / "compose.yaml").read_text())
     services = content["services"]
     expected = {"worker", "console", "prometheus", "grafana"}
@@ -90,7 +93,8 @@ def test_the_compose_file_runs_the_site_that_was_asked_for(
         with monkeypatch.context() as environment:
             for variable, value in services[name]["environment"].items():
                 environment.setenv(variable, "x" * 16 if "TOKEN" in variable else str(value))
-            config = load_config(tmp_path / "driftkeel.yaml")
+            config = load_config(site)
+        assert (config.threads, config.log.format) == (4, "text")  # what the file says holds
         assert config.kafka.bootstrap == (bootstrap or "kafka:19092")
         assert config.store.url.get_secret_value() == (store or "redis://store:6379/0")
     used = set()
