@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from worker.options import must_be_writable
+
 benchmark_app = typer.Typer(help="Measure adaptation methods, and speed.", no_args_is_help=True)
 
 
@@ -19,6 +21,7 @@ def accuracy(
     minutes: Annotated[float, typer.Option(min=0, help="Begin no cell later than this; 0: no limit.")] = 0,
 ) -> None:
     """Accuracy of every method under drift. Run it again to go on where it stopped."""
+    must_be_writable(report)
     import math
     import shlex
 
@@ -72,6 +75,7 @@ def throughput(
     ),
 ) -> None:
     """Engine and worker against a bare loop of the same net: ratios, latencies, CPU time and memory."""
+    must_be_writable(report, profile)
     from worker.benchmark_throughput import run_throughput
 
     raise typer.Exit(run_throughput(bundle, report, profile, quick))
@@ -87,6 +91,7 @@ def proxies(
     bundle: BundleOption = Path("bundles/fashion-mnist"),
 ) -> None:
     """How far estimated accuracies are from the truth on held-out shifts: all signals alone, and together."""
+    must_be_writable(report)
     from meta.benchmark.proxies import run_proxies
 
     command = f"driftkeel benchmark proxies --report {report}{' --quick' if quick else ''} --bundle {bundle}"
@@ -100,6 +105,7 @@ def guard(
     bundle: BundleOption = Path("bundles/fashion-mnist"),
 ) -> None:
     """Attacks on engine and guard, the gain that the guard leaves, and what it costs."""
+    must_be_writable(report)
     from worker.benchmark_guard import run_guard
 
     command = f"driftkeel benchmark guard --report {report}{' --quick' if quick else ''} --bundle {bundle}"

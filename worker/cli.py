@@ -20,6 +20,7 @@ from worker.audit_cli import audit_app
 from worker.benchmark_cli import benchmark_app
 from worker.bundle_cli import bundle_app
 from worker.command_cli import command_app
+from worker.options import must_be_writable
 from worker.site_cli import init, local
 from worker.streams_cli import streams_app
 from worker.video_cli import produce, watch
@@ -112,6 +113,7 @@ def demo(
     ] = True,
 ) -> None:
     """Six drifting cameras through a real broker, a real store and a worker, on this machine, with results."""
+    must_be_writable(report, html, picture)
     from worker.demo.run import run_demo
     from worker.site import EXAMPLE_BUNDLE, shipped
 

@@ -23,6 +23,7 @@ from worker.site import LOOPBACK
 from worker.site_bundle import site_bundle
 from worker.site_positions import short_logs
 from worker.store import StateStore, Write
+from worker.upgrade import identified
 
 Level = Literal["ok", "warning", "failed"]
 NEARLY_FULL = 0.9
@@ -90,6 +91,9 @@ def _bundle(config: WorkerConfig) -> Iterator[Finding]:
     bundle = site_bundle(config)
     text = f"{bundle.manifest.name} {bundle.hash}, {len(bundle.labels)} labels, every hash matches"
     yield Finding("bundle", "ok", text)
+    for folder in config.bundle.previous:
+        found, _ = identified(folder)
+        yield Finding("bundle", "ok", f"streams of {found} may be carried over")
 
 
 def _store(config: WorkerConfig) -> Iterator[Finding]:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from schemas.errors import ConfigError
+
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", envvar="DRIFTKEEL_CONFIG", help="The workers' YAML file.")
 ]
 ReasonOption = Annotated[str, typer.Option(help="Goes into the update event.")]
+
+
+def must_be_writable(*files: Path | None) -> None:
+    """Before a long run rather than after it. Raises ConfigError."""
+    for file in files:
+        if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+            raise ConfigError(f"{file} cannot be written: name a file in a folder that is there, and yours to write to")

@@ -36,7 +36,7 @@ class Upgrade:
 
     def __init__(self, settings: BundleSettings, engine: Engine) -> None:
         self._mode, self._shadow_frames, self._engine = settings.on_change, settings.shadow_frames, engine
-        self._previous = dict(_identified(path) for path in settings.previous)
+        self._previous = dict(identified(path) for path in settings.previous)
 
     def moved(self, old: StreamHeader, blob: bytes | None) -> Moved:
         """The state of another bundle or method under this one. `blob` are its tensors; the position stays."""
@@ -83,7 +83,8 @@ class Upgrade:
         return {**engine.like, **found}, "the same model; another generator, whose memory starts empty"
 
 
-def _identified(folder: Path) -> tuple[str, Manifest]:
+def identified(folder: Path) -> tuple[str, Manifest]:
+    """A bundle that streams may be carried over from, by its hash. Raises BundleError."""
     try:
         manifest = read_manifest(folder)
     except BundleError as error:

@@ -38,3 +38,11 @@ def test_what_is_wrong_with_a_report_or_a_plan(tmp_path: Path) -> None:
     arguments = ["benchmark", "accuracy", "--config", str(tmp_path / "none.yaml"), "--report", str(empty)]
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("run", ["demo --html", "demo --report", "demo --picture", "benchmark guard --report"])
+@pytest.mark.parametrize("file", ["absent/report", "."])
+def test_a_long_run_begins_only_where_its_report_can_be_written(run: str, file: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [*run.split(), str(tmp_path / file)])
+    assert isinstance(result.exception, ConfigError)
+    assert "cannot be written" in str(result.exception)

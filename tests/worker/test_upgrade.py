@@ -11,12 +11,14 @@ import torch
 from meta.bundle import Bundle, load_bundle, model_weights, read_manifest, write_bundle
 from meta.mgg import GeneratorSettings, LearnedOptimizer
 from schemas.config import Bundle as BundleSettings
+from schemas.config import WorkerConfig
 from schemas.errors import BundleError
 from schemas.frame import Position
 from schemas.policy import Policy
 from schemas.state import GuardState, StreamHeader, encode_tensors
 from tests.worker.test_engine import admit, batch, step
 from worker.answer import answering
+from worker.doctor import examine
 from worker.engine import Engine
 from worker.known import next_header
 from worker.upgrade import GENERATORS_OWN, Upgrade
@@ -145,3 +147,11 @@ def test_source_answers_while_the_carried_parameters_are_on_probation(lived, tin
 def test_previous_must_be_bundles(tmp_path: Path, tiny_bundle: Bundle) -> None:
     with pytest.raises(BundleError, match=r"bundle\.previous: no bundle at"):
         Upgrade(BundleSettings(on_change="carry", previous=[tmp_path]), Engine(tiny_bundle))
+
+
+def test_the_doctor_looks_at_previous_bundles_too(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    settings = BundleSettings(path=tiny_bundle_path, previous=(tiny_bundle_path, tmp_path / "absent"))
+    findings = examine(WorkerConfig(bundle=settings))
+    failed = next(found for found in findings if found.level == "failed")
+    assert failed.subject == "bundle"
+    assert failed.text.startswith(f"bundle.previous: no bundle at {tmp_path / 'absent'}: manifest.json is missing")

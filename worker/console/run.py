@@ -106,7 +106,9 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise ConfigError(f"console: cannot bind {host}:{port}: {error.strerror or error}; set console.port") from error
+        raise ConfigError(
+            f"console: cannot bind {host}:{port}: {error.strerror or error}; set console.host or console.port"
+        ) from error
 
 
 def _clean_accuracy(config: WorkerConfig) -> float | None:
