@@ -47,11 +47,20 @@ class SourceError(DriftkeelError):
     """A video, camera or picture cannot be read, or its frames cannot be sent."""
 
 
+_SECTION, _LIST = "Input should be a section, keys with values", "Input should be a list, such as [a, b]"
+_YAML_WORDS = {"dict_type": _SECTION, "model_type": _SECTION, "list_type": _LIST, "tuple_type": _LIST}
+
+
 def mistakes(error: ValidationError) -> list[tuple[str, str]]:
     """What was found wrong: the dotted place, empty for the whole, and the words, without those that pydantic puts
-    before what validators of ours say."""
-    found = error.errors(include_url=False)
-    return [(".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")) for one in found]
+    before what validators of ours say, and without Python's names of types."""
+    return [
+        (
+            ".".join(map(str, one["loc"])),
+            _YAML_WORDS.get(one["type"], one["msg"]).removeprefix("Value error, "),
+        )
+        for one in error.errors(include_url=False)
+    ]
 
 
 def first_mistake(error: ValidationError) -> str:

@@ -64,6 +64,21 @@ def test_every_mistake_has_its_line(tmp_path: Path) -> None:
     assert len(str(caught.value).splitlines()) == 2
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('policy: {quiet_hours: "22:00-06:00"}', "policy.quiet_hours: input should be a list, such as [a, b]"),
+        ("streams: {cam-7: shadow}", "streams.cam-7: input should be a section, keys with values"),
+        ("streams: [cam-7]", "streams: input should be a section, keys with values"),
+        ("kafka:", "kafka: input should be a section, keys with values"),
+    ],
+)
+def test_mistakes_are_said_in_words_of_the_file(content: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, content))
+    assert str(caught.value).endswith(f"worker.yaml: {said}")
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "none.yaml")
