@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from meta.create.images import Images, read_files, read_labels, read_npz, split,
 from meta.create.measure import measure, recommend
 from meta.create.network import adaptable, load_weights, read_weights
 from meta.create.piecewise import PiecewiseMGG
-from meta.create.run import CreateSettings, create_bundle
+from meta.create.run import HELD_BACK, CreateSettings, create_bundle
 from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics
-from meta.train import Preprocessing
+from meta.train import Preprocessing, Problem
 from schemas.bundle import Manifest, Preprocess
 from schemas.config import Frames
 from schemas.errors import BundleError, ConfigError, DataError
@@ -137,6 +137,30 @@ def test_the_rule_of_another_bundle_is_taken_over(own: Path, tmp_path: Path) -> 
     paper = SHIPPED_BUNDLE.with_name("fashion-mnist-paper")
     with pytest.raises(BundleError, match="serves its own model only"):
         create(wanted(own, generator=paper), tmp_path / "none")
+
+
+def test_training_does_not_hold_back_and_its_generator_does(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the generator that is trained on comes from a bundle that was made so."""
+    seen: list[GeneratorSettings] = []
+    train = meta.create.run.meta_train
+
+    def note(problems: Sequence[Problem], *others: Any) -> list[float]:
+        seen.append(problems[0].method.settings)
+        return train(problems, *others)
+
+    monkeypatch.setattr(meta.create.run, "meta_train", note)
+    first = create(wanted(own), tmp_path / "first")
+    second = create(wanted(own, generator=tmp_path / "first"), tmp_path / "second")
+    default = GeneratorSettings()
+    for settings in seen:
+        assert {name: getattr(settings, name) for name in HELD_BACK} == {
+            name: getattr(default, name) for name in HELD_BACK
+        }
+    assert len(seen) == 2
+    for made in (first, second):
+        assert made.method.settings.items() >= HELD_BACK.items()
 
 
 def test_images_without_labels(own: Path, tmp_path: Path) -> None:
