@@ -21,6 +21,7 @@ from tests.conftest import Topic, picture
 from tests.servers import wait_until
 from worker.embedded import free_port, start_broker
 from worker.kafka_client import create_topics
+from worker.publish import Message
 from worker.run import Worker
 
 SILENT_S = 1.0  # in these tests
@@ -203,3 +204,24 @@ def test_a_store_that_lost_its_last_second_is_compared_before_anything_is_noted(
     send()
     turn_until(worker, lambda: folded() == 12 and noted() == 12)
     store.close()
+
+
+def test_a_worker_that_fails_while_the_broker_is_away_ends(
+    worker: Worker, broker: FlakyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for no acknowledgement: whoever starts it again must see that it ended."""
+    monkeypatch.setattr("worker.publish.ACKNOWLEDGE_TIMEOUT_S", 1.0)
+
+    def fails() -> None:
+        raise RuntimeError("a mistake of ours")
+
+    broker.down(True)
+    worker._parts.publisher.send(Message("predictions", b"cam", b"{}", []))
+    monkeypatch.setattr(worker, "_turn", fails)
+    with ThreadPoolExecutor(1) as threads:
+        ended = threads.submit(worker.run)
+        try:
+            with pytest.raises(RuntimeError, match="a mistake of ours"):
+                ended.result(timeout=60)
+        finally:
+            broker.down(False)
