@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pydantic import ValidationError
 
 from schemas.config import Kafka
-from schemas.errors import StateError
+from schemas.errors import StateError, UnreachableError
 from schemas.state import StreamHeader, decode_header
 from schemas.update import SealedEvent, UpdateEvent, seal
 from worker.operate import unknown
@@ -52,12 +52,19 @@ def described(store: StateStore, stream: str, found: Overview) -> str:
 
 
 def publish(kafka: Kafka, name: str, events: list[SealedEvent]) -> None:
-    """Send events, and wait until the broker has them. Raises UnreachableError."""
-    publisher = Publisher(kafka, name, threading.Event())
+    """Send events, and wait until the broker has them. Raises UnreachableError where it does not take them."""
+    stop = threading.Event()
+    publisher = Publisher(kafka, name, stop)
+    stop.set()  # One round, of half a minute at most: who asks can ask again.
     for sealed in events:
         publisher.update(sealed)
-    publisher.settle(lambda: None)
-    publisher.close()
+    try:
+        publisher.settle(lambda: None)
+    except UnreachableError as error:
+        what = f"stream {events[-1].event.stream!r} is deleted, the same command sends its last event"
+        raise UnreachableError(f"{error}; {what}") from error
+    finally:
+        publisher.close()
 
 
 def _last(stream: str, claimed: Claimed, waiting: list[SealedEvent], reason: str, name: str) -> SealedEvent:

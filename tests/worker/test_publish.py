@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,10 @@ from kafka.errors import KafkaTimeoutError, TopicAuthorizationFailedError
 from schemas.config import Kafka
 from schemas.errors import FrameError, UnreachableError
 from schemas.prediction import PREDICTION_TYPE
+from schemas.update import UpdateEvent, seal
 from tests.chaos.proxy import FlakyProxy
 from tests.conftest import Topic
-from worker import publish
+from worker import publish, retire
 from worker.embedded import free_port, start_broker
 from worker.kafka_client import create_topics
 from worker.publish import Answer, Message, Publisher
@@ -194,3 +196,38 @@ def test_an_outage_is_waited_out_with_the_membership_kept(
     proxy.close()
     broker.child.stop(0)
     assert threading.active_count() <= threads
+
+
+def test_the_event_of_a_deletion_that_the_broker_refuses_ends_the_command(
+    kafka_settings: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator may give it again; it must not try for ever."""
+    deleted = UpdateEvent(
+        id="cam@1",
+        stream="cam",
+        time=datetime.now(UTC),
+        decision="deleted",
+        reason="",
+        frames=[],
+        step=0,
+        token=1,
+        bundle="b",
+        worker="operator",
+    )
+    make = Publisher._make
+    monkeypatch.setattr(Publisher, "_make", lambda self: Forbidding(make(self)))
+    topics = kafka_settings.topics.model_copy(update={"updates": "forbidden"})
+    forbidden = kafka_settings.model_copy(update={"topics": topics})
+    failed: list[UnreachableError] = []
+
+    def attempt() -> None:
+        try:
+            retire.publish(forbidden, "operator", [seal(deleted)])
+        except UnreachableError as error:
+            failed.append(error)
+
+    command = threading.Thread(target=attempt, daemon=True)
+    command.start()
+    command.join(30)
+    assert not command.is_alive()
+    assert "the same command sends" in str(failed[0])
