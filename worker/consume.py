@@ -335,13 +335,14 @@ class FrameConsumer:
         """Records of each assigned partition that are not finished, as far as the last fetch knew; while paused, as the
         broker said lately, for which it is waited a moment every few seconds."""
         lags, ends = {}, self._ends.now() if self._paused else {}
+        in_hand = self.offsets.unfinished()
         for partition in self.consumer.assignment():
             key = (partition.topic, partition.partition)
             newest, done = self.consumer.highwater(partition), self.offsets.next_offset(key)
             if short := self._short.waiting.get(key):
                 done = short.first
-            if done is None and (following := self.consumer._subscription.assignment[partition].position):
-                done = following.offset  # Nothing was handed out yet: the store is away, perhaps.
+            elif not in_hand.get(key) and (following := self.consumer._subscription.assignment[partition].position):
+                done = following.offset  # Also behind markers of transactions, which are no records.
             known = [offset for offset in (newest, ends.get(partition)) if offset is not None]
             if known and done is not None:
                 lags[key] = max(0, max(known) - done)

@@ -358,7 +358,7 @@ class Worker:
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _close(self) -> None:
-        """Let go of everything, whatever part of it fails. After an error, too, no broker that is away is waited for."""
+        """Let go of everything, whatever part of it fails. Nor is a broker that is away waited for after an error."""
         self._stop.set()
         with contextlib.ExitStack() as stack:
             stack.callback(log.info, "worker %s stopped", self.config.worker)

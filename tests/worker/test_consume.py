@@ -253,3 +253,25 @@ def test_an_offset_reset_to_latest_passes_over_what_was_there(
         assert consumer.poll(0.05)[0] == []
     send(topic, kafka_settings, 2)
     assert read(consumer, 6) == [5, 6]
+
+
+def test_the_markers_of_a_transaction_are_no_lag(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, bootstrap: str
+) -> None:
+    """They take offsets at the end of a log, and no record follows that says so."""
+    topic = kafka_settings.topics.frames
+    producer = KafkaProducer(bootstrap_servers=bootstrap, transactional_id=kafka_settings.group)
+    producer.init_transactions()
+    producer.begin_transaction()
+    for _ in range(3):
+        producer.send(topic, value=b"x", partition=0)
+    producer.commit_transaction()
+    producer.close()
+    consumer = make()
+    assert read(consumer, 2) == [0, 1, 2]
+    take(consumer, kafka_settings, [0, 1, 2], finished=2)
+    consumer.poll(0.1)
+    assert consumer.consumer.highwater(TopicPartition(topic, 0)) == 4
+    assert consumer.lag()[topic, 0] == 2
+    consumer.offsets.finished([Position(topic, 0, 2)])
+    assert consumer.lag()[topic, 0] == 0
