@@ -23,6 +23,7 @@ from schemas.config import Kafka
 from schemas.errors import first_mistake
 from schemas.frame import Position
 from schemas.state import StreamHeader
+from worker.consume import METADATA_MAX_AGE_MS
 from worker.kafka_batches import Unreadable
 from worker.kafka_client import connection, open_client
 from worker.standing import Standing
@@ -159,13 +160,14 @@ class CommandReader:
             self._stop.wait(LOOK_AGAIN_S if warned else 1.0)
 
     def _follow(self, topic: str) -> bool | None:
-        """Read until told to stop. None where there is no such topic."""
+        """Read until told to stop, or the topic has other partitions. None where there is no such topic."""
         consumer = open_client(
             KafkaConsumer,
             **connection(self._settings),
             group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
+            metadata_max_age_ms=METADATA_MAX_AGE_MS,
             allow_auto_create_topics=False,
         )
         try:
@@ -182,7 +184,8 @@ class CommandReader:
         for p in partitions:  # After an error, on from there; a command that is read twice counts once all the same.
             consumer.seek(p, self._commands.next_offset(f"{p.topic}/{p.partition}"))
         ends = consumer.end_offsets(partitions)
-        while not self._stop.is_set():
+        topic = partitions[0].topic
+        while not self._stop.is_set() and len(consumer.partitions_for_topic(topic)) == len(partitions):
             for records in consumer.poll(timeout_ms=POLL_MS).values():
                 for record in records:
                     self._commands.add(Position(record.topic, record.partition, record.offset), record.value)
