@@ -14,7 +14,7 @@ from torch import Tensor
 from meta import data
 from meta.baselines import Baseline
 from meta.benchmark import corruptions
-from meta.bundle import load_bundle, model_weights, rewrite_manifest, write_bundle
+from meta.bundle import Bundle, load_bundle, model_weights, read_manifest, rewrite_manifest, write_bundle
 from meta.calibrate import calibrate, source_statistics
 from meta.correction import fit_correction
 from meta.generator import MetaGradientGenerator
@@ -142,7 +142,7 @@ def calibrate_bundle(
 
     Only for bundles of Fashion-MNIST: the calibration images are those that trained neither model nor generator.
     """
-    bundle = load_bundle(folder)
+    bundle = _of_fashion_mnist(folder)
     if isinstance(bundle.method, Baseline):
         raise BundleError(f"{folder} has no generator to calibrate")
     unseen = _tensors(data.fashion_mnist("train").part(*data.CALIBRATION_PART))
@@ -155,6 +155,18 @@ def calibrate_bundle(
     load_bundle(folder)
     say(f"bundle {manifest.content_hash} written to {folder}")
     return manifest
+
+
+def _of_fashion_mnist(folder: Path) -> Bundle:
+    """Raises BundleError for a bundle of other images, to which ours would fit nothing."""
+    preprocess = read_manifest(folder).preprocess
+    if (preprocess.mode, preprocess.width, preprocess.height) == ("L", 28, 28):
+        bundle = load_bundle(folder)
+        if tuple(bundle.labels) == data.LABELS:
+            return bundle
+    raise BundleError(
+        f"{folder} is no bundle of Fashion-MNIST; 'driftkeel bundle create' calibrates on your own images"
+    )
 
 
 def preprocessing_of(manifest: Manifest) -> Preprocessing:

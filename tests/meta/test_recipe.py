@@ -1,6 +1,7 @@
 """Recipes, on the smallest settings that still go all the way."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from meta.bundle import load_bundle
 from meta.mgg import MGG
 from meta.paper import PaperMGG
-from meta.recipe import Recipe, build_bundle, read_recipe
+from meta.recipe import Recipe, build_bundle, calibrate_bundle, read_recipe
 from schemas.errors import BundleError, ConfigError
 from tests.conftest import SHIPPED_BUNDLE
 
@@ -102,3 +103,20 @@ def test_a_wrong_recipe_names_the_place(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"name": "x", "data": "fashion-mnist", "training": {"unroll": 1}}))
     with pytest.raises(ConfigError, match=r"training\.unroll"):
         read_recipe(path)
+
+
+@pytest.mark.parametrize(("what", "other"), [("meta.data.LABELS", ("bolt", "nut")), ("width", 64), ("mode", "RGB")])
+def test_a_bundle_of_other_images_is_not_calibrated_on_ours(
+    what: str, other: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(SHIPPED_BUNDLE, tmp_path / "bundle")
+    if what == "meta.data.LABELS":
+        monkeypatch.setattr(what, other)
+    else:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        changes = {what: other, "mean": [0.5] * 3, "std": [0.5] * 3} if what == "mode" else {what: other}
+        manifest["preprocess"] |= changes
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr("meta.recipe.calibrate", lambda *_: pytest.fail("calibrated"))
+    with pytest.raises(BundleError, match="is no bundle of Fashion-MNIST; 'driftkeel bundle create' calibrates on"):
+        calibrate_bundle(folder, "test", 0, 2)
