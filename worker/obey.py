@@ -26,7 +26,8 @@ NO_CHANGE = PolicyChange()
 class Entry:
     """A stream's next header, the events that explain it, and its tensors where they change.
 
-    `approved`: parameters that a person has just approved; `snapshot`: what to say of the tensors when they are kept.
+    `approved`: parameters that a person has just approved; `snapshot`: what to say of the tensors when they are kept;
+    `waiting`: earlier events as they lie beside the state, one a line, which may not be in the topic yet.
     """
 
     header: StreamHeader
@@ -34,6 +35,7 @@ class Entry:
     tensors: State | None = None
     approved: State | None = None
     snapshot: Snapshot | None = None
+    waiting: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -134,11 +134,9 @@ class Operator:
     def _change(self, stream: str, change: Callable[[Subject, int], Entry]) -> UpdateEvent:
         (claimed,) = self._store.claim([stream], self._name)
         _refuse_foreign(stream, claimed.foreign)
-        entry = change(self._subject(stream, claimed), claimed.token)
-        write = as_write(entry, claimed.token, self._compression)
-        # Events wait beside the state, one a line, until the stream's next worker publishes them.
-        waiting = [*(claimed.event or b"").splitlines(), write.event]
-        if self._store.write([replace(write, event=b"\n".join(waiting))]) != [True]:
+        # Events wait beside the state until the stream's next worker publishes them.
+        entry = replace(change(self._subject(stream, claimed), claimed.token), waiting=claimed.event or b"")
+        if self._store.write([as_write(entry, claimed.token, self._compression)]) != [True]:
             raise StateError(
                 f"a worker claimed stream {stream!r} at the same moment and nothing was changed; try again"
             )

@@ -131,7 +131,7 @@ class Streams:
             stored = claimed.header is not None and not restored.change
             self.engine.admit(restored.state, claimed.token, stored, restored.approved)
             if restored.change:
-                changed.append(self._changed(restored, restored.change))
+                changed.append(replace(self._changed(restored, restored.change), waiting=claimed.event or b""))
         self._explain(changed)
         return new
 
@@ -364,7 +364,7 @@ def as_write(entry: Entry, token: int, compression: Compression) -> Write:
         token,
         header.events,
         encode_header(header),
-        b"\n".join(sealed.content for sealed in entry.events),
+        b"\n".join((*entry.waiting.splitlines(), *(sealed.content for sealed in entry.events))),
         pack(encode_tensors(tensors, header.step), compression) if tensors is not None else None,
         entry.snapshot.model_dump_json().encode() if entry.snapshot else None,
         pack(encode_tensors(approved, header.approved or 0), compression) if approved is not None else None,

@@ -135,6 +135,28 @@ def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
     assert header.proxies.accuracy == (0.3 if lost == "tensors" else None)
 
 
+def test_a_restart_from_source_does_not_replace_an_event_that_nobody_published(
+    site: Site, topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers die, one after the other, before the broker has what they sent."""
+    first = site.worker("first")
+    first.ensure(["cam"])
+    entry = change(first, "freeze")
+    assert first.write([entry]) == [True]
+    second, third = site.worker("second"), site.worker("third")
+    second.engine.bundle_hash = third.engine.bundle_hash = "another"
+    monkeypatch.setattr(second._publisher, "update", lambda sealed: None)
+    second.ensure(["cam"])
+    third.ensure(["cam"])
+    site.settle()
+    read = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 2)
+    assert [UpdateEvent.model_validate_json(r.value).decision for r in read] == ["frozen", "reset"]
+    assert read[0].value == entry.events[0].content
+    # One that goes on leaves no more than its own beside the state.
+    assert third.write([change(third, "unfreeze")]) == [True]
+    assert len((site.store.read("cam").event or b"").splitlines()) == 1
+
+
 def taught(site: Site) -> Streams:
     """A worker that has cam in memory, adapted, while its tensors have expired in the store."""
     first = site.worker("first", idle_ttl_s=1)
