@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ def calibrate(
     seed: int,
     windows: int = 12,
     streams: int = STREAMS,
+    say: Callable[[str], None] = print,
 ) -> tuple[Calibration, Limits]:
     """Run the finished method on simulated streams it was not trained on, and fit what the bundle promises.
 
@@ -71,7 +73,10 @@ def calibrate(
     # So that no round has all of a kind.
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     adapted, groups = [], []
+    started = time.monotonic()
     for number in range(ROUNDS):
+        left = (time.monotonic() - started) / max(1, number) * (ROUNDS - number)
+        say(f"calibration: round {number + 1} of {ROUNDS}" + (f", about {left:.0f} s left" if number else ""))
         shifts = {names[i]: CALIBRATION[names[i]] for i in order[number::ROUNDS]}
         both = []
         for adapt in (True, False):

@@ -114,6 +114,7 @@ def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str]
         recipe.training.seed + 1,
         recipe.calibration_windows,
         recipe.calibration_streams,
+        say=say,
     )
     say(f"calibration: temperature {calibration.temperature:.2f}, estimate off by {calibration.error:.3f}")
     manifest = Manifest(
@@ -146,7 +147,7 @@ def calibrate_bundle(
     if isinstance(bundle.method, Baseline):
         raise BundleError(f"{folder} has no generator to calibrate")
     unseen = _tensors(data.fashion_mnist("train").part(*data.CALIBRATION_PART))
-    calibration, limits = calibrate(bundle.method, *unseen, preprocessing_of(bundle.manifest), seed, windows)
+    calibration, limits = calibrate(bundle.method, *unseen, preprocessing_of(bundle.manifest), seed, windows, say=say)
     say(f"calibration: temperature {calibration.temperature:.2f}, estimate off by {calibration.error:.3f}")
     manifest = bundle.manifest.model_copy(
         update={"calibration": calibration, "limits": limits, "calibrated_by": command}

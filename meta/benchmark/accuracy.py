@@ -30,6 +30,7 @@ from meta.method import Method
 from meta.mgg import MGG
 from meta.models import build_network
 from meta.stream_norm import BATCH_NORM
+from schemas.errors import ConfigError
 
 TUNING_SETTINGS: tuple[Setting, ...] = ("continual", "correlated", "reset")
 
@@ -61,6 +62,10 @@ def run_accuracy(
     journal = Journal.beside(report)
     planned = cells_of(config, _batch_norms(config))
     cells = [cell for cell in planned if only in cell.name]
+    if not cells:
+        raise ConfigError(
+            f"--only {only}: none of the plan's {len(planned)} cells, such as {planned[0].name}, has that in its name"
+        )
     ran = 0
     for model in config.models:
         own = [cell for cell in cells if (cell.data, cell.model) == (model.data, model.name)]

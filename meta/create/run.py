@@ -335,7 +335,7 @@ def _calibration(subject: _Subject, method: MGG, work: Path, say: Say) -> tuple[
         windows, seed = subject.settings.calibration_windows, subject.settings.seed + 1
         # As many cameras as fit into a pass, in each of sixteen runs: what is large is slow too.
         streams = min(6, max(2, frames_in_pass(*images.shape[2:]) // BATCH))
-        fitted = calibrate(method, images, labels, subject.preprocessing, seed, windows, streams=streams)
+        fitted = calibrate(method, images, labels, subject.preprocessing, seed, windows, streams, say)
         _keep(path, json.dumps([part.model_dump(mode="json") for part in fitted]).encode())
     calibration, limits = json.loads(path.read_text())
     return Calibration.model_validate(calibration), Limits.model_validate(limits)

@@ -392,6 +392,8 @@ def test_a_benchmark_from_data_to_report(blob_data: Path, tmp_path: Path) -> Non
     report = tmp_path / "out.json"
     said: list[str] = []
     progress = driver.Progress(said.append)
+    with pytest.raises(ConfigError, match=r"--only tint: none of the plan's 4 cells, such as blobs/small/"):
+        driver.run_accuracy(plan, report, "test", progress, only="tint")
     assert driver.run_accuracy(plan, report, "test", progress, stop_after_s=0) == 3
     assert {r["method"] for r in json.loads(report.read_text())} == {"source"}
     assert driver.run_accuracy(plan, report, "test", progress, only="tent-tuned") == 0

@@ -94,8 +94,10 @@ def test_a_bundle_from_somebodys_checkpoint(own: Path, tmp_path: Path, net: str)
 
 
 def test_same_inputs_same_bundle(own: Path, tmp_path: Path) -> None:
-    first, second = (create(wanted(own), tmp_path / name) for name in ("first", "second"))
+    said: list[str] = []
+    first, second = (create(wanted(own), tmp_path / name, said.append) for name in ("first", "second"))
     assert first == second
+    assert [line.partition(",")[0] for line in said].count("calibration: round 10 of 10") == 2
     assert create(wanted(own, seed=1), tmp_path / "third") != first
 
 
