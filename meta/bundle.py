@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics
 from meta.paper import PaperMGG, PaperSettings
-from schemas.bundle import FileEntry, Manifest
+from schemas.bundle import FileEntry, Limits, Manifest
 from schemas.errors import BundleError, first_mistake
 from schemas.verdict import Verdict
 
@@ -54,6 +55,14 @@ class Bundle:
     def hash(self) -> str:
         """The content hash: sixteen hexadecimal digits."""
         return self.manifest.content_hash
+
+    @property
+    def limits(self) -> Limits:
+        """What is normal for the method. Calibration saw the bundle's own generator: the gradients of a baseline are in
+        other units, and nothing but how far it leads from source can be compared."""
+        if self.method_name == MGG_NAME:
+            return self.manifest.limits
+        return Limits(raw_gradient_norm=math.inf, source_distance=self.manifest.limits.source_distance)
 
     @property
     def statistics(self) -> SourceStatistics:

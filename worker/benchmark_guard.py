@@ -86,7 +86,7 @@ class Bench:
         settings = settings or GuardSettings()
         self.bundle = bundle
         self.engine = NanEngine(bundle, source_share=settings.source_share)
-        self.guard = Guard(settings, bundle.manifest.limits)
+        self.guard = Guard(settings, bundle.limits)
         self._sent: Counter[str] = Counter()
         self._now = datetime.now(UTC)
 

@@ -100,7 +100,7 @@ def connect(
     if adapt.enabled:
         warm_up(engine, bundle.manifest.preprocess)
     journal = Journal(streams, publisher, offsets, metrics, config.store.write_interval_ms, keep_alive)
-    guard = Guard(config.guard, bundle.manifest.limits)
+    guard = Guard(config.guard, bundle.limits)
     watch = config.batch.max_batch if adapt.mode == "on_demand" else 0
     step = Step(streams, batcher, guard, publisher, journal, metrics, name, keep_alive, lanes, watch, trace)
     listed = CommandList()

@@ -16,7 +16,7 @@ from worker.batcher import MicroBatch
 from worker.guard import Sight
 from worker.resident import Resident
 
-WAY = {"affine", "offset"}  # what of a state an update moves that can be gone in part
+WAY = {"affine", "offset", "student"}  # what of a state an update moves that can be gone in part
 
 
 @dataclass(frozen=True)

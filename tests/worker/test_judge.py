@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import torch
 
+from meta.bundle import load_bundle
 from schemas.bundle import Limits
 from schemas.config import Guard as GuardSettings
 from schemas.state import Snapshot
 from tests.worker.test_engine import admit, batch
 from worker.engine import Engine
-from worker.guard import Guard, Verdict
+from worker.guard import COSINE_SEEN, Guard, Verdict
 from worker.judge import Judgement, judge, no_snapshot
 
 LIMITS = Limits(raw_gradient_norm=1e9, source_distance=1e9)
@@ -104,3 +107,31 @@ def test_frames_without_an_update_are_seen_by_the_guard_too(engine: Engine) -> N
     assert judgement.header.step == 1
     assert len(judgement.header.guard.recent) == 12
     assert judgement.header.proxies.shadowed == 12
+
+
+@pytest.mark.parametrize("method", ["tent", "neo"])
+def test_baselines_are_not_held_to_the_gradients_of_the_bundles_own_generator(
+    tiny_bundle_path: Path, method: str
+) -> None:
+    """These are in other units; and a method without gradients has no cosine."""
+    bundle = load_bundle(tiny_bundle_path, method=method)
+    narrow = {"raw_gradient_norm": 1e-6, "generated_gradient_norm": 1e-6, "cosine": 0.5}
+    manifest = bundle.manifest.model_copy(update={"limits": bundle.manifest.limits.model_copy(update=narrow)})
+    bundle = replace(bundle, manifest=manifest)
+    engine, guard = Engine(bundle), Guard(GuardSettings(max_alike=10_000), bundle.limits)
+    admit(engine, "a")
+    for seed in range(COSINE_SEEN + 2):
+        passed = engine.predict([batch("a", 2, seed)])
+        proposals = engine.adapt(passed)
+        judgement = judge(engine, guard, passed.outlooks[0], proposals, proposals.proposals[0])
+        assert judgement.verdict == Verdict("applied", "within limits")
+        engine.resident("a").header = judgement.header
+
+
+def test_a_partial_update_of_a_method_with_a_student_moves_that_in_part_too(tiny_bundle_path: Path) -> None:
+    engine = Engine(load_bundle(tiny_bundle_path, method="cotta"))
+    admit(engine, "a", "b")
+    before = engine.tensors("a")["student"].clone()
+    whole = engine.adapt(engine.predict([batch("b", 5, 9), batch("a", 6, 1)])).state["student"][1]
+    turn(engine, Verdict("partial", "", 0.25), 1)
+    torch.testing.assert_close(engine.tensors("a")["student"], torch.lerp(before, whole, 0.25))
