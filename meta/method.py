@@ -67,7 +67,7 @@ class Method(Protocol):
         ...
 
     def update(self, forward: Forward) -> Update:
-        """One update per stream from its frames in `forward`."""
+        """One update per stream from its frames in `forward`; the state of a stream without any stays."""
         ...
 
     def observe(self, forward: Forward) -> State:
@@ -81,6 +81,14 @@ class AdaptationMethod(Method, Protocol):
     def with_step_scale(self, factor: float) -> Method:
         """The same method with its step size multiplied."""
         ...
+
+
+def where_seen(forward: Forward, state: State) -> State:
+    """`state` of the streams that have a frame in the pass; the others keep what they had."""
+    seen = forward.counts > 0
+    if bool(seen.all()):
+        return state
+    return {name: torch.where(seen.view(-1, *[1] * (t.dim() - 1)), t, forward.state[name]) for name, t in state.items()}
 
 
 def narrowed(forward: Forward, streams: list[int]) -> Forward:

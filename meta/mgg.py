@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from meta.generator import Anchor, UpdateRule
 from meta.inputs import ALL_INPUTS, Input, Inputs
-from meta.method import Forward, Method, State, Update
+from meta.method import Forward, Method, State, Update, where_seen
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
 from meta.objective import Objective, SourceStatistics
@@ -244,7 +244,8 @@ class MGG:
         frame_gradient, statistics, signals = self.gradient(some, whole=whole)
         with torch.no_grad():
             update = self.generate(some, frame_gradient, statistics, signals)
-        return Update(self._at_rest(update.state), update.signals | {"frames": forward.counts})
+        state = where_seen(forward, self._at_rest(update.state))
+        return Update(state, update.signals | {"frames": forward.counts})
 
     def observe(self, forward: Forward) -> State:
         """The state after frames that were predicted and not adapted on: the belief moves, and with BatchNorm its

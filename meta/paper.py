@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from meta.generator import MetaGradientGenerator
-from meta.method import Forward, State, Update
+from meta.method import Forward, State, Update, where_seen
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, entropy, per_stream_mean
 
@@ -137,7 +137,7 @@ class PaperMGG:
                 "source_distance": (after["affine"] - self.model.source_affine).norm(dim=1),
                 "frames": forward.counts,
             }
-        return Update(after, signals)
+        return Update(where_seen(forward, after), signals)
 
 
 def meta_train_paper(

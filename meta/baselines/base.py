@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from meta.method import Forward, State, Update
+from meta.method import Forward, State, Update, where_seen
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, entropy, per_stream_mean
@@ -191,7 +191,7 @@ class Baseline:
         return Forward(logits, logits.new_zeros(len(logits), 0), rows, stream, counts, state, frames, kept)
 
     def descend(self, forward: Forward, loss: Tensor, active: Tensor, memory: State) -> Update:
-        """One step of the optimizer down the loss, for the active streams; memory changes for all."""
+        """One step of the optimizer down the loss, for the active streams; memory changes for all that have frames."""
         (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
         gradient = torch.zeros_like(forward.state["affine"]).index_add(0, forward.stream, frame_gradient)
         return self.step(forward, loss.detach(), gradient, active, memory)
@@ -202,7 +202,7 @@ class Baseline:
         direction, optimizer_state = self.optimizer.direction(state, gradient)
         moved = {"affine": state["affine"] - self.size(state) * direction, **optimizer_state}
         kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
-        new = state | choose(active, moved, state) | kept | memory
+        new = state | choose(active, moved, state) | kept | where_seen(forward, memory)
         return Update(new, self.signals(forward, loss, gradient, direction, new))
 
     def signals(self, forward: Forward, loss: Tensor, gradient: Tensor, direction: Tensor, new: State) -> State:

@@ -60,6 +60,14 @@ def test_company_changes_nothing(sizes: list[int], seed: int) -> None:
             torch.testing.assert_close(together.state[name][s : s + 1], tensor, rtol=2e-3, atol=2e-4, msg=name)
 
 
+@pytest.mark.parametrize("predict", [METHOD.predict, METHOD.serve])
+def test_a_stream_without_a_frame_in_the_pass_stays_as_it_is(predict) -> None:
+    state = lived_in(2, 1)
+    update = METHOD.update(predict(torch.randn(4, 1, 12, 12), torch.zeros(4, dtype=torch.long), state))
+    assert all(torch.equal(tensor[1], state[name][1]) for name, tensor in update.state.items())
+    assert not torch.equal(update.state["affine"][0], state["affine"][0])
+
+
 def test_interleaved_frames_are_told_apart() -> None:
     state = lived_in(2, 0)
     frames = torch.randn(6, 1, 12, 12, generator=torch.Generator().manual_seed(1))
