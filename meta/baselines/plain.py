@@ -153,15 +153,17 @@ class Lame(Source):
         log_p[stream, place], padded[stream, place] = logits.log_softmax(1).clamp_min(-23.0), features
         real[stream, place] = True
         affinity = self._affinity(padded, real)
-        smooth = log_p.softmax(2)
-        for _ in range(100):
-            previous, smooth = smooth, (log_p + affinity @ smooth).softmax(2)
-            if float((smooth - previous).abs().max()) < 1e-5:
+        smooth, moving = log_p.softmax(2), torch.ones(streams, 1, 1, dtype=torch.bool, device=self.device)
+        for _ in range(100):  # of each stream until it has settled, however long others take
+            previous, smooth = smooth, torch.where(moving, (log_p + affinity @ smooth).softmax(2), smooth)
+            moving = (smooth - previous).abs().amax((1, 2), keepdim=True) >= 1e-5
+            if not bool(moving.any()):
                 break
         return smooth[stream, place].clamp_min(1e-20).log()
 
     def _affinity(self, features: Tensor, real: Tensor) -> Tensor:
-        distance = torch.cdist(features, features)
+        # Exactly: by products of matrices, as for more than 25 frames, neither would depend on a stream's frames alone.
+        distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
         pairs = real.unsqueeze(1) & real.unsqueeze(2)
         nearest = distance.masked_fill(~pairs, torch.inf).sort(2).values
         counts = real.sum(1)

@@ -310,6 +310,21 @@ def test_lame_agrees_with_its_neighbours() -> None:
     torch.testing.assert_close(smooth.exp().sum(1), torch.ones(6))
 
 
+@pytest.mark.parametrize("case", range(40))
+def test_lame_is_the_same_in_large_company_and_in_company_that_takes_long(case: int) -> None:
+    """Distances of many frames are worked out in another way; and near ties go on as long as there are rounds."""
+    method, random = make("lame", "group"), torch.Generator().manual_seed(case)
+    own, others = (5 * case) % 16 + 1, 40
+    logits = torch.cat([torch.randn(own, 5, generator=random) * 0.01, torch.randn(others, 5, generator=random) * 1e-4])
+    near = torch.randn(1 if case % 2 else own, 64, generator=random) / 8 + 1
+    features = torch.cat([near.expand(own, -1), torch.randn(others, 64, generator=random)])
+    features = torch.nn.functional.normalize(features, dim=1)
+    stream = torch.arange(2).repeat_interleave(torch.tensor([own, others]))
+    together = method._smoothed(logits, features, stream, 2)[:own]
+    alone = method._smoothed(logits[:own], features[:own], stream[:own], 1)
+    torch.testing.assert_close(together.exp(), alone.exp(), rtol=0, atol=1e-4)
+
+
 def test_neo_subtracts_the_running_mean() -> None:
     method = make("neo", "group")
     frames = drawn(6, 1)
