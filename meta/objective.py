@@ -55,7 +55,7 @@ class SourceStatistics:
     def expected(self, mix: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (S, F) that clean frames with the class mix (S, K) would have."""
         if self.class_mean is None or self.class_square is None:
-            return self.mean.expand(len(mix), -1), self.std.expand(len(mix), -1)
+            return self.mean.expand(len(mix), -1), self.scale.expand(len(mix), -1)
         mean = mix @ self.class_mean
         return mean, deviation(mean, mix @ self.class_square)
 

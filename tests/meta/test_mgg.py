@@ -10,7 +10,15 @@ from meta.method import finite_rows, narrowed
 from meta.mgg import GRADIENT_SHARE, MGG, GeneratorSettings, LearnedOptimizer, evenly
 from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
-from meta.objective import SourceStatistics, discrepancy, entropy, feature_statistics, per_stream_mean, running
+from meta.objective import (
+    SourceStatistics,
+    deviation,
+    discrepancy,
+    entropy,
+    feature_statistics,
+    per_stream_mean,
+    running,
+)
 
 
 def make_method(**settings) -> MGG:
@@ -366,3 +374,13 @@ def test_a_shifted_dose_goes_less_of_the_way_from_source() -> None:
     source = METHOD.model.source_affine
     way = (whole.state["affine"] - source) * (less.signals["dose"] / whole.signals["dose"])
     torch.testing.assert_close(less.state["affine"] - source, way, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes_known", [True, False])
+def test_channels_that_are_always_off_are_nothing_unusual(classes_known: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    features = torch.rand(64, 6, generator=random)
+    features[:, 3:] = 0
+    source = feature_statistics(features, torch.full((64, 2), 0.5) if classes_known else None)
+    mean, std = source.expected(torch.full((1, 2), 0.5))
+    torch.testing.assert_close(std, deviation(mean, source.square))
