@@ -136,7 +136,10 @@ def load_bundle(
     """
     manifest = read_manifest(folder)
     contents = {name: _checked_file(folder, name, entry) for name, entry in manifest.files.items()}
-    labels = _part(contents, folder, "labels.txt").decode("utf-8").split("\n")[:-1]
+    try:
+        labels = _part(contents, folder, "labels.txt").decode("utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{folder / 'labels.txt'} is no text in UTF-8: {error}") from error
     network = build_network(manifest.model.architecture, manifest.model.arguments, factories).float()
     _load_weights(network, _tensors(contents, folder, "model.safetensors"), "model.safetensors")
     model = AdaptableModel(network)
@@ -239,7 +242,7 @@ def _part(contents: dict[str, bytes], folder: Path, name: str) -> bytes:
 def _tensors(contents: dict[str, bytes], folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(_part(contents, folder, name))
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, KeyError) as error:  # a type of numbers that this torch does not know
         raise BundleError(f"{folder / name} is no safetensors file: {error}") from error
 
 
@@ -249,7 +252,7 @@ def _load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], name: str
     except RuntimeError as error:
         first = " ".join(str(error).split())
         raise BundleError(f"{name} does not fit its architecture: {first[:300]}") from error
-    for key, tensor in tensors.items():
+    for key, tensor in module.state_dict().items():  # which has tensors of types that `isfinite` knows
         if not bool(torch.isfinite(tensor).all()):
             raise BundleError(f"{name}: tensor {key!r} has values that are not finite")
 
@@ -262,6 +265,7 @@ def _statistics(tensors: dict[str, Tensor], model: AdaptableModel, classes: int)
     for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             raise BundleError(f"statistics.safetensors: {name!r} must have the shape {shape} for this architecture")
+        tensors[name] = tensors[name].float()
         if not bool(torch.isfinite(tensors[name]).all()):
             raise BundleError(f"statistics.safetensors: {name!r} has values that are not finite")
     return SourceStatistics(**{name: tensors[name] for name in shapes})

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from meta.bundle import load_bundle, model_weights, portable_rule, read_verdict, write_bundle
@@ -184,3 +185,30 @@ def test_unsound_corrections(copy_of: Path, changes: dict[str, torch.Tensor | No
     with_correction(copy_of, **changes)
     with pytest.raises(BundleError, match=message):
         load_bundle(copy_of)
+
+
+def replaced(folder: Path, name: str, content: bytes) -> None:
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    (folder / name).write_bytes(content)
+    edit(folder, files={**files, name: {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}})
+
+
+def test_labels_and_numbers_that_cannot_be_read_are_refused(copy_of: Path) -> None:
+    header = b'{"mean":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}'
+    replaced(copy_of, "statistics.safetensors", len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(BundleError, match=r"statistics.safetensors is no safetensors file"):
+        load_bundle(copy_of)
+    replaced(copy_of, "labels.txt", b"\xff\n" * 4)
+    with pytest.raises(BundleError, match=r"labels.txt is no text in UTF-8"):
+        load_bundle(copy_of)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_numbers_of_other_types_become_float32(copy_of: Path, dtype: torch.dtype) -> None:
+    for name in ("model", "generator", "statistics"):
+        tensors = safetensors.torch.load_file(copy_of / f"{name}.safetensors")
+        content = safetensors.torch.save({key: t.to(dtype) if t.dim() else t for key, t in tensors.items()})
+        replaced(copy_of, f"{name}.safetensors", content)
+    method = load_bundle(copy_of).method
+    forward = method.predict(torch.randn(2, 1, 28, 28), torch.zeros(2, dtype=torch.long), method.fresh(1))
+    assert method.update(forward).state["feature_mean"].dtype == torch.float32
