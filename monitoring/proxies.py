@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from schemas.bundle import Calibration
 from schemas.state import RunningProxies
 from schemas.update import Proxies
 
 
-def estimate(proxies: RunningProxies, calibration: Calibration, clean_accuracy: float) -> Proxies:
+def estimate(proxies: RunningProxies, calibration: Calibration, clean_accuracy: float, classes: int) -> Proxies:
     """The estimate for a stream's recent frames, as `meta.proxies` made it.
 
     Bundles without an estimator have a line from mean confidence to accuracy (a regression form of the difference of
@@ -25,6 +27,6 @@ def estimate(proxies: RunningProxies, calibration: Calibration, clean_accuracy: 
         source_accuracy=proxies.source_accuracy if proxies.shadowed else None,
         confidence=proxies.confidence,
         entropy=proxies.entropy,
-        marginal_entropy=max(0.0, signals["marginal"]) if "marginal" in signals else None,
+        marginal_entropy=max(0.0, signals["marginal"]) * math.log(classes) if "marginal" in signals else None,
         flip_rate=min(1.0, max(0.0, signals["flips"])) if proxies.shadowed and "flips" in signals else None,
     )

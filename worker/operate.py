@@ -81,8 +81,9 @@ class Operator:
     def seen(self, found: Listed) -> tuple[Policy, Proxies]:
         """The policy that holds for a stream, and what its state says of its accuracy."""
         header = found.header or StreamHeader(stream=found.stream, bundle="", method="")
-        manifest = self._engine.bundle.manifest
-        return self._policies.of(header), estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy)
+        manifest, classes = self._engine.bundle.manifest, len(self._engine.bundle.labels)
+        clean = manifest.model.clean_accuracy
+        return self._policies.of(header), estimate(header.proxies, manifest.calibration, clean, classes)
 
     def snapshots(self, stream: str) -> list[Snapshot]:
         """What is kept for rollback, newest first."""

@@ -67,7 +67,8 @@ class Scheduler:
     def _wanted(self, stream: str) -> bool:
         manifest, header = self._engine.bundle.manifest, self._engine.resident(stream).header
         clean = manifest.model.clean_accuracy
-        accuracy = estimate(header.proxies, manifest.calibration, clean).estimated_accuracy
+        classes = len(self._engine.bundle.labels)
+        accuracy = estimate(header.proxies, manifest.calibration, clean, classes).estimated_accuracy
         return wants_update(header.drift, accuracy, clean)
 
     def _late(self, batch: MicroBatch, now: float) -> bool:

@@ -177,7 +177,9 @@ class Step:
     def _publish(self, outlook: Outlook, timed: Timed, answers: observe.Answers) -> None:
         manifest, header = self._engine.bundle.manifest, outlook.resident.header
         stream = outlook.batch.stream
-        proxies = estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy)
+        proxies = estimate(
+            header.proxies, manifest.calibration, manifest.model.clean_accuracy, len(self._engine.bundle.labels)
+        )
         accuracy = proxies.estimated_accuracy
         if outlook.batch.answer == "source" and proxies.source_accuracy is not None:
             accuracy = proxies.source_accuracy
@@ -245,7 +247,7 @@ class Step:
         token: int,
     ) -> UpdateEvent:
         manifest = self._engine.bundle.manifest
-        clean = manifest.model.clean_accuracy
+        clean, classes = manifest.model.clean_accuracy, len(self._engine.bundle.labels)
         signals = proposal.signals if proposal else {}
 
         def signal(name: str) -> float | None:
@@ -271,8 +273,8 @@ class Step:
             flipped=outlook.observed.flipped if outlook.observed is not None else None,
             parameters=named(outlook.batch.answer if after.guard.trusted else "source", after),
             previous=before.last_event,
-            before=estimate(before.proxies, manifest.calibration, clean),
-            after=estimate(after.proxies, manifest.calibration, clean),
+            before=estimate(before.proxies, manifest.calibration, clean, classes),
+            after=estimate(after.proxies, manifest.calibration, clean, classes),
             token=token,
             bundle=self._engine.bundle_hash,
             worker=self._worker,

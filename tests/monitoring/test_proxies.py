@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from monitoring.proxies import estimate
@@ -8,10 +10,15 @@ CALIBRATION = Calibration(temperature=1, intercept=-0.5, slope=1.5, error=0.1)
 
 
 def test_new_streams_count_as_clean() -> None:
-    assert estimate(RunningProxies(), CALIBRATION, 0.91).estimated_accuracy == 0.91
+    assert estimate(RunningProxies(), CALIBRATION, 0.91, 10).estimated_accuracy == 0.91
 
 
 @pytest.mark.parametrize(("confidence", "expected"), [(0.8, 0.7), (0.2, 0.0), (1.0, 1.0)])
 def test_line_within_bounds(confidence: float, expected: float) -> None:
     seen = RunningProxies(frames=50, confidence=confidence, entropy=0.3)
-    assert estimate(seen, CALIBRATION, 0.91).estimated_accuracy == pytest.approx(expected)
+    assert estimate(seen, CALIBRATION, 0.91, 10).estimated_accuracy == pytest.approx(expected)
+
+
+def test_the_entropy_of_the_mean_prediction_is_in_nats() -> None:
+    seen = RunningProxies(frames=50, confidence=0.8, signals={"marginal": 0.5})
+    assert estimate(seen, CALIBRATION, 0.91, 10).marginal_entropy == pytest.approx(0.5 * math.log(10))

@@ -53,7 +53,7 @@ class Worker:
         self.guard = Guard(GuardSettings(), manifest.limits)
 
     def look(self, header: StreamHeader) -> Any:
-        return estimate(header.proxies, self.manifest.calibration, 0.9)
+        return estimate(header.proxies, self.manifest.calibration, 0.9, 10)
 
     def step(self, header: StreamHeader, number: int, update: bool, rank: float) -> StreamHeader:
         policy, now = Policies(Policy(), {}).of(header), datetime.now(UTC)
