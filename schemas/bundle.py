@@ -22,8 +22,8 @@ class Preprocess(Part):
     mode: Literal["L", "RGB"]
     width: int = Field(ge=1, le=4_096)
     height: int = Field(ge=1, le=4_096)
-    mean: list[float]
-    std: list[float]
+    mean: list[FiniteFloat]
+    std: list[FiniteFloat]
 
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> Preprocess:

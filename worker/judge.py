@@ -72,5 +72,6 @@ def judge(
     header = next_header(before, outlook, verdict.apply, watch, proxies, state)
     if verdict.back:
         header.step = header.snapshot = restored[0].header.step if restored else 0
+        header.drift = None  # It was learned under the parameters that are gone.
     taken = verdict.apply or verdict.back if update else proposal is not None and proposal.finite
     return Judgement(verdict, header, proposal if taken else None, restored, blind)

@@ -45,3 +45,10 @@ def test_the_models_hash_is_about_the_model_alone(tiny_bundle) -> None:
     assert renamed.model_hash == manifest.model_hash
     brighter = manifest.preprocess.model_copy(update={"mean": [0.4]})
     assert manifest.model_copy(update={"preprocess": brighter}).model_hash != manifest.model_hash
+
+
+@pytest.mark.parametrize("part", ["mean", "std"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_pixels_are_standardised_with_finite_numbers(part: str, number: float) -> None:
+    with pytest.raises(ValidationError, match="finite number"):
+        Preprocess.model_validate({"mode": "L", "width": 8, "height": 8, "mean": [0.5], "std": [0.5], part: [number]})

@@ -12,7 +12,7 @@ import torch
 from meta.bundle import load_bundle
 from schemas.bundle import Limits
 from schemas.config import Guard as GuardSettings
-from schemas.state import Snapshot
+from schemas.state import DriftWatch, Snapshot
 from tests.worker.test_engine import admit, batch
 from worker.engine import Engine
 from worker.guard import COSINE_SEEN, Guard, Verdict
@@ -75,6 +75,14 @@ def test_a_partial_update_goes_part_of_the_way(engine: Engine) -> None:
     part = engine.tensors("a")
     torch.testing.assert_close(part["affine"], torch.lerp(before, whole["affine"], 0.25))
     assert torch.equal(part["second_moment"], whole["second_moment"])
+
+
+@pytest.mark.parametrize("decision", ["rolled_back", "reset"])
+def test_going_back_ends_what_drift_detection_knew_of_the_old_parameters(engine: Engine, decision: str) -> None:
+    """A stream that counted as settled would else make no update where it has everything to learn again."""
+    engine.resident("a").header.drift = DriftWatch(adapting=False, mean=[1.0], variance=[1.0], rise=[0.0], fall=[0.0])
+    assert turn(engine, Verdict("applied", ""), 2).header.drift is not None
+    assert turn(engine, Verdict(decision, ""), 3).header.drift is None
 
 
 @pytest.mark.parametrize("decision", ["rolled_back", "reset"])
