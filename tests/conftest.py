@@ -32,9 +32,11 @@ from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart,
 from schemas.config import Kafka, Store, Topics
 from worker.embedded import start_broker, start_store
 from worker.kafka_client import create_topics
+from worker.kafka_sockets import close_failed_connects
 from worker.store import StateStore
 
 torch.set_num_threads(1)
+close_failed_connects()  # Of clients that tests open themselves, too: a warning would come in whichever test is next.
 settings.register_profile("driftkeel", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("driftkeel")
 

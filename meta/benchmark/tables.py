@@ -44,6 +44,8 @@ def read_records(path: Path) -> list[Record]:
         raise DataError(f"{path} is no report of the benchmark: {error}") from error
     if not records:
         raise DataError(f"{path} has no records")
+    if not all(isinstance(record, dict) and record.keys() == Record.__annotations__.keys() for record in records):
+        raise DataError(f"{path} is no report of a benchmark: it is no list of records {{data, model, setting, ...}}")
     return records
 
 

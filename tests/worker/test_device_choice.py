@@ -62,6 +62,6 @@ def test_a_full_gpu_is_an_error_for_people(monkeypatch) -> None:
 
     monkeypatch.setattr(run, "Worker", Full)
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(run.sys, "setswitchinterval", lambda _: None)
+    monkeypatch.setattr(run, "switch_often", lambda: None)
     with pytest.raises(ConfigError, match=r"^device cuda:1 has no memory left \(CUDA .* 2.00 GiB\); lower"):
         run.run_worker(WorkerConfig(device="cuda:1"))

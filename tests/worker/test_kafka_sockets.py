@@ -6,6 +6,8 @@ import errno
 import gc
 import socket
 import ssl
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +48,22 @@ def fail_to_open(port: int, **arguments: Any) -> set[int]:
         return open_sockets() - before
     finally:
         gc.enable()
+
+
+def test_clients_of_ours_are_opened_so_in_any_process() -> None:
+    """Here the tests have seen to it."""
+    program = """
+from kafka import KafkaAdminClient
+from kafka.errors import KafkaError
+from kafka.net.inet import KafkaNetSocket
+from worker.kafka_client import open_client
+try:
+    open_client(KafkaAdminClient, bootstrap_servers="127.0.0.1:1", bootstrap_timeout_ms=1)
+except KafkaError:
+    print(KafkaNetSocket.sock_connect.closing)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == "True\n"
 
 
 def test_where_nobody_listens() -> None:
