@@ -6,6 +6,7 @@ cost a worker its file descriptors.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from kafka.net.inet import KafkaNetSocket
@@ -19,18 +20,18 @@ def close_failed_connects() -> None:
         return
 
     async def sock_connect(factory: Any, net: Any, sock: Any, *arguments: Any, **options: Any) -> Any:
-        try:
-            return await connect(factory, net, sock, *arguments, **options)
-        except BaseException:  # A client that is closed meanwhile ends this with GeneratorExit.
-            sock.close()
-            raise
+        # However it ends: a client that is closed meanwhile ends it with GeneratorExit.
+        with ExitStack() as failed:
+            failed.callback(sock.close)
+            connected = await connect(factory, net, sock, *arguments, **options)
+            failed.pop_all()
+        return connected
 
     async def handshake(transport: Any) -> None:
-        try:
+        with ExitStack() as failed:
+            failed.callback(transport._sock.close)
             await shake(transport)
-        except BaseException:
-            transport._sock.close()
-            raise
+            failed.pop_all()
 
     sock_connect.closing = True  # type: ignore[attr-defined]
     KafkaNetSocket.sock_connect, KafkaSSLTransport.handshake = sock_connect, handshake

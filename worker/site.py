@@ -50,13 +50,16 @@ def shipped(name: str) -> Path:
 
 
 def site_config(changes: dict[str, Any]) -> str:
-    """Every option of a worker with its default and meaning; `changes` are values by the last part of their keys.
+    """Every option of a worker with its meaning and its default, `threads` as a site needs it; `changes` are values by
+    the last part of their keys.
 
     Raises ConfigError.
     """
     text = shipped("driftkeel.example.yaml").read_text(encoding="utf-8")
     # Workers that share a file must not share a name.
     text = text.replace("\nworker: ", "\n# worker: ", 1)
+    # A site runs a worker for every processor rather than several passes in one (docs/performance.md).
+    text = text.replace("\nthreads: 0 ", "\nthreads: 1 ", 1)
     for key, value in changes.items():
         quoted = json.dumps(value).replace("\\", r"\\")
         text = re.sub(rf"(?m)^(  {key}: )\S+", rf"\g<1>{quoted}", text, count=1)

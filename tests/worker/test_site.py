@@ -23,7 +23,8 @@ def test_the_configuration_is_the_defaults_and_what_was_asked_for(tmp_path: Path
     assert config.store.url.get_secret_value() == "rediss://u:p@store:6380/1"
     assert (tmp_path / "site" / config.bundle.path / "manifest.json").is_file()
     plain = load_config(None)
-    same = {"worker", "kafka", "store"}
+    assert config.threads == 1  # a worker for every processor, as the compose file and the chart have it
+    same = {"worker", "kafka", "store", "threads"}
     assert config.model_dump(exclude=same) == plain.model_dump(exclude=same)
     assert config.kafka.model_copy(update={"bootstrap": plain.kafka.bootstrap}) == plain.kafka
     assert config.worker == plain.worker  # made at start: workers that share the file do not share a name
@@ -82,7 +83,8 @@ def test_the_compose_file_runs_the_site_that_was_asked_for(
 ) -> None:
     write_site(tmp_path, bootstrap, store, None)
     site = tmp_path / "driftkeel.yaml"
-    site.write_text(site.read_text().replace("threads: 0", "threads: 4").replace("format: auto", "format: text"))
+    assert yaml.safe_load(site.read_text())["threads"] == 1  # as the compose file of the repository has it
+    site.write_text(site.read_text().replace("threads: 1", "threads: 4").replace("format: auto", "format: text"))
     content = yaml.safe_load((tmp_path / "compose.yaml").read_text())
     services = content["services"]
     expected = {"worker", "console", "prometheus", "grafana"}
