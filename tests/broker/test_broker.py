@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import NodeNotReadyError
 from kafka.record.default_records import DefaultRecordBatchBuilder
 
 from tests.broker import errors
@@ -252,6 +253,15 @@ def read(consumer: KafkaConsumer, count: int) -> list[bytes]:
     return sorted(found)
 
 
+def deleted(admin: KafkaAdminClient, topic: str) -> bool:
+    """False while the client still waits before it connects again, and says so instead of waiting."""
+    try:
+        admin.delete_topics([topic])
+    except NodeNotReadyError:
+        return False
+    return True
+
+
 @cuts
 def test_everything_acknowledged_survives_a_kill(tmp_path: Path) -> None:
     """Topics, records, offsets, members: clients go on as if nothing had been."""
@@ -278,7 +288,7 @@ def test_everything_acknowledged_survives_a_kill(tmp_path: Path) -> None:
     assert consumer.group_metadata() == member
     other = consumer_of(again, group_id="other")
     assert read(other, 100) == values
-    admin.delete_topics(["t"])
+    wait_until(lambda: deleted(admin, "t"), "the deletion")
     assert admin.list_topics() == []
     for client in (producer, consumer, other, admin):
         client.close()
