@@ -71,7 +71,7 @@ class Plan:
     demo_seeds: tuple[int, ...]
 
 
-QUICK = Plan(False, 5, 6_000, 768, 2_000, 16, 4.0, 2_400, (0,))
+QUICK = Plan(False, 5, 6_000, 768, 2_000, 16, 4.0, 2_000, (0,))
 FULL = Plan(True, 11, 24_000, 2_048, 8_000, 32, 20.0, 4_000, (0, 1, 2))
 
 
@@ -228,7 +228,8 @@ def _latency(bench: Bench, path: Path, plan: Plan, backlog: float) -> dict[str, 
     """At 70% of the capacity, and at 200% of it with a latency budget.
 
     Capacity is what the workers keep up with while frames keep coming, which takes sender and broker a part of the same
-    processors; of a backlog, which is there already, they do more.
+    processors; of a backlog, which is there already, they do more. Taken again at the end, it shows whether the machine
+    has kept its speed, for 70% of what it was may be all that it is now.
     """
     images = pictures(PICTURES, 28, "L", "PNG")
 
@@ -237,7 +238,10 @@ def _latency(bench: Bench, path: Path, plan: Plan, backlog: float) -> dict[str, 
         batch = {"max_wait_ms": MAX_WAIT_MS, "latency_budget_ms": budget}
         return bench.run(path, frames, pace, pods=PODS, window=window, batch=batch)
 
-    capacity = paced(FLOOD * backlog, 0, FLOODED).frames_per_second
+    def limit() -> float:
+        return paced(FLOOD * backlog, 0, FLOODED).frames_per_second
+
+    capacity = limit()
     results: dict[str, Any] = {"max_wait_ms": MAX_WAIT_MS, "budget_ms": BUDGET_MS, "capacity": capacity}
     for share, budget in ((0.7, 0), (2.0, BUDGET_MS)):
         seen = paced(share * capacity, budget)
@@ -250,6 +254,8 @@ def _latency(bench: Bench, path: Path, plan: Plan, backlog: float) -> dict[str, 
             "micro_batches": seen.metrics["driftkeel_batch_frames_count"],
             "shed": seen.metrics.get('driftkeel_adaptations_left_out_total{reason="overload"}', 0.0),
         }
+    if plan.more:
+        results["capacity_again"] = limit()
     return results
 
 

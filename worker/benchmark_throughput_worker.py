@@ -121,6 +121,8 @@ class Bench:
                     sending.result()
             peak = sum(_peak_memory(pod.child) for pod in running)
             metrics = _summed([scrape(pod.config) for pod in running])
+            for pod in running:  # All at once: each that left before the others would have them divide its partitions.
+                pod.child.process.terminate()
         return _observed(config.kafka, len(frames), samples, peak, metrics, window)
 
     def _config(self, bundle: Path, sections: dict[str, Any]) -> WorkerConfig:
