@@ -44,7 +44,7 @@ BAD_FRAMES = (
     "unreadable",
     "too_many_streams",
 )
-LEFT_OUT = ("policy", "settled", "overload")
+LEFT_OUT = ("policy", "settled", "resting", "overload")
 DECISIONS = (
     ("applied", "within_limits"),
     ("partial", "shrunk"),

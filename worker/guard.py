@@ -145,9 +145,7 @@ class Guard:
             return reason
         if state.alike > self.settings.max_alike:
             return f"one class for more than {self.settings.max_alike} frames"
-        if state.rest:
-            return f"resting after a reset, {state.rest} frames to go"
-        return ""
+        return resting(state)
 
     def _worse(self, state: GuardState, proxies: RunningProxies) -> str:
         signals = proxies.signals
@@ -237,6 +235,12 @@ class Guard:
         else:
             state.trusted = gain >= 0
             state.doubted = 0 if state.trusted else state.doubted + frames
+
+
+def resting(state: GuardState, frames: int = 0) -> str:
+    """Why a stream teaches nothing for now, `frames` from here; empty where it does."""
+    left = state.rest - frames
+    return f"resting after a reset, {left} frames to go" if left > 0 else ""
 
 
 def watched(state: GuardState, proxies: RunningProxies) -> bool:

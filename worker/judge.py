@@ -69,7 +69,8 @@ def judge(
             proxies = as_source(proxies)
         elif verdict.share < 1:
             proposals.shrink(proposal, verdict.share)
-    header = next_header(before, outlook, verdict.apply, watch, proxies, state)
+    # A stream that rests after going back would settle, and then not learn when it may again.
+    header = next_header(before, outlook, verdict.apply, 0 if state.rest else watch, proxies, state)
     if verdict.back:
         header.step = header.snapshot = restored[0].header.step if restored else 0
         header.drift = None  # It was learned under the parameters that are gone.

@@ -1,7 +1,8 @@
 """Which micro-batches adapt, and whose parameters answer them.
 
-No updates where the stream's policy says so, none of settled streams, and under overload none of those that are late:
-under overload the worker so saves time on adaptation before it lets predictions be late.
+No updates where the stream's policy says so, none of settled streams nor of those that rest after going back, and
+under overload none of those that are late: under overload the worker so saves time on adaptation before it lets
+predictions be late.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from schemas.state import StreamHeader
 from worker.answer import Policies, answering
 from worker.batcher import MicroBatch
 from worker.engine import Engine
+from worker.guard import resting
 
 HOMELESS = "something else lies under the stream's key in the store"
 SHED_AFTER = 0.5  # of the latency budget; the rest is for the pass
@@ -59,6 +61,9 @@ class Scheduler:
         if late:  # Nor do these wait for an update, for which they would be predicted once more.
             self._metrics.left_out.labels("overload").inc()
             return replace(batch, adapt=False, fold=True, hurried=True, reason=self._overload)
+        if batch.adapt and (reason := resting(header.guard, len(batch.frames))):  # The guard would refuse its update.
+            self._metrics.left_out.labels("resting").inc()
+            return replace(batch, adapt=False, reason=reason)
         if batch.adapt and self.rests(batch.stream):
             self._metrics.left_out.labels("settled").inc()
             return replace(batch, adapt=False, reason=SETTLED)

@@ -12,7 +12,7 @@ import torch
 from meta.bundle import load_bundle
 from schemas.bundle import Limits
 from schemas.config import Guard as GuardSettings
-from schemas.state import DriftWatch, Snapshot
+from schemas.state import DriftWatch, GuardState, Snapshot
 from tests.worker.test_engine import admit, batch
 from worker.engine import Engine
 from worker.guard import COSINE_SEEN, Guard, Verdict
@@ -40,12 +40,14 @@ def engine(tiny_bundle) -> Engine:
     return engine
 
 
-def turn(engine: Engine, verdict: Verdict, seed: int, adapt: bool = True, newest=no_snapshot) -> Judgement:
+def turn(
+    engine: Engine, verdict: Verdict, seed: int, adapt: bool = True, newest=no_snapshot, watch: int = 0
+) -> Judgement:
     passed = engine.predict([batch("b", 5, 9), batch("a", 6, seed, adapt)])
     proposals = engine.adapt(passed)
     (outlook,) = (o for o in passed.outlooks if o.batch.stream == "a")
     (proposal,) = (p for p in proposals.proposals if p.outlook is outlook)
-    judgement = judge(engine, Fixed(verdict), outlook, proposals, proposal, 0, newest)
+    judgement = judge(engine, Fixed(verdict), outlook, proposals, proposal, watch, newest)
     engine.accept(proposals, [judgement.kept] if judgement.kept is not None else [])
     engine.resident("a").header = judgement.header
     return judgement
@@ -83,6 +85,16 @@ def test_going_back_ends_what_drift_detection_knew_of_the_old_parameters(engine:
     engine.resident("a").header.drift = DriftWatch(adapting=False, mean=[1.0], variance=[1.0], rise=[0.0], fall=[0.0])
     assert turn(engine, Verdict("applied", ""), 2).header.drift is not None
     assert turn(engine, Verdict(decision, ""), 3).header.drift is None
+
+
+def test_drift_detection_begins_when_a_stream_may_learn_again(engine: Engine) -> None:
+    """While it rests it stands still, and would be taken for settled at source."""
+    header = engine.resident("a").header
+    resting = header.model_copy(update={"guard": GuardState(rest=1_000), "drift": None})
+    engine.resident("a").header = resting
+    assert turn(engine, Verdict("skipped", "resting"), 2, watch=6).header.drift is None
+    engine.resident("a").header = resting.model_copy(update={"guard": GuardState(rest=1)})
+    assert turn(engine, Verdict("applied", ""), 3, watch=6).header.drift is not None
 
 
 @pytest.mark.parametrize("decision", ["rolled_back", "reset"])

@@ -7,7 +7,7 @@ from meta.bundle import Bundle
 from monitoring.metrics import WorkerMetrics
 from schemas.config import Adapt, Batch
 from schemas.policy import Policy, PolicyChange
-from schemas.state import DriftWatch
+from schemas.state import DriftWatch, GuardState
 from tests.worker.test_engine import admit, batch
 from worker.answer import Policies
 from worker.batcher import MicroBatch
@@ -92,6 +92,17 @@ def test_settled_streams_are_left_out_and_counted(engine: Engine) -> None:
     assert (still.adapt, still.fold) == (False, True)
     assert "settled" in still.reason
     assert left_out(metrics, "settled") == 1
+
+
+def test_streams_that_rest_after_going_back_are_left_out_until_the_last_frame_of_it(engine: Engine) -> None:
+    for stream, rest in (("a", 5), ("b", 4)):
+        header = engine.resident(stream).header
+        engine.resident(stream).header = header.model_copy(update={"guard": GuardState(rest=rest)})
+    metrics = WorkerMetrics(0)
+    resting, over = Scheduler(Batch(), Adapt(), AUTO, engine, metrics).decide([batch("a", 4), batch("b", 4)], 0.0)
+    assert (resting.adapt, resting.fold, resting.reason) == (False, True, "resting after a reset, 1 frames to go")
+    assert over.adapt
+    assert left_out(metrics, "resting") == 1
 
 
 @pytest.mark.parametrize(
