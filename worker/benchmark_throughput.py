@@ -251,7 +251,6 @@ def _latency(bench: Bench, path: Path, plan: Plan, backlog: float) -> dict[str, 
             "offered_frames_per_second": share * capacity,
             "step_ms": 1000 * stages(seen)["all"],
             "share_within_budget": 1 - late / seen.frames,
-            "micro_batches": seen.metrics["driftkeel_batch_frames_count"],
             "shed": seen.metrics.get('driftkeel_adaptations_left_out_total{reason="overload"}', 0.0),
         }
     if plan.more:
@@ -266,8 +265,7 @@ def _cameras(bench: Bench, path: Path, plan: Plan) -> dict[str, Any]:
     for rate in FRAMES_A_SECOND:
         pace = CAMERAS * rate
         seen = bench.run(path, frames_of(CAMERAS, int(pace * plan.paced_seconds), images), pace)
-        batches = seen.metrics["driftkeel_batch_frames_count"]
-        found[str(rate)] = {**seen.summary(), "micro_batches": batches}
+        found[str(rate)] = seen.summary()
     return found
 
 

@@ -73,6 +73,7 @@ class Observed:
         p50, p90, p99 = np.percentile(self.latencies_ms, [50, 90, 99])
         return {
             "frames": self.frames,
+            "micro_batches": self.metrics["driftkeel_batch_frames_count"],
             "frames_per_second": self.frames_per_second,
             "cpu_seconds_per_1000_frames": self.cpu_ms_per_frame,
             "peak_memory_bytes": self.peak_memory_bytes,
