@@ -23,8 +23,9 @@ from torch import Tensor
 from meta.baselines import Baseline, Setup, build
 from meta.correction import Correction
 from meta.generator import MetaGradientGenerator
+from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.method import CPU
-from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.mgg import MGG
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics

@@ -17,14 +17,13 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from meta.generator import Anchor, UpdateRule
-from meta.inputs import ALL_INPUTS, Input, Inputs
+from meta.inputs import Inputs
+from meta.learned import LearnedOptimizer
 from meta.method import Forward, Method, State, Update, where_seen
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
@@ -34,75 +33,6 @@ from meta.temporal import filter_classes, fresh_belief
 
 TINY = 1e-8
 GRADIENT_SHARE = 4  # one of so many frames gives a site's updates their gradient
-
-
-class GeneratorSettings(BaseModel):
-    """Everything about the generator that is not learned; part of the bundle."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    inputs: tuple[Input, ...] = ALL_INPUTS
-    hidden: int = Field(default=4, ge=2, le=64)
-    anchor_rank: int = Field(default=16, ge=0, le=512, description="0: no anchor, the generator serves any model")
-    step_size: float = Field(default=0.002, gt=0, le=1, description="of the gradient, in units of its usual size")
-    step_limit: float = Field(default=0.05, gt=0, le=1, description="largest change by a gradient in one update")
-    push_limit: float = Field(default=0.02, ge=0, le=1, description="largest change beside it")
-    momentum_decay: float = Field(default=0.9, ge=0, lt=1)
-    square_decay: float = Field(default=0.99, ge=0, lt=1)
-    entropy_weight: float = Field(default=1.0, ge=0)
-    discrepancy_weight: float = Field(default=10.0, ge=0)
-    feature_window: int = Field(default=32, ge=1, description="frames over which feature statistics are averaged")
-    norm_window: int = Field(
-        default=256, ge=1, description="frames over which BatchNorm moments are averaged: several runs of a class"
-    )
-    class_share: float = Field(
-        default=0.8, ge=0, le=1, description="how far the class mix of a stream explains its features; the rest is even"
-    )
-    class_filter: bool = Field(default=True, description="answers use what neighbouring frames have in common")
-    dose_shift: float = Field(
-        default=0.0, description="added to the dose's learned bias once training is over; below 0 less is changed"
-    )
-    correction_start: float = Field(
-        default=1.0, description="share of the correction of single frames at a dose of 0, cut off at 0 and 1"
-    )
-    correction_slope: float = Field(default=0.0, ge=0, description="and how fast it grows with the dose")
-    memory_precision: Literal["float32", "float16", "bfloat16"] = Field(
-        default="float16", description="of the gradient memory between updates, in memory and in the store alike"
-    )
-
-
-class LearnedOptimizer(nn.Module):
-    """All that meta-training trains: the rule, which serves any model, and the anchor of one model.
-
-    `gradient_scale` is the usual size of a coordinate's gradient for this model, measured before training.
-    """
-
-    gradient_scale: Tensor
-
-    def __init__(self, settings: GeneratorSettings, model: AdaptableModel) -> None:
-        super().__init__()
-        features = model.feature_count + model.layers[0].feature_count
-        self.settings = settings
-        self.rule = UpdateRule(len(settings.inputs), settings.hidden)
-        self.rate = nn.Parameter(torch.tensor(math.log(settings.step_size)))
-        self.anchor = Anchor(features, model.coordinates, settings.anchor_rank) if settings.anchor_rank else None
-        # Of the logarithms of novelty and discrepancy, and of the entropy; at first nearly everything is let through.
-        self.dose_weight = nn.Parameter(torch.tensor([0.5, 0.0, 0.0]))
-        self.dose_bias = nn.Parameter(torch.tensor(4.0))
-        self.register_buffer("gradient_scale", torch.tensor(1.0))
-
-
-def transplant(learned: LearnedOptimizer, model: AdaptableModel) -> LearnedOptimizer:
-    """The same rule for another source model, without the anchor, which belongs to its own.
-
-    The new model's `gradient_scale` is still to be measured (`meta.train.measure_gradient`).
-    """
-    moved = LearnedOptimizer(learned.settings.model_copy(update={"anchor_rank": 0}), model)
-    own = {name: t for name, t in learned.state_dict().items() if not name.startswith("anchor.")}
-    moved.load_state_dict(own)
-    for parameter in moved.parameters():
-        parameter.requires_grad_(False)
-    return moved.eval()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from meta.bundle import Bundle, load_bundle, model_weights, read_manifest, rewri
 from meta.calibrate import calibrate, source_statistics
 from meta.correction import fit_correction
 from meta.generator import MetaGradientGenerator
-from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.learned import GeneratorSettings, LearnedOptimizer
+from meta.mgg import MGG
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics

@@ -24,7 +24,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from PIL import Image
 
 from meta.bundle import Bundle, load_bundle, write_bundle
-from meta.mgg import GeneratorSettings, LearnedOptimizer
+from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics

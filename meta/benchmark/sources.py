@@ -21,7 +21,8 @@ from meta.benchmark.datasets import DataSet
 from meta.bundle import Bundle, load_bundle, model_weights, read_manifest
 from meta.calibrate import source_statistics
 from meta.data import LabelledImages
-from meta.mgg import MGG, transplant
+from meta.learned import transplant
+from meta.mgg import MGG
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.paper import PaperMGG

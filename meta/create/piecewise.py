@@ -8,8 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from meta.learned import LearnedOptimizer
 from meta.method import Forward, State, Update
-from meta.mgg import MGG, LearnedOptimizer
+from meta.mgg import MGG
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics
 

@@ -24,7 +24,8 @@ from meta.create.images import Decode, Images
 from meta.create.measure import BATCH, measure, recommend, total_gain
 from meta.create.network import adaptable, load_weights, read_weights
 from meta.create.piecewise import PiecewiseMGG, frames_in_pass
-from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.learned import GeneratorSettings, LearnedOptimizer
+from meta.mgg import MGG
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meta.correction import Correction, fit_correction
-from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.learned import GeneratorSettings, LearnedOptimizer
+from meta.mgg import MGG
 from meta.models import batchnorm_cnn
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics

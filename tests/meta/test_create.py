@@ -17,7 +17,8 @@ from meta.create.measure import measure, recommend
 from meta.create.network import adaptable, load_weights, read_weights
 from meta.create.piecewise import PiecewiseMGG
 from meta.create.run import HELD_BACK, CreateSettings, create_bundle
-from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.learned import GeneratorSettings, LearnedOptimizer
+from meta.mgg import MGG
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meta.affine import Affine
+from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.method import finite_rows, narrowed
-from meta.mgg import GRADIENT_SHARE, MGG, GeneratorSettings, LearnedOptimizer, evenly
+from meta.mgg import GRADIENT_SHARE, MGG, evenly
 from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
 from meta.objective import (

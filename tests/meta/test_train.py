@@ -3,7 +3,8 @@ from functools import partial
 import torch
 
 from meta.calibrate import calibrate, source_statistics
-from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.learned import GeneratorSettings, LearnedOptimizer
+from meta.mgg import MGG
 from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
 from meta.train import Preprocessing, Problem, TrainingSettings, meta_train

@@ -11,7 +11,8 @@ from torch import nn
 
 from meta.bundle import Bundle, load_bundle
 from meta.correction import Correction
-from meta.mgg import MGG, GeneratorSettings, LearnedOptimizer
+from meta.learned import GeneratorSettings, LearnedOptimizer
+from meta.mgg import MGG
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics
 from tests.worker.test_engine import admit, batch

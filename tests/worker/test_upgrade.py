@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from meta.bundle import Bundle, load_bundle, model_weights, read_manifest, write_bundle
-from meta.mgg import GeneratorSettings, LearnedOptimizer
+from meta.learned import GeneratorSettings, LearnedOptimizer
 from schemas.config import Bundle as BundleSettings
 from schemas.config import WorkerConfig
 from schemas.errors import BundleError
