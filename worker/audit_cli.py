@@ -179,8 +179,8 @@ def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
     """Every stream's header in the store, and the events that lie beside them."""
     from schemas.state import StreamHeader, decode_header
     from worker.audit.read import Record
+    from worker.restore import after_last_event
     from worker.store import StateStore
-    from worker.streams import after_last_event
 
     client = StateStore(load_config(config).store)
     headers: dict[str, StreamHeader] = {}

@@ -28,8 +28,9 @@ from schemas.update import Proxies, UpdateEvent
 from worker.answer import Policies
 from worker.engine import Engine
 from worker.obey import Entry, Place, Subject, imported, obey
+from worker.restore import after_last_event, chosen_snapshot
 from worker.store import Claimed, Overview, StateStore
-from worker.streams import after_last_event, as_write, chosen_snapshot
+from worker.streams import as_write
 
 
 @dataclass(frozen=True)

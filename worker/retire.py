@@ -18,8 +18,8 @@ from schemas.state import StreamHeader, decode_header
 from schemas.update import SealedEvent, UpdateEvent, seal
 from worker.operate import unknown
 from worker.publish import Publisher
+from worker.restore import after_last_event
 from worker.store import Claimed, Overview, StateStore
-from worker.streams import after_last_event
 
 
 def delete(store: StateStore, stream: str, reason: str, name: str) -> list[SealedEvent]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Literal, Protocol, TypeVar
 
@@ -19,26 +19,17 @@ from schemas.config import Bundle as BundleSettings
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
 from schemas.policy import Policy
-from schemas.state import (
-    Snapshot,
-    StreamHeader,
-    StreamState,
-    decode_header,
-    decode_snapshot,
-    decode_state,
-    decode_tensors,
-    encode_header,
-    encode_tensors,
-)
-from schemas.update import Decision, SealedEvent, UpdateEvent, digest, seal
+from schemas.state import Snapshot, StreamHeader, encode_header, encode_tensors
+from schemas.update import SealedEvent, UpdateEvent, seal
 from worker.answer import Policies, answering, named
 from worker.compress import pack
 from worker.engine import Engine
 from worker.newcomers import Newcomers
-from worker.obey import Entry, moved
+from worker.obey import Entry
 from worker.publish import Publisher
 from worker.resident import Resident
-from worker.store import Claimed, StateStore, Which, Write
+from worker.restore import Restored, Restorer, chosen_snapshot
+from worker.store import StateStore, Which, Write
 from worker.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
@@ -46,16 +37,6 @@ Result = TypeVar("Result")
 Compression = Literal["none", "deflate"]
 LOOK_AGAIN_S = 30.0  # for streams that cannot be stored
 MAX_EVENT_BYTES = 1_000_000  # a larger one is none of a worker's, and brokers refuse it for ever
-
-
-@dataclass(frozen=True)
-class _Restored:
-    """What a claim found, and why it is not what was stored, where it is not."""
-
-    state: StreamState
-    change: str | None = None
-    approved: State | None = None
-    decision: Decision = "reset"
 
 
 class Heal(Protocol):
@@ -83,11 +64,12 @@ class Streams:
     ) -> None:
         self._policies = policies or Policies(Policy(), {})
         self.engine, self._store, self._publisher, self._metrics = engine, store, publisher, metrics
-        self._worker, self._upgrade = worker, upgrade or Upgrade(BundleSettings(), engine)
+        upgrade = upgrade or Upgrade(BundleSettings(), engine)
+        self._worker, self._restorer = worker, Restorer(engine, upgrade, settings.max_state_bytes)
         by_bytes = limits.max_resident_bytes // engine.state_bytes
         self._max_resident = max(1, min(limits.max_resident_streams, by_bytes))
         engine.reserve(self._max_resident)
-        self._max_state_bytes, self._snapshot_every = settings.max_state_bytes, settings.snapshot_every
+        self._snapshot_every = settings.snapshot_every
         self._compression = settings.compression
         self._heal = heal
         self._newcomers = Newcomers(settings.max_streams, lambda: heal(store.count))
@@ -127,7 +109,7 @@ class Streams:
                 new.append(stream)
                 continue
             self._publish_again(stream, claimed.event)
-            restored = self._restored(stream, claimed)
+            restored = self._restorer.restored(stream, claimed)
             stored = claimed.header is not None and not restored.change
             self.engine.admit(restored.state, claimed.token, stored, restored.approved)
             if restored.change:
@@ -137,7 +119,7 @@ class Streams:
 
     def _take_in_homeless(self, stream: str, foreign: str) -> None:
         log.error("stream %s is answered by source, and nothing of it is kept: %s", stream, foreign, extra=_of(stream))
-        self.engine.admit(self._from_source(self._fresh(stream), None).state, 0, False)
+        self.engine.admit(self._restorer.fresh(stream), 0, False)
         self._homeless.add(stream)
         self._metrics.homeless.set(len(self._homeless))
 
@@ -240,62 +222,7 @@ class Streams:
         write = as_write(entry, resident.token, self._compression)
         return replace(write, keeps_approved=keeps, after=resident.written)
 
-    def _restored(self, stream: str, claimed: Claimed) -> _Restored:
-        """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""
-        bundle, method = self.engine.bundle_hash, self.engine.bundle.method_name
-        fresh = self._fresh(stream)
-        if claimed.header is None:  # New, or deleted before: then its last event is there.
-            return self._from_source(after_last_event(fresh, claimed.event), None)
-        try:
-            old = decode_header(claimed.header)
-            if old.stream != stream:
-                raise StateError(f"the stored state belongs to stream {old.stream!r}")
-        except StateError as error:
-            return self._from_source(after_last_event(fresh, claimed.event), str(error))
-        if (old.bundle, old.method) != (bundle, method):
-            return self._moved(old, claimed)
-        fresh = moved(old, 0)
-        approved = self._approved(old, claimed.approved)
-        fresh.approved = old.approved if approved else None
-        try:
-            if claimed.tensors is None:
-                raise StateError("the stored state expired while the stream was idle, or its tensors were evicted")
-            state = decode_state(claimed.header, claimed.tensors, self.engine.like, self._max_state_bytes)
-        except StateError as error:
-            return self._from_source(fresh, str(error), approved)
-        state.header.approved = fresh.approved
-        return _Restored(state, None, approved)
-
-    def _fresh(self, stream: str) -> StreamHeader:
-        return StreamHeader(stream=stream, bundle=self.engine.bundle_hash, method=self.engine.bundle.method_name)
-
-    def _moved(self, old: StreamHeader, claimed: Claimed) -> _Restored:
-        """From another bundle."""
-        if claimed.tensors is not None and len(claimed.tensors) > self._max_state_bytes:
-            claimed = replace(claimed, tensors=None)
-        carried = self._upgrade.moved(old, claimed.tensors)
-        if carried.tensors is None:
-            return self._from_source(carried.header, carried.why)
-        approved = self._approved(old, claimed.approved)
-        carried.header.approved = old.approved if approved else None
-        return _Restored(StreamState(header=carried.header, tensors=carried.tensors), carried.why, approved, "carried")
-
-    def _from_source(self, header: StreamHeader, reason: str | None, approved: State | None = None) -> _Restored:
-        return _Restored(StreamState(header=header, tensors=self.engine.like), reason, approved)
-
-    def _approved(self, header: StreamHeader, content: bytes | None) -> State | None:
-        """Where approved parameters are damaged or gone, source answers: nobody approved anything else."""
-        if header.approved is None:
-            return None
-        try:
-            if content is None:
-                raise StateError("they are not in the store")
-            return decode_tensors(content, header.approved, self.engine.fixed)
-        except StateError as error:
-            log.error("approved parameters of stream %s cannot be used, source answers: %s", header.stream, error)
-            return None
-
-    def _changed(self, restored: _Restored, reason: str) -> Entry:
+    def _changed(self, restored: Restored, reason: str) -> Entry:
         """What restarts from source or goes on under another bundle, and says so."""
         header, affine = restored.state.header, restored.state.tensors["affine"]
         if restored.decision == "reset":
@@ -371,33 +298,9 @@ def as_write(entry: Entry, token: int, compression: Compression) -> Write:
     )
 
 
-def chosen_snapshot(
-    snapshots: Sequence[tuple[bytes, bytes]], stream: str, back: int, like: State, bundle: str
-) -> tuple[Snapshot, State]:
-    """The `back`th of stored snapshots, 1 being the newest. Raises StateError where there is none that fits."""
-    if not snapshots:
-        raise StateError(f"stream {stream!r} has no snapshots yet; 'reset' leads back to the source model")
-    if not 1 <= back <= len(snapshots):
-        kept = f"{len(snapshots)} snapshot{'' if len(snapshots) == 1 else 's'}"
-        raise StateError(f"stream {stream!r} has {kept}, there is no number {back}; 'streams show' lists them")
-    snapshot, state = decode_snapshot(*snapshots[back - 1], like, bundle)
-    return snapshot, state.tensors
-
-
 def _does_well(header: StreamHeader, event: UpdateEvent) -> bool:
     """Whether a snapshot taken now would be one to return to: no worse than source, as far as anybody can tell."""
     seen = event.after
     if not header.guard.trusted:
         return False
     return seen is None or seen.source_accuracy is None or seen.estimated_accuracy >= seen.source_accuracy
-
-
-def after_last_event(header: StreamHeader, content: bytes | None) -> StreamHeader:
-    """A header that is lost still has its last event beside it: the numbers and the chain go on from there."""
-    last = (content or b"").splitlines()[-1:]
-    try:
-        return header.model_copy(
-            update={"events": UpdateEvent.model_validate_json(last[0]).number, "last_event": digest(last[0])}
-        )
-    except (IndexError, ValidationError):
-        return header
