@@ -265,11 +265,9 @@ def _dropped_heads(model: AdaptableModel) -> tuple[Tensor, Tensor] | None:
 
 
 def _rows(signals: dict[str, Numbers]) -> list[dict[str, float]]:
-    columns = [values.tolist() for values in signals.values()]
-    return [
-        dict(zip(signals, [v if math.isfinite(v) else 0.0 for v in row], strict=True))
-        for row in zip(*columns, strict=True)
-    ]
+    table = np.stack(list(signals.values()), 1)
+    table[~np.isfinite(table)] = 0
+    return [dict(zip(signals, row, strict=True)) for row in table.tolist()]
 
 
 def fold(

@@ -78,8 +78,7 @@ def engine_pass(case: Case) -> Callable[[], None]:
 
     def run() -> None:
         for batch in batches:  # Its turn to be answered by source too comes with the count of events.
-            resident = engine.resident(batch.stream)
-            resident.header = resident.header.model_copy(update={"events": resident.header.events + 1})
+            engine.resident(batch.stream).header.events += 1
         passed = engine.predict(batches)
         proposals = engine.adapt(passed)
         engine.accept(proposals, proposals.proposals)
