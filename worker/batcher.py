@@ -90,7 +90,7 @@ class MicroBatcher:
         busy: Container[str] = (),
         shares: int = 1,
         least: int = 1,
-        rests: Callable[[str], bool] = lambda stream: False,
+        rests: Callable[[str, DecodedFrame | None], bool] = lambda stream, oldest: False,
     ) -> list[MicroBatch]:
         """Close what is due, one micro-batch a stream, up to `limit` frames in all; nothing of `busy` streams, and
         nothing at all while fewer than `least` frames are due.
@@ -99,7 +99,8 @@ class MicroBatcher:
         What is due is divided by `shares`, so that as many passes find work, unless they would become too small.
         Where a pass goes anyway, micro-batches ride along that have nothing to gain by waiting longer: slow cameras
         would else have a pass for a frame or two each.
-        Of a stream that `rests`, and so will make no update, all that waits may go at once, up to `limit`.
+        Of a stream that `rests`, and so will make no update, all that waits may go at once, up to `limit`; it is asked
+        with the oldest of its frames that is not predicted yet, None where there is none.
         """
         pressed = self._pressed
         due = [
@@ -173,9 +174,12 @@ class MicroBatcher:
         if len(self._turns) > MAX_TURNS:  # Streams that fell silent; the order of this dict is that of the turns.
             self._turns = dict(list(self._turns.items())[MAX_TURNS // 2 :])
 
-    def _most(self, stream: str, limit: int, rests: Callable[[str], bool]) -> int:
-        few = self._streams[stream].frames <= self._settings.max_batch
-        return self._settings.max_batch if few or (self._adapt and not rests(stream)) else limit
+    def _most(self, stream: str, limit: int, rests: Callable[[str, DecodedFrame | None], bool]) -> int:
+        waiting, most = self._streams[stream], self._settings.max_batch
+        if waiting.frames <= most:
+            return most
+        oldest = waiting.fresh[0] if waiting.fresh else None
+        return most if self._adapt and not rests(stream, oldest) else limit
 
     def _due(self, waiting: _Waiting, pressed: bool) -> float:
         if waiting.frames >= self._settings.max_batch and waiting.fresh:

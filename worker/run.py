@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future
 from concurrent.futures import wait as wait_for
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -186,8 +187,8 @@ class Worker:
         """
         while (idle := self._lanes - sum(not flight.adapted.done() for flight in self._flights)) >= 0:
             busy, most = self._busy | self._control.due, self.config.batch.max_pass
-            now, least, rests = time.monotonic(), 1 if idle else most, self._scheduler.rests
-            due = self._batcher.take(now, most, busy, max(1, idle), least, rests)
+            least, rests = 1 if idle else most, partial(self._scheduler.rests, now=time.time())
+            due = self._batcher.take(time.monotonic(), most, busy, max(1, idle), least, rests)
             if not due:
                 return
             self.metrics.pass_streams.observe(len(due))

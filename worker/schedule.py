@@ -19,6 +19,7 @@ from schemas.policy import Policy
 from schemas.state import StreamHeader
 from worker.answer import Policies, answering
 from worker.batcher import MicroBatch
+from worker.decode import DecodedFrame
 from worker.engine import Engine
 from worker.guard import resting
 
@@ -40,9 +41,12 @@ class Scheduler:
         """The same micro-batches, those that shall not adapt marked and counted. `now` is seconds since the epoch."""
         return [self._decided(batch, now) for batch in batches]
 
-    def rests(self, stream: str) -> bool:
-        """Whether drift detection sees no need for the stream's next update."""
-        return self._on_demand and not self._wanted(stream)
+    def rests(self, stream: str, oldest: DecodedFrame | None, now: float) -> bool:
+        """Whether the stream's next micro-batch, `oldest` being the first of its frames to predict, is known to make no
+        update. `now` is seconds since the epoch."""
+        header = self._engine.resident(stream).header
+        late = oldest is not None and self._late(oldest, now)
+        return late or bool(held_back(self._policies.of(header), header, now)) or self._settled(stream)
 
     def _decided(self, batch: MicroBatch, now: float) -> MicroBatch:
         resident = self._engine.resident(batch.stream)
@@ -51,7 +55,8 @@ class Scheduler:
         header = resident.header
         policy = self._policies.of(header)
         batch = replace(batch, answer=answering(policy, header, header.guard.trusted))
-        late = self._late(batch, now)
+        fresh = batch.unpublished
+        late = bool(fresh) and self._late(fresh[0], now)
         # Before too few frames: a slow camera that is held back on purpose is not stuck.
         if batch.fold and (reason := held_back(policy, header, now)):
             self._metrics.left_out.labels("policy").inc()
@@ -64,24 +69,26 @@ class Scheduler:
         if batch.adapt and (reason := resting(header.guard, len(batch.frames))):  # The guard would refuse its update.
             self._metrics.left_out.labels("resting").inc()
             return replace(batch, adapt=False, reason=reason)
-        if batch.adapt and self.rests(batch.stream):
+        if batch.adapt and self._settled(batch.stream):
             self._metrics.left_out.labels("settled").inc()
             return replace(batch, adapt=False, reason=SETTLED)
         return batch
 
-    def _wanted(self, stream: str) -> bool:
+    def _settled(self, stream: str) -> bool:
+        """Whether drift detection sees no need for the stream's next update."""
+        if not self._on_demand:
+            return False
         manifest, header = self._engine.bundle.manifest, self._engine.resident(stream).header
         clean = manifest.model.clean_accuracy
         classes = len(self._engine.bundle.labels)
         accuracy = estimate(header.proxies, manifest.calibration, clean, classes).estimated_accuracy
-        return wants_update(header.drift, accuracy, clean)
+        return not wants_update(header.drift, accuracy, clean)
 
-    def _late(self, batch: MicroBatch, now: float) -> bool:
-        fresh = batch.unpublished
-        if not (self._patience > 0 and fresh):
+    def _late(self, oldest: DecodedFrame, now: float) -> bool:
+        if self._patience <= 0:
             return False
         # A record need not say when it was sent.
-        waited = now - fresh[0].sent if fresh[0].sent > 0 else time.monotonic() - fresh[0].received
+        waited = now - oldest.sent if oldest.sent > 0 else time.monotonic() - oldest.received
         return waited > self._patience
 
 

@@ -206,11 +206,23 @@ def test_streams_that_rest_go_in_larger_micro_batches() -> None:
     batcher = MicroBatcher(Batch(max_batch=16, max_pass=64))
     for stream in ("adapts", "rests"):
         batcher.add(frames(stream, 100))
-    first = batcher.take(1.0, 64, rests=lambda stream: stream == "rests")
+    first = batcher.take(1.0, 64, rests=lambda stream, oldest: stream == "rests")
     assert [(b.stream, len(b.frames)) for b in first] == [("adapts", 16), ("rests", 48)]
-    second = batcher.take(1.0, 64, busy={"adapts"}, rests=lambda stream: stream == "rests")
+    second = batcher.take(1.0, 64, busy={"adapts"}, rests=lambda stream, oldest: stream == "rests")
     assert [(b.stream, len(b.frames)) for b in second] == [("rests", 52)]
     assert len(batcher) == 84
+
+
+def test_whether_a_stream_rests_is_asked_with_its_oldest_frame_to_predict() -> None:
+    batcher = MicroBatcher(Batch(max_batch=16, max_pass=64, min_adapt=4, max_wait_ms=10))
+    sent = frames("a", 40)
+    batcher.add(sent[:3])
+    (few,) = batcher.take(100.0, 64)
+    batcher.hold(few)
+    batcher.add(sent[3:])
+    asked = []
+    batcher.take(100.0, 64, rests=lambda stream, oldest: asked.append(oldest) or True)
+    assert asked == [sent[3]]
 
 
 def test_without_adaptation_all_streams_rest() -> None:

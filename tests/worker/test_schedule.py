@@ -11,6 +11,7 @@ from schemas.state import DriftWatch, GuardState
 from tests.worker.test_engine import admit, batch
 from worker.answer import Policies
 from worker.batcher import MicroBatch
+from worker.decode import DecodedFrame
 from worker.engine import Engine
 from worker.schedule import Scheduler
 
@@ -23,7 +24,8 @@ def sent(at: float, count: int = 4) -> MicroBatch:
 
 
 NOW = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
-AUTO = Policies(Policy(), {})
+ALWAYS, ANYTHING = Adapt(), Policy()
+AUTO = Policies(ANYTHING, {})
 
 
 @pytest.fixture
@@ -92,6 +94,21 @@ def test_settled_streams_are_left_out_and_counted(engine: Engine) -> None:
     assert (still.adapt, still.fold) == (False, True)
     assert "settled" in still.reason
     assert left_out(metrics, "settled") == 1
+
+
+def test_of_frames_that_will_make_no_update_it_is_known_before(engine: Engine) -> None:
+    """They can go in one micro-batch, however many wait: under overload each costs the loop as much as a full one."""
+    on_time, late = sent(at=99.6).frames[0], sent(at=99.4).frames[0]
+
+    def rests(oldest: DecodedFrame | None, adapt: Adapt = ALWAYS, policy: Policy = ANYTHING) -> bool:
+        settings = Batch(latency_budget_ms=1_000)
+        return Scheduler(settings, adapt, Policies(policy, {}), engine, WorkerMetrics(0)).rests("a", oldest, 100.0)
+
+    assert [rests(on_time), rests(None), rests(late)] == [False, False, True]
+    assert rests(on_time, policy=Policy(frozen=True))
+    header = engine.resident("a").header
+    engine.resident("a").header = header.model_copy(update={"drift": DriftWatch(adapting=False)})
+    assert [rests(on_time), rests(on_time, Adapt(mode="on_demand"))] == [False, True]
 
 
 def test_streams_that_rest_after_going_back_are_left_out_until_the_last_frame_of_it(engine: Engine) -> None:
