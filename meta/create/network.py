@@ -53,10 +53,12 @@ def read_weights(path: Path, say: Say) -> dict[str, Tensor]:
 
 
 def _without_prefix(tensors: dict[str, Tensor], say: Say) -> dict[str, Tensor]:
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            say(f"weights: names begin with {prefix!r}, which is left out")
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    """Names as the bare network has them. Each prefix goes once: what comes again is a module of its own."""
+    left = list(PREFIXES)
+    while prefix := next((p for p in left if all(name.startswith(p) for name in tensors)), None):
+        say(f"weights: names begin with {prefix!r}, which is left out")
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        left.remove(prefix)
     return tensors
 
 

@@ -292,6 +292,17 @@ def test_checkpoints_as_training_loops_leave_them(tmp_path: Path, half: bool) ->
     assert not network.training
 
 
+@pytest.mark.parametrize("front", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_what_wrappers_put_before_the_names_goes(tmp_path: Path, front: str) -> None:
+    torch.save({f"{front}{name}": tensor for name, tensor in _weights(batchnorm_net())}, tmp_path / "w.pt")
+    assert list(read_weights(tmp_path / "w.pt", quiet)) == [name for name, _ in _weights(batchnorm_net())]
+
+
+def test_a_networks_own_module_keeps_its_name(tmp_path: Path) -> None:
+    torch.save({"module.module.weight": torch.ones(1)}, tmp_path / "w.pt")
+    assert list(read_weights(tmp_path / "w.pt", quiet)) == ["module.weight"]
+
+
 def _weights(network: nn.Module) -> list[tuple[str, Tensor]]:
     return list(network.state_dict().items())
 
