@@ -50,12 +50,14 @@ def connection(settings: Kafka) -> dict[str, Any]:
 
 
 def _tls(settings: Kafka) -> ssl.SSLContext:
+    used = f"kafka.ssl_cafile {settings.ssl_cafile}"
     try:
         context = ssl.create_default_context(cafile=settings.ssl_cafile)
         if settings.ssl_certfile:
+            used = f"kafka.ssl_certfile {settings.ssl_certfile} with ssl_keyfile {settings.ssl_keyfile or 'not set'}"
             context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"kafka.ssl_cafile, ssl_certfile or ssl_keyfile cannot be used: {error}") from error
+        raise ConfigError(f"{used} cannot be used: {error}") from error
     return context
 
 

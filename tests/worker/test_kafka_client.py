@@ -63,7 +63,11 @@ def test_sasl_settings_reach_the_client(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"security_protocol": "SASL_PLAINTEXT", "sasl_username": "x"}, "needs sasl_mechanism"),
-        ({"security_protocol": "SSL", "ssl_cafile": "nowhere.pem"}, "cannot be used"),
+        ({"security_protocol": "SSL", "ssl_cafile": "nowhere.pem"}, r"kafka\.ssl_cafile nowhere\.pem cannot be used: "),
+        (
+            {"security_protocol": "SSL", "ssl_certfile": "none.pem", "ssl_keyfile": "key.pem"},
+            r"kafka\.ssl_certfile none\.pem with ssl_keyfile key\.pem cannot be used: ",
+        ),
     ],
 )
 def test_settings_that_cannot_be_used(changes: dict[str, str], message: str) -> None:
