@@ -34,7 +34,7 @@ from worker.short_logs import ShortLog, ShortLogs
 log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
 ASK_AGAIN_S = 0.5
-END_TIMEOUT_MS = 5_000
+OFFSETS_TIMEOUT_MS = 5_000
 FETCH_BYTES = 256 << 10  # of a partition at a time: what is fetched is served before the other partitions' next frames
 METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
 ASSIGNORS = {"range": RangePartitionAssignor, "cooperative-sticky": CooperativeStickyAssignor}
@@ -177,7 +177,7 @@ class FrameConsumer:
             if unknown:
                 self._marks.mark(self._settings.group, unknown)
             older = [TopicPartition(*p) for p, mark in marks.items() if mark < first[p]]
-            beginnings = self.consumer.beginning_offsets(older) if older else {}
+            beginnings = self.consumer.beginning_offsets(older, timeout_ms=OFFSETS_TIMEOUT_MS) if older else {}
             short = self._too_short(first, marks)
         except (KafkaError, UnreachableError) as error:
             self._count("poll", error)
@@ -206,7 +206,7 @@ class FrameConsumer:
         """Partitions whose log ends before what is said to be folded of it. Their marks stay as they are."""
         reach = {p: max(marks.get(p, 0), self._short.doubts.get(p, 0)) for p in first}
         asked = [TopicPartition(*p) for p, offset in reach.items() if offset > first[p] and not self.reaches(p, offset)]
-        ends = self.consumer.end_offsets(asked, timeout_ms=END_TIMEOUT_MS) if asked else {}
+        ends = self.consumer.end_offsets(asked, timeout_ms=OFFSETS_TIMEOUT_MS) if asked else {}
         short = {}
         for where, end in ends.items():
             partition = (where.topic, where.partition)

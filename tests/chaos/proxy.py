@@ -7,6 +7,9 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Iterator
+
+from worker.embedded import free_port, start_broker
 
 
 class FlakyProxy:
@@ -97,3 +100,14 @@ class FlakyProxy:
             with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(side)
             side.close()
+
+
+@contextlib.contextmanager
+def flaky_broker() -> Iterator[FlakyProxy]:
+    """The way to a broker of the test's own, whose clients have no other."""
+    port = free_port()
+    behind = start_broker(port=free_port(), advertised=port)
+    proxy = FlakyProxy(behind.port, port)
+    yield proxy
+    proxy.close()
+    behind.child.stop(0)

@@ -16,10 +16,10 @@ from pydantic import SecretStr
 
 from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
 from schemas.state import decode_header
-from tests.chaos.proxy import FlakyProxy
+from tests.chaos.proxy import FlakyProxy, flaky_broker
 from tests.conftest import Topic, picture
 from tests.servers import wait_until
-from worker.embedded import free_port, start_broker
+from worker.embedded import free_port
 from worker.kafka_client import create_topics
 from worker.publish import Message
 from worker.run import Worker
@@ -38,13 +38,8 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def broker() -> Iterator[FlakyProxy]:
-    """The way to a broker of the test's own, whose clients have no other."""
-    port = free_port()
-    behind = start_broker(port=free_port(), advertised=port)
-    proxy = FlakyProxy(behind.port, port)
-    yield proxy
-    proxy.close()
-    behind.child.stop(0)
+    with flaky_broker() as proxy:
+        yield proxy
 
 
 @pytest.fixture

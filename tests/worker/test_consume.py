@@ -14,11 +14,13 @@ from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
 from schemas.frame import Position
+from tests.chaos.proxy import flaky_broker
 from tests.conftest import Topic
 from tests.worker.test_kafka_batches import ZEROS, packing
 from tests.worker.test_kafka_records import Latin
 from worker.consume import FrameConsumer, _Listener
 from worker.kafka_batches import Unreadable
+from worker.kafka_client import create_topics
 from worker.offsets import Offsets, Partition
 
 
@@ -148,6 +150,27 @@ def test_what_the_store_does_not_answer_is_no_error_of_the_broker(
     consumer.commit(now=True)
     assert len(errors) == asked + 1
     assert set(errors) == {"store"}
+
+
+def test_a_broker_that_hangs_when_asked_where_a_partition_begins_holds_up_the_loop_for_a_moment(
+    notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.consume.OFFSETS_TIMEOUT_MS", 500)
+    with flaky_broker() as broker:
+        kafka = Kafka(bootstrap=f"127.0.0.1:{broker.port}")
+        create_topics(kafka, 1)
+        errors: list[str] = []
+        consumer = FrameConsumer(kafka, Offsets(), notes, threading.Event(), errors.append)
+        wait_for(consumer, 1)
+        partition = kafka.topics.frames, 0
+        notes.kept[partition] = 4
+        broker.hold(True)
+        began = time.monotonic()
+        assert consumer._behind({partition: 10}) == {partition: 10}
+        assert time.monotonic() - began < 5
+        assert errors == ["poll"]
+        broker.hold(False)
+        consumer.close()
 
 
 def test_a_rewind_reads_again_from_the_oldest_in_hand(
