@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from schemas.policy import PolicyChange
+from schemas.policy import AskedChange
 
 COMMAND_TYPE = "io.driftkeel.command.v1"
 EVERY_STREAM = "*"
@@ -26,7 +26,7 @@ class Command(BaseModel):
     stream: str = Field(min_length=1, max_length=1_000, description="a stream id, or * for every stream")
     action: Action
     snapshot: int = Field(1, ge=1, le=1_000, description="rollback: how many snapshots back; 1 is the newest")
-    policy: PolicyChange | None = Field(None, description="policy: what shall hold from now on")
+    policy: AskedChange | None = Field(None, description="policy: what shall hold from now on")
     by: str = Field("", max_length=200, description="who asks")
     reason: str = Field("", max_length=1_000)
 

@@ -16,7 +16,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from schemas.policy import Policy, PolicyChange
+from schemas.policy import AskedChange, Policy
 
 ENVIRONMENT_PREFIX = "DRIFTKEEL__"
 STORE_SCHEMES = (
@@ -324,7 +324,7 @@ class WorkerConfig(BaseSettings):
     adapt: Adapt = Adapt()
     guard: Guard = Guard()
     policy: Policy = Field(Policy(), description="of every stream, but for what `streams` and commands change")
-    streams: dict[str, PolicyChange] = Field(default_factory=dict, description="policies of single streams")
+    streams: dict[str, AskedChange] = Field(default_factory=dict, description="policies of single streams")
     metrics: Metrics = Metrics()
     console: Console = Console()
     log: Log = Log()

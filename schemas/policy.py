@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, time
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 Mode = Literal["auto", "shadow", "canary", "approve"]
 SPAN = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+
+
+def _are_spans(spans: tuple[str, ...]) -> tuple[str, ...]:
+    for span in spans:
+        if not SPAN.fullmatch(span):
+            raise ValueError(f"{span!r} is not a span such as 22:00-06:00")
+    return spans
 
 
 class Policy(BaseModel):
@@ -30,9 +37,10 @@ class Policy(BaseModel):
     @field_validator("quiet_hours")
     @classmethod
     def _spans(cls, spans: tuple[str, ...]) -> tuple[str, ...]:
-        for span in spans:
-            if not SPAN.fullmatch(span):
-                raise ValueError(f"{span!r} is not a span such as 22:00-06:00")
+        for span in _are_spans(spans):
+            begin, end = span.split("-")
+            if begin == end:
+                raise ValueError(f"{span!r} ends where it begins; for the whole day write 00:00-12:00 and 12:00-00:00")
         return spans
 
     def is_quiet(self, moment: datetime) -> bool:
@@ -60,8 +68,17 @@ class PolicyChange(BaseModel):
     @field_validator("quiet_hours")
     @classmethod
     def _spans(cls, spans: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return Policy(quiet_hours=spans).quiet_hours if spans is not None else None
+        return _are_spans(spans) if spans is not None else None
 
     def over(self, policy: Policy) -> Policy:
         """`policy` with these rules changed."""
         return policy.model_copy(update=self.model_dump(exclude_none=True))
+
+
+def _makes_a_policy(change: PolicyChange) -> PolicyChange:
+    Policy.model_validate(change.model_dump(exclude_none=True))
+    return change
+
+
+# A change that somebody asks for now. What is stored of earlier ones is not held to rules that came later.
+AskedChange = Annotated[PolicyChange, AfterValidator(_makes_a_policy)]

@@ -68,6 +68,16 @@ def test_every_mistake_has_its_line(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ('policy: {quiet_hours: "22:00-06:00"}', "policy.quiet_hours: input should be a list, such as [a, b]"),
+        (
+            'policy: {quiet_hours: ["10:00-10:00"]}',
+            "policy.quiet_hours: '10:00-10:00' ends where it begins; "
+            "for the whole day write 00:00-12:00 and 12:00-00:00",
+        ),
+        (
+            'streams: {cam-7: {quiet_hours: ["10:00-10:00"]}}',
+            "streams.cam-7.quiet_hours: '10:00-10:00' ends where it begins; "
+            "for the whole day write 00:00-12:00 and 12:00-00:00",
+        ),
         ("streams: {cam-7: shadow}", "streams.cam-7: input should be a section, keys with values"),
         ("streams: [cam-7]", "streams: input should be a section, keys with values"),
         ("kafka:", "kafka: input should be a section, keys with values"),

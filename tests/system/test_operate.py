@@ -202,6 +202,11 @@ def test_there_is_no_snapshot_number_0() -> None:
 def test_a_wrong_value_is_named_by_its_option() -> None:
     for option, value, text in (
         ("--quiet-hours", "25:00-06:00", "'25:00-06:00' is not a span such as 22:00-06:00"),
+        (
+            "--quiet-hours",
+            "10:00-10:00",
+            "'10:00-10:00' ends where it begins; for the whole day write 00:00-12:00 and 12:00-00:00",
+        ),
         ("--canary-share", "3", "Input should be less than or equal to 1"),
     ):
         result = run_cli("command", "policy", "cam", option, value)
