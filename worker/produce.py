@@ -205,7 +205,8 @@ class Player:
         for number, item in self._rounds():
             if self.stop.is_set() or self._enough():
                 break
-            self._play(item, f"{number}." if number else "")
+            # A round's frames are no item's frames by number: what is read back later must not take them for these.
+            self._play(item, f"{number}." if self.wishes.loop else "")
 
     def remember(self) -> None:
         """Write what has been acknowledged."""
@@ -219,9 +220,10 @@ class Player:
         items = list(self.items) if self.wishes.loop else self.items
         rounds = 0
         while True:
+            sent = self.tally.sent
             for item in items:
                 yield rounds, item
-            if not self.wishes.loop:
+            if not self.wishes.loop or self.tally.sent == sent:  # a pipe gives its frames once
                 return
             rounds += 1
 

@@ -62,7 +62,9 @@ def produce(
     now: Annotated[
         bool, typer.Option("--now", help="Event time is when a frame is sent, not when it was taken.")
     ] = False,
-    loop: Annotated[bool, typer.Option("--loop", help="Start again at the end; nothing is remembered.")] = False,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Again and again from the beginning, until Ctrl-C; nothing is remembered.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="End after so many frames of each stream.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Send also what an earlier run has sent.")] = False,
     state: Annotated[

@@ -128,8 +128,33 @@ def test_streams_play_at_the_same_time_and_sources_of_one_in_turn(site: Site, tm
 def test_a_loop_numbers_its_rounds_and_remembers_nothing(site: Site, tmp_path: Path) -> None:
     path = make_video(tmp_path / "cam.mp4", frames=3, fps=30)
     assert site.play(path, wishes=Wishes(fast=True, loop=True, limit=7)).sent == 7
-    assert site.ids(7) == ["0", "1", "2", "1.0", "1.1", "1.2", "2.0"]
+    assert site.ids(7) == ["0.0", "0.1", "0.2", "1.0", "1.1", "1.2", "2.0"]
     assert site.play(path).sent == 3
+
+
+def test_a_loop_is_not_read_back_as_what_an_ordinary_run_has_sent(site: Site, tmp_path: Path) -> None:
+    first, second = (make_video(tmp_path / f"{name}.mp4", frames=3, fps=30) for name in "ab")
+    site.play(first)  # from here on the topic is read back
+    site.play(second, wishes=Wishes(fast=True, loop=True, limit=4))
+    assert site.play(second).sent == 3
+
+
+def test_a_loop_ends_where_nothing_can_be_played_again(site: Site, tmp_path: Path) -> None:
+    path = make_video(tmp_path / "cam.mp4", frames=3, fps=30)
+
+    class Once:
+        """As a pipe."""
+
+        remembered, live, name = False, False, "once"
+
+        def __init__(self) -> None:
+            self._pictures = find(str(path))[1][0].pictures(Style(), 0)
+
+        def pictures(self, style: Style, skip: int) -> Iterator[Picture]:
+            yield from self._pictures
+
+    wishes = Wishes(fast=True, loop=True)
+    assert [tally.sent for tally in site.run({"cam": [Once()], "none": []}, wishes)] == [3, 0]
 
 
 def test_event_time_can_be_now(site: Site, tmp_path: Path) -> None:
