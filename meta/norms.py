@@ -67,6 +67,7 @@ class AdaptableModel(nn.Module):
                 "the model has no normalisation layer with a scale: nothing can adapt; "
                 "run it as it is, or train one with GroupNorm, LayerNorm or BatchNorm"
             )
+        _without_shortcuts(network)
         self.network = network.float().eval()
         linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
         self.head = linear[-1] if linear else None
@@ -230,6 +231,14 @@ class AdaptableModel(nn.Module):
         if not torch.equal(before, self(frames)):
             for sequence, index, rectifier in taken:
                 sequence[index].rectify, sequence[index + 1] = False, rectifier
+
+
+def _without_shortcuts(network: nn.Module) -> None:
+    """In eval mode torch's transformer layers take their norm layers' weights and call none of them, unless told that
+    their activation does not fit into that."""
+    for module in network.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
 
 
 def _joined(statistics: list[Tensor]) -> Tensor:
