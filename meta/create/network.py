@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,17 @@ def read_weights(path: Path, say: Say) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise BundleError(f"{path} holds no named tensors; save model.state_dict()")
-    return _without_prefix(tensors, say)
+    return tensors
 
 
-def _without_prefix(tensors: dict[str, Tensor], say: Say) -> dict[str, Tensor]:
-    """Names as the bare network has them. Each prefix goes once: what comes again is a module of its own."""
-    left = list(PREFIXES)
-    while prefix := next((p for p in left if all(name.startswith(p) for name in tensors)), None):
+def _without_prefix(tensors: dict[str, Tensor], known: Container[str], say: Say) -> dict[str, Tensor]:
+    """Wrappers put something in front of every name, also one around the other; a network's own names stay."""
+    while not any(name in known for name in tensors):
+        prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None)
+        if prefix is None:
+            break
         say(f"weights: names begin with {prefix!r}, which is left out")
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        left.remove(prefix)
     return tensors
 
 
@@ -71,6 +72,7 @@ def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path, say
     if low or any(p.dtype != torch.float32 for p in network.parameters()):
         say(f"weights: {', '.join(low) or 'the network'} converted to float32, in which the worker computes")
     network.float().eval()
+    tensors = _without_prefix(tensors, network.state_dict().keys(), say)
     try:
         wrong = network.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

@@ -292,19 +292,20 @@ def test_checkpoints_as_training_loops_leave_them(tmp_path: Path, half: bool) ->
     assert not network.training
 
 
-@pytest.mark.parametrize("front", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
-def test_what_wrappers_put_before_the_names_goes(tmp_path: Path, front: str) -> None:
-    torch.save({f"{front}{name}": tensor for name, tensor in _weights(batchnorm_net())}, tmp_path / "w.pt")
-    assert list(read_weights(tmp_path / "w.pt", quiet)) == [name for name, _ in _weights(batchnorm_net())]
-
-
-def test_a_networks_own_module_keeps_its_name(tmp_path: Path) -> None:
-    torch.save({"module.module.weight": torch.ones(1)}, tmp_path / "w.pt")
-    assert list(read_weights(tmp_path / "w.pt", quiet)) == ["module.weight"]
-
-
 def _weights(network: nn.Module) -> list[tuple[str, Tensor]]:
     return list(network.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("own", ["", "module."])
+def test_names_that_wrappers_put_in_front(tmp_path: Path, wrapped: str, own: str) -> None:
+    """What a network calls its own parts is left alone, whatever it looks like."""
+    source, network = batchnorm_net(), batchnorm_net()
+    torch.save({f"{wrapped}{own}{name}": t for name, t in _weights(source)}, tmp_path / "w.pt")
+    whole = nn.ModuleDict({"module": network}) if own else network
+    load_weights(whole, read_weights(tmp_path / "w.pt", quiet), tmp_path / "w.pt", quiet)
+    for (_, expected), (_, found) in zip(_weights(source), _weights(network), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
