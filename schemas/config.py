@@ -159,7 +159,7 @@ class Batch(Section):
     max_hold_ms: int = Field(
         10_000, ge=0, description="frames held for min_adapt longer than this count without an update"
     )
-    max_pass: int = Field(64, ge=1, description="frames of all streams in one pass; each thread runs its own")
+    max_pass: int = Field(128, ge=1, description="frames of all streams in one pass; each thread runs its own")
     max_buffered: int = Field(16_384, ge=1, description="frames in memory before partitions are paused")
     max_buffered_bytes: int = Field(
         256 << 20, ge=1 << 20, description="the same for their pixels in the model's size; two passes have room anyway"

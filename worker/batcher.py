@@ -10,6 +10,7 @@ from schemas.prediction import Parameters
 from worker.decode import DecodedFrame
 
 MAX_TURNS = 1 << 16
+AT_REST = 4  # times max_batch: what a stream that makes no update may put into one pass
 SMALL_PASS = 32  # frames; smaller passes are not worth their overhead
 
 
@@ -99,7 +100,7 @@ class MicroBatcher:
         What is due is divided by `shares`, so that as many passes find work, unless they would become too small.
         Where a pass goes anyway, micro-batches ride along that have nothing to gain by waiting longer: slow cameras
         would else have a pass for a frame or two each.
-        Of a stream that `rests`, and so will make no update, all that waits may go at once, up to `limit`; it is asked
+        Of a stream that `rests`, and so will make no update, four times as many may go at once; it is asked
         with the oldest of its frames that is not predicted yet, None where there is none.
         """
         pressed = self._pressed
@@ -179,7 +180,7 @@ class MicroBatcher:
         if waiting.frames <= most:
             return most
         oldest = waiting.fresh[0] if waiting.fresh else None
-        return most if self._adapt and not rests(stream, oldest) else limit
+        return most if self._adapt and not rests(stream, oldest) else min(limit, AT_REST * most)
 
     def _due(self, waiting: _Waiting, pressed: bool) -> float:
         if waiting.frames >= self._settings.max_batch and waiting.fresh:

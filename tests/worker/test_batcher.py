@@ -213,6 +213,14 @@ def test_streams_that_rest_go_in_larger_micro_batches() -> None:
     assert len(batcher) == 84
 
 
+def test_a_stream_that_rests_leaves_room_for_others_in_a_large_pass() -> None:
+    """And drift detection a look at it before it has gone far."""
+    batcher = MicroBatcher(Batch(max_batch=16, max_pass=256))
+    for stream in ("a", "b"):
+        batcher.add(frames(stream, 100))
+    assert [len(b.frames) for b in batcher.take(1.0, 256, rests=lambda stream, oldest: True)] == [64, 64]
+
+
 def test_whether_a_stream_rests_is_asked_with_its_oldest_frame_to_predict() -> None:
     batcher = MicroBatcher(Batch(max_batch=16, max_pass=64, min_adapt=4, max_wait_ms=10))
     sent = frames("a", 40)
