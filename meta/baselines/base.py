@@ -286,18 +286,23 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def classifier(model: AdaptableModel) -> nn.Linear:
-    """The last linear layer, for methods that work on what goes into it. Raises BundleError where there is none."""
-    layers = [module for module in model.network.modules() if isinstance(module, nn.Linear)]
+def classifier(setup: Setup) -> nn.Linear:
+    """The last linear layer with an output per class, for methods that work on what goes into it. Raises BundleError
+    where there is none."""
+    linear = [module for module in setup.model.network.modules() if isinstance(module, nn.Linear)]
+    layers = [module for module in linear if module.out_features == setup.classes]
     if not layers:
-        raise BundleError("this method works on the input of a linear classifier, and the model has no linear layer")
+        raise BundleError(
+            "this method works on the input of a linear classifier, and the model has no linear layer with an output "
+            "for each class"
+        )
     return layers[-1]
 
 
-def with_penultimate(model: AdaptableModel, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def with_penultimate(setup: Setup, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """The result of a forward pass and what went into its classifier, (B, D)."""
     caught: list[Tensor] = []
-    handle = classifier(model).register_forward_pre_hook(lambda _, given: caught.append(given[0]))
+    handle = classifier(setup).register_forward_pre_hook(lambda _, given: caught.append(given[0]))
     try:
         return run(), caught[-1]
     finally:

@@ -372,6 +372,31 @@ def test_methods_on_features_need_a_linear_classifier() -> None:
             build(name, setup)
 
 
+class Squeezed(nn.Module):
+    """A linear classifier, if any, registered before the linear layers of a squeeze-and-excitation block."""
+
+    def __init__(self, linear: bool) -> None:
+        super().__init__()
+        self.head: nn.Module = nn.Linear(6, 3) if linear else nn.Conv2d(6, 3, 1)
+        self.first, self.norm = nn.Conv2d(1, 6, 3), nn.GroupNorm(2, 6)
+        self.squeeze = nn.Sequential(nn.Linear(6, 2), nn.ReLU(), nn.Linear(2, 6), nn.Sigmoid())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x))
+        x = x * self.squeeze(x.mean((2, 3)))[:, :, None, None]
+        return self.head(x.mean((2, 3))) if isinstance(self.head, nn.Linear) else self.head(x).mean((2, 3))
+
+
+def test_the_classifier_is_the_linear_layer_with_an_output_per_class() -> None:
+    frames, stream = torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
+    model = AdaptableModel(Squeezed(linear=True))
+    method = build("neo", Setup(model, SETUPS["group"].source, 3, torch.zeros(1), torch.ones(1)))
+    assert method.predict(frames, stream, method.fresh(1)).answer.shape == (4, 3)
+    convolved = AdaptableModel(Squeezed(linear=False))
+    with pytest.raises(BundleError, match="no linear layer with an output for each class"):
+        build("neo", Setup(convolved, SETUPS["group"].source, 3, torch.zeros(1), torch.ones(1)))
+
+
 def test_the_oracle_asks_for_its_labels() -> None:
     method = build("oracle", SETUPS["group"])
     with pytest.raises(ValueError, match="needs the labels"):
