@@ -14,7 +14,7 @@ Parameters = Literal["source", "adapted", "approved"]
 class ClassScore(BaseModel):
     """One of the most likely classes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     index: int = Field(ge=0)
     label: str
@@ -22,9 +22,9 @@ class ClassScore(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What the worker says of one frame. Consumers deduplicate on `id`."""
+    """What the worker says of one frame. Consumers deduplicate on `id`, and pass over fields that they do not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     schema_version: Literal[1] = 1
     id: str = Field(description="topic/partition/offset of the frame")

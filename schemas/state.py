@@ -26,10 +26,15 @@ Count = Annotated[int, Field(ge=0, le=10**15)]
 Digest = Annotated[str, Field(max_length=64)]
 
 
-class RunningProxies(BaseModel):
-    """Exponential means over the stream's recent frames, and how many frames they rest on."""
+class Stored(BaseModel):
+    """A part of a stored state. Fields that a later version has added are passed over, and gone with the next write:
+    while two versions run side by side, or one goes back, no stream loses more than these."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
+
+
+class RunningProxies(Stored):
+    """Exponential means over the stream's recent frames, and how many frames they rest on."""
 
     frames: Count = 0
     confidence: float = Field(0.0, ge=0, le=1)
@@ -44,20 +49,16 @@ class RunningProxies(BaseModel):
     source_accuracy: float | None = Field(None, ge=0, le=1)
 
 
-class Level(BaseModel):
+class Level(Stored):
     """A robust running level of a positive signal: centre and spread of its logarithm."""
-
-    model_config = ConfigDict(extra="forbid")
 
     seen: Count = 0
     centre: FiniteFloat = 0.0
     spread: FiniteFloat = Field(0.0, ge=0, description="mean absolute deviation")
 
 
-class GuardState(BaseModel):
+class GuardState(Stored):
     """What the guard knows of a stream."""
-
-    model_config = ConfigDict(extra="forbid")
 
     gradient: Level = Field(default_factory=Level, description="of the raw gradient's norm")
     update: Level = Field(default_factory=Level, description="of the generated gradient's norm")
@@ -81,10 +82,8 @@ class GuardState(BaseModel):
     sound: Count = Field(0, description="frames since the last reset")
 
 
-class DriftWatch(BaseModel):
+class DriftWatch(Stored):
     """What drift detection knows of a stream; the lists have one value per signal."""
-
-    model_config = ConfigDict(extra="forbid")
 
     adapting: bool = Field(True, description="whether the stream is new, or has moved and not settled yet")
     seen: int = Field(0, ge=0, description="micro-batches since that changed")
@@ -95,10 +94,8 @@ class DriftWatch(BaseModel):
     fall: list[float] = Field(default_factory=list, description="and downwards")
 
 
-class HourlyUpdates(BaseModel):
+class HourlyUpdates(Stored):
     """Updates applied within one hour of the clock."""
-
-    model_config = ConfigDict(extra="forbid")
 
     hour: int = Field(0, ge=0, description="hours since the epoch")
     updates: int = Field(0, ge=0)
@@ -112,10 +109,8 @@ class HourlyUpdates(BaseModel):
         return HourlyUpdates(hour=int(now // HOUR_S), updates=self.within(now) + 1)
 
 
-class StreamHeader(BaseModel):
+class StreamHeader(Stored):
     """All of a stream's state but its tensors."""
-
-    model_config = ConfigDict(extra="forbid")
 
     version: Literal[1] = FORMAT_VERSION
     stream: str
@@ -151,10 +146,10 @@ class StreamState(BaseModel):
     tensors: dict[str, Tensor]
 
 
-class Snapshot(BaseModel):
+class Snapshot(Stored):
     """What is kept beside the tensors of a state that a stream may return to."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True)
 
     time: datetime
     reason: str

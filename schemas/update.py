@@ -34,7 +34,7 @@ Decision = Literal[
 class Proxies(BaseModel):
     """What the stream looked like without labels, averaged over recent frames."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     estimated_accuracy: float = Field(ge=0, le=1, description="of the parameters that adapt")
     low: float | None = Field(None, ge=0, le=1, description="lower end of its 90% interval")
@@ -47,9 +47,12 @@ class Proxies(BaseModel):
 
 
 class UpdateEvent(BaseModel):
-    """Why a stream's parameters changed, or did not. Consumers deduplicate on `id`."""
+    """Why a stream's parameters changed, or did not. Consumers deduplicate on `id`.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Fields that a later version has added are passed over; the chain is one of bytes, and holds.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
     schema_version: Literal[1] = 1
     id: str = Field(

@@ -17,8 +17,8 @@ from monitoring.metrics import WorkerMetrics
 from schemas.command import Command
 from schemas.config import Adapt, Kafka, Store
 from schemas.policy import Policy
-from schemas.state import DriftWatch, GuardState, RunningProxies, decode_header
-from schemas.update import Proxies, UpdateEvent, seal
+from schemas.state import DriftWatch, GuardState, RunningProxies, decode_header, encode_header
+from schemas.update import Proxies, UpdateEvent, digest, seal
 from tests.servers import wait_until
 from worker.answer import Policies
 from worker.engine import Engine
@@ -155,6 +155,32 @@ def test_a_restart_from_source_does_not_replace_an_event_that_nobody_published(
     # One that goes on leaves no more than its own beside the state.
     assert third.write([change(third, "unfreeze")]) == [True]
     assert len((site.store.read("cam").event or b"").splitlines()) == 1
+
+
+def test_what_a_later_version_wrote_is_read_but_for_fields_that_it_added(site: Site, topic, store_url: str) -> None:
+    """As while workers of two versions run, or after one went back: no stream restarts, and no event is withheld."""
+    later = site.worker("later")
+    later.ensure(["cam"])
+    entry = change(later, "freeze")
+    entry.header.positions, entry.header.guard = {"frames/0": 41}, GuardState(alarms=3)
+    content = entry.events[0].content.replace(b'"flipped":', b'"added":{"to":"it"},"flipped":')
+    entry.header.last_event = digest(content)
+    assert later.write([entry]) == [True]
+    client = redis.Redis.from_url(store_url)
+    client.hset(site.store.keys("cam")[0], "event", content)
+    stored = encode_header(entry.header)
+    for part in (b'"guard":{', b'"drift":'):
+        assert part in stored
+        stored = stored.replace(part, part + b'"added":1,' if part.endswith(b"{") else b'"added":1,' + part)
+    client.hset(site.store.keys("cam")[0], "header", stored)
+    client.close()
+    earlier = site.worker("earlier")
+    earlier.ensure(["cam"])
+    site.settle()
+    assert earlier.engine.resident("cam").header == entry.header
+    (read,) = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 1)
+    assert read.value == content
+    assert earlier.write([change(earlier, "unfreeze")]) == [True]
 
 
 def taught(site: Site) -> Streams:
