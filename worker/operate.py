@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from meta.method import State
 from monitoring.proxies import estimate
 from schemas.command import Command
 from schemas.config import WorkerConfig
@@ -103,7 +104,7 @@ class Operator:
         """Back to a snapshot: 1 is the newest."""
         command = Command(stream=stream, action="rollback", snapshot=back, reason=reason)
         self._known(stream)
-        chosen_snapshot(self._store.snapshots(stream), stream, back, self._like, self._bundle)
+        self._chosen(self._store.snapshots(stream), stream, back)
         return self._obey(command)
 
     def import_file(self, stream: str, content: bytes, reason: str) -> UpdateEvent:
@@ -153,7 +154,10 @@ class Operator:
         except StateError:  # What cannot be read is about to be replaced.
             header = header if header.events else after_last_event(header, claimed.event)
         snapshots = self._store.snapshots(stream)
-        return Subject(header, tensors, lambda back: chosen_snapshot(snapshots, stream, back, self._like, self._bundle))
+        return Subject(header, tensors, lambda back: self._chosen(snapshots, stream, back))
+
+    def _chosen(self, snapshots: list[tuple[bytes, bytes]], stream: str, back: int) -> tuple[Snapshot, State]:
+        return chosen_snapshot(snapshots, stream, back, self._like, self._bundle, self._limit)
 
 
 def require_known(store: StateStore, streams: list[str]) -> list[Overview]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
@@ -20,6 +20,7 @@ from schemas.state import (
     decode_tensors,
 )
 from schemas.update import Decision, UpdateEvent, digest
+from worker.compress import unpack
 from worker.engine import Engine
 from worker.obey import moved
 from worker.store import Claimed
@@ -66,9 +67,9 @@ class Restorer:
         approved = self._approved(old, claimed.approved)
         fresh.approved = old.approved if approved else None
         try:
-            if claimed.tensors is None:
+            if (tensors := claimed.tensors) is None:
                 raise StateError("the stored state expired while the stream was idle, or its tensors were evicted")
-            state = decode_state(claimed.header, claimed.tensors, self._engine.like, self._max_state_bytes)
+            state = decode_state(claimed.header, tensors, self._engine.like, self._max_state_bytes)
         except StateError as error:
             return self._from_source(fresh, str(error), approved)
         state.header.approved = fresh.approved
@@ -79,9 +80,9 @@ class Restorer:
 
     def _moved(self, old: StreamHeader, claimed: Claimed) -> Restored:
         """From another bundle."""
-        if claimed.tensors is not None and len(claimed.tensors) > self._max_state_bytes:
-            claimed = replace(claimed, tensors=None)
-        carried = self._upgrade.moved(old, claimed.tensors)
+        if (tensors := claimed.tensors) is not None and len(tensors) > self._max_state_bytes:
+            tensors = None
+        carried = self._upgrade.moved(old, tensors)
         if carried.tensors is None:
             return self._from_source(carried.header, carried.why)
         approved = self._approved(old, claimed.approved)
@@ -105,15 +106,17 @@ class Restorer:
 
 
 def chosen_snapshot(
-    snapshots: Sequence[tuple[bytes, bytes]], stream: str, back: int, like: State, bundle: str
+    snapshots: Sequence[tuple[bytes, bytes]], stream: str, back: int, like: State, bundle: str, max_bytes: int
 ) -> tuple[Snapshot, State]:
-    """The `back`th of stored snapshots, 1 being the newest. Raises StateError where there is none that fits."""
+    """The `back`th of stored snapshots, 1 being the newest. Raises StateError where there is none that fits, within
+    `max_bytes`."""
     if not snapshots:
         raise StateError(f"stream {stream!r} has no snapshots yet; 'reset' leads back to the source model")
     if not 1 <= back <= len(snapshots):
         kept = f"{len(snapshots)} snapshot{'' if len(snapshots) == 1 else 's'}"
         raise StateError(f"stream {stream!r} has {kept}, there is no number {back}; 'streams show' lists them")
-    snapshot, state = decode_snapshot(*snapshots[back - 1], like, bundle)
+    said, packed = snapshots[back - 1]
+    snapshot, state = decode_snapshot(said, unpack(packed, max_bytes), like, bundle)
     return snapshot, state.tensors
 
 

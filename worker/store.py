@@ -54,18 +54,33 @@ KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
 
 @dataclass(frozen=True)
 class Claimed:
-    """A claim, and what was stored: header is None for a stream never written, tensors also for an expired one.
+    """A claim, and what was stored: header is None for a stream never written, `packed` (its tensors) also for an
+    expired one.
 
     `foreign` says what lies under one of the stream's keys that no worker wrote; then nothing is claimed, token is 0.
     So it is for a new stream where only known ones were to be claimed.
+
+    Tensors are unpacked where they are asked for, and not kept: a small value may become `max_bytes`, and those of
+    many streams that are claimed at once would fill the memory.
     """
 
     token: int
     header: bytes | None
-    tensors: bytes | None
+    packed: bytes | None
     event: bytes | None
-    approved: bytes | None = None
+    packed_approved: bytes | None = None
     foreign: str = ""
+    max_bytes: int = 0
+
+    @property
+    def tensors(self) -> bytes | None:
+        """The stream's tensors as a safetensors file, unpacked."""
+        return self.packed and unpack(self.packed, self.max_bytes)
+
+    @property
+    def approved(self) -> bytes | None:
+        """The same of parameters that a person approved."""
+        return self.packed_approved and unpack(self.packed_approved, self.max_bytes)
 
 
 @dataclass(frozen=True)
@@ -181,7 +196,8 @@ class StateStore:
         ]
 
     def snapshots(self, stream: str) -> list[tuple[bytes, bytes]]:
-        """Kept states as (what was said of them, tensors), newest first. Raises StateError where nothing such is."""
+        """Kept states as (what was said of them, packed tensors), newest first. Raises StateError where nothing such
+        is."""
         key = self.keys(stream)[2]
         try:
             packed = self._reach(lambda client: client.lrange(key, 0, -1))
@@ -189,8 +205,7 @@ class StateStore:
             if str(error.__cause__).startswith("WRONGTYPE"):
                 raise StateError(f"key {key} in the store is no list of snapshots: no worker wrote it") from error
             raise
-        kept = [_split(content) for content in packed]
-        return [(said, unpack(tensors, self._settings.max_state_bytes)) for said, tensors in kept]
+        return [_split(content) for content in packed]
 
     def count(self) -> int:
         """How many streams have a state."""
@@ -256,7 +271,7 @@ class StateStore:
         return [
             Claimed(0, None, None, None, foreign=said)
             if (said := self._foreign(row))
-            else Claimed(row[0], row[1], self._unpacked(row[2]), row[3], self._unpacked(row[4]))
+            else Claimed(row[0], row[1], row[2], row[3], row[4], max_bytes=self._settings.max_state_bytes)
             for row in self._scripts(script, calls)
         ]
 
@@ -275,9 +290,6 @@ class StateStore:
             *(snapshot, settings.snapshots, write.number, write.approved or b"", int(write.keeps_approved)),
             "" if write.after is None else write.after,
         ]
-
-    def _unpacked(self, tensors: bytes | None) -> bytes | None:
-        return tensors and unpack(tensors, self._settings.max_state_bytes)
 
     def _mark_key(self, group: str, partition: Partition) -> str:
         topic, number = partition

@@ -69,7 +69,7 @@ class Streams:
         by_bytes = limits.max_resident_bytes // engine.state_bytes
         self._max_resident = max(1, min(limits.max_resident_streams, by_bytes))
         engine.reserve(self._max_resident)
-        self._snapshot_every = settings.snapshot_every
+        self._snapshot_every, self._max_state_bytes = settings.snapshot_every, settings.max_state_bytes
         self._compression = settings.compression
         self._heal = heal
         self._newcomers = Newcomers(settings.max_streams, lambda: heal(store.count))
@@ -204,7 +204,8 @@ class Streams:
     def kept(self, stream: str, back: int) -> tuple[Snapshot, State]:
         """The stream's `back`th newest snapshot. Raises StateError where there is none that fits."""
         snapshots = self._heal(lambda: self._store.snapshots(stream))
-        return chosen_snapshot(snapshots, stream, back, self.engine.like, self.engine.bundle_hash)
+        like, bundle = self.engine.like, self.engine.bundle_hash
+        return chosen_snapshot(snapshots, stream, back, like, bundle, self._max_state_bytes)
 
     def newest(self, stream: str) -> tuple[Snapshot, State] | None:
         """The newest snapshot; None where there is none that fits."""

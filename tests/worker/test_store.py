@@ -1,4 +1,5 @@
 import contextlib
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import redis
 
 from schemas.config import Store
 from schemas.errors import StateError, UnreachableError
+from worker.compress import pack
 from worker.embedded import free_port
 from worker.store import Overview, StateStore, Write
 
@@ -150,6 +152,24 @@ def test_any_stream_id_has_a_key_and_hash_tag_of_its_own(store: StateStore, stre
     assert store.write([write(stream, 1)]) == [True]
     assert store.claim([stream + "x"], "w")[0].header is None
     assert set(store.streams()) == {stream, stream + "x"}
+
+
+def test_states_that_inflate_are_not_all_in_memory_at_once(store: StateStore, store_settings: Store) -> None:
+    """What is a thousandth of it in the store, of all streams that a worker meets at a time."""
+    streams, inflated = [f"cam-{i}" for i in range(16)], bytes(store_settings.max_state_bytes // 32)
+    store.claim(streams, "w")
+    packed = pack(inflated, "deflate")
+    assert store.write([replace(write(s, 1), tensors=packed, approved=packed) for s in streams]) == [True] * 16
+    snapshots = [replace(write("cam-0", 1, number=n), tensors=packed, snapshot=b"s") for n in range(2, 7)]
+    assert store.write(snapshots) == [True] * 5
+    tracemalloc.start()
+    try:
+        for claimed in store.claim(streams, "next"):
+            assert claimed.tensors == claimed.approved == inflated
+        assert len(store.snapshots("cam-0")) == 5
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(inflated)
+    finally:
+        tracemalloc.stop()
 
 
 def test_unreachable_store_names_its_address_and_no_password(open_store: OpenStore) -> None:
