@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Literal
+from datetime import UTC, datetime
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from schemas.prediction import Parameters
 
@@ -29,6 +29,13 @@ Decision = Literal[
     "carried",
     "deleted",
 ]
+
+
+def _of_a_clock(moment: datetime) -> datetime:
+    """In UTC. What reads events, from charts to spreadsheets, has no room around the ends of the calendar."""
+    if not 1970 <= moment.year <= 9_000:
+        raise ValueError(f"no worker's clock says {moment}")
+    return moment.astimezone(UTC)
 
 
 class Proxies(BaseModel):
@@ -59,7 +66,7 @@ class UpdateEvent(BaseModel):
         pattern=r"@[1-9][0-9]{0,17}$", description="stream@number, number counting the events of the stream"
     )
     stream: str
-    time: datetime
+    time: Annotated[AwareDatetime, AfterValidator(_of_a_clock)]
     decision: Decision
     reason: str
     frames: list[str] = Field(description="positions of the frames covered")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from rich.console import Console
 
 from schemas.errors import StateError
@@ -287,6 +288,16 @@ def test_events_are_json_that_others_can_check(tmp_path: Path) -> None:
 def test_numbers_that_no_event_has(number: str) -> None:
     content = chain("cam", 1)[0].content.replace(b"cam@1", f"cam@{number}".encode())
     assert named([Record(content, "here")]) == [("unreadable", "here")]
+
+
+@pytest.mark.parametrize(
+    "time", ["2026-11-28T12:00:00", "0001-01-01T00:00:00Z", "9999-12-31T23:59:59-23:59", "9998-01-01T00:00:00Z", -1e11]
+)
+def test_times_that_no_clock_says_are_no_events(time: str | float) -> None:
+    """The console's reader ended with the first of them, and with others the audit report."""
+    written = json.loads(chain("cam", 1)[0].content)
+    with pytest.raises(ValidationError, match="time"):
+        UpdateEvent.model_validate_json(json.dumps({**written, "time": time}))
 
 
 def test_names_do_not_steer_the_terminal() -> None:
