@@ -19,5 +19,5 @@ def yaml_content(path: Path, what: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{what} {path} is not YAML, line {line}: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # The second: a date or a number that there is not.
         raise ConfigError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from error

@@ -89,6 +89,17 @@ def test_mistakes_are_said_in_words_of_the_file(content: str, said: str, tmp_pat
     assert str(caught.value).endswith(f"worker.yaml: {said}")
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["worker: 2026-13-45", "worker: 2026-01-01 25:61:00", f"threads: {'1' * 5_000}", "threads: !!int one", "[" * 5_000],
+)
+def test_what_looks_like_a_date_or_a_number_and_is_none(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "site.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"site\.yaml is not YAML: "):
+        load_config(path)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "none.yaml")
