@@ -12,6 +12,7 @@ import sys
 from datetime import UTC, datetime
 
 from schemas.config import Log
+from worker.terminal import printable
 
 _PLAIN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -30,13 +31,19 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class _Text(logging.Formatter):
+    """Messages quote what comes from outside: it may neither steer a terminal nor look like a line of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 def set_up_logging(settings: Log) -> None:
     """Configure the root logger; the Kafka client speaks only where everything is to be heard."""
     as_json = settings.format == "json" or (settings.format == "auto" and not sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        _JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
-    )
+    handler.setFormatter(_JsonLines() if as_json else _Text("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
     # It says every error several times a second while the broker is away. We say that it is, with what to do.
     logging.getLogger("kafka").setLevel(logging.WARNING if settings.level == "debug" else logging.CRITICAL)

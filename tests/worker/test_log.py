@@ -67,6 +67,15 @@ def test_people_get_text_on_a_terminal(capsys: pytest.CaptureFixture[str], monke
     assert line.endswith("WARNING cam@7: rolled_back (collapse: of all kinds)")
 
 
+def test_what_a_message_quotes_makes_no_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging(Log(format="text"))
+    logging.getLogger("driftkeel.commands").error("no command: %s", "x\n12:00:00 ERROR   all is lost \x1b[31m")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "no command: x\N{REPLACEMENT CHARACTER}12:00:00 ERROR   all is lost \N{REPLACEMENT CHARACTER}[31m"
+    )
+
+
 @pytest.mark.parametrize(("level", "heard"), [("info", False), ("debug", True)])
 def test_the_kafka_client_is_heard_where_everything_is(
     level: str, heard: bool, capsys: pytest.CaptureFixture[str]
