@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The checked manifest. Raises BundleError."""
     path = folder / MANIFEST
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
+        if _size(path) > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
@@ -222,7 +223,7 @@ def _baseline(name: str, manifest: Manifest, model: AdaptableModel, source: Sour
 def _checked_file(folder: Path, name: str, entry: FileEntry) -> bytes:
     path = folder / name
     try:
-        if entry.size > MAX_FILE_BYTES or path.stat().st_size != entry.size:
+        if entry.size > MAX_FILE_BYTES or _size(path) != entry.size:
             raise BundleError(
                 f"{path} does not have the {entry.size} bytes that the manifest says; get the bundle again"
             )
@@ -232,6 +233,15 @@ def _checked_file(folder: Path, name: str, entry: FileEntry) -> bytes:
     if hashlib.sha256(content).hexdigest() != entry.sha256:
         raise BundleError(f"{path} was altered: its SHA-256 is not the manifest's; get the bundle again")
     return content
+
+
+def _size(path: Path) -> int:
+    """Of a plain file, in bytes. Raises BundleError for what a link may lead to instead: a device, or a pipe that
+    nobody writes, has no end. Raises OSError."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError(f"{path} is no plain file; get the bundle again")
+    return found.st_size
 
 
 def _part(contents: dict[str, bytes], folder: Path, name: str) -> bytes:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -115,6 +116,15 @@ def test_a_verdict_of_another_make_is_named_with_its_place(copy_of: Path) -> Non
     edit(copy_of, files=files)
     with pytest.raises(BundleError, match=r"verdict.json is no valid verdict: schema_version: Input should be 1$"):
         read_verdict(copy_of)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+def test_a_link_to_what_has_no_end_is_not_read(copy_of: Path, name: str) -> None:
+    (copy_of / name).unlink()
+    os.mkfifo(copy_of / "pipe")
+    (copy_of / name).symlink_to("pipe")
+    with pytest.raises(BundleError, match=rf"{name} is no plain file"):
+        load_bundle(copy_of)
 
 
 def test_trusted_factories_are_imported(copy_of: Path) -> None:
