@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from datetime import datetime
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import safetensors
 import safetensors.torch
@@ -181,9 +181,9 @@ def encode_file(state: StreamState) -> bytes:
 def decode_file(content: bytes, like: dict[str, Tensor], max_bytes: int) -> StreamState:
     """What `encode_file` wrote, checked like a stored state. Raises StateError."""
     header = _tensor_metadata(content).get("header")
-    if header is None:
+    if not isinstance(header, str):
         raise StateError("the file has no stream header; export it with 'driftkeel streams export'")
-    return decode_state(header.encode(), content, like, max_bytes)
+    return decode_state(header.encode(errors="replace"), content, like, max_bytes)
 
 
 def decode_state(header: bytes, blob: bytes, like: dict[str, Tensor], max_bytes: int) -> StreamState:
@@ -272,7 +272,7 @@ def decode_header(header: bytes) -> StreamHeader:
         raise StateError(f"the header of the stored state is wrong{where and f' at {where}'}: {words}") from error
 
 
-def _tensor_metadata(blob: bytes) -> dict[str, str]:
+def _tensor_metadata(blob: bytes) -> dict[str, Any]:
     try:
         (length,) = struct.unpack_from("<Q", blob)
         if length > len(blob) - 8:

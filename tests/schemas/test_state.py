@@ -9,6 +9,7 @@ from schemas.errors import StateError
 from schemas.frame import Position
 from schemas.state import (
     StreamHeader,
+    decode_file,
     decode_header,
     decode_state,
     encode_header,
@@ -80,6 +81,12 @@ def test_position_says_what_is_folded() -> None:
 def test_what_is_not_a_state_is_refused(damage, message: str) -> None:
     with pytest.raises(StateError, match=message):
         decode_state(*damage(encode_header(header()), encode_tensors(tensors(), 3)), LIKE, LIMIT)
+
+
+@pytest.mark.parametrize("said", ["7", '["{}"]', '"\\ud800"'])
+def test_a_file_whose_header_is_no_text_is_refused(said: str) -> None:
+    with pytest.raises(StateError):
+        decode_file(with_metadata(f'{{"version":"1","step":"3","header":{said}}}'), LIKE, LIMIT)
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))
