@@ -109,7 +109,7 @@ class Gate:
         if method in {"GET", "HEAD"}:
             return None
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
             return _refuse(403, "the request comes from another site")
         if headers.get("sec-fetch-site", "same-origin") != "same-origin":
             return _refuse(403, "the request comes from another site")

@@ -288,6 +288,7 @@ def test_requests_from_elsewhere_are_refused(site: Site, start: Callable[..., Co
         {"x-driftkeel-csrf": "x"},
         {**good, "origin": "http://evil.example"},
         {**good, "origin": "null"},
+        {**good, "origin": "http://["},
         {**good, "sec-fetch-site": "cross-site"},
     ):
         assert console.ask("POST", "/api/command", reset, headers)[0] == 403
