@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from socketserver import ThreadingMixIn
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 TIMEOUT_S = 10.0
+MAX_OPEN = 64  # connections: a thread and a file descriptor each, which broker and store need, too
 
 
 @dataclass
@@ -29,7 +33,25 @@ class MetricsServer:
 
 
 class _Threads(ThreadingMixIn, WSGIServer):
+    """Where too many connections are open, the oldest goes. A scrape or a probe is over long before it is that; one
+    that sends a byte now and then is not."""
+
     daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self._open: OrderedDict[Any, None] = OrderedDict()
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._open) >= MAX_OPEN:
+            with contextlib.suppress(KeyError, OSError):  # It has ended by itself meanwhile.
+                self._open.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)
+        self._open[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.pop(request, None)
+        super().shutdown_request(request)
 
 
 class _Silent(WSGIRequestHandler):

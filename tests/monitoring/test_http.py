@@ -1,11 +1,15 @@
+import contextlib
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 
 import pytest
 
-from monitoring.http import serve_metrics
+from monitoring.http import MAX_OPEN, serve_metrics
 from monitoring.metrics import WorkerMetrics
+from tests.servers import wait_until
 
 
 def get(port: int, path: str) -> tuple[int, str]:
@@ -48,6 +52,21 @@ def test_a_connection_that_asks_nothing_is_closed(
     finally:
         server.close()
     assert capsys.readouterr().err == ""
+
+
+def test_slow_connections_take_no_more_than_some_threads_and_keep_nobody_out() -> None:
+    server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: True)
+    before = threading.active_count()
+    try:
+        with contextlib.ExitStack() as slow:
+            for _ in range(2 * MAX_OPEN):
+                connection = slow.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=5))
+                connection.sendall(b"GET /metrics HTTP/1.1\r\n")
+                time.sleep(0.005)  # The kernel's queue is short.
+            assert get(server.port, "/healthz")[0] == 200
+            wait_until(lambda: threading.active_count() - before <= MAX_OPEN, "the end of the oldest connections", 5)
+    finally:
+        server.close()
 
 
 def test_taken_port() -> None:
