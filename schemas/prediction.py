@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+
+from schemas.frame import YEARS
 
 PREDICTION_TYPE = "io.driftkeel.prediction.v1"
 Parameters = Literal["source", "adapted", "approved"]
+
+
+def _within_years(moment: datetime) -> datetime:
+    if not YEARS[0] <= moment.year <= YEARS[1]:
+        raise ValueError(f"not every zone has a name for {moment}")
+    return moment
 
 
 class ClassScore(BaseModel):
@@ -29,7 +37,7 @@ class Prediction(BaseModel):
     schema_version: Literal[1] = 1
     id: str = Field(description="topic/partition/offset of the frame")
     stream: str
-    event_time: datetime
+    event_time: Annotated[AwareDatetime, AfterValidator(_within_years)]
     index: int = Field(ge=0, description="class index")
     label: str
     confidence: float = Field(ge=0, le=1, description="calibrated probability of the class")

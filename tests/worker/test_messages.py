@@ -20,7 +20,7 @@ shares = st.floats(0, 1, width=32)
     accuracy=shares,
     waited=st.floats(0, 1e6),
     source=st.sampled_from([None, 0, 1]),
-    moment=st.datetimes(timezones=st.just(UTC)),
+    moment=st.datetimes(datetime(2, 1, 1), datetime(9998, 12, 31), timezones=st.just(UTC)),  # as frames have it
 )
 def test_bytes_are_what_the_contract_would_write(
     stream: str,

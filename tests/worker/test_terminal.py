@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from rich.console import Console
 
 from schemas.policy import Policy, PolicyChange
+from schemas.prediction import Prediction
 from schemas.state import DriftWatch, GuardState, Snapshot, StreamHeader
 from schemas.update import Proxies
 from tests.monitoring.console.records import prediction
@@ -94,3 +97,11 @@ def test_nothing_from_outside_steers_the_terminal() -> None:
     for text in (capture.get(), shown(header(stream=HOSTILE), stream=HOSTILE, owner=HOSTILE)):
         assert "\x1b[2J" not in text
         assert text.count("[/red]") == 2
+
+
+@pytest.mark.parametrize("time", ["2026-11-28T12:00:00", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"])
+def test_no_prediction_has_a_time_that_some_zone_has_no_name_for(time: str) -> None:
+    """`watch` gives times in the zone of who looks, and ended with such a one."""
+    said = json.loads(prediction("cam").model_dump_json()) | {"event_time": time}
+    with pytest.raises(ValidationError, match="event_time"):
+        Prediction.model_validate_json(json.dumps(said))
