@@ -35,6 +35,7 @@ log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
 ASK_AGAIN_S = 0.5
 OFFSETS_TIMEOUT_MS = 5_000
+LAST_CALL_MS, SILENT_S, BRIEF_MS = 5_000, 5.0, 500  # at the end; a broker that was silent before has half a second
 FETCH_BYTES = 256 << 10  # of a partition at a time: what is fetched is served before the other partitions' next frames
 METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
 ASSIGNORS = {"range": RangePartitionAssignor, "cooperative-sticky": CooperativeStickyAssignor}
@@ -295,7 +296,7 @@ class FrameConsumer:
         try:
             self._marks.mark(self._settings.group, offsets)
             if now:
-                self.consumer.commit(_with_metadata(offsets), timeout_ms=5_000)
+                self.consumer.commit(_with_metadata(offsets), timeout_ms=self._last_call_ms)
                 self.offsets.committed(offsets)
             else:
                 self.consumer.commit_async(_with_metadata(offsets), callback=self._committed)
@@ -331,6 +332,10 @@ class FrameConsumer:
         From any thread."""
         return last_answer(self.consumer)
 
+    @property
+    def _last_call_ms(self) -> int:
+        return LAST_CALL_MS if time.monotonic() - self.answered() < SILENT_S else BRIEF_MS
+
     def lag(self) -> dict[Partition, int]:
         """Records of each assigned partition that are not finished, as far as the last fetch knew; while paused, as the
         broker said lately, for which it is waited a moment every few seconds."""
@@ -350,7 +355,8 @@ class FrameConsumer:
 
     def close(self) -> None:
         """Leave the group; nothing more is committed."""
-        self.consumer.close(autocommit=False, timeout_ms=5_000)
+        self.offsets.forget(self.assignment())  # or the listener would, for as long as the broker takes
+        self.consumer.close(autocommit=False, timeout_ms=self._last_call_ms)
 
 
 def _with_metadata(offsets: dict[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -15,11 +16,14 @@ from schemas.config import Kafka
 from schemas.errors import FrameError, UnreachableError
 from schemas.prediction import PREDICTION_TYPE
 from schemas.update import UPDATE_TYPE, SealedEvent
+from worker.kafka_answer import last_answer
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, connection, open_client, until_reached
 from worker.kafka_send import can_follow, follow
 
 log = logging.getLogger("driftkeel.publish")
 ACKNOWLEDGE_TIMEOUT_S = 30.0
+STOP_PATIENCE_S = 5.0  # who is told to stop gives up on a broker that answers nothing for so long
+LOOK_S = 0.1
 MAX_REQUEST_BYTES = 64 << 20
 MAX_BLOCK_MS = 10_000
 PATIENT_ROUNDS = 5  # with growing pauses, each with a producer that has reached the broker
@@ -54,10 +58,16 @@ class Publisher:
     """An idempotent producer. `send` returns at once; `settle` waits until everything sent is acknowledged."""
 
     def __init__(
-        self, settings: Kafka, worker: str, stop: threading.Event, failed: Callable[[str], object] = str
+        self,
+        settings: Kafka,
+        worker: str,
+        stop: threading.Event,
+        failed: Callable[[str], object] = str,
+        stop_patience_s: float = STOP_PATIENCE_S,
     ) -> None:
         """`failed` hears of every round in which the broker did not take all or was not there, to count them."""
         self._settings, self._worker, self._stop, self._failed = settings, worker, stop, failed
+        self._stop_patience_s, self._gave_up = stop_patience_s, False
         self._waiting: list[tuple[Message, Any]] = []
         self._prediction_headers = self._event_headers(PREDICTION_TYPE)
         self._update_headers = self._event_headers(UPDATE_TYPE)
@@ -98,6 +108,7 @@ class Publisher:
                 return
             self._failed("publish")
             if self._stop.is_set():
+                self._gave_up = True
                 raise UnreachableError(f"the broker at {self._settings.bootstrap} did not answer: {reason}")
             log.warning(
                 "%d records not acknowledged by the broker at %s (%s); sending again",
@@ -115,8 +126,9 @@ class Publisher:
         """Wait for every answer; what has to be sent again, and one reason why."""
         failed: list[Message] = []
         reason: KafkaError | None = None
+        since = time.monotonic()
         for message, future in self._waiting:
-            error = future if isinstance(future, KafkaError) else _outcome(future)
+            error = future if isinstance(future, KafkaError) else self._outcome(future, since)
             if error is None:
                 continue
             if message.expendable and message.value and isinstance(error, MessageSizeTooLargeError):
@@ -129,6 +141,27 @@ class Publisher:
             reason = error
         self._waiting = []
         return failed, reason
+
+    def _outcome(self, future: Any, since: float) -> KafkaError | None:
+        """Wait for an answer. `since`: when the wait for the first of them began."""
+        until = time.monotonic() + ACKNOWLEDGE_TIMEOUT_S
+        while not (future.is_done or time.monotonic() > until or self._gives_up(since)):
+            with contextlib.suppress(KafkaError):
+                future.get(timeout=LOOK_S)
+        if not future.is_done:
+            return KafkaTimeoutError("no acknowledgement")
+        try:
+            future.get()
+        except KafkaError as error:
+            failure: KafkaError = error
+            return failure
+        return None
+
+    def _gives_up(self, since: float) -> bool:
+        """Whether we are to stop, and the broker has answered nothing for a while."""
+        if not self._stop.is_set():
+            return False
+        return time.monotonic() - max(since, last_answer(self._producer)) > self._stop_patience_s
 
     def _renew(self, keep_alive: Callable[[], object]) -> None:
         """A new producer: indefinite errors leave an idempotent one in a state of its own."""
@@ -193,7 +226,7 @@ class Publisher:
     def close(self) -> None:
         """Whatever is not acknowledged by now is published again by the streams' next owner."""
         try:
-            self._producer.close(timeout=5)
+            self._producer.close(timeout=0 if self._gave_up else 5)
         except KafkaTimeoutError as error:
             log.warning("left before the broker had acknowledged everything: %s", error)
 
@@ -220,12 +253,3 @@ class Publisher:
             ("ce_source", f"driftkeel/{self._worker}".encode()),
             ("content-type", b"application/json"),
         ]
-
-
-def _outcome(future: Any) -> KafkaError | None:
-    try:
-        future.get(timeout=ACKNOWLEDGE_TIMEOUT_S)
-    except KafkaError as error:
-        failure: KafkaError = error
-        return failure
-    return None

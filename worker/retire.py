@@ -17,7 +17,7 @@ from schemas.errors import StateError, UnreachableError
 from schemas.state import StreamHeader, decode_header
 from schemas.update import SealedEvent, UpdateEvent, seal
 from worker.operate import unknown
-from worker.publish import Publisher
+from worker.publish import ACKNOWLEDGE_TIMEOUT_S, Publisher
 from worker.restore import after_last_event
 from worker.store import Claimed, Overview, StateStore
 
@@ -54,7 +54,7 @@ def described(store: StateStore, stream: str, found: Overview) -> str:
 def publish(kafka: Kafka, name: str, events: list[SealedEvent]) -> None:
     """Send events, and wait until the broker has them. Raises UnreachableError where it does not take them."""
     stop = threading.Event()
-    publisher = Publisher(kafka, name, stop)
+    publisher = Publisher(kafka, name, stop, stop_patience_s=ACKNOWLEDGE_TIMEOUT_S)
     stop.set()  # One round, of half a minute at most: who asks can ask again.
     for sealed in events:
         publisher.update(sealed)

@@ -220,3 +220,35 @@ def test_a_worker_that_fails_while_the_broker_is_away_ends(
                 ended.result(timeout=60)
         finally:
             broker.down(False)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_worker_that_is_told_to_stop_waits_seconds_for_a_broker_that_is_away(
+    worker: Worker, config: WorkerConfig, broker: FlakyProxy, hangs: bool
+) -> None:
+    """And what it did not get acknowledged is neither stored nor committed, but read again."""
+    topic, frames, header = Topic(config.kafka.bootstrap), config.kafka.topics.frames, worker._store.keys("cam")[0]
+    topic.send(frames, [(b"cam", picture(i), []) for i in range(8)])
+    store = redis.Redis(port=int(str(config.store.url.get_secret_value()).rsplit(":", 1)[1].split("/")[0]))
+
+    def folded() -> int:
+        content = store.hget(header, "header")
+        return decode_header(content).frames if content else 0
+
+    turn_until(worker, lambda: bool(worker._flights))
+    before = folded()
+    away = broker.hold if hangs else broker.down
+    away(True)
+    timer = threading.Timer(0.5, worker._stop.set)  # while acknowledgements are waited for
+    timer.start()
+    began = time.monotonic()
+    worker.run()
+    took = time.monotonic() - began
+    away(False)
+    assert took < 12
+    assert folded() == before < 8
+    second = Worker(config, threading.Event())
+    turn_until(second, lambda: folded() == 8)
+    second._stop.set()
+    second.run()
+    store.close()
