@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,11 +23,14 @@ from schemas.config import Kafka, WorkerConfig
 from schemas.errors import SourceError
 from schemas.prediction import Prediction
 from worker.decode import FORMATS
+from worker.kafka_answer import last_answer
 from worker.kafka_batches import PassedOver
 from worker.kafka_client import connection, open_client, require_topics, until_reached
 from worker.terminal import printable
 
+log = logging.getLogger("driftkeel.watch")
 REMEMBERED_IDS = 100_000
+SILENT_S = 5.0  # a broker without news still answers every fetch
 FETCH_TIMEOUT_MS = 2_000
 BAR = 18  # height in pixels of the strip that a label stands in
 
@@ -36,6 +41,7 @@ class Watcher:
     def __init__(self, config: WorkerConfig, streams: set[str], beginning: bool, stop: threading.Event) -> None:
         self._kafka, self._streams, self._stop = config.kafka, streams, stop
         self._seen: OrderedDict[str, None] = OrderedDict()
+        self._away, self._patience_s = False, SILENT_S + config.kafka.fetch_max_wait_ms / 1000
         topic = self._kafka.topics.predictions
         require_topics(self._kafka, stop, [topic])
         self._consumer = _consumer(self._kafka, stop)
@@ -47,13 +53,31 @@ class Watcher:
 
     def predictions(self) -> Iterator[Prediction]:
         """Each once, until the run stops; a record that is no prediction is passed over."""
-        passed_over = PassedOver()
+        passed_over, since = PassedOver(), time.monotonic()
         while not self._stop.is_set():
-            for records in self._consumer.poll(timeout_ms=200).values():
+            polled = self._consumer.poll(timeout_ms=200)
+            for records in polled.values():
                 for record in passed_over.readable(records):
                     prediction = _parsed(record.value)
                     if prediction and self._wanted(prediction):
                         yield prediction
+            if polled:
+                since = time.monotonic()  # Whoever takes the predictions may have taken long.
+            self._look_at_broker(since)
+
+    def _look_at_broker(self, since: float) -> None:
+        """Say once that it does not answer, and once that it does again: to poll it looks like one without records."""
+        silence = time.monotonic() - max(since, last_answer(self._consumer))
+        if silence > self._patience_s and not self._away:
+            log.warning(
+                "the broker at %s has not answered for %.0f s; trying again until Ctrl-C",
+                self._kafka.bootstrap,
+                silence,
+            )
+            self._away = True
+        elif silence < self._patience_s and self._away:
+            log.info("the broker at %s answers again", self._kafka.bootstrap)
+            self._away = False
 
     def close(self) -> None:
         """Give the connections back."""

@@ -1,0 +1,53 @@
+"""Watching a broker that goes away and comes back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+
+from schemas.config import Kafka, WorkerConfig
+from tests.chaos.proxy import flaky_broker
+from tests.conftest import Topic
+from tests.monitoring.console.records import prediction
+from tests.servers import wait_until
+from worker.kafka_client import create_topics
+from worker.watch import Watcher
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_broker_that_goes_away_is_said_once_and_that_it_is_back(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    monkeypatch.setattr("worker.watch.SILENT_S", 1.0)
+    caplog.set_level(logging.INFO, "driftkeel.watch")
+
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "driftkeel.watch"]
+
+    with flaky_broker() as broker:
+        kafka = Kafka(bootstrap=f"127.0.0.1:{broker.port}", fetch_max_wait_ms=100)
+        create_topics(kafka, 1)
+        stop, found = threading.Event(), []
+        watcher = Watcher(WorkerConfig(kafka=kafka), set(), True, stop)
+        thread = threading.Thread(target=lambda: found.extend(watcher.predictions()))
+        thread.start()
+        assert not stop.wait(2)
+        assert said() == []  # a broker without news is not away
+        away = broker.hold if hangs else broker.down
+        for times in (1, 2):
+            away(True)
+            wait_until(lambda n=times: len(said()) == 2 * n - 1, "the line that it is away")
+            assert not stop.wait(1.5)
+            away(False)
+            wait_until(lambda n=times: len(said()) == 2 * n, "the line that it is back")
+            assert "has not answered for 1 s" in said()[-2]
+            assert "answers again" in said()[-1]
+        topic = Topic(kafka.bootstrap)
+        topic.send(kafka.topics.predictions, [(b"cam", prediction("cam").model_dump_json().encode(), [])])
+        wait_until(lambda: len(found) == 1 or not thread.is_alive(), "a prediction")
+        stop.set()
+        thread.join()
+        watcher.close()
+    assert len(found) == 1
