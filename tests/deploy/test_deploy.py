@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from schemas.config import ENVIRONMENT_PREFIX, WorkerConfig
 from schemas.config_file import dotted_keys, load_config
-from worker.cli import app
+from worker.app_cli import app
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CHART = DEPLOY / "helm" / "driftkeel"

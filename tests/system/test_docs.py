@@ -28,7 +28,7 @@ from schemas.config_file import dotted_keys, load_config
 from tests.conftest import SHIPPED_BUNDLE
 from tests.system.conftest import Site
 from tests.videos import write_video
-from worker.cli import app
+from worker.app_cli import app
 from worker.embedded import free_port
 from worker.site import write_site
 

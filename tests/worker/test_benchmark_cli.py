@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from schemas.errors import ConfigError, DataError
-from worker.cli import app
+from worker.app_cli import app
 
 
 def test_tables_of_a_report(tmp_path: Path) -> None:

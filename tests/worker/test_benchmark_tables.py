@@ -4,9 +4,9 @@ import pytest
 from typer.testing import CliRunner
 
 from schemas.errors import ConfigError, DataError
+from worker.app_cli import app
 from worker.benchmark_tables import markdown
 from worker.benchmark_throughput_tables import BARS
-from worker.cli import app
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 ROWS = {
