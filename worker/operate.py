@@ -68,10 +68,14 @@ class Operator:
 
     def listed(self, streams: list[str] | None = None) -> list[Listed]:
         """These streams, or all, by name. Raises StateError for an unknown one."""
-        names = sorted(set(self._store.streams())) if streams is None else streams
-        return [
-            self._as_listed(name, found) for name, found in zip(names, require_known(self._store, names), strict=True)
-        ]
+        if streams is not None:
+            names, found = streams, require_known(self._store, streams)
+        else:
+            names = sorted(set(self._store.streams()))
+            found = self._store.overview(names)
+        # One that was deleted since the names were asked for is none of them any more.
+        known = [one for one in zip(names, found, strict=True) if one[1].token or one[1].foreign]
+        return [self._as_listed(name, overview) for name, overview in known]
 
     def _as_listed(self, stream: str, found: Overview) -> Listed:
         try:

@@ -237,7 +237,9 @@ class StateStore:
             while cursor:
                 scan = partial(_scan, max(0, cursor), f"{prefix}*{suffix}", where)
                 cursor, names = self._reach(scan)
-                yield [unquote(name.decode(errors="replace")[len(prefix) : -len(suffix)]) for name in names]
+                found = [name.decode(errors="replace")[len(prefix) : -len(suffix)] for name in names]
+                # Of no stream where it is written otherwise than `keys` would: somebody else put it there.
+                yield [stream for part in found if quote(stream := unquote(part), safe="") == part]
 
     def mark(self, group: str, offsets: dict[Partition, int]) -> None:
         """Note that all frames before these offsets are in the states.
