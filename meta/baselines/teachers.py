@@ -115,6 +115,7 @@ class Rotta(Baseline):
     ) -> None:
         super().__init__(setup, **{**options, "statistics": "source"})
         self.capacity, self.every, self.rate, self.share = capacity, every, rate, share
+        self.wrap = every * (2**24 // every)  # float32 counts no further, and would call every frame the 64th
 
     @classmethod
     def grid(cls, batch_norm: bool) -> list[Options]:
@@ -185,7 +186,7 @@ class Rotta(Baseline):
         state["uncertainty"][to, where] = surprise[accept]
         state["frame_age"][to, where] = 0.0
         state["frame_age"][streams] += (state["label"][streams] >= 0).float()
-        state["seen"][streams] += 1
+        state["seen"][streams] = (state["seen"][streams] + 1) % self.wrap
 
     def _learn(self, state: State, due: Tensor) -> tuple[Tensor, Tensor]:
         """One student step of the streams `due` from their memories, in place. Their loss and gradient."""

@@ -301,6 +301,18 @@ def test_rotta_keeps_a_balanced_memory() -> None:
     assert counts.tolist() == [2, 2, 1, 1, 1]
 
 
+def test_rotta_still_learns_at_every_nth_frame_after_as_many_frames_as_float32_counts() -> None:
+    method, stream = make("rotta", "group", every=4), torch.zeros(1, dtype=torch.long)
+    _, state = advance(method, drawn(1, 0), stream, method.fresh(1))
+    state["seen"][:] = 2**24 - 3
+    learned = []
+    for number in range(8):
+        before = state["student"]
+        _, state = advance(method, drawn(1, number), stream, state)
+        learned.append(not torch.equal(state["student"], before))
+    assert learned == [False, False, True, False] * 2
+
+
 def test_lame_agrees_with_its_neighbours() -> None:
     """One unsure frame among sure ones of the same look takes their label."""
     method = make("lame", "group")
