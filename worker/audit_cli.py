@@ -190,7 +190,11 @@ def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
         headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
         beside += [Record(line, f"where stream {name} was deleted in the store") for line in event.splitlines()]
     for name, header, event in client.ends():
-        headers |= {name: decode_header(header)} if header else {}
+        try:
+            headers |= {name: decode_header(header)} if header else {}
+        except StateError as error:  # Its next worker goes on from the event beside it.
+            headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
+            beside.append(Record(b"", f"the state of {name} in the store", str(error)))
         beside += [Record(line, f"beside the state of {name} in the store") for line in event.splitlines()]
     client.close()
     return headers, beside

@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from rich.console import Console
 
+from schemas.config import Store
 from schemas.errors import StateError
-from schemas.state import StreamHeader
+from schemas.state import StreamHeader, encode_header
 from schemas.update import Proxies, SealedEvent, UpdateEvent, seal
 from worker.audit.export import table, write_csv, write_lines
 from worker.audit.history import rebuilt, spans, within
 from worker.audit.read import Record, histories, read_file
 from worker.audit.show import show_stream, show_streams
 from worker.audit.verify import verify
+from worker.audit_cli import _ends
+from worker.store import StateStore, Write
 
 BEGIN = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -165,6 +168,27 @@ def test_an_event_that_waits_beside_its_state_is_not_missing() -> None:
         assert [(f.kind, f.event) for f in verdict.findings] == [
             ("waiting", f"cam@{number}") for number in range(published + 1, 6)
         ]
+
+
+def test_a_state_that_cannot_be_read_is_named_and_hides_no_other(
+    store: StateStore, store_settings: Store, tmp_path: Path
+) -> None:
+    """One such state ended the whole check, with a message that did not say whose it was."""
+    (cam,), (other,) = chain("cam", 1), chain("other", 1)
+    store.claim(["cam", "other"], "w")
+    known = StreamHeader(stream="other", bundle="b", method="m", events=1, last_event=other.digest)
+    headers = {"cam": b"\xff damaged", "other": encode_header(known)}
+    events = {"cam": cam.content, "other": other.content}
+    assert all(store.write([Write(name, 1, 1, headers[name], events[name], b"t") for name in headers]))
+    config = tmp_path / "site.yaml"
+    url = store_settings.url.get_secret_value()
+    config.write_text(json.dumps({"store": {"url": url, "prefix": store_settings.prefix}}))
+    stored, beside = _ends(config)
+    verdict = verify([], stored, beside)
+    found = sorted((finding.kind, finding.event) for finding in verdict.findings)
+    waiting = [("waiting", "cam@1"), ("waiting", "other@1")]
+    assert found == [("unreadable", "the state of cam in the store"), *waiting]
+    assert stored["cam"].last_event == cam.digest
 
 
 def test_what_waits_is_held_to_the_chain() -> None:
