@@ -29,7 +29,7 @@ from worker.kafka_answer import last_answer
 from worker.kafka_client import connection, open_client, until_reached
 from worker.kafka_join import poll_timeout
 from worker.offsets import Offsets, Partition
-from worker.short_logs import ShortLog, ShortLogs
+from worker.short_logs import ShortLog, ShortLogs, without_end
 
 log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
@@ -213,7 +213,7 @@ class FrameConsumer:
             partition = (where.topic, where.partition)
             if end < reach[partition]:
                 short[partition] = ShortLog(first[partition], end, reach[partition])
-        return short
+        return without_end(self._settings, short)
 
     def _leave_short(self) -> set[Partition]:
         """Partitions of short logs, of which nothing is taken from this poll. Those that have grown are read again."""

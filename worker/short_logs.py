@@ -8,11 +8,17 @@ until the log has grown past that offset. A log that has lost its end (an unclea
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 
+from kafka import KafkaConsumer, TopicPartition
+
+from schemas.config import Kafka
+from worker.kafka_client import connection, open_client
 from worker.offsets import Partition
 
 log = logging.getLogger("driftkeel.consume")
+LOOK_S = 2.0
 REMEDY = (
     "give the new topic a name of its own (kafka.topics), with which streams keep what they have learnt, or begin anew "
     "with another store.prefix: see docs/runbooks/other-topic.md"
@@ -53,3 +59,26 @@ class ShortLogs:
         """It is compared again, or somebody else's."""
         self.doubts.pop(partition, None)
         return self.waiting.pop(partition, None)
+
+
+def without_end(kafka: Kafka, short: dict[Partition, ShortLog]) -> dict[Partition, ShortLog]:
+    """Those of `short` that have not the last record that was read of them, either. The broker's word for where a log
+    ends is not enough to refuse it: the embedded one names the beginning of the last batch. Raises KafkaError."""
+    if not short:
+        return {}
+    missing = dict(short)
+    arguments = connection(kafka) | {"auto_offset_reset": "latest", "enable_auto_commit": False}
+    consumer = open_client(KafkaConsumer, **arguments)
+    try:
+        consumer.assign([TopicPartition(*partition) for partition in short])
+        for partition, found in short.items():
+            consumer.seek(TopicPartition(*partition), found.reach - 1)
+        until = time.monotonic() + LOOK_S
+        while missing and time.monotonic() < until:
+            for where, records in consumer.poll(timeout_ms=100).items():
+                partition = where.topic, where.partition
+                if partition in missing and records[-1].offset >= missing[partition].reach - 1:
+                    del missing[partition]
+    finally:
+        consumer.close(autocommit=False)
+    return missing

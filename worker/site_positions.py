@@ -11,7 +11,7 @@ from schemas.errors import StateError
 from schemas.state import decode_header
 from worker.kafka_client import connection, open_client
 from worker.offsets import Partition
-from worker.short_logs import ShortLog
+from worker.short_logs import ShortLog, without_end
 from worker.store import StateStore
 
 PIECES = 4  # of the store's streams: one that is wrong is seldom alone
@@ -29,7 +29,8 @@ def short_logs(kafka: Kafka, store: StateStore) -> dict[Partition, ShortLog]:
         ends = {(where.topic, where.partition): end for where, end in consumer.end_offsets(asked).items()}
     finally:
         consumer.close(autocommit=False)
-    return {p: ShortLog(0, ends[p], offset) for p, offset in reach.items() if ends[p] < offset}
+    short = {p: ShortLog(0, ends[p], offset) for p, offset in reach.items() if ends[p] < offset}
+    return without_end(kafka, short)
 
 
 def _read(store: StateStore, marks: dict[Partition, int], partitions: list[Partition]) -> dict[Partition, int]:

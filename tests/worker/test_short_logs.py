@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import NewTopic
 
 from schemas.config import Kafka
@@ -17,7 +17,10 @@ from tests.broker.process import faithful_broker
 from tests.conftest import Topic
 from tests.worker.test_consume import Notes, committed, read, take, wait_for
 from worker.consume import FrameConsumer
+from worker.embedded import start_broker
+from worker.kafka_client import create_topics
 from worker.offsets import Offsets
+from worker.short_logs import ShortLog, without_end
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +136,20 @@ def test_other_partitions_go_on(consumer: FrameConsumer, notes: Notes, kafka_set
     while seen != {1, 2}:
         assert time.monotonic() < deadline
         seen |= {record.partition for record in consumer.poll(0.05)[0]}
+
+
+def test_a_broker_that_names_the_beginning_of_the_last_batch_as_the_end_is_not_taken_at_its_word() -> None:
+    """The embedded broker does."""
+    embedded = start_broker()
+    kafka = Kafka(bootstrap=embedded.bootstrap)
+    create_topics(kafka, 1)
+    producer = KafkaProducer(bootstrap_servers=embedded.bootstrap, linger_ms=5_000)
+    for number in range(5):
+        producer.send(kafka.topics.frames, b"%d" % number)
+    producer.flush()
+    producer.close()
+    partition = (kafka.topics.frames, 0)
+    all_there, one_more = ShortLog(0, 1, 5), ShortLog(0, 1, 6)
+    assert without_end(kafka, {partition: all_there}) == {}
+    assert without_end(kafka, {partition: one_more}) == {partition: one_more}
+    embedded.child.stop(0)
