@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from meta.models import batchnorm_cnn
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics
 from meta.source import as_frames
+from meta.stream_norm import StreamNorm
 from tests.meta.test_norms import NETWORKS, scrambled
 
 MEAN, STD = torch.tensor([0.4]), torch.tensor([0.3])
@@ -28,27 +31,33 @@ class Moved:
         return self.gain[:, channels], self.offset[:, channels]
 
 
+def corrected(layer: StreamNorm, moved: Moved) -> Callable[[Tensor], Tensor]:
+    """What a layer's own normalisation gives, changed."""
+    normalise, (gain, offset) = layer.norm, (t[:, layer.own_features] for t in (moved.gain, moved.offset))
+    last = (layer.scale.dim() == 1 and not layer.channels_first) or layer.scale.dim() == 3
+
+    def change(x: Tensor) -> Tensor:
+        x = normalise(x)
+        shape = (4, *[1] * (x.dim() - 2), -1) if last else (4, -1, *[1] * (x.dim() - 2))
+        return x * gain.reshape(shape) + offset.reshape(shape)
+
+    return change
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_activations_are_corrected_before_scale_and_shift(name: str) -> None:
     """Logits and gradients are those of a model whose normalised activations are changed as the definition says."""
     model = AdaptableModel(scrambled(name))
-    (layer,) = model.layers
-    moved = Moved(4, layer.feature_count)
+    moved = Moved(4, sum(layer.feature_count for layer in model.layers))
     frames = torch.randn(4, 1, 28, 28)
     rows = (model.source_affine + 0.3 * torch.randn(4, model.coordinates)).requires_grad_()
     logits = model(frames, rows, correction=moved)
     (found,) = torch.autograd.grad(logits.logsumexp(1).sum(), [rows])
 
-    normalise = layer.norm
-    last = (layer.scale.dim() == 1 and not layer.channels_first) or layer.scale.dim() == 3
-
-    def corrected(x: Tensor) -> Tensor:
-        x = normalise(x)
-        shape = (4, *[1] * (x.dim() - 2), -1) if last else (4, -1, *[1] * (x.dim() - 2))
-        return x * moved.gain.view(shape) + moved.offset.view(shape)
-
-    layer._modules.pop("norm", None)
-    layer.groups, layer.norm = 0, corrected
+    for layer in model.layers:
+        change = corrected(layer, moved)
+        layer._modules.pop("norm", None)
+        layer.groups, layer.norm = 0, change
     plain = model(frames, rows)
     (expected,) = torch.autograd.grad(plain.logsumexp(1).sum(), [rows])
     torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-4)

@@ -9,6 +9,7 @@ import pytest
 
 INTERRUPTED = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Who starts the tests in the background may ignore it.
 class Interrupt:
     def find_spec(self, name, *about):
         if name == sys.argv[1]:
