@@ -109,14 +109,19 @@ class MicroBatcher:
             for stream, waiting in self._streams.items()
             if stream not in busy and (moment := self._due(waiting, pressed)) <= now
         ]
-        most = {stream: self._most(stream, limit, rests) for _, _, stream in due}
-        ready = sum(min(most[stream], self._streams[stream].frames) for _, _, stream in due)
+        closing = [stream for _, _, stream in sorted(due)]
+        most: dict[str, int] = {}
+        ready = 0
+        for stream in closing:
+            if ready >= max(least, limit * shares):
+                break  # What all passes can take; the others of a thousand streams need not be asked about.
+            most[stream] = self._most(stream, limit, rests)
+            ready += min(most[stream], self._streams[stream].frames)
         if ready < max(1, least):
             return []
         self._turn += 1
         room = min(limit, max(SMALL_PASS, -(-ready // shares)))
         batches: list[MicroBatch] = []
-        closing = [stream for _, _, stream in sorted(due)]
         for stream in closing + self._riders(now, closing, busy):
             batch = self._close(stream, now, pressed, min(most.get(stream, room), max(self._settings.max_batch, room)))
             if batches and len(batch.frames) > room:

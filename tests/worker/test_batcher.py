@@ -237,3 +237,13 @@ def test_without_adaptation_all_streams_rest() -> None:
     batcher = MicroBatcher(Batch(max_batch=16, max_pass=64), adapt=False)
     batcher.add(frames("a", 100))
     assert [len(b.frames) for b in batcher.take(1.0, 64)] == [64]
+
+
+def test_of_many_streams_no_more_are_asked_about_than_all_passes_can_take() -> None:
+    batcher = MicroBatcher(Batch(max_batch=16, max_pass=64))
+    for number in range(100):
+        batcher.add(frames(f"cam-{number}", 20))
+    asked: list[str] = []
+    taken = batcher.take(1.0, 64, shares=2, rests=lambda stream, oldest: bool(asked.append(stream)))
+    assert [len(b.frames) for b in taken] == [16] * 4
+    assert len(asked) == 8
