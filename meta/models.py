@@ -159,7 +159,7 @@ def build_network(architecture: str, arguments: dict[str, Any], factories: Itera
         raise BundleError(
             f"the bundle asks for architecture {architecture!r}; built in: {known}. "
             "If you trust it, list it under bundle.factories in the worker's config as 'module:function'; "
-            "'driftkeel bundle show' takes it as --factory"
+            "'driftkeel bundle show' takes it as --factory, the plan of 'driftkeel benchmark accuracy' under factories"
         )
     try:
         network = factory(**arguments)

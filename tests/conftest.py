@@ -184,22 +184,24 @@ def picture(seed: int = 0, size: tuple[int, int] = (28, 28), format: str = "PNG"
     return buffer.getvalue()
 
 
-def make_tiny_bundle(folder: Path) -> None:
+def make_tiny_bundle(folder: Path, channels: int = 1, side: int = 28) -> None:
     """Write a sound bundle with an untrained net and generator: for mechanisms, not for accuracy."""
     torch.manual_seed(7)
-    arguments = {"classes": 4, "channels": 1, "widths": [8, 8], "group": 4}
+    arguments = {"classes": 4, "channels": channels, "widths": [8, 8], "group": 4}
     network = build_network("groupnorm-cnn", arguments)
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     model = AdaptableModel(network)
     with torch.no_grad():
-        source = feature_statistics(model.forward_with_features(torch.randn(64, 1, 28, 28))[1])
+        source = feature_statistics(model.forward_with_features(torch.randn(64, channels, side, side))[1])
     settings = GeneratorSettings(hidden=4)
     manifest = Manifest(
         name="tiny",
         created_by="tests",
         model=ModelPart(architecture="groupnorm-cnn", arguments=arguments, clean_accuracy=0.9),
         method=MethodPart(name="mgg", settings=settings.model_dump(mode="json")),
-        preprocess=Preprocess(mode="L", width=28, height=28, mean=[0.5], std=[0.25]),
+        preprocess=Preprocess(
+            mode="RGB" if channels == 3 else "L", width=side, height=side, mean=[0.5] * channels, std=[0.25] * channels
+        ),
         calibration=Calibration(temperature=1.5, intercept=0.1, slope=0.8, error=0.05),
         limits=Limits(raw_gradient_norm=1e4, source_distance=100.0),
         files={},

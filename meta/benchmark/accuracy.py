@@ -26,6 +26,7 @@ from meta.benchmark.sources import SourceModel, open_source
 from meta.benchmark.streams import Setting, Stream, make_streams
 from meta.bundle import load_bundle
 from meta.data import cache_folder
+from meta.imports import import_from
 from meta.method import Method
 from meta.mgg import MGG
 from meta.models import build_network
@@ -59,6 +60,8 @@ def run_accuracy(
     """
     started = time.monotonic()
     torch.set_num_threads(config.threads)
+    if config.factories:
+        import_from(Path.cwd())
     journal = Journal.beside(report)
     planned = cells_of(config, _batch_norms(config))
     cells = [cell for cell in planned if only in cell.name]
@@ -93,12 +96,12 @@ def _batch_norms(config: BenchmarkConfig) -> dict[tuple[str, str], bool]:
     found = {}
     for model in config.models:
         if model.bundle is not None:
-            network: torch.nn.Module = load_bundle(model.bundle).model.network
+            network: torch.nn.Module = load_bundle(model.bundle, config.factories).model.network
             found[model.data, model.name] = any(
                 isinstance(getattr(m, "norm", None), BATCH_NORM) for m in network.modules()
             )
         else:
-            network = build_network(model.architecture, model.arguments)
+            network = build_network(model.architecture, model.arguments, config.factories)
             found[model.data, model.name] = any(isinstance(m, BATCH_NORM) for m in network.modules())
     return found
 
@@ -121,7 +124,7 @@ class _Bench:
         model = next(m for m in config.models if (m.data, m.name) == (data, name))
         dataset = open_dataset(data, config.data[data])
         cache = cache_folder() / "benchmark"
-        source = open_source(model, dataset, cache, progress.say)
+        source = open_source(model, dataset, cache, progress.say, config.factories)
         progress.say(
             f"{data}/{name}: {source.clean_accuracy:.3f} on clean test images, "
             f"{source.setup.model.coordinates} coordinates"
@@ -191,7 +194,7 @@ class _Bench:
     def _method(self, cell: Cell, options: Options) -> Method:
         if cell.method == MGG_NAME:
             generator = self.config.generator(cell)
-            method = self.source.generator(load_bundle(generator.bundle))
+            method = self.source.generator(load_bundle(generator.bundle, self.config.factories))
             if not generator.memory:
                 method = without_memory(method)
             # The paper's takes its gradient from all frames.

@@ -70,6 +70,11 @@ class BenchmarkConfig(BaseModel):
     data: dict[str, DataConfig]
     models: tuple[ModelConfig, ...]
     generators: tuple[GeneratorConfig, ...] = ()
+    factories: tuple[str, ...] = Field(
+        (),
+        description="networks of yours that models and bundles may have: module:function, installed or in the current "
+        "folder; a bundle can run no other code",
+    )
     own_methods: dict[str, str] = Field(
         default_factory=dict,
         description="methods of yours, by name: module:Class, a subclass of meta.baselines.Baseline that is installed "

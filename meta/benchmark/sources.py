@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,18 @@ def shown_parts(unseen: LabelledImages) -> tuple[LabelledImages, LabelledImages]
     return unseen.part(0, cut), unseen.part(cut, len(unseen))
 
 
-def open_source(config: ModelConfig, dataset: DataSet, cache: Path, say: Callable[[str], None]) -> SourceModel:
-    """Load or train. Raises BundleError where a bundle does not fit the data."""
+def open_source(
+    config: ModelConfig,
+    dataset: DataSet,
+    cache: Path,
+    say: Callable[[str], None],
+    factories: Sequence[str] = (),
+) -> SourceModel:
+    """Load or train. `factories` are the `module:function` names of networks that the plan trusts. Raises BundleError
+    where a bundle does not fit the data."""
     for_source, unseen = parts(dataset.train())
     mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
-    bundle = None if config.bundle is None else load_bundle(config.bundle)
+    bundle = None if config.bundle is None else load_bundle(config.bundle, factories)
     if bundle is not None:
         _check(config, bundle, dataset, unseen)
         preprocess = bundle.manifest.preprocess
@@ -112,9 +119,9 @@ def open_source(config: ModelConfig, dataset: DataSet, cache: Path, say: Callabl
     else:
         preprocessing = Preprocessing(mean, std)
         if config.bundle is not None:
-            network = _network_of(config.bundle)
+            network = _network_of(config.bundle, factories)
         else:
-            network = _trained(config, dataset, for_source, cache, say)
+            network = _trained(config, dataset, for_source, cache, say, factories)
         if config.shift_steps:
             shown, unseen = shown_parts(unseen)
             network = _shifted(config, dataset, network, shown, preprocessing, cache, say)
@@ -134,21 +141,26 @@ def _check(config: ModelConfig, bundle: Bundle, dataset: DataSet, images: Labell
         raise BundleError(f"model {config.name!r}: bundle {config.bundle} takes frames {shape}, not {dataset.name}'s")
 
 
-def _network_of(folder: Path) -> nn.Module:
+def _network_of(folder: Path, factories: Sequence[str]) -> nn.Module:
     """A bundle's source network, with its norm layers as they were trained."""
     part = read_manifest(folder).model
-    network = build_network(part.architecture, part.arguments)
+    network = build_network(part.architecture, part.arguments, factories)
     network.load_state_dict(model_weights(folder))
     return network
 
 
 def _trained(
-    config: ModelConfig, dataset: DataSet, images: LabelledImages, cache: Path, say: Callable[[str], None]
+    config: ModelConfig,
+    dataset: DataSet,
+    images: LabelledImages,
+    cache: Path,
+    say: Callable[[str], None],
+    factories: Sequence[str],
 ) -> nn.Module:
     recipe = config.model_dump(mode="json", exclude={"name", "bundle", "shift_steps"})
     digest = hashlib.sha256(json.dumps([recipe, len(images)], sort_keys=True).encode()).hexdigest()[:12]
     torch.manual_seed(config.seed)
-    network = build_network(config.architecture, config.arguments)
+    network = build_network(config.architecture, config.arguments, factories)
 
     def train() -> None:
         say(f"training {config.name} on {dataset.name}")

@@ -23,6 +23,7 @@ from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics
 from schemas.errors import BundleError, ConfigError, DataError
+from tests.conftest import make_tiny_bundle
 
 SHIFTS = list(TEST)
 LABELS = np.arange(300) % 10
@@ -418,6 +419,28 @@ def test_a_benchmark_from_data_to_report(blob_data: Path, tmp_path: Path) -> Non
     driver.run_accuracy(plan, report, "test", progress)
     assert json.loads(report.read_text()) == records
     assert not any("/b8/" in line for line in said)
+
+
+def test_a_bundle_of_the_users_own_architecture_is_measured(blob_data: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    make_tiny_bundle(bundle, channels=3, side=12)
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["model"]["architecture"] = "meta.models:groupnorm_cnn"  # as if it were not built in
+    path.write_text(json.dumps(manifest))
+    plan = small_plan(
+        data={"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}},
+        models=[{"name": "small", "data": "blobs", "bundle": str(bundle)}],
+        generators=[{"variant": "ours", "bundle": str(bundle)}],
+        runs=[{"methods": ["source", "mgg"], "batches": [8], "settings": ["continual"], "seeds": [0]}],
+        threads=1,
+    )
+    report = tmp_path / "out.json"
+    with pytest.raises(BundleError, match="the plan of 'driftkeel benchmark accuracy' under factories"):
+        driver.run_accuracy(plan, report, "test", driver.Progress([].append))
+    plan = plan.model_copy(update={"factories": ("meta.models:groupnorm_cnn",)})
+    assert driver.run_accuracy(plan, report, "test", driver.Progress([].append)) == 0
+    assert {r["method"] for r in json.loads(report.read_text())} == {"source", "mgg"}
 
 
 def test_a_bundle_for_other_frames_is_refused(blob_data: Path, tmp_path: Path, tiny_bundle_path: Path) -> None:
