@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 Mode = Literal["auto", "shadow", "canary", "approve"]
+MOST_SPANS = 24  # a policy of its own lies in each header of a stream
 SPAN = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
 
@@ -31,7 +32,9 @@ class Policy(BaseModel):
     )
     canary_share: float = Field(0.1, ge=0, le=1, description="share of the streams, chosen by a hash of their names")
     max_updates_per_hour: int = Field(0, ge=0, description="applied updates in an hour; 0: no limit")
-    quiet_hours: tuple[str, ...] = Field((), description="UTC spans without updates, such as 22:00-06:00")
+    quiet_hours: tuple[str, ...] = Field(
+        (), max_length=MOST_SPANS, description="UTC spans without updates, such as 22:00-06:00"
+    )
     frozen: bool = Field(False, description="no updates at all; the parameters stay as they are")
 
     @field_validator("quiet_hours")

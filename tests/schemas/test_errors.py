@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from schemas.bundle import Preprocess
+from schemas.command import Command
 from schemas.config import Kafka
 from schemas.errors import StateError, mistakes
 from schemas.state import StreamHeader, decode_header, encode_header
@@ -34,7 +35,17 @@ def test_a_stored_header_is_refused_in_these() -> None:
 
 def test_a_stored_header_keeps_what_was_once_accepted() -> None:
     header = json.loads(encode_header(StreamHeader(stream="cam", bundle="b", method="mgg")))
-    header["policy"] = {"quiet_hours": ["10:00-10:00"]}
+    spans = ("10:00-10:00",) * 100
+    header["policy"] = {"quiet_hours": spans}
     found = decode_header(json.dumps(header).encode()).policy
     assert found is not None
-    assert found.quiet_hours == ("10:00-10:00",)
+    assert found.quiet_hours == spans
+
+
+def test_a_command_has_no_policy_that_would_fill_headers() -> None:
+    change = {"quiet_hours": ["22:00-06:00"] * 25}
+    with pytest.raises(ValidationError) as caught:
+        Command.model_validate({"stream": "cam", "action": "policy", "policy": change})
+    assert mistakes(caught.value) == [
+        ("policy.quiet_hours", "Tuple should have at most 24 items after validation, not 25")
+    ]
