@@ -75,14 +75,6 @@ class Method(Protocol):
         ...
 
 
-class AdaptationMethod(Method, Protocol):
-    """A method with a step size, as the worker runs it."""
-
-    def with_step_scale(self, factor: float) -> Method:
-        """The same method with its step size multiplied."""
-        ...
-
-
 def where_seen(forward: Forward, state: State) -> State:
     """`state` of the streams that have a frame in the pass; the others keep what they had."""
     seen = forward.counts > 0
