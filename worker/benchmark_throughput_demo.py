@@ -1,4 +1,8 @@
-"""Adapt on demand, on the demo's scenario: what it keeps of the gain of always adapting, and what it costs."""
+"""Adapt on demand, on the demo's cameras: what it keeps of the gain of always adapting, and what it costs.
+
+At the pace of cameras, as sites have it; and of a backlog, where frames wait for their turn, settled streams go in
+larger micro-batches, and an alarm comes later.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from meta.bundle import Bundle
 from meta.data import fashion_mnist
 from worker.benchmark_throughput_worker import Bench, Observed
 from worker.demo.cameras import CAMERAS, Reel, film
@@ -20,13 +23,17 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def on_demand(bench: Bench, path: Path, bundle: Bundle, frames: int, seeds: Sequence[int]) -> dict[str, Any]:
-    """The three modes on the same reels, for each seed. A predict-only worker answers as the source model."""
-    runs = [_seed(bench, path, frames, seed) for seed in seeds]
+def on_demand(bench: Bench, path: Path, frames: int, seeds: Sequence[int], rate: float | None) -> dict[str, Any]:
+    """The three modes on the same reels, for each seed. A predict-only worker answers as the source model.
+
+    `rate`: frames a second of each camera; None: all at once.
+    """
+    runs = [_seed(bench, path, frames, seed, rate) for seed in seeds]
     gains = {mode: [run[mode]["accuracy"] - run["predict"]["accuracy"] for run in runs] for mode in MODES}
     cpu = {mode: [run[mode]["cpu_seconds_per_1000_frames"] for run in runs] for mode in MODES}
     return {
         "seeds": list(seeds),
+        "frames_a_second": rate,
         "runs": runs,
         "gain_share": float(np.mean(gains["on_demand"]) / np.mean(gains["always"])),
         "cpu_vs_predict": float(np.mean(cpu["on_demand"]) / np.mean(cpu["predict"])),
@@ -34,13 +41,13 @@ def on_demand(bench: Bench, path: Path, bundle: Bundle, frames: int, seeds: Sequ
     }
 
 
-def _seed(bench: Bench, path: Path, frames: int, seed: int) -> dict[str, Any]:
+def _seed(bench: Bench, path: Path, frames: int, seed: int, rate: float | None) -> dict[str, Any]:
     data = fashion_mnist("test")
     reels = {camera.stream: film(camera, data, frames, seed) for camera in CAMERAS}
     sent = [(stream, reel.frames[i]) for i in range(frames) for stream, reel in reels.items()]
     results = {}
     for mode, adapt in MODES.items():
-        seen = bench.run(path, sent, grown=False, adapt=adapt)
+        seen = bench.run(path, sent, rate and rate * len(reels), grown=False, adapt=adapt)
         results[mode] = {**seen.summary(), **_accuracy(seen, reels)}
         results[mode]["updates"] = seen.metrics.get(
             'driftkeel_updates_total{decision="applied",reason="within_limits"}', 0.0

@@ -11,8 +11,10 @@ BARS: dict[str, tuple[str, str, float]] = {
     "streams64_vs_loop": ("engine, 64 streams x 4 frames, over a loop of streams", ">=", 3.0),
     "worker_vs_bare_small": ("whole worker over bare loop, example net", ">=", 0.75),
     "worker_vs_bare_large": ("whole worker over bare loop, net of 300 MFLOPs", ">=", 0.95),
-    "on_demand_gain_share": ("gain kept by adapting on demand", ">=", 0.95),
-    "on_demand_cpu_vs_predict": ("processor time on demand over predicting only", "<=", 1.35),
+    "on_demand_gain_share": ("gain kept by adapting on demand, frames at a camera's pace", ">=", 0.95),
+    "on_demand_cpu_vs_predict": ("processor time on demand over predicting only, the same", "<=", 1.35),
+    "on_demand_backlog_gain_share": ("gain kept by adapting on demand, a backlog", ">=", 0.95),
+    "on_demand_backlog_cpu_vs_predict": ("processor time on demand over predicting only, the same", "<=", 1.35),
     "cost_1000_vs_8_streams": ("cost of a frame, 1,000 streams over 8", "<=", 1.2),
 }
 
@@ -33,7 +35,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _ratios(results: dict[str, Any]) -> str:
     rows = []
     for name, (text, sign, bar) in BARS.items():
-        value = results["ratios"][name]
+        value = results["ratios"].get(name)
+        if value is None:
+            continue  # A quick run leaves some out.
         holds = value >= bar if sign == ">=" else value <= bar
         rows.append((f"{text} (`{name}`)", f"{value:.2f}", f"{sign} {bar:g}", "yes" if holds else "**no**"))
     memory = results["idle_stream_bytes"]["ratio"]
@@ -104,16 +108,18 @@ def _latency(results: dict[str, Any]) -> str:
 
 
 def _on_demand(results: dict[str, Any]) -> str:
-    found = results["on_demand"]
     rows = []
-    for seed, run in zip(found["seeds"], found["runs"], strict=True):
-        for mode, seen in run.items():
-            rows.append(
-                (
-                    f"seed {seed}, {mode}",
-                    f"{100 * seen['accuracy']:.2f}",
-                    f"{seen['updates']:.0f}",
-                    f"{seen['cpu_seconds_per_1000_frames']:.2f}",
+    for found in (results[name] for name in ("on_demand", "on_demand_backlog") if name in results):
+        rate = found.get("frames_a_second")  # Older reports are of backlogs alone.
+        pace = f"{rate:.0f} frames/s each" if rate else "a backlog"
+        for seed, run in zip(found["seeds"], found["runs"], strict=True):
+            for mode, seen in run.items():
+                rows.append(
+                    (
+                        f"{pace}, seed {seed}, {mode}",
+                        f"{100 * seen['accuracy']:.2f}",
+                        f"{seen['updates']:.0f}",
+                        f"{seen['cpu_seconds_per_1000_frames']:.2f}",
+                    )
                 )
-            )
     return table(("demo's cameras", "accuracy %", "updates", "CPU s per 1,000"), rows)
