@@ -47,7 +47,7 @@ def _seed(bench: Bench, path: Path, frames: int, seed: int, rate: float | None) 
     sent = [(stream, reel.frames[i]) for i in range(frames) for stream, reel in reels.items()]
     results = {}
     for mode, adapt in MODES.items():
-        seen = bench.run(path, sent, rate and rate * len(reels), grown=False, adapt=adapt)
+        seen = bench.run(path, sent, None if rate is None else rate * len(reels), grown=False, adapt=adapt)
         results[mode] = {**seen.summary(), **_accuracy(seen, reels)}
         results[mode]["updates"] = seen.metrics.get(
             'driftkeel_updates_total{decision="applied",reason="within_limits"}', 0.0

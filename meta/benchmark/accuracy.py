@@ -101,7 +101,7 @@ def _batch_norms(config: BenchmarkConfig) -> dict[tuple[str, str], bool]:
                 isinstance(getattr(m, "norm", None), BATCH_NORM) for m in network.modules()
             )
         else:
-            network = build_network(model.architecture, model.arguments, config.factories)
+            network = build_network(model.architecture, model.arguments)
             found[model.data, model.name] = any(isinstance(m, BATCH_NORM) for m in network.modules())
     return found
 

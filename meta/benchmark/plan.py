@@ -72,8 +72,8 @@ class BenchmarkConfig(BaseModel):
     generators: tuple[GeneratorConfig, ...] = ()
     factories: tuple[str, ...] = Field(
         (),
-        description="networks of yours that models and bundles may have: module:function, installed or in the current "
-        "folder; a bundle can run no other code",
+        description="networks of yours that bundles may have: module:function, installed or in the current folder; a "
+        "bundle can run no other code",
     )
     own_methods: dict[str, str] = Field(
         default_factory=dict,

@@ -105,8 +105,8 @@ def open_source(
     say: Callable[[str], None],
     factories: Sequence[str] = (),
 ) -> SourceModel:
-    """Load or train. `factories` are the `module:function` names of networks that the plan trusts. Raises BundleError
-    where a bundle does not fit the data."""
+    """Load or train. `factories` are the `module:function` names of bundles' networks that the plan trusts. Raises
+    BundleError where a bundle does not fit the data."""
     for_source, unseen = parts(dataset.train())
     mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
     bundle = None if config.bundle is None else load_bundle(config.bundle, factories)
@@ -121,7 +121,7 @@ def open_source(
         if config.bundle is not None:
             network = _network_of(config.bundle, factories)
         else:
-            network = _trained(config, dataset, for_source, cache, say, factories)
+            network = _trained(config, dataset, for_source, cache, say)
         if config.shift_steps:
             shown, unseen = shown_parts(unseen)
             network = _shifted(config, dataset, network, shown, preprocessing, cache, say)
@@ -150,17 +150,12 @@ def _network_of(folder: Path, factories: Sequence[str]) -> nn.Module:
 
 
 def _trained(
-    config: ModelConfig,
-    dataset: DataSet,
-    images: LabelledImages,
-    cache: Path,
-    say: Callable[[str], None],
-    factories: Sequence[str],
+    config: ModelConfig, dataset: DataSet, images: LabelledImages, cache: Path, say: Callable[[str], None]
 ) -> nn.Module:
     recipe = config.model_dump(mode="json", exclude={"name", "bundle", "shift_steps"})
     digest = hashlib.sha256(json.dumps([recipe, len(images)], sort_keys=True).encode()).hexdigest()[:12]
     torch.manual_seed(config.seed)
-    network = build_network(config.architecture, config.arguments, factories)
+    network = build_network(config.architecture, config.arguments)
 
     def train() -> None:
         say(f"training {config.name} on {dataset.name}")
