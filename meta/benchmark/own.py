@@ -1,13 +1,16 @@
-"""Methods that the benchmark's user brings: a class that follows `meta.baselines.Baseline`, named in the plan."""
+"""Code that the benchmark's user brings: methods that follow `meta.baselines.Baseline`, and networks of bundles."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 from pathlib import Path
+from types import ModuleType
 
 from meta.baselines import Baseline
 from meta.imports import import_from, imported
+from meta.models import COLLECTIONS
 from schemas.errors import ConfigError
 
 
@@ -23,10 +26,16 @@ def own_method(name: str) -> type[Baseline]:
     return found
 
 
-def code_digest(kind: type[Baseline]) -> str:
+def network_code(architecture: str) -> str:
+    """Of a network that is no library's, a digest that changes with the module it is named in; else nothing."""
+    module, _, _ = architecture.partition(":")
+    return "" if module in COLLECTIONS else code_digest(importlib.import_module(module))
+
+
+def code_digest(of: type[Baseline] | ModuleType) -> str:
     """Changes with the module that the class lies in, so that results of older code are not taken for its own."""
     try:
-        code = Path(inspect.getfile(kind)).read_bytes()
+        code = Path(inspect.getfile(of)).read_bytes()
     except (OSError, TypeError) as error:
-        raise ConfigError(f"own_methods: no file has the code of {kind.__name__!r}: {error}") from error
+        raise ConfigError(f"no file has the code of {of.__name__!r}: {error}") from error
     return hashlib.sha256(code).hexdigest()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from meta.baselines import BASELINES, Baseline
 from meta.benchmark.datasets import DataConfig
-from meta.benchmark.own import code_digest, own_method
+from meta.benchmark.own import code_digest, network_code, own_method
 from meta.benchmark.sources import ModelConfig
 from meta.benchmark.streams import DRIFT, Setting
 from meta.bundle import MGG_NAME
@@ -24,6 +24,7 @@ from schemas.errors import ConfigError
 Variant = Literal["published", "tuned"]
 # Methods that have one variant only, and whose results therefore carry none.
 SINGLE = ("source", "oracle")
+SOURCE_FILES = ("model.safetensors", "statistics.safetensors")
 
 
 class GeneratorConfig(BaseModel):
@@ -198,12 +199,7 @@ def _methods(
 
 def _generator_digest(generator: GeneratorConfig) -> str:
     """Of what the benchmark runs. Calibration and limits are not in it: a bundle may be calibrated anew."""
-    bundle, share = generator.bundle, generator.gradient_share
-    try:
-        manifest = json.loads((bundle / "manifest.json").read_bytes())
-        content = {part: manifest[part] for part in ("model", "method", "preprocess", "files")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"generators: {bundle} is no bundle: {error}") from error
+    share, content = generator.gradient_share, _content(generator.bundle)
     if share > 1:
         content["gradient_share"] = share
     if not generator.memory:
@@ -211,9 +207,30 @@ def _generator_digest(generator: GeneratorConfig) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _source_content(bundle: Path, factories: tuple[str, ...]) -> dict[str, Any]:
+    """What makes the source model of a bundle, whose folder may hold another one some day."""
+    content = _content(bundle)
+    made = {part: content[part] for part in ("model", "preprocess")}
+    made["files"] = {name: content["files"].get(name) for name in SOURCE_FILES}
+    if content["model"]["architecture"] in factories:
+        made["code"] = network_code(content["model"]["architecture"])
+    return made
+
+
+def _content(bundle: Path) -> dict[str, Any]:
+    """The parts of a manifest that results depend on."""
+    try:
+        manifest = json.loads((bundle / "manifest.json").read_bytes())
+        return {part: manifest[part] for part in ("model", "method", "preprocess", "files")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{bundle} is no bundle: {error}") from error
+
+
 def _digest(config: BenchmarkConfig, model: ModelConfig, extra: Any) -> str:
     sizes = [config.pool, config.frames, config.long_frames, config.tuning_frames]
     content = [sizes, config.data[model.data].model_dump(mode="json"), model.content(), extra]
+    if model.bundle is not None:
+        content.append(_source_content(model.bundle, config.factories))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

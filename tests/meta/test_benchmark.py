@@ -1,5 +1,6 @@
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from meta.benchmark.run import load_frames, run_streams, source_hits
 from meta.benchmark.streams import SETTINGS, Stream, make_streams
 from meta.benchmark.tables import Entry, Place, Results, markdown, plot, read_records
 from meta.data import LabelledImages
+from meta.imports import import_from
 from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics
@@ -339,6 +341,33 @@ def test_changed_code_makes_new_results(own_module: Path) -> None:
     source, *mine = keys()
     assert source == before[0]
     assert not set(mine) & set(before)
+
+
+def test_another_model_in_the_same_folder_makes_new_results(
+    own_module: Path, tmp_path: Path, tiny_bundle_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle_path, bundle)
+    import_from(tmp_path)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+
+    def key() -> str:
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+        models = [{"name": "small", "data": "blobs", "bundle": str(bundle)}]
+        plan = small_plan(models=models, factories=["some_methods:build"], runs=[{"methods": ["source"]}])
+        (cell,) = cells_of(plan, {("blobs", "small"): False})
+        return cell.key
+
+    keys = [key()]
+    manifest["calibration"]["temperature"] = 1.5  # concerns no method of the benchmark
+    assert key() == keys[0]
+    manifest["files"]["model.safetensors"]["sha256"] = 64 * "0"
+    keys.append(key())
+    manifest["model"]["architecture"] = "some_methods:build"
+    keys.append(key())
+    own_module.write_text(OWN + "\n")
+    keys.append(key())
+    assert len(set(keys)) == 4
 
 
 @pytest.mark.parametrize(
