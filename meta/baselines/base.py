@@ -271,6 +271,12 @@ def longest_stream(place: Tensor) -> int:
     return int(place.max()) + 1 if len(place) else 0
 
 
+def next_age(state: State) -> Tensor:
+    """One update more (S,), and from none again before float32 counts no further: chance that hangs on it would stand
+    still."""
+    return (state["age"] + 1) % 2**24
+
+
 def uniforms(keys: Tensor, slots: int) -> Tensor:
     """(N, slots) numbers in [0, 1) that depend on each key (N,) int64 alone: chance that knows no company.
 

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meta.baselines.base import Baseline, Options, Setup, Sgd, choose, position_in_stream, uniforms, weighted_mean
+from meta.baselines.base import (
+    Baseline,
+    Options,
+    Setup,
+    Sgd,
+    choose,
+    next_age,
+    position_in_stream,
+    uniforms,
+    weighted_mean,
+)
 from meta.method import Forward, State, Update
 from meta.objective import entropy, per_stream_mean
 
@@ -165,7 +175,7 @@ class Deyo(Baseline):
             fall[first] = (whole.gather(1, label) - broken.gather(1, label)).squeeze(1)
         weights = torch.exp(self.centre - surprise.detach()) + torch.exp(fall)
         loss, count = weighted_mean(surprise, weights, first & (fall > self.drop), stream, streams)
-        return loss, count > 0, {"age": state["age"] + 1}
+        return loss, count > 0, {"age": next_age(state)}
 
 
 def shuffle_patches(frames: Tensor, grid: int, keys: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meta.baselines.augment import augmented
-from meta.baselines.base import Baseline, Options, Setup, choose, position_in_stream
+from meta.baselines.base import Baseline, Options, Setup, choose, next_age, position_in_stream
 from meta.method import Forward, State, Update
 from meta.objective import entropy, per_stream_mean
 
@@ -75,7 +75,7 @@ class Roid(Baseline):
         mean_probability = torch.lerp(
             per_stream_mean(probability, stream, counts), state["mean_probability"], self.momentum
         )
-        memory = {"mean_probability": mean_probability, "age": state["age"] + 1}
+        memory = {"mean_probability": mean_probability, "age": next_age(state)}
         return per_stream_mean(total, stream, counts), forward.counts > 0, memory
 
     def logits_under_graph(self, forward: Forward, frames: Tensor, chosen: Tensor) -> Tensor:

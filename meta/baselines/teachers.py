@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from meta.baselines.augment import augmented
-from meta.baselines.base import Baseline, Options, Setup, choose, longest_stream, position_in_stream, uniforms
+from meta.baselines.base import Baseline, Options, Setup, choose, longest_stream, next_age, position_in_stream, uniforms
 from meta.method import Forward, State, Update
 from meta.moments import NormMoments
 from meta.objective import entropy, per_stream_mean
@@ -87,7 +87,7 @@ class Cotta(Baseline):
         teacher = torch.lerp(student, state["affine"], self.decay)
         back = uniforms(state["age"].long(), self.model.coordinates) < self.restore
         student = torch.where(back, self.model.source_affine, student)
-        moved = {"affine": teacher, "student": student, "age": state["age"] + 1, **optimizer_state}
+        moved = {"affine": teacher, "student": student, "age": next_age(state), **optimizer_state}
         kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
         new = state | choose(forward.counts > 0, moved, state) | kept
         return Update(new, self.signals(forward, loss.detach(), gradient, direction, new))

@@ -313,6 +313,18 @@ def test_rotta_still_learns_at_every_nth_frame_after_as_many_frames_as_float32_c
     assert learned == [False, False, True, False] * 2
 
 
+@pytest.mark.parametrize(("name", "kind"), [("cotta", "group"), ("deyo", "group"), ("roid", "group")])
+def test_chance_goes_on_after_as_many_updates_as_float32_counts(name: str, kind: str) -> None:
+    method, stream = make(name, kind), torch.zeros(1, dtype=torch.long)
+    _, state = advance(method, drawn(1, 0), stream, method.fresh(1))
+    state["age"][:] = 2**24 - 2
+    ages = []
+    for number in range(4):
+        _, state = advance(method, drawn(1, number), stream, state)
+        ages.append(int(state["age"]))
+    assert ages == [2**24 - 1, 0, 1, 2]
+
+
 def test_lame_agrees_with_its_neighbours() -> None:
     """One unsure frame among sure ones of the same look takes their label."""
     method = make("lame", "group")
