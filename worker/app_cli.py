@@ -59,6 +59,12 @@ def options(
 @app.command()
 def worker(config: ConfigOption = None) -> None:
     """Consume frames, predict, adapt, until SIGTERM or Ctrl-C."""
+    import signal
+
+    # While torch loads there is nothing to finish, and its code may lose the exception that Ctrl-C raises. Who started
+    # this may have it ignore Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from worker.log import set_up_logging
     from worker.run import run_worker
 
