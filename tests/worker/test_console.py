@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from typing import Any
 
 import pytest
+import uvicorn
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +18,7 @@ from schemas.config import Frames, Kafka
 from schemas.errors import FrameError
 from tests.conftest import Topic, picture
 from tests.monitoring.console.records import prediction
+from worker.console import connections
 from worker.console.site import BAD, LAG, PREDICTIONS, every_address, read_sums
 from worker.console.thumbnails import SMALL, Thumbnails, _position, thumbnail
 
@@ -107,3 +110,42 @@ def test_frames_are_fetched_one_by_one(kafka_settings: Kafka, topic: Topic) -> N
     assert set(pictures) == set(chosen)
     for stream, i in chosen.items():
         assert pictures[stream] == thumbnail(picture(i), LIMITS, SMALL)
+
+
+async def _answers(app: Any, *sent: bytes) -> list[bytes]:
+    """What connections hear that send these bytes and then wait, until they are closed."""
+    config = uvicorn.Config(app, port=0, http=connections.Impatient, log_config=None, lifespan="off", ws="none")
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    await server.startup()
+    port = server.servers[0].sockets[0].getsockname()[1]
+
+    async def one(content: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(content)
+        heard = await reader.read()
+        writer.close()
+        return heard
+
+    try:
+        return await asyncio.wait_for(asyncio.gather(*map(one, sent)), 20)
+    finally:
+        await server.shutdown()
+
+
+def test_connections_that_ask_for_nothing_are_closed_and_slow_answers_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEAD_S", 0.05)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.5)  # ten times as long as a connection may be silent
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    request = b"GET / HTTP/1.1\r\nhost: here\r\n"
+    silent, slow, asked, again = asyncio.run(
+        _answers(app, b"", request, request + b"\r\n", request + b"\r\n" + request)
+    )
+    assert (silent, slow) == (b"", b"")
+    assert asked.endswith(b"ok")
+    assert again.count(b"ok") == 1

@@ -20,6 +20,7 @@ from schemas.bundle import Manifest
 from schemas.config import Console, WorkerConfig
 from schemas.errors import ConfigError, UnreachableError, mistakes
 from worker.console.backend import Outside
+from worker.console.connections import Impatient
 from worker.console.site import Site
 from worker.console.topics import TopicReader
 
@@ -87,6 +88,7 @@ def _serve(fleet: Fleet, outside: Outside, config: WorkerConfig, listening: sock
     server = _Server(
         uvicorn.Config(
             app,
+            http=Impatient,
             log_config=None,
             access_log=False,
             lifespan="off",
