@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ RARE = 0.001  # share of calibration that lies beyond a limit
 COSINE_STEPS = 64  # updates over which the guard averages the cosine
 SOFTENINGS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 LEAST_MARGIN = 0.02
+Round = tuple[Watched, Watched]  # with updates, and without
 
 
 @torch.no_grad()
@@ -72,19 +75,19 @@ def calibrate(
     names = list(CALIBRATION)
     # So that no round has all of a kind.
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    adapted, groups = [], []
-    started = time.monotonic()
-    for number in range(ROUNDS):
-        left = (time.monotonic() - started) / max(1, number) * (ROUNDS - number)
-        say(f"calibration: round {number + 1} of {ROUNDS}" + (f", about {left:.0f} s left" if number else ""))
-        shifts = {names[i]: CALIBRATION[names[i]] for i in order[number::ROUNDS]}
-        both = []
-        for adapt in (True, False):
+    shifts = [{names[i]: CALIBRATION[names[i]] for i in order[number::ROUNDS]} for number in range(ROUNDS)]
+
+    def play(number: int, wanted: Callable[[], bool]) -> Round:
+        def seen(adapt: bool) -> Watched:
             random = torch.Generator().manual_seed(1_000 * seed + 2 * number + adapt)
-            line = cameras(images, labels, shifts, streams, random, STRENGTH)
-            both.append(watch(method, observer, line, preprocessing, windows * WINDOW_STEPS, adapt))
-        adapted.append(both[0])
-        groups.append(joined([seen.table(FITTED) for seen in both]))
+            line = cameras(images, labels, shifts[number], streams, random, STRENGTH)
+            return watch(method, observer, line, preprocessing, windows * WINDOW_STEPS, adapt, wanted=wanted)
+
+        return seen(True), seen(False)
+
+    rounds = _side_by_side(play, say)
+    adapted = [with_updates for with_updates, _ in rounds]
+    groups = [joined([seen.table(FITTED) for seen in both]) for both in rounds]
     estimator, guess, truth = fit_estimator(FITTED, groups)
     plain = torch.cat([part for seen in adapted for part in seen.plain])
     answers = torch.cat([part for seen in adapted for part in seen.answers])
@@ -103,6 +106,26 @@ def calibrate(
         estimator=estimator,
     )
     return calibration, _limits(adapted, guess, truth)
+
+
+def _side_by_side(play: Callable[[int, Callable[[], bool]], Round], say: Callable[[str], None]) -> list[Round]:
+    """All rounds, in their order, as many at a time as torch has threads: a pass gains little from being divided.
+
+    `play` is given the number of its round, and whether it is still wanted.
+    """
+    threads, started, over = torch.get_num_threads(), time.monotonic(), threading.Event()
+    say(f"calibration: {ROUNDS} rounds")
+    pool = ThreadPoolExecutor(threads, "calibration", torch.set_num_threads, (1,))
+    try:
+        rounds = [pool.submit(play, number, lambda: not over.is_set()) for number in range(ROUNDS)]
+        for done, one in enumerate(as_completed(rounds), 1):
+            one.result()
+            left = (time.monotonic() - started) / done * (ROUNDS - done)
+            say(f"calibration: {done} of {ROUNDS} rounds" + (f", about {left:.0f} s left" if done < ROUNDS else ""))
+        return [one.result() for one in rounds]
+    finally:
+        over.set()
+        pool.shutdown(cancel_futures=True)
 
 
 @torch.no_grad()

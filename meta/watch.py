@@ -78,20 +78,25 @@ def watch(
     steps: int,
     adapt: bool,
     model: AccuracyModel | None = None,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> Watched:
-    """Run `steps` micro-batches of every stream, with updates or without."""
+    """Run `steps` micro-batches of every stream, with updates or without; as long as they are `wanted`."""
     state = {name: tensor.detach() for name, tensor in method.fresh(len(streams)).items()}
-    seen, predict = Watched(), as_served(method)
+    # As in a worker: where there will be no update, nothing is kept for one.
+    seen, predict = Watched(), as_served(method) if adapt else method.predict
     proxies = [RunningProxies() for _ in streams]
     truth, halves, visits = np.zeros((len(streams), 2)), np.zeros((len(streams), 2)), np.zeros(len(streams), int)
     other_half = torch.cat([torch.arange(FRAMES) // camera.repeat % 2 for camera in streams])
     for step in range(steps):
+        if not wanted():
+            break
         for place, camera in enumerate(streams):
             if camera.over:
                 camera.begin()
                 visits[place] += 1
         frames, labels, stream = draw(streams, FRAMES, preprocessing)
-        forward = predict(frames, stream, state)
+        with torch.inference_mode(not adapt):
+            forward = predict(frames, stream, state)
         asked = (stream + step) % (1 if step * FRAMES < YOUNG else SHADOW_EVERY) == 0
         chosen = asked.nonzero().flatten()
         observed, _ = observer.observe(frames, forward, chosen)

@@ -128,7 +128,9 @@ def meta_train(
 ) -> None:
     """Train a source model and its generator, calibrate, and pack the bundle."""
     from meta.recipe import build_bundle, read_recipe
+    from worker.process import keep_freed_memory
 
+    keep_freed_memory()
     build_bundle(read_recipe(config), output, f"driftkeel meta train --config {config} --output {output}")
 
 

@@ -55,7 +55,9 @@ def bundle_calibrate(
 ) -> None:
     """Fit calibration and limits anew; model, generator and statistics stay bit for bit. A few minutes."""
     from meta.recipe import calibrate_bundle
+    from worker.process import keep_freed_memory
 
+    keep_freed_memory()
     calibrate_bundle(path, f"driftkeel bundle calibrate {path} --seed {seed} --windows {windows}", seed, windows)
 
 
@@ -99,8 +101,10 @@ def bundle_create(
     from meta.create.run import CreateSettings, create_bundle
     from meta.imports import import_from
     from worker.decode import decode_image
+    from worker.process import keep_freed_memory
     from worker.site import EXAMPLE_BUNDLE, shipped
 
+    keep_freed_memory()
     import_from(code)
     width, height = _size(size)
     given: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics
 
 PASS_PIXELS = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Served(Forward):
+    """With the update that was worked out piece by piece."""
+
+    next: Update | None = None
 
 
 class PiecewiseMGG(MGG):
@@ -43,8 +50,7 @@ class PiecewiseMGG(MGG):
         kept = {name: torch.cat([forward.kept[name] for forward in passed]) for name in passed[0].kept}
         known = [head for head in heads if head is not None]
         self.model.frame_affine.head = torch.cat(known) if len(known) == len(heads) else None
-        self._next = _joined(updated)
-        return Forward(
+        return _Served(
             logits=torch.cat([forward.logits.detach() for forward in passed]),
             features=torch.cat([forward.features.detach() for forward in passed]),
             rows=None,
@@ -52,11 +58,14 @@ class PiecewiseMGG(MGG):
             counts=torch.cat([forward.counts for forward in passed]),
             state=state,
             kept=kept,
+            next=_joined(updated),
         )
 
     def update(self, forward: Forward) -> Update:
-        """The update that `serve` has worked out already; of the newest forward only."""
-        return self._next
+        """The update that `serve` has worked out already."""
+        if isinstance(forward, _Served) and forward.next is not None:
+            return forward.next
+        return super().update(forward)
 
 
 def frames_in_pass(height: int, width: int) -> int:

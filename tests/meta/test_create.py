@@ -98,7 +98,7 @@ def test_same_inputs_same_bundle(own: Path, tmp_path: Path) -> None:
     said: list[str] = []
     first, second = (create(wanted(own), tmp_path / name, said.append) for name in ("first", "second"))
     assert first == second
-    assert [line.partition(",")[0] for line in said].count("calibration: round 10 of 10") == 2
+    assert [line.partition(",")[0] for line in said].count("calibration: 10 of 10 rounds") == 2
     assert create(wanted(own, seed=1), tmp_path / "third") != first
 
 
