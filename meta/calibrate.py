@@ -27,6 +27,7 @@ from schemas.bundle import Calibration, Limits
 
 STREAMS = 24  # simulated at a time
 ROUNDS = 10  # of cameras; each has a part of the shifts to itself
+AT_ONCE = 2  # of these: each takes the memory of a pass, which a large model fills
 STRENGTH = 1.6  # of severities, so that the estimate has seen bad days too
 # The estimator's: of signals that say nearly the same one each, as they did best on shifts left out.
 FITTED = (
@@ -109,13 +110,14 @@ def calibrate(
 
 
 def _side_by_side(play: Callable[[int, Callable[[], bool]], Round], say: Callable[[str], None]) -> list[Round]:
-    """All rounds, in their order, as many at a time as torch has threads: a pass gains little from being divided.
+    """All rounds, in their order, some at a time: a pass gains little from being divided among a few processors.
 
     `play` is given the number of its round, and whether it is still wanted.
     """
     threads, started, over = torch.get_num_threads(), time.monotonic(), threading.Event()
     say(f"calibration: {ROUNDS} rounds")
-    pool = ThreadPoolExecutor(threads, "calibration", torch.set_num_threads, (1,))
+    lanes = min(AT_ONCE, threads)
+    pool = ThreadPoolExecutor(lanes, "calibration", torch.set_num_threads, (threads // lanes,))
     try:
         rounds = [pool.submit(play, number, lambda: not over.is_set()) for number in range(ROUNDS)]
         for done, one in enumerate(as_completed(rounds), 1):
@@ -126,6 +128,7 @@ def _side_by_side(play: Callable[[int, Callable[[], bool]], Round], say: Callabl
     finally:
         over.set()
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # for threads that begin later
 
 
 @torch.no_grad()
