@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 
 import pytest
@@ -42,7 +43,9 @@ def test_a_broker_that_goes_away_is_said_once_and_that_it_is_back(
             assert not stop.wait(1.5)
             away(False)
             wait_until(lambda n=times: len(said()) == 2 * n, "the line that it is back")
-            assert "has not answered for 1 s" in said()[-2]
+            found_silent = re.search(r"has not answered for (\d+) s", said()[-2])
+            assert found_silent
+            assert int(found_silent[1]) >= 1  # more where the machine is busy
             assert "answers again" in said()[-1]
         topic = Topic(kafka.bootstrap)
         topic.send(kafka.topics.predictions, [(b"cam", prediction("cam").model_dump_json().encode(), [])])
