@@ -17,11 +17,11 @@ from meta.objective import SourceStatistics
 PASS_PIXELS = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Served(Forward):
-    """With the update that was worked out piece by piece."""
+    """With its `ready` update, worked out piece by piece."""
 
-    next: Update | None = None
+    ready: Update
 
 
 class PiecewiseMGG(MGG):
@@ -58,14 +58,12 @@ class PiecewiseMGG(MGG):
             counts=torch.cat([forward.counts for forward in passed]),
             state=state,
             kept=kept,
-            next=_joined(updated),
+            ready=_joined(updated),
         )
 
     def update(self, forward: Forward) -> Update:
         """The update that `serve` has worked out already."""
-        if isinstance(forward, _Served) and forward.next is not None:
-            return forward.next
-        return super().update(forward)
+        return forward.ready if isinstance(forward, _Served) else super().update(forward)
 
 
 def frames_in_pass(height: int, width: int) -> int:

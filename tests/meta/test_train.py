@@ -1,7 +1,10 @@
+from collections.abc import Callable
 from functools import partial
 
+import pytest
 import torch
 
+import meta.calibrate
 from meta.calibrate import calibrate, source_statistics
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.mgg import MGG
@@ -81,3 +84,16 @@ def test_calibration_is_deterministic_and_in_range() -> None:
     calibration, limits = first
     assert 0.1 <= calibration.temperature <= 10
     assert limits.raw_gradient_norm > 0
+
+
+def test_calibration_ends_where_a_round_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Callable[[], bool]] = []
+
+    def fails(*arguments: object, wanted: Callable[[], bool]) -> None:
+        begun.append(wanted)
+        raise RuntimeError("a round")
+
+    monkeypatch.setattr(meta.calibrate, "watch", fails)
+    with pytest.raises(RuntimeError, match="a round"):
+        calibrate(method(), *problem(), PREPROCESSING, seed=3, windows=2, streams=3, say=lambda text: None)
+    assert not any(wanted() for wanted in begun)

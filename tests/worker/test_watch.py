@@ -43,9 +43,7 @@ def test_a_broker_that_goes_away_is_said_once_and_that_it_is_back(
             assert not stop.wait(1.5)
             away(False)
             wait_until(lambda n=times: len(said()) == 2 * n, "the line that it is back")
-            found_silent = re.search(r"has not answered for (\d+) s", said()[-2])
-            assert found_silent
-            assert int(found_silent[1]) >= 1  # more where the machine is busy
+            assert re.search(r"has not answered for [1-9]\d* s", said()[-2])  # one, or more on a busy machine
             assert "answers again" in said()[-1]
         topic = Topic(kafka.bootstrap)
         topic.send(kafka.topics.predictions, [(b"cam", prediction("cam").model_dump_json().encode(), [])])

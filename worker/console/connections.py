@@ -36,12 +36,7 @@ class Impatient(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._end()
         elif self._patience is None:
-            self._patience = self.loop.call_later(HEAD_S, self._lose)
-
-    def _lose(self) -> None:
-        self._patience = None
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
+            self._patience = self.loop.call_later(HEAD_S, self.transport.close)
 
     def _end(self) -> None:
         if self._patience is not None:
