@@ -23,11 +23,11 @@ def _standardised(x: Tensor) -> tuple[Tensor, Tensor]:
     return centred * inverse, inverse
 
 
-def _product(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (S, h, P) times one (h, h) matrix per coordinate, weight (S, h, h, P): (S, h, P)."""
-    total = rows[:, 0, None] * weight[:, 0]
-    for i in range(1, rows.shape[1]):
-        total = torch.addcmul(total, rows[:, i, None], weight[:, i])
+def _affine(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """rows (S, h, P) times one (h, h) matrix per coordinate, weight (S, h, h, P), plus bias: (S, h, P)."""
+    total = bias
+    for row, column in zip(rows.split(1, 1), weight.unbind(1), strict=True):
+        total = torch.addcmul(total, row, column)
     return total
 
 
@@ -66,17 +66,19 @@ class GradientMemory(nn.Module):
         The inner loss is l = 1/2 ||LN(k W + b) - (v - k)||^2; its gradient D with respect to z = k W + b is in
         closed form, and W <- W - eta k^T D, b <- b - eta D.
         """
-        query, key, value = self.query @ x, self.key @ x, self.value @ x
-        z_hat, inverse = _standardised(_product(key, weight) + bias)
-        error = _column(self.norm_scale) * z_hat + _column(self.norm_shift) - (value - key)
-        pulled = error * _column(self.norm_scale)
-        slope = inverse * (pulled - pulled.mean(1, keepdim=True) - z_hat * (pulled * z_hat).mean(1, keepdim=True))
-        gate = torch.sigmoid(self.rate_weight @ x + self.rate_bias).unsqueeze(1)
-        rate = gate * ((1 + self.token_scale).clamp_min(0) / self.hidden)
+        scale, shift = _column(self.norm_scale), _column(self.norm_shift)
+        # In one product, as most of its cost is to go over x.
+        ways = torch.cat([self.query, self.key, self.value - self.key, self.rate_weight.unsqueeze(0)])
+        query, key, target, rate = (ways @ x).split([self.hidden, self.hidden, self.hidden, 1], 1)
+        z_hat, inverse = _standardised(_affine(key, weight, bias))
+        pulled = scale * torch.addcmul(shift - target, scale, z_hat)
+        along = (pulled * z_hat).mean(1, keepdim=True)
+        slope = inverse * torch.addcmul(pulled - pulled.mean(1, keepdim=True), z_hat, along, value=-1)
+        rate = torch.sigmoid(rate + self.rate_bias) * ((1 + self.token_scale).clamp_min(0) / self.hidden)
         weight = torch.addcmul(weight, (rate * key).unsqueeze(2), slope.unsqueeze(1), value=-1)
         bias = torch.addcmul(bias, rate, slope, value=-1)
-        read, _ = _standardised(_product(query, weight) + bias)
-        return query + _column(self.norm_scale) * read + _column(self.norm_shift), weight, bias
+        read, _ = _standardised(_affine(query, weight, bias))
+        return torch.addcmul(query + shift, scale, read), weight, bias
 
 
 class MetaGradientGenerator(nn.Module):
@@ -93,7 +95,7 @@ class MetaGradientGenerator(nn.Module):
         """x (S, d, P) and fast weights to u (S, P) in (-1, 1) and new fast weights."""
         out, weight, bias = self.memory(x, weight, bias)
         post, _ = _standardised(out)
-        direction = self.output @ (_column(self.post_scale) * post + _column(self.post_shift))
+        direction = (self.output * self.post_scale) @ post + _column(self.output @ self.post_shift)
         return torch.tanh(direction.squeeze(1)), weight, bias
 
 
@@ -120,8 +122,8 @@ class UpdateRule(nn.Module):
         """x (S, d, P) and fast weights to gate, push and pull (S, P) and new fast weights."""
         out, weight, bias = self.memory(x, weight, bias)
         post, _ = _standardised(out)
-        read = self.output @ (_column(self.post_scale) * post + _column(self.post_shift))
-        heads = torch.tanh(read + self.shortcut @ x + _column(self.bias))
+        read = (self.output * self.post_scale) @ post + _column(self.output @ self.post_shift + self.bias)
+        heads = torch.tanh(read + self.shortcut @ x)
         gate = torch.exp(2 * heads[:, 0])
         pull = torch.sigmoid(self.pull_logit + 3 * heads[:, 2])
         return gate, heads[:, 1], pull, weight, bias

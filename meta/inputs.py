@@ -50,22 +50,22 @@ class Inputs:
         """
         (first, second), (b1, b2) = moments, self._decays
         steps = age.unsqueeze(1)
-        root = (second / (1 - b2**steps)).sqrt() + TINY
+        root = (second / _gathered(b2, steps)).sqrt() + TINY
         counts = counts.clamp_min(1)
 
         def spread(values: Tensor) -> Tensor:
             return values.unsqueeze(1).expand_as(gradient)
 
         made: dict[str, Callable[[], Tensor]] = {
-            "momentum": lambda: first / (1 - b1**steps) / root,
+            "momentum": lambda: first / _gathered(b1, steps) / root,
             "gradient": lambda: gradient / root,
             # Of the frames' own gradients: +-1 where all agree, near 0 where they cancel out.
             "agreement": lambda: gradient / ((counts.unsqueeze(1) * power).sqrt() + TINY),
             "offset": lambda: (5 * offset).clamp(-3, 3),
             "size": lambda: (gradient.abs() + TINY).log10().clamp(-3, 3) / 2,
             "raw": lambda: gradient.clamp(-3, 3),
-            "gap_mean": lambda: signals["gap_mean"][:, self._channel] / 2,
-            "gap_std": lambda: signals["gap_std"][:, self._channel],
+            "gap_mean": lambda: signals["gap_mean"].index_select(1, self._channel) / 2,
+            "gap_std": lambda: signals["gap_std"].index_select(1, self._channel),
             "kind": lambda: self._kind.expand_as(gradient),
             "depth": lambda: self._depth.expand_as(gradient),
             "norm": lambda: spread(((gradient**2).mean(1).sqrt() + TINY).log10().clamp(-3, 3)),
@@ -75,6 +75,11 @@ class Inputs:
             "batch": lambda: spread(counts.log2() / 6),
         }
         return torch.stack([made[name]() for name in self._names], 1)
+
+
+def _gathered(decay: float, steps: Tensor) -> Tensor:
+    """1 - decay^steps: how much of a running mean is made of what it has seen."""
+    return torch.expm1(steps * math.log(decay)).neg()
 
 
 def _layout(model: AdaptableModel) -> tuple[Tensor, Tensor]:
