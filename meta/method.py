@@ -19,6 +19,16 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
+class Shadow:
+    """What the source model puts out for some frames of a pass: logits (n, classes), features (n, F or more), and what
+    went into its last linear layer (n, d), if that could be seen."""
+
+    logits: Tensor
+    features: Tensor
+    head: Tensor | None
+
+
+@dataclass(frozen=True)
 class Forward:
     """A forward pass that `update` can go on from.
 
@@ -26,7 +36,7 @@ class Forward:
     (S,) float, and the state it ran under. logits carry a graph; use `detach` before they leave. `frames` and `kept`
     are what some methods need again: the frames themselves, and whatever else `predict` worked out, of each stream
     (S, ...), but for `probability` (B, classes). `giving`: where there is no graph, those frames once more that give an
-    update its gradient, with one.
+    update its gradient, with one. `shadow`: where source was asked in the same pass, what it says.
     """
 
     logits: Tensor
@@ -38,6 +48,7 @@ class Forward:
     frames: Tensor | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     giving: Forward | None = None
+    shadow: Shadow | None = None
 
     @property
     def answer(self) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from meta.inputs import Inputs
 from meta.learned import LearnedOptimizer
-from meta.method import Forward, Method, State, Update, where_seen
+from meta.method import Forward, Method, Shadow, State, Update, where_seen
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
 from meta.objective import Objective, SourceStatistics
@@ -38,13 +38,14 @@ GRADIENT_SHARE = 4  # one of so many frames gives a site's updates their gradien
 @dataclass(frozen=True)
 class _Ran:
     """What the model put out for some frames: logits and features (B, ...), and what went into its last linear layer;
-    `rows` is their affine where there is a graph."""
+    `rows` is their affine where there is a graph; `shadow`, what source says of those that it was asked for."""
 
     logits: Tensor
     features: Tensor
     head: Tensor | None
     rows: Tensor | None
     moments: NormMoments | None
+    shadow: Shadow | None = None
 
     def joined(self, other: _Ran, order: Tensor) -> _Ran:
         """The frames of both, `order` (B,) saying which place each has among these and then those; no graph."""
@@ -53,7 +54,16 @@ class _Ran:
             None if one is None or two is None else torch.cat([one.detach(), two]).index_select(0, order)
             for one, two in pairs
         )
-        return _Ran(cast(Tensor, logits), cast(Tensor, features), head, None, None)
+        return _Ran(cast(Tensor, logits), cast(Tensor, features), head, None, None, other.shadow)
+
+    def parted(self, count: int) -> _Ran:
+        """The first `count` frames, with what source says of the others."""
+        logits, features = self.logits[:count], self.features[:count]
+        head = self.head if self.head is not None and len(self.head) == len(self.logits) else None
+        own, others = (None, None) if head is None else (head[:count], head[count:])
+        return _Ran(
+            logits, features, own, self.rows, self.moments, Shadow(self.logits[count:], self.features[count:], others)
+        )
 
 
 class MGG:
@@ -130,31 +140,38 @@ class MGG:
 
     # --- the interface of meta.method.Method -----------------------------------------------------------------------
 
-    def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
-        """With a graph; in inference mode without one, and then not to be updated from."""
-        return self._forward(frames, stream, state, update=not torch.is_inference_mode_enabled())
-
-    def _forward(self, frames: Tensor, stream: Tensor, state: State, update: bool) -> Forward:
-        """`update`: what an update needs of all frames comes with it."""
+    def predict(self, frames: Tensor, stream: Tensor, state: State, asked: Tensor | None = None) -> Forward:
+        """With a graph; in inference mode without one, and then not to be updated from. There `asked` (n,) says for
+        which of the frames source answers too, in the same pass."""
+        update = not torch.is_inference_mode_enabled()
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
-        ran = self._run(frames, stream, state, None, counts, update)
+        ran = self._run(frames, stream, state, None, counts, update, None if update else asked)
+        self.model.frame_affine.head = ran.head
         kept = self._kept(ran.logits.detach(), stream, counts, state, ran.moments)
-        return Forward(ran.logits, ran.features, ran.rows, stream, counts, state, frames, kept)
+        return Forward(ran.logits, ran.features, ran.rows, stream, counts, state, frames, kept, None, ran.shadow)
 
-    def serve(self, frames: Tensor, stream: Tensor, state: State, adapts: Sequence[bool] | None = None) -> Forward:
+    def serve(
+        self,
+        frames: Tensor,
+        stream: Tensor,
+        state: State,
+        adapts: Sequence[bool] | None = None,
+        asked: Tensor | None = None,
+    ) -> Forward:
         """As `predict`, the way sites do it: only those frames have a graph that give an update its gradient.
 
         `adapts` (S,): which streams will be updated; None: all. Where layers normalise with the statistics of their
-        batch, those frames are run twice, for what the others get must not depend on them.
+        batch, those frames are run twice, for what the others get must not depend on them. `asked` (n,): for which
+        frames source answers too, unless all of the pass's have a graph.
         """
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
         chosen, given, few = self._giving(stream, counts, adapts)
         if len(chosen) == len(stream):
-            return self._forward(frames, stream, state, update=True)
+            return self.predict(frames, stream, state)
         everything = torch.ones(len(stream), dtype=torch.bool, device=stream.device)
         rest = (everything if self._mixes else everything.index_fill(0, chosen, False)).nonzero().flatten()
         with torch.inference_mode():
-            others = self._run(frames, stream, state, rest, counts)
+            others = self._run(frames, stream, state, rest, counts, asked=asked)
         with torch.inference_mode(False):
             own = self._run(frames, stream, state, chosen, few)
         with torch.inference_mode():
@@ -162,7 +179,7 @@ class MGG:
             self.model.frame_affine.head = whole.head
             kept = self._kept(whole.logits, stream, counts, state, whole.moments)
         giving = Forward(own.logits, own.features, own.rows, given, few, state)
-        return Forward(whole.logits, whole.features, None, stream, counts, state, frames, kept, giving)
+        return Forward(whole.logits, whole.features, None, stream, counts, state, frames, kept, giving, whole.shadow)
 
     def update(self, forward: Forward) -> Update:
         """One update per stream. Of frames that were served some give the gradient; all count in the statistics."""
@@ -174,7 +191,7 @@ class MGG:
         frame_gradient, statistics, signals = self.gradient(some, whole=whole)
         with torch.no_grad():
             update = self.generate(some, frame_gradient, statistics, signals)
-        state = where_seen(forward, self._at_rest(update.state))
+            state = where_seen(forward, self._at_rest(update.state))
         return Update(state, update.signals | {"frames": forward.counts})
 
     def observe(self, forward: Forward) -> State:
@@ -187,27 +204,53 @@ class MGG:
         return forward.state | self._carried(forward)
 
     def _run(
-        self, frames: Tensor, stream: Tensor, state: State, places: Tensor | None, counts: Tensor, update: bool = True
+        self,
+        frames: Tensor,
+        stream: Tensor,
+        state: State,
+        places: Tensor | None,
+        counts: Tensor,
+        update: bool = True,
+        asked: Tensor | None = None,
     ) -> _Ran:
         """The model on the frames at `places`, or on all, of which each stream has `counts` (S,). For an `update` the
-        features have those of the first layer under the source affine; with a graph, but for inference mode."""
+        features have those of the first layer under the source affine; with a graph, but for inference mode. There
+        the frames `asked` (n,) run once more behind them, as those of one more stream, which stays at source."""
+        whole = frames
         if places is not None:
             frames, stream = frames.index_select(0, places), stream.index_select(0, places)
+        count = len(frames)
+        if asked is not None and len(asked):
+            frames = torch.cat([frames, whole.index_select(0, asked)])
+            stream = torch.cat([stream, stream.new_full((len(asked),), len(counts))])
+            counts, state = torch.cat([counts, counts.new_zeros(1)]), self._and_source(state)
         rows = state["affine"].detach().index_select(0, stream)
         moments, correction = self._moments(stream, counts, state), self._correction(stream, state)
-        if not update:
+        if update:
+            with torch.enable_grad():
+                rows.requires_grad_(not torch.is_inference_mode_enabled())
+                logits, *pooled = self.model.forward_with_inputs(frames, rows, moments, correction)
+                features = torch.cat(pooled, 1)
+        else:
             logits, features = self.model.forward_with_features(frames, rows, moments, correction)
-            return _Ran(logits, features, self.model.frame_affine.head, None, moments)
-        with torch.enable_grad():
-            rows.requires_grad_(not torch.is_inference_mode_enabled())
-            logits, *pooled = self.model.forward_with_inputs(frames, rows, moments, correction)
-            graph = rows if rows.requires_grad else None
-            return _Ran(logits, torch.cat(pooled, 1), self.model.frame_affine.head, graph, moments)
+        ran = _Ran(logits, features, self.model.frame_affine.head, rows if rows.requires_grad else None, moments)
+        return ran if len(frames) == count else ran.parted(count)
+
+    def _and_source(self, state: State) -> State:
+        """What of the state makes the model, with a row more that is source's."""
+        model = self.model
+        source = {"affine": model.source_affine}
+        if model.correction is not None:
+            source["correction"] = model.source_affine.new_zeros(())
+        elif model.batch_channels:
+            source |= {"norm_mean": model.source_mean, "norm_variance": model.source_variance}
+        return {name: torch.cat([state[name], row.unsqueeze(0)]) for name, row in source.items()}
 
     def _kept(self, logits: Tensor, stream: Tensor, counts: Tensor, state: State, moments: NormMoments | None) -> State:
         kept: State = {}
         if moments is not None:
-            kept["norm_mean"], kept["norm_variance"] = moments.mixed()
+            mean, variance = moments.mixed()
+            kept["norm_mean"], kept["norm_variance"] = mean[: len(counts)], variance[: len(counts)]
         if self.settings.class_filter:
             kept["probability"], belief = filter_classes(logits, stream, counts, state)
             kept |= belief

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meta.estimator import AccuracyModel
-from meta.method import CPU, Forward, State, on_cpu
+from meta.method import CPU, Forward, Shadow, State, on_cpu
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, per_stream_mean
 from schemas.state import RunningProxies
@@ -95,32 +95,31 @@ class Observer:
 
     @torch.no_grad()
     def observe(self, frames: Tensor, forward: Forward, chosen: Tensor) -> tuple[list[Observed], Tensor | None]:
-        """What a pass shows, stream by stream; `chosen` (n,) are the places of the frames that source answers too. And
-        these answers, as logits (n, K); None where there are none.
+        """What a pass shows, stream by stream; `chosen` (n,) are the places of the frames that source answers too: in
+        the pass, or now. And these answers, as logits (n, K); None where there are none.
 
         To be called directly after the pass, in the same thread.
         """
         with np.errstate(invalid="ignore", over="ignore"):  # broken parameters show in the signals
-            passed = self._near(_shown(forward, chosen, self.model.source_affine))
+            passed = _near(_shown(forward, chosen, self.model.source_affine), self.model.frame_affine.head)
             seen = self._seen(passed)
             own = _rows(self._own(passed, seen))
-            counts = passed["counts"].long().tolist()
-            if not len(chosen):
-                return [Observed(count, mine, 0, {}) for count, mine in zip(counts, own, strict=True)], None
-            logits, pooled = self.model.forward_with_features(frames.index_select(0, chosen))
-            source = self._seen(self._near({"logits": logits, "features": pooled}))
+        counts = passed["counts"].long().tolist()
+        if not len(chosen):
+            return [Observed(count, mine, 0, {}) for count, mine in zip(counts, own, strict=True)], None
+        asked = forward.shadow or self._ask(frames.index_select(0, chosen))
+        with np.errstate(invalid="ignore", over="ignore"):  # broken parameters show in the signals
+            source = self._seen(_near({"logits": asked.logits, "features": asked.features}, asked.head))
             stream = passed["stream"].index_select(0, passed["chosen"])
             signals, shadowed = self._shadow(source, stream, passed, seen)
         said: list[list[int]] = [[] for _ in counts]
         for row, index in zip(stream.tolist(), source.said.tolist(), strict=True):
             said[row].append(index)
         each = zip(counts, own, shadowed.long().tolist(), _rows(signals), map(tuple, said), strict=True)
-        return [Observed(*one) for one in each], logits
+        return [Observed(*one) for one in each], asked.logits
 
-    def _near(self, shown: State) -> State:
-        """On the CPU, with what went into the last layer of the model that was run last."""
-        head = self.model.frame_affine.head
-        return on_cpu(shown if head is None else shown | {"head": head})
+    def _ask(self, frames: Tensor) -> Shadow:
+        return Shadow(*self.model.forward_with_features(frames), self.model.frame_affine.head)
 
     def _own(self, passed: State, seen: _Seen) -> dict[str, Numbers]:
         """Signals (S,) of the frames that `_shown` is of."""
@@ -223,6 +222,11 @@ class _Seen:
     probability: Numbers
     said: Numbers
     signals: dict[str, Numbers]
+
+
+def _near(shown: State, head: Tensor | None) -> State:
+    """On the CPU, with what went into the last layer."""
+    return on_cpu(shown if head is None else shown | {"head": head})
 
 
 def _shown(forward: Forward, chosen: Tensor, source_affine: Tensor) -> State:

@@ -195,10 +195,12 @@ class Engine:
     def _predict(self, part: Part) -> tuple[list[Outlook], Forward]:
         frames, sights = self._frames(part)
         adapts = [batch.adapt for batch in part.batches]
-        if isinstance(self._method, MGG) and any(adapts):
-            forward = self._method.serve(frames, part.stream, part.state, adapts)
-        else:
+        if not isinstance(self._method, MGG):
             forward = self._method.predict(frames, part.stream, part.state)
+        elif any(adapts):
+            forward = self._method.serve(frames, part.stream, part.state, adapts, part.shadow)
+        else:
+            forward = self._method.predict(frames, part.stream, part.state, part.shadow)
         observed, source = None, None
         if self._observer is not None:
             observed, source = self._observer.observe(frames, forward, part.shadow)
@@ -222,9 +224,9 @@ class Engine:
         before, state = State(), State()
         if passed.forward is not None:
             update, before = self._method.update(passed.forward), passed.forward.state
-            state, finite = update.state, finite_rows(update.state).tolist()
+            state = update.state
+            finite, layers = finite_rows(state).tolist(), self.distances(before["affine"], state["affine"])
             signals = {name: values.tolist() for name, values in on_cpu(update.signals).items()}
-            layers = self.distances(before["affine"], state["affine"])
             for row, outlook in enumerate(passed.adapting):
                 own = {name: values[row] for name, values in signals.items()}
                 proposals.append(Proposal(outlook, row, True, own, finite[row], layers[row]))

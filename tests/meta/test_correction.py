@@ -152,6 +152,15 @@ def test_a_stream_is_corrected_from_its_first_update_on(method) -> None:
     torch.testing.assert_close(after, method.model(frames, correction=method.model.correction.under(torch.ones(8))))
 
 
+def test_source_is_not_corrected_in_the_pass_of_a_stream_that_is(method) -> None:
+    frames, stream = shown(0.7, True)[1][:8], torch.zeros(8, dtype=torch.long)
+    moved = method.update(method.predict(frames, stream, method.fresh(1))).state
+    with torch.inference_mode():
+        forward = method.predict(frames, stream, moved, torch.tensor([5, 2]))
+    torch.testing.assert_close(forward.shadow.logits, method.model(frames[[5, 2]]))
+    assert not torch.allclose(forward.shadow.logits, forward.logits[[5, 2]], atol=1e-3)
+
+
 def test_equal_seeds_give_equal_corrections(fitted) -> None:
     model, first = fitted
     second = fit_correction(model, pictures(512, 1), MEAN, STD, 0, draws=40, frames=32, shifts={"lit": lit})

@@ -9,7 +9,7 @@ from meta.affine import Affine
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.method import finite_rows, narrowed
 from meta.mgg import GRADIENT_SHARE, MGG, evenly
-from meta.models import groupnorm_cnn
+from meta.models import batchnorm_cnn, groupnorm_cnn
 from meta.norms import AdaptableModel
 from meta.objective import (
     SourceStatistics,
@@ -22,9 +22,9 @@ from meta.objective import (
 )
 
 
-def make_method(**settings) -> MGG:
+def make_method(network: torch.nn.Module | None = None, **settings) -> MGG:
     torch.manual_seed(5)
-    model = AdaptableModel(groupnorm_cnn(classes=5, widths=(8, 8), group=4))
+    model = AdaptableModel(network or groupnorm_cnn(classes=5, widths=(8, 8), group=4))
     with torch.no_grad():
         logits, features = model.forward_with_features(torch.randn(64, 1, 12, 12))
         source = feature_statistics(features, logits.softmax(1))
@@ -39,14 +39,14 @@ def make_method(**settings) -> MGG:
 METHOD = make_method()
 
 
-def lived_in(streams: int, seed: int):
+def lived_in(streams: int, seed: int, method: MGG = METHOD):
     """States that have seen a few updates each, all different."""
-    state = METHOD.fresh(streams)
+    state = method.fresh(streams)
     random = torch.Generator().manual_seed(seed)
     for _ in range(2):
         frames = torch.randn(streams * 3, 1, 12, 12, generator=random)
         stream = torch.arange(streams).repeat_interleave(3)
-        state = METHOD.update(METHOD.predict(frames, stream, state)).state
+        state = method.update(method.predict(frames, stream, state)).state
     return state
 
 
@@ -219,6 +219,38 @@ def test_frames_as_the_source_knows_them_leave_the_source_in_charge() -> None:
             state = update.state
         doses.append(float(update.signals["dose"]))
     assert doses[0] < doses[1]
+
+
+@pytest.mark.parametrize("kind", ["group", "batch"])
+@pytest.mark.parametrize("adapts", [None, [True, False, False], [False, False, False]])
+def test_source_answers_in_the_same_pass_and_changes_nothing_else(kind: str, adapts: list[bool] | None) -> None:
+    """Asked for none of the frames, for some, and for all."""
+    method = METHOD if kind == "group" else make_method(batchnorm_cnn(5, widths=(8, 8)))
+    state = lived_in(3, 8, method)
+    random = torch.Generator().manual_seed(8)
+    frames, stream = torch.randn(15, 1, 12, 12, generator=random), torch.randint(3, (15,), generator=random)
+
+    def passed(asked: torch.Tensor | None):
+        if adapts is None or any(adapts):
+            return method.serve(frames, stream, state, adapts, asked), method.model.frame_affine.head
+        with torch.inference_mode():
+            return method.predict(frames, stream, state, asked), method.model.frame_affine.head
+
+    plain, head = passed(None)
+    assert plain.shadow is None
+    for asked in (torch.tensor([], dtype=torch.long), torch.tensor([14, 3]), torch.arange(15)):
+        forward, own_head = passed(asked)
+        torch.testing.assert_close(forward.logits, plain.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(forward.features, plain.features, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(own_head, head, rtol=1e-4, atol=1e-5)
+        assert {name: t.shape for name, t in forward.kept.items()} == {n: t.shape for n, t in plain.kept.items()}
+        if not len(asked):
+            assert forward.shadow is None
+            continue
+        logits, features = method.model.forward_with_features(frames[asked])
+        torch.testing.assert_close(forward.shadow.logits, logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(forward.shadow.features[:, : features.shape[1]], features, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(forward.shadow.head, method.model.frame_affine.head, rtol=1e-4, atol=1e-5)
 
 
 def test_no_micro_batch_replaces_more_than_half_of_the_window() -> None:
