@@ -30,6 +30,7 @@ from meta.norms import AdaptableModel
 from meta.objective import Objective, SourceStatistics
 from meta.stream_norm import LayerCorrection
 from meta.temporal import filter_classes, fresh_belief
+from meta.threads import one_thread
 
 TINY = 1e-8
 GRADIENT_SHARE = 4  # one of so many frames gives a site's updates their gradient
@@ -189,7 +190,7 @@ class MGG:
                 raise ValueError("no frame has a graph: what was predicted in inference mode cannot be updated from")
             some, whole = replace(forward.giving, state=forward.state, kept=forward.kept), forward
         frame_gradient, statistics, signals = self.gradient(some, whole=whole)
-        with torch.no_grad():
+        with torch.no_grad(), one_thread():
             update = self.generate(some, frame_gradient, statistics, signals)
             state = where_seen(forward, self._at_rest(update.state))
         return Update(state, update.signals | {"frames": forward.counts})

@@ -10,7 +10,8 @@ with the source model (after ASR's flip rate); discrepancy of features and the g
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from meta.estimator import AccuracyModel
 from meta.method import CPU, Forward, Shadow, State, on_cpu
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, per_stream_mean
+from meta.threads import one_thread
 from schemas.state import RunningProxies
 
 # Numbers of few frames and classes: NumPy starts an operation on these in a fraction of the time that torch needs.
@@ -100,7 +102,7 @@ class Observer:
 
         To be called directly after the pass, in the same thread.
         """
-        with np.errstate(invalid="ignore", over="ignore"):  # broken parameters show in the signals
+        with _calmly():
             passed = _near(_shown(forward, chosen, self.model.source_affine), self.model.frame_affine.head)
             seen = self._seen(passed)
             own = _rows(self._own(passed, seen))
@@ -108,7 +110,7 @@ class Observer:
         if not len(chosen):
             return [Observed(count, mine, 0, {}) for count, mine in zip(counts, own, strict=True)], None
         asked = forward.shadow or self._ask(frames.index_select(0, chosen))
-        with np.errstate(invalid="ignore", over="ignore"):  # broken parameters show in the signals
+        with _calmly():
             source = self._seen(_near({"logits": asked.logits, "features": asked.features}, asked.head))
             stream = passed["stream"].index_select(0, passed["chosen"])
             signals, shadowed = self._shadow(source, stream, passed, seen)
@@ -222,6 +224,13 @@ class _Seen:
     probability: Numbers
     said: Numbers
     signals: dict[str, Numbers]
+
+
+@contextmanager
+def _calmly() -> Iterator[None]:
+    """Numbers of few frames need one thread; and broken parameters show in the signals, without a warning."""
+    with np.errstate(invalid="ignore", over="ignore"), one_thread():
+        yield
 
 
 def _near(shown: State, head: Tensor | None) -> State:

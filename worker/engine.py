@@ -15,6 +15,7 @@ from meta.estimator import AccuracyModel
 from meta.method import Forward, State, finite_rows, narrowed, on_cpu, put, take
 from meta.mgg import MGG
 from meta.proxies import Observer
+from meta.threads import one_thread
 from schemas.state import StreamHeader, StreamState
 from worker.batcher import MicroBatch
 from worker.guard import watched
@@ -225,7 +226,8 @@ class Engine:
         if passed.forward is not None:
             update, before = self._method.update(passed.forward), passed.forward.state
             state = update.state
-            finite, layers = finite_rows(state).tolist(), self.distances(before["affine"], state["affine"])
+            with one_thread():
+                finite, layers = finite_rows(state).tolist(), self.distances(before["affine"], state["affine"])
             signals = {name: values.tolist() for name, values in on_cpu(update.signals).items()}
             for row, outlook in enumerate(passed.adapting):
                 own = {name: values[row] for name, values in signals.items()}
