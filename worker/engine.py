@@ -301,8 +301,8 @@ class Engine:
 
     def _asks(self, batch: MicroBatch, header: StreamHeader) -> bool:
         """Whether source is asked for a micro-batch: every so many of a stream, by its own count, so that a step that
-        is repeated asks the same; all where the guard watches, and where source answers anyway. Whole ones, because a
-        few frames are hardly cheaper."""
+        is repeated asks the same; all where the guard watches, and where source answers anyway. Whole ones: beside each
+        of their predictions stands what source says."""
         if self._observer is None or not self._shadow_every or self._hurries(batch):
             return False
         # Streams that began together do not all ask in the same pass.
