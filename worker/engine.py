@@ -26,6 +26,7 @@ from worker.resident import Headers, Resident
 
 FIRST_SLOTS = 16
 SOURCE_SHARE = 1 / 16
+MORE = 1 / 3  # by how much source's frames may enlarge a pass; where there are more, they get one of their own
 FIXED = (
     "affine",
     "norm_mean",
@@ -196,12 +197,13 @@ class Engine:
     def _predict(self, part: Part) -> tuple[list[Outlook], Forward]:
         frames, sights = self._frames(part)
         adapts = [batch.adapt for batch in part.batches]
+        asked = part.shadow if len(part.shadow) <= MORE * len(part.stream) else None
         if not isinstance(self._method, MGG):
             forward = self._method.predict(frames, part.stream, part.state)
         elif any(adapts):
-            forward = self._method.serve(frames, part.stream, part.state, adapts, part.shadow)
+            forward = self._method.serve(frames, part.stream, part.state, adapts, asked)
         else:
-            forward = self._method.predict(frames, part.stream, part.state, part.shadow)
+            forward = self._method.predict(frames, part.stream, part.state, asked)
         observed, source = None, None
         if self._observer is not None:
             observed, source = self._observer.observe(frames, forward, part.shadow)

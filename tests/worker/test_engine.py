@@ -184,6 +184,25 @@ def test_a_sample_of_the_frames_is_answered_by_source_too(engine: Engine) -> Non
     assert engine.predict([work]).outlooks[0].observed.shadowed == 12
 
 
+@pytest.mark.parametrize(("old", "passes"), [(0, [24, 24]), (2, [32])])
+def test_source_makes_no_pass_much_larger(engine: Engine, old: int, passes: list[int]) -> None:
+    """Three new streams, all of whose frames it is asked for; and one beside two that are not new."""
+    for stream in "abc"[:old]:
+        resident = engine.resident(stream)
+        resident.header = resident.header.model_copy(update={"events": 1, "proxies": RunningProxies(frames=1_000)})
+        assert not engine._asks(batch(stream, 8), resident.header)
+    sizes: list[int] = []
+    hook = engine.bundle.model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    works = [batch(stream, 8, number, adapt=False) for number, stream in enumerate("abc")]
+    told = engine.predict(works).outlooks[2]
+    hook.remove()
+    assert sizes == passes
+    logits = engine.bundle.model(
+        normalise_pixels([f.pixels for f in works[2].frames], engine.bundle.manifest.preprocess)
+    )
+    assert list(told.source_index) == logits.argmax(1).tolist()
+
+
 def test_without_a_source_share_source_is_never_asked(tiny_bundle) -> None:
     engine = Engine(tiny_bundle, source_share=0)
     admit(engine, "a")
