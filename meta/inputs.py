@@ -79,7 +79,7 @@ class Inputs:
 
 def _gathered(decay: float, steps: Tensor) -> Tensor:
     """1 - decay^steps: how much of a running mean is made of what it has seen."""
-    return torch.expm1(steps * math.log(decay)).neg()
+    return torch.expm1(steps * math.log(decay)).neg() if decay else torch.ones_like(steps)
 
 
 def _layout(model: AdaptableModel) -> tuple[Tensor, Tensor]:

@@ -59,12 +59,9 @@ class _Ran:
 
     def parted(self, count: int) -> _Ran:
         """The first `count` frames, with what source says of the others."""
-        logits, features = self.logits[:count], self.features[:count]
-        head = self.head if self.head is not None and len(self.head) == len(self.logits) else None
-        own, others = (None, None) if head is None else (head[:count], head[count:])
-        return _Ran(
-            logits, features, own, self.rows, self.moments, Shadow(self.logits[count:], self.features[count:], others)
-        )
+        head, others = (None, None) if self.head is None else (self.head[:count], self.head[count:])
+        shadow = Shadow(self.logits[count:], self.features[count:], others)
+        return _Ran(self.logits[:count], self.features[:count], head, self.rows, self.moments, shadow)
 
 
 class MGG:
@@ -234,7 +231,10 @@ class MGG:
                 features = torch.cat(pooled, 1)
         else:
             logits, features = self.model.forward_with_features(frames, rows, moments, correction)
-        ran = _Ran(logits, features, self.model.frame_affine.head, rows if rows.requires_grad else None, moments)
+        head = self.model.frame_affine.head
+        if head is not None and len(head) != len(frames):
+            head = None  # a layer that sees something else than frames
+        ran = _Ran(logits, features, head, rows if rows.requires_grad else None, moments)
         return ran if len(frames) == count else ran.parted(count)
 
     def _and_source(self, state: State) -> State:

@@ -70,8 +70,10 @@ class _StreamNormalise(torch.autograd.Function):
             total, squares = total.sum(dims), squares.sum(dims)
         moved = _stream_sum(total, stream, frames) / positions
         batch_variance = (_stream_sum(squares, stream, frames) / positions - moved * moved).clamp_min(0)
-        step = share * moved
-        mean, variance = given_mean + step, given_variance + share * (batch_variance - given_variance)
+        # Where nothing of the batch counts, neither does what of it is not finite.
+        step = torch.where(share > 0, share * moved, 0)
+        mean = given_mean + step
+        variance = given_variance + torch.where(share > 0, share * (batch_variance - given_variance), 0)
         inverse = torch.rsqrt(variance + epsilon)
         out = torch.addcmul(_spread(-step * inverse, stream, x), centred, _spread(inverse, stream, x))
         context.save_for_backward(out, stream, share, frames, inverse, moved)

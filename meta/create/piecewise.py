@@ -37,7 +37,15 @@ class PiecewiseMGG(MGG):
         super().__init__(model, source, learned, classes)
         self._frames = frames
 
-    def serve(self, frames: Tensor, stream: Tensor, state: State, adapts: Sequence[bool] | None = None) -> Forward:
+    def serve(
+        self,
+        frames: Tensor,
+        stream: Tensor,
+        state: State,
+        adapts: Sequence[bool] | None = None,
+        asked: Tensor | None = None,
+    ) -> Forward:
+        """As `MGG.serve`; `asked` is left to whoever finds no answer of source in what comes back."""
         groups = _groups(torch.bincount(stream, minlength=len(state["affine"])).tolist(), self._frames)
         passed, updated, heads = [], [], []
         for first, last in groups:

@@ -39,6 +39,17 @@ def make_method(network: torch.nn.Module | None = None, **settings) -> MGG:
 METHOD = make_method()
 
 
+class Rows(torch.nn.Module):
+    """Classifies each position of (B, ch, 2, 2), and takes the mean."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(channels, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.permute(0, 2, 3, 1).flatten(0, 2)).view(len(x), 4, -1).mean(1)
+
+
 def lived_in(streams: int, seed: int, method: MGG = METHOD):
     """States that have seen a few updates each, all different."""
     state = method.fresh(streams)
@@ -253,6 +264,22 @@ def test_source_answers_in_the_same_pass_and_changes_nothing_else(kind: str, ada
         torch.testing.assert_close(forward.shadow.head, method.model.frame_affine.head, rtol=1e-4, atol=1e-5)
 
 
+def test_a_last_layer_that_sees_something_else_than_frames_is_not_taken_for_one() -> None:
+    """Here it sees four rows a frame."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3, 2), torch.nn.GroupNorm(2, 8), torch.nn.AdaptiveAvgPool2d(2), Rows(8, 5)
+    )
+    method = make_method(network)
+    frames, stream = torch.randn(8, 1, 12, 12), torch.zeros(8, dtype=torch.long)
+    with torch.inference_mode():
+        for asked in (None, torch.tensor([1])):
+            forward = method.predict(frames, stream, method.fresh(1), asked)
+            assert method.model.frame_affine.head is None
+    assert forward.shadow.head is None
+    method.serve(frames, stream, method.fresh(1), [True])
+    assert method.model.frame_affine.head is None
+
+
 def test_no_micro_batch_replaces_more_than_half_of_the_window() -> None:
     state = METHOD.fresh(2)
     half = METHOD.settings.feature_window // 2
@@ -272,6 +299,22 @@ def test_watched_frames_move_what_is_known_and_not_the_affine() -> None:
     for name in ("class_last", "class_mix", "class_stay"):
         assert torch.equal(watched[name], updated[name]), name
         assert not torch.equal(watched[name], state[name]), name
+
+
+def test_source_is_asked_for_each_frame_alone() -> None:
+    """A frame whose activations are not finite breaks no other's answer, also where layers keep moments."""
+    method = make_method(batchnorm_cnn(5, widths=(8, 8)))
+    frames, stream = torch.randn(6, 1, 12, 12), torch.tensor([0, 0, 0, 1, 1, 1])
+    frames[1] = torch.nan
+    with torch.inference_mode():
+        forward = method.predict(frames, stream, method.fresh(2), torch.arange(6))
+    assert torch.isfinite(forward.shadow.logits).all(1).tolist() == [True, False, True, True, True, True]
+
+
+def test_without_memory_of_gradients_updates_are_finite() -> None:
+    method = make_method(momentum_decay=0.0, square_decay=0.0)
+    forward = method.predict(torch.randn(4, 1, 12, 12), torch.zeros(4, dtype=torch.long), method.fresh(1))
+    assert finite_rows(method.update(forward).state).all()
 
 
 def test_the_given_state_is_left_alone() -> None:
