@@ -23,7 +23,7 @@ def _standardised(x: Tensor) -> tuple[Tensor, Tensor]:
     return centred * inverse, inverse
 
 
-def _affine(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """rows (S, h, P) times one (h, h) matrix per coordinate, weight (S, h, h, P), plus bias: (S, h, P)."""
     total = bias
     for row, column in zip(rows.split(1, 1), weight.unbind(1), strict=True):
@@ -68,16 +68,16 @@ class GradientMemory(nn.Module):
         """
         scale, shift = _column(self.norm_scale), _column(self.norm_shift)
         # In one product, as most of its cost is to go over x.
-        ways = torch.cat([self.query, self.key, self.value - self.key, self.rate_weight.unsqueeze(0)])
-        query, key, target, rate = (ways @ x).split([self.hidden, self.hidden, self.hidden, 1], 1)
-        z_hat, inverse = _standardised(_affine(key, weight, bias))
+        projections = torch.cat([self.query, self.key, self.value - self.key, self.rate_weight.unsqueeze(0)])
+        query, key, target, rate = (projections @ x).split([self.hidden, self.hidden, self.hidden, 1], 1)
+        z_hat, inverse = _standardised(_linear(key, weight, bias))
         pulled = scale * torch.addcmul(shift - target, scale, z_hat)
         along = (pulled * z_hat).mean(1, keepdim=True)
         slope = inverse * torch.addcmul(pulled - pulled.mean(1, keepdim=True), z_hat, along, value=-1)
         rate = torch.sigmoid(rate + self.rate_bias) * ((1 + self.token_scale).clamp_min(0) / self.hidden)
         weight = torch.addcmul(weight, (rate * key).unsqueeze(2), slope.unsqueeze(1), value=-1)
         bias = torch.addcmul(bias, rate, slope, value=-1)
-        read, _ = _standardised(_affine(query, weight, bias))
+        read, _ = _standardised(_linear(query, weight, bias))
         return torch.addcmul(query + shift, scale, read), weight, bias
 
 

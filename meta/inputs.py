@@ -50,14 +50,14 @@ class Inputs:
         """
         (first, second), (b1, b2) = moments, self._decays
         steps = age.unsqueeze(1)
-        root = (second / _gathered(b2, steps)).sqrt() + TINY
+        root = (second / _bias_correction(b2, steps)).sqrt() + TINY
         counts = counts.clamp_min(1)
 
         def spread(values: Tensor) -> Tensor:
             return values.unsqueeze(1).expand_as(gradient)
 
         made: dict[str, Callable[[], Tensor]] = {
-            "momentum": lambda: first / _gathered(b1, steps) / root,
+            "momentum": lambda: first / _bias_correction(b1, steps) / root,
             "gradient": lambda: gradient / root,
             # Of the frames' own gradients: +-1 where all agree, near 0 where they cancel out.
             "agreement": lambda: gradient / ((counts.unsqueeze(1) * power).sqrt() + TINY),
@@ -77,8 +77,8 @@ class Inputs:
         return torch.stack([made[name]() for name in self._names], 1)
 
 
-def _gathered(decay: float, steps: Tensor) -> Tensor:
-    """1 - decay^steps: how much of a running mean is made of what it has seen."""
+def _bias_correction(decay: float, steps: Tensor) -> Tensor:
+    """1 - decay^steps, as in Adam: how much of a running mean is made of what it has seen."""
     return torch.expm1(steps * math.log(decay)).neg() if decay else torch.ones_like(steps)
 
 

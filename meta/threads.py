@@ -16,9 +16,6 @@ def one_thread() -> Iterator[None]:
     but for one that uses torch for the first time meanwhile, which stays with one.
     """
     threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
     torch.set_num_threads(1)
     try:
         yield

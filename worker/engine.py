@@ -26,7 +26,7 @@ from worker.resident import Headers, Resident
 
 FIRST_SLOTS = 16
 SOURCE_SHARE = 1 / 16
-MORE = 1 / 3  # by how much source's frames may enlarge a pass; where there are more, they get one of their own
+MOST_ASKED = 1 / 3  # of a pass's frames, that source answers in the same pass; more get one of their own, for memory
 FIXED = (
     "affine",
     "norm_mean",
@@ -197,7 +197,7 @@ class Engine:
     def _predict(self, part: Part) -> tuple[list[Outlook], Forward]:
         frames, sights = self._frames(part)
         adapts = [batch.adapt for batch in part.batches]
-        asked = part.shadow if len(part.shadow) <= MORE * len(part.stream) else None
+        asked = part.shadow if len(part.shadow) <= MOST_ASKED * len(part.stream) else None
         if not isinstance(self._method, MGG):
             forward = self._method.predict(frames, part.stream, part.state)
         elif any(adapts):
