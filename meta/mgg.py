@@ -34,6 +34,7 @@ from meta.threads import one_thread
 
 TINY = 1e-8
 GRADIENT_SHARE = 4  # one of so many frames gives a site's updates their gradient
+MOST_FRAMES = 16  # of a stream in one update: a shift is followed update by update, however many frames each has
 
 
 @dataclass(frozen=True)
@@ -374,6 +375,11 @@ class MGG:
 def as_served(method: Method) -> Callable[[Tensor, Tensor, State], Forward]:
     """How a site predicts with a method."""
     return method.serve if isinstance(method, MGG) else method.predict
+
+
+def frames_an_update(method: Method, wanted: int) -> int:
+    """How many frames of a stream a method had best take at a time, where it may have `wanted`."""
+    return min(wanted, MOST_FRAMES) if isinstance(method, MGG) else wanted
 
 
 def evenly(stream: Tensor, counts: Tensor, wanted: Tensor) -> Tensor:

@@ -153,7 +153,12 @@ class Frames(Section):
 class Batch(Section):
     """Micro-batches: latency (`max_batch`, `max_wait_ms`) and updates (`min_adapt`) are separate knobs."""
 
-    max_batch: int = Field(16, ge=1, le=1_024, description="frames of one stream that close its micro-batch")
+    max_batch: int = Field(
+        16,
+        ge=1,
+        le=1_024,
+        description="frames of one stream that close its micro-batch; mgg takes 16 at most, or min_adapt",
+    )
     max_wait_ms: int = Field(100, ge=0, description="longest wait of a frame for its micro-batch to fill")
     min_adapt: int = Field(4, ge=1, description="fewer frames are predicted now and adapted on with later ones")
     max_hold_ms: int = Field(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
+from meta.method import Method
+from meta.mgg import frames_an_update
 from schemas.config import Batch
 from schemas.prediction import Parameters
 from worker.decode import DecodedFrame
@@ -52,6 +54,12 @@ def within_memory(settings: Batch, frame_bytes: int, lanes: int) -> Batch:
     passes at a time always find frames for two each."""
     room = max(settings.max_buffered_bytes // frame_bytes, 2 * lanes * settings.max_pass)
     return settings.model_copy(update={"max_buffered": min(settings.max_buffered, room)})
+
+
+def within_method(settings: Batch, adapt: bool, method: Method) -> Batch:
+    """The same settings with micro-batches no larger than what `method` had best learn from, where it shall `adapt`."""
+    most = max(settings.min_adapt, frames_an_update(method, settings.max_batch)) if adapt else settings.max_batch
+    return settings.model_copy(update={"max_batch": most})
 
 
 class MicroBatcher:

@@ -23,7 +23,7 @@ from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, FrameError, UnreachableError
 from schemas.frame import Frame, Position
-from worker.batcher import within_memory
+from worker.batcher import within_memory, within_method
 from worker.device import EXPERIMENTAL, described, out_of_memory, site_device
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
 from worker.offsets import Partition
@@ -67,7 +67,11 @@ class Worker:
         bundle = site_bundle(config, device)
         preprocess = bundle.manifest.preprocess
         frame_bytes = preprocess.channels * preprocess.height * preprocess.width
-        batch = within_memory(config.batch, frame_bytes, self._lanes)
+        batch = within_method(
+            within_memory(config.batch, frame_bytes, self._lanes), config.adapt.enabled, bundle.method
+        )
+        if batch.max_batch < config.batch.max_batch:
+            log.info("batch.max_batch is %d: %s learns from no more at a time", batch.max_batch, bundle.method_name)
         self.config = config = config.model_copy(update={"batch": batch})
         where = config.bundle.path, described(device)
         log.info("bundle %s (%s) from %s, computed on %s", bundle.hash, bundle.manifest.name, *where)

@@ -15,7 +15,7 @@ from meta.baselines.own import Oracle
 from meta.benchmark.datasets import Pool
 from meta.benchmark.streams import Condition, Stream
 from meta.method import Method, State, finite_rows
-from meta.mgg import as_served
+from meta.mgg import as_served, frames_an_update
 from meta.source import as_frames, image_tensor
 
 MAX_PASS = 512  # frames of all streams in one pass
@@ -65,6 +65,8 @@ def run_streams(
 ) -> Outcome:
     """Predict every batch, then update, for all streams side by side; results are those of each stream alone.
 
+    A method that takes fewer frames at a time makes several updates of a batch, as it does in a worker.
+
     An update that is not finite is refused, as the worker's guard does; a prediction that is not finite is wrong.
     `adapt_every` C: only the first of every C batches is adapted on. `advance` hears of finished frames. `step_sizes`
     gives each stream a step size of its own, for baselines.
@@ -72,6 +74,7 @@ def run_streams(
     order = sorted(range(len(streams)), key=lambda i: -len(streams[i]))
     right = [np.zeros(len(stream), bool) for stream in streams]
     refused = 0
+    batch = frames_an_update(method, batch)
     at_once = max(1, MAX_PASS // batch)
     for start in range(0, len(order), at_once):
         group = order[start : start + at_once]
@@ -136,7 +139,7 @@ def relative_cost(method: Method, model: torch.nn.Module, frames: Tensor, labels
 
     Of the processor, because what else runs on the machine must not decide how many batches a method misses.
     """
-    stream = torch.zeros(len(frames), dtype=torch.long)
+    parts = frames.split(frames_an_update(method, len(frames)))
     state = {name: tensor.detach() for name, tensor in method.fresh(1).items()}
     plain, adapted, predict = [], [], as_served(method)
     if isinstance(method, Oracle):
@@ -146,7 +149,8 @@ def relative_cost(method: Method, model: torch.nn.Module, frames: Tensor, labels
         with torch.inference_mode():
             model(frames)
         middle = time.process_time()
-        method.update(predict(frames, stream, state))
+        for part in parts:
+            method.update(predict(part, torch.zeros(len(part), dtype=torch.long), state))
         plain.append(middle - begin)
         adapted.append(time.process_time() - middle)
     return float(np.median(adapted[2:]) / np.median(plain[2:]))

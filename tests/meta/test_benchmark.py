@@ -3,6 +3,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from meta.benchmark.report import Journal, Record, run_file, write_report
 from meta.benchmark.run import load_frames, run_streams, source_hits
 from meta.benchmark.streams import SETTINGS, Stream, make_streams
 from meta.benchmark.tables import Entry, Place, Results, markdown, plot, read_records
+from meta.bundle import Bundle
 from meta.data import LabelledImages
 from meta.imports import import_from
+from meta.method import Method
 from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics
@@ -152,6 +155,28 @@ def test_a_slow_method_adapts_on_every_cth_batch(setup: Setup, tmp_path: Path) -
     method.update = lambda forward: (seen.append(len(forward.logits)), update(forward))[1]  # type: ignore[method-assign]
     run_streams(method, [stream], frames, 4, adapt_every=3)
     assert len(seen) == 4  # batches 0, 3, 6 and 9 of ten
+
+
+def test_ours_makes_several_updates_of_a_large_batch(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """As a worker does; a baseline makes one."""
+    pool = Pool(blobs(60, channels=1, side=28), tmp_path, None)
+    frames = load_frames(pool, [("clean", 0)], torch.tensor([0.2]), torch.tensor([0.3]))
+    stream = Stream("healthy", 0, (("clean", 0),), np.zeros(60, int), np.arange(60))
+    tent = build(
+        "tent", Setup(tiny_bundle.model, tiny_bundle.statistics, 4, frames.mean, frames.std, None, (1, 28, 28))
+    )
+
+    def updates(method: Method, batch: int) -> list[int]:
+        seen = []
+        method = copy(method)
+        update = method.update
+        method.update = lambda forward: (seen.append(len(forward.logits)), update(forward))[1]  # type: ignore[method-assign]
+        run_streams(method, [stream], frames, batch)
+        return seen
+
+    assert updates(tiny_bundle.method, 64) == updates(tiny_bundle.method, 16) == [16, 16, 16, 12]
+    assert updates(tiny_bundle.method, 8) == [8] * 7 + [4]
+    assert updates(tent, 64) == [60]
 
 
 # --- data ---

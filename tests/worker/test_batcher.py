@@ -1,12 +1,15 @@
 from datetime import UTC, datetime
+from typing import cast
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meta.bundle import Bundle
+from meta.method import Method
 from schemas.config import Batch
 from schemas.frame import Position
-from worker.batcher import MicroBatcher, within_memory
+from worker.batcher import MicroBatcher, within_memory, within_method
 from worker.decode import DecodedFrame
 
 SETTINGS = Batch(max_batch=8, max_wait_ms=100, min_adapt=4, max_hold_ms=1_000, max_pass=32)
@@ -171,6 +174,15 @@ def test_large_frames_fill_the_memory_sooner() -> None:
     assert within_memory(settings, 28 * 28, 2).max_buffered == 4_096
     assert within_memory(settings, 224 * 224 * 3, 2).max_buffered == 445
     assert within_memory(settings, 1024 * 1024 * 3, 2).max_buffered == 256  # two passes for each of two lanes
+
+
+def test_micro_batches_are_no_larger_than_what_a_method_learns_from(tiny_bundle: Bundle) -> None:
+    large, ours, paper = Batch(max_batch=64, max_pass=128), tiny_bundle.method, cast(Method, object())
+    assert within_method(large, True, ours).max_batch == 16
+    assert within_method(large, True, paper).max_batch == 64
+    assert within_method(large, False, ours).max_batch == 64  # nothing is learned
+    assert within_method(Batch(max_batch=64, min_adapt=32), True, ours).max_batch == 32  # else none would be full
+    assert within_method(Batch(max_batch=8), True, ours).max_batch == 8
 
 
 def test_slow_cameras_ride_along_and_fast_ones_wait_for_more() -> None:
