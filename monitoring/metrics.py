@@ -75,6 +75,11 @@ class WorkerMetrics:
         self.frames_again = Counter(
             "driftkeel_frames_again", "Records read again whose stream state had folded them in already.", registry=r
         )
+        self.dropped = Counter(
+            "driftkeel_frames_dropped",
+            "Frames left without a prediction, too late for it (batch.drop_late).",
+            registry=r,
+        )
         self.predictions = Counter(
             "driftkeel_predictions", "Predictions published; a frame that is read again counts again.", registry=r
         )

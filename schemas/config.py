@@ -175,6 +175,11 @@ class Batch(Section):
         description="from a record's timestamp to its prediction; frames that have used half of it are only predicted, "
         "and teach nothing; 0: every frame is adapted on, however late",
     )
+    drop_late: bool = Field(
+        False,
+        description="frames whose prediction would miss latency_budget_ms get none: for who must keep up with live "
+        "cameras rather than answer every frame",
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Batch:
@@ -182,6 +187,8 @@ class Batch(Section):
             raise ValueError("min_adapt must not be larger than max_batch")
         if self.max_batch > self.max_pass:
             raise ValueError("max_batch must not be larger than max_pass")
+        if self.drop_late and not self.latency_budget_ms:
+            raise ValueError("drop_late needs a latency_budget_ms, which says what is late")
         return self
 
 

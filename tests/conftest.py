@@ -129,12 +129,16 @@ class Topic:
 
     bootstrap: str
 
-    def send(self, topic: str, records: list[tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]]) -> list[Any]:
-        """Send (key, value, headers); returns the records' positions, in order."""
+    def send(
+        self,
+        topic: str,
+        records: list[tuple[bytes | None, bytes | None, list[tuple[str, bytes]]]],
+        sent_ms: int | None = None,
+    ) -> list[Any]:
+        """Send (key, value, headers), now or as if at `sent_ms`; returns the records' positions, in order."""
         producer = KafkaProducer(bootstrap_servers=self.bootstrap, max_request_size=64 << 20, batch_size=0)
         futures = [
-            producer.send(topic, key=key, value=value, headers=headers, partition=None if key else 0)
-            for key, value, headers in records
+            producer.send(topic, value, key, headers, None if key else 0, sent_ms) for key, value, headers in records
         ]
         positions = [future.get(timeout=20) for future in futures]
         producer.close()

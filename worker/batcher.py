@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
+from itertools import dropwhile
 
 from meta.method import Method
 from meta.mgg import frames_an_update
@@ -86,6 +87,18 @@ class MicroBatcher:
         for frame in frames:
             self._streams.setdefault(frame.stream, _Waiting()).fresh.append(frame)
             self._count += 1
+
+    def expire(self, is_late: Callable[[DecodedFrame], bool]) -> list[DecodedFrame]:
+        """Give up frames that are not predicted yet and too late for it."""
+        late: list[DecodedFrame] = []
+        for stream, waiting in list(self._streams.items()):
+            fresh = list(dropwhile(is_late, waiting.fresh))
+            late += waiting.fresh[: len(waiting.fresh) - len(fresh)]
+            waiting.fresh = fresh
+            if not waiting.frames:
+                del self._streams[stream]
+        self._count -= len(late)
+        return late
 
     def next_due(self) -> float | None:
         """When the next micro-batch closes by time; None where nothing waits."""

@@ -96,14 +96,16 @@ def _latency(results: dict[str, Any]) -> str:
         latency = seen["latency_ms"]
         rows.append(
             (
-                f"{name.removeprefix('load_')} of capacity ({seen['offered_frames_per_second']:,.0f} frames/s)",
+                f"{name.removeprefix('load_').removesuffix('_dropping')} of capacity "
+                f"({seen['offered_frames_per_second']:,.0f} frames/s)",
                 *(f"{latency[p]:.0f}" for p in ("p50", "p90", "p99")),
                 f"{seen['step_ms']:.0f}",
                 f"{seen['share_within_budget']:.2%}",
                 f"{seen['shed']:.0f} of {seen['micro_batches']:.0f}",
+                f"{seen['dropped'] / seen['frames']:.1%}" if name.endswith("_dropping") else "none",
             )
         )
-    head = ("load", "p50 ms", "p90 ms", "p99 ms", "step ms", "within budget", "micro-batches shed")
+    head = (*("load", "p50 ms", "p90 ms", "p99 ms", "step ms", "within budget"), "updates shed", "frames dropped")
     return table(head, rows)
 
 

@@ -41,7 +41,7 @@ STALLED_S = 60.0
 Window = tuple[float, float]  # shares of all frames between which throughput is taken
 WINDOW: Window = (0.15, 0.95)  # no start, no end
 TICK_S = 0.005
-PREDICTIONS = "driftkeel_predictions_total"
+PREDICTIONS, DROPPED = "driftkeel_predictions_total", "driftkeel_frames_dropped_total"
 ASSIGNED = "driftkeel_assigned_partitions"
 
 Sent = tuple[str, bytes]  # stream, image
@@ -183,7 +183,7 @@ def _pod(config: WorkerConfig, number: int) -> WorkerConfig:
 
 
 def _summed(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(one.get(name, 0.0) for one in metrics) for name in metrics[0]}
+    return {name: sum(one.get(name, 0.0) for one in metrics) for name in set().union(*metrics)}
 
 
 def _grow(config: WorkerConfig, streams: set[str]) -> None:
@@ -217,9 +217,9 @@ def send(kafka: Kafka, frames: Sequence[Sent], pace: float | None = None) -> Non
     producer.close()
 
 
-def scrape(config: WorkerConfig, only: str = "") -> dict[str, float]:
-    """The worker's metrics, by name with labels, or `only` one of them; empty while it does not answer."""
-    url = f"http://127.0.0.1:{config.metrics.port}/metrics" + (f"?name[]={only}" if only else "")
+def scrape(config: WorkerConfig, *only: str) -> dict[str, float]:
+    """The worker's metrics, by name with labels, or `only` some of them; empty while it does not answer."""
+    url = f"http://127.0.0.1:{config.metrics.port}/metrics?" + "&".join(f"name[]={name}" for name in only)
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
             text = answer.read().decode()
@@ -249,19 +249,21 @@ def _is_ready(config: WorkerConfig) -> bool:
 
 
 def _watch(pods: Sequence[Pod], frames: int) -> list[Sample]:
-    """Sample until all frames are predicted."""
+    """Sample until all frames are predicted, or dropped as too late."""
     samples: list[Sample] = []
-    last_news = time.monotonic()
-    while not samples or samples[-1].predictions < frames:
+    done, last_news = 0.0, time.monotonic()
+    while done < frames:
         time.sleep(SAMPLE_S)
         # All series at once keep the worker from its work for longer than a small pass, four times a second.
-        done = sum(scrape(pod.config, PREDICTIONS).get(PREDICTIONS, 0.0) for pod in pods)
-        if not samples or done > samples[-1].predictions:
+        seen = _summed([scrape(pod.config, PREDICTIONS, DROPPED) for pod in pods])
+        before, done = done, sum(seen.values())
+        if done > before:
             last_news = time.monotonic()
-        samples.append(Sample(time.monotonic(), done, sum(_cpu_seconds(pod.child) for pod in pods)))
+        predictions = seen.get(PREDICTIONS, 0.0)
+        samples.append(Sample(time.monotonic(), predictions, sum(_cpu_seconds(pod.child) for pod in pods)))
         gone = any(pod.child.process.poll() is not None for pod in pods)
         if gone or time.monotonic() - last_news > STALLED_S:
-            raise DriftkeelError(f"the worker stopped at {done:.0f} of {frames} predictions")
+            raise DriftkeelError(f"the worker stopped at {done:.0f} of {frames} frames")
     return samples
 
 
@@ -280,7 +282,7 @@ def _observed(
         latencies.append(float(prediction["latency_ms"]))
     moments.sort()
     first, last = (int(share * (len(moments) - 1)) for share in window)
-    inside = [s for s in samples if window[0] * frames <= s.predictions <= frames]
+    inside = [s for s in samples if window[0] * len(predictions) <= s.predictions]
     begin, end = inside[0], inside[-1]
     return Observed(
         frames=frames,

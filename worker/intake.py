@@ -1,8 +1,9 @@
-"""From Kafka records to decoded frames: what is bad goes to the dead letters, what is folded already is dropped."""
+"""From Kafka records to decoded frames: what is bad goes to the dead letters, what is folded already is passed over."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from schemas.frame import Frame, Position, parse_frame
 from worker.decode import DecodedFrame
 from worker.decoding import Arrival, Decoding
 from worker.kafka_batches import Unreadable
+from worker.lateness import Lateness
 from worker.offsets import Offsets
 from worker.publish import Publisher
 
@@ -26,9 +28,15 @@ class Intake:
     """Validates; every record is either returned decoded, dead-lettered, or known to be folded in."""
 
     def __init__(
-        self, limits: Frames, decoding: Decoding, offsets: Offsets, publisher: Publisher, metrics: WorkerMetrics
+        self,
+        limits: Frames,
+        lateness: Lateness,
+        decoding: Decoding,
+        offsets: Offsets,
+        publisher: Publisher,
+        metrics: WorkerMetrics,
     ) -> None:
-        self._limits, self._decoding, self._offsets = limits, decoding, offsets
+        self._limits, self._lateness, self._decoding, self._offsets = limits, lateness, decoding, offsets
         self._publisher, self._metrics = publisher, metrics
 
     def hand_over(self, load: Load) -> None:
@@ -70,9 +78,20 @@ class Intake:
         # Some may have been dropped with their partition while the store was waited for.
         again = [arrival for arrival in arrivals if arrival.frame and self._is_again(arrival, is_folded)]
         self._metrics.frames_again.inc(len(again))
-        self._offsets.finished(_position(arrival.record) for arrival in again)
-        for arrival in again:
+        self._pass_over(again)
+        if self._lateness.drops:
+            late = [arrival for arrival in arrivals if self._is_late(arrival, time.time())]
+            self._metrics.dropped.inc(len(late))
+            self._pass_over(late)
+
+    def _pass_over(self, arrivals: list[Arrival]) -> None:
+        self._offsets.finished(_position(arrival.record) for arrival in arrivals)
+        for arrival in arrivals:
             self._decoding.finish(arrival, None)
+
+    def _is_late(self, arrival: Arrival, now: float) -> bool:
+        frame = arrival.frame
+        return frame is not None and not arrival.done and self._lateness.dropped(frame.sent, arrival.received, now)
 
     def _is_again(self, arrival: Arrival, is_folded: Callable[[Frame], bool]) -> bool:
         try:

@@ -25,6 +25,7 @@ from worker.guard import Guard
 from worker.intake import Intake
 from worker.journal import Journal
 from worker.kafka_client import require_topics, until_reached
+from worker.lateness import Lateness
 from worker.offsets import Offsets
 from worker.publish import Publisher
 from worker.schedule import Scheduler
@@ -47,6 +48,7 @@ class Parts:
     offsets: Offsets
     decoding: Decoding
     intake: Intake
+    lateness: Lateness
     batcher: MicroBatcher
     scheduler: Scheduler
     streams: Streams
@@ -92,7 +94,7 @@ def connect(
     consumer = FrameConsumer(config.kafka, offsets, store, stop, metrics.broker_error, metrics.store_errors.inc)
     decode = partial(decode_frame, limits=config.frames, preprocess=bundle.manifest.preprocess)
     decoding = Decoding(decode, config.frames.decode_threads)
-    batcher = MicroBatcher(config.batch, adapt.enabled)
+    batcher, lateness = MicroBatcher(config.batch, adapt.enabled), Lateness(config.batch)
     policies = Policies(config.policy, config.streams)
     engine = Engine(bundle, adapt.step_scale, adapt.enabled, config.guard.source_share)
     upgrade = Upgrade(config.bundle, engine)
@@ -112,7 +114,8 @@ def connect(
         consumer,
         offsets,
         decoding,
-        Intake(config.frames, decoding, offsets, publisher, metrics),
+        Intake(config.frames, lateness, decoding, offsets, publisher, metrics),
+        lateness,
         batcher,
         Scheduler(config.batch, adapt, policies, engine, metrics),
         streams,

@@ -93,6 +93,7 @@ class Worker:
         self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
         self._scheduler, self._streams, self._step = parts.scheduler, parts.streams, parts.step
         self._journal, self._control = parts.journal, parts.control
+        self._lateness = parts.lateness
         self._flights: list[Flight] = []
         self._lag_shown = self._looked = 0.0
         self._partitions_of: dict[str, set[Partition]] = {}
@@ -189,6 +190,7 @@ class Worker:
 
         A small pass that waited would cost more a frame than the larger one that could begin in its place.
         """
+        self._drop_late()
         while (idle := self._lanes - sum(not flight.adapted.done() for flight in self._flights)) >= 0:
             busy, most = self._busy | self._control.due, self.config.batch.max_pass
             least, rests = 1 if idle else most, partial(self._scheduler.rests, now=time.time())
@@ -198,12 +200,20 @@ class Worker:
             self.metrics.pass_streams.observe(len(due))
             self._flights.append(self._step.start(self._scheduler.decide(due, time.time())))
 
+    def _drop_late(self) -> None:
+        if self._lateness.drops:
+            now = time.time()
+            late = self._batcher.expire(lambda frame: self._lateness.dropped(frame.sent, frame.received, now))
+            self._offsets.finished(frame.position for frame in late)
+            self.metrics.dropped.inc(len(late))
+
     def _move_on(self, others: Sequence[Future[Any]] = ()) -> None:
         """Wait a moment for passes or `others`; publish what is predicted, finish what is adapted."""
         wait_for([*(flight.next for flight in self._flights), *others], GLANCE_S, FIRST_COMPLETED)
         for flight in list(self._flights):
             if not flight.published and flight.next.done():
                 self._step.publish(flight)
+                self._lateness.took(time.monotonic() - flight.started)
             if flight.adapted.done():
                 self._start_again()
                 self._refused(self._step.finish(flight), time.monotonic() - flight.started)

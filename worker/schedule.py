@@ -7,7 +7,6 @@ predictions be late.
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -22,9 +21,9 @@ from worker.batcher import MicroBatch
 from worker.decode import DecodedFrame
 from worker.engine import Engine
 from worker.guard import resting
+from worker.lateness import Lateness
 
 HOMELESS = "something else lies under the stream's key in the store"
-SHED_AFTER = 0.5  # of the latency budget; the rest is for the pass
 SETTLED = "settled: drift detection sees no move (adapt.mode is on_demand)"
 
 
@@ -32,7 +31,7 @@ class Scheduler:
     """Decides for every micro-batch of a pass who answers, and whether its backward pass is worth it now."""
 
     def __init__(self, batch: Batch, adapt: Adapt, policies: Policies, engine: Engine, metrics: WorkerMetrics) -> None:
-        self._patience = SHED_AFTER * batch.latency_budget_ms / 1000
+        self._lateness = Lateness(batch)
         self._overload = f"overload: frames had used half of batch.latency_budget_ms = {batch.latency_budget_ms}"
         self._on_demand = adapt.mode == "on_demand"
         self._policies, self._engine, self._metrics = policies, engine, metrics
@@ -85,11 +84,7 @@ class Scheduler:
         return not wants_update(header.drift, accuracy, clean)
 
     def _late(self, oldest: DecodedFrame, now: float) -> bool:
-        if self._patience <= 0:
-            return False
-        # A record need not say when it was sent.
-        waited = now - oldest.sent if oldest.sent > 0 else time.monotonic() - oldest.received
-        return waited > self._patience
+        return self._lateness.hurried(oldest.sent, oldest.received, now)
 
 
 def held_back(policy: Policy, header: StreamHeader, now: float) -> str:

@@ -237,10 +237,14 @@ def build() -> Dashboard:
         )
         .with_panel(
             lines(
-                "Dead letters and frames read again",
-                "Per second: records that could not become frames, by reason; and records whose state had them "
-                "already, after a crash or a rebalance.",
-                [(rate("bad_frames_total", "kind"), "{{kind}}"), (rate("frames_again_total", "job"), "read again")],
+                "Frames without a new prediction",
+                "Per second: records that could not become frames, by reason; records whose state had them already, "
+                "after a crash or a rebalance; frames that were dropped as too late (batch.drop_late).",
+                [
+                    (rate("bad_frames_total", "kind"), "{{kind}}"),
+                    (rate("frames_again_total", "job"), "read again"),
+                    (rate("frames_dropped_total", "job"), "too late"),
+                ],
                 "ops",
                 width=8,
             )

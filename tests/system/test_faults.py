@@ -259,6 +259,20 @@ def test_an_empty_store_is_noticed(site: Site, tmp_path: Path) -> None:
     store.child.stop()
 
 
+def test_what_is_too_late_is_dropped_where_that_is_asked_for(site: Site) -> None:
+    """A worker that was away goes on with what is new, and never comes back to the rest."""
+    old = site.topic.send(site.kafka.topics.frames, [(b"cam", picture(i), []) for i in range(20)], 1_700_000_000_000)
+    batch = site.config["batch"] | {"latency_budget_ms": 600_000, "drop_late": True}
+    worker = site.start(batch=batch)
+    ids = site.send([("cam", picture(i)) for i in range(8)])
+    assert set(site.predictions(ids)) == set(ids)
+    site.wait_folded(worker, {"cam": 8})
+    site.assert_folded_once({"cam": ids})
+    assert "driftkeel_frames_dropped_total 20.0" in worker.metrics()
+    assert worker.stop() == 0
+    assert committed(site) == len(old) + 8
+
+
 def committed(site: Site) -> int:
     """Offsets that the group has committed, summed over partitions."""
     admin = KafkaAdminClient(bootstrap_servers=site.kafka.bootstrap)

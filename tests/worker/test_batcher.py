@@ -185,6 +185,20 @@ def test_micro_batches_are_no_larger_than_what_a_method_learns_from(tiny_bundle:
     assert within_method(Batch(max_batch=8), True, ours).max_batch == 8
 
 
+def test_late_frames_are_given_up_but_for_those_that_have_their_prediction() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    batcher.add(frames("a", 2))
+    (held,) = batcher.take(1.0, 32)
+    batcher.hold(held)
+    batcher.add(frames("a", 3, start=2) + frames("b", 2))
+    late = batcher.expire(lambda frame: frame.position.offset < 4)
+    assert sorted((f.stream, f.position.offset) for f in late) == [("a", 2), ("a", 3), ("b", 0), ("b", 1)]
+    assert (batcher.streams, len(batcher)) == ({"a"}, 3)
+    (left,) = batcher.take(2.0, 32)
+    assert offsets(left) == [0, 1, 4]
+    assert batcher.expire(lambda frame: True) == []
+
+
 def test_slow_cameras_ride_along_and_fast_ones_wait_for_more() -> None:
     batcher = MicroBatcher(SETTINGS)
     batcher.add(frames("due", 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import wait
 from functools import partial
@@ -13,13 +14,14 @@ import pytest
 
 from monitoring.metrics import WorkerMetrics
 from schemas.bundle import Preprocess
-from schemas.config import Frames
+from schemas.config import Batch, Frames
 from schemas.errors import FrameError
 from schemas.frame import Frame, Position
 from tests.conftest import picture
 from worker.decode import DecodedFrame, decode_frame
 from worker.decoding import Decoding
 from worker.intake import Intake
+from worker.lateness import Lateness
 from worker.offsets import Offsets
 from worker.publish import Publisher
 
@@ -44,20 +46,20 @@ class Letters:
 class Loop:
     """What the worker's loop does with records."""
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Batch) -> None:
         self.offsets, self.letters, self.metrics = Offsets(), Letters(), WorkerMetrics(10)
         limits = Frames(decode_threads=2)
         self.decoding = Decoding(partial(decode_frame, limits=limits, preprocess=GREY), 2)
         publisher = cast(Publisher, self.letters)
-        self.intake = Intake(limits, self.decoding, self.offsets, publisher, self.metrics)
+        self.intake = Intake(limits, Lateness(settings), self.decoding, self.offsets, publisher, self.metrics)
         self.frames: list[DecodedFrame] = []
         self.loaded: list[str] = []
         self.folded = -1
 
-    def receive(self, records: list[tuple[bytes | None, bytes | None]], first: int = 0) -> None:
+    def receive(self, records: list[tuple[bytes | None, bytes | None]], first: int = 0, timestamp: int = 0) -> None:
         for offset, (key, value) in enumerate(records, first):
             self.offsets.received(Position("frames", 0, offset))
-            about = {"topic": "frames", "partition": 0, "offset": offset, "headers": [], "timestamp": 0}
+            about = {"topic": "frames", "partition": 0, "offset": offset, "headers": [], "timestamp": timestamp}
             self.decoding.add(12.5, SimpleNamespace(key=key, value=value, **about))
 
     def load(self, streams: list[str]) -> Callable[[Frame], bool]:
@@ -78,7 +80,7 @@ class Loop:
 
 @pytest.fixture
 def loop() -> Any:
-    loop = Loop()
+    loop = Loop(Batch())
     yield loop
     loop.decoding.close()
 
@@ -128,6 +130,26 @@ def test_what_is_folded_already_is_neither_decoded_nor_kept_back(loop: Loop) -> 
     assert loop.metrics.registry.get_sample_value("driftkeel_frames_again_total") == 3
 
 
+def test_what_is_too_late_is_not_decoded_and_counted_where_that_is_asked_for() -> None:
+    old, junk = int(time.time() - 100) * 1_000, (b"cam", b"junk")
+    loop = Loop(Batch(latency_budget_ms=60_000, drop_late=True))
+    loop.folded = 0
+    loop.receive([junk, junk, (None, b"")], timestamp=old)
+    loop.receive([(b"cam", picture())], first=3, timestamp=int(time.time() * 1_000))
+    loop.turn()
+    loop.turn()
+    assert [f.position.offset for f in loop.frames] == [3]
+    assert [offset for offset, _ in loop.letters.sent] == [2]  # what has no key is no frame, however late
+    assert loop.next_offset() == 3
+    counted = [loop.metrics.registry.get_sample_value(f"driftkeel_frames_{n}_total") for n in ("dropped", "again")]
+    assert counted == [1, 1]
+    answers_all = Loop(Batch(latency_budget_ms=60_000))
+    answers_all.receive([(b"cam", picture())], timestamp=old)
+    answers_all.turn()
+    answers_all.turn()
+    assert len(answers_all.frames) == 1
+
+
 def test_of_a_partition_that_goes_while_the_store_is_asked_nothing_is_left(loop: Loop) -> None:
     def load(streams: list[str]) -> Callable[[Frame], bool]:
         loop.decoding.drop(("frames", 0))
@@ -151,7 +173,7 @@ def test_offsets_that_are_read_again_are_decoded_again(monkeypatch: pytest.Monke
         return sound(frame, received, limits, preprocess)
 
     monkeypatch.setattr("tests.worker.test_intake.decode_frame", slow)
-    loop = Loop()
+    loop = Loop(Batch())
     loop.receive([(b"cam", picture(i)) for i in range(5)])
     loop.intake.hand_over(loop.load)
     loop.decoding.drop(("frames", 0))
