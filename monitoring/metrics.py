@@ -77,7 +77,7 @@ class WorkerMetrics:
         )
         self.dropped = Counter(
             "driftkeel_frames_dropped",
-            "Frames left without a prediction, too late for it (batch.drop_late).",
+            "Frames passed over as too late for a prediction (batch.drop_late).",
             registry=r,
         )
         self.predictions = Counter(

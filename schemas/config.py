@@ -189,6 +189,8 @@ class Batch(Section):
             raise ValueError("max_batch must not be larger than max_pass")
         if self.drop_late and not self.latency_budget_ms:
             raise ValueError("drop_late needs a latency_budget_ms, which says what is late")
+        if self.drop_late and 2 * self.max_wait_ms >= self.latency_budget_ms:
+            raise ValueError("drop_late needs a max_wait_ms below half of latency_budget_ms")
         return self
 
 

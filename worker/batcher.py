@@ -89,9 +89,11 @@ class MicroBatcher:
             self._count += 1
 
     def expire(self, is_late: Callable[[DecodedFrame], bool]) -> list[DecodedFrame]:
-        """Give up frames that are not predicted yet and too late for it."""
+        """Give up frames that are not predicted yet and too late for it, of each stream from the oldest on."""
         late: list[DecodedFrame] = []
         for stream, waiting in list(self._streams.items()):
+            if not waiting.fresh or not is_late(waiting.fresh[0]):
+                continue
             fresh = list(dropwhile(is_late, waiting.fresh))
             late += waiting.fresh[: len(waiting.fresh) - len(fresh)]
             waiting.fresh = fresh

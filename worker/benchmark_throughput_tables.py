@@ -105,7 +105,11 @@ def _latency(results: dict[str, Any]) -> str:
                 f"{seen['dropped'] / seen['frames']:.1%}" if name.endswith("_dropping") else "none",
             )
         )
-    head = (*("load", "p50 ms", "p90 ms", "p99 ms", "step ms", "within budget"), "updates shed", "frames dropped")
+    head = (
+        *("load", "p50 ms", "p90 ms", "p99 ms", "step ms", "answers within budget"),
+        "updates shed",
+        "frames dropped",
+    )
     return table(head, rows)
 
 

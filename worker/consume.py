@@ -70,7 +70,7 @@ class Marks(Protocol):
     """Up to where the store has folded each partition. Methods raise UnreachableError."""
 
     def mark(self, group: str, offsets: dict[Partition, int]) -> None:
-        """Note that all frames before these offsets are in the states."""
+        """Note that all frames before these offsets are in the states, or need not be."""
 
     def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
         """What was noted."""

@@ -25,7 +25,7 @@ class Arrival:
     """A record on its way; `received` in monotonic seconds.
 
     `frame`: it has been handed over and is to become this, unless it was dropped. Once it is `done`, `result` is the
-    frame, or why there is none; None where it was folded in before.
+    frame, or why there is none; None where it was folded in before, or is too late.
     """
 
     received: float

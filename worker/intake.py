@@ -1,4 +1,5 @@
-"""From Kafka records to decoded frames: what is bad goes to the dead letters, what is folded already is passed over."""
+"""From Kafka records to decoded frames: what is bad goes to the dead letters, what is folded already or comes too late
+is passed over."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ Load = Callable[[list[str]], Callable[[Frame], bool]]
 
 
 class Intake:
-    """Validates; every record is either returned decoded, dead-lettered, or known to be folded in."""
+    """Validates; every record is returned decoded, dead-lettered, or passed over: folded in already, or too late."""
 
     def __init__(
         self,

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from schemas.config import Batch
 
 HURRIED_AFTER = 0.5  # of the budget; the rest is for the pass, and for what follows it
-FORGETS = 0.98  # of the longest pass of late, with each further one
+HALF_LIFE_S = 3.0  # of what is known of the longest pass
 
 
 class Lateness:
     """Times are seconds: `sent` and `now` since the epoch, `received` monotonic. Without a budget nothing is late."""
 
     def __init__(self, settings: Batch) -> None:
+        self.drops, self.budget_ms = settings.drop_late, settings.latency_budget_ms
         self._budget = settings.latency_budget_ms / 1000
-        self._pass = 0.0
-        self.drops = settings.drop_late
+        self._pass, self._ended = 0.0, 0.0
 
-    def took(self, seconds: float) -> None:
-        """A pass took so long from its beginning until its predictions left."""
-        self._pass = max(seconds, FORGETS * self._pass)
+    def took(self, seconds: float, ended: float) -> None:
+        """A pass took so long from its beginning until its predictions left, at `ended` since the epoch."""
+        most = (1 - HURRIED_AFTER) * self._budget  # a longer one drops no more frames, and would only fade later
+        self._pass, self._ended = min(most, max(seconds, self._longest(ended))), ended
 
     def hurried(self, sent: float, received: float, now: float) -> bool:
         """Whether a frame is predicted as fast as can be, and teaches nothing."""
         return self._budget > 0 and _waited(sent, received, now) > HURRIED_AFTER * self._budget
 
     def dropped(self, sent: float, received: float, now: float) -> bool:
-        """Whether a frame is left without a prediction, which would come too late; never before it is hurried, or a
-        worker whose passes take longer than the budget would answer nothing for ever."""
+        """Whether a frame is passed over, as its prediction would come too late; none is before it is hurried."""
         if not (self.drops and self.hurried(sent, received, now)):
             return False
-        return _waited(sent, received, now) + self._pass > self._budget
+        return _waited(sent, received, now) + self._longest(now) > self._budget
+
+    def _longest(self, now: float) -> float:
+        """The longest pass of late. It fades by the clock: where all frames are dropped no other pass corrects it."""
+        return self._pass * math.exp2(-max(0.0, now - self._ended) / HALF_LIFE_S)
 
 
 def _waited(sent: float, received: float, now: float) -> float:

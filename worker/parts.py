@@ -117,7 +117,7 @@ def connect(
         Intake(config.frames, lateness, decoding, offsets, publisher, metrics),
         lateness,
         batcher,
-        Scheduler(config.batch, adapt, policies, engine, metrics),
+        Scheduler(lateness, adapt, policies, engine, metrics),
         streams,
         step,
         publisher,

@@ -71,7 +71,7 @@ class Worker:
             within_memory(config.batch, frame_bytes, self._lanes), config.adapt.enabled, bundle.method
         )
         if batch.max_batch < config.batch.max_batch:
-            log.info("batch.max_batch is %d: %s learns from no more at a time", batch.max_batch, bundle.method_name)
+            log.info("batch.max_batch is %d: more at a time teach %s no more", batch.max_batch, bundle.method_name)
         self.config = config = config.model_copy(update={"batch": batch})
         where = config.bundle.path, described(device)
         log.info("bundle %s (%s) from %s, computed on %s", bundle.hash, bundle.manifest.name, *where)
@@ -213,7 +213,7 @@ class Worker:
         for flight in list(self._flights):
             if not flight.published and flight.next.done():
                 self._step.publish(flight)
-                self._lateness.took(time.monotonic() - flight.started)
+                self._lateness.took(time.monotonic() - flight.started, time.time())
             if flight.adapted.done():
                 self._start_again()
                 self._refused(self._step.finish(flight), time.monotonic() - flight.started)
@@ -315,7 +315,8 @@ class Worker:
         return is_folded
 
     def _doubt(self) -> None:
-        """Streams claim to have folded more than their partition's log has: nothing was done with its frames yet."""
+        """Streams claim to have folded more than their partition's log has: none of its frames has been
+        folded in yet."""
         while self._beyond:
             partition, folded = self._beyond.popitem()
             self._consumer.doubt(partition, folded)

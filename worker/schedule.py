@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from monitoring.drift import wants_update
 from monitoring.metrics import WorkerMetrics
 from monitoring.proxies import estimate
-from schemas.config import Adapt, Batch
+from schemas.config import Adapt
 from schemas.policy import Policy
 from schemas.state import StreamHeader
 from worker.answer import Policies, answering
@@ -30,9 +30,11 @@ SETTLED = "settled: drift detection sees no move (adapt.mode is on_demand)"
 class Scheduler:
     """Decides for every micro-batch of a pass who answers, and whether its backward pass is worth it now."""
 
-    def __init__(self, batch: Batch, adapt: Adapt, policies: Policies, engine: Engine, metrics: WorkerMetrics) -> None:
-        self._lateness = Lateness(batch)
-        self._overload = f"overload: frames had used half of batch.latency_budget_ms = {batch.latency_budget_ms}"
+    def __init__(
+        self, lateness: Lateness, adapt: Adapt, policies: Policies, engine: Engine, metrics: WorkerMetrics
+    ) -> None:
+        self._lateness = lateness
+        self._overload = f"overload: frames had used half of batch.latency_budget_ms = {lateness.budget_ms}"
         self._on_demand = adapt.mode == "on_demand"
         self._policies, self._engine, self._metrics = policies, engine, metrics
 

@@ -1,7 +1,7 @@
 """One step: predict, publish, adapt, judge, store. The order is the promise; each line below relies on it.
 
 1. Predictions leave before their frames change anything, and are acknowledged before the state moves past them:
-   a frame at or before a stored position has been predicted for certain.
+   a frame at or before a stored position has been predicted for certain, or was too late for it (`batch.drop_late`).
 2. State, position and update event are written together; a crash before that repeats the step, one after it does not.
    With `store.write_interval_ms`, and within a second where there was no update to make, this holds for the steps
    since the last write, together (see `worker.journal`).

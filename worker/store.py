@@ -242,7 +242,7 @@ class StateStore:
                 yield [stream for part in found if quote(stream := unquote(part), safe="") == part]
 
     def mark(self, group: str, offsets: dict[Partition, int]) -> None:
-        """Note that all frames before these offsets are in the states.
+        """Note that all frames before these offsets are in the states, or need not be.
 
         Raises UnreachableError over a new connection that `reconnected` has not told of: what is behind it may have
         lost these states, and only an older mark shows that.

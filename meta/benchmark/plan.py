@@ -17,7 +17,7 @@ from meta.benchmark.own import code_digest, network_code, own_method
 from meta.benchmark.sources import ModelConfig
 from meta.benchmark.streams import DRIFT, Setting
 from meta.bundle import MGG_NAME
-from meta.mgg import GRADIENT_SHARE
+from meta.mgg import GRADIENT_SHARE, MOST_FRAMES
 from meta.yaml_file import read_yaml
 from schemas.errors import ConfigError
 
@@ -172,7 +172,7 @@ def cells_of(config: BenchmarkConfig, has_batch_norm: dict[tuple[str, str], bool
             if not _matches(run.models, model):
                 continue
             for batch in run.batches:
-                for method, variant, extra in _methods(config, run, model, has_batch_norm[model.data, model.name]):
+                for method, variant, extra in _methods(config, run, model, batch, has_batch_norm):
                     digest = _digest(config, model, extra)
                     cell = Cell(model.data, model.name, batch, method, variant, run.settings, run.seeds, digest)
                     cells[cell] = None
@@ -180,7 +180,11 @@ def cells_of(config: BenchmarkConfig, has_batch_norm: dict[tuple[str, str], bool
 
 
 def _methods(
-    config: BenchmarkConfig, run: RunConfig, model: ModelConfig, batch_norm: bool
+    config: BenchmarkConfig,
+    run: RunConfig,
+    model: ModelConfig,
+    batch: int,
+    has_batch_norm: dict[tuple[str, str], bool],
 ) -> list[tuple[str, str, Any]]:
     """(method, variant, what else its results depend on)."""
     names = run.methods or (*config.kinds, MGG_NAME)
@@ -188,22 +192,25 @@ def _methods(
     for name in names:
         if name == MGG_NAME:
             fitting = [g for g in config.generators if _matches(g.models, model)]
-            found += [(name, g.variant, _generator_digest(g)) for g in fitting]
+            found += [(name, g.variant, _generator_digest(g, batch)) for g in fitting]
         elif name in SINGLE:
             found.append((name, "", None))
-        elif name != "bn" or batch_norm:
+        elif name != "bn" or has_batch_norm[model.data, model.name]:
             code = code_digest(config.kinds[name]) if name in config.own_methods else None
             found += [(name, variant, code) for variant in run.variants]
     return found
 
 
-def _generator_digest(generator: GeneratorConfig) -> str:
-    """Of what the benchmark runs. Calibration and limits are not in it: a bundle may be calibrated anew."""
+def _generator_digest(generator: GeneratorConfig, batch: int) -> str:
+    """Of what the benchmark runs on such batches. Calibration and limits are not in it: a bundle may be calibrated
+    anew."""
     share, content = generator.gradient_share, _content(generator.bundle)
     if share > 1:
         content["gradient_share"] = share
     if not generator.memory:
         content["memory"] = False
+    if batch > MOST_FRAMES and content["method"]["name"] == MGG_NAME:
+        content["frames_an_update"] = MOST_FRAMES
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

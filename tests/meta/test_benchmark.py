@@ -506,6 +506,20 @@ def test_a_bundle_for_other_frames_is_refused(blob_data: Path, tmp_path: Path, t
         driver.run_accuracy(plan, tmp_path / "out.json", "test", driver.Progress(lambda _: None))
 
 
+def test_how_many_frames_ours_learns_from_makes_new_results_of_larger_batches(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle_path: Path
+) -> None:
+    def keys() -> dict[int, str]:
+        generators = [{"variant": "ours", "bundle": str(tiny_bundle_path)}]
+        plan = small_plan(generators=generators, runs=[{"methods": ["mgg"], "batches": [16, 64]}])
+        return {cell.batch: cell.key for cell in cells_of(plan, {("blobs", "small"): False})}
+
+    before = keys()
+    monkeypatch.setattr("meta.benchmark.plan.MOST_FRAMES", 32)
+    after = keys()
+    assert (after[16] == before[16], after[64] == before[64]) == (True, False)
+
+
 @pytest.mark.parametrize(
     "made",
     ['{"cells": [{"key": "a"}], "models": []}', '{"cells": [{"key": "a", "records": 2}], "models": []}', "[]", None],

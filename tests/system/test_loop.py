@@ -146,3 +146,26 @@ def test_what_is_decoded_counts_as_buffered(
     turn_until(worker, lambda: folded(worker, ["slow"]) == {"slow": 200})
     worker._stop.set()
     worker.run()
+
+
+def test_frames_that_become_late_while_they_wait_are_passed_over(config: WorkerConfig, topic: Topic) -> None:
+    """Those before them have their predictions, and the partition goes on."""
+    patient = Batch(max_batch=64, max_wait_ms=29_000, latency_budget_ms=60_000, drop_late=True)
+    worker = Worker(config.model_copy(update={"batch": patient}), threading.Event())
+    assert worker.config.batch.max_batch == 16  # more at a time would teach nothing more
+    passes: list[float] = []
+    worker._lateness.took = lambda seconds, ended: passes.append(seconds)  # type: ignore[method-assign]
+    answered = worker.metrics.registry.get_sample_value
+    topic.send(config.kafka.topics.frames, [(b"cam", picture(i), []) for i in range(16)])
+    turn_until(worker, lambda: answered("driftkeel_predictions_total") == 16 and not worker._flights)
+    assert len(passes) == 1
+    topic.send(config.kafka.topics.frames, [(b"cam", picture(i), []) for i in range(3)])
+    turn_until(worker, lambda: len(worker._batcher) == 3)
+    for frame in worker._batcher._streams["cam"].fresh:
+        frame.sent -= 120
+    worker._turn()
+    assert len(worker._batcher) == 0
+    assert answered("driftkeel_frames_dropped_total") == 3
+    assert sum(worker._offsets.unfinished().values()) == 0
+    worker._stop.set()
+    worker.run()

@@ -17,24 +17,21 @@ def test_what_would_miss_the_budget_is_dropped_and_no_frame_before_half_of_it() 
     def at(now: float) -> tuple[bool, bool]:
         return lateness.hurried(100.0, 0.0, now), lateness.dropped(100.0, 0.0, now)
 
-    assert [at(now) for now in (100.4, 100.6, 100.9, 101.1)] == [
-        (False, False),
-        (True, False),
-        (True, False),
-        (True, True),
-    ]
-    lateness.took(0.3)
+    expected = [(False, False), (True, False), (True, False), (True, True)]
+    assert [at(now) for now in (100.4, 100.6, 100.9, 101.1)] == expected
+    lateness.took(0.3, 100.6)
     assert [at(now) for now in (100.6, 100.8)] == [(True, False), (True, True)]
-    lateness.took(60.0)
+    lateness.took(60.0, 100.4)
     assert [at(now) for now in (100.4, 100.6)] == [(False, False), (True, True)]
 
 
-def test_one_long_pass_is_forgotten() -> None:
+def test_a_long_pass_is_forgotten_even_if_no_other_follows() -> None:
+    """All frames come with six tenths of the budget used, so that one long pass drops them all."""
     lateness = Lateness(Batch(latency_budget_ms=1_000, drop_late=True))
-    lateness.took(10.0)
-    for _ in range(300):
-        lateness.took(0.1)
-    assert not lateness.dropped(100.0, 0.0, 100.6)
+    lateness.took(60.0, 100.0)
+    lateness.took(0.1, 100.0)
+    assert lateness.dropped(99.5, 0.0, 100.1)
+    assert not lateness.dropped(101.5, 0.0, 102.1)
 
 
 def test_nothing_is_dropped_unasked() -> None:
@@ -53,3 +50,5 @@ def test_where_a_record_does_not_say_when_it_was_sent_its_receipt_counts() -> No
 def test_without_a_budget_nobody_can_say_what_is_late() -> None:
     with pytest.raises(ValidationError, match="drop_late needs a latency_budget_ms"):
         Batch(drop_late=True)
+    with pytest.raises(ValidationError, match="max_wait_ms below half of latency_budget_ms"):
+        Batch(drop_late=True, latency_budget_ms=200, max_wait_ms=100)

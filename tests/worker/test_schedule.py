@@ -13,6 +13,7 @@ from worker.answer import Policies
 from worker.batcher import MicroBatch
 from worker.decode import DecodedFrame
 from worker.engine import Engine
+from worker.lateness import Lateness
 from worker.schedule import Scheduler
 
 
@@ -41,7 +42,7 @@ def left_out(metrics: WorkerMetrics, reason: str) -> float:
 
 def decide(engine: Engine, settings: Batch, *batches: MicroBatch, now: float = 100.0) -> tuple[list[MicroBatch], float]:
     metrics = WorkerMetrics(0)
-    decided = Scheduler(settings, Adapt(), AUTO, engine, metrics).decide(list(batches), now)
+    decided = Scheduler(Lateness(settings), Adapt(), AUTO, engine, metrics).decide(list(batches), now)
     return decided, left_out(metrics, "overload")
 
 
@@ -88,7 +89,7 @@ def test_settled_streams_are_left_out_and_counted(engine: Engine) -> None:
     header = engine.resident("b").header
     engine.resident("b").header = header.model_copy(update={"drift": DriftWatch(adapting=False)})
     metrics = WorkerMetrics(0)
-    scheduler = Scheduler(Batch(), Adapt(mode="on_demand"), AUTO, engine, metrics)
+    scheduler = Scheduler(Lateness(Batch()), Adapt(mode="on_demand"), AUTO, engine, metrics)
     new, still = scheduler.decide([batch("a", 4), batch("b", 4)], 0.0)
     assert new.adapt
     assert (still.adapt, still.fold) == (False, True)
@@ -102,7 +103,9 @@ def test_of_frames_that_will_make_no_update_it_is_known_before(engine: Engine) -
 
     def rests(oldest: DecodedFrame | None, adapt: Adapt = ALWAYS, policy: Policy = ANYTHING) -> bool:
         settings = Batch(latency_budget_ms=1_000)
-        return Scheduler(settings, adapt, Policies(policy, {}), engine, WorkerMetrics(0)).rests("a", oldest, 100.0)
+        return Scheduler(Lateness(settings), adapt, Policies(policy, {}), engine, WorkerMetrics(0)).rests(
+            "a", oldest, 100.0
+        )
 
     assert [rests(on_time), rests(None), rests(late)] == [False, False, True]
     assert rests(on_time, policy=Policy(frozen=True))
@@ -116,7 +119,9 @@ def test_streams_that_rest_after_going_back_are_left_out_until_the_last_frame_of
         header = engine.resident(stream).header
         engine.resident(stream).header = header.model_copy(update={"guard": GuardState(rest=rest)})
     metrics = WorkerMetrics(0)
-    resting, over = Scheduler(Batch(), Adapt(), AUTO, engine, metrics).decide([batch("a", 4), batch("b", 4)], 0.0)
+    resting, over = Scheduler(Lateness(Batch()), Adapt(), AUTO, engine, metrics).decide(
+        [batch("a", 4), batch("b", 4)], 0.0
+    )
     assert (resting.adapt, resting.fold, resting.reason) == (False, True, "resting after a reset, 1 frames to go")
     assert over.adapt
     assert left_out(metrics, "resting") == 1
@@ -138,7 +143,9 @@ def test_the_policy_says_when_there_may_be_updates(engine: Engine, policy: Polic
     header = engine.resident("a").header
     header.lately = header.lately.and_one(NOW - 3_600).and_one(NOW - 60).and_one(NOW - 1)
     metrics = WorkerMetrics(0)
-    (decided,) = Scheduler(Batch(), Adapt(), Policies(policy, {}), engine, metrics).decide([batch("a", 4)], now)
+    (decided,) = Scheduler(Lateness(Batch()), Adapt(), Policies(policy, {}), engine, metrics).decide(
+        [batch("a", 4)], now
+    )
     assert (decided.adapt, decided.reason) == (not reason, reason)
     assert decided.fold
     assert left_out(metrics, "policy") == bool(reason)
@@ -147,13 +154,15 @@ def test_the_policy_says_when_there_may_be_updates(engine: Engine, policy: Polic
 def test_the_policy_is_the_reason_also_where_frames_are_too_few(engine: Engine) -> None:
     few = replace(batch("a", 4), adapt=False, reason="too few frames within max_hold_ms")
     quiet = Policies(Policy(quiet_hours=("22:00-06:00",)), {})
-    (decided,) = Scheduler(Batch(), Adapt(), quiet, engine, WorkerMetrics(0)).decide([few], NOW)
+    (decided,) = Scheduler(Lateness(Batch()), Adapt(), quiet, engine, WorkerMetrics(0)).decide([few], NOW)
     assert (decided.adapt, decided.fold, decided.reason) == (False, True, "policy: quiet hours 22:00-06:00")
 
 
 def test_single_streams_and_commands_override_the_policy(engine: Engine) -> None:
     policies = Policies(Policy(mode="shadow", frozen=True), {"b": PolicyChange(mode="auto")})
     engine.resident("b").header.policy = PolicyChange(frozen=False)
-    a, b = Scheduler(Batch(), Adapt(), policies, engine, WorkerMetrics(0)).decide([batch("a", 4), batch("b", 4)], NOW)
+    a, b = Scheduler(Lateness(Batch()), Adapt(), policies, engine, WorkerMetrics(0)).decide(
+        [batch("a", 4), batch("b", 4)], NOW
+    )
     assert (a.answer, a.adapt) == ("source", False)
     assert (b.answer, b.adapt) == ("adapted", True)
