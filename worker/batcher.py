@@ -157,11 +157,15 @@ class MicroBatcher:
         return batches
 
     def _riders(self, now: float, closing: list[str], busy: Container[str]) -> list[str]:
-        """Streams that are not due, and expect no other frame before they are, whose turn comes first; by the frames
-        that have come: the next one as long after the last as these came after each other, and not before as long
-        again as there has been none."""
+        """Streams that are not due, whose turn comes first: those that have enough frames for an update, and those that
+        expect no other frame before they are due. By the frames that have come: the next one as long after the last as
+        these came after each other, and not before as long again as there has been none.
+
+        Fast cameras that are taken together once are due together from then on, in fewer and larger passes.
+        """
         if not self._wait:
             return []
+        enough = max(self._settings.min_adapt, self._settings.max_batch // 4)
         found = []
         due = set(closing)
         for stream, waiting in self._streams.items():
@@ -169,7 +173,7 @@ class MicroBatcher:
                 continue
             first, last = waiting.fresh[0].received, waiting.fresh[-1].received
             gap = (last - first) / max(1, len(waiting.fresh) - 1)
-            if max(last + gap, 2 * now - last) >= first + self._wait:
+            if len(waiting.fresh) >= enough or max(last + gap, 2 * now - last) >= first + self._wait:
                 found.append((self._turns.get(stream, 0), first, stream))
         return [stream for _, _, stream in sorted(found)]
 

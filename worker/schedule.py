@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from meta.mgg import MOST_FRAMES
 from monitoring.drift import wants_update
 from monitoring.metrics import WorkerMetrics
 from monitoring.proxies import estimate
@@ -40,7 +41,11 @@ class Scheduler:
 
     def decide(self, batches: list[MicroBatch], now: float) -> list[MicroBatch]:
         """The same micro-batches, those that shall not adapt marked and counted. `now` is seconds since the epoch."""
-        return [self._decided(batch, now) for batch in batches]
+        decided = [self._decided(batch, now) for batch in batches]
+        if any(batch.adapt for batch in decided):
+            decided = [replace(batch, adapt=True, reason="") if self._joins(batch) else batch for batch in decided]
+        self._metrics.left_out.labels("settled").inc(sum(batch.reason == SETTLED for batch in decided))
+        return decided
 
     def rests(self, stream: str, oldest: DecodedFrame | None, now: float) -> bool:
         """Whether the stream's next micro-batch, `oldest` being the first of its frames to predict, is known to make no
@@ -71,11 +76,16 @@ class Scheduler:
             self._metrics.left_out.labels("resting").inc()
             return replace(batch, adapt=False, reason=reason)
         if batch.adapt and self._settled(batch.stream):
-            self._metrics.left_out.labels("settled").inc()
             return replace(batch, adapt=False, reason=SETTLED)
         return batch
 
-    def _settled(self, stream: str) -> bool:
+    def _joins(self, batch: MicroBatch) -> bool:
+        """Whether a settled stream makes an update as another of its pass does. Micro-batches of a backlog are large
+        because they were to make none."""
+        few = len(batch.frames) <= MOST_FRAMES
+        return batch.reason == SETTLED and few and not self._settled(batch.stream, company=True)
+
+    def _settled(self, stream: str, company: bool = False) -> bool:
         """Whether drift detection sees no need for the stream's next update."""
         if not self._on_demand:
             return False
@@ -83,7 +93,7 @@ class Scheduler:
         clean = manifest.model.clean_accuracy
         classes = len(self._engine.bundle.labels)
         accuracy = estimate(header.proxies, manifest.calibration, clean, classes).estimated_accuracy
-        return not wants_update(header.drift, accuracy, clean)
+        return not wants_update(header.drift, accuracy, clean, company)
 
     def _late(self, oldest: DecodedFrame, now: float) -> bool:
         return self._lateness.hurried(oldest.sent, oldest.received, now)

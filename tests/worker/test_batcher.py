@@ -203,13 +203,22 @@ def test_slow_cameras_ride_along_and_fast_ones_wait_for_more() -> None:
     batcher = MicroBatcher(SETTINGS)
     batcher.add(frames("due", 1))
     batcher.add(frames("slow", 1, received=0.04))
-    batcher.add([frame("fast", i, 0.03 + 0.02 * i) for i in range(4)])
+    batcher.add([frame("fast", i, 0.03 + 0.03 * i) for i in range(3)])
     batcher.add(frames("new", 1, received=0.09))
     batcher.add(frames("busy", 1, received=0.02))
     assert batcher.take(0.09, 32) == []  # nobody is due, so nobody rides
     assert [b.stream for b in batcher.take(0.1, 32, busy={"busy"})] == ["due", "slow"]
     (late,) = batcher.take(0.13, 32, busy={"busy", "new"})
-    assert (late.stream, len(late.frames)) == ("fast", 4)
+    assert (late.stream, len(late.frames)) == ("fast", 3)
+
+
+def test_fast_cameras_ride_along_with_enough_frames_for_an_update() -> None:
+    """So they are due together from then on."""
+    batcher = MicroBatcher(Batch(max_batch=16, max_wait_ms=100, min_adapt=1))
+    batcher.add(frames("due", 1))
+    batcher.add([frame("few", i, 0.05 + 0.01 * i) for i in range(3)] + [frame("enough", i, 0.05) for i in range(4)])
+    assert [b.stream for b in batcher.take(0.1, 32)] == ["due", "enough"]
+    assert [b.stream for b in batcher.take(0.16, 32)] == ["few"]
 
 
 def test_riders_take_no_room_from_those_that_are_due() -> None:

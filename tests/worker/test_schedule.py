@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from meta.bundle import Bundle
+from monitoring.drift import CHECK
 from monitoring.metrics import WorkerMetrics
 from schemas.config import Adapt, Batch
 from schemas.policy import Policy, PolicyChange
@@ -95,6 +96,25 @@ def test_settled_streams_are_left_out_and_counted(engine: Engine) -> None:
     assert (still.adapt, still.fold) == (False, True)
     assert "settled" in still.reason
     assert left_out(metrics, "settled") == 1
+
+
+def test_settled_streams_join_an_update_of_their_pass_in_half_the_time(engine: Engine) -> None:
+    admit(engine, "c")
+    for stream, rested in (("b", CHECK // 2 - 1), ("c", CHECK // 2 - 2)):
+        header = engine.resident(stream).header
+        watch = DriftWatch(adapting=False, rested=rested)
+        proxies = header.proxies.model_copy(update={"frames": 0})
+        engine.resident(stream).header = header.model_copy(update={"drift": watch, "proxies": proxies})
+
+    def adapting(*batches: MicroBatch) -> tuple[list[str], float]:
+        metrics = WorkerMetrics(0)
+        scheduler = Scheduler(Lateness(Batch()), Adapt(mode="on_demand"), AUTO, engine, metrics)
+        decided = scheduler.decide(list(batches), 0.0)
+        return [b.stream for b in decided if b.adapt and not b.reason], left_out(metrics, "settled")
+
+    assert adapting(batch("b", 4), batch("c", 4)) == ([], 2)
+    assert adapting(batch("a", 4), batch("b", 4), batch("c", 4)) == (["a", "b"], 1)
+    assert adapting(batch("a", 4), batch("b", 64)) == (["a"], 1)
 
 
 def test_of_frames_that_will_make_no_update_it_is_known_before(engine: Engine) -> None:
