@@ -33,7 +33,7 @@ def wants_update(
 
     A stream that has settled still makes one now and then: a slow way further, and more often where it has settled well
     below the accuracy of clean frames; and after half as many micro-batches in `company` of another stream's update,
-    beside which it costs a third.
+    beside which it costs a quarter.
     """
     if watch is None or watch.adapting:
         return True

@@ -13,6 +13,7 @@ from monitoring.metrics import WorkerMetrics
 from schemas.config import Frames
 from schemas.errors import FrameError
 from schemas.frame import Frame, Position, parse_frame
+from worker.batcher import MicroBatcher
 from worker.decode import DecodedFrame
 from worker.decoding import Arrival, Decoding
 from worker.kafka_batches import Unreadable
@@ -59,6 +60,14 @@ class Intake:
                 frames.append(arrival.result)
         return frames, bad
 
+    def drop_late(self, batcher: MicroBatcher) -> None:
+        """Give up frames that have become too late while they waited for their pass (`batch.drop_late`)."""
+        if self._lateness.drops:
+            now = time.time()
+            late = batcher.expire(lambda frame: self._lateness.dropped(frame.sent, frame.received, now))
+            self._metrics.dropped.inc(len(late))
+            self._offsets.finished(frame.position for frame in late)
+
     def bury(self, bad: list[Bad], keep_alive: Callable[[], object]) -> None:
         """To the dead letters, and wait until they are there."""
         for record, error in bad:
@@ -81,7 +90,8 @@ class Intake:
         self._metrics.frames_again.inc(len(again))
         self._pass_over(again)
         if self._lateness.drops:
-            late = [arrival for arrival in arrivals if self._is_late(arrival, time.time())]
+            now = time.time()
+            late = [arrival for arrival in arrivals if self._is_late(arrival, now)]
             self._metrics.dropped.inc(len(late))
             self._pass_over(late)
 

@@ -67,9 +67,8 @@ class Worker:
         bundle = site_bundle(config, device)
         preprocess = bundle.manifest.preprocess
         frame_bytes = preprocess.channels * preprocess.height * preprocess.width
-        batch = within_method(
-            within_memory(config.batch, frame_bytes, self._lanes), config.adapt.enabled, bundle.method
-        )
+        room = within_memory(config.batch, frame_bytes, self._lanes)
+        batch = within_method(room, config.adapt.enabled, bundle.method)
         if batch.max_batch < config.batch.max_batch:
             log.info("batch.max_batch is %d: more at a time teach %s no more", batch.max_batch, bundle.method_name)
         self.config = config = config.model_copy(update={"batch": batch})
@@ -190,7 +189,7 @@ class Worker:
 
         A small pass that waited would cost more a frame than the larger one that could begin in its place.
         """
-        self._drop_late()
+        self._intake.drop_late(self._batcher)
         while (idle := self._lanes - sum(not flight.adapted.done() for flight in self._flights)) >= 0:
             busy, most = self._busy | self._control.due, self.config.batch.max_pass
             least, rests = 1 if idle else most, partial(self._scheduler.rests, now=time.time())
@@ -199,13 +198,6 @@ class Worker:
                 return
             self.metrics.pass_streams.observe(len(due))
             self._flights.append(self._step.start(self._scheduler.decide(due, time.time())))
-
-    def _drop_late(self) -> None:
-        if self._lateness.drops:
-            now = time.time()
-            late = self._batcher.expire(lambda frame: self._lateness.dropped(frame.sent, frame.received, now))
-            self._offsets.finished(frame.position for frame in late)
-            self.metrics.dropped.inc(len(late))
 
     def _move_on(self, others: Sequence[Future[Any]] = ()) -> None:
         """Wait a moment for passes or `others`; publish what is predicted, finish what is adapted."""
@@ -315,8 +307,7 @@ class Worker:
         return is_folded
 
     def _doubt(self) -> None:
-        """Streams claim to have folded more than their partition's log has: none of its frames has been
-        folded in yet."""
+        """Streams claim to have folded more than their partition's log has: none of its frames was folded in."""
         while self._beyond:
             partition, folded = self._beyond.popitem()
             self._consumer.doubt(partition, folded)
