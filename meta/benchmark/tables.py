@@ -36,6 +36,10 @@ class Entry(NamedTuple):
         return f"{self.method} ({self.variant})" if self.variant else self.method
 
 
+OURS = Entry("mgg", "ours")
+TOLERATED = 0.5  # points that a cell may lose
+
+
 def read_records(path: Path) -> list[Record]:
     """The records of a report. Raises DataError."""
     try:
@@ -124,14 +128,21 @@ class Results:
                 found.append((value[0], entry))
         return (max(found)[1], max(found)[0]) if found else None
 
+    def margin(self, place: Place, entry: Entry, setting: str) -> float | None:
+        """Points of accuracy above the best baseline, published or tuned; None where either was not run."""
+        own = self.accuracy(place, entry, setting)
+        both = [self.best_baseline(place, setting, variant) for variant in ("published", "tuned")]
+        best = [found[1] for found in both if found is not None]
+        return own[0] - max(best) if own is not None and best else None
+
 
 def _rank(entry: Entry) -> tuple[int, str, str]:
     return ({"source": 0, "mgg": 2, "oracle": 3}.get(entry.method, 1), entry.method, entry.variant)
 
 
 def markdown(results: Results) -> str:
-    """All tables, one section per data set, model and batch size."""
-    parts = []
+    """All tables: how far ours is ahead, then one section per data set, model and batch size."""
+    parts = [table] if (table := margins_table(results)) else []
     for place in results.places:
         parts.append(f"### {place.data}, {place.model}, batches of {place.batch}\n")
         parts.append(accuracy_table(results, place))
@@ -162,21 +173,34 @@ def accuracy_table(results: Results, place: Place) -> str:
     return _table(head, rows)
 
 
+def margins_table(results: Results) -> str:
+    """Points of `mgg (ours)` above the best baseline, published or tuned, and in how many cells it loses to source;
+    empty where ours or every baseline was not run."""
+    rows = []
+    for place in results.places:
+        margins = [results.margin(place, OURS, setting) for setting in results.settings]
+        if any(margin is not None for margin in margins):
+            gains = [gain for setting in results.settings for gain in results.gains(place, OURS, setting).values()]
+            lost = f"{sum(gain < -TOLERATED for gain in gains)} of {len(gains)}"
+            row = [f"{place.data}, {place.model}, {place.batch}"]
+            rows.append([*row, *["" if margin is None else f"{margin:+.1f}" for margin in margins], lost])
+    head = ["ours over the best baseline, points", *results.settings, f"cells that lose over {TOLERATED}"]
+    return _table(head, rows) if rows else ""
+
+
 def leaders_table(results: Results, place: Place) -> str:
     """The baseline to beat in each setting, published and tuned."""
-    rows = []
+    rows, own = [], [e for e in results.entries if e.method in ("source", "mgg", "oracle")]
+    own = [entry for entry in own if any(results.records(place, entry, setting) for setting in results.settings)]
     for setting in results.settings:
         row = [setting]
         for variant in ("published", "tuned"):
             best = results.best_baseline(place, setting, variant)
             row.append("" if best is None else f"{best[0].method} {best[1]:.1f}")
-        for entry in results.entries:
-            if entry.method in ("source", "mgg", "oracle"):
-                row.append(_with_deviation(results.accuracy(place, entry, setting)))
+        row += [_with_deviation(results.accuracy(place, entry, setting)) for entry in own]
         if any(row[1:]):
             rows.append(row)
-    own = [str(e) for e in results.entries if e.method in ("source", "mgg", "oracle")]
-    return _table(["setting", "best published", "best tuned", *own], rows)
+    return _table(["setting", "best published", "best tuned", *map(str, own)], rows)
 
 
 def _with_deviation(value: tuple[float, float] | None) -> str:

@@ -590,6 +590,7 @@ def test_tables_by_hand(tmp_path: Path) -> None:
     text = markdown(results)
     assert "| mgg (ours) | 50.5 ± 0.7 | 0.0 | +10.0 (continual, fog 5) | 50% |" in text
     assert "| continual | tent 40.5 |" in text
+    assert "| d, m, 16 | +10.0 | 0 of 2 |" in text
     for name in ("plot.svg", "plot.png"):
         plot(results, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1_000

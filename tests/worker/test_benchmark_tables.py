@@ -9,6 +9,7 @@ from worker.benchmark_tables import markdown
 from worker.benchmark_throughput_tables import BARS
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
+SUMMARIES = "| setting | best published |", "| ours over the best baseline"
 ROWS = {
     "accuracy": ["| mgg (ours) |", "| source |"],
     "throughput": [f"| {text} (" for text, _, _ in BARS.values()],
@@ -29,6 +30,20 @@ def test_the_tables_of_the_guide_to_trust_are_those_of_its_records() -> None:
     for kind in ("proxies", "guard"):
         for table in markdown(RESULTS / f"{kind}.json").split("\n\n"):
             assert table in page
+
+
+def test_the_tables_of_the_science_are_those_of_its_records() -> None:
+    tables = markdown(RESULTS / "accuracy.json")
+    assert (RESULTS.parent / "accuracy.md").read_text().endswith(f"\n\n{tables}\n")
+    shown = [text for text in (RESULTS.parent / "science.md").read_text().split("\n\n") if text.startswith(SUMMARIES)]
+    assert len(shown) > 3
+    assert all(text in tables for text in shown)
+    assert len(set(shown)) == len(shown)
+
+
+def test_the_tables_of_performance_are_those_of_the_record() -> None:
+    page = (RESULTS.parent / "performance.md").read_text()
+    assert all(table in page for table in markdown(RESULTS / "throughput.json").split("\n\n"))
 
 
 def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
