@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from meta.benchmark.report import commit
 from meta.bundle import Bundle, load_bundle, write_bundle
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
@@ -92,7 +93,7 @@ def run_throughput(bundle_path: Path, report: Path | None, profile: Path | None,
         small = load_bundle(bundle_path)
         large = make_large_bundle(small, large_path)
         bench = Bench(broker, store, logs)
-        results: dict[str, Any] = {"machine": _machine(), "bundle": small.hash, "quick": quick}
+        results: dict[str, Any] = {"machine": _machine(), "bundle": small.hash, "commit": commit(), "quick": quick}
         results["idle_stream_bytes"] = engine_memory(small)  # first, while nothing freed can be taken for new
         parts: list[tuple[str, Callable[[], dict[str, Any]]]] = [
             ("engine", lambda: _engine(small, large, plan)),
