@@ -48,6 +48,11 @@ class GeneratorSettings(BaseModel):
         default="float16", description="of the gradient memory between updates, in memory and in the store alike"
     )
 
+    def in_training(self) -> GeneratorSettings:
+        """The same, but for what changes a generator once training is over."""
+        after = ("dose_shift", "correction_start", "correction_slope")
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in after})
+
 
 class LearnedOptimizer(nn.Module):
     """All that meta-training trains: the rule, which serves any model, and the anchor of one model.

@@ -205,7 +205,7 @@ def _ours(
     say: Callable[[str], None],
 ) -> Made:
     torch.manual_seed(recipe.training.seed)
-    learned = LearnedOptimizer(recipe.generator, model)
+    learned = LearnedOptimizer(recipe.generator.in_training(), model)
     if recipe.start is not None:
         _go_on_from(recipe.start, learned)
     method = MGG(model, source, learned, len(data.LABELS))
@@ -213,7 +213,9 @@ def _ours(
     images = _tensors(train.part(*data.META_PART))
     meta_train([Problem(method, *images, PREPROCESSING, recipe.training, random)], recipe.training, say)
     learned.requires_grad_(False).eval()
-    return method, recipe.generator.model_dump(mode="json"), dict(learned.state_dict())
+    learned.settings = recipe.generator
+    served = MGG(model, source, learned, len(data.LABELS))
+    return served, recipe.generator.model_dump(mode="json"), dict(learned.state_dict())
 
 
 def _go_on_from(folder: Path, learned: LearnedOptimizer) -> None:

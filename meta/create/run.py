@@ -289,8 +289,7 @@ def _generator(subject: _Subject, source: SourceStatistics, work: Path, say: Say
         form, rule, made = GeneratorSettings(), None, f"trained in {steps} steps"
     else:
         form, rule = portable_rule(settings.generator)
-        form = form.model_copy(update={name: GeneratorSettings.model_fields[name].default for name in HELD_BACK})
-        form = form if steps else form.model_copy(update={"anchor_rank": 0})
+        form = form.in_training() if steps else form.in_training().model_copy(update={"anchor_rank": 0})
         made = f"rule of bundle {read_manifest(settings.generator).content_hash}"
         made += f", trained on in {steps} steps" if steps else ", as it is"
     learned = LearnedOptimizer(form, subject.model)
