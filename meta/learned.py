@@ -13,6 +13,9 @@ from meta.generator import Anchor, UpdateRule
 from meta.inputs import ALL_INPUTS, Input
 from meta.norms import AdaptableModel
 
+# Settings that hold a trained generator back.
+AFTER_TRAINING = ("dose_shift", "correction_start", "correction_slope")
+
 
 class GeneratorSettings(BaseModel):
     """Everything about the generator that is not learned; part of the bundle."""
@@ -50,8 +53,7 @@ class GeneratorSettings(BaseModel):
 
     def in_training(self) -> GeneratorSettings:
         """The same, but for what changes a generator once training is over."""
-        after = ("dose_shift", "correction_start", "correction_slope")
-        return self.model_copy(update={name: type(self).model_fields[name].default for name in after})
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in AFTER_TRAINING})
 
 
 class LearnedOptimizer(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from itertools import dropwhile
@@ -145,8 +146,9 @@ class MicroBatcher:
         self._turn += 1
         room = min(limit, max(SMALL_PASS, -(-ready // shares)))
         batches: list[MicroBatch] = []
-        for stream in closing + self._riders(now, closing, busy):
-            batch = self._close(stream, now, pressed, min(most.get(stream, room), max(self._settings.max_batch, room)))
+        usual = self._settings.max_batch
+        for stream in closing + self._riders(now, closing, busy, any(moment > -math.inf for _, moment, _ in due)):
+            batch = self._close(stream, now, pressed, min(most.get(stream, usual), max(usual, room)))
             if batches and len(batch.frames) > room:
                 self._put_back(batch)
                 break
@@ -156,16 +158,18 @@ class MicroBatcher:
             self._took_turn(stream)
         return batches
 
-    def _riders(self, now: float, closing: list[str], busy: Container[str]) -> list[str]:
+    def _riders(self, now: float, closing: list[str], busy: Container[str], timed: bool) -> list[str]:
         """Streams that are not due, whose turn comes first: those that have enough frames for an update, and those that
         expect no other frame before they are due. By the frames that have come: the next one as long after the last as
         these came after each other, and not before as long again as there has been none.
 
-        Fast cameras that are taken together once are due together from then on, in fewer and larger passes.
+        Fast cameras that are taken together once are due together from then on, in fewer and larger passes. Only
+        where a stream is due by time: beside one that is full in every pass, as of a backlog, the others would go with
+        few frames each time.
         """
         if not self._wait:
             return []
-        enough = max(self._settings.min_adapt, self._settings.max_batch // 4)
+        enough = max(2, self._settings.min_adapt, self._settings.max_batch // 4) if timed else math.inf
         found = []
         due = set(closing)
         for stream, waiting in self._streams.items():
@@ -173,7 +177,7 @@ class MicroBatcher:
                 continue
             first, last = waiting.fresh[0].received, waiting.fresh[-1].received
             gap = (last - first) / max(1, len(waiting.fresh) - 1)
-            if len(waiting.fresh) >= enough or max(last + gap, 2 * now - last) >= first + self._wait:
+            if waiting.frames >= enough or max(last + gap, 2 * now - last) >= first + self._wait:
                 found.append((self._turns.get(stream, 0), first, stream))
         return [stream for _, _, stream in sorted(found)]
 
@@ -216,9 +220,9 @@ class MicroBatcher:
 
     def _due(self, waiting: _Waiting, pressed: bool) -> float:
         if waiting.frames >= self._settings.max_batch and waiting.fresh:
-            return float("-inf")
+            return -math.inf
         if waiting.held and pressed:
-            return float("-inf")
+            return -math.inf
         moments = []
         if waiting.fresh:
             moments.append(waiting.fresh[0].received + self._wait)

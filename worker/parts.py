@@ -117,7 +117,7 @@ def connect(
         Intake(config.frames, lateness, decoding, offsets, publisher, metrics),
         lateness,
         batcher,
-        Scheduler(lateness, adapt, policies, engine, metrics),
+        Scheduler(lateness, config.batch.max_batch, adapt, policies, engine, metrics),
         streams,
         step,
         publisher,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from meta.mgg import MOST_FRAMES
 from monitoring.drift import wants_update
 from monitoring.metrics import WorkerMetrics
 from monitoring.proxies import estimate
@@ -25,6 +24,7 @@ from worker.guard import resting
 from worker.lateness import Lateness
 
 HOMELESS = "something else lies under the stream's key in the store"
+NARROW = 8  # streams in a pass; of more, some are due for an update anyway
 SETTLED = "settled: drift detection sees no move (adapt.mode is on_demand)"
 
 
@@ -32,9 +32,10 @@ class Scheduler:
     """Decides for every micro-batch of a pass who answers, and whether its backward pass is worth it now."""
 
     def __init__(
-        self, lateness: Lateness, adapt: Adapt, policies: Policies, engine: Engine, metrics: WorkerMetrics
+        self, lateness: Lateness, most: int, adapt: Adapt, policies: Policies, engine: Engine, metrics: WorkerMetrics
     ) -> None:
-        self._lateness = lateness
+        """`most`: frames that a micro-batch has where it is no backlog of a stream at rest."""
+        self._lateness, self._most = lateness, most
         self._overload = f"overload: frames had used half of batch.latency_budget_ms = {lateness.budget_ms}"
         self._on_demand = adapt.mode == "on_demand"
         self._policies, self._engine, self._metrics = policies, engine, metrics
@@ -42,7 +43,7 @@ class Scheduler:
     def decide(self, batches: list[MicroBatch], now: float) -> list[MicroBatch]:
         """The same micro-batches, those that shall not adapt marked and counted. `now` is seconds since the epoch."""
         decided = [self._decided(batch, now) for batch in batches]
-        if any(batch.adapt for batch in decided):
+        if len(batches) <= NARROW and any(batch.adapt for batch in decided):
             decided = [replace(batch, adapt=True, reason="") if self._joins(batch) else batch for batch in decided]
         self._metrics.left_out.labels("settled").inc(sum(batch.reason == SETTLED for batch in decided))
         return decided
@@ -82,8 +83,8 @@ class Scheduler:
     def _joins(self, batch: MicroBatch) -> bool:
         """Whether a settled stream makes an update as another of its pass does. Micro-batches of a backlog are large
         because they were to make none."""
-        few = len(batch.frames) <= MOST_FRAMES
-        return batch.reason == SETTLED and few and not self._settled(batch.stream, company=True)
+        usual = len(batch.frames) <= self._most
+        return batch.reason == SETTLED and usual and not self._settled(batch.stream, company=True)
 
     def _settled(self, stream: str, company: bool = False) -> bool:
         """Whether drift detection sees no need for the stream's next update."""

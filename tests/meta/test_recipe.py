@@ -58,8 +58,10 @@ def test_a_generator_can_be_trained_further(tmp_path: Path) -> None:
         torch.testing.assert_close(further.get_parameter(name), tensor, rtol=0, atol=1e-5, msg=name)
     held = {"dose_shift": -4}
     build(tmp_path / "held", training=training, correction_draws=0, start=str(SHIPPED_BUNDLE), generator=held)
-    method = load_bundle(tmp_path / "held").method
+    bundle = load_bundle(tmp_path / "held")
+    method = bundle.method
     assert method.settings.dose_shift == -4
+    assert bundle.manifest.limits != load_bundle(tmp_path / "further").manifest.limits  # those of what is served
     assert all(torch.equal(t, further.get_parameter(name)) for name, t in method.learned.named_parameters())
     with pytest.raises(BundleError, match="does not fit"):
         build(

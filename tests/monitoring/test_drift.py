@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from monitoring.drift import ACTIVE, AGAIN, CHECK, UPKEEP
+from monitoring.drift import ACTIVE, AGAIN, CHECK, CHECK_JOINED, UPKEEP, UPKEEP_JOINED
 from monitoring.drift import observe as observe_it
 from monitoring.drift import wants_update as wants_update_at
 from schemas.state import DriftWatch
@@ -111,6 +111,16 @@ def test_settled_streams_that_are_unwell_update_now_and_then() -> None:
     watch, updates = settled(), 0
     for _ in range(5 * UPKEEP):
         adapts = wants_update_at(watch, 0.7, 0.9)
+        watch = observe_it(watch, watch.mean, adapts)
+        updates += adapts
+    assert updates == 5
+
+
+@pytest.mark.parametrize(("accuracy", "every"), [(0.7, UPKEEP_JOINED), (0.9, CHECK_JOINED)])
+def test_settled_streams_update_sooner_beside_another(accuracy: float, every: int) -> None:
+    watch, updates = settled(), 0
+    for _ in range(5 * every):
+        adapts = wants_update_at(watch, accuracy, 0.9, company=True)
         watch = observe_it(watch, watch.mean, adapts)
         updates += adapts
     assert updates == 5

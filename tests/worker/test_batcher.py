@@ -221,6 +221,32 @@ def test_fast_cameras_ride_along_with_enough_frames_for_an_update() -> None:
     assert [b.stream for b in batcher.take(0.16, 32)] == ["few"]
 
 
+def test_beside_a_stream_that_is_always_full_the_others_fill_too() -> None:
+    batcher = MicroBatcher(Batch(max_batch=16, max_wait_ms=100, min_adapt=1))
+    batcher.add(frames("backlog", 40) + frames("camera", 6, received=0.01))
+    assert [b.stream for b in batcher.take(0.03, 32)] == ["backlog"]
+    batcher.add(frames("camera", 6, received=0.08, start=6))
+    assert [(b.stream, len(b.frames)) for b in batcher.take(0.11, 32)] == [("camera", 12), ("backlog", 16)]
+
+
+def test_a_rider_goes_whole_or_not_at_all() -> None:
+    """A part of it would be too few for an update, and would be predicted twice."""
+    batcher = MicroBatcher(Batch(max_batch=16, max_wait_ms=100, min_adapt=4))
+    batcher.add(frames("a", 15) + frames("b", 15) + frames("fast", 6, received=0.05))
+    assert [b.stream for b in batcher.take(0.1, 32)] == ["a", "b"]
+    (whole,) = batcher.take(0.16, 32)
+    assert (whole.stream, len(whole.frames), whole.adapt) == ("fast", 6, True)
+
+
+def test_held_frames_count_for_who_has_enough() -> None:
+    batcher = MicroBatcher(Batch(max_batch=16, max_wait_ms=100, min_adapt=4))
+    batcher.add(frames("held", 3))
+    (few,) = batcher.take(0.1, 32)
+    batcher.hold(few)
+    batcher.add(frames("due", 5, received=0.15) + [frame("held", 3 + i, 0.24 + 0.001 * i) for i in range(3)])
+    assert [(b.stream, len(b.frames)) for b in batcher.take(0.25, 32)] == [("due", 5), ("held", 6)]
+
+
 def test_riders_take_no_room_from_those_that_are_due() -> None:
     batcher = MicroBatcher(SETTINGS)
     batcher.add(frames("slow", 1, received=0.01))

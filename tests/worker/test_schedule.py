@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from meta.bundle import Bundle
-from monitoring.drift import CHECK
+from monitoring.drift import CHECK_JOINED
 from monitoring.metrics import WorkerMetrics
 from schemas.config import Adapt, Batch
 from schemas.policy import Policy, PolicyChange
@@ -15,7 +15,7 @@ from worker.batcher import MicroBatch
 from worker.decode import DecodedFrame
 from worker.engine import Engine
 from worker.lateness import Lateness
-from worker.schedule import Scheduler
+from worker.schedule import NARROW, Scheduler
 
 
 def sent(at: float, count: int = 4) -> MicroBatch:
@@ -43,7 +43,7 @@ def left_out(metrics: WorkerMetrics, reason: str) -> float:
 
 def decide(engine: Engine, settings: Batch, *batches: MicroBatch, now: float = 100.0) -> tuple[list[MicroBatch], float]:
     metrics = WorkerMetrics(0)
-    decided = Scheduler(Lateness(settings), Adapt(), AUTO, engine, metrics).decide(list(batches), now)
+    decided = Scheduler(Lateness(settings), 16, Adapt(), AUTO, engine, metrics).decide(list(batches), now)
     return decided, left_out(metrics, "overload")
 
 
@@ -90,7 +90,7 @@ def test_settled_streams_are_left_out_and_counted(engine: Engine) -> None:
     header = engine.resident("b").header
     engine.resident("b").header = header.model_copy(update={"drift": DriftWatch(adapting=False)})
     metrics = WorkerMetrics(0)
-    scheduler = Scheduler(Lateness(Batch()), Adapt(mode="on_demand"), AUTO, engine, metrics)
+    scheduler = Scheduler(Lateness(Batch()), 16, Adapt(mode="on_demand"), AUTO, engine, metrics)
     new, still = scheduler.decide([batch("a", 4), batch("b", 4)], 0.0)
     assert new.adapt
     assert (still.adapt, still.fold) == (False, True)
@@ -98,23 +98,39 @@ def test_settled_streams_are_left_out_and_counted(engine: Engine) -> None:
     assert left_out(metrics, "settled") == 1
 
 
+def settle(engine: Engine, stream: str, rested: int) -> None:
+    """A settled stream that is well: of which nothing is known, that counts as accurate as on clean frames."""
+    header = engine.resident(stream).header
+    proxies = header.proxies.model_copy(update={"frames": 0})
+    watch = DriftWatch(adapting=False, rested=rested)
+    engine.resident(stream).header = header.model_copy(update={"drift": watch, "proxies": proxies})
+
+
+def adapting(engine: Engine, *batches: MicroBatch) -> tuple[list[str], float]:
+    metrics = WorkerMetrics(0)
+    scheduler = Scheduler(Lateness(Batch()), 16, Adapt(mode="on_demand"), AUTO, engine, metrics)
+    decided = scheduler.decide(list(batches), 0.0)
+    return [b.stream for b in decided if b.adapt and not b.reason], left_out(metrics, "settled")
+
+
 def test_settled_streams_join_an_update_of_their_pass_in_half_the_time(engine: Engine) -> None:
     admit(engine, "c")
-    for stream, rested in (("b", CHECK // 2 - 1), ("c", CHECK // 2 - 2)):
-        header = engine.resident(stream).header
-        watch = DriftWatch(adapting=False, rested=rested)
-        proxies = header.proxies.model_copy(update={"frames": 0})
-        engine.resident(stream).header = header.model_copy(update={"drift": watch, "proxies": proxies})
+    settle(engine, "b", CHECK_JOINED - 1)
+    settle(engine, "c", CHECK_JOINED - 2)
+    assert adapting(engine, batch("b", 4), batch("c", 4)) == ([], 2)
+    assert adapting(engine, batch("a", 4), batch("b", 16), batch("c", 4)) == (["a", "b"], 1)
+    assert adapting(engine, batch("a", 4), batch("b", 17)) == (["a"], 1)
 
-    def adapting(*batches: MicroBatch) -> tuple[list[str], float]:
-        metrics = WorkerMetrics(0)
-        scheduler = Scheduler(Lateness(Batch()), Adapt(mode="on_demand"), AUTO, engine, metrics)
-        decided = scheduler.decide(list(batches), 0.0)
-        return [b.stream for b in decided if b.adapt and not b.reason], left_out(metrics, "settled")
 
-    assert adapting(batch("b", 4), batch("c", 4)) == ([], 2)
-    assert adapting(batch("a", 4), batch("b", 4), batch("c", 4)) == (["a", "b"], 1)
-    assert adapting(batch("a", 4), batch("b", 64)) == (["a"], 1)
+def test_in_wide_passes_nobody_joins(engine: Engine) -> None:
+    """There somebody is due for an update anyway, and those who join would only make more."""
+    settle(engine, "b", CHECK_JOINED - 1)
+    others = [f"c{i}" for i in range(NARROW - 1)]
+    admit(engine, *others)
+    for stream in others:
+        settle(engine, stream, 0)
+    assert adapting(engine, batch("a", 4), batch("b", 4), *[batch(s, 4) for s in others])[0] == ["a"]
+    assert adapting(engine, batch("a", 4), batch("b", 4), *[batch(s, 4) for s in others[1:]])[0] == ["a", "b"]
 
 
 def test_of_frames_that_will_make_no_update_it_is_known_before(engine: Engine) -> None:
@@ -123,7 +139,7 @@ def test_of_frames_that_will_make_no_update_it_is_known_before(engine: Engine) -
 
     def rests(oldest: DecodedFrame | None, adapt: Adapt = ALWAYS, policy: Policy = ANYTHING) -> bool:
         settings = Batch(latency_budget_ms=1_000)
-        return Scheduler(Lateness(settings), adapt, Policies(policy, {}), engine, WorkerMetrics(0)).rests(
+        return Scheduler(Lateness(settings), 16, adapt, Policies(policy, {}), engine, WorkerMetrics(0)).rests(
             "a", oldest, 100.0
         )
 
@@ -139,7 +155,7 @@ def test_streams_that_rest_after_going_back_are_left_out_until_the_last_frame_of
         header = engine.resident(stream).header
         engine.resident(stream).header = header.model_copy(update={"guard": GuardState(rest=rest)})
     metrics = WorkerMetrics(0)
-    resting, over = Scheduler(Lateness(Batch()), Adapt(), AUTO, engine, metrics).decide(
+    resting, over = Scheduler(Lateness(Batch()), 16, Adapt(), AUTO, engine, metrics).decide(
         [batch("a", 4), batch("b", 4)], 0.0
     )
     assert (resting.adapt, resting.fold, resting.reason) == (False, True, "resting after a reset, 1 frames to go")
@@ -163,7 +179,7 @@ def test_the_policy_says_when_there_may_be_updates(engine: Engine, policy: Polic
     header = engine.resident("a").header
     header.lately = header.lately.and_one(NOW - 3_600).and_one(NOW - 60).and_one(NOW - 1)
     metrics = WorkerMetrics(0)
-    (decided,) = Scheduler(Lateness(Batch()), Adapt(), Policies(policy, {}), engine, metrics).decide(
+    (decided,) = Scheduler(Lateness(Batch()), 16, Adapt(), Policies(policy, {}), engine, metrics).decide(
         [batch("a", 4)], now
     )
     assert (decided.adapt, decided.reason) == (not reason, reason)
@@ -174,14 +190,14 @@ def test_the_policy_says_when_there_may_be_updates(engine: Engine, policy: Polic
 def test_the_policy_is_the_reason_also_where_frames_are_too_few(engine: Engine) -> None:
     few = replace(batch("a", 4), adapt=False, reason="too few frames within max_hold_ms")
     quiet = Policies(Policy(quiet_hours=("22:00-06:00",)), {})
-    (decided,) = Scheduler(Lateness(Batch()), Adapt(), quiet, engine, WorkerMetrics(0)).decide([few], NOW)
+    (decided,) = Scheduler(Lateness(Batch()), 16, Adapt(), quiet, engine, WorkerMetrics(0)).decide([few], NOW)
     assert (decided.adapt, decided.fold, decided.reason) == (False, True, "policy: quiet hours 22:00-06:00")
 
 
 def test_single_streams_and_commands_override_the_policy(engine: Engine) -> None:
     policies = Policies(Policy(mode="shadow", frozen=True), {"b": PolicyChange(mode="auto")})
     engine.resident("b").header.policy = PolicyChange(frozen=False)
-    a, b = Scheduler(Lateness(Batch()), Adapt(), policies, engine, WorkerMetrics(0)).decide(
+    a, b = Scheduler(Lateness(Batch()), 16, Adapt(), policies, engine, WorkerMetrics(0)).decide(
         [batch("a", 4), batch("b", 4)], NOW
     )
     assert (a.answer, a.adapt) == ("source", False)
