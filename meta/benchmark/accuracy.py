@@ -63,7 +63,7 @@ def run_accuracy(
     if config.factories:
         import_from(Path.cwd())
     journal = Journal.beside(report)
-    planned = cells_of(config, _batch_norms(config))
+    planned = cells_of(config, batch_norms(config))
     cells = [cell for cell in planned if only in cell.name]
     if not cells:
         raise ConfigError(
@@ -91,7 +91,7 @@ def _model_key(cell: Cell) -> str:
     return f"model/{cell.data}/{cell.model}/{cell.digest}"
 
 
-def _batch_norms(config: BenchmarkConfig) -> dict[tuple[str, str], bool]:
+def batch_norms(config: BenchmarkConfig) -> dict[tuple[str, str], bool]:
     """Which models have BatchNorm layers, without loading weights."""
     found = {}
     for model in config.models:

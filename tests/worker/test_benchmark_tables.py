@@ -1,8 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from meta.benchmark.accuracy import batch_norms
+from meta.benchmark.plan import cells_of, read_benchmark
 from schemas.errors import ConfigError, DataError
 from worker.app_cli import app
 from worker.benchmark_tables import markdown
@@ -39,6 +42,15 @@ def test_the_tables_of_the_science_are_those_of_its_records() -> None:
     assert len(shown) > 3
     assert all(text in tables for text in shown)
     assert len(set(shown)) == len(shown)
+
+
+def test_the_accuracy_records_are_of_the_bundles_that_are_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle that changes changes the keys of its cells: then they are to be measured anew."""
+    monkeypatch.chdir(RESULTS.parents[1])
+    config = read_benchmark(RESULTS / "accuracy.yaml")
+    planned = {cell.key for cell in cells_of(config, batch_norms(config))}
+    measured = {cell["key"] for cell in json.loads((RESULTS / "accuracy.run.json").read_text())["cells"]}
+    assert measured <= planned
 
 
 def test_the_tables_of_performance_are_those_of_the_record() -> None:
