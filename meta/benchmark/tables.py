@@ -190,8 +190,9 @@ def margins_table(results: Results) -> str:
 
 def leaders_table(results: Results, place: Place) -> str:
     """The baseline to beat in each setting, published and tuned."""
-    rows, own = [], [e for e in results.entries if e.method in ("source", "mgg", "oracle")]
-    own = [entry for entry in own if any(results.records(place, entry, setting) for setting in results.settings)]
+    rows = []
+    run = [e for e in results.entries if any(results.records(place, e, setting) for setting in results.settings)]
+    own = [entry for entry in run if entry.method in ("source", "mgg", "oracle")]
     for setting in results.settings:
         row = [setting]
         for variant in ("published", "tuned"):
