@@ -323,7 +323,11 @@ class WorkerConfig(BaseSettings):
 
     worker: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", description="name in records")
     threads: int = Field(
-        0, ge=0, le=256, description="passes at the same time, a thread each; 0: two, where torch has as many"
+        0,
+        ge=0,
+        le=256,
+        description="passes at the same time, a thread each; 1: short ones in the loop's own; 0: two, where torch has "
+        "as many",
     )
     device: str = Field(
         "cpu",

@@ -64,6 +64,11 @@ class Decoding:
         return [*self._light.running, *self._heavy.running]
 
     @property
+    def busy(self) -> bool:
+        """Whether small pictures wait to be decoded, or are."""
+        return self._light.busy
+
+    @property
     def streams(self) -> set[str]:
         """Streams of records that were handed over."""
         return {arrival.frame.stream for queue in self._order.values() for arrival in queue if arrival.frame}
@@ -140,6 +145,10 @@ class _Lane:
         self._waiting: Turns[tuple[Arrival, int]] = Turns()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self.running: dict[Future[list[DecodedFrame | FrameError | None]], list[Arrival]] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self.running)
 
     def add(self, arrival: Arrival, heaviness: int) -> None:
         self._waiting.add(arrival.record.key, (arrival, heaviness))

@@ -10,9 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future
-from concurrent.futures import wait as wait_for
-from functools import partial
+from concurrent.futures import Future
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -25,19 +23,18 @@ from schemas.errors import ConfigError, FrameError, UnreachableError
 from schemas.frame import Frame, Position
 from worker.batcher import within_memory, within_method
 from worker.device import EXPERIMENTAL, described, out_of_memory, site_device
+from worker.flights import Flights
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
 from worker.offsets import Partition
 from worker.parts import connect
 from worker.process import keep_freed_memory, spare_collections, switch_often
 from worker.reach import Reach
 from worker.site_bundle import site_bundle
-from worker.step import Flight
 from worker.trace import open_trace
 
 log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
 IDLE_POLL_S = 0.1
-GLANCE_S = 0.01  # between looks at the topic while passes run
 STOCKED_S = 0.05  # and while frames for all threads' next passes are in memory: a look costs two threads a millisecond
 MAX_HELD = 64 << 20  # bytes that wait to be decoded, or are, before partitions are paused
 STUCK_AFTER_S = 60.0
@@ -60,14 +57,14 @@ class Worker:
         # A pass per thread rather than all threads in one pass: small layers gain little from being divided.
         keep_freed_memory()
         # More than two would only wait for the interpreter; more workers is the way to use more processors.
-        self._lanes = config.threads or min(2, torch.get_num_threads())
+        lanes = config.threads or min(2, torch.get_num_threads())
         torch.set_num_threads(1)
         check_checksum_speed()
         device = site_device(config.device)
         bundle = site_bundle(config, device)
         preprocess = bundle.manifest.preprocess
         frame_bytes = preprocess.channels * preprocess.height * preprocess.width
-        room = within_memory(config.batch, frame_bytes, self._lanes)
+        room = within_memory(config.batch, frame_bytes, lanes)
         batch = within_method(room, config.adapt.enabled, bundle.method)
         if batch.max_batch < config.batch.max_batch:
             log.info("batch.max_batch is %d: more at a time teach %s no more", batch.max_batch, bundle.method_name)
@@ -85,15 +82,13 @@ class Worker:
         self._progress = time.monotonic()
         self._server = self._serve()
         waiting = self._heal, self._keep_alive
-        self._parts = parts = connect(config, bundle, self.metrics, self._trace, self._lanes, stop, *waiting)
+        self._parts = parts = connect(config, bundle, self.metrics, self._trace, lanes, stop, *waiting)
         self._store = parts.store
         self._consumer, self._offsets = parts.consumer, parts.offsets
         self._reach = Reach(config, self.metrics, self._consumer.answered, lambda: self._healthy_store)
         self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
-        self._scheduler, self._streams, self._step = parts.scheduler, parts.streams, parts.step
-        self._journal, self._control = parts.journal, parts.control
-        self._lateness = parts.lateness
-        self._flights: list[Flight] = []
+        self._streams, self._journal, self._control = parts.streams, parts.journal, parts.control
+        self._flights = Flights(config, parts, self.metrics, lanes, stop)
         self._lag_shown = self._looked = 0.0
         self._partitions_of: dict[str, set[Partition]] = {}
         self._beyond: dict[Partition, int] = {}
@@ -151,13 +146,14 @@ class Worker:
         self._move_on(self._decoding.running)
         self._take_up()
         self._obey()
-        self._start()
+        if not self._flights.takes_in:
+            self._flights.begin()
         self._refused(self._journal.flush_due() + self._streams.returned())
         if self._store.reconnected():
             self._begin_again()
         self._trim()
         self._streams.engine.rest(time.monotonic())
-        if fenced := self._control.look_after_the_rest(self._busy):
+        if fenced := self._control.look_after_the_rest(self._flights.streams):
             self._rewind(fenced)
         self._consumer.commit()
         self._joined = self._consumer.joined
@@ -180,36 +176,12 @@ class Worker:
     def _obey(self) -> None:
         """Commands that have come, to streams that are in no step."""
         self._control.listen()
-        if fenced := self._control.run(self._busy):
+        if fenced := self._control.run(self._flights.streams):
             self._rewind(fenced)
 
-    def _start(self) -> None:
-        """Begin passes of what is due, as many as there are threads for, and a full one that waits for the next thread;
-        a stream is in one at a time.
-
-        A small pass that waited would cost more a frame than the larger one that could begin in its place.
-        """
-        self._intake.drop_late(self._batcher)
-        while (idle := self._lanes - sum(not flight.adapted.done() for flight in self._flights)) >= 0:
-            busy, most = self._busy | self._control.due, self.config.batch.max_pass
-            least, rests = 1 if idle else most, partial(self._scheduler.rests, now=time.time())
-            due = self._batcher.take(time.monotonic(), most, busy, max(1, idle), least, rests)
-            if not due:
-                return
-            self.metrics.pass_streams.observe(len(due))
-            self._flights.append(self._step.start(self._scheduler.decide(due, time.time())))
-
     def _move_on(self, others: Sequence[Future[Any]] = ()) -> None:
-        """Wait a moment for passes or `others`; publish what is predicted, finish what is adapted."""
-        wait_for([*(flight.next for flight in self._flights), *others], GLANCE_S, FIRST_COMPLETED)
-        for flight in list(self._flights):
-            if not flight.published and flight.next.done():
-                self._step.publish(flight)
-                self._lateness.took(time.monotonic() - flight.started, time.time())
-            if flight.adapted.done():
-                self._start_again()
-                self._refused(self._step.finish(flight), time.monotonic() - flight.started)
-                self._flights.remove(flight)
+        for fenced, span in self._flights.move_on(others):
+            self._refused(fenced, span)
 
     def _refused(self, fenced: list[str], span: float = 0.0) -> None:
         """Another worker has claimed these streams; `span` is how long the step took that found out."""
@@ -220,20 +192,11 @@ class Worker:
             span += self.config.batch.max_wait_ms / 1000
             self._stop.wait(random.uniform(0, min(2 * span, LONGEST_PAUSE_S)))  # noqa: S311
 
-    def _start_again(self) -> None:
-        if not self._stop.is_set():
-            self._start()
-
-    @property
-    def _busy(self) -> set[str]:
-        """Streams in a step that is not finished."""
-        return set().union(*(flight.streams for flight in self._flights))
-
     def _trim(self) -> None:
         if self._streams.crowded:
             self._refused(self._journal.flush())
             # All that is known of these is stored, so that they need not be read again with a partition that goes.
-            for stream in self._streams.trim(self._batcher.streams | self._decoding.streams | self._busy):
+            for stream in self._streams.trim(self._batcher.streams | self._decoding.streams | self._flights.streams):
                 self._partitions_of.pop(stream, None)
 
     def _show_progress(self) -> None:
@@ -248,9 +211,12 @@ class Worker:
     @property
     def _stocked(self) -> bool:
         """Whether the loop can do without a look at the topic for a moment."""
-        enough = self._lanes * self.config.batch.max_pass
-        under_way = bool(self._flights or self._decoding.running)
-        return under_way and self._waiting >= enough and time.monotonic() - self._looked < STOCKED_S
+        if time.monotonic() - self._looked >= STOCKED_S:
+            return False
+        if self._flights.here:
+            return self._decoding.busy
+        enough = self._flights.lanes * self.config.batch.max_pass
+        return bool(self._flights or self._decoding.running) and self._waiting >= enough
 
     @property
     def _waiting(self) -> int:

@@ -7,8 +7,8 @@
    since the last write, together (see `worker.journal`).
 3. Offsets may be committed only for frames whose state is stored.
 
-The passes themselves run in threads, each pass in one. While a step is published, acknowledged and stored, others are
-under way; a stream is in one step at a time.
+A pass runs in a thread, or in the caller's (`worker.flights`). While a step is published, acknowledged and stored,
+others may be under way; a stream is in one step at a time.
 """
 
 from __future__ import annotations
@@ -92,12 +92,21 @@ class Step:
         self._writer = PredictionWriter(engine.bundle.labels, engine.bundle_hash, worker)
         self._threads = ThreadPoolExecutor(lanes, "pass", use, (engine.device,))
 
-    def start(self, batches: list[MicroBatch]) -> Flight:
-        """Begin a pass; returns at once."""
-        gathered = self._engine.gather(batches)
+    def start(self, batches: list[MicroBatch], here: bool = False) -> Flight:
+        """Begin a pass and return at once; or, `here`, run it in the caller's thread, its predictions published.
+
+        A pass beside a busy loop has to ask for the interpreter after each of its thousand operations.
+        """
+        gathered, streams = self._engine.gather(batches), frozenset(batch.stream for batch in batches)
         predicted: Future[tuple[Pass, Timed]] = Future()
-        adapted = self._threads.submit(self._pass, gathered, predicted)
-        return Flight(frozenset(batch.stream for batch in batches), time.monotonic(), predicted, adapted)
+        started = time.monotonic()
+        if not here:
+            return Flight(streams, started, predicted, self._threads.submit(self._pass, gathered, predicted))
+        flight = Flight(streams, started, predicted, Future())
+        predicted.set_result(self._forward(gathered))
+        self.publish(flight)
+        flight.adapted.set_result(self._adapt(predicted.result()[0]))
+        return flight
 
     def publish(self, flight: Flight) -> None:
         """Send the predictions as soon as they are there; the update is computed meanwhile."""
@@ -166,13 +175,20 @@ class Step:
         self._threads.shutdown(cancel_futures=True)
 
     def _pass(self, gathered: Gathered, predicted: Future[tuple[Pass, Timed]]) -> tuple[Proposals, Timed]:
+        predicted.set_result(self._forward(gathered))
+        return self._adapt(predicted.result()[0])
+
+    def _forward(self, gathered: Gathered) -> tuple[Pass, Timed]:
         started = time.monotonic()
         passed = self._engine.forward(gathered)
-        middle = time.monotonic()
-        predicted.set_result((passed, Timed(middle, middle - started)))
+        done = time.monotonic()
+        return passed, Timed(done, done - started)
+
+    def _adapt(self, passed: Pass) -> tuple[Proposals, Timed]:
+        started = time.monotonic()
         proposals = self._engine.adapt(passed)
         done = time.monotonic()
-        return proposals, Timed(done, done - middle)
+        return proposals, Timed(done, done - started)
 
     def _publish(self, outlook: Outlook, timed: Timed, answers: observe.Answers) -> None:
         manifest, header = self._engine.bundle.manifest, outlook.resident.header

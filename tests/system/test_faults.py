@@ -37,13 +37,14 @@ def check_outcome(site: Site, frames: list[tuple[str, bytes]], ids: list[str]) -
         assert all(by_step[p.bundle, p.step] == (p.index, round(p.confidence, 4)) for p in found)
 
 
-def test_killed_again_and_again(site: Site) -> None:
+@pytest.mark.parametrize("threads", [1, 2], ids=["passes in the loop", "passes beside it"])
+def test_killed_again_and_again(site: Site, threads: int) -> None:
     ids = site.send(FRAMES)
     for goal in (30, 90, 150, 210):
-        worker = site.start()
+        worker = site.start(threads=threads)
         worker.wait_until(lambda goal=goal: folded(site) >= goal, f"{goal} frames folded")
         worker.kill()
-    last = site.start()
+    last = site.start(threads=threads)
     site.wait_folded(last, COUNTS)
     check_outcome(site, FRAMES, ids)
     # Every update event reached the topic, whichever worker died between the store and the topic.

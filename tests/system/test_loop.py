@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
 from schemas.frame import Frame
 from tests.conftest import Topic, picture
+from worker import flights
 from worker.decode import decode_frame
 from worker.run import STUCK_AFTER_S, Worker
 
@@ -154,7 +156,7 @@ def test_frames_that_become_late_while_they_wait_are_passed_over(config: WorkerC
     worker = Worker(config.model_copy(update={"batch": patient}), threading.Event())
     assert worker.config.batch.max_batch == 16  # more at a time would teach nothing more
     passes: list[float] = []
-    worker._lateness.took = lambda seconds, ended: passes.append(seconds)  # type: ignore[method-assign]
+    worker._parts.lateness.took = lambda seconds, ended: passes.append(seconds)  # type: ignore[method-assign]
     answered = worker.metrics.registry.get_sample_value
     topic.send(config.kafka.topics.frames, [(b"cam", picture(i), []) for i in range(16)])
     turn_until(worker, lambda: answered("driftkeel_predictions_total") == 16 and not worker._flights)
@@ -167,5 +169,63 @@ def test_frames_that_become_late_while_they_wait_are_passed_over(config: WorkerC
     assert len(worker._batcher) == 0
     assert answered("driftkeel_frames_dropped_total") == 3
     assert sum(worker._offsets.unfinished().values()) == 0
+    worker._stop.set()
+    worker.run()
+
+
+def threads_of_passes(worker: Worker) -> list[bool]:
+    """Of each pass from now on, whether it runs in this thread."""
+    engine, own = worker._streams.engine, threading.current_thread()
+    passes: list[bool] = []
+    forward = engine.forward
+
+    def noted(gathered: Any) -> Any:
+        passes.append(threading.current_thread() is own)
+        return forward(gathered)
+
+    engine.forward = noted  # type: ignore[method-assign]
+    return passes
+
+
+@pytest.mark.parametrize(("lanes", "here_s", "expected"), [(1, 1e9, True), (1, 0.0, False), (2, 1e9, False)])
+def test_short_passes_of_a_single_lane_run_in_the_loop_itself(
+    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch, lanes: int, here_s: float, expected: bool
+) -> None:
+    """The first does not: nobody knows yet how long it takes."""
+    monkeypatch.setattr(flights, "HERE_S", here_s)
+    worker = Worker(config.model_copy(update={"threads": lanes}), threading.Event())
+    passes, cameras = threads_of_passes(worker), [f"cam-{i}" for i in range(4)]
+    for count in (4, 8, 12):
+        records = [(name.encode(), picture(i), []) for i in range(4) for name in cameras]
+        topic.send(config.kafka.topics.frames, records)
+        turn_until(worker, lambda count=count: folded(worker, cameras) == dict.fromkeys(cameras, count))
+    assert not passes[0]
+    assert set(passes[1:]) == {expected}
+    worker._stop.set()
+    worker.run()
+
+
+def test_a_pass_here_takes_along_what_came_during_the_last(
+    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And does not wait for what takes longer to decode than the last pass took."""
+    worker = Worker(config, threading.Event())
+    in_flight = worker._flights
+    topic.send(config.kafka.topics.frames, [(b"cam", picture(i), []) for i in range(4)])
+    turn_until(worker, lambda: folded(worker, ["cam"]) == {"cam": 4} and not in_flight)
+    assert in_flight.here
+    assert not in_flight.takes_in  # nothing has come
+    worker._decoding.add(time.monotonic(), SimpleNamespace(key=b"cam", value=picture(1), topic="t", partition=0))
+    in_flight._ended, in_flight._span = time.monotonic(), 0.2
+    assert in_flight.takes_in
+    in_flight._ended -= 1
+    assert not in_flight.takes_in
+    worker._decoding.drop(("t", 0))
+    begun: list[bool] = []
+    for waits in (True, False):
+        monkeypatch.setattr(flights.Flights, "takes_in", waits)
+        monkeypatch.setattr(in_flight, "begin", lambda waits=waits: begun.append(waits))
+        worker._turn()
+    assert begun == [False]
     worker._stop.set()
     worker.run()

@@ -19,7 +19,7 @@ from worker.engine import Engine
 from worker.guard import Guard
 from worker.journal import Journal
 from worker.offsets import Offsets
-from worker.passes import Gathered, Pass
+from worker.passes import Gathered, Pass, Proposals
 from worker.publish import Publisher
 from worker.step import Step
 from worker.store import StateStore
@@ -79,6 +79,35 @@ def test_a_finished_step_has_published(engine: Held, step: Step, topic, kafka_se
     assert step.finish(flight) == []
     assert engine.resident("a").header.frames == 5
     assert len(topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) == 5)) == 5
+
+
+def test_a_pass_here_has_published_before_it_updates(
+    engine: Held, step: Step, topic, kafka_settings: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.go.set()
+    seen: list[tuple[threading.Thread, int]] = []
+    adapt = engine.adapt
+
+    def noted(passed: Pass) -> Proposals:
+        sent = topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) == 5)
+        seen.append((threading.current_thread(), len(sent)))
+        return adapt(passed)
+
+    monkeypatch.setattr(engine, "adapt", noted)
+    flight = step.start([batch("a", 5)], here=True)
+    assert seen == [(threading.current_thread(), 5)]
+    assert flight.published
+    assert flight.adapted.done()
+    assert step.finish(flight) == []
+    assert engine.resident("a").header.frames == 5
+    assert len(topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) >= 5)) == 5
+
+
+def test_a_pass_here_that_fails_says_so_at_once(engine: Held, step: Step) -> None:
+    engine.error = RuntimeError("broken")
+    engine.go.set()
+    with pytest.raises(RuntimeError, match="broken"):
+        step.start([batch("a", 5)], here=True)
 
 
 def test_a_stream_given_up_meanwhile_stores_nothing(engine: Held, step: Step) -> None:

@@ -1,0 +1,99 @@
+"""The steps whose passes are under way: which begin, in which thread, and when they are finished."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future
+from concurrent.futures import wait as wait_for
+from functools import partial
+from typing import Any
+
+from monitoring.metrics import WorkerMetrics
+from schemas.config import WorkerConfig
+from worker.parts import Parts
+from worker.step import Flight
+
+GLANCE_S = 0.01  # between looks at the rest of the loop while passes run
+HERE_S = 0.25  # of a pass in the loop's own thread; the loop stands still meanwhile
+
+
+class Flights:
+    """Up to `lanes` passes at a time, and a full one that waits for the next thread. Belongs to the worker's loop."""
+
+    def __init__(
+        self, config: WorkerConfig, parts: Parts, metrics: WorkerMetrics, lanes: int, stop: threading.Event
+    ) -> None:
+        self._parts, self._metrics, self._stop = parts, metrics, stop
+        self.lanes, self._most = lanes, config.batch.max_pass
+        self._alone = lanes == 1 and config.device == "cpu"
+        self._under_way: list[Flight] = []
+        self._span = math.inf  # of the last pass, in seconds
+        self._ended = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._under_way)
+
+    @property
+    def streams(self) -> set[str]:
+        """Streams in a step that is not finished."""
+        return set().union(*(flight.streams for flight in self._under_way))
+
+    @property
+    def here(self) -> bool:
+        """Whether the next pass runs in the loop's own thread.
+
+        Of two threads that compute, each waits for the interpreter most of the time. Long passes hardly need it, and
+        would hold up the loop; nor does the loop wait for a GPU.
+        """
+        return self._alone and self._span < HERE_S
+
+    @property
+    def takes_in(self) -> bool:
+        """Whether the next pass waits for what came during the last one to be decoded; no longer than that one took."""
+        return self.here and self._parts.decoding.busy and time.monotonic() < self._ended + self._span
+
+    def begin(self) -> None:
+        """Begin passes of what is due, as many as there are threads for, and a full one that waits for the next thread;
+        a stream is in one at a time.
+
+        A small pass that waited would cost more a frame than the larger one that could begin in its place.
+        """
+        parts = self._parts
+        parts.intake.drop_late(parts.batcher)
+        while (idle := self.lanes - sum(not flight.adapted.done() for flight in self._under_way)) >= 0:
+            busy, here = self.streams | parts.control.due, self.here
+            least, rests = 1 if idle else self._most, partial(parts.scheduler.rests, now=time.time())
+            due = parts.batcher.take(time.monotonic(), self._most, busy, max(1, idle), least, rests)
+            if not due:
+                return
+            self._metrics.pass_streams.observe(len(due))
+            flight = parts.step.start(parts.scheduler.decide(due, time.time()), here)
+            self._under_way.append(flight)
+            if here:
+                self._answered(flight)
+                return
+
+    def move_on(self, others: Sequence[Future[Any]] = ()) -> Iterator[tuple[list[str], float]]:
+        """Wait a moment for passes or `others`; publish what is predicted, finish what is adapted.
+
+        Of each finished step: streams that another worker has claimed, and how many seconds ago it began.
+        """
+        wait_for([*(flight.next for flight in self._under_way), *others], GLANCE_S, FIRST_COMPLETED)
+        for flight in list(self._under_way):
+            if not flight.published and flight.next.done():
+                self._parts.step.publish(flight)
+                self._answered(flight)
+            if flight.adapted.done():
+                self._ended = flight.adapted.result()[1].done
+                self._span = self._ended - flight.started
+                if not (self.here or self._stop.is_set()):
+                    self.begin()
+                fenced = self._parts.step.finish(flight)
+                self._under_way.remove(flight)
+                yield fenced, time.monotonic() - flight.started
+
+    def _answered(self, flight: Flight) -> None:
+        self._parts.lateness.took(flight.publishing[1] - flight.started, time.time())
