@@ -56,16 +56,16 @@ class Flights:
         return self.here and self._parts.decoding.busy and time.monotonic() < self._ended + self._span
 
     def begin(self) -> None:
-        """Begin passes of what is due, as many as there are threads for, and a full one that waits for the next thread;
-        a stream is in one at a time.
+        """Begin passes of what is due, as many as there are threads for, and one more: a full one that waits for the
+        next thread, or, in the loop's own thread, what had no room in the first; a stream is in one at a time.
 
-        A small pass that waited would cost more a frame than the larger one that could begin in its place.
+        A small pass that waited for a thread would cost more a frame than the larger one that could begin in its place.
         """
         parts = self._parts
         parts.intake.drop_late(parts.batcher)
         while (idle := self.lanes - sum(not flight.adapted.done() for flight in self._under_way)) >= 0:
             busy, here = self.streams | parts.control.due, self.here
-            least, rests = 1 if idle else self._most, partial(parts.scheduler.rests, now=time.time())
+            least, rests = 1 if idle or here else self._most, partial(parts.scheduler.rests, now=time.time())
             due = parts.batcher.take(time.monotonic(), self._most, busy, max(1, idle), least, rests)
             if not due:
                 return
@@ -74,26 +74,32 @@ class Flights:
             self._under_way.append(flight)
             if here:
                 self._answered(flight)
-                return
 
     def move_on(self, others: Sequence[Future[Any]] = ()) -> Iterator[tuple[list[str], float]]:
-        """Wait a moment for passes or `others`; publish what is predicted, finish what is adapted.
+        """Wait a moment for passes or `others`, or compute the updates of passes in this thread; publish what is
+        predicted, finish what is adapted.
 
         Of each finished step: streams that another worker has claimed, and how many seconds ago it began.
         """
-        wait_for([*(flight.next for flight in self._under_way), *others], GLANCE_S, FIRST_COMPLETED)
+        if not any(flight.here for flight in self._under_way):
+            wait_for([*(flight.next for flight in self._under_way), *others], GLANCE_S, FIRST_COMPLETED)
         for flight in list(self._under_way):
+            if flight.here and not flight.adapted.done():
+                self._parts.step.adapt(flight)
             if not flight.published and flight.next.done():
                 self._parts.step.publish(flight)
                 self._answered(flight)
             if flight.adapted.done():
-                self._ended = flight.adapted.result()[1].done
-                self._span = self._ended - flight.started
+                self._took(flight)
                 if not (self.here or self._stop.is_set()):
                     self.begin()
                 fenced = self._parts.step.finish(flight)
                 self._under_way.remove(flight)
                 yield fenced, time.monotonic() - flight.started
+
+    def _took(self, flight: Flight) -> None:
+        (_, predicted), (_, adapted) = flight.predicted.result(), flight.adapted.result()
+        self._span, self._ended = predicted.seconds + adapted.seconds, adapted.done
 
     def _answered(self, flight: Flight) -> None:
         self._parts.lateness.took(flight.publishing[1] - flight.started, time.time())

@@ -49,12 +49,14 @@ class Timed:
 
 @dataclass(eq=False)
 class Flight:
-    """A step whose pass is under way. `streams` are in no other pass until `finish` is through."""
+    """A step whose pass is under way. `streams` are in no other pass until `finish` is through. `here`: its updates are
+    computed by who asks for them, `Step.adapt`."""
 
     streams: frozenset[str]
     started: float
     predicted: Future[tuple[Pass, Timed]]
     adapted: Future[tuple[Proposals, Timed]]
+    here: bool = False
     published: bool = False
     publishing: Span = (0.0, 0.0)
 
@@ -93,7 +95,8 @@ class Step:
         self._threads = ThreadPoolExecutor(lanes, "pass", use, (engine.device,))
 
     def start(self, batches: list[MicroBatch], here: bool = False) -> Flight:
-        """Begin a pass and return at once; or, `here`, run it in the caller's thread, its predictions published.
+        """Begin a pass and return at once; or, `here`, predict in the caller's thread, and publish. Then the caller has
+        to `adapt`.
 
         A pass beside a busy loop has to ask for the interpreter after each of its thousand operations.
         """
@@ -102,11 +105,14 @@ class Step:
         started = time.monotonic()
         if not here:
             return Flight(streams, started, predicted, self._threads.submit(self._pass, gathered, predicted))
-        flight = Flight(streams, started, predicted, Future())
+        flight = Flight(streams, started, predicted, Future(), here)
         predicted.set_result(self._forward(gathered))
         self.publish(flight)
-        flight.adapted.set_result(self._adapt(predicted.result()[0]))
         return flight
+
+    def adapt(self, flight: Flight) -> None:
+        """Compute the updates of a pass that began `here`, in the caller's thread."""
+        flight.adapted.set_result(self._adapt(flight.predicted.result()[0]))
 
     def publish(self, flight: Flight) -> None:
         """Send the predictions as soon as they are there; the update is computed meanwhile."""

@@ -205,6 +205,32 @@ def test_short_passes_of_a_single_lane_run_in_the_loop_itself(
     worker.run()
 
 
+def test_passes_here_predict_what_is_due_before_they_update(
+    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass more than there is a thread for, so that those who had no room in the first do not wait for its updates;
+    no further one, so that updates come."""
+    config = config.model_copy(update={"batch": config.batch.model_copy(update={"max_pass": 4}), "adapt": Adapt()})
+    worker, cameras = Worker(config, threading.Event()), [f"cam-{i}" for i in range(3)]
+    topic.send(config.kafka.topics.frames, [(b"cam-0", picture(i), []) for i in range(4)])
+    turn_until(worker, lambda: folded(worker, ["cam-0"]) == {"cam-0": 4} and not worker._flights)
+    with monkeypatch.context() as held:
+        held.setattr(flights.Flights, "takes_in", True)
+        topic.send(config.kafka.topics.frames, [(name.encode(), picture(i), []) for i in range(4) for name in cameras])
+        turn_until(worker, lambda: len(worker._batcher) == 12)
+    worker._flights.begin()
+    under_way = list(worker._flights._under_way)
+    assert [flight.published for flight in under_way] == [True, True]
+    assert not any(flight.adapted.done() for flight in under_way)
+    assert len(worker._batcher) == 4
+    worker._move_on()
+    assert not worker._flights
+    assert sum(folded(worker, cameras).values()) == 12
+    turn_until(worker, lambda: sum(folded(worker, cameras).values()) == 16)
+    worker._stop.set()
+    worker.run()
+
+
 def test_a_pass_here_takes_along_what_came_during_the_last(
     config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
