@@ -17,7 +17,9 @@ from worker.weigh import weight
 
 LIGHT = 1 << 20  # pixels that take no more than some thirty milliseconds, whatever the format
 MAX_SHARE = 32  # records decoded in one go: small frames decode faster than a task is handed over
-AHEAD = 2  # shares per thread, so that threads find work while the loop does something else
+# Shares per thread, so that threads find work while the loop does something else, which may be a pass. Of large ones
+# fewer, for streams take their turns when these are handed over.
+LIGHT_AHEAD, HEAVY_AHEAD = 8, 2
 
 
 @dataclass(eq=False, slots=True)
@@ -48,7 +50,8 @@ class Decoding:
     """
 
     def __init__(self, decode: Callable[[Frame, float], DecodedFrame | FrameError], threads: int) -> None:
-        self._light, self._heavy = _Lane(decode, threads), _Lane(decode, threads)
+        self._light = _Lane(decode, threads, LIGHT_AHEAD * threads)
+        self._heavy = _Lane(decode, threads, HEAVY_AHEAD * threads)
         self._order: dict[Key, deque[Arrival]] = {}
         self._touched: dict[Key, None] = {}  # streams whose first record may be done
         self._count = 0
@@ -140,8 +143,8 @@ class Decoding:
 class _Lane:
     """Some threads, and the records that wait for them."""
 
-    def __init__(self, decode: Callable[[Frame, float], DecodedFrame | FrameError], threads: int) -> None:
-        self._decode, self._room = decode, AHEAD * threads
+    def __init__(self, decode: Callable[[Frame, float], DecodedFrame | FrameError], threads: int, room: int) -> None:
+        self._decode, self._room = decode, room
         self._waiting: Turns[tuple[Arrival, int]] = Turns()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self.running: dict[Future[list[DecodedFrame | FrameError | None]], list[Arrival]] = {}

@@ -213,8 +213,8 @@ class Worker:
         """Whether the loop can do without a look at the topic for a moment."""
         if time.monotonic() - self._looked >= STOCKED_S:
             return False
-        if self._flights.here:
-            return self._decoding.busy
+        if self._flights.here and self._decoding.busy:
+            return True
         enough = self._flights.lanes * self.config.batch.max_pass
         return bool(self._flights or self._decoding.running) and self._waiting >= enough
 

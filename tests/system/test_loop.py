@@ -223,6 +223,10 @@ def test_passes_here_predict_what_is_due_before_they_update(
     assert [flight.published for flight in under_way] == [True, True]
     assert not any(flight.adapted.done() for flight in under_way)
     assert len(worker._batcher) == 4
+    worker._looked = time.monotonic()
+    assert worker._stocked  # with the next pass in memory it does not look after each one
+    worker._looked -= 1
+    assert not worker._stocked
     worker._move_on()
     assert not worker._flights
     assert sum(folded(worker, cameras).values()) == 12

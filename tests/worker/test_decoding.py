@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from schemas.errors import FrameError
 from schemas.frame import Frame
 from tests.worker.test_decode import png_header
-from worker.decoding import AHEAD, LIGHT, MAX_SHARE, Arrival, Decoding
+from worker.decoding import HEAVY_AHEAD, LIGHT, LIGHT_AHEAD, MAX_SHARE, Arrival, Decoding
 
 SMALL, LARGE = png_header(9, 9), png_header(4_000, 4_000)
 
@@ -235,8 +235,8 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def threads_have_no_more_than_their_share(self) -> None:
-        for pool in Pool.made:
-            assert len(pool.waiting) <= AHEAD * 2
+        for pool, ahead in zip(Pool.made, (LIGHT_AHEAD, HEAVY_AHEAD), strict=True):
+            assert len(pool.waiting) <= ahead * 2
             assert all(0 < len(share) <= MAX_SHARE for _, _, share in pool.waiting)
         assert all(len(share) == 1 for _, _, share in Pool.made[1].waiting)
 
