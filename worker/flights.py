@@ -17,21 +17,24 @@ from worker.parts import Parts
 from worker.step import Flight
 
 GLANCE_S = 0.01  # between looks at the rest of the loop while passes run
+LATELY_S = 10.0
 HERE_S = 0.25  # of a pass in the loop's own thread; the loop stands still meanwhile
 
 
 class Flights:
-    """Up to `lanes` passes at a time, and a full one that waits for the next thread. Belongs to the worker's loop."""
+    """Up to `lanes` passes at a time, each in a thread; of a single lane short ones run in the caller's, the worker's
+    loop, to which this belongs."""
 
     def __init__(
         self, config: WorkerConfig, parts: Parts, metrics: WorkerMetrics, lanes: int, stop: threading.Event
     ) -> None:
         self._parts, self._metrics, self._stop = parts, metrics, stop
         self.lanes, self._most = lanes, config.batch.max_pass
+        self._full = config.batch.max_pass - config.batch.max_batch  # frames above which no further micro-batch fits
         self._alone = lanes == 1 and config.device == "cpu"
         self._under_way: list[Flight] = []
-        self._span = math.inf  # of the last pass, in seconds
-        self._ended = 0.0
+        self._span, self._frames = math.inf, 1  # of the largest pass lately: seconds, and how many frames it had
+        self._known = self._ended = 0.0  # when that one ended, and the last
 
     def __bool__(self) -> bool:
         return bool(self._under_way)
@@ -43,7 +46,7 @@ class Flights:
 
     @property
     def here(self) -> bool:
-        """Whether the next pass runs in the loop's own thread.
+        """Whether passes run in the loop's own thread for now.
 
         Of two threads that compute, each waits for the interpreter most of the time. Long passes hardly need it, and
         would hold up the loop; nor does the loop wait for a GPU.
@@ -52,28 +55,33 @@ class Flights:
 
     @property
     def takes_in(self) -> bool:
-        """Whether the next pass waits for what came during the last one to be decoded; no longer than that one took."""
+        """Whether the next pass waits for what came during the last one to be decoded; no longer than a pass takes."""
         return self.here and self._parts.decoding.busy and time.monotonic() < self._ended + self._span
 
     def begin(self) -> None:
-        """Begin passes of what is due, as many as there are threads for, and one more: a full one that waits for the
-        next thread, or, in the loop's own thread, what had no room in the first; a stream is in one at a time.
+        """Begin passes of what is due, as many as there are threads for, and a full one that waits for the next thread;
+        a stream is in one at a time. In the loop's own thread, a second one where the first was full.
 
         A small pass that waited for a thread would cost more a frame than the larger one that could begin in its place.
         """
         parts = self._parts
         parts.intake.drop_late(parts.batcher)
         while (idle := self.lanes - sum(not flight.adapted.done() for flight in self._under_way)) >= 0:
-            busy, here = self.streams | parts.control.due, self.here
+            busy, beside = self.streams | parts.control.due, self._beside
+            here = self.here and not beside
             least, rests = 1 if idle or here else self._most, partial(parts.scheduler.rests, now=time.time())
             due = parts.batcher.take(time.monotonic(), self._most, busy, max(1, idle), least, rests)
             if not due:
                 return
+            frames = sum(len(batch.frames) for batch in due)
+            here = here and self._expected(frames) < HERE_S
             self._metrics.pass_streams.observe(len(due))
             flight = parts.step.start(parts.scheduler.decide(due, time.time()), here)
             self._under_way.append(flight)
             if here:
                 self._answered(flight)
+                if frames <= self._full:
+                    return
 
     def move_on(self, others: Sequence[Future[Any]] = ()) -> Iterator[tuple[list[str], float]]:
         """Wait a moment for passes or `others`, or compute the updates of passes in this thread; publish what is
@@ -91,15 +99,33 @@ class Flights:
                 self._answered(flight)
             if flight.adapted.done():
                 self._took(flight)
-                if not (self.here or self._stop.is_set()):
+                if not (self.here or self._updates_due or self._stop.is_set()):
                     self.begin()
                 fenced = self._parts.step.finish(flight)
                 self._under_way.remove(flight)
                 yield fenced, time.monotonic() - flight.started
 
+    @property
+    def _beside(self) -> bool:
+        """Whether a thread is at a pass."""
+        return any(not (flight.here or flight.adapted.done()) for flight in self._under_way)
+
+    @property
+    def _updates_due(self) -> bool:
+        """Whether a pass here is still to make its updates."""
+        return any(flight.here and not flight.adapted.done() for flight in self._under_way)
+
+    def _expected(self, frames: int) -> float:
+        """Seconds of a pass of so many frames, at most: a part of what one takes does not grow with them."""
+        return self._span * max(1.0, frames / self._frames)
+
     def _took(self, flight: Flight) -> None:
-        (_, predicted), (_, adapted) = flight.predicted.result(), flight.adapted.result()
-        self._span, self._ended = predicted.seconds + adapted.seconds, adapted.done
+        # In this order: where a thread's forward has failed nobody says so but `adapted`.
+        (_, adapted), (passed, predicted) = flight.adapted.result(), flight.predicted.result()
+        frames = sum(len(outlook.batch.frames) for outlook in passed.outlooks)
+        span, self._ended = predicted.seconds + adapted.seconds, adapted.done
+        if frames >= self._frames or span > self._span or self._ended - self._known > LATELY_S:
+            self._span, self._frames, self._known = span, frames, self._ended
 
     def _answered(self, flight: Flight) -> None:
         self._parts.lateness.took(flight.publishing[1] - flight.started, time.time())

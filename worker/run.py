@@ -35,7 +35,7 @@ from worker.trace import open_trace
 log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
 IDLE_POLL_S = 0.1
-STOCKED_S = 0.05  # and while frames for all threads' next passes are in memory: a look costs two threads a millisecond
+STOCKED_S = 0.05  # between looks at the topic while there is enough to do: a look costs two threads a millisecond
 MAX_HELD = 64 << 20  # bytes that wait to be decoded, or are, before partitions are paused
 STUCK_AFTER_S = 60.0
 LAG_INTERVAL_S = 1.0

@@ -67,7 +67,7 @@ class Flight:
 
 
 class Step:
-    """Runs micro-batches through engine, guard, store and topics: `start`, then `publish`, then `finish`.
+    """Runs micro-batches through engine, guard, store and topics: `start`, `publish` or, here, `adapt`, and `finish`.
 
     `watch`: frames of a signal of drift detection; 0 where nothing is watched.
     """

@@ -205,32 +205,90 @@ def test_short_passes_of_a_single_lane_run_in_the_loop_itself(
     worker.run()
 
 
-def test_passes_here_predict_what_is_due_before_they_update(
-    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One pass more than there is a thread for, so that those who had no room in the first do not wait for its updates;
-    no further one, so that updates come."""
-    config = config.model_copy(update={"batch": config.batch.model_copy(update={"max_pass": 4}), "adapt": Adapt()})
-    worker, cameras = Worker(config, threading.Event()), [f"cam-{i}" for i in range(3)]
-    topic.send(config.kafka.topics.frames, [(b"cam-0", picture(i), []) for i in range(4)])
-    turn_until(worker, lambda: folded(worker, ["cam-0"]) == {"cam-0": 4} and not worker._flights)
+def with_waiting(worker: Worker, topic: Topic, counts: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have it predict in its own thread, and then give it frames that wait and are due."""
+    monkeypatch.setattr(flights, "HERE_S", 1e9)
+    frames = worker.config.kafka.topics.frames
+    topic.send(frames, [(b"first", picture(i), []) for i in range(4)])
+    turn_until(worker, lambda: folded(worker, ["first"]) == {"first": 4} and not worker._flights)
     with monkeypatch.context() as held:
         held.setattr(flights.Flights, "takes_in", True)
-        topic.send(config.kafka.topics.frames, [(name.encode(), picture(i), []) for i in range(4) for name in cameras])
-        turn_until(worker, lambda: len(worker._batcher) == 12)
+        topic.send(frames, [(name.encode(), picture(i), []) for name, count in counts.items() for i in range(count)])
+        turn_until(worker, lambda: len(worker._batcher) == sum(counts.values()))
+    for waiting in worker._batcher._streams.values():
+        for frame in waiting.fresh:
+            frame.received -= 60
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [({"a": 4, "b": 4, "c": 4}, [4, 4]), ({"a": 4, "b": 2}, [4, 2])],
+    ids=["no further one, so that updates come", "a small one, too"],
+)
+def test_who_had_no_room_in_a_pass_here_is_predicted_before_its_updates(
+    config: WorkerConfig,
+    topic: Topic,
+    monkeypatch: pytest.MonkeyPatch,
+    counts: dict[str, int],
+    expected: list[int],
+) -> None:
+    config = config.model_copy(update={"batch": config.batch.model_copy(update={"max_pass": 4}), "adapt": Adapt()})
+    worker = Worker(config, threading.Event())
+    with_waiting(worker, topic, counts, monkeypatch)
+    answered: list[float] = []
+    monkeypatch.setattr(worker._parts.lateness, "took", lambda seconds, ended: answered.append(seconds))
     worker._flights.begin()
     under_way = list(worker._flights._under_way)
-    assert [flight.published for flight in under_way] == [True, True]
-    assert not any(flight.adapted.done() for flight in under_way)
-    assert len(worker._batcher) == 4
+    assert [sum(len(o.batch.frames) for o in one.predicted.result()[0].outlooks) for one in under_way] == expected
+    assert all(one.published and not one.adapted.done() for one in under_way)
+    assert len(answered) == 2
     worker._looked = time.monotonic()
-    assert worker._stocked  # with the next pass in memory it does not look after each one
+    assert worker._stocked is (len(worker._batcher) == 4)  # with a pass in memory it need not look after each one
     worker._looked -= 1
     assert not worker._stocked
     worker._move_on()
     assert not worker._flights
-    assert sum(folded(worker, cameras).values()) == 12
-    turn_until(worker, lambda: sum(folded(worker, cameras).values()) == 16)
+    assert sum(folded(worker, list(counts)).values()) == sum(expected)
+    turn_until(worker, lambda: folded(worker, list(counts)) == counts)
+    worker._stop.set()
+    worker.run()
+
+
+def test_a_pass_that_is_expected_to_be_long_runs_beside_the_loop(
+    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker(config.model_copy(update={"adapt": Adapt()}), threading.Event())
+    with_waiting(worker, topic, {"a": 4, "b": 4}, monkeypatch)
+    monkeypatch.setattr(flights, "HERE_S", 0.25)
+    worker._flights._span, worker._flights._frames = 0.1, 1
+    worker._flights.begin()
+    assert [flight.here for flight in worker._flights._under_way] == [False]
+    turn_until(worker, lambda: folded(worker, ["a", "b"]) == {"a": 4, "b": 4})
+    worker._stop.set()
+    worker.run()
+
+
+def test_what_becomes_due_during_a_pass_here_waits_for_its_updates(
+    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would make a small pass of its own, and more of them than there need be."""
+    config = config.model_copy(update={"batch": config.batch.model_copy(update={"max_pass": 16}), "adapt": Adapt()})
+    worker = Worker(config, threading.Event())
+    with_waiting(worker, topic, {"a": 4, "b": 4}, monkeypatch)
+    later = list(worker._batcher._streams["b"].fresh)
+    worker._batcher.drop(["b"])
+    start = worker._parts.step.start
+
+    def meanwhile(batches: Any, here: bool) -> Any:
+        worker._batcher.add(later)
+        return start(batches, here)
+
+    monkeypatch.setattr(worker._parts.step, "start", meanwhile)
+    worker._flights.begin()
+    assert [flight.streams for flight in worker._flights._under_way] == [{"a"}]
+    assert len(worker._batcher) == 4
+    monkeypatch.undo()
+    turn_until(worker, lambda: folded(worker, ["a", "b"]) == {"a": 4, "b": 4})
     worker._stop.set()
     worker.run()
 
@@ -241,10 +299,13 @@ def test_a_pass_here_takes_along_what_came_during_the_last(
     """And does not wait for what takes longer to decode than the last pass took."""
     worker = Worker(config, threading.Event())
     in_flight = worker._flights
+    monkeypatch.setattr(flights, "HERE_S", 1e9)
     topic.send(config.kafka.topics.frames, [(b"cam", picture(i), []) for i in range(4)])
     turn_until(worker, lambda: folded(worker, ["cam"]) == {"cam": 4} and not in_flight)
     assert in_flight.here
     assert not in_flight.takes_in  # nothing has come
+    worker._looked = time.monotonic()
+    assert not worker._stocked  # an idle worker waits for the topic rather than turn
     worker._decoding.add(time.monotonic(), SimpleNamespace(key=b"cam", value=picture(1), topic="t", partition=0))
     in_flight._ended, in_flight._span = time.monotonic(), 0.2
     assert in_flight.takes_in
