@@ -17,7 +17,7 @@ from worker.parts import Parts
 from worker.step import Flight
 
 GLANCE_S = 0.01  # between looks at the rest of the loop while passes run
-LATELY_S = 10.0
+LATELY_S = 10.0  # for which the largest pass tells what the next ones take
 HERE_S = 0.25  # of a pass in the loop's own thread; the loop stands still meanwhile
 
 
