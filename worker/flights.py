@@ -89,7 +89,7 @@ class Flights:
 
         Of each finished step: streams that another worker has claimed, and how many seconds ago it began.
         """
-        if not any(flight.here for flight in self._under_way):
+        if not self._updates_due:
             wait_for([*(flight.next for flight in self._under_way), *others], GLANCE_S, FIRST_COMPLETED)
         for flight in list(self._under_way):
             if flight.here and not flight.adapted.done():
