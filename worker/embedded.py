@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import importlib.resources
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from schemas.errors import DriftkeelError
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 3.0
+PORTS = range(20_000, 32_000)  # none of those that systems give to outgoing connections, which may take one any time
 _PR_SET_PDEATHSIG = 1
 
 
@@ -80,9 +82,12 @@ def _die_with_parent() -> None:
 
 def free_port() -> int:
     """A port on loopback that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    for _ in range(1_000):
+        port = secrets.choice(PORTS)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise DriftkeelError(f"no port between {PORTS[0]} and {PORTS[-1]} on 127.0.0.1 is free; close something")
 
 
 @dataclass(frozen=True)
