@@ -18,7 +18,7 @@ from worker.step import Flight
 
 GLANCE_S = 0.01  # between looks at the rest of the loop while passes run
 LATELY_S = 10.0  # for which the largest pass tells what the next ones take
-HERE_S = 0.25  # of a pass in the loop's own thread; the loop stands still meanwhile
+HERE_S = 0.25  # of processor time, of a pass in the loop's own thread; the loop stands still meanwhile
 
 
 class Flights:
@@ -33,7 +33,7 @@ class Flights:
         self._full = config.batch.max_pass - config.batch.max_batch  # frames above which no further micro-batch fits
         self._alone = lanes == 1 and config.device == "cpu"
         self._under_way: list[Flight] = []
-        self._span, self._frames = math.inf, 1  # of the largest pass lately: seconds, and how many frames it had
+        self._span, self._frames = math.inf, 1  # of the largest pass lately: processor time, and how many frames it had
         self._known = self._ended = 0.0  # when that one ended, and the last
 
     def __bool__(self) -> bool:
@@ -65,8 +65,8 @@ class Flights:
         A small pass that waited for a thread would cost more a frame than the larger one that could begin in its place.
         """
         parts = self._parts
-        parts.intake.drop_late(parts.batcher)
         while (idle := self.lanes - sum(not flight.adapted.done() for flight in self._under_way)) >= 0:
+            parts.intake.drop_late(parts.batcher)  # again, after a pass here
             busy, beside = self.streams | parts.control.due, self._beside
             here = self.here and not beside
             least, rests = 1 if idle or here else self._most, partial(parts.scheduler.rests, now=time.time())
@@ -123,7 +123,7 @@ class Flights:
         # In this order: where a thread's forward has failed nobody says so but `adapted`.
         (_, adapted), (passed, predicted) = flight.adapted.result(), flight.predicted.result()
         frames = sum(len(outlook.batch.frames) for outlook in passed.outlooks)
-        span, self._ended = predicted.seconds + adapted.seconds, adapted.done
+        span, self._ended = predicted.processor + adapted.processor, adapted.done
         if frames >= self._frames or span > self._span or self._ended - self._known > LATELY_S:
             self._span, self._frames, self._known = span, frames, self._ended
 

@@ -8,6 +8,7 @@ import time
 from schemas.config import Batch
 
 HURRIED_AFTER = 0.5  # of the budget; the rest is for the pass, and for what follows it
+SPARE = 0.05  # of the budget, by which a pass may take longer than those before it
 HALF_LIFE_S = 3.0  # of what is known of the longest pass
 
 
@@ -32,7 +33,7 @@ class Lateness:
         """Whether a frame is passed over, as its prediction would come too late; none is before it is hurried."""
         if not (self.drops and self.hurried(sent, received, now)):
             return False
-        return _waited(sent, received, now) + self._longest(now) > self._budget
+        return _waited(sent, received, now) + self._longest(now) > (1 - SPARE) * self._budget
 
     def _longest(self, now: float) -> float:
         """The longest pass of late. It fades by the clock: where all frames are dropped no other pass corrects it."""

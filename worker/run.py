@@ -35,6 +35,8 @@ from worker.trace import open_trace
 log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
 IDLE_POLL_S = 0.1
+PAUSE_S = 0.05  # between looks while what waits is not due; no more than half of batch.max_wait_ms
+FRESH_S = 0.02  # at most, for what a poll has fetched
 STOCKED_S = 0.05  # between looks at the topic while there is enough to do: a look costs two threads a millisecond
 MAX_HELD = 64 << 20  # bytes that wait to be decoded, or are, before partitions are paused
 STUCK_AFTER_S = 60.0
@@ -89,7 +91,8 @@ class Worker:
         self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
         self._streams, self._journal, self._control = parts.streams, parts.journal, parts.control
         self._flights = Flights(config, parts, self.metrics, lanes, stop)
-        self._lag_shown = self._looked = 0.0
+        self._lag_shown, self._looked = 0.0, time.monotonic()
+        self._pause = min(PAUSE_S, config.batch.max_wait_ms / 2_000)
         self._partitions_of: dict[str, set[Partition]] = {}
         self._beyond: dict[Partition, int] = {}
         log.info(
@@ -224,19 +227,37 @@ class Worker:
         return len(self._batcher) + len(self._decoding)
 
     def _look(self) -> None:
-        wait = 0.0
-        if not self._flights and not self._decoding:
-            due = self._batcher.next_due()
-            wait = IDLE_POLL_S if due is None else min(IDLE_POLL_S, max(0.0, due - time.monotonic()))
+        """Take over what has come; where nothing else is to be done, wait for it, or until something is due."""
         # All partitions or none: the client loses sight of what it has fetched when only some of them are paused.
         full = self._waiting >= self.config.batch.max_buffered or self._decoding.held > MAX_HELD
         self._consumer.pause(full)
-        self._receive(0.0 if full else wait)
+        idle = not (full or self._flights or self._decoding)
+        wait = self._idle() if idle else 0.0
+        # A poll gives what was there at the poll before, and has fetched what has come since.
+        twice = not full and self._twice
+        self._receive(0.0 if twice else wait)
+        if twice:
+            self._receive(wait if idle else FRESH_S)
+
+    def _idle(self) -> float:
+        """Wait while frames that come need not be taken over one by one; how long to wait for the next ones."""
+        due = self._batcher.next_due()
+        if due is None:
+            return IDLE_POLL_S
+        self._stop.wait(min(self._pause, max(0.0, due - time.monotonic() - FRESH_S / 2)))
+        return min(FRESH_S if self._pause else IDLE_POLL_S, max(0.0, due - time.monotonic()))
+
+    @property
+    def _twice(self) -> bool:
+        """Whether much may have come since the last look that is wanted now."""
+        aged = time.monotonic() - self._looked > FRESH_S
+        return aged and self._waiting < self.config.batch.max_pass and (self._flights.here or not self._flights)
 
     def _receive(self, timeout_s: float) -> None:
         """Poll once. Partitions that were taken away are dropped before newer records are taken in."""
         records, gone = self._consumer.poll(timeout_s)
-        self._looked = time.monotonic()
+        before, self._looked = self._looked, time.monotonic()
+        epoch = time.time() - self._looked
         dropped: set[Partition] = set()
         for partition in gone:
             dropped |= self._drop(partition)
@@ -244,7 +265,9 @@ class Worker:
             # Where a stream has moved, its other partitions are read again, too: nothing newer goes before that.
             if (record.topic, record.partition) not in dropped:
                 self._offsets.received(Position(record.topic, record.partition, record.offset))
-                self._decoding.add(self._looked, record)
+                # It came when it says, as far as that can be: the loop may have stood still for a pass since.
+                came = (record.timestamp or 0) / 1000 - epoch
+                self._decoding.add(min(self._looked, max(before, came)), record)
 
     def _keep_alive(self) -> None:
         """Keep the group membership while the loop waits for something else; lag grows meanwhile."""

@@ -41,10 +41,11 @@ from worker.trace import Span, Trace
 
 @dataclass(frozen=True)
 class Timed:
-    """When a part of a pass was done, and how long it took."""
+    """When a part of a pass was done, how long it took, and how much of that its thread had a processor."""
 
     done: float
     seconds: float
+    processor: float
 
 
 @dataclass(eq=False)
@@ -185,16 +186,16 @@ class Step:
         return self._adapt(predicted.result()[0])
 
     def _forward(self, gathered: Gathered) -> tuple[Pass, Timed]:
-        started = time.monotonic()
+        started, processor = time.monotonic(), time.thread_time()
         passed = self._engine.forward(gathered)
         done = time.monotonic()
-        return passed, Timed(done, done - started)
+        return passed, Timed(done, done - started, time.thread_time() - processor)
 
     def _adapt(self, passed: Pass) -> tuple[Proposals, Timed]:
-        started = time.monotonic()
+        started, processor = time.monotonic(), time.thread_time()
         proposals = self._engine.adapt(passed)
         done = time.monotonic()
-        return proposals, Timed(done, done - started)
+        return proposals, Timed(done, done - started, time.thread_time() - processor)
 
     def _publish(self, outlook: Outlook, timed: Timed, answers: observe.Answers) -> None:
         manifest, header = self._engine.bundle.manifest, outlook.resident.header

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
-from schemas.frame import Frame
+from schemas.frame import Frame, Position, parse_frame
 from tests.conftest import Topic, picture
 from worker import flights
-from worker.decode import decode_frame
-from worker.run import STUCK_AFTER_S, Worker
+from worker.decode import DecodedFrame, decode_frame
+from worker.run import FRESH_S, IDLE_POLL_S, MAX_HELD, PAUSE_S, STUCK_AFTER_S, Worker
 
 LARGE = picture(1, size=(1_200, 1_200))
 
@@ -320,3 +320,98 @@ def test_a_pass_here_takes_along_what_came_during_the_last(
     assert begun == [False]
     worker._stop.set()
     worker.run()
+
+
+@pytest.fixture
+def looker(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Worker, list[float], list[Any]]]:
+    """A worker whose broker is played, how long each of its polls may wait, and what the next one gives."""
+    worker = Worker(config.model_copy(update={"batch": Batch(max_wait_ms=5_000)}), threading.Event())
+    polls: list[float] = []
+    records: list[Any] = []
+
+    def poll(timeout_s: float) -> tuple[list[Any], set[Any]]:
+        polls.append(timeout_s)
+        given, records[:] = list(records), []
+        return given, set()
+
+    monkeypatch.setattr(worker._consumer, "poll", poll)
+    monkeypatch.setattr(worker._consumer, "pause", lambda paused: None)
+    yield worker, polls, records
+    worker._close()
+
+
+def record(worker: Worker, timestamp: float | None) -> Any:
+    topic, milliseconds = worker.config.kafka.topics.frames, None if timestamp is None else int(1000 * timestamp)
+    return SimpleNamespace(
+        topic=topic, partition=0, offset=0, key=b"cam", value=picture(1), headers=[], timestamp=milliseconds
+    )
+
+
+@pytest.mark.parametrize(
+    ("ago", "waits"), [(2.0, 2.0), (-60.0, 0.0), (3_600.0, 10.0), (None, 10.0)], ids=["since", "ahead", "old", "unsaid"]
+)
+def test_a_frame_waits_since_it_was_sent_but_not_since_before_the_last_look(
+    looker: tuple[Worker, list[float], list[Any]], ago: float | None, waits: float
+) -> None:
+    """The loop may have stood still for a pass; a producer's clock may say anything."""
+    worker, _, records = looker
+    records.append(record(worker, None if ago is None else time.time() - ago))
+    worker._looked = time.monotonic() - 10
+    worker._receive(0.0)
+    (arrival,) = next(iter(worker._decoding._order.values()))
+    assert worker._looked - arrival.received == pytest.approx(waits, abs=0.5)
+
+
+def test_a_look_after_a_while_is_for_what_has_come_meanwhile_too(
+    looker: tuple[Worker, list[float], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client fetches at each poll what the next one gives."""
+    worker, polls, records = looker
+    records.append(record(worker, time.time()))
+    worker._receive(0.0)
+    polls.clear()
+    worker._looked -= 1
+    worker._look()
+    assert polls == [0.0, FRESH_S]
+    polls.clear()
+    worker._looked = time.monotonic() + 60  # a moment ago
+    worker._look()
+    assert polls == [0.0]
+    polls.clear()
+    worker._looked -= 120
+    worker._decoding.held += MAX_HELD  # and a partition that is paused gives nothing
+    worker._look()
+    assert polls == [0.0]
+    polls.clear()
+    worker._looked -= 120
+    worker._decoding.held -= MAX_HELD
+    monkeypatch.setattr(Worker, "_waiting", worker.config.batch.max_pass)  # enough for the next pass
+    worker._look()
+    assert polls == [0.0]
+
+
+def test_a_worker_with_nothing_to_do_waits_in_one_poll_and_else_for_what_is_due(
+    looker: tuple[Worker, list[float], list[Any]],
+) -> None:
+    worker, polls, _ = looker
+    worker._looked -= 1
+    worker._look()
+    assert polls == [0.0, IDLE_POLL_S]
+    polls.clear()
+    worker._look()
+    assert polls == [IDLE_POLL_S]
+    polls.clear()
+    now = time.monotonic()
+    parsed = parse_frame(Position("frames", 0, 0), b"cam", picture(1), [], 0, 1 << 20, 100)
+    frame = decode_frame(parsed, now, worker.config.frames, worker._streams.engine.bundle.manifest.preprocess)
+    assert isinstance(frame, DecodedFrame)
+    worker._batcher.add([frame])
+    worker._looked = now - 1
+    worker._look()
+    assert time.monotonic() - now >= PAUSE_S  # Frames that come before need not be taken over one by one.
+    assert polls == [0.0, FRESH_S]
+    polls.clear()
+    frame.received -= 10  # due
+    worker._looked -= 1
+    worker._look()
+    assert polls == [0.0, 0.0]

@@ -26,8 +26,8 @@ def flown(frames: int, predict: float, adapt: float, here: bool = False, done: f
     flight = Flight(frozenset("a"), 0.0, Future(), Future(), here)
     outlook: Any = SimpleNamespace(batch=SimpleNamespace(frames=[None] * frames))
     passed: Any = SimpleNamespace(outlooks=[outlook])
-    flight.predicted.set_result((passed, Timed(1.0, predict)))
-    flight.adapted.set_result((None, Timed(done, adapt)))  # type: ignore[arg-type]
+    flight.predicted.set_result((passed, Timed(1.0, 2 * predict, predict)))
+    flight.adapted.set_result((None, Timed(done, 2 * adapt, adapt)))  # type: ignore[arg-type]
     return flight
 
 
@@ -103,3 +103,23 @@ def test_updates_that_are_due_here_come_before_passes_in_a_thread() -> None:
     known._under_way = [flown(1, 0.1, 0.1), flown(1, 0.1, 0.1, here=True)]
     assert not known._beside
     assert not known._updates_due
+
+
+def test_which_frames_are_too_late_is_asked_before_each_pass() -> None:
+    """The second pass here begins when the first has been predicted."""
+    calls: list[str] = []
+    full = [SimpleNamespace(stream="a", frames=[None] * 128)]
+    due = [full, full]
+    pending = Flight(frozenset("a"), 0.0, Future(), Future(), here=True)
+    known = make_flights()
+    known._took(flown(128, 0.05, 0.05))
+    known._parts = SimpleNamespace(  # type: ignore[assignment]
+        control=SimpleNamespace(due=set()),
+        intake=SimpleNamespace(drop_late=lambda batcher: calls.append("drop")),
+        batcher=SimpleNamespace(take=lambda *_: calls.append("take") or due.pop()),
+        scheduler=SimpleNamespace(rests=bool, decide=lambda due, now: due),
+        step=SimpleNamespace(start=lambda due, here: calls.append(f"here {here}") or pending),
+        lateness=SimpleNamespace(took=lambda seconds, ended: None),
+    )
+    known.begin()
+    assert calls == ["drop", "take", "here True"] * 2
