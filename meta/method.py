@@ -7,6 +7,7 @@ backward pass starts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -19,13 +20,41 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Shadow:
-    """What the source model puts out for some frames of a pass: logits (n, classes), features (n, F or more), and what
-    went into its last linear layer (n, d), if that could be seen."""
+class Output:
+    """What a model puts out for some frames: logits (n, classes), features (n, F or more), and what went into its last
+    linear layer (n, d), if that could be seen."""
 
     logits: Tensor
     features: Tensor
     head: Tensor | None
+
+    def of(self, rows: Tensor | slice) -> Output:
+        """Some of its frames (m,)."""
+        return Output(self.logits[rows], self.features[rows], None if self.head is None else self.head[rows])
+
+
+def joined(parts: Sequence[Output]) -> Output:
+    """The frames of all parts, one after the other; without a graph."""
+    heads = [part.head for part in parts if part.head is not None]
+    return Output(
+        torch.cat([part.logits.detach() for part in parts]),
+        torch.cat([part.features.detach() for part in parts]),
+        torch.cat(heads) if len(heads) == len(parts) else None,
+    )
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the model has put out already for some frames of a pass, under the same parameters: their places (n,) in
+    it, and the features with those of the first layer's input."""
+
+    places: Tensor
+    output: Output
+
+    def but(self, places: Tensor) -> Known:
+        """Without the frames at these places (m,)."""
+        rows = torch.isin(self.places, places, invert=True).nonzero().flatten()
+        return Known(self.places[rows], self.output.of(rows))
 
 
 @dataclass(frozen=True)
@@ -48,7 +77,7 @@ class Forward:
     frames: Tensor | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     giving: Forward | None = None
-    shadow: Shadow | None = None
+    shadow: Output | None = None
 
     @property
     def answer(self) -> Tensor:

@@ -17,14 +17,13 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from meta.inputs import Inputs
 from meta.learned import LearnedOptimizer
-from meta.method import Forward, Method, Shadow, State, Update, where_seen
+from meta.method import Forward, Known, Method, Output, State, Update, joined, where_seen
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
 from meta.objective import Objective, SourceStatistics
@@ -39,30 +38,13 @@ MOST_FRAMES = 16  # of a stream in one update: a shift is followed update by upd
 
 @dataclass(frozen=True)
 class _Ran:
-    """What the model put out for some frames: logits and features (B, ...), and what went into its last linear layer;
-    `rows` is their affine where there is a graph; `shadow`, what source says of those that it was asked for."""
+    """What the model put out for some frames; `rows` is their affine where there is a graph; `shadow`, what source says
+    of those that it was asked for."""
 
-    logits: Tensor
-    features: Tensor
-    head: Tensor | None
+    output: Output
     rows: Tensor | None
     moments: NormMoments | None
-    shadow: Shadow | None = None
-
-    def joined(self, other: _Ran, order: Tensor) -> _Ran:
-        """The frames of both, `order` (B,) saying which place each has among these and then those; no graph."""
-        pairs = (self.logits, other.logits), (self.features, other.features), (self.head, other.head)
-        logits, features, head = (
-            None if one is None or two is None else torch.cat([one.detach(), two]).index_select(0, order)
-            for one, two in pairs
-        )
-        return _Ran(cast(Tensor, logits), cast(Tensor, features), head, None, None, other.shadow)
-
-    def parted(self, count: int) -> _Ran:
-        """The first `count` frames, with what source says of the others."""
-        head, others = (None, None) if self.head is None else (self.head[:count], self.head[count:])
-        shadow = Shadow(self.logits[count:], self.features[count:], others)
-        return _Ran(self.logits[:count], self.features[:count], head, self.rows, self.moments, shadow)
+    shadow: Output | None = None
 
 
 class MGG:
@@ -139,15 +121,29 @@ class MGG:
 
     # --- the interface of meta.method.Method -----------------------------------------------------------------------
 
-    def predict(self, frames: Tensor, stream: Tensor, state: State, asked: Tensor | None = None) -> Forward:
+    def predict(
+        self,
+        frames: Tensor,
+        stream: Tensor,
+        state: State,
+        asked: Tensor | None = None,
+        known: Sequence[Known] | None = None,
+    ) -> Forward:
         """With a graph; in inference mode without one, and then not to be updated from. There `asked` (n,) says for
-        which of the frames source answers too, in the same pass."""
-        update = not torch.is_inference_mode_enabled()
+        which of the frames source answers too, in the same pass; what is `known` is not run again. With it, be it
+        empty, the features have those of the first layer's input, as they have where an update follows."""
+        graph = not torch.is_inference_mode_enabled()
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
-        ran = self._run(frames, stream, state, None, counts, update, None if update else asked)
-        self.model.frame_affine.head = ran.head
-        kept = self._kept(ran.logits.detach(), stream, counts, state, ran.moments)
-        return Forward(ran.logits, ran.features, ran.rows, stream, counts, state, frames, kept, None, ran.shadow)
+        if graph or known is None:
+            ran = self._run(frames, stream, state, None, counts, graph, None if graph else asked)
+        else:
+            rest = _but(stream, [one.places for one in known])
+            ran = self._run(frames, stream, state, rest, counts, asked=asked)
+            ran = replace(ran, output=_in_order(len(stream), [Known(rest, ran.output), *known]))
+        output = ran.output
+        self.model.frame_affine.head = output.head
+        kept = self._kept(output.logits.detach(), stream, counts, state, ran.moments)
+        return Forward(output.logits, output.features, ran.rows, stream, counts, state, frames, kept, None, ran.shadow)
 
     def serve(
         self,
@@ -156,29 +152,32 @@ class MGG:
         state: State,
         adapts: Sequence[bool] | None = None,
         asked: Tensor | None = None,
+        known: Sequence[Known] | None = None,
     ) -> Forward:
         """As `predict`, the way sites do it: only those frames have a graph that give an update its gradient.
 
         `adapts` (S,): which streams will be updated; None: all. Where layers normalise with the statistics of their
         batch, those frames are run twice, for what the others get must not depend on them. `asked` (n,): for which
-        frames source answers too, unless all of the pass's have a graph.
+        frames source answers too, unless all of the pass's have a graph. `known`: frames that are run again only where
+        they give a gradient.
         """
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
         chosen, given, few = self._giving(stream, counts, adapts)
         if len(chosen) == len(stream):
             return self.predict(frames, stream, state)
-        everything = torch.ones(len(stream), dtype=torch.bool, device=stream.device)
-        rest = (everything if self._mixes else everything.index_fill(0, chosen, False)).nonzero().flatten()
+        before = [one.but(chosen) for one in known or []]
+        rest = _but(stream, [] if self.mixes else [chosen, *(one.places for one in before)])
         with torch.inference_mode():
-            others = self._run(frames, stream, state, rest, counts, asked=asked)
+            ran = self._run(frames, stream, state, rest, counts, asked=asked)
         with torch.inference_mode(False):
             own = self._run(frames, stream, state, chosen, few)
         with torch.inference_mode():
-            whole = others if self._mixes else own.joined(others, torch.cat([chosen, rest]).argsort())
+            parts = [Known(chosen, own.output), Known(rest, ran.output), *before]
+            whole = ran.output if self.mixes else _in_order(len(stream), parts)
             self.model.frame_affine.head = whole.head
-            kept = self._kept(whole.logits, stream, counts, state, whole.moments)
-        giving = Forward(own.logits, own.features, own.rows, given, few, state)
-        return Forward(whole.logits, whole.features, None, stream, counts, state, frames, kept, giving, whole.shadow)
+            kept = self._kept(whole.logits, stream, counts, state, ran.moments)
+        giving = Forward(own.output.logits, own.output.features, own.rows, given, few, state)
+        return Forward(whole.logits, whole.features, None, stream, counts, state, frames, kept, giving, ran.shadow)
 
     def update(self, forward: Forward) -> Update:
         """One update per stream. Of frames that were served some give the gradient; all count in the statistics."""
@@ -235,8 +234,10 @@ class MGG:
         head = self.model.frame_affine.head
         if head is not None and len(head) != len(frames):
             head = None  # a layer that sees something else than frames
-        ran = _Ran(logits, features, head, rows if rows.requires_grad else None, moments)
-        return ran if len(frames) == count else ran.parted(count)
+        output, shadow = Output(logits, features, head), None
+        if len(frames) > count:
+            output, shadow = output.of(slice(count)), output.of(slice(count, None))
+        return _Ran(output, rows if rows.requires_grad else None, moments, shadow)
 
     def _and_source(self, state: State) -> State:
         """What of the state makes the model, with a row more that is source's."""
@@ -277,13 +278,13 @@ class MGG:
     # --- parts -----------------------------------------------------------------------------------------------------
 
     @property
-    def _mixes(self) -> bool:
+    def mixes(self) -> bool:
         """Whether layers normalise with what a stream's frames in the pass have in common."""
         return self.model.batch_channels > 0 and self.model.correction is None
 
     def _moments(self, stream: Tensor, counts: Tensor, state: State) -> NormMoments | None:
         """BatchNorm layers normalise with a running mean over the window, which starts at the source's."""
-        if not self._mixes:
+        if not self.mixes:
             return None
         share = 1 - (1 - 1 / self.settings.norm_window) ** counts
         return NormMoments(stream, share, state["norm_mean"], state["norm_variance"])
@@ -389,6 +390,23 @@ def evenly(stream: Tensor, counts: Tensor, wanted: Tensor) -> Tensor:
         chosen += [start + (2 * i + 1) * count // (2 * few) for i in range(few)]
         start += count
     return stream.argsort(stable=True).index_select(0, torch.tensor(chosen, device=stream.device))
+
+
+def _but(stream: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """The places of all frames of a pass, whose streams (B,) are given, but of these; of the first frame where none
+    would be left, for not every model can run on nothing."""
+    others = torch.ones(len(stream), dtype=torch.bool, device=stream.device)
+    for some in places:
+        others.index_fill_(0, some, False)
+    left = others.nonzero().flatten()
+    return left if len(left) else left.new_zeros(1)
+
+
+def _in_order(count: int, parts: Sequence[Known]) -> Output:
+    """All frames of a pass, from parts that say which places of it they are; without a graph."""
+    places = torch.cat([part.places for part in parts])
+    rows = places.new_empty(count).index_copy_(0, places, torch.arange(len(places), device=places.device))
+    return joined([part.output for part in parts]).of(rows)
 
 
 def _with_first(source: SourceStatistics, model: AdaptableModel) -> SourceStatistics:

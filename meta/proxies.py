@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from meta.estimator import AccuracyModel
-from meta.method import CPU, Forward, Shadow, State, on_cpu
+from meta.method import CPU, Forward, Output, State, on_cpu
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, per_stream_mean
 from meta.threads import one_thread
@@ -120,8 +120,8 @@ class Observer:
         each = zip(counts, own, shadowed.long().tolist(), _rows(signals), map(tuple, said), strict=True)
         return [Observed(*one) for one in each], asked.logits
 
-    def _ask(self, frames: Tensor) -> Shadow:
-        return Shadow(*self.model.forward_with_features(frames), self.model.frame_affine.head)
+    def _ask(self, frames: Tensor) -> Output:
+        return Output(*self.model.forward_with_features(frames), self.model.frame_affine.head)
 
     def _own(self, passed: State, seen: _Seen) -> dict[str, Numbers]:
         """Signals (S,) of the frames that `_shown` is of."""

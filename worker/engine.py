@@ -12,13 +12,14 @@ from torch import Tensor
 
 from meta.bundle import MGG_NAME, Bundle
 from meta.estimator import AccuracyModel
-from meta.method import Forward, State, finite_rows, narrowed, on_cpu, put, take
+from meta.method import Forward, Known, Output, State, finite_rows, narrowed, on_cpu, put, take
 from meta.mgg import MGG
 from meta.proxies import Observer
 from meta.threads import one_thread
 from schemas.state import StreamHeader, StreamState
 from worker.batcher import MicroBatch
 from worker.guard import watched
+from worker.held import kept, known
 from worker.outlook import Look, answer_barely, outlooks
 from worker.passes import Fixed, Gathered, Outlook, Part, Pass, Proposal, Proposals
 from worker.pixels import blank_frames, normalise_pixels
@@ -201,9 +202,13 @@ class Engine:
         if not isinstance(self._method, MGG):
             forward = self._method.predict(frames, part.stream, part.state)
         elif any(adapts):
-            forward = self._method.serve(frames, part.stream, part.state, adapts, asked)
+            forward = self._method.serve(frames, part.stream, part.state, adapts, asked, part.known)
         else:
-            forward = self._method.predict(frames, part.stream, part.state, asked)
+            forward = self._method.predict(frames, part.stream, part.state, asked, part.known)
+        if part.known is not None:
+            output = Output(forward.logits, forward.features, self.bundle.model.frame_affine.head)
+            for resident, seen in zip(part.residents, kept(part.batches, part.headers, output), strict=True):
+                resident.seen = seen
         observed, source = None, None
         if self._observer is not None:
             observed, source = self._observer.observe(frames, forward, part.shadow)
@@ -299,7 +304,22 @@ class Engine:
             self._fixed(batches, residents, stream, others) if others else None,
             self._there(shadow),
             self._there(by_source.index_select(0, stream.index_select(0, shadow)).nonzero().flatten()),
+            self._known(batches, residents, headers),
         )
+
+    def _known(
+        self, batches: list[MicroBatch], residents: list[Resident], headers: list[StreamHeader]
+    ) -> list[Known] | None:
+        """What the model has put out for held frames, which nobody else needs from now on. Nothing of it where what it
+        says of a frame depends on the others."""
+        if not isinstance(self._method, MGG) or self._method.mixes:
+            return None
+        seen = [resident.seen for resident in residents]
+        for resident in residents:
+            resident.seen = None
+        if all(one is None for one in seen) and all(batch.fold for batch in batches):
+            return None
+        return known(batches, seen, headers)
 
     def _asks(self, batch: MicroBatch, header: StreamHeader) -> bool:
         """Whether source is asked for a micro-batch: every so many of a stream, by its own count, so that a step that

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from meta.method import State
 from schemas.state import StreamHeader, encode_header
+from worker.held import Seen
 
 PARSED = 1_024  # headers in a generation, of which there are two
 LIFETIME_S = 10.0  # of a generation at most
@@ -23,17 +24,19 @@ class Resident:
 
     `stored` says whether the store has these tensors; what is fresh or was reset is not there yet. A stream that
     was released and admitted again has another object, by which what was begun before is known to be void. `approved`
-    are the parameters that a person approved, of those that make the model. A token of 0 is no claim: the store cannot
+    are the parameters that a person approved, of those that make the model. `seen` is what the model has put out for
+    frames that are held. A token of 0 is no claim: the store cannot
     keep the stream. `written` is the number of the last write under the token; 0: none yet.
     """
 
-    __slots__ = ("_headers", "approved", "packed", "slot", "stored", "token", "written")
+    __slots__ = ("_headers", "approved", "packed", "seen", "slot", "stored", "token", "written")
 
     def __init__(
         self, slot: int, header: StreamHeader, token: int, stored: bool, approved: State | None, headers: Headers
     ) -> None:
         self.slot, self.token, self.stored, self.approved = slot, token, stored, approved
         self.written = 0
+        self.seen: Seen | None = None
         self.packed: bytes | StreamHeader = header
         self._headers = headers
         self.header = header

@@ -1,0 +1,62 @@
+"""What the model has put out for frames that are predicted and held for `min_adapt`, so that it is not asked again.
+
+A camera of few frames would else have its first one run in each pass until there are enough for an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from meta.method import Known, Output, joined
+from schemas.state import StreamHeader
+from worker.batcher import MicroBatch
+from worker.decode import DecodedFrame
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of a stream's held frames, under its parameters as they were after so many `events`."""
+
+    frames: Sequence[DecodedFrame]
+    output: Output
+    events: int
+
+    def begins(self, batch: MicroBatch, header: StreamHeader) -> bool:
+        """Whether the micro-batch goes on from these frames; nothing changes parameters without an event."""
+        same = all(ours is theirs for ours, theirs in zip(self.frames, batch.frames, strict=False))
+        return same and len(self.frames) <= len(batch.frames) and self.events == header.events
+
+
+def known(batches: Sequence[MicroBatch], seen: Sequence[Seen | None], headers: Sequence[StreamHeader]) -> list[Known]:
+    """What has been `seen` of a part's frames, at most one for all of them."""
+    places: list[int] = []
+    outputs: list[Output] = []
+    start = 0
+    for batch, before, header in zip(batches, seen, headers, strict=True):
+        if before is not None and before.begins(batch, header):
+            places += range(start, start + len(before.frames))
+            outputs.append(before.output)
+        start += len(batch.frames)
+    return [Known(torch.tensor(places, device=outputs[0].logits.device), joined(outputs))] if places else []
+
+
+def kept(batches: Sequence[MicroBatch], headers: Sequence[StreamHeader], output: Output) -> list[Seen | None]:
+    """Of the micro-batches that are to be held, what came of their frames; `output` is of all frames of the part."""
+    rows: list[int] = []
+    start = 0
+    for batch in batches:
+        if not batch.fold:
+            rows += range(start, start + len(batch.frames))
+        start += len(batch.frames)
+    # A copy: the memory of all the others can go.
+    own = output.of(torch.tensor(rows, dtype=torch.long, device=output.logits.device))
+    found: list[Seen | None] = []
+    start = 0
+    for batch, header in zip(batches, headers, strict=True):
+        end = start + (0 if batch.fold else len(batch.frames))
+        found.append(None if batch.fold else Seen(batch.frames, own.of(slice(start, end)), header.events))
+        start = end
+    return found
