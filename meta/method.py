@@ -32,6 +32,10 @@ class Output:
         """Some of its frames (m,)."""
         return Output(self.logits[rows], self.features[rows], None if self.head is None else self.head[rows])
 
+    def copied(self) -> Output:
+        """The same in memory of its own."""
+        return Output(self.logits.clone(), self.features.clone(), None if self.head is None else self.head.clone())
+
 
 def joined(parts: Sequence[Output]) -> Output:
     """The frames of all parts, one after the other; without a graph."""

@@ -124,7 +124,7 @@ class WorkerMetrics:
             "driftkeel_store_seconds", "Calls to the store.", ["operation"], buckets=SECONDS, registry=r
         )
         self.wait_seconds = FrameHistogram(
-            "driftkeel_frame_wait_seconds", "From the receipt of a frame to its prediction.", SECONDS, r
+            "driftkeel_frame_wait_seconds", "From the arrival of a frame to its prediction.", SECONDS, r
         )
         self.latency_seconds = FrameHistogram(
             "driftkeel_frame_latency_seconds", "From a record's timestamp to its prediction.", LATENCIES, r

@@ -51,5 +51,5 @@ class Prediction(BaseModel):
     parameters: Parameters = Field(description="which ones answered")
     estimated_accuracy: float = Field(ge=0, le=1, description="of the answers now, as estimated without labels")
     worker: str
-    wait_seconds: float = Field(ge=0, description="from the worker's receipt of the frame to its pass")
+    wait_seconds: float = Field(ge=0, description="from the frame's arrival to its pass, as far as the worker can tell")
     pass_seconds: float = Field(ge=0, description="decode to logits, of the whole pass")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import errno
 import importlib.resources
 import os
 import secrets
@@ -84,9 +85,14 @@ def free_port() -> int:
     """A port on loopback that was free a moment ago."""
     for _ in range(1_000):
         port = secrets.choice(PORTS)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                return port
     raise DriftkeelError(f"no port between {PORTS[0]} and {PORTS[-1]} on 127.0.0.1 is free; close something")
 
 

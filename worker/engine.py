@@ -319,7 +319,7 @@ class Engine:
             resident.seen = None
         if all(one is None for one in seen) and all(batch.fold for batch in batches):
             return None
-        return known(batches, seen, headers)
+        return [Known(self._there(one.places), one.output) for one in known(batches, seen, headers)]
 
     def _asks(self, batch: MicroBatch, header: StreamHeader) -> bool:
         """Whether source is asked for a micro-batch: every so many of a stream, by its own count, so that a step that

@@ -55,7 +55,7 @@ class Flights:
 
     @property
     def takes_in(self) -> bool:
-        """Whether the next pass waits for what came during the last one to be decoded; no longer than a pass takes."""
+        """Whether the next pass waits for what came during the last one to be decoded; as long as a pass computes."""
         return self.here and self._parts.decoding.busy and time.monotonic() < self._ended + self._span
 
     def begin(self) -> None:

@@ -40,23 +40,19 @@ def known(batches: Sequence[MicroBatch], seen: Sequence[Seen | None], headers: S
             places += range(start, start + len(before.frames))
             outputs.append(before.output)
         start += len(batch.frames)
-    return [Known(torch.tensor(places, device=outputs[0].logits.device), joined(outputs))] if places else []
+    return [Known(torch.tensor(places), joined(outputs))] if places else []
 
 
 def kept(batches: Sequence[MicroBatch], headers: Sequence[StreamHeader], output: Output) -> list[Seen | None]:
-    """Of the micro-batches that are to be held, what came of their frames; `output` is of all frames of the part."""
-    rows: list[int] = []
-    start = 0
-    for batch in batches:
-        if not batch.fold:
-            rows += range(start, start + len(batch.frames))
-        start += len(batch.frames)
-    # A copy: the memory of all the others can go.
-    own = output.of(torch.tensor(rows, dtype=torch.long, device=output.logits.device))
+    """Of the micro-batches that are to be held, what came of their frames; `output` is of all frames of the part.
+
+    Each stream's are copied: views would keep the memory of all until the last stream has made its update.
+    """
     found: list[Seen | None] = []
     start = 0
     for batch, header in zip(batches, headers, strict=True):
-        end = start + (0 if batch.fold else len(batch.frames))
-        found.append(None if batch.fold else Seen(batch.frames, own.of(slice(start, end)), header.events))
+        end = start + len(batch.frames)
+        own = None if batch.fold else output.of(slice(start, end)).copied()
+        found.append(None if own is None else Seen(batch.frames, own, header.events))
         start = end
     return found

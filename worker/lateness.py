@@ -22,7 +22,8 @@ class Lateness:
 
     def took(self, seconds: float, ended: float) -> None:
         """A pass took so long from its beginning until its predictions left, at `ended` since the epoch."""
-        most = (1 - HURRIED_AFTER) * self._budget  # a longer one drops no more frames, and would only fade later
+        # A longer one drops no more frames, and would only fade later.
+        most = (1 - SPARE - HURRIED_AFTER) * self._budget
         self._pass, self._ended = min(most, max(seconds, self._longest(ended))), ended
 
     def hurried(self, sent: float, received: float, now: float) -> bool:

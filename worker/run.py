@@ -35,7 +35,7 @@ from worker.trace import open_trace
 log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
 IDLE_POLL_S = 0.1
-PAUSE_S = 0.05  # between looks while what waits is not due; no more than half of batch.max_wait_ms
+PAUSE_S = 0.05  # between looks while what waits is not due; not where half of batch.max_wait_ms is shorter than:
 FRESH_S = 0.02  # at most, for what a poll has fetched
 STOCKED_S = 0.05  # between looks at the topic while there is enough to do: a look costs two threads a millisecond
 MAX_HELD = 64 << 20  # bytes that wait to be decoded, or are, before partitions are paused
@@ -92,7 +92,7 @@ class Worker:
         self._streams, self._journal, self._control = parts.streams, parts.journal, parts.control
         self._flights = Flights(config, parts, self.metrics, lanes, stop)
         self._lag_shown, self._looked = 0.0, time.monotonic()
-        self._pause = min(PAUSE_S, config.batch.max_wait_ms / 2_000)
+        self._pause = min(PAUSE_S, half) if (half := config.batch.max_wait_ms / 2_000) >= FRESH_S else 0.0
         self._partitions_of: dict[str, set[Partition]] = {}
         self._beyond: dict[Partition, int] = {}
         log.info(
@@ -231,27 +231,33 @@ class Worker:
         # All partitions or none: the client loses sight of what it has fetched when only some of them are paused.
         full = self._waiting >= self.config.batch.max_buffered or self._decoding.held > MAX_HELD
         self._consumer.pause(full)
-        idle = not (full or self._flights or self._decoding)
-        wait = self._idle() if idle else 0.0
-        # A poll gives what was there at the poll before, and has fetched what has come since.
-        twice = not full and self._twice
-        self._receive(0.0 if twice else wait)
-        if twice:
-            self._receive(wait if idle else FRESH_S)
-
-    def _idle(self) -> float:
-        """Wait while frames that come need not be taken over one by one; how long to wait for the next ones."""
-        due = self._batcher.next_due()
-        if due is None:
-            return IDLE_POLL_S
-        self._stop.wait(min(self._pause, max(0.0, due - time.monotonic() - FRESH_S / 2)))
-        return min(FRESH_S if self._pause else IDLE_POLL_S, max(0.0, due - time.monotonic()))
+        if not (full or self._busy) and (due := self._batcher.next_due()) is not None:
+            # Frames that come meanwhile need not be taken over one by one. No wait for `stop`: whoever sets it may be a
+            # signal's handler in this very thread.
+            time.sleep(min(self._pause, max(0.0, due - time.monotonic() - FRESH_S / 2)))
+        twice = not full and self._aged
+        if twice:  # A poll gives what was there at the poll before, and has fetched what has come since.
+            self._receive(0.0)
+        self._receive(0.0 if full else self._patience(twice))
 
     @property
-    def _twice(self) -> bool:
+    def _busy(self) -> bool:
+        return bool(self._flights or self._decoding)
+
+    @property
+    def _aged(self) -> bool:
         """Whether much may have come since the last look that is wanted now."""
         aged = time.monotonic() - self._looked > FRESH_S
         return aged and self._waiting < self.config.batch.max_pass and (self._flights.here or not self._flights)
+
+    def _patience(self, again: bool) -> float:
+        """How long a poll may wait: for what one just before it has fetched, or until something is due."""
+        fresh = min(FRESH_S, self.config.batch.max_wait_ms / 2_000)
+        if self._busy:
+            return fresh if again else 0.0
+        if (due := self._batcher.next_due()) is None:
+            return IDLE_POLL_S
+        return min(fresh if self._pause else IDLE_POLL_S, max(0.0, due - time.monotonic()))
 
     def _receive(self, timeout_s: float) -> None:
         """Poll once. Partitions that were taken away are dropped before newer records are taken in."""
@@ -265,9 +271,11 @@ class Worker:
             # Where a stream has moved, its other partitions are read again, too: nothing newer goes before that.
             if (record.topic, record.partition) not in dropped:
                 self._offsets.received(Position(record.topic, record.partition, record.offset))
-                # It came when it says, as far as that can be: the loop may have stood still for a pass since.
-                came = (record.timestamp or 0) / 1000 - epoch
-                self._decoding.add(min(self._looked, max(before, came)), record)
+                # It came when it says, and not before the last poll: what came while the loop computed would all be due
+                # at once, in smaller micro-batches and more of them.
+                said = (record.timestamp or 0) / 1000
+                came = max(before, said - epoch) if said > 0 else self._looked
+                self._decoding.add(min(self._looked, came), record)
 
     def _keep_alive(self) -> None:
         """Keep the group membership while the loop waits for something else; lag grows meanwhile."""

@@ -104,7 +104,7 @@ def build() -> Dashboard:
         .with_panel(
             lines(
                 "Latency and wait",
-                "Latency counts from the record's timestamp, the wait from the worker's receipt. Far apart: frames "
+                "Latency counts from the record's timestamp, the wait from a frame's arrival. Far apart: frames "
                 "wait in Kafka, the worker lags behind.",
                 [
                     (quantile(0.5, "frame_latency_seconds"), "latency, median"),

@@ -348,9 +348,9 @@ def record(worker: Worker, timestamp: float | None) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("ago", "waits"), [(2.0, 2.0), (-60.0, 0.0), (3_600.0, 10.0), (None, 10.0)], ids=["since", "ahead", "old", "unsaid"]
+    ("ago", "waits"), [(2.0, 2.0), (-60.0, 0.0), (3_600.0, 10.0), (None, 0.0)], ids=["since", "ahead", "old", "unsaid"]
 )
-def test_a_frame_waits_since_it_was_sent_but_not_since_before_the_last_look(
+def test_a_frame_waits_since_it_was_sent_but_not_since_before_the_last_poll(
     looker: tuple[Worker, list[float], list[Any]], ago: float | None, waits: float
 ) -> None:
     """The loop may have stood still for a pass; a producer's clock may say anything."""
@@ -415,3 +415,24 @@ def test_a_worker_with_nothing_to_do_waits_in_one_poll_and_else_for_what_is_due(
     worker._looked -= 1
     worker._look()
     assert polls == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("max_wait_ms", "patience"), [(5_000, FRESH_S), (10, 0.005), (0, 0.0)])
+def test_what_a_look_has_found_does_not_wait_long_for_more(
+    looker: tuple[Worker, list[float], list[Any]], max_wait_ms: int, patience: float
+) -> None:
+    worker, polls, records = looker
+    worker.config = worker.config.model_copy(update={"batch": Batch(max_wait_ms=max_wait_ms)})
+    records.append(record(worker, time.time()))
+    worker._looked -= 1
+    worker._look()
+    assert polls == [0.0, patience]
+
+
+@pytest.mark.parametrize(("max_wait_ms", "pause"), [(1_000, PAUSE_S), (60, 0.03), (20, 0.0), (0, 0.0)])
+def test_looks_are_paused_for_no_more_than_half_of_the_wait(
+    config: WorkerConfig, max_wait_ms: int, pause: float
+) -> None:
+    worker = Worker(config.model_copy(update={"batch": Batch(max_wait_ms=max_wait_ms)}), threading.Event())
+    assert worker._pause == pytest.approx(pause)
+    worker._close()

@@ -137,7 +137,8 @@ def test_what_has_changed_since_is_worked_out_anew(tiny_bundle: Bundle, change: 
     if change != "other frames":
         engine.replace("a", moved)
         fresh.replace("a", moved)
-        engine.resident("a").header.events += 1  # A command changes nothing without an event.
+    if change == "event":
+        engine.resident("a").header.events += 1  # A command changes nothing without one.
     with counted(tiny_bundle) as run:
         found = step(engine, [after])
     assert run == [3, 1]
@@ -146,9 +147,9 @@ def test_what_has_changed_since_is_worked_out_anew(tiny_bundle: Bundle, change: 
 
 def test_only_what_is_held_is_kept_and_only_until_it_is_used(tiny_bundle: Bundle) -> None:
     engine = Engine(tiny_bundle)
-    admit(engine, "a", "b")
+    admit(engine, "a", "b", "c")
     first = held("a", 2)
-    step(engine, [first, batch("b", 60)])
+    step(engine, [first, batch("b", 60), held("c", 3)])
     seen = engine.resident("a").seen
     assert engine.resident("b").seen is None
     assert seen is not None
