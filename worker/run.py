@@ -35,8 +35,8 @@ from worker.trace import open_trace
 log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
 IDLE_POLL_S = 0.1
-PAUSE_S = 0.05  # between looks while what waits is not due; not where half of batch.max_wait_ms is shorter than:
 FRESH_S = 0.02  # at most, for what a poll has fetched
+PAUSE_S = 0.05  # between looks while what waits is not due; none where half of batch.max_wait_ms is below FRESH_S
 STOCKED_S = 0.05  # between looks at the topic while there is enough to do: a look costs two threads a millisecond
 MAX_HELD = 64 << 20  # bytes that wait to be decoded, or are, before partitions are paused
 STUCK_AFTER_S = 60.0

@@ -93,7 +93,6 @@ def test_that_frames_were_held_changes_nothing(network: str, tiny_bundle_path: P
 
 def test_held_frames_are_run_again_only_where_they_give_a_gradient(tiny_bundle: Bundle) -> None:
     engine = Engine(tiny_bundle, source_share=0)
-    engine._asks = lambda *_: False  # type: ignore[method-assign]
     admit(engine, "a", "b")
     first, other = held("a", 2), held("b", 3)
     with counted(tiny_bundle) as run:
@@ -108,7 +107,6 @@ def test_held_frames_are_run_again_only_where_they_give_a_gradient(tiny_bundle: 
 def test_a_pass_of_nothing_new_runs_a_single_frame(tiny_bundle: Bundle) -> None:
     """Not every model can run on none."""
     engine = Engine(tiny_bundle, source_share=0)
-    engine._asks = lambda *_: False  # type: ignore[method-assign]
     admit(engine, "a")
     first = held("a", 3)
     with counted(tiny_bundle) as run:
@@ -123,7 +121,6 @@ def test_what_has_changed_since_is_worked_out_anew(tiny_bundle: Bundle, change: 
     engine, fresh = Engine(tiny_bundle, source_share=0), Engine(tiny_bundle, source_share=0)
     for one in (engine, fresh):
         admit(one, "a")
-        one._asks = lambda *_: False  # type: ignore[method-assign]
     first = held("a", 3)
     step(engine, [first])
     after = more(first, 1)
