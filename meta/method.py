@@ -7,58 +7,17 @@ backward pass starts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from meta.outputs import Output
+
 State = dict[str, Tensor]
 TINY = 1e-12
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a model puts out for some frames: logits (n, classes), features (n, F or more), and what went into its last
-    linear layer (n, d), if that could be seen."""
-
-    logits: Tensor
-    features: Tensor
-    head: Tensor | None
-
-    def of(self, rows: Tensor | slice) -> Output:
-        """Some of its frames (m,)."""
-        return Output(self.logits[rows], self.features[rows], None if self.head is None else self.head[rows])
-
-    def copied(self) -> Output:
-        """The same in memory of its own."""
-        return Output(self.logits.clone(), self.features.clone(), None if self.head is None else self.head.clone())
-
-
-def joined(parts: Sequence[Output]) -> Output:
-    """The frames of all parts, one after the other; without a graph."""
-    heads = [part.head for part in parts if part.head is not None]
-    return Output(
-        torch.cat([part.logits.detach() for part in parts]),
-        torch.cat([part.features.detach() for part in parts]),
-        torch.cat(heads) if len(heads) == len(parts) else None,
-    )
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the model has put out already for some frames of a pass, under the same parameters: their places (n,) in
-    it, and the features with those of the first layer's input."""
-
-    places: Tensor
-    output: Output
-
-    def but(self, places: Tensor) -> Known:
-        """Without the frames at these places (m,)."""
-        rows = torch.isin(self.places, places, invert=True).nonzero().flatten()
-        return Known(self.places[rows], self.output.of(rows))
 
 
 @dataclass(frozen=True)

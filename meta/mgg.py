@@ -23,10 +23,11 @@ from torch import Tensor
 
 from meta.inputs import Inputs
 from meta.learned import LearnedOptimizer
-from meta.method import Forward, Known, Method, Output, State, Update, joined, where_seen
+from meta.method import Forward, Method, State, Update, where_seen
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
 from meta.objective import Objective, SourceStatistics
+from meta.outputs import Known, Output, all_but, assembled
 from meta.stream_norm import LayerCorrection
 from meta.temporal import filter_classes, fresh_belief
 from meta.threads import one_thread
@@ -127,20 +128,22 @@ class MGG:
         stream: Tensor,
         state: State,
         asked: Tensor | None = None,
-        known: Sequence[Known] | None = None,
+        known: Known | None = None,
+        keep: bool = False,
     ) -> Forward:
         """With a graph; in inference mode without one, and then not to be updated from. There `asked` (n,) says for
-        which of the frames source answers too, in the same pass; what is `known` is not run again. With it, be it
-        empty, the features have those of the first layer's input, as they have where an update follows."""
+        which of the frames source answers too, in the same pass, and what is `known` is not run again. `keep`: what
+        comes of it may be known to a later pass; as where an update follows, the features have those of the first
+        layer's input."""
         graph = not torch.is_inference_mode_enabled()
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
         if graph or known is None:
-            ran = self._run(frames, stream, state, None, counts, graph, None if graph else asked)
+            ran = self._run(frames, stream, state, None, counts, graph or keep, None if graph else asked)
+            output = ran.output
         else:
-            rest = _but(stream, [one.places for one in known])
+            rest = all_but(len(stream), [known.places])
             ran = self._run(frames, stream, state, rest, counts, asked=asked)
-            ran = replace(ran, output=_in_order(len(stream), [Known(rest, ran.output), *known]))
-        output = ran.output
+            output = assembled(len(stream), [Known(rest, ran.output), known])
         self.model.frame_affine.head = output.head
         kept = self._kept(output.logits.detach(), stream, counts, state, ran.moments)
         return Forward(output.logits, output.features, ran.rows, stream, counts, state, frames, kept, None, ran.shadow)
@@ -152,7 +155,7 @@ class MGG:
         state: State,
         adapts: Sequence[bool] | None = None,
         asked: Tensor | None = None,
-        known: Sequence[Known] | None = None,
+        known: Known | None = None,
     ) -> Forward:
         """As `predict`, the way sites do it: only those frames have a graph that give an update its gradient.
 
@@ -165,19 +168,20 @@ class MGG:
         chosen, given, few = self._giving(stream, counts, adapts)
         if len(chosen) == len(stream):
             return self.predict(frames, stream, state)
-        before = [one.but(chosen) for one in known or []]
-        rest = _but(stream, [] if self.mixes else [chosen, *(one.places for one in before)])
+        before = [] if known is None else [known.but(chosen)]
+        rest = None if self.mixes else all_but(len(stream), [chosen, *(one.places for one in before)])
         with torch.inference_mode():
             ran = self._run(frames, stream, state, rest, counts, asked=asked)
         with torch.inference_mode(False):
             own = self._run(frames, stream, state, chosen, few)
         with torch.inference_mode():
-            parts = [Known(chosen, own.output), Known(rest, ran.output), *before]
-            whole = ran.output if self.mixes else _in_order(len(stream), parts)
-            self.model.frame_affine.head = whole.head
-            kept = self._kept(whole.logits, stream, counts, state, ran.moments)
+            output = ran.output
+            if rest is not None:
+                output = assembled(len(stream), [Known(rest, output), *before, Known(chosen, own.output)])
+            self.model.frame_affine.head = output.head
+            kept = self._kept(output.logits, stream, counts, state, ran.moments)
         giving = Forward(own.output.logits, own.output.features, own.rows, given, few, state)
-        return Forward(whole.logits, whole.features, None, stream, counts, state, frames, kept, giving, ran.shadow)
+        return Forward(output.logits, output.features, None, stream, counts, state, frames, kept, giving, ran.shadow)
 
     def update(self, forward: Forward) -> Update:
         """One update per stream. Of frames that were served some give the gradient; all count in the statistics."""
@@ -390,23 +394,6 @@ def evenly(stream: Tensor, counts: Tensor, wanted: Tensor) -> Tensor:
         chosen += [start + (2 * i + 1) * count // (2 * few) for i in range(few)]
         start += count
     return stream.argsort(stable=True).index_select(0, torch.tensor(chosen, device=stream.device))
-
-
-def _but(stream: Tensor, places: Sequence[Tensor]) -> Tensor:
-    """The places of all frames of a pass, whose streams (B,) are given, but of these; of the first frame where none
-    would be left, for not every model can run on nothing."""
-    others = torch.ones(len(stream), dtype=torch.bool, device=stream.device)
-    for some in places:
-        others.index_fill_(0, some, False)
-    left = others.nonzero().flatten()
-    return left if len(left) else left.new_zeros(1)
-
-
-def _in_order(count: int, parts: Sequence[Known]) -> Output:
-    """All frames of a pass, from parts that say which places of it they are; without a graph."""
-    places = torch.cat([part.places for part in parts])
-    rows = places.new_empty(count).index_copy_(0, places, torch.arange(len(places), device=places.device))
-    return joined([part.output for part in parts]).of(rows)
 
 
 def _with_first(source: SourceStatistics, model: AdaptableModel) -> SourceStatistics:

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from meta.estimator import AccuracyModel
-from meta.method import CPU, Forward, Output, State, on_cpu
+from meta.method import CPU, Forward, State, on_cpu
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, per_stream_mean
+from meta.outputs import Output
 from meta.threads import one_thread
 from schemas.state import RunningProxies
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from meta.bundle import MGG_NAME, Bundle
 from meta.estimator import AccuracyModel
-from meta.method import Forward, Known, Output, State, finite_rows, narrowed, on_cpu, put, take
+from meta.method import Forward, State, finite_rows, narrowed, on_cpu, put, take
 from meta.mgg import MGG
+from meta.outputs import Known, Output
 from meta.proxies import Observer
 from meta.threads import one_thread
 from schemas.state import StreamHeader, StreamState
@@ -68,6 +69,8 @@ class Engine:
         self._shadow_every = round(1 / source_share) if source_share else 0
         self.bundle_hash = bundle.hash
         self._method = bundle.method.with_step_scale(step_scale)
+        # Not where what the model says of a frame depends on the others of its pass.
+        self._keeps = isinstance(self._method, MGG) and not self._method.mixes
         self.device = bundle.model.device
         self._residents: dict[str, Resident] = {}
         self._headers = Headers()
@@ -204,8 +207,8 @@ class Engine:
         elif any(adapts):
             forward = self._method.serve(frames, part.stream, part.state, adapts, asked, part.known)
         else:
-            forward = self._method.predict(frames, part.stream, part.state, asked, part.known)
-        if part.known is not None:
+            forward = self._method.predict(frames, part.stream, part.state, asked, part.known, part.keep)
+        if part.keep:
             output = Output(forward.logits, forward.features, self.bundle.model.frame_affine.head)
             for resident, seen in zip(part.residents, kept(part.batches, part.headers, output), strict=True):
                 resident.seen = seen
@@ -305,21 +308,15 @@ class Engine:
             self._there(shadow),
             self._there(by_source.index_select(0, stream.index_select(0, shadow)).nonzero().flatten()),
             self._known(batches, residents, headers),
+            self._keeps and not all(batch.fold for batch in batches),
         )
 
-    def _known(
-        self, batches: list[MicroBatch], residents: list[Resident], headers: list[StreamHeader]
-    ) -> list[Known] | None:
-        """What the model has put out for held frames, which nobody else needs from now on. Nothing of it where what it
-        says of a frame depends on the others."""
-        if not isinstance(self._method, MGG) or self._method.mixes:
-            return None
-        seen = [resident.seen for resident in residents]
+    def _known(self, batches: list[MicroBatch], residents: list[Resident], headers: list[StreamHeader]) -> Known | None:
+        """What the model has put out for held frames, which nobody else needs from now on."""
+        found = known(batches, [resident.seen for resident in residents], headers)
         for resident in residents:
             resident.seen = None
-        if all(one is None for one in seen) and all(batch.fold for batch in batches):
-            return None
-        return [Known(self._there(one.places), one.output) for one in known(batches, seen, headers)]
+        return None if found is None else Known(self._there(found.places), found.output)
 
     def _asks(self, batch: MicroBatch, header: StreamHeader) -> bool:
         """Whether source is asked for a micro-batch: every so many of a stream, by its own count, so that a step that

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from meta.method import Known, Output, joined
+from meta.outputs import Known, Output, joined
 from schemas.state import StreamHeader
 from worker.batcher import MicroBatch
 from worker.decode import DecodedFrame
@@ -30,8 +30,8 @@ class Seen:
         return same and len(self.frames) <= len(batch.frames) and self.events == header.events
 
 
-def known(batches: Sequence[MicroBatch], seen: Sequence[Seen | None], headers: Sequence[StreamHeader]) -> list[Known]:
-    """What has been `seen` of a part's frames, at most one for all of them."""
+def known(batches: Sequence[MicroBatch], seen: Sequence[Seen | None], headers: Sequence[StreamHeader]) -> Known | None:
+    """What has been `seen` of a part's frames."""
     places: list[int] = []
     outputs: list[Output] = []
     start = 0
@@ -40,7 +40,7 @@ def known(batches: Sequence[MicroBatch], seen: Sequence[Seen | None], headers: S
             places += range(start, start + len(before.frames))
             outputs.append(before.output)
         start += len(batch.frames)
-    return [Known(torch.tensor(places), joined(outputs))] if places else []
+    return Known(torch.tensor(places), joined(outputs)) if places else None
 
 
 def kept(batches: Sequence[MicroBatch], headers: Sequence[StreamHeader], output: Output) -> list[Seen | None]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from meta.method import Forward, Known, State
+from meta.method import Forward, State
+from meta.outputs import Known
 from meta.proxies import Observed
 from schemas.prediction import Parameters
 from schemas.state import StreamHeader
@@ -36,8 +37,8 @@ class Part:
 
     `shadow` (n,) are the places of the frames that the source model is asked for too, and `by_source` (m,) the places
     in `shadow` of those for which it answers. `headers` are the residents' as they
-    were when this was gathered, which another thread may read. `known` is of frames that the model has seen; None
-    where it has seen none and none is to be kept.
+    were when this was gathered, which another thread may read. `known` is of held frames that the model has seen;
+    `keep`: some of these are to be held.
     """
 
     batches: list[MicroBatch]
@@ -49,7 +50,8 @@ class Part:
     fixed: Fixed | None
     shadow: Tensor
     by_source: Tensor
-    known: list[Known] | None = None
+    known: Known | None = None
+    keep: bool = False
 
 
 @dataclass(frozen=True)
