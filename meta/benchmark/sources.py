@@ -1,4 +1,4 @@
-"""The source models of the benchmark: from a bundle, or trained once and kept in the cache folder."""
+"""The source models of the benchmark: from a bundle, from a file of weights, or trained once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from meta import data
@@ -30,7 +30,7 @@ from meta.shifts import TUNING
 from meta.simulate import SimulatedStream
 from meta.source import accuracy, as_frames, image_tensor, train_source
 from meta.train import Preprocessing, measure_gradient
-from schemas.errors import BundleError
+from schemas.errors import BundleError, ConfigError
 
 SOURCE_FRAMES = 2_000
 
@@ -47,13 +47,28 @@ class ModelConfig(BaseModel):
     epochs: int = Field(10, ge=1)
     seed: int = 0
     bundle: Path | None = Field(None, description="take the source model from here instead of training one")
+    weights: Path | None = Field(
+        None,
+        description="take the trained weights from this safetensors file, such as one that an earlier training left in "
+        "the cache: no other processor trains quite the same",
+    )
     shift_steps: int = Field(
         0, ge=0, description="and train it on so many steps, with labels, under the simulated shifts of meta-training"
     )
 
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelConfig:
+        if self.bundle is not None and self.weights is not None:
+            raise ValueError(f"model {self.name!r} has both a bundle and weights: its bundle has weights of its own")
+        return self
+
     def content(self) -> dict[str, Any]:
-        """What results depend on. An option that is not used is not in it, so that older results stay valid."""
-        return self.model_dump(mode="json", exclude=None if self.shift_steps else {"shift_steps"})
+        """What results depend on. An option that is not used is not in it, so that older results stay valid. Raises
+        ConfigError where there are no such weights."""
+        found = self.model_dump(mode="json", exclude={"weights"} | ({"shift_steps"} if not self.shift_steps else set()))
+        if self.weights is not None:
+            found["weights"] = hashlib.sha256(_read(self.weights)).hexdigest()
+        return found
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,8 @@ def open_source(
         preprocessing = Preprocessing(mean, std)
         if config.bundle is not None:
             network = _network_of(config.bundle, factories)
+        elif config.weights is not None:
+            network = _weighted(config, config.weights)
         else:
             network = _trained(config, dataset, for_source, cache, say)
         if config.shift_steps:
@@ -149,10 +166,29 @@ def _network_of(folder: Path, factories: Sequence[str]) -> nn.Module:
     return network
 
 
+def _weighted(config: ModelConfig, weights: Path) -> nn.Module:
+    network = build_network(config.architecture, config.arguments)
+    try:
+        network.load_state_dict(safetensors.torch.load(_read(weights)))
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise BundleError(
+            f"model {config.name!r}: {weights} has no weights of {config.architecture}: {reason}"
+        ) from error
+    return network
+
+
+def _read(weights: Path) -> bytes:
+    try:
+        return weights.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"weights {weights} cannot be read: {error.strerror}") from error
+
+
 def _trained(
     config: ModelConfig, dataset: DataSet, images: LabelledImages, cache: Path, say: Callable[[str], None]
 ) -> nn.Module:
-    recipe = config.model_dump(mode="json", exclude={"name", "bundle", "shift_steps"})
+    recipe = config.model_dump(mode="json", exclude={"name", "bundle", "weights", "shift_steps"})
     digest = hashlib.sha256(json.dumps([recipe, len(images)], sort_keys=True).encode()).hexdigest()[:12]
     torch.manual_seed(config.seed)
     network = build_network(config.architecture, config.arguments)

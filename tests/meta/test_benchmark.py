@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -299,6 +300,7 @@ def test_options_that_differ_in_step_size_are_tried_together() -> None:
         ({"runs": [{"models": ["vit"]}]}, "unknown models"),
         ({"runs": [{"batches": [0]}]}, "at least 1"),
         ({"models": [{"name": "small", "data": "imagenet"}]}, "not in the data section"),
+        ({"models": [{"name": "small", "data": "blobs", "bundle": "b", "weights": "w"}]}, "both a bundle and weights"),
     ],
 )
 def test_mistakes_in_a_plan(changes, message: str) -> None:
@@ -473,6 +475,42 @@ def test_a_benchmark_from_data_to_report(blob_data: Path, tmp_path: Path) -> Non
     driver.run_accuracy(plan, report, "test", progress)
     assert json.loads(report.read_text()) == records
     assert not any("/b8/" in line for line in said)
+
+
+def test_weights_of_an_earlier_training_take_its_place(blob_data: Path, tmp_path: Path) -> None:
+    data = {"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}}
+    runs = [{"methods": ["source"], "batches": [8], "settings": ["continual"], "seeds": [0]}]
+    trained = small_plan(data=data, runs=runs, threads=1)
+    report, said = tmp_path / "out.json", []
+    driver.run_accuracy(trained, report, "test", driver.Progress(said.append))
+    assert any("training small" in line for line in said)
+    (cached,) = (tmp_path / "cache" / "benchmark" / "sources").iterdir()
+    weights = cached.rename(tmp_path / "small.safetensors")
+    plan = small_plan(data=data, runs=runs, threads=1)
+    model = plan.models[0].model_copy(update={"weights": weights})
+    plan = plan.model_copy(update={"models": (model,)})
+    said.clear()
+    again = tmp_path / "again.json"
+    driver.run_accuracy(plan, again, "test", driver.Progress(said.append))
+    assert json.loads(again.read_text()) == json.loads(report.read_text())
+    assert not any("training" in line for line in said)
+
+    def key() -> str:
+        return cells_of(plan, {("blobs", "small"): False})[0].key
+
+    keys = [cells_of(trained, {("blobs", "small"): False})[0].key, key()]
+    other = groupnorm_cnn(classes=4, channels=3, widths=[8, 16])
+    weights.write_bytes(safetensors.torch.save(other.state_dict()))
+    keys.append(key())
+    assert len(set(keys)) == 3
+    with pytest.raises(BundleError, match=r"small\.safetensors has no weights of groupnorm-cnn: size mismatch"):
+        driver.run_accuracy(plan, again, "test", driver.Progress(said.append))
+    weights.write_bytes(b"no weights")
+    with pytest.raises(BundleError, match=r"small\.safetensors has no weights of groupnorm-cnn"):
+        driver.run_accuracy(plan, again, "test", driver.Progress(said.append))
+    weights.unlink()
+    with pytest.raises(ConfigError, match=r"weights .*small\.safetensors cannot be read: No such file"):
+        key()
 
 
 def test_a_bundle_of_the_users_own_architecture_is_measured(blob_data: Path, tmp_path: Path) -> None:
