@@ -287,18 +287,17 @@ def _rows(signals: dict[str, Numbers]) -> list[dict[str, float]]:
 def fold(
     before: RunningProxies, seen: Observed, generated: Mapping[str, float], model: AccuracyModel | None
 ) -> RunningProxies:
-    """The running signals after one more micro-batch, whose frames count already, and the accuracies that they say.
+    """The running signals after one more micro-batch, and the accuracies that they say.
 
     `generated` are the signals of the update, empty where there was none. Confidence and entropy stay.
     """
-    earlier = before.model_copy(update={"frames": before.frames - seen.frames})
-    return before.model_copy(update=folded(earlier, seen, generated, model))
+    return before.model_copy(update=folded(before, seen, generated, model))
 
 
 def folded(
     before: RunningProxies, seen: Observed, generated: Mapping[str, float], model: AccuracyModel | None
 ) -> dict[str, Any]:
-    """What `fold` changes of what was known before the frames."""
+    """What `fold` changes."""
     signals = dict(before.signals)
     _move(signals, seen.own, seen.frames, before.frames)
     frames = before.frames + seen.frames
@@ -307,6 +306,7 @@ def folded(
     sound = {n: math.log1p(max(0.0, v)) for n, v in generated.items() if n in GENERATED and math.isfinite(v)}
     _move(signals, sound, seen.frames, before.generated)
     after: dict[str, Any] = {
+        "frames": frames,
         "signals": signals,
         "shadowed": before.shadowed + seen.shadowed,
         "shadowed_at": frames if seen.shadowed else before.shadowed_at,

@@ -24,8 +24,6 @@ SHADOW_EVERY, YOUNG = 16, 256  # as in a worker: source answers every sixteenth 
 REPEATS = (1, 1, 2, 2, 1, 4)  # frames in which a camera sees the same item
 WINDOW_STEPS = WINDOW // FRAMES
 
-Draw = Callable[[], tuple[Tensor, Tensor, Tensor]]
-
 
 @dataclass
 class Watched:
@@ -116,10 +114,7 @@ def watch(
         parts = [[float(right[half == i].mean()) for i in (0, 1)] for right, half in zip(*own, strict=True)]
         halves = halves + weight * (np.array(parts) - halves)
         rows = [{name: float(values[i]) for name, values in signals.items()} for i in range(len(streams))]
-        proxies = [
-            fold(before.model_copy(update={"frames": before.frames + FRAMES}), one, row, model)
-            for before, one, row in zip(proxies, observed, rows, strict=True)
-        ]
+        proxies = [fold(before, one, row, model) for before, one, row in zip(proxies, observed, rows, strict=True)]
         seen.proxies.append(proxies)
         seen.truth.append(truth)
         seen.halves.append(halves)

@@ -17,7 +17,9 @@ from meta.mgg import MGG
 from meta.outputs import Known, Output
 from meta.proxies import Observer
 from meta.threads import one_thread
+from monitoring.proxies import estimate
 from schemas.state import StreamHeader, StreamState
+from schemas.update import Proxies
 from worker.batcher import MicroBatch
 from worker.guard import watched
 from worker.held import kept, known
@@ -115,6 +117,11 @@ class Engine:
     def holds(self, stream: str, resident: Resident) -> bool:
         """Whether the stream is still the same resident: not released meanwhile, nor released and admitted again."""
         return self._residents.get(stream) is resident
+
+    def estimate(self, header: StreamHeader) -> Proxies:
+        """What a stream's running signals say of its accuracy, by the bundle's calibration."""
+        manifest = self.bundle.manifest
+        return estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy, len(self.bundle.labels))
 
     def reserve(self, slots: int) -> None:
         """Have so many slots. Memory that no stream uses yet is only promised by the kernel, not taken.

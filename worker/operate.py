@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from meta.method import State
-from monitoring.proxies import estimate
 from schemas.command import Command
 from schemas.config import WorkerConfig
 from schemas.errors import StateError
@@ -87,9 +86,7 @@ class Operator:
     def seen(self, found: Listed) -> tuple[Policy, Proxies]:
         """The policy that holds for a stream, and what its state says of its accuracy."""
         header = found.header or StreamHeader(stream=found.stream, bundle="", method="")
-        manifest, classes = self._engine.bundle.manifest, len(self._engine.bundle.labels)
-        clean = manifest.model.clean_accuracy
-        return self._policies.of(header), estimate(header.proxies, manifest.calibration, clean, classes)
+        return self._policies.of(header), self._engine.estimate(header)
 
     def snapshots(self, stream: str) -> list[Snapshot]:
         """What is kept for rollback, newest first."""

@@ -11,7 +11,7 @@ from meta.bundle import Bundle
 from meta.method import State, on_cpu
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
-from meta.objective import per_stream_mean
+from meta.objective import entropy, per_stream_mean
 from meta.proxies import Observed
 from schemas.bundle import Calibration
 from schemas.prediction import Parameters
@@ -62,9 +62,7 @@ def outlooks(
 
 def _said(bundle: Bundle, part: Part, frames: Tensor, logits: Tensor, source: Tensor | None) -> State:
     """What leaves the device, together: (B, ...) of frames and (S,) of streams."""
-    log_p = logits.log_softmax(1)
-    entropy = (log_p.exp() * log_p).sum(1).neg()
-    calibration = bundle.manifest.calibration
+    each, calibration = entropy(logits), bundle.manifest.calibration
     source_temperature = calibration.source_temperature or calibration.temperature
     temperatures = torch.tensor([temperature(calibration, header.proxies) for header in part.headers])
     temperatures = temperatures.to(logits.device, non_blocking=True)
@@ -72,8 +70,8 @@ def _said(bundle: Bundle, part: Part, frames: Tensor, logits: Tensor, source: Te
     top = _likeliest(logits)
     said = {
         "class": top.indices[:, 0],
-        "mean_entropy": per_stream_mean(entropy, part.stream, part.counts),
-        "signals": torch.stack([entropy, top.values[:, 0]], 1),
+        "mean_entropy": per_stream_mean(each, part.stream, part.counts),
+        "signals": torch.stack([each, top.values[:, 0]], 1),
         "mean_confidence": per_stream_mean(top.values[:, 0], part.stream, part.counts),
     }
     answers = logits

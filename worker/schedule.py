@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 
 from monitoring.drift import wants_update
 from monitoring.metrics import WorkerMetrics
-from monitoring.proxies import estimate
 from schemas.config import Adapt
 from schemas.policy import Policy
 from schemas.state import StreamHeader
@@ -90,11 +89,8 @@ class Scheduler:
         """Whether drift detection sees no need for the stream's next update."""
         if not self._on_demand:
             return False
-        manifest, header = self._engine.bundle.manifest, self._engine.resident(stream).header
-        clean = manifest.model.clean_accuracy
-        classes = len(self._engine.bundle.labels)
-        accuracy = estimate(header.proxies, manifest.calibration, clean, classes).estimated_accuracy
-        return not wants_update(header.drift, accuracy, clean, company)
+        header, clean = self._engine.resident(stream).header, self._engine.bundle.manifest.model.clean_accuracy
+        return not wants_update(header.drift, self._engine.estimate(header).estimated_accuracy, clean, company)
 
     def _late(self, oldest: DecodedFrame, now: float) -> bool:
         return self._lateness.hurried(oldest.sent, oldest.received, now)

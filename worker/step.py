@@ -19,11 +19,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from monitoring import observe
 from monitoring.metrics import WorkerMetrics
-from monitoring.proxies import estimate
 from schemas.state import StreamHeader
 from schemas.update import UpdateEvent, seal
 from worker.answer import named
@@ -37,6 +36,9 @@ from worker.passes import Gathered, Outlook, Pass, Proposal, Proposals
 from worker.publish import Answer, Publisher
 from worker.streams import Streams
 from worker.trace import Span, Trace
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,13 @@ class Step:
         if not here:
             return Flight(streams, started, predicted, self._threads.submit(self._pass, gathered, predicted))
         flight = Flight(streams, started, predicted, Future(), here)
-        predicted.set_result(self._forward(gathered))
+        predicted.set_result(_timed(self._engine.forward, gathered))
         self.publish(flight)
         return flight
 
     def adapt(self, flight: Flight) -> None:
         """Compute the updates of a pass that began `here`, in the caller's thread."""
-        flight.adapted.set_result(self._adapt(flight.predicted.result()[0]))
+        flight.adapted.set_result(_timed(self._engine.adapt, flight.predicted.result()[0]))
 
     def publish(self, flight: Flight) -> None:
         """Send the predictions as soon as they are there; the update is computed meanwhile."""
@@ -182,27 +184,12 @@ class Step:
         self._threads.shutdown(cancel_futures=True)
 
     def _pass(self, gathered: Gathered, predicted: Future[tuple[Pass, Timed]]) -> tuple[Proposals, Timed]:
-        predicted.set_result(self._forward(gathered))
-        return self._adapt(predicted.result()[0])
-
-    def _forward(self, gathered: Gathered) -> tuple[Pass, Timed]:
-        started, processor = time.monotonic(), time.thread_time()
-        passed = self._engine.forward(gathered)
-        done = time.monotonic()
-        return passed, Timed(done, done - started, time.thread_time() - processor)
-
-    def _adapt(self, passed: Pass) -> tuple[Proposals, Timed]:
-        started, processor = time.monotonic(), time.thread_time()
-        proposals = self._engine.adapt(passed)
-        done = time.monotonic()
-        return proposals, Timed(done, done - started, time.thread_time() - processor)
+        predicted.set_result(_timed(self._engine.forward, gathered))
+        return _timed(self._engine.adapt, predicted.result()[0])
 
     def _publish(self, outlook: Outlook, timed: Timed, answers: observe.Answers) -> None:
-        manifest, header = self._engine.bundle.manifest, outlook.resident.header
         stream = outlook.batch.stream
-        proxies = estimate(
-            header.proxies, manifest.calibration, manifest.model.clean_accuracy, len(self._engine.bundle.labels)
-        )
+        proxies = self._engine.estimate(outlook.resident.header)
         accuracy = proxies.estimated_accuracy
         if outlook.batch.answer == "source" and proxies.source_accuracy is not None:
             accuracy = proxies.source_accuracy
@@ -269,8 +256,6 @@ class Step:
         after: StreamHeader,
         token: int,
     ) -> UpdateEvent:
-        manifest = self._engine.bundle.manifest
-        clean, classes = manifest.model.clean_accuracy, len(self._engine.bundle.labels)
         signals = proposal.signals if proposal else {}
 
         def signal(name: str) -> float | None:
@@ -296,8 +281,8 @@ class Step:
             flipped=outlook.observed.flipped if outlook.observed is not None else None,
             parameters=named(outlook.batch.answer if after.guard.trusted else "source", after),
             previous=before.last_event,
-            before=estimate(before.proxies, manifest.calibration, clean, classes),
-            after=estimate(after.proxies, manifest.calibration, clean, classes),
+            before=self._engine.estimate(before),
+            after=self._engine.estimate(after),
             token=token,
             bundle=self._engine.bundle_hash,
             worker=self._worker,
@@ -314,6 +299,13 @@ class Step:
         if restored is not None:
             said["reason"] = f"{judgement.verdict.reason}; to the snapshot of step {restored[0].header.step}"
         return said
+
+
+def _timed(part: Callable[[Given], Result], given: Given) -> tuple[Result, Timed]:
+    started, processor = time.monotonic(), time.thread_time()
+    result = part(given)
+    done = time.monotonic()
+    return result, Timed(done, done - started, time.thread_time() - processor)
 
 
 def _moved(verdict: Verdict, proposal: Proposal | None) -> dict[str, float]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from pydantic import ValidationError
 
@@ -22,7 +22,7 @@ from schemas.policy import Policy
 from schemas.state import Snapshot, StreamHeader, encode_header, encode_tensors
 from schemas.update import SealedEvent, UpdateEvent, seal
 from worker.answer import Policies, answering, named
-from worker.compress import pack
+from worker.compress import Compression, pack
 from worker.engine import Engine
 from worker.newcomers import Newcomers
 from worker.obey import Entry
@@ -34,7 +34,6 @@ from worker.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
 Result = TypeVar("Result")
-Compression = Literal["none", "deflate"]
 LOOK_AGAIN_S = 30.0  # for streams that cannot be stored
 MAX_EVENT_BYTES = 1_000_000  # a larger one is none of a worker's, and brokers refuse it for ever
 
