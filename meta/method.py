@@ -28,7 +28,8 @@ class Forward:
     (S,) float, and the state it ran under. logits carry a graph; use `detach` before they leave. `frames` and `kept`
     are what some methods need again: the frames themselves, and whatever else `predict` worked out, of each stream
     (S, ...), but for `probability` (B, classes). `giving`: where there is no graph, those frames once more that give an
-    update its gradient, with one. `shadow`: where source was asked in the same pass, what it says.
+    update its gradient, with one. `shadow`: where source was asked in the same pass, what it says. `head` as in
+    `Output`.
     """
 
     logits: Tensor
@@ -41,6 +42,7 @@ class Forward:
     kept: dict[str, Tensor] = field(default_factory=dict)
     giving: Forward | None = None
     shadow: Output | None = None
+    head: Tensor | None = None
 
     @property
     def answer(self) -> Tensor:

@@ -122,31 +122,11 @@ class MGG:
 
     # --- the interface of meta.method.Method -----------------------------------------------------------------------
 
-    def predict(
-        self,
-        frames: Tensor,
-        stream: Tensor,
-        state: State,
-        asked: Tensor | None = None,
-        known: Known | None = None,
-        keep: bool = False,
-    ) -> Forward:
-        """With a graph; in inference mode without one, and then not to be updated from. There `asked` (n,) says for
-        which of the frames source answers too, in the same pass, and what is `known` is not run again. `keep`: what
-        comes of it may be known to a later pass; as where an update follows, the features have those of the first
-        layer's input."""
-        graph = not torch.is_inference_mode_enabled()
+    def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
+        """With a graph; in inference mode without one, and then not to be updated from."""
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
-        if graph or known is None:
-            ran = self._run(frames, stream, state, None, counts, graph or keep, None if graph else asked)
-            output = ran.output
-        else:
-            rest = all_but(len(stream), [known.places])
-            ran = self._run(frames, stream, state, rest, counts, asked=asked)
-            output = assembled(len(stream), [Known(rest, ran.output), known])
-        self.model.frame_affine.head = output.head
-        kept = self._kept(output.logits.detach(), stream, counts, state, ran.moments)
-        return Forward(output.logits, output.features, ran.rows, stream, counts, state, frames, kept, None, ran.shadow)
+        ran = self._run(frames, stream, state, None, counts, not torch.is_inference_mode_enabled())
+        return self._forward(ran, frames, stream, counts, state)
 
     def serve(
         self,
@@ -156,32 +136,35 @@ class MGG:
         adapts: Sequence[bool] | None = None,
         asked: Tensor | None = None,
         known: Known | None = None,
+        keep: bool = False,
     ) -> Forward:
         """As `predict`, the way sites do it: only those frames have a graph that give an update its gradient.
 
         `adapts` (S,): which streams will be updated; None: all. Where layers normalise with the statistics of their
         batch, those frames are run twice, for what the others get must not depend on them. `asked` (n,): for which
         frames source answers too, unless all of the pass's have a graph. `known`: frames that are run again only where
-        they give a gradient.
+        they give a gradient. `keep`: what comes of the pass may be known to a later one; as where an update follows,
+        the features have those of the first layer's input.
         """
         counts = torch.bincount(stream, minlength=len(state["affine"])).float()
         chosen, given, few = self._giving(stream, counts, adapts)
         if len(chosen) == len(stream):
             return self.predict(frames, stream, state)
-        before = [] if known is None else [known.but(chosen)]
-        rest = None if self.mixes else all_but(len(stream), [chosen, *(one.places for one in before)])
+        parts = [] if known is None else [known.but(chosen)]
+        elsewhere = [part.places for part in parts] + ([chosen] if len(chosen) else [])
+        rest = all_but(len(stream), elsewhere) if elsewhere and not self.mixes else None
         with torch.inference_mode():
-            ran = self._run(frames, stream, state, rest, counts, asked=asked)
-        with torch.inference_mode(False):
-            own = self._run(frames, stream, state, chosen, few)
+            ran = self._run(frames, stream, state, rest, counts, keep or bool(elsewhere), asked)
+        giving = None
+        if len(chosen):
+            with torch.inference_mode(False):
+                own = self._run(frames, stream, state, chosen, few)
+            giving = Forward(own.output.logits, own.output.features, own.rows, given, few, state)
+            parts.append(Known(chosen, own.output))
         with torch.inference_mode():
-            output = ran.output
             if rest is not None:
-                output = assembled(len(stream), [Known(rest, output), *before, Known(chosen, own.output)])
-            self.model.frame_affine.head = output.head
-            kept = self._kept(output.logits, stream, counts, state, ran.moments)
-        giving = Forward(own.output.logits, own.output.features, own.rows, given, few, state)
-        return Forward(output.logits, output.features, None, stream, counts, state, frames, kept, giving, ran.shadow)
+                ran = replace(ran, output=assembled(len(stream), [Known(rest, ran.output), *parts]))
+            return replace(self._forward(ran, frames, stream, counts, state), giving=giving)
 
     def update(self, forward: Forward) -> Update:
         """One update per stream. Of frames that were served some give the gradient; all count in the statistics."""
@@ -262,6 +245,11 @@ class MGG:
             kept["probability"], belief = filter_classes(logits, stream, counts, state)
             kept |= belief
         return kept
+
+    def _forward(self, ran: _Ran, frames: Tensor, stream: Tensor, counts: Tensor, state: State) -> Forward:
+        logits, features, head = ran.output.logits, ran.output.features, ran.output.head
+        kept = self._kept(logits.detach(), stream, counts, state, ran.moments)
+        return Forward(logits, features, ran.rows, stream, counts, state, frames, kept, shadow=ran.shadow, head=head)
 
     def thinned(self, forward: Forward) -> tuple[Forward, Tensor]:
         """Those frames of a forward with a graph that give the gradient as served, and their places in it (b,)."""
@@ -393,7 +381,7 @@ def evenly(stream: Tensor, counts: Tensor, wanted: Tensor) -> Tensor:
     for count, few in torch.stack([counts, wanted], 1).long().tolist():
         chosen += [start + (2 * i + 1) * count // (2 * few) for i in range(few)]
         start += count
-    return stream.argsort(stable=True).index_select(0, torch.tensor(chosen, device=stream.device))
+    return stream.argsort(stable=True).index_select(0, torch.tensor(chosen, dtype=torch.long, device=stream.device))
 
 
 def _with_first(source: SourceStatistics, model: AdaptableModel) -> SourceStatistics:

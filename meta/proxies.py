@@ -99,12 +99,9 @@ class Observer:
     @torch.no_grad()
     def observe(self, frames: Tensor, forward: Forward, chosen: Tensor) -> tuple[list[Observed], Tensor | None]:
         """What a pass shows, stream by stream; `chosen` (n,) are the places of the frames that source answers too: in
-        the pass, or now. And these answers, as logits (n, K); None where there are none.
-
-        To be called directly after the pass, in the same thread.
-        """
+        the pass, or now. And these answers, as logits (n, K); None where there are none."""
         with _calmly():
-            passed = _near(_shown(forward, chosen, self.model.source_affine), self.model.frame_affine.head)
+            passed = _near(_shown(forward, chosen, self.model.source_affine), forward.head)
             seen = self._seen(passed)
             own = _rows(self._own(passed, seen))
         counts = passed["counts"].long().tolist()

@@ -209,20 +209,19 @@ class Engine:
         frames, sights = self._frames(part)
         adapts = [batch.adapt for batch in part.batches]
         asked = part.shadow if len(part.shadow) <= MOST_ASKED * len(part.stream) else None
-        if not isinstance(self._method, MGG):
-            forward = self._method.predict(frames, part.stream, part.state)
-        elif any(adapts):
-            forward = self._method.serve(frames, part.stream, part.state, adapts, asked, part.known)
+        if isinstance(self._method, MGG):
+            forward = self._method.serve(frames, part.stream, part.state, adapts, asked, part.known, part.keep)
         else:
-            forward = self._method.predict(frames, part.stream, part.state, asked, part.known, part.keep)
-        if part.keep:
-            output = Output(forward.logits, forward.features, self.bundle.model.frame_affine.head)
-            for resident, seen in zip(part.residents, kept(part.batches, part.headers, output), strict=True):
-                resident.seen = seen
+            forward = self._method.predict(frames, part.stream, part.state)
         observed, source = None, None
         if self._observer is not None:
             observed, source = self._observer.observe(frames, forward, part.shadow)
-        return outlooks(self.bundle, part, frames, forward.answer, observed, sights, source), forward
+        found = outlooks(self.bundle, part, frames, forward.answer, observed, sights, source)
+        if part.keep:
+            output = Output(forward.logits, forward.features, forward.head)
+            held = kept(part.batches, part.headers, output)
+            found = [replace(outlook, seen=seen) for outlook, seen in zip(found, held, strict=True)]
+        return found, forward
 
     def _hurry(self, part: Part) -> list[Outlook]:
         """One forward of the bare model under the parameters that answer: no class filter, no question to source."""

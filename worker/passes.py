@@ -15,6 +15,7 @@ from schemas.prediction import Parameters
 from schemas.state import StreamHeader
 from worker.batcher import MicroBatch
 from worker.guard import Sight
+from worker.held import Seen
 from worker.resident import Resident
 
 WAY = {"affine", "offset", "student"}  # what of a state an update moves that can be gone in part
@@ -71,7 +72,7 @@ class Outlook:
     """What one pass says of the frames of one micro-batch, in order, before any update.
 
     `parameters` and their `step` are those that answered; the means are of the parameters that adapt, and so are the
-    entropy and confidence of each frame in `signals`.
+    entropy and confidence of each frame in `signals`. `seen`: what to keep of frames that are held.
     """
 
     batch: MicroBatch
@@ -85,6 +86,7 @@ class Outlook:
     signals: list[list[float]]
     observed: Observed | None
     sight: Sight
+    seen: Seen | None = None
 
     @property
     def source_index(self) -> Sequence[int | None]:

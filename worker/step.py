@@ -148,6 +148,7 @@ class Step:
         for outlook in passed.outlooks:
             if not outlook.batch.fold and self._engine.holds(outlook.batch.stream, outlook.resident):
                 self._batcher.hold(outlook.batch)
+                outlook.resident.seen = outlook.seen
         done = time.monotonic()
         observe.took(
             self._metrics,

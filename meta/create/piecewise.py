@@ -13,6 +13,7 @@ from meta.method import Forward, State, Update
 from meta.mgg import MGG
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics
+from meta.outputs import Output, joined
 
 PASS_PIXELS = 1 << 20
 
@@ -47,25 +48,24 @@ class PiecewiseMGG(MGG):
     ) -> Forward:
         """As `MGG.serve`; `asked` is left to whoever finds no answer of source in what comes back."""
         groups = _groups(torch.bincount(stream, minlength=len(state["affine"])).tolist(), self._frames)
-        passed, updated, heads = [], [], []
+        passed, updated = [], []
         for first, last in groups:
             chosen = (stream >= first) & (stream < last)
             part = {name: tensor[first:last] for name, tensor in state.items()}
             forward = super().serve(frames[chosen], stream[chosen] - first, part, adapts and adapts[first:last])
-            heads.append(self.model.frame_affine.head)
             updated.append(super().update(forward))
             passed.append(replace(forward, giving=None))  # Its graph would fill the memory.
         kept = {name: torch.cat([forward.kept[name] for forward in passed]) for name in passed[0].kept}
-        known = [head for head in heads if head is not None]
-        self.model.frame_affine.head = torch.cat(known) if len(known) == len(heads) else None
+        output = joined([Output(forward.logits, forward.features, forward.head) for forward in passed])
         return _Served(
-            logits=torch.cat([forward.logits.detach() for forward in passed]),
-            features=torch.cat([forward.features.detach() for forward in passed]),
+            logits=output.logits,
+            features=output.features,
             rows=None,
             stream=stream,
             counts=torch.cat([forward.counts for forward in passed]),
             state=state,
             kept=kept,
+            head=output.head,
             ready=_joined(updated),
         )
 

@@ -156,7 +156,7 @@ def test_source_is_not_corrected_in_the_pass_of_a_stream_that_is(method) -> None
     frames, stream = shown(0.7, True)[1][:8], torch.zeros(8, dtype=torch.long)
     moved = method.update(method.predict(frames, stream, method.fresh(1))).state
     with torch.inference_mode():
-        forward = method.predict(frames, stream, moved, torch.tensor([5, 2]))
+        forward = method.serve(frames, stream, moved, [False], torch.tensor([5, 2]))
     torch.testing.assert_close(forward.shadow.logits, method.model(frames[[5, 2]]))
     assert not torch.allclose(forward.shadow.logits, forward.logits[[5, 2]], atol=1e-3)
 

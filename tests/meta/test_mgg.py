@@ -161,11 +161,10 @@ def test_what_is_served_is_what_is_predicted(adapts: list[bool] | None) -> None:
     frames = torch.randn(22, 1, 12, 12, generator=torch.Generator().manual_seed(2))
     stream = torch.arange(3).repeat_interleave(sizes)[torch.randperm(22, generator=torch.Generator().manual_seed(3))]
     plain = METHOD.predict(frames, stream, state)
-    head = METHOD.model.frame_affine.head
     served = METHOD.serve(frames, stream, state, adapts)
     torch.testing.assert_close(served.logits, plain.logits.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(served.features, plain.features.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(METHOD.model.frame_affine.head, head, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(served.head, plain.head, rtol=1e-4, atol=1e-5)
     assert served.giving is not None
     wanted = [2, 1, 4] if adapts is None else [few * one for few, one in zip([2, 1, 4], adapts, strict=True)]
     assert torch.bincount(served.giving.stream, minlength=3).tolist() == wanted
@@ -242,18 +241,15 @@ def test_source_answers_in_the_same_pass_and_changes_nothing_else(kind: str, ada
     frames, stream = torch.randn(15, 1, 12, 12, generator=random), torch.randint(3, (15,), generator=random)
 
     def passed(asked: torch.Tensor | None):
-        if adapts is None or any(adapts):
-            return method.serve(frames, stream, state, adapts, asked), method.model.frame_affine.head
-        with torch.inference_mode():
-            return method.predict(frames, stream, state, asked), method.model.frame_affine.head
+        return method.serve(frames, stream, state, adapts, asked)
 
-    plain, head = passed(None)
+    plain = passed(None)
     assert plain.shadow is None
     for asked in (torch.tensor([], dtype=torch.long), torch.tensor([14, 3]), torch.arange(15)):
-        forward, own_head = passed(asked)
+        forward = passed(asked)
         torch.testing.assert_close(forward.logits, plain.logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(forward.features, plain.features, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(own_head, head, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(forward.head, plain.head, rtol=1e-4, atol=1e-5)
         assert {name: t.shape for name, t in forward.kept.items()} == {n: t.shape for n, t in plain.kept.items()}
         if not len(asked):
             assert forward.shadow is None
@@ -273,11 +269,10 @@ def test_a_last_layer_that_sees_something_else_than_frames_is_not_taken_for_one(
     frames, stream = torch.randn(8, 1, 12, 12), torch.zeros(8, dtype=torch.long)
     with torch.inference_mode():
         for asked in (None, torch.tensor([1])):
-            forward = method.predict(frames, stream, method.fresh(1), asked)
-            assert method.model.frame_affine.head is None
+            forward = method.serve(frames, stream, method.fresh(1), [False], asked)
+            assert forward.head is None
     assert forward.shadow.head is None
-    method.serve(frames, stream, method.fresh(1), [True])
-    assert method.model.frame_affine.head is None
+    assert method.serve(frames, stream, method.fresh(1), [True]).head is None
 
 
 def test_no_micro_batch_replaces_more_than_half_of_the_window() -> None:
@@ -307,7 +302,7 @@ def test_source_is_asked_for_each_frame_alone() -> None:
     frames, stream = torch.randn(6, 1, 12, 12), torch.tensor([0, 0, 0, 1, 1, 1])
     frames[1] = torch.nan
     with torch.inference_mode():
-        forward = method.predict(frames, stream, method.fresh(2), torch.arange(6))
+        forward = method.serve(frames, stream, method.fresh(2), [False] * 2, torch.arange(6))
     assert torch.isfinite(forward.shadow.logits).all(1).tolist() == [True, False, True, True, True, True]
 
 

@@ -35,8 +35,10 @@ def step(engine: Engine, batches: list[MicroBatch]) -> dict[str, list[list[float
     passed = engine.predict(batches)
     proposals = engine.adapt(passed)
     engine.accept(proposals, [one for one in proposals.proposals if one.outlook.batch.fold])
-    for work in batches:
-        engine.resident(work.stream).header.events += work.fold
+    for outlook in passed.outlooks:
+        outlook.resident.header.events += outlook.batch.fold
+        if not outlook.batch.fold:
+            outlook.resident.seen = outlook.seen
     return {outlook.batch.stream: outlook.top_confidence for outlook in passed.outlooks}
 
 

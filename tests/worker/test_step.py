@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,19 @@ def test_a_pass_here_has_published_before_it_updates(
     assert step.finish(flight) == []
     assert engine.resident("a").header.frames == 5
     assert len(topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) >= 5)) == 5
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_of_frames_that_are_held_what_came_of_them_is_kept(engine: Held, step: Step, given_up: bool) -> None:
+    """For as long as the stream is the same."""
+    engine.go.set()
+    flight = step.start([replace(batch("a", 3, adapt=False), fold=False), batch("b", 5)])
+    flight.adapted.result(20)
+    if given_up:
+        engine.release(["a"])
+        admit(engine, "a")
+    step.finish(flight)
+    assert (engine.resident("a").seen is None, engine.resident("b").seen) == (given_up, None)
 
 
 def test_a_pass_here_that_fails_says_so_at_once(engine: Held, step: Step) -> None:
