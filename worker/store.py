@@ -266,8 +266,10 @@ class StateStore:
         return marks
 
     def close(self) -> None:
+        """Let go of all connections; the next call opens others."""
         if self._client is not None:
             self._client.close()
+            self._client = None
 
     def _claimed(self, script: str, calls: list[tuple[list[str], list[Any]]]) -> list[Claimed]:
         return [
@@ -322,6 +324,10 @@ class StateStore:
         except redis.exceptions.AuthenticationError as error:
             raise UnreachableError(f"the store at {address} refuses the login: {error}") from error
         except redis.exceptions.ResponseError as error:
+            if isinstance(error, redis.exceptions.ReadOnlyError):
+                # A planned failover makes a replica of a primary and leaves its connections open. Where one address
+                # leads to whichever is primary, only a new connection does.
+                self.close()
             # Loading its data, out of memory, read only after a failover: all may heal, and all are somebody's to mend.
             raise UnreachableError(f"the store at {address} refuses a command: {_cause(error)}") from error
         except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:

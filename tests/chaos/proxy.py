@@ -13,10 +13,10 @@ from worker.embedded import free_port, start_broker
 
 
 class FlakyProxy:
-    """Forwards to 127.0.0.1:`target` from `port`. One thread serves all connections."""
+    """Forwards to 127.0.0.1:`target` from `port`; to another target new connections only. One thread serves all."""
 
     def __init__(self, target: int, port: int) -> None:
-        self._target, self.port = target, port
+        self.target, self.port = target, port
         self._pairs: dict[socket.socket, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
@@ -70,7 +70,7 @@ class FlakyProxy:
         try:
             if self._down:
                 raise ConnectionRefusedError
-            server = socket.create_connection(("127.0.0.1", self._target), timeout=2)
+            server = socket.create_connection(("127.0.0.1", self.target), timeout=2)
         except OSError:
             client.close()
             return

@@ -170,7 +170,7 @@ def test_a_store_that_lost_its_last_second_is_compared_before_anything_is_noted(
 ) -> None:
     """Also where a commit is the first to meet it, because no frame has come since."""
     topic, frames, group = Topic(config.kafka.bootstrap), config.kafka.topics.frames, config.kafka.group
-    store = redis.Redis(port=store_proxy._target)
+    store = redis.Redis(port=store_proxy.target)
     header, mark = worker._store.keys("cam")[0], worker._store._mark_key(group, (frames, 0))
 
     def folded() -> int:

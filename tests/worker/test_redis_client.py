@@ -74,6 +74,30 @@ def test_a_failover_by_sentinel(tmp_path: Path, open_store: OpenStore) -> None:
         link.close()
 
 
+def test_a_planned_failover_behind_one_address(tmp_path: Path, open_store: OpenStore) -> None:
+    """Which leaves the connections to the old primary open."""
+    primary = start_store(tmp_path / "primary")
+    replica = start_store(tmp_path / "replica", options=["--replicaof", "127.0.0.1", str(primary.port)])
+    proxy = FlakyProxy(primary.port, free_port())
+    store = open_store(Store(url=f"redis://127.0.0.1:{proxy.port}/0"))
+    exercise(store)
+    store.reconnected()
+    with redis.Redis(port=primary.port) as admin, redis.Redis(port=replica.port) as successor:
+        wait_until(lambda: admin.info("replication").get("slave0", {}).get("state") == "online", "the replica")
+        admin.execute_command("FAILOVER", "TO", "127.0.0.1", replica.port)
+        wait_until(lambda: successor.role()[0] == b"master", "the failover")
+    with pytest.raises(UnreachableError, match="read only replica"):
+        store.claim(STREAMS, "w3")
+    proxy.target = replica.port
+    wait_until(lambda: _claims(store), "the new primary")
+    assert store.reconnected()
+    assert {len(c.tensors or b"") for c in store.claim(STREAMS, "w4")} == {5_000}
+    store.close()  # before the proxy
+    proxy.close()
+    for server in (primary, replica):
+        server.child.stop()
+
+
 def _claims(store: StateStore) -> bool:
     try:
         store.claim(STREAMS, "w")
