@@ -42,4 +42,7 @@ class Lateness:
 
 
 def _waited(sent: float, received: float, now: float) -> float:
-    return now - sent if sent > 0 else time.monotonic() - received  # a record need not say when it was sent
+    """Since it was sent; at least as long as it is here, as the sender's clock may be ahead, and a record need not say
+    when that was."""
+    here = time.monotonic() - received
+    return max(here, now - sent) if sent > 0 else here

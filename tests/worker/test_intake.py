@@ -55,12 +55,13 @@ class Loop:
         self.frames: list[DecodedFrame] = []
         self.loaded: list[str] = []
         self.folded = -1
+        self.began = time.monotonic()
 
     def receive(self, records: list[tuple[bytes | None, bytes | None]], first: int = 0, timestamp: int = 0) -> None:
         for offset, (key, value) in enumerate(records, first):
             self.offsets.received(Position("frames", 0, offset))
             about = {"topic": "frames", "partition": 0, "offset": offset, "headers": [], "timestamp": timestamp}
-            self.decoding.add(12.5, SimpleNamespace(key=key, value=value, **about))
+            self.decoding.add(self.began, SimpleNamespace(key=key, value=value, **about))
 
     def load(self, streams: list[str]) -> Callable[[Frame], bool]:
         self.loaded += streams
@@ -95,7 +96,7 @@ def test_good_frames_come_in_order_and_bad_ones_are_dead_letters_in_order(loop: 
     while loop.decoding:
         loop.turn()
     assert [f.position.offset for f in loop.frames] == [i for i in range(60) if i not in (3, 20, 30, 41)]
-    assert all(f.received == 12.5 for f in loop.frames)
+    assert all(f.received == loop.began for f in loop.frames)
     assert loop.letters.sent == [(3, "not_an_image"), (20, "not_an_image"), (30, "empty"), (41, "not_an_image")]
     assert loop.letters.settled == 4
     assert loop.next_offset() == 0

@@ -21,7 +21,7 @@ from worker.schedule import NARROW, Scheduler
 def sent(at: float, count: int = 4) -> MicroBatch:
     made = batch("a", count)
     for frame in made.frames:
-        frame.sent = at
+        frame.sent, frame.received = at, time.monotonic()
     return made
 
 
