@@ -18,11 +18,10 @@ from worker.decode import DecodedFrame
 from worker.decoding import Arrival, Decoding
 from worker.kafka_batches import Unreadable
 from worker.lateness import Lateness
+from worker.letters import Bad, Letters, position_of
 from worker.offsets import Offsets
-from worker.publish import Publisher
 
 log = logging.getLogger("driftkeel.intake")
-Bad = tuple[Any, FrameError]  # a record, and why it is no frame
 Load = Callable[[list[str]], Callable[[Frame], bool]]
 
 
@@ -35,11 +34,11 @@ class Intake:
         lateness: Lateness,
         decoding: Decoding,
         offsets: Offsets,
-        publisher: Publisher,
+        letters: Letters,
         metrics: WorkerMetrics,
     ) -> None:
         self._limits, self._lateness, self._decoding, self._offsets = limits, lateness, decoding, offsets
-        self._publisher, self._metrics = publisher, metrics
+        self._letters, self._metrics = letters, metrics
 
     def hand_over(self, load: Load) -> None:
         """Have decoded what there are threads for.
@@ -68,20 +67,24 @@ class Intake:
             self._metrics.dropped.inc(len(late))
             self._offsets.finished(frame.position for frame in late)
 
-    def bury(self, bad: list[Bad], keep_alive: Callable[[], object]) -> None:
-        """To the dead letters, and wait until they are there."""
+    @property
+    def full(self) -> bool:
+        """Whether so many dead letters wait to be taken by their topic that no more records should be taken in."""
+        return self._letters.full
+
+    def bury(self, bad: list[Bad], patience_s: float = 0.0) -> None:
+        """To the dead letters. Records whose letter is there are finished; with patience, after a wait for all."""
         for record, error in bad:
-            log.warning("frame %s is a dead letter: %s", _position(record), error, extra=_about(record, error))
-            self._publisher.dead_letter(record, error)
+            log.warning("frame %s is a dead letter: %s", position_of(record), error, extra=_about(record, error))
             self._metrics.bad_frames.labels(error.kind).inc()
-        self._publisher.settle(keep_alive)
-        self._offsets.finished(_position(record) for record, _ in bad)
+        self._letters.send(bad)
+        self._offsets.finished(self._letters.arrived(patience_s))
 
     def _prepare(self, load: Load, arrivals: list[Arrival]) -> None:
         self._metrics.frames.inc(len(arrivals))
         for arrival in arrivals:
             try:
-                arrival.frame = self._parsed(arrival.record, _position(arrival.record))
+                arrival.frame = self._parsed(arrival.record, position_of(arrival.record))
             except FrameError as error:
                 self._decoding.finish(arrival, error)
         is_folded = load([arrival.frame.stream for arrival in arrivals if arrival.frame])
@@ -96,7 +99,7 @@ class Intake:
             self._pass_over(late)
 
     def _pass_over(self, arrivals: list[Arrival]) -> None:
-        self._offsets.finished(_position(arrival.record) for arrival in arrivals)
+        self._offsets.finished(position_of(arrival.record) for arrival in arrivals)
         for arrival in arrivals:
             self._decoding.finish(arrival, None)
 
@@ -125,11 +128,7 @@ class Intake:
         )
 
 
-def _position(record: Any) -> Position:
-    return Position(record.topic, record.partition, record.offset)
-
-
 def _about(record: Any, error: FrameError) -> dict[str, str]:
     """What a log line of a record can be found by."""
     stream = (record.key or b"")[:200].decode("utf-8", "replace")
-    return {"kind": error.kind, "frame": str(_position(record)), "stream": stream}
+    return {"kind": error.kind, "frame": str(position_of(record)), "stream": stream}

@@ -26,6 +26,7 @@ from worker.intake import Intake
 from worker.journal import Journal
 from worker.kafka_client import require_topics, until_reached
 from worker.lateness import Lateness
+from worker.letters import Letters
 from worker.offsets import Offsets
 from worker.publish import Publisher
 from worker.schedule import Scheduler
@@ -38,6 +39,7 @@ from worker.warm_up import warm_up
 
 log = logging.getLogger("driftkeel.worker")
 COMMANDS_PATIENCE_S = 10.0
+LETTERS_PATIENCE_S = 5.0  # of a worker that stops
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Parts:
     store: StateStore
     commands: CommandReader
     control: Control
+    letters: Letters
 
     def close(self) -> None:
         """Let go of everything, whatever part of it fails."""
@@ -66,11 +69,14 @@ class Parts:
             stack.callback(self.step.close)
             stack.callback(self.store.close)
             stack.callback(self.publisher.close)
+            stack.callback(self.letters.close)
             stack.callback(self.commands.close)
             stack.callback(self.consumer.close)
             stack.callback(self.consumer.commit, now=True)
             with contextlib.suppress(UnreachableError):  # The next owner publishes the last events again.
                 self.publisher.settle(lambda: None)
+            with contextlib.suppress(UnreachableError):  # It sends again what did not arrive.
+                self.intake.bury([], LETTERS_PATIENCE_S)
 
 
 def connect(
@@ -90,6 +96,7 @@ def connect(
     until_reached(store.ping, f"the store at {config.store.address}", config.store.connect_timeout_s, stop)
     require_topics(config.kafka, stop)
     publisher = Publisher(config.kafka, name, stop, metrics.broker_error)
+    letters = Letters(Publisher(config.kafka, name, stop, metrics.broker_error))
     offsets = Offsets()
     consumer = FrameConsumer(config.kafka, offsets, store, stop, metrics.broker_error, metrics.store_errors.inc)
     decode = partial(decode_frame, limits=config.frames, preprocess=bundle.manifest.preprocess)
@@ -114,7 +121,7 @@ def connect(
         consumer,
         offsets,
         decoding,
-        Intake(config.frames, lateness, decoding, offsets, publisher, metrics),
+        Intake(config.frames, lateness, decoding, offsets, letters, metrics),
         lateness,
         batcher,
         Scheduler(lateness, config.batch.max_batch, adapt, policies, engine, metrics),
@@ -125,4 +132,5 @@ def connect(
         store,
         commands,
         control,
+        letters,
     )

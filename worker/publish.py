@@ -27,6 +27,7 @@ LOOK_S = 0.1
 MAX_REQUEST_BYTES = 64 << 20
 MAX_BLOCK_MS = 10_000
 PATIENT_ROUNDS = 5  # with growing pauses, each with a producer that has reached the broker
+IMPATIENT_ROUNDS, IMPATIENT_S = 2, 300.0  # once a dead letter was given up, for so long
 
 
 class Message(NamedTuple):
@@ -72,6 +73,7 @@ class Publisher:
         self._prediction_headers = self._event_headers(PREDICTION_TYPE)
         self._update_headers = self._event_headers(UPDATE_TYPE)
         self._away: KafkaError | None = None
+        self._impatient_until = 0.0
         what = f"the broker at {settings.bootstrap}"
         self._producer = until_reached(self._make, what, settings.connect_timeout_s, stop)
 
@@ -98,12 +100,14 @@ class Publisher:
         """Wait until all that was sent is acknowledged, however long the broker stays away.
 
         A dead letter that a broker within reach does not take (no permission, no topic) is given up, with an error in
-        the log: the record itself is still in its topic. Raises UnreachableError only once the worker is to stop.
+        the log: the record itself is still in its topic. For some minutes further ones are given up sooner. Raises
+        UnreachableError only once the worker is to stop.
         """
         pause, rounds = FIRST_PAUSE_S, 0
         while self._waiting:
             rounds += 1
-            failed, reason = self._unacknowledged(patient=rounds < PATIENT_ROUNDS)
+            most = PATIENT_ROUNDS if time.monotonic() > self._impatient_until else IMPATIENT_ROUNDS
+            failed, reason = self._unacknowledged(patient=rounds < most)
             if not failed:
                 return
             self._failed("publish")
@@ -136,6 +140,8 @@ class Publisher:
             elif message.expendable and not (error.retriable and patient):
                 origin = [text for name, text in message.headers if name.startswith("driftkeel-")]
                 log.error("a dead letter is given up, the broker does not take it (%s); it was %s", error, origin)
+                if error.retriable:
+                    self._impatient_until = time.monotonic() + IMPATIENT_S
                 continue
             failed.append(message)
             reason = error

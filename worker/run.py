@@ -173,8 +173,7 @@ class Worker:
         """Frames that are decoded wait for their pass from now on."""
         frames, bad = self._intake.take()
         self._batcher.add(frames)
-        if bad:
-            self._intake.bury(bad, self._keep_alive)
+        self._intake.bury(bad)
 
     def _obey(self) -> None:
         """Commands that have come, to streams that are in no step."""
@@ -229,7 +228,7 @@ class Worker:
     def _look(self) -> None:
         """Take over what has come; where nothing else is to be done, wait for it, or until something is due."""
         # All partitions or none: the client loses sight of what it has fetched when only some of them are paused.
-        full = self._waiting >= self.config.batch.max_buffered or self._decoding.held > MAX_HELD
+        full = self._waiting >= self.config.batch.max_buffered or self._decoding.held > MAX_HELD or self._intake.full
         self._consumer.pause(full)
         if not (full or self._busy) and (due := self._batcher.next_due()) is not None:
             # Frames that come meanwhile need not be taken over one by one. No wait for `stop`: whoever sets it may be a

@@ -22,36 +22,40 @@ from worker.decode import DecodedFrame, decode_frame
 from worker.decoding import Decoding
 from worker.intake import Intake
 from worker.lateness import Lateness
+from worker.letters import Letters
 from worker.offsets import Offsets
 from worker.publish import Publisher
 
 GREY = Preprocess(mode="L", width=28, height=28, mean=[0.5], std=[0.2])
 
 
-class Letters:
-    """A publisher that keeps dead letters, acknowledged once they were waited for."""
+class Post:
+    """A publisher of dead letters, which are acknowledged while `open`."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, str]] = []
-        self.settled = 0
+        self.open = threading.Event()
+        self.open.set()
 
     def dead_letter(self, record: Any, error: FrameError) -> None:
         self.sent.append((record.offset, error.kind))
 
     def settle(self, keep_alive: Callable[[], object]) -> None:
-        keep_alive()
-        self.settled = len(self.sent)
+        assert self.open.wait(20)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
 
 class Loop:
     """What the worker's loop does with records."""
 
     def __init__(self, settings: Batch) -> None:
-        self.offsets, self.letters, self.metrics = Offsets(), Letters(), WorkerMetrics(10)
+        self.offsets, self.post, self.metrics = Offsets(), Post(), WorkerMetrics(10)
+        self.letters = Letters(cast(Publisher, self.post))
         limits = Frames(decode_threads=2)
         self.decoding = Decoding(partial(decode_frame, limits=limits, preprocess=GREY), 2)
-        publisher = cast(Publisher, self.letters)
-        self.intake = Intake(limits, Lateness(settings), self.decoding, self.offsets, publisher, self.metrics)
+        self.intake = Intake(limits, Lateness(settings), self.decoding, self.offsets, self.letters, self.metrics)
         self.frames: list[DecodedFrame] = []
         self.loaded: list[str] = []
         self.folded = -1
@@ -72,8 +76,7 @@ class Loop:
         wait(self.decoding.running, 10)
         frames, bad = self.intake.take()
         self.frames += frames
-        if bad:
-            self.intake.bury(bad, lambda: None)
+        self.intake.bury(bad, 20 if self.post.open.is_set() else 0)
 
     def next_offset(self) -> int | None:
         return self.offsets.next_offset(("frames", 0))
@@ -83,6 +86,8 @@ class Loop:
 def loop() -> Any:
     loop = Loop(Batch())
     yield loop
+    loop.post.open.set()
+    loop.letters.close()
     loop.decoding.close()
 
 
@@ -97,18 +102,34 @@ def test_good_frames_come_in_order_and_bad_ones_are_dead_letters_in_order(loop: 
         loop.turn()
     assert [f.position.offset for f in loop.frames] == [i for i in range(60) if i not in (3, 20, 30, 41)]
     assert all(f.received == loop.began for f in loop.frames)
-    assert loop.letters.sent == [(3, "not_an_image"), (20, "not_an_image"), (30, "empty"), (41, "not_an_image")]
-    assert loop.letters.settled == 4
+    assert loop.post.sent == [(3, "not_an_image"), (20, "not_an_image"), (30, "empty"), (41, "not_an_image")]
     assert loop.next_offset() == 0
     loop.offsets.finished(frame.position for frame in loop.frames)
     assert loop.next_offset() == 60
+
+
+def test_good_frames_do_not_wait_for_dead_letters(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop.post.open.clear()
+    for first in (0, 2):
+        loop.receive([(b"cam", b"junk"), (b"cam", picture())], first)
+        while loop.decoding:
+            loop.turn()
+    assert [f.position.offset for f in loop.frames] == [1, 3]
+    loop.offsets.finished(frame.position for frame in loop.frames)
+    assert (loop.next_offset(), loop.intake.full) == (0, False)
+    monkeypatch.setattr("worker.letters.MAX_BYTES", 2 * len(b"camjunk") - 1)
+    assert loop.intake.full
+    loop.post.open.set()
+    loop.intake.bury([], 20)
+    assert [offset for offset, _ in loop.post.sent] == [0, 2]
+    assert (loop.next_offset(), loop.intake.full) == (4, False)
 
 
 def test_a_record_without_a_stream_loads_none(loop: Loop) -> None:
     loop.receive([(None, picture()), (b"\xff", picture())])
     loop.turn()
     assert loop.loaded == []
-    assert sorted(kind for _, kind in loop.letters.sent) == ["bad_key", "no_key"]
+    assert sorted(kind for _, kind in loop.post.sent) == ["bad_key", "no_key"]
     assert loop.next_offset() == 2
 
 
@@ -126,7 +147,7 @@ def test_what_is_folded_already_is_neither_decoded_nor_kept_back(loop: Loop) -> 
     loop.turn()
     loop.turn()
     assert [f.position.offset for f in loop.frames] == [3]
-    assert loop.letters.sent == []
+    assert loop.post.sent == []
     assert loop.next_offset() == 3
     assert loop.metrics.registry.get_sample_value("driftkeel_frames_again_total") == 3
 
@@ -140,7 +161,7 @@ def test_what_is_too_late_is_not_decoded_and_counted_where_that_is_asked_for() -
     loop.turn()
     loop.turn()
     assert [f.position.offset for f in loop.frames] == [3]
-    assert [offset for offset, _ in loop.letters.sent] == [2]  # what has no key is no frame, however late
+    assert [offset for offset, _ in loop.post.sent] == [2]  # what has no key is no frame, however late
     assert loop.next_offset() == 3
     counted = [loop.metrics.registry.get_sample_value(f"driftkeel_frames_{n}_total") for n in ("dropped", "again")]
     assert counted == [1, 1]
@@ -160,7 +181,7 @@ def test_of_a_partition_that_goes_while_the_store_is_asked_nothing_is_left(loop:
     loop.intake.hand_over(load)
     loop.turn()
     assert not loop.decoding.running
-    assert (loop.frames, loop.letters.sent) == ([], [])
+    assert (loop.frames, loop.post.sent) == ([], [])
     assert loop.next_offset() == 0
 
 

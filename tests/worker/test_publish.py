@@ -151,6 +151,22 @@ def test_a_dead_letter_that_cannot_arrive_is_given_up_and_the_rest_goes_on(
     assert values == {b"before", b"after"}
 
 
+def test_after_a_dead_letter_was_given_up_the_next_are_sooner(
+    make: Callable[..., Publisher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where their topic is gone each round takes the client ten seconds."""
+    monkeypatch.setattr(publish, "MAX_BLOCK_MS", 50)
+    publisher, rounds = make(dead_letters="no-such-topic"), []
+    monkeypatch.setattr(publisher, "_failed", rounds.append)
+    monkeypatch.setattr(publisher, "_wait", lambda seconds, keep_alive: None)
+    taken = []
+    for _ in range(2):
+        publisher.dead_letter(record(b"cam", b"x"), BAD)
+        publisher.settle(nothing)
+        taken.append(len(rounds))
+    assert taken == [publish.PATIENT_ROUNDS - 1, publish.PATIENT_ROUNDS - 1 + publish.IMPATIENT_ROUNDS - 1]
+
+
 def test_an_outage_is_waited_out_with_the_membership_kept(
     stop: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
