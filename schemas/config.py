@@ -208,8 +208,12 @@ class Adapt(Section):
         "always", description="on_demand: only while drift detection says that the stream has moved and not settled"
     )
     step_scale: float = Field(1.0, ge=0, le=10, description="multiplies the method's step size")
-    max_resident_streams: int = Field(4_096, ge=1, description="stream states in memory; others are loaded when needed")
-    max_resident_bytes: int = Field(1 << 30, ge=1, description="and the bytes of their tensors")
+    max_resident_streams: int = Field(
+        4_096, ge=1, description="states in memory of streams without frames in hand; others are loaded when needed"
+    )
+    max_resident_bytes: int = Field(
+        1 << 30, ge=1, description="and the bytes of their tensors; streams with frames in hand stay, however many"
+    )
 
 
 class Guard(Section):

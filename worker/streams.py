@@ -35,6 +35,7 @@ from worker.upgrade import Upgrade
 log = logging.getLogger("driftkeel.streams")
 Result = TypeVar("Result")
 LOOK_AGAIN_S = 30.0  # for streams that cannot be stored
+CLAIM_BYTES = 16 << 20  # of states that one answer of the store brings, where none is larger
 MAX_EVENT_BYTES = 1_000_000  # a larger one is none of a worker's, and brokers refuse it for ever
 
 
@@ -96,7 +97,12 @@ class Streams:
         return set(new[len(begun) :])
 
     def _take_in(self, streams: list[str], which: Which) -> list[str]:
-        """Claim streams and make them resident. Returns those that would have begun."""
+        """Claim streams and make them resident, piece by piece. Returns those that would have begun."""
+        size = max(1, CLAIM_BYTES // self.engine.state_bytes)
+        pieces = (streams[start : start + size] for start in range(0, len(streams), size))
+        return [stream for piece in pieces for stream in self._take_in_at_once(piece, which)]
+
+    def _take_in_at_once(self, streams: list[str], which: Which) -> list[str]:
         with self._metrics.store_seconds.labels("claim").time():
             claims = self._heal(lambda: self._store.claim(streams, self._worker, which))
         changed, new = [], []

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 import redis
@@ -24,7 +25,7 @@ from worker.answer import Policies
 from worker.engine import Engine
 from worker.obey import Entry, Place, Subject, obey
 from worker.publish import Publisher
-from worker.store import StateStore, Write
+from worker.store import Claimed, StateStore, Write
 from worker.streams import Streams
 
 
@@ -340,3 +341,21 @@ def test_snapshots_are_taken_of_streams_that_do_well(site: Site, changes: dict, 
     later = after.model_copy(update={"step": 3, "guard": GuardState()})
     good = event.model_copy(update={"step": 3, "decision": "applied", "after": None})
     assert (streams.snapshot(after, later, good) is not None) == (not taken)
+
+
+def test_states_come_in_pieces(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once those of a site's cameras would be in memory twice when a worker takes them over."""
+    names = [f"cam-{i}" for i in range(7)]
+    streams = site.worker("w")
+    monkeypatch.setattr("worker.streams.CLAIM_BYTES", 3 * streams.engine.state_bytes + 1)
+    asked: list[int] = []
+    claim = StateStore.claim
+
+    def counted(self: StateStore, wanted: list[str], *others: Any) -> list[Claimed]:
+        asked.append(len(wanted))
+        return claim(self, wanted, *others)
+
+    monkeypatch.setattr(StateStore, "claim", counted)
+    assert streams.ensure(names) == names
+    assert streams.engine.streams == set(names)
+    assert asked == [3, 3, 1] * 2  # known ones, and then those that begin
