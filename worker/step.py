@@ -13,26 +13,23 @@ others may be under way; a stream is in one step at a time.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from monitoring import observe
 from monitoring.metrics import WorkerMetrics
-from schemas.state import StreamHeader
-from schemas.update import UpdateEvent, seal
-from worker.answer import named
+from schemas.update import seal
 from worker.batcher import MicroBatch, MicroBatcher
 from worker.device import use
-from worker.guard import Guard, Verdict
+from worker.event import update_event
+from worker.guard import Guard
 from worker.journal import Folded, Journal
-from worker.judge import Judgement, judge
+from worker.judge import judge
 from worker.messages import PredictionWriter
-from worker.passes import Gathered, Outlook, Pass, Proposal, Proposals
+from worker.passes import Gathered, Outlook, Pass, Proposals
 from worker.publish import Answer, Publisher
 from worker.streams import Streams
 from worker.trace import Span, Trace
@@ -225,9 +222,7 @@ class Step:
                 header.lately = header.lately.and_one(time.time())
             if not self._engine.holds(outlook.batch.stream, resident):
                 continue  # It went while the store was asked for a snapshot.
-            event = self._event(outlook, verdict, proposal, resident.header, header, resident.token)
-            if verdict.back:
-                event = event.model_copy(update=self._way_back(outlook.batch.stream, judgement))
+            event = update_event(self._engine, self._worker, outlook, judgement, proposal)
             snapshot = self._streams.snapshot(resident.header, header, event)
             sealed = seal(event)
             header.last_event = sealed.digest
@@ -248,69 +243,9 @@ class Step:
             if self._engine.holds(one.header.stream, one.resident):
                 self._journal.add(one)
 
-    def _event(
-        self,
-        outlook: Outlook,
-        verdict: Verdict,
-        proposal: Proposal | None,
-        before: StreamHeader,
-        after: StreamHeader,
-        token: int,
-    ) -> UpdateEvent:
-        signals = proposal.signals if proposal else {}
-
-        def signal(name: str) -> float | None:
-            value = signals.get(name)
-            return value if value is not None and math.isfinite(value) else None
-
-        return UpdateEvent(
-            id=f"{after.stream}@{after.events}",
-            stream=after.stream,
-            time=datetime.now(UTC),
-            decision=verdict.decision,
-            reason=verdict.reason,
-            frames=[str(frame.position) for frame in outlook.batch.frames],
-            step=after.step,
-            loss=signal("loss"),
-            entropy=signal("entropy"),
-            discrepancy=signal("discrepancy"),
-            raw_gradient_norm=signal("raw_gradient_norm"),
-            generated_gradient_norm=signal("generated_gradient_norm"),
-            cosine=signal("cosine"),
-            source_distance=signal("source_distance") if verdict.apply else None,
-            layers=_moved(verdict, proposal),
-            flipped=outlook.observed.flipped if outlook.observed is not None else None,
-            parameters=named(outlook.batch.answer if after.guard.trusted else "source", after),
-            previous=before.last_event,
-            before=self._engine.estimate(before),
-            after=self._engine.estimate(after),
-            token=token,
-            bundle=self._engine.bundle_hash,
-            worker=self._worker,
-        )
-
-    def _way_back(self, stream: str, judgement: Judgement) -> dict[str, Any]:
-        """What the event says of going back: where to, and how far each layer moves by it."""
-        source, restored = self._engine.like["affine"], judgement.went_back_to
-        affine = source if restored is None else restored[1]["affine"]
-        said: dict[str, Any] = {
-            "source_distance": float((affine - source).norm()),
-            "layers": self._engine.distances(self._engine.tensors(stream)["affine"][None], affine[None])[0],
-        }
-        if restored is not None:
-            said["reason"] = f"{judgement.verdict.reason}; to the snapshot of step {restored[0].header.step}"
-        return said
-
 
 def _timed(part: Callable[[Given], Result], given: Given) -> tuple[Result, Timed]:
     started, processor = time.monotonic(), time.thread_time()
     result = part(given)
     done = time.monotonic()
     return result, Timed(done, done - started, time.thread_time() - processor)
-
-
-def _moved(verdict: Verdict, proposal: Proposal | None) -> dict[str, float]:
-    """How far each layer moved by an update that was accepted, whole or in part."""
-    if proposal is None or not verdict.apply:
-        return {}
-    return {layer: float(f"{verdict.share * moved:.4g}") for layer, moved in proposal.layers.items()}

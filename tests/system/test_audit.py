@@ -10,8 +10,8 @@ import yaml
 from schemas.command import Command
 from schemas.policy import PolicyChange
 from tests.conftest import picture
+from tests.outline import rebuilt
 from tests.system.conftest import Site, run_cli
-from worker.audit.history import rebuilt
 from worker.audit.read import histories, read_topic
 from worker.send_command import send_command
 

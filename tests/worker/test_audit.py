@@ -18,8 +18,9 @@ from schemas.config import Store
 from schemas.errors import StateError
 from schemas.state import StreamHeader, encode_header
 from schemas.update import Proxies, SealedEvent, UpdateEvent, seal
+from tests.outline import rebuilt
 from worker.audit.export import table, write_csv, write_lines
-from worker.audit.history import rebuilt, spans, within
+from worker.audit.history import spans, within
 from worker.audit.read import Record, histories, read_file
 from worker.audit.show import show_stream, show_streams
 from worker.audit.verify import verify

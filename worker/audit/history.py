@@ -1,40 +1,15 @@
-"""What a stream's events say, in short: the state's outline rebuilt, and spans of events of one kind."""
+"""What a stream's events say, in short: spans of events of one kind."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from schemas.update import Decision, Proxies, UpdateEvent, seal
+from schemas.update import Decision, Proxies, UpdateEvent
 
 ROUTINE = frozenset({"applied", "partial", "skipped"})
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What the stored header must say, from the events alone."""
-
-    step: int
-    events: int
-    frames: int
-    folded: str
-    last_event: str
-
-
-def rebuilt(events: Sequence[UpdateEvent]) -> Outline:
-    """Of a stream whose events are all there, in order."""
-    folded, frames = "", 0
-    for event in events:
-        if event.decision == "deleted":
-            folded, frames = "", 0
-        frames += len(event.frames)
-        for position in event.frames:
-            folded = hashlib.sha256(f"{folded}{position}".encode()).hexdigest()
-    last = events[-1]
-    return Outline(last.step, last.number, frames, folded, seal(last).digest)
 
 
 @dataclass
