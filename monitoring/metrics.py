@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import get_args
 
 from prometheus_client import (
@@ -169,16 +171,24 @@ class WorkerMetrics:
             registry=r,
         )
         self.broker_answered = Gauge(
-            "driftkeel_broker_last_answer_timestamp_seconds", "When the broker last answered anything.", registry=r
+            "driftkeel_broker_last_answer_timestamp_seconds",
+            "When the broker last answered anything. 0: not since the worker started; NaN: not asked yet.",
+            registry=r,
         )
         self.store_answered = Gauge(
             "driftkeel_store_last_answer_timestamp_seconds",
-            "When the store last answered, and did what was asked of it.",
+            "When the store last answered, and did what was asked of it. 0 and NaN as for the broker.",
             registry=r,
         )
-        # A worker that starts waits for both.
+        # Not the present: a worker that starts again and again would seem to have just been answered.
         for answered in (self.broker_answered, self.store_answered):
-            answered.set_to_current_time()
+            answered.set(math.nan)
+        self.clock = Gauge(
+            "driftkeel_clock_timestamp_seconds",
+            "What the worker's clock says, by which all its timestamps are.",
+            registry=r,
+        )
+        self.clock.set_function(time.time)
         ProcessCollector(registry=r)
         self.streams = StreamSeries(max_streams, silent_after_s)
         r.register(self.streams)

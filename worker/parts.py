@@ -93,8 +93,12 @@ def connect(
     loop's, for parts that wait. Raises UnreachableError, or ConfigError where a topic is missing."""
     adapt, name = config.adapt, config.worker
     store = StateStore(config.store)
+    metrics.store_answered.set(0)
     until_reached(store.ping, f"the store at {config.store.address}", config.store.connect_timeout_s, stop)
+    metrics.store_answered.set_to_current_time()
+    metrics.broker_answered.set(0)
     require_topics(config.kafka, stop)
+    metrics.broker_answered.set_to_current_time()
     publisher = Publisher(config.kafka, name, stop, metrics.broker_error)
     letters = Letters(Publisher(config.kafka, name, stop, metrics.broker_error))
     offsets = Offsets()
