@@ -55,6 +55,15 @@ def test_rules_ask_only_for_what_there_is() -> None:
         assert names_in(plain) <= known(), rule["expr"]
 
 
+def test_what_is_well_at_one_site_hides_nothing_of_another() -> None:
+    """Every aggregation keeps the job, which is the site, and so does every join."""
+    for rule in rules():
+        plain = re.sub(r"\w+:\w+:\w+", "", rule["expr"])
+        assert not re.findall(r"\b(?:sum|min|max|count|group|avg)\b(?! by \(job\b)", plain), rule["expr"]
+        assert all(labels.startswith("job") for labels in re.findall(r"\bon \(([^)]*)\)", rule["expr"]))
+        assert all("job" not in labels for labels in re.findall(r"\bignoring \(([^)]*)\)", rule["expr"]))
+
+
 def test_every_runbook_belongs_to_an_alert() -> None:
     pages = {path.name for path in (ROOT / "docs" / "runbooks").glob("*.md")}
     assert pages == {Path(rule["annotations"]["runbook"]).name for rule in ALERTS}
