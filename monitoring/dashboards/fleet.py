@@ -25,6 +25,7 @@ from monitoring.dashboards.parts import (
     lines,
     number,
     rows_by,
+    stream_age,
 )
 
 TO_STREAM = (
@@ -109,8 +110,8 @@ def build() -> Dashboard:
         .with_panel(
             number(
                 "Alerts firing",
-                "Driftkeel's alerts that fire now; the runbook of each is named in its annotations.",
-                'count(ALERTS{alertname=~"Driftkeel.*",alertstate="firing"}) or vector(0)',
+                "Alerts that fire now, of this site or of none; the runbook of each is named in its annotations.",
+                'count(ALERTS{alertname=~"Driftkeel.*",alertstate="firing",job=~"$job|"}) or vector(0)',
                 steps=NONE_IS_GOOD,
                 width=3,
             )
@@ -171,7 +172,7 @@ def build() -> Dashboard:
                     ("Updates", of_stream("step"), "short", CALM),
                     (
                         "Last frames",
-                        f"time() - {of_stream('last_decision_timestamp_seconds')}",
+                        stream_age("last_decision", JOB, " by (stream)"),
                         "s",
                         ((None, GREEN), (60, YELLOW), (600, RED)),
                     ),

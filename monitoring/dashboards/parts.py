@@ -42,7 +42,7 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 TAG = "driftkeel"
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
-JOB = 'job=~"$job"'
+JOB = 'job="$job"'  # a site; one at a time, as cameras of two may have the same name
 RATE = "[$__rate_interval]"
 GREEN, YELLOW, ORANGE, RED, BLUE, GREY = "green", "#EAB839", "orange", "red", "blue", "#888888"
 ADAPTED, SOURCE_MODEL = "blue", "#8B5A2B"  # as in the demo's picture: blue adapted, brown source
@@ -67,8 +67,19 @@ def lag_seconds(chosen: str) -> str:
     return f"sum(driftkeel_consumer_lag_records{{{chosen}}}) / clamp_min({predicted}, 0.01)"
 
 
+def ages(metric: str, chosen: str) -> str:
+    """How long ago, by the clock of the worker that says when."""
+    return f"driftkeel_clock_timestamp_seconds{{{chosen}}} - driftkeel_{metric}_timestamp_seconds{{{chosen}}}"
+
+
+def stream_age(metric: str, chosen: str, by: str = "") -> str:
+    """The same of a stream's timestamps, the newest; `chosen` are labels of workers, the stream's first."""
+    when = f"driftkeel_stream_{metric}_timestamp_seconds{{{chosen}}}"
+    return f"-max{by} ({when} - ignoring (stream) group_left () driftkeel_clock_timestamp_seconds{{{JOB}}})"
+
+
 def board(title: str, uid: str, description: str) -> dashboard.Dashboard:
-    """An empty dashboard with the variables datasource and job, and links to its sisters."""
+    """An empty dashboard of one site, with the variables datasource and job, and links to its sisters."""
     sisters = (
         dashboard.DashboardLink("Driftkeel")
         .type(DashboardLinkType.DASHBOARDS)
@@ -88,12 +99,7 @@ def board(title: str, uid: str, description: str) -> dashboard.Dashboard:
         .tooltip(DashboardCursorSync.CROSSHAIR)
         .link(sisters)
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus"))
-        .with_variable(
-            variable("job", "Job", "label_values(driftkeel_build_info, job)")
-            .multi(True)
-            .include_all(True)
-            .all_value(".*")
-        )
+        .with_variable(variable("job", "Site", "label_values(driftkeel_build_info, job)"))
     )
 
 

@@ -22,6 +22,7 @@ from monitoring.dashboards.parts import (
     lines,
     number,
     states,
+    stream_age,
     variable,
 )
 from monitoring.streams import DECISIONS
@@ -42,8 +43,11 @@ COLORS = {
 }
 
 
+OWN = f'stream="$stream",{JOB}'
+
+
 def of(metric: str) -> str:
-    return f'driftkeel_stream_{metric}{{stream="$stream",{JOB}}}'
+    return f"driftkeel_stream_{metric}{{{OWN}}}"
 
 
 def newest(metric: str) -> str:
@@ -92,7 +96,7 @@ def build() -> Dashboard:
             number(
                 "Last frames",
                 "How long ago its newest frames were judged. Long: the camera is silent, or its partition waits.",
-                f"time() - {newest('last_decision_timestamp_seconds')}",
+                stream_age("last_decision", OWN),
                 "s",
                 ((None, GREEN), (60, YELLOW), (600, RED)),
             )
@@ -220,8 +224,8 @@ def build() -> Dashboard:
                 "Since the last update and the last frames",
                 "Long since an update while frames come: frozen, settled, refused, or too few frames.",
                 [
-                    (f"time() - {newest('last_update_timestamp_seconds')}", "update"),
-                    (f"time() - {newest('last_decision_timestamp_seconds')}", "frames"),
+                    (stream_age("last_update", OWN), "update"),
+                    (stream_age("last_decision", OWN), "frames"),
                 ],
                 "s",
             )

@@ -6,12 +6,14 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 
 from monitoring.dashboards.parts import (
     GREEN,
+    JOB,
     LAG_IS,
     LAG_STEPS,
     NONE_IS_GOOD,
     RATE,
     RED,
     YELLOW,
+    ages,
     board,
     buckets,
     lag_seconds,
@@ -20,7 +22,7 @@ from monitoring.dashboards.parts import (
     variable,
 )
 
-OWN = 'job=~"$job",instance=~"$instance"'
+OWN = f'{JOB},instance=~"$instance"'
 
 
 def rate(metric: str, by: str = "instance", more: str = "") -> str:
@@ -39,7 +41,7 @@ def build() -> Dashboard:
     return (
         board("Workers", "workers", "Do the workers keep up, and what do they wait for?")
         .with_variable(
-            variable("instance", "Worker", 'label_values(driftkeel_build_info{job=~"$job"}, instance)')
+            variable("instance", "Worker", f"label_values(driftkeel_build_info{{{JOB}}}, instance)")
             .multi(True)
             .include_all(True)
             .all_value(".*")
@@ -156,7 +158,7 @@ def build() -> Dashboard:
             lines(
                 "Since the last turn of the loop",
                 "Above 60 s the worker counts as stuck, and its liveness probe fails.",
-                [(f"time() - driftkeel_last_progress_timestamp_seconds{{{OWN}}}", "{{instance}}")],
+                [(ages("last_progress", OWN), "{{instance}}")],
                 "s",
                 width=8,
                 limits=((None, GREEN), (60, RED)),
@@ -212,10 +214,11 @@ def build() -> Dashboard:
         .with_panel(
             lines(
                 "Since store and broker last answered",
-                "Seconds, of every worker; above 60 s an alert fires. A worker without frames asks both, too.",
+                "Seconds, of every worker; above 60 s an alert fires. A worker without frames asks both, too. "
+                "Ten minutes stand for more, and for no answer since the worker started.",
                 [
-                    (f"time() - driftkeel_store_last_answer_timestamp_seconds{{{OWN}}}", "store {{instance}}"),
-                    (f"time() - driftkeel_broker_last_answer_timestamp_seconds{{{OWN}}}", "broker {{instance}}"),
+                    (f"clamp_max({ages('store_last_answer', OWN)}, 600)", "store {{instance}}"),
+                    (f"clamp_max({ages('broker_last_answer', OWN)}, 600)", "broker {{instance}}"),
                 ],
                 "s",
                 width=8,
