@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from schemas.config import ENVIRONMENT_PREFIX, WorkerConfig
 from schemas.config_file import dotted_keys, load_config
+from tests.servers import prometheus_tool
 from worker.app_cli import app
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -45,11 +47,11 @@ def compose() -> dict[str, Any]:
     return content
 
 
-def rendered(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def rendered(values: dict[str, Any], name: str = "site", namespace: str = "line-1") -> dict[str, dict[str, Any]]:
     """The chart's manifests by kind, as Helm itself renders them."""
     with helm_python.Chart.load(str(CHART)) as chart:
         chart.validate_schema(chart.merge_values(values))
-        files = chart.render(values, name="site", namespace="line-1")
+        files = chart.render(values, name=name, namespace=namespace)
     manifests = [m for name, text in files.items() if name.endswith(".yaml") for m in yaml.safe_load_all(text) if m]
     return {_key(manifest): manifest for manifest in manifests}
 
@@ -114,11 +116,70 @@ def test_prometheus_and_grafana_find_what_they_need() -> None:
 def test_the_chart_has_the_alerts_and_dashboards_themselves() -> None:
     manifests = rendered(EVERYTHING)
     alerts = yaml.safe_load((DEPLOY / "prometheus" / "alerts" / "driftkeel.yml").read_text())
-    assert manifests["PrometheusRule"]["spec"] == alerts
+    *groups, own = manifests["PrometheusRule"]["spec"]["groups"]
+    assert {"groups": groups} == alerts
+    assert own["name"] == "driftkeel-release"
     boards = {path.name: path.read_text() for path in (DEPLOY / "grafana" / "dashboards").iterdir()}
     assert manifests["Dashboards"]["data"] == boards
     assert manifests["Dashboards"]["metadata"]["labels"]["grafana_dashboard"] == "1"
-    assert manifests["ServiceMonitor"]["spec"]["jobLabel"] in manifests["Service"]["metadata"]["labels"]
+
+
+def jobs(manifests: dict[str, dict[str, Any]]) -> set[str]:
+    """What the job of the release's workers is in Prometheus, by the ServiceMonitor."""
+    endpoints = manifests["ServiceMonitor"]["spec"]["endpoints"]
+    return {r["replacement"] for e in endpoints for r in e["relabelings"] if r["targetLabel"] == "job"}
+
+
+def test_every_release_is_a_job_of_its_own_that_the_alerts_know() -> None:
+    releases = [("site", "line-1"), ("site", "line-2"), ("other", "line-1")]
+    found = [jobs(rendered(EVERYTHING, *release)) for release in releases]
+    assert len(set.union(*found)) == len(releases)
+    alerts = (DEPLOY / "prometheus" / "alerts" / "driftkeel.yml").read_text()
+    asked = set(re.findall(r'job=~"(.*?)"', alerts))
+    assert asked
+    assert all(re.fullmatch(pattern, job) for pattern in asked for (job,) in found)
+    # What the compose file's Prometheus calls it.
+    assert all(re.fullmatch(pattern, "driftkeel") for pattern in asked)
+
+
+@pytest.mark.parametrize(("values", "wanted"), [({"replicas": 3}, 3), ({"autoscaling": {"minReplicas": 2}}, 2)])
+def test_a_release_misses_workers_that_prometheus_does_not_know(
+    values: dict[str, Any], wanted: int, tmp_path: Path
+) -> None:
+    scaled = {**EVERYTHING["autoscaling"], "enabled": "autoscaling" in values, **values.get("autoscaling", {})}
+    manifests = rendered({**EVERYTHING, **values, "autoscaling": scaled})
+    (job,) = jobs(manifests)
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(manifests["PrometheusRule"]["spec"]))
+    # As many as wanted for 20 minutes, then one less, which has no target any more; and enough of another release.
+    series = [{"series": f'up{{job="{job}",instance="0"}}', "values": "1x20 _x40"}]
+    series += [{"series": f'up{{job="{job}",instance="{i}"}}', "values": "1x60"} for i in range(1, wanted)]
+    series += [{"series": f'up{{job="driftkeel/line-2/site",instance="{i}"}}', "values": "1x60"} for i in range(4)]
+    rule = manifests["PrometheusRule"]["spec"]["groups"][-1]["rules"][0]
+    name, notes = rule["alert"], rule["annotations"]
+    assert name in (DEPLOY.parent / notes["runbook"]).read_text()
+    firing = {
+        "exp_labels": {"severity": "warning", "job": job},
+        "exp_annotations": {**notes, "summary": f"{job}: {wanted - 1} workers"},
+    }
+    cases = [
+        {"eval_time": "19m", "alertname": name, "exp_alerts": []},
+        {"eval_time": "45m", "alertname": name, "exp_alerts": [firing]},
+    ]
+    tests = {
+        "rule_files": ["rules.yml"],
+        "evaluation_interval": "1m",
+        "tests": [{"interval": "1m", "input_series": series, "alert_rule_test": cases}],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(tests))
+    command = [prometheus_tool("promtool"), "test", "rules", str(tmp_path / "test.yml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_without_a_service_monitor_the_chart_does_not_know_the_job() -> None:
+    manifests = rendered({"prometheusRule": {"enabled": True}})
+    names = [group["name"] for group in manifests["PrometheusRule"]["spec"]["groups"]]
+    assert "driftkeel-release" not in names
 
 
 @pytest.mark.parametrize("values", [{}, EVERYTHING, {"networkPolicy": {"enabled": False}}])

@@ -7,6 +7,11 @@ app.kubernetes.io/name: driftkeel
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
+{{/* As the alerts know a site. */}}
+{{- define "driftkeel.job" -}}
+driftkeel/{{ .Release.Namespace }}/{{ .Release.Name }}
+{{- end -}}
+
 {{- define "driftkeel.console" -}}
 app.kubernetes.io/name: driftkeel-console
 app.kubernetes.io/instance: {{ .Release.Name }}
