@@ -82,6 +82,7 @@ class Worker:
         self._joined = False
         self._refusing = False
         self._progress = time.monotonic()
+        self.metrics.last_progress.set_to_current_time()  # a start is no standstill since 1970
         self._server = self._serve()
         waiting = self._heal, self._keep_alive
         self._parts = parts = connect(config, bundle, self.metrics, self._trace, lanes, stop, *waiting)

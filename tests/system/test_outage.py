@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import redis
@@ -15,6 +16,7 @@ from kafka import TopicPartition
 from pydantic import SecretStr
 
 from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
+from schemas.errors import UnreachableError
 from schemas.state import decode_header
 from tests.chaos.proxy import FlakyProxy, flaky_broker
 from tests.conftest import Topic, picture
@@ -83,6 +85,21 @@ def worker(config: WorkerConfig) -> Iterator[Worker]:
 
 def value(worker: Worker, name: str, **labels: str) -> float:
     return worker.metrics.registry.get_sample_value(f"driftkeel_{name}", labels) or 0.0
+
+
+def test_a_start_is_no_standstill(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a scrape gets while the worker waits for broker and store."""
+    shown: list[float] = []
+
+    def connect(*arguments: Any) -> NoReturn:
+        metrics = arguments[2]
+        shown.append(metrics.registry.get_sample_value("driftkeel_last_progress_timestamp_seconds"))
+        raise UnreachableError("away")
+
+    monkeypatch.setattr("worker.run.connect", connect)
+    with pytest.raises(UnreachableError):
+        Worker(config, threading.Event())
+    assert shown == [pytest.approx(time.time(), abs=30)]
 
 
 def turn_until(worker: Worker, condition: Callable[[], bool]) -> None:
