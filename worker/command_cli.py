@@ -24,7 +24,9 @@ command_app = typer.Typer(
     no_args_is_help=True,
 )
 
-StreamArgument = Annotated[str, typer.Argument(help="Stream id, or '*' for every stream.")]
+StreamArgument = Annotated[
+    str, typer.Argument(help="Stream id, after -- where it begins with a dash; '*' for every stream.")
+]
 ByOption = Annotated[str, typer.Option(help="Who asks; the user's name if not given.")]
 WaitOption = Annotated[float, typer.Option(min=0, help="Seconds to wait for the update event that confirms it.")]
 

@@ -68,20 +68,8 @@ class Operator:
     def listed(self, streams: list[str] | None = None) -> list[Listed]:
         """These streams, or all, by name. Raises StateError for an unknown one."""
         if streams is not None:
-            names, found = streams, require_known(self._store, streams)
-        else:
-            names = sorted(set(self._store.streams()))
-            found = self._store.overview(names)
-        # One that was deleted since the names were asked for is none of them any more.
-        known = [one for one in zip(names, found, strict=True) if one[1].token or one[1].foreign]
-        return [self._as_listed(name, overview) for name, overview in known]
-
-    def _as_listed(self, stream: str, found: Overview) -> Listed:
-        try:
-            header = decode_header(found.header) if found.header else StreamHeader(stream=stream, bundle="", method="")
-        except StateError:
-            header = None
-        return Listed(stream, found.owner, found.token, header, found.tensor_bytes, found.snapshots, found.foreign)
+            require_known(self._store, streams)
+        return listed(self._store, streams)
 
     def seen(self, found: Listed) -> tuple[Policy, Proxies]:
         """The policy that holds for a stream, and what its state says of its accuracy."""
@@ -159,6 +147,22 @@ class Operator:
 
     def _chosen(self, snapshots: list[tuple[bytes, bytes]], stream: str, back: int) -> tuple[Snapshot, State]:
         return chosen_snapshot(snapshots, stream, back, self._like, self._bundle, self._limit)
+
+
+def listed(store: StateStore, streams: list[str] | None = None) -> list[Listed]:
+    """What is stored of these streams, or of all, by name; those of which nothing is, are left out."""
+    names = sorted(set(store.streams())) if streams is None else streams
+    # One that was deleted since the names were asked for is none of them any more.
+    known = [one for one in zip(names, store.overview(names), strict=True) if one[1].token or one[1].foreign]
+    return [_as_listed(name, overview) for name, overview in known]
+
+
+def _as_listed(stream: str, found: Overview) -> Listed:
+    try:
+        header = decode_header(found.header) if found.header else StreamHeader(stream=stream, bundle="", method="")
+    except StateError:
+        header = None
+    return Listed(stream, found.owner, found.token, header, found.tensor_bytes, found.snapshots, found.foreign)
 
 
 def require_known(store: StateStore, streams: list[str]) -> list[Overview]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from datetime import UTC, datetime
+from shlex import quote
 
 from pydantic import ValidationError
 
@@ -16,7 +17,7 @@ from schemas.config import Kafka
 from schemas.errors import StateError, UnreachableError
 from schemas.state import StreamHeader, decode_header
 from schemas.update import SealedEvent, UpdateEvent, seal
-from worker.operate import unknown
+from worker.operate import listed, unknown
 from worker.publish import ACKNOWLEDGE_TIMEOUT_S, Publisher
 from worker.restore import after_last_event
 from worker.store import Claimed, Overview, StateStore
@@ -40,6 +41,15 @@ def delete(store: StateStore, stream: str, reason: str, name: str) -> list[Seale
     return [*waiting, last]
 
 
+def of_few_frames(store: StateStore, most: int, among: list[str] | None = None) -> list[str]:
+    """Streams with at most so many frames, of all or of these, by name.
+
+    Only sound ones: what cannot be read or used says nothing of how many frames it has had.
+    """
+    found = [one for one in listed(store, among) if one.condition == "ok"]
+    return [one.stream for one in found if one.header is not None and one.header.frames <= most]
+
+
 def described(store: StateStore, stream: str, found: Overview) -> str:
     """What there is to delete, in short. Raises StateError where that is nothing, or not ours."""
     if found.foreign:
@@ -61,7 +71,8 @@ def publish(kafka: Kafka, name: str, events: list[SealedEvent]) -> None:
     try:
         publisher.settle(lambda: None)
     except UnreachableError as error:
-        what = f"stream {events[-1].event.stream!r} is deleted, the same command sends its last event"
+        stream = events[-1].event.stream
+        what = f"stream {stream!r} is deleted, 'driftkeel streams delete -- {quote(stream)}' sends its last event"
         raise UnreachableError(f"{error}; {what}") from error
     finally:
         publisher.close()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from schemas.config_file import load_config
-from schemas.errors import StateError
+from schemas.errors import ConfigError, StateError
 from worker.options import ConfigOption, ReasonOption
 
 if TYPE_CHECKING:
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 streams_app = typer.Typer(help="Look at stored streams, and change them while workers run.", no_args_is_help=True)
 
-StreamArgument = Annotated[str, typer.Argument(help="Stream id.")]
+DASH = "after -- where it begins with a dash"
+StreamArgument = Annotated[str, typer.Argument(help=f"Stream id; {DASH}.")]
 
 
 def _operator(config: Path | None) -> Operator:
@@ -113,7 +114,10 @@ def rollback(
 
 @streams_app.command()
 def delete(
-    streams: Annotated[list[str], typer.Argument(help="Stream ids.")],
+    streams: Annotated[list[str] | None, typer.Argument(help=f"Stream ids; {DASH}.")] = None,
+    frames_at_most: Annotated[
+        int | None, typer.Option(min=0, help="In place of names: all streams of so few frames that 'list' calls ok.")
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     reason: ReasonOption = "deleted by hand",
     config: ConfigOption = None,
@@ -122,17 +126,25 @@ def delete(
     from worker import retire
     from worker.kafka_client import require_topics
     from worker.store import StateStore
+    from worker.terminal import printable
 
+    if bool(streams) == (frames_at_most is not None):
+        raise ConfigError("name the streams to delete, or give --frames-at-most in place of names")
     settings = load_config(config)
     store, name = StateStore(settings.store), f"operator {getpass.getuser()}"
     require_topics(settings.kafka, only=[settings.kafka.topics.updates])
-    for stream, found in zip(streams, store.overview(streams), strict=True):
-        print(f"{stream}: {retire.described(store, stream, found)}")
-    if not yes:
-        typer.confirm("Delete for good?", abort=True)
-    for stream in streams:
-        retire.publish(settings.kafka, name, retire.delete(store, stream, reason, name))
-    print(f"deleted: {len(streams)}")
+    chosen = streams or [] if frames_at_most is None else retire.of_few_frames(store, frames_at_most)
+    for stream, found in zip(chosen, store.overview(chosen), strict=True):
+        print(printable(f"{stream}: {retire.described(store, stream, found)}"))
+    if chosen and not yes:
+        typer.confirm(f"Delete {len(chosen)} for good?", abort=True)
+    deleted = 0
+    for stream in chosen:
+        # The answer, and the streams before it, take time: it may be a camera that has begun meanwhile.
+        if frames_at_most is None or retire.of_few_frames(store, frames_at_most, [stream]):
+            retire.publish(settings.kafka, name, retire.delete(store, stream, reason, name))
+            deleted += 1
+    print(f"deleted: {deleted}")
 
 
 def _plain(found: Listed, kept: list[Snapshot]) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from schemas.config import Store
+from schemas.state import StreamHeader, encode_header
 from schemas.update import seal
 from tests.conftest import picture
 from tests.system.conftest import Site, WorkerProcess, run_cli
 from worker.embedded import free_port
+from worker.store import StateStore, Write
 
 
 @pytest.fixture
@@ -60,6 +65,63 @@ def test_delete_while_a_worker_runs(site: Site, config: str) -> None:
     assert (events[4].reason, events[4].previous) == ("line 3 is gone", seal(events[3]).digest)
     verified = run_cli("audit", "verify", "--config", config, "--complete")
     assert "sound: 1 streams, 5 events" in verified.stdout, verified.stdout
+
+
+def put(store: Store, **frames: int) -> None:
+    """Streams of so many frames; `damaged` has a header of a version that nobody here reads."""
+    opened = StateStore(store)
+    for claimed, (name, count) in zip(opened.claim(list(frames), "worker-1"), frames.items(), strict=True):
+        header = encode_header(StreamHeader(stream=name, bundle="b", method="mgg", frames=count))
+        header = header.replace(b'"version":1', b'"version":2') if name == "damaged" else header
+        assert opened.write([Write(name, claimed.token, 1, header, b"", b"" if name == "expired" else b"t")]) == [True]
+    opened.close()
+
+
+def test_delete_what_a_sender_has_made_up(site: Site, config: str) -> None:
+    """No name that it makes up leads to another stream, and what cannot be read is not taken for empty."""
+    put(site.store, **{"cam-1": 500_000, "cam-1 0": 1, "--yes": 0, "-c\n": 1, "begun": 2}, damaged=0)
+    asked = run_cli("streams", "delete", "--frames-at-most", "1", "--config", config)  # nobody there to answer
+    assert asked.returncode == 1
+    assert re.findall(r"(?m)^(.*): 1 bytes", asked.stdout) == ["--yes", "-c\N{REPLACEMENT CHARACTER}", "cam-1 0"]
+    assert "Delete 3 for good?" in asked.stdout
+    assert streams(config, "list").count("\n") == 7
+
+    assert "deleted: 3" in streams(config, "delete", "--frames-at-most", "1", "--yes")
+    left = StateStore(site.store)
+    assert set(left.streams()) == {"cam-1", "begun", "damaged"}
+    left.close()
+    assert streams(config, "delete", "--frames-at-most", "1") == "deleted: 0\n"
+
+
+def test_a_camera_that_begins_while_somebody_is_asked_is_not_deleted(site: Site, config: str) -> None:
+    put(site.store, new=1, stray=1)
+    command = [sys.executable, "-m", "worker", "streams", "delete", "--frames-at-most", "1", "--config", config]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as asking:
+        assert asking.stdin is not None
+        assert asking.stdout is not None
+        while asking.stdout.read(1) != "?":
+            pass
+        put(site.store, new=16)
+        asking.stdin.write("y\n")
+        asking.stdin.close()
+        assert "deleted: 1" in asking.stdout.read()
+    assert site.header("new").frames == 16
+
+
+def test_streams_whose_names_begin_with_a_dash(site: Site, config: str) -> None:
+    put(site.store, **{"--yes": 3, "-7": 3, "cam": 3})
+    assert json.loads(streams(config, "show", "--json", "--", "-7"))["stream"] == "-7"
+    assert "deleted: 2" in streams(config, "delete", "--yes", "--", "-7", "--yes")
+    verified = streams(config, "list")
+    assert "cam" in verified
+    assert "-7" not in verified
+
+
+@pytest.mark.parametrize("arguments", [["delete"], ["delete", "cam", "--frames-at-most", "1"]])
+def test_delete_takes_names_or_a_number_of_frames(arguments: list[str]) -> None:
+    result = run_cli("streams", *arguments)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "name the streams to delete, or give --frames-at-most in place of names" in result.stderr
 
 
 def test_reset_and_rollback_while_a_worker_runs(site: Site, config: str) -> None:
@@ -142,8 +204,6 @@ def test_mistakes_change_nothing(site: Site, config: str, tmp_path: Path, argume
 
 def test_expired_states_restart_from_source_and_say_so(site: Site, config: str) -> None:
     import redis
-
-    from worker.store import StateStore
 
     first = site.start()
     ids = feed(site, first, 16, 16)

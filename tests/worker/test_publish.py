@@ -246,4 +246,4 @@ def test_the_event_of_a_deletion_that_the_broker_refuses_ends_the_command(
     command.start()
     command.join(30)
     assert not command.is_alive()
-    assert "the same command sends" in str(failed[0])
+    assert "stream 'cam' is deleted, 'driftkeel streams delete -- cam' sends its last event" in str(failed[0])
