@@ -59,7 +59,7 @@ class Kafka(Section):
     fetch_max_wait_ms: int = Field(50, ge=1, description="how long the broker may hold a fetch that has no data")
     max_poll_records: int = Field(500, ge=1, description="frames taken over from the client at a time")
     assignment: Literal["range", "cooperative-sticky"] = Field(
-        "range", description="cooperative-sticky moves only the partitions that must move; all workers need the same"
+        "range", description="cooperative-sticky moves only the partitions that must move, once all workers have it"
     )
     static_member: str | None = Field(
         None, description="group.instance.id, one per worker: a quick restart keeps its partitions; see docs"

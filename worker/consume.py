@@ -11,11 +11,10 @@ from typing import Any, Protocol
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
-from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.coordinator.assignors.range import RangePartitionAssignor
 from kafka.errors import (
     CommitFailedError,
     IllegalGenerationError,
+    InconsistentGroupProtocolError,
     KafkaError,
     RebalanceInProgressError,
     UnknownMemberIdError,
@@ -23,7 +22,8 @@ from kafka.errors import (
 from kafka.structs import OffsetAndMetadata
 
 from schemas.config import Kafka
-from schemas.errors import UnreachableError
+from schemas.errors import ConfigError, UnreachableError
+from worker.assignors import ASSIGNORS
 from worker.ends import Ends
 from worker.kafka_answer import last_answer
 from worker.kafka_client import connection, open_client, until_reached
@@ -38,7 +38,6 @@ OFFSETS_TIMEOUT_MS = 5_000
 LAST_CALL_MS, SILENT_S, BRIEF_MS = 5_000, 5.0, 500  # at the end; a broker that was silent before has half a second
 FETCH_BYTES = 256 << 10  # of a partition at a time: what is fetched is served before the other partitions' next frames
 METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
-ASSIGNORS = {"range": RangePartitionAssignor, "cooperative-sticky": CooperativeStickyAssignor}
 LOST_MEMBERSHIP = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
 
 
@@ -111,7 +110,7 @@ class FrameConsumer:
                 fetch_max_wait_ms=settings.fetch_max_wait_ms,
                 max_partition_fetch_bytes=FETCH_BYTES,
                 max_poll_records=settings.max_poll_records,
-                partition_assignment_strategy=[ASSIGNORS[settings.assignment]],
+                partition_assignment_strategy=ASSIGNORS[settings.assignment],
                 group_instance_id=settings.static_member,
                 metadata_max_age_ms=METADATA_MAX_AGE_MS,
                 allow_auto_create_topics=False,
@@ -130,8 +129,9 @@ class FrameConsumer:
         Some of the latter may have come back at once: the client then goes on behind the records it has handed
         out, but those in hand are given up with the revocation. They are read again, from the oldest, and newer
         records of the same poll are passed over until then. Never raises for an unreachable broker or store; raises
-        ConfigError for records in a compression that is not installed. A record's value is `Unreadable` where it stands
-        for records that nobody can read.
+        ConfigError for records in a compression that is not installed, and where members of the group share partitions
+        in no way that this one offers. A record's value is `Unreadable` where it stands for records that nobody can
+        read.
         """
         try:
             timeout_s = poll_timeout(self.consumer, timeout_s)
@@ -140,6 +140,12 @@ class FrameConsumer:
             self._failed("poll")
             log.warning("lost the consumer group (%s); joining again", error)
             polled = {}
+        except InconsistentGroupProtocolError as error:
+            raise ConfigError(
+                f"group {self._settings.group} at {self._settings.bootstrap} has members that share no partitions with "
+                f"kafka.assignment {self._settings.assignment}: older workers, or other programs; stop those first, or "
+                "correct kafka.group"
+            ) from error
         except KafkaError as error:
             if not error.retriable:
                 raise UnreachableError(f"the broker at {self._settings.bootstrap} refuses to go on: {error}") from error

@@ -7,13 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaConsumer
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from kafka.protocol.consumer.metadata import ConsumerProtocolAssignment
 
 from schemas.config import Kafka
+from schemas.errors import ConfigError
 from tests.broker.process import faithful_broker
 from tests.servers import wait_until
 from tests.worker.test_consume import Notes
 from worker import consume
+from worker.assignors import GivesUpFirst
 from worker.consume import FrameConsumer
 from worker.offsets import Offsets
 
@@ -72,6 +77,52 @@ def test_a_member_without_partitions_has_joined(make: Callable[..., FrameConsume
     busy_until(
         lambda: shared() and all(member.joined for member in members), "a member for each and one idle", *members
     )
+
+
+@pytest.mark.parametrize(("old", "new"), [("range", "cooperative-sticky"), ("cooperative-sticky", "range")])
+def test_members_change_to_another_assignment_one_at_a_time(
+    make: Callable[..., FrameConsumer], old: str, new: str
+) -> None:
+    """As a rollout does it: all partitions are shared at every step, by the new rules once the last old one went."""
+    group = [make(old), make(old)]
+    busy_until(lambda: shared(group, old), "shared by the old rules", *group)
+    for _ in range(2):
+        group.append(make(new))
+        busy_until(lambda: shared(group, "cooperative-sticky"), "shared by old and new", *group)
+        group.pop(0).close()
+        busy_until(lambda: sum(len(member.assignment()) for member in group) == 3, "the old one's taken over", *group)
+    busy_until(lambda: shared(group, new), "shared by the new rules", *group)
+
+
+def shared(group: list[FrameConsumer], rules: str) -> bool:
+    """Whether these have all three partitions, none of them twice, each at least one, and by these rules."""
+    parts = [member.assignment() for member in group]
+    used = {member.consumer._coordinator._generation.protocol for member in group}
+    return all(parts) and sum(map(len, parts)) == len(set.union(*parts)) == 3 and used == {rules}
+
+
+def test_who_gives_up_first_says_that_it_owns_nothing() -> None:
+    """A leader would else wait until it gives up what another is to have, and it has no second round in which to."""
+    owned = {}
+    for assignor in (CooperativeStickyAssignor(), GivesUpFirst()):
+        assignor.on_assignment(ConsumerProtocolAssignment(1, [("frames", [0, 2])], b""), 1)
+        owned[type(assignor)] = [part.partitions for part in assignor.metadata({"frames"}).owned_partitions]
+    assert owned == {CooperativeStickyAssignor: [[0, 2]], GivesUpFirst: []}
+
+
+def test_a_group_of_another_program_is_named(make: Callable[..., FrameConsumer], kafka_settings: Kafka) -> None:
+    other = KafkaConsumer(
+        kafka_settings.topics.frames,
+        bootstrap_servers=kafka_settings.bootstrap,
+        group_id=kafka_settings.group,
+        partition_assignment_strategy=[RoundRobinPartitionAssignor],
+    )
+    wait_until(lambda: bool(other.poll(100) or other.assignment()), "the other's partitions")
+    with pytest.raises(
+        ConfigError, match=rf"group {kafka_settings.group} at .* share no partitions with kafka.assignment"
+    ):
+        busy_until(lambda: False, "the refusal", make("range"))
+    other.close()
 
 
 @pytest.mark.parametrize("assignment", ["range", "cooperative-sticky"])
