@@ -279,6 +279,12 @@ def test_the_chart_asks_for_what_its_network_policy_must_know(values: dict[str, 
     rendered({**values, "networkPolicy": {"enabled": False}})
 
 
+def test_the_chart_refuses_one_group_member_for_all_pods() -> None:
+    with pytest.raises(helm_python.HelmError, match=r"config\.kafka\.static_member: leave it out; all pods have this"):
+        rendered({"config": {"kafka": {"static_member": "worker-1"}}})
+    assert "ConfigMap" in rendered({"config": {"kafka": {"static_member": None}}})
+
+
 def test_the_chart_refuses_what_it_does_not_know() -> None:
     for values in (
         {"replica": 3},
