@@ -99,6 +99,8 @@ class Store(Section):
         SecretStr("redis://127.0.0.1:6379/0"),
         description="redis://, rediss:// (TLS), unix://, redis+cluster:// or redis+sentinel:// URL",
     )
+    sentinel_username: str | None = Field(None, description="where Sentinels ask for one; the URL's is the servers'")
+    sentinel_password: SecretStr | None = Field(None, description="likewise")
     prefix: str = Field("driftkeel", pattern=r"^[\w.:-]+$", description="first part of every key")
     ssl_cafile: str | None = Field(None, description="CA certificates for TLS; the system's where not set")
     ssl_certfile: str | None = None

@@ -24,7 +24,8 @@ def connect(settings: Store, opened: Callable[[], None] | None = None) -> Any:
 
     redis://, rediss:// (TLS) and unix:// name one server; redis+cluster://host:port,host:port some nodes of a Cluster;
     redis+sentinel://host:port,host:port/service/database the Sentinels of a service. The last two take TLS
-    as rediss+cluster and rediss+sentinel, and a user and password before the hosts; Sentinels are asked without these.
+    as rediss+cluster and rediss+sentinel, and a user and password before the hosts, which are the servers';
+    Sentinels have `settings.sentinel_username` and `sentinel_password`.
     `opened` is called for every connection that the client opens.
 
     No retries in the client: the worker's loop retries, and keeps its place in the consumer group meanwhile.
@@ -63,7 +64,14 @@ def _connect(settings: Store, opened: Callable[[], None] | None) -> Any:
     service, _, database = parts.path.strip("/").partition("/")
     if not service:
         raise ConfigError("store.url: a Sentinel URL needs the service's name: redis+sentinel://host:port/service/0")
-    asking = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S, **tls}
+    secret = settings.sentinel_password
+    asking = {
+        "socket_timeout": TIMEOUT_S,
+        "socket_connect_timeout": TIMEOUT_S,
+        "username": settings.sentinel_username,
+        "password": secret and secret.get_secret_value(),
+        **tls,
+    }
     sentinel: Any = Sentinel(nodes, sentinel_kwargs=asking, **options, **tls)  # type: ignore[no-untyped-call]
     return sentinel.master_for(service, db=int(database or 0), retry=Retry(NoBackoff(), 0))
 

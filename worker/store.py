@@ -331,7 +331,27 @@ class StateStore:
             # Loading its data, out of memory, read only after a failover: all may heal, and all are somebody's to mend.
             raise UnreachableError(f"the store at {address} refuses a command: {_cause(error)}") from error
         except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
-            raise UnreachableError(f"the store at {address} does not answer: {error}") from error
+            raise UnreachableError(_silence(address, error)) from error
+
+
+def _silence(address: str, error: Exception) -> str:
+    """What redis-py takes for a store that does not answer, in a line; it need not be one."""
+    if denied := _denied(error):
+        return f"the store at {address} refuses a command: {denied}"
+    # Of each Sentinel that does not help, it describes the whole client.
+    said = re.sub(r"<redis\..*?> - (?=\w)", "", str(error))
+    if "AuthenticationError" in said:
+        settings = "store.sentinel_username and store.sentinel_password"
+        return f"a Sentinel of the store at {address} refuses the login; correct {settings}"
+    return f"the store at {address} does not answer: {said}"
+
+
+def _denied(error: BaseException) -> BaseException | None:
+    """A missing permission. Where it is that for a Cluster's layout, redis-py says that the node is in no Cluster."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, redis.exceptions.NoPermissionError):
+        found = found.__cause__ or found.__context__
+    return found
 
 
 def _cause(error: Exception) -> str:

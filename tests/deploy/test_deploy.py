@@ -26,7 +26,11 @@ EVERYTHING = {
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
     "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
     "dashboards": {"enabled": True},
-    "secrets": {"storeUrl": {"name": "store", "key": "url"}, "saslPassword": {"name": "kafka", "key": "password"}},
+    "secrets": {
+        "storeUrl": {"name": "store", "key": "url"},
+        "saslPassword": {"name": "kafka", "key": "password"},
+        "sentinelPassword": {"name": "sentinel"},
+    },
     "config": {"bundle": {"path": "/bundle"}, "kafka": {"assignment": "cooperative-sticky"}},
     "volumes": [{"name": "bundle", "persistentVolumeClaim": {"claimName": "bundle"}}],
     "volumeMounts": [{"name": "bundle", "mountPath": "/bundle", "readOnly": True}],
@@ -226,6 +230,8 @@ def test_a_worker_takes_the_chart_s_configuration(
         assert "replicas" not in manifests["Deployment"]["spec"]
         env = {v["name"]: v.get("valueFrom") for v in container["env"]}
         assert env["DRIFTKEEL__STORE__URL"] == {"secretKeyRef": {"name": "store", "key": "url"}}
+        password = {"secretKeyRef": {"name": "sentinel", "key": "password"}}
+        assert env["DRIFTKEEL__STORE__SENTINEL_PASSWORD"] == password
 
 
 def test_pods_go_one_at_a_time_or_all_together() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,28 @@ from worker.store import StateStore, Write
 
 OpenStore = Callable[[Store], StateStore]
 STREAMS = [f"cam-{i}" for i in range(40)]
+
+
+DEPLOY_PAGE = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text()
+
+
+def documented(begin: str) -> str:
+    """The permissions on the page that begin so."""
+    (found,) = set(re.findall(rf"`({re.escape(begin)}[^`]*)`", DEPLOY_PAGE))
+    assert isinstance(found, str)
+    return found
+
+
+RIGHTS, OF_A_CLUSTER, OF_A_SENTINEL = map(documented, ("-@all +@read", "+cluster", "-@all +auth"))
+
+
+def admit(port: int, rights: str) -> None:
+    """Let a user `worker` in, who may do so much, and nobody else."""
+    admin = redis.Redis(port=port)
+    line = f"on >geheim resetkeys ~driftkeel:* resetchannels {rights}"
+    admin.execute_command("ACL", "SETUSER", "worker", *line.split())
+    admin.execute_command("ACL", "SETUSER", "default", "off")
+    admin.close()
 
 
 def exercise(store: StateStore) -> None:
@@ -43,23 +66,65 @@ def exercise(store: StateStore) -> None:
 
 def test_a_cluster_of_three_nodes(tmp_path: Path, open_store: OpenStore) -> None:
     with store_cluster(tmp_path) as nodes:
-        url = f"redis+cluster://127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"
+        watching = [redis.Redis(port=node.port, single_connection_client=True) for node in nodes]
+        for node in nodes:
+            admit(node.port, f"{RIGHTS} {OF_A_CLUSTER}")
+        url = f"redis+cluster://worker:geheim@127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"
         store = open_store(Store(url=url))
         store.ping()
         exercise(store)
-        sizes = [redis.Redis(port=node.port).dbsize() for node in nodes]
-        assert all(size > 0 for size in sizes)
+        assert all(client.dbsize() > 0 for client in watching)
+        for client in watching:
+            client.close()
         # One node is away: an error that the worker heals from, and no other.
         nodes[1].child.stop()
         with pytest.raises(UnreachableError):
             store.claim(STREAMS, "w3")
         nodes[1] = cluster_node(tmp_path / "1", nodes[1].port)
+        admit(nodes[1].port, f"{RIGHTS} {OF_A_CLUSTER}")
         wait_until(lambda: _claims(store), "the Cluster answering again")
         assert {len(c.tensors or b"") for c in store.claim(STREAMS, "w4")} == {5_000}
 
 
+def test_a_cluster_that_does_not_tell_its_layout(tmp_path: Path, open_store: OpenStore) -> None:
+    """redis-py takes it for a server that is in no Cluster."""
+    server = cluster_node(tmp_path, free_port())
+    admit(server.port, RIGHTS)
+    store = open_store(Store(url=f"redis+cluster://worker:geheim@127.0.0.1:{server.port}"))
+    with pytest.raises(UnreachableError, match=r"refuses a command: .* no permissions to run the 'cluster\|slots'"):
+        store.ping()
+    server.child.stop()
+    server = start_store(tmp_path / "single")
+    with pytest.raises(UnreachableError, match=r"does not answer: .*Cluster mode is not enabled"):
+        open_store(Store(url=f"redis+cluster://127.0.0.1:{server.port}")).ping()
+    server.child.stop()
+
+
+def test_sentinels_with_a_password_of_their_own(tmp_path: Path, open_store: OpenStore) -> None:
+    with store_with_sentinel(tmp_path) as (_, _, port):
+        admin = redis.Redis(port=port)
+        admin.execute_command("ACL", "SETUSER", "asks", "on", ">sesam", *OF_A_SENTINEL.split())
+        admin.execute_command("ACL", "SETUSER", "default", "resetpass", ">geheim")
+        admin.close()
+        url = f"redis+sentinel://127.0.0.1:{port}/driftkeel/0"
+        open_store(Store(url=url, sentinel_username="asks", sentinel_password="sesam")).ping()
+        open_store(Store(url=url, sentinel_password="geheim")).ping()
+        for wrong in (None, "falsch"):
+            with pytest.raises(UnreachableError) as caught:
+                open_store(Store(url=url, sentinel_password=wrong)).ping()
+            assert str(caught.value) == (
+                f"a Sentinel of the store at {url} refuses the login; correct store.sentinel_username and "
+                "store.sentinel_password"
+            )
+
+
 def test_a_failover_by_sentinel(tmp_path: Path, open_store: OpenStore) -> None:
     with store_with_sentinel(tmp_path) as (primary, replica, port):
+        unknown = f"redis+sentinel://127.0.0.1:1,127.0.0.1:{port}/other/0"
+        with pytest.raises(UnreachableError) as caught:
+            open_store(Store(url=unknown)).ping()
+        cause = "No master found for 'other' : network:ConnectionError"
+        assert str(caught.value) == f"the store at {unknown} does not answer: {cause}"
         store = open_store(Store(url=f"redis+sentinel://127.0.0.1:{port}/driftkeel/0"))
         exercise(store)
         store.reconnected()
@@ -153,10 +218,7 @@ def test_a_full_store_is_named_as_the_cause_without_the_script(tmp_path: Path, o
 
 def test_a_user_with_the_rights_that_the_docs_name(tmp_path: Path, open_store: OpenStore) -> None:
     server = start_store(tmp_path)
-    admin = redis.Redis(port=server.port)
-    line = "on >geheim resetkeys ~driftkeel:* resetchannels -@all +@read +@write +@scripting +@connection"
-    admin.execute_command("ACL", "SETUSER", "worker", *line.split())
-    admin.execute_command("ACL", "SETUSER", "default", "off")
+    admit(server.port, RIGHTS)
     store = open_store(Store(url=f"redis://worker:geheim@127.0.0.1:{server.port}/0"))
     exercise(store)
     with pytest.raises(UnreachableError, match="refuses a command"):
@@ -164,7 +226,6 @@ def test_a_user_with_the_rights_that_the_docs_name(tmp_path: Path, open_store: O
     with pytest.raises(UnreachableError, match="refuses the login") as caught:
         open_store(Store(url=f"redis://worker:falsch@127.0.0.1:{server.port}/0")).ping()
     assert "falsch" not in str(caught.value)
-    admin.close()
     server.child.stop()
 
 
