@@ -99,6 +99,7 @@ def test_every_command_that_is_mentioned_exists(page: Path) -> None:
             found = command.get_command(context, rest[0])
             assert found is not None, f"{name(page)}: no command '{' '.join(words)}'"
             command, context, rest = found, typer.Context(found, parent=context), rest[1:]
+        rest = rest[: rest.index("--")] if "--" in rest else rest  # what follows is names
         options = [word for word in rest if word.startswith("-") and word != "-"]
         known = {option for p in command.get_params(context) for option in (*p.opts, *p.secondary_opts)}
         unknown = [option for option in options if option.partition("=")[0] not in known]
