@@ -6,6 +6,8 @@ and the gradient of the affine comes out per frame.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Protocol, cast
 
@@ -33,40 +35,28 @@ class AdaptableModel(nn.Module):
     as they are; a layer object used at several places is swapped once and keeps one set of coordinates.
     The network given is changed in place.
 
-    Raises BundleError where no layer has an affine, where a weight is not finite, or where a BatchNorm layer keeps no
-    running statistics and would so mix the streams of a pass.
+    `order`: the layers' names as they run (`run_order`), in which affine, features and statistics lie side by side;
+    without it the order of `norm_layers` is taken for it. The attribute is empty where both are the same.
+
+    Raises BundleError where no layer has an affine, where a weight is not finite, where a BatchNorm layer keeps no
+    running statistics and would so mix the streams of a pass, or where `order` names other layers.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, order: Sequence[str] = ()) -> None:
         super().__init__()
         self.memory_format = torch.channels_last
         self.frame_affine = FrameAffine()
         self.correction: Corrector | None = None
         self.layers: list[StreamNorm] = []
-        swapped: dict[int, StreamNorm] = {}
+        found = norm_layers(network)
+        ordered = _in_order(found, order)
+        self.order = [] if ordered == list(found) else ordered
         offset = channel = part = 0
-        for name, module in list(network.named_modules(remove_duplicate=False)):
-            if isinstance(module, BATCH_NORM) and module.running_mean is None:
-                raise BundleError(
-                    f"norm layer {name!r} keeps no running statistics, so frames of different streams would mix; "
-                    "train the model with track_running_stats=True"
-                )
-            if not is_norm(module) or module.weight is None:
-                continue
-            if id(module) not in swapped:
-                layer = StreamNorm(module, name, offset, self.frame_affine, channel, part)
-                offset, channel, part = layer.place.end, layer.channels.stop, part + 1 + layer.has_shift
-                swapped[id(module)] = layer
-                self.layers.append(layer)
-            parent, _, child = name.rpartition(".")
-            if not name:
-                raise BundleError("the model itself is a normalisation layer, not a classifier")
-            setattr(network.get_submodule(parent), child, swapped[id(module)])
-        if not self.layers:
-            raise BundleError(
-                "the model has no normalisation layer with a scale: nothing can adapt; "
-                "run it as it is, or train one with GroupNorm, LayerNorm or BatchNorm"
-            )
+        for name in ordered:
+            layer = StreamNorm(found[name], name, offset, self.frame_affine, channel, part)
+            offset, channel, part = layer.place.end, layer.channels.stop, part + 1 + layer.has_shift
+            self.layers.append(layer)
+        _swap(network, {id(found[layer.place.layer]): layer for layer in self.layers})
         _without_shortcuts(network)
         self.network = network.float().eval()
         linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
@@ -166,7 +156,7 @@ class AdaptableModel(nn.Module):
         at.features = []
         try:
             logits = self(frames, rows, moments, correction)
-            # By place, not by when they ran: a model may run its layers in another order than it names them.
+            # By place, not by when they ran: a bundle of before may have its layers as the network names them.
             features = dict(at.features)
             if len(features) != len(self.layers) or len(at.features) != len(features):
                 raise BundleError(self._misuse([place for place, _ in at.features]))
@@ -231,6 +221,68 @@ class AdaptableModel(nn.Module):
         if not torch.equal(before, self(frames)):
             for sequence, index, rectifier in taken:
                 sequence[index].rectify, sequence[index + 1] = False, rectifier
+
+
+def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The norm layers that can adapt, as the network names them, which need not be the order in which they run; each
+    once, by its first name. Raises BundleError where there is none, or one that would mix streams."""
+    found: dict[str, nn.Module] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, BATCH_NORM) and module.running_mean is None:
+            raise BundleError(
+                f"norm layer {name!r} keeps no running statistics, so frames of different streams would mix; "
+                "train the model with track_running_stats=True"
+            )
+        if is_norm(module) and module.weight is not None:
+            found[name] = module
+    if "" in found:
+        raise BundleError("the model itself is a normalisation layer, not a classifier")
+    if not found:
+        raise BundleError(
+            "the model has no normalisation layer with a scale: nothing can adapt; "
+            "run it as it is, or train one with GroupNorm, LayerNorm or BatchNorm"
+        )
+    return found
+
+
+@torch.no_grad()
+def run_order(network: nn.Module, frames: Tensor) -> list[str]:
+    """The names of `norm_layers` as one pass runs them, each as often as it does, over frames (B, ch, h, w) and before
+    they are swapped."""
+    _without_shortcuts(network)
+    ran: list[str] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        for name, layer in norm_layers(network).items()
+    ]
+    try:
+        network(frames.contiguous())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran
+
+
+def _in_order(named: Iterable[str], order: Sequence[str]) -> list[str]:
+    """The names in the order given, or as they are where none is. Raises BundleError where these are other names."""
+    names = list(named)
+    given = list(order) or names
+    times, wanted = Counter(given), Counter(names)
+    odd = next((name for name in given + names if times[name] != wanted[name]), None)
+    if odd is not None:
+        raise BundleError(
+            f"the bundle's order of norm layers has {odd!r} {times[odd]} times, the network has it {wanted[odd]} "
+            "times; where the network's code has changed, make the bundle anew"
+        )
+    return given
+
+
+def _swap(network: nn.Module, layers: dict[int, StreamNorm]) -> None:
+    """Put layers, by the id of the module each replaces, wherever the network has that."""
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if id(module) in layers:
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, layers[id(module)])
 
 
 def _without_shortcuts(network: nn.Module) -> None:

@@ -96,7 +96,7 @@ def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str]
     part, weights = _source(recipe.source, train, say)
     network = build_network(part.architecture, part.arguments)
     network.load_state_dict(weights)
-    model = AdaptableModel(network.eval().to(memory_format=torch.channels_last))
+    model = AdaptableModel(network.eval().to(memory_format=torch.channels_last), part.norm_order)
     clean = _tensors(train.part(*data.META_PART))[0]
     source = source_statistics(model, clean, PREPROCESSING)
     correction = None

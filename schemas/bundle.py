@@ -44,6 +44,10 @@ class ModelPart(Part):
 
     architecture: str
     arguments: dict[str, Any] = Field(default_factory=dict)
+    norm_order: list[str] = Field(
+        default_factory=list,
+        description="the norm layers' names in the order in which they run; empty: as the network names them",
+    )
     clean_accuracy: float = Field(ge=0, le=1, description="on frames that trained neither model nor generator")
 
 
@@ -157,7 +161,8 @@ class Manifest(Part):
     def model_hash(self) -> str:
         """Changes with all that gives a stream's parameters their meaning: network, weights, preprocessing, labels."""
         model = [self.model.architecture, self.model.arguments, self.preprocess.model_dump(mode="json")]
-        return _digest([*model, *(self._sha256(name) for name in ("model.safetensors", "labels.txt"))])
+        files = [self._sha256(name) for name in ("model.safetensors", "labels.txt")]
+        return _digest([*model, *files, *self.model.norm_order])
 
     @property
     def generator_hash(self) -> str:

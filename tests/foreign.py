@@ -51,6 +51,15 @@ def batchnorm_net(classes: int = 3) -> nn.Module:
     return BatchNormNet(classes)
 
 
+def ordered_net(classes: int = 3) -> nn.Module:
+    """The same network, which names its norm layers as it runs them."""
+    network = BatchNormNet(classes)
+    last = network.last_norm
+    del network.last_norm
+    network.last_norm = last
+    return network
+
+
 def layernorm_net(classes: int = 3) -> nn.Module:
     return LayerNormNet(classes)
 

@@ -142,7 +142,9 @@ def open_source(
         if config.shift_steps:
             shown, unseen = shown_parts(unseen)
             network = _shifted(config, dataset, network, shown, preprocessing, cache, say)
-        model = AdaptableModel(network.eval().to(memory_format=torch.channels_last))
+        # What is built in runs its layers as it names them.
+        order = bundle.manifest.model.norm_order if bundle is not None else ()
+        model = AdaptableModel(network.eval().to(memory_format=torch.channels_last), order)
         source = source_statistics(model, image_tensor(unseen.images), preprocessing)
     test = dataset.test()
     clean = accuracy(model, image_tensor(test.images).float() / 255, torch.from_numpy(test.labels), mean, std)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 from collections.abc import Callable, Container
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from meta.norms import AdaptableModel
+from meta.norms import AdaptableModel, norm_layers, run_order
 from schemas.errors import BundleError
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where training loops put the weights in a checkpoint
@@ -100,7 +101,7 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
 
     frames (B, ch, h, w), B >= 2, standardised as in operation. The network is changed in place. Raises BundleError for
     a network that cannot be adapted: several inputs, other outputs than logits (B, classes), random or batch-dependent
-    answers, nothing to adapt, norm layers of a kind that does more than normalise.
+    answers, nothing to adapt, norm layers of a kind that does more than normalise, or that run in changing order.
     """
     _one_input(network)
     network.float().eval()
@@ -113,7 +114,7 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
     alone = torch.cat([_logits(network, frame, classes) for frame in frames.split(1)])
     _same(before, alone, "a frame's answer depends on the others in its batch, so cameras would mix")
     swapped = _own_norms(network)
-    model = AdaptableModel(network)
+    model = AdaptableModel(network, _order(network, frames))
     doubt = f"; suspect: {', '.join(swapped)}" if swapped else ""
     try:
         model.fit_layout(frames)
@@ -175,6 +176,23 @@ def _same(expected: Tensor, found: Tensor, problem: str) -> None:
     off = float((expected - found).abs().max())
     if not off <= TOLERANCE * max(1.0, float(expected.abs().max())):
         raise BundleError(f"{problem} (logits differ by up to {off:.3g})")
+
+
+def _order(network: nn.Module, frames: Tensor) -> list[str]:
+    """The names of the norm layers in the order in which they run, for which each frame speaks alone, too.
+
+    As they are named where not each runs once: what is wrong shows once they are swapped.
+    """
+    order = run_order(network, frames)
+    for frame in frames.split(1):
+        if (other := run_order(network, frame)) != order:
+            odd = next(pair for pair in zip_longest(order, other, fillvalue="none") if pair[0] != pair[1])
+            raise BundleError(
+                f"the order in which norm layers run varies with the frames ({odd[0]!r} in one pass, where another has "
+                f"{odd[1]!r}): what is learned of a layer would meet another; make the network run all of them in turn"
+            )
+    named = list(norm_layers(network))
+    return order if sorted(order) == sorted(named) else named
 
 
 def _own_norms(network: nn.Module) -> list[str]:

@@ -129,7 +129,10 @@ def create_bundle(
         name=name,
         created_by=command,
         model=ModelPart(
-            architecture=settings.architecture, arguments=settings.arguments, clean_accuracy=verdict.clean_accuracy
+            architecture=settings.architecture,
+            arguments=settings.arguments,
+            norm_order=subject.model.order,
+            clean_accuracy=verdict.clean_accuracy,
         ),
         method=MethodPart(name="mgg", settings=learned.settings.model_dump(mode="json")),
         preprocess=subject.preprocess,
@@ -228,7 +231,8 @@ def _digest(subject: _Subject) -> str:
     """Changes with every input that the stages see."""
     digest = hashlib.sha256(torch.__version__.encode())
     digest.update(subject.settings.model_dump_json(exclude={"weights", "data", "labels", "generator"}).encode())
-    digest.update(json.dumps([subject.labels, subject.preprocess.model_dump(), subject.truth, HELD_BACK]).encode())
+    known = [subject.labels, subject.preprocess.model_dump(), subject.truth, HELD_BACK, *subject.model.order]
+    digest.update(json.dumps(known).encode())
     digest.update(safetensors.torch.save(dict(sorted(subject.weights.items()))))
     for name in subject.parts:
         for tensor in subject.part(name):

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from meta.bundle import load_bundle, model_weights, portable_rule, read_verdict, write_bundle
+from meta.bundle import load_bundle, model_weights, portable_rule, read_verdict, rewrite_manifest, write_bundle
 from meta.correction import Correction
 from schemas.errors import BundleError
 from tests.conftest import SHIPPED_BUNDLE
@@ -35,6 +35,18 @@ def test_shipped_bundle_is_sound_and_small() -> None:
     bundle = load_bundle(SHIPPED_BUNDLE)
     assert bundle.manifest.model.clean_accuracy >= 0.88
     assert sum(path.stat().st_size for path in SHIPPED_BUNDLE.iterdir()) < 3_000_000
+
+
+def test_layers_lie_as_the_network_names_them_unless_the_bundle_has_their_order(copy_of: Path) -> None:
+    """Bundles of before say nothing of it; nor do those of today whose order is the same."""
+    bundle, named = load_bundle(copy_of), ["1", "4", "7", "10"]
+    assert "norm_order" not in json.loads((copy_of / "manifest.json").read_text())["model"]
+    assert [place.layer for place in bundle.model.places] == named
+    model = bundle.manifest.model.model_copy(update={"norm_order": named[::-1]})
+    rewrite_manifest(copy_of, bundle.manifest.model_copy(update={"model": model}))
+    assert [place.layer for place in load_bundle(copy_of).model.places] == named[::-1]
+    rewrite_manifest(copy_of, bundle.manifest)
+    assert load_bundle(copy_of).hash == bundle.hash
 
 
 def test_altered_file(copy_of: Path) -> None:
@@ -66,6 +78,10 @@ def test_altered_file(copy_of: Path) -> None:
         (
             lambda f: edit(f, model={"architecture": "groupnorm-cnn", "arguments": {"depth": 9}, "clean_accuracy": 1}),
             "does not take the bundle's arguments",
+        ),
+        (
+            lambda f: edit(f, model=json.loads((f / "manifest.json").read_text())["model"] | {"norm_order": ["1"]}),
+            "order of norm layers has '4' 0 times, the network has it 1 times; .* make the bundle anew",
         ),
     ],
 )

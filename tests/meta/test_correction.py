@@ -3,17 +3,17 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from meta.correction import Correction, fit_correction
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.mgg import MGG
 from meta.models import batchnorm_cnn
-from meta.norms import AdaptableModel
+from meta.norms import AdaptableModel, run_order
 from meta.objective import feature_statistics
 from meta.source import as_frames
 from meta.stream_norm import StreamNorm
-from tests.meta.test_norms import NETWORKS, scrambled
+from tests.meta.test_norms import NETWORKS, Backwards, scrambled
 
 MEAN, STD = torch.tensor([0.4]), torch.tensor([0.3])
 
@@ -80,16 +80,24 @@ def lit(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generato
     return (images * (1 + each) if traits[0] < 0.5 else images * (1 - 0.7 * each) + 0.1 * each).clamp(0, 1)
 
 
-@pytest.fixture(scope="module")
-def fitted() -> tuple[AdaptableModel, Correction]:
+def settled() -> nn.Module:
     torch.manual_seed(4)
     network = batchnorm_cnn(classes=4, widths=(8, 8))
     clean = as_frames(pictures(256, 0).float() / 255, MEAN, STD)
     network.train()
     for _ in range(30):
         network(clean)
-    model = AdaptableModel(network.eval())
-    return model, fit_correction(model, pictures(512, 1), MEAN, STD, 0, draws=40, frames=32, shifts={"lit": lit})
+    return network.eval()
+
+
+def fit(model: AdaptableModel) -> Correction:
+    return fit_correction(model, pictures(512, 1), MEAN, STD, 0, draws=40, frames=32, shifts={"lit": lit})
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[AdaptableModel, Correction]:
+    model = AdaptableModel(settled())
+    return model, fit(model)
 
 
 def shown(severity: float, brighter: bool) -> tuple[Tensor, Tensor]:
@@ -163,6 +171,14 @@ def test_source_is_not_corrected_in_the_pass_of_a_stream_that_is(method) -> None
 
 def test_equal_seeds_give_equal_corrections(fitted) -> None:
     model, first = fitted
-    second = fit_correction(model, pictures(512, 1), MEAN, STD, 0, draws=40, frames=32, shifts={"lit": lit})
+    second = fit(model)
     for name, tensor in first.as_tensors().items():
         assert torch.equal(tensor, second.as_tensors()[name])
+
+
+def test_layers_are_fitted_as_they_run_however_they_are_declared(fitted) -> None:
+    _, expected = fitted
+    network = Backwards(settled())
+    found = fit(AdaptableModel(network, run_order(network, torch.zeros(1, 1, 16, 16))))
+    for name, tensor in expected.as_tensors().items():
+        torch.testing.assert_close(found.as_tensors()[name], tensor)

@@ -86,6 +86,8 @@ def test_a_bundle_from_somebodys_checkpoint(own: Path, tmp_path: Path, net: str)
     network.load_state_dict(torch.load(own / f"{net}.pt"))
     frames = torch.randn(4, 1, SIDE, SIDE)
     torch.testing.assert_close(bundle.model(frames), network.eval()(frames), rtol=1e-4, atol=1e-4)
+    assert manifest.model.norm_order == (["norm", "last_norm"] if net == "batchnorm_net" else [])
+    assert bundle.model.places[0].layer == "norm"
 
     verdict = read_verdict(tmp_path / "bundle")
     assert verdict is not None
@@ -121,6 +123,20 @@ class Interrupted(Exception):
 
 def _interrupt(*arguments: object, **options: object) -> None:
     raise Interrupted
+
+
+def test_layers_that_are_declared_in_another_order_make_the_same_bundle(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meta.create.run, "calibrate", _interrupt)
+    stages = []
+    for net in ("batchnorm_net", "ordered_net"):
+        with pytest.raises(Interrupted):
+            create(wanted(own, architecture=f"tests.foreign:{net}"), tmp_path / net)
+        kept = (tmp_path / f"{net}.work").rglob("*.safetensors")
+        stages.append({path.name: path.read_bytes() for path in kept})
+    assert stages[0].keys() == {"statistics.safetensors", "correction.safetensors", "generator.safetensors"}
+    assert stages[0] == stages[1]
 
 
 def test_the_rule_of_another_bundle_is_taken_over(own: Path, tmp_path: Path) -> None:
@@ -207,6 +223,22 @@ class NormAndMore(nn.GroupNorm):
         return super().forward(x) * 2 + 1
 
 
+class Wandering(nn.Module):
+    """Runs its norm layers in an order that each frame decides, to the same end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.other = nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.GroupNorm(2, 8)
+        self.head = nn.Linear(8, 3)
+
+    def _one(self, x: Tensor) -> Tensor:
+        layers = [self.norm, self.other] if float(x.mean()) > 0 else [self.other, self.norm]
+        return self.head(sum(layer(self.first(x)) for layer in layers).mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self._one(frame) for frame in x.split(1)])
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -232,6 +264,7 @@ class Twice(nn.Module):
         (lambda: Answering(lambda z: z, NormAndMore(2, 8)), r"does not predict what it did; suspect: .*NormAndMore"),
         (lambda: Answering(lambda z: z.detach()), "no gradient reaches"),
         (Twice, "uses norm layer 'norm' 2 times"),
+        (Wandering, r"order in which norm layers run varies with the frames \('norm' in one pass, where another has "),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 3)), "cannot take frames of shape .*--size WxH"),
     ],
 )

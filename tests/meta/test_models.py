@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from meta.models import ARCHITECTURES, build_network
-from meta.norms import AdaptableModel
+from meta.norms import AdaptableModel, norm_layers, run_order
 from schemas.errors import BundleError
 
 
@@ -21,6 +21,13 @@ def test_every_architecture_takes_both_kinds_of_frames_and_adapts(architecture: 
     assert all(gradient[:, place.scale : place.shift].abs().sum() > 0 for place in model.places)
     assert features.shape[1] == sum(layer.scale.numel() for layer in model.layers)
     torch.testing.assert_close(logits[:1], model(frames[:1], rows[:1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_are_named_in_the_order_in_which_they_run(architecture: str) -> None:
+    """What trains and measures them relies on it."""
+    network = build_network(architecture, {}).eval()
+    assert run_order(network, torch.randn(2, 1, 28, 28)) == list(norm_layers(network))
 
 
 def test_which_norm_layers_they_have() -> None:

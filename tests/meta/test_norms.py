@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from meta.models import groupnorm_cnn
 from meta.moments import NormMoments
-from meta.norms import AdaptableModel
+from meta.norms import AdaptableModel, run_order
 from schemas.errors import BundleError
 
 
@@ -42,6 +43,20 @@ def convnet(norm: nn.Module) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3), norm, nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
     )
+
+
+class Backwards(nn.Module):
+    """Runs the children of a Sequential in turn, by the same names, but declares the last one first."""
+
+    def __init__(self, network: nn.Sequential) -> None:
+        super().__init__()
+        for name, child in reversed(list(network.named_children())):
+            self.add_module(name, child)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for child in reversed(list(self.children())):
+            x = child(x)
+        return x
 
 
 NETWORKS = {
@@ -126,6 +141,48 @@ def test_layers_without_affine_stay() -> None:
     model = AdaptableModel(network)
     assert [place.layer for place in model.places] == ["2"]
     assert isinstance(model.network[0], nn.GroupNorm)
+
+
+def test_layers_lie_in_the_order_in_which_they_run() -> None:
+    """However they are declared: the same affine means the same, and the first layer is that which sees the frame."""
+    torch.manual_seed(3)
+    frames, network = torch.randn(4, 1, 28, 28), groupnorm_cnn(classes=3, widths=(8, 16), group=4)
+    backwards = Backwards(copy.deepcopy(network))
+    order = run_order(backwards, frames)
+    assert order == ["1", "4", "7", "10"]
+    expected, model = AdaptableModel(network), AdaptableModel(backwards, order)
+    assert (expected.order, model.order) == ([], order)
+    rows = expected.source_affine + 0.3 * torch.randn(4, expected.coordinates)
+    torch.testing.assert_close(model.forward_with_inputs(frames, rows), expected.forward_with_inputs(frames, rows))
+    first = model.forward_with_inputs(frames, 1.3 * rows)[2]
+    torch.testing.assert_close(first, model.forward_with_inputs(frames, rows)[2])
+
+
+def test_without_an_order_layers_lie_as_the_network_names_them() -> None:
+    """As in bundles that were made before there was one."""
+    network = Backwards(groupnorm_cnn(classes=3, widths=(8, 16), group=4))
+    assert [place.layer for place in AdaptableModel(network).places] == ["10", "7", "4", "1"]
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_the_order_is_seen_in_layers_with_a_shortcut(norm_first: bool) -> None:
+    network = Encoded(norm_first).eval()
+    layers = [f"encoder.layers.{number}.norm{place}" for number in (0, 1) for place in (1, 2)]
+    assert run_order(network, torch.randn(2, 1, 28, 28)) == layers
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (["1", "7"], "'7' 1 times, the network has it 0 times"),
+        (["1"], "'4' 0 times, the network has it 1 times"),
+        (["4", "1", "4"], "'4' 2 times, the network has it 1 times"),
+    ],
+)
+def test_the_order_of_another_network_is_refused(order: list[str], message: str) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.ReLU(), nn.GroupNorm(2, 4))
+    with pytest.raises(BundleError, match=rf"order of norm layers has {message}; .* make the bundle anew"):
+        AdaptableModel(network, order)
 
 
 @pytest.mark.parametrize(

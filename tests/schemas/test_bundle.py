@@ -45,6 +45,8 @@ def test_the_models_hash_is_about_the_model_alone(tiny_bundle) -> None:
     assert renamed.model_hash == manifest.model_hash
     brighter = manifest.preprocess.model_copy(update={"mean": [0.4]})
     assert manifest.model_copy(update={"preprocess": brighter}).model_hash != manifest.model_hash
+    reordered = manifest.model.model_copy(update={"norm_order": ["2", "1"]})  # which the affine's layout depends on
+    assert manifest.model_copy(update={"model": reordered}).model_hash != manifest.model_hash
 
 
 @pytest.mark.parametrize("part", ["mean", "std"])
