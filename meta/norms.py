@@ -109,6 +109,12 @@ class AdaptableModel(nn.Module):
         """Where the model is, and so everything that a pass puts in and gets out."""
         return self.source_affine.device
 
+    def train(self, mode: bool = True) -> AdaptableModel:
+        """Stay in eval mode, whatever is asked: in train mode a pass would move BatchNorm's running statistics, which
+        are the source's, and dropout would answer by chance."""
+        del mode
+        return super().train(False)
+
     def place(self, device: torch.device) -> None:
         """Move to the device. On a GPU nothing is laid out channels-last, which its group normalisation refuses."""
         if device.type != "cpu":

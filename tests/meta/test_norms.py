@@ -219,6 +219,17 @@ def test_dropout_stays_off() -> None:
     assert torch.equal(model(frames), model(frames))
 
 
+def test_a_model_put_into_train_mode_stays_the_source_model() -> None:
+    """As loops of training and Tent's own set-up do, and back."""
+    _, model = batch_normalised()
+    frames = torch.randn(8, 1, 10, 10)
+    before = model(frames)
+    assert model.train() is model
+    model(torch.full_like(frames, -3.0))
+    assert not any(module.training for module in model.modules())
+    torch.testing.assert_close(model.eval()(frames), before)
+
+
 def batch_normalised() -> tuple[nn.Module, AdaptableModel]:
     torch.manual_seed(2)
     network = nn.Sequential(
