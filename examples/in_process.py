@@ -11,10 +11,12 @@ import torch
 
 from meta.bundle import load_bundle
 from meta.data import fashion_mnist
+from meta.mgg import MOST_FRAMES
 from meta.shifts import HELD_OUT
 from meta.source import as_frames
 
-CAMERAS, FRAMES, STEPS = 2, 16, 40  # a micro-batch of each camera has so many frames
+# A micro-batch of each camera has so many frames. Whoever has more at a time splits them: see MOST_FRAMES.
+CAMERAS, FRAMES, STEPS = 2, MOST_FRAMES, 40
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from meta.benchmark.plan import read_benchmark
+from meta.mgg import frames_an_update
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,8 +27,9 @@ def test_the_lines_in_the_page_run(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = (ROOT / "docs" / "library.md").read_text().split("```python\n")[1].split("```")[0]
     found: dict[str, Any] = {}
     exec(lines, found)
-    assert found["labels"].shape == (8,)
-    assert (found["state"]["age"] == 1).all()
+    frames, method = found["frames"], found["method"]
+    assert found["labels"].shape == (2 * frames_an_update(method, frames.shape[1]),)
+    assert (found["state"]["age"] == 4).all()  # of 64 frames, as worker and benchmark do it
 
 
 def test_the_plan_of_ones_own_method_can_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
