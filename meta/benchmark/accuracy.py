@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from meta.baselines import configured
+from meta.baselines import BASELINES, configured
 from meta.baselines.base import Options
 from meta.baselines.own import Oracle
 from meta.benchmark.controls import without_memory
@@ -64,6 +64,8 @@ def run_accuracy(
         import_from(Path.cwd())
     journal = Journal.beside(report)
     planned = cells_of(config, batch_norms(config))
+    if not planned:
+        raise ConfigError("the plan has no cells: none of its methods can be run on its models in these variants")
     cells = [cell for cell in planned if only in cell.name]
     if not cells:
         raise ConfigError(
@@ -217,7 +219,9 @@ class _Bench:
         key = f"tuning/{cell.data}/{cell.model}/b{cell.batch}/{cell.method}/{cell.digest}/{tries:08x}"
         entry = journal.get(key)
         if entry is None:
-            tried = [one for group in _differing_in_step(grid) for one in self._tried(cell, group)]
+            # A method of the user's may take its step size from where the streams of a pass cannot differ in it.
+            groups = _differing_in_step(grid) if cell.method in BASELINES else [[options] for options in grid]
+            tried = [one for group in groups for one in self._tried(cell, group)]
             best = max(tried, key=lambda one: one["accuracy"])
             entry = journal.add(key, options=best["options"], tried=tried)
         return [entry["options"]], entry["tried"]
@@ -225,11 +229,11 @@ class _Bench:
     def _tried(self, cell: Cell, group: list[Options]) -> list[dict[str, Any]]:
         """Mean accuracy over the frames of the tuning streams, from images and shifts that the test does not have.
 
-        The options differ in the step size alone, and run side by side.
+        The options differ in the step size alone, if there are several, and run side by side.
         """
         streams, frames = self._tuning()
         method = configured(self.config.kinds[cell.method], self.source.setup, **group[0])
-        sizes = [options["step_size"] for options in group for _ in streams] if "step_size" in group[0] else None
+        sizes = [options["step_size"] for options in group for _ in streams] if len(group) > 1 else None
         many = [stream for _ in group for stream in streams]
         self.progress.begin(f"tuning {cell.name}", 0, 0, sum(map(len, many)))
         right = run_streams(method, many, frames, cell.batch, 1, self.progress.advance, sizes).right

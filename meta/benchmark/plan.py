@@ -196,8 +196,10 @@ def _methods(
         elif name in SINGLE:
             found.append((name, "", None))
         elif name != "bn" or has_batch_norm[model.data, model.name]:
-            code = code_digest(config.kinds[name]) if name in config.own_methods else None
-            found += [(name, variant, code) for variant in run.variants]
+            kind = config.kinds[name]
+            code = code_digest(kind) if name in config.own_methods else None
+            tunable = bool(kind.grid(has_batch_norm[model.data, model.name]))
+            found += [(name, variant, code) for variant in run.variants if tunable or variant != "tuned"]
     return found
 
 

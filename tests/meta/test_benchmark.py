@@ -319,6 +319,8 @@ def test_mistakes_in_the_file_of_a_plan(tmp_path: Path) -> None:
 
 OWN = """
 from meta.baselines import Baseline
+from meta.baselines.plain import Source
+from meta.method import Update
 from meta.objective import entropy, per_stream_mean
 
 class Mine(Baseline):
@@ -328,6 +330,20 @@ class Mine(Baseline):
     def loss(self, forward):
         loss = per_stream_mean(entropy(forward.logits), forward.stream, forward.counts)
         return loss, loss.detach() > 0, {}
+
+class Still(Source):
+    # no gradient, and nothing to choose from
+    name = "still"
+
+class Signs(Mine):
+    # of a size that no stream's state says
+    name = "signs"
+    steps = (0.0, 0.3)
+
+    def step(self, forward, loss, gradient, active, memory):
+        affine = forward.state["affine"] - self.step_size * gradient.sign()
+        new = forward.state | {"affine": affine}
+        return Update(new, self.signals(forward, loss, gradient, gradient.sign(), new))
 
 nothing = 1
 """
@@ -346,14 +362,19 @@ def own_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
     sys.modules.pop("some_methods", None)
 
 
-def own_plan() -> BenchmarkConfig:
-    runs = [{"methods": ["source", "mine"], "batches": [8], "settings": ["continual"]}]
-    return small_plan(own_methods={"mine": "some_methods:Mine"}, runs=runs)
+def own_plan(name: str = "mine") -> BenchmarkConfig:
+    runs = [{"methods": ["source", name], "batches": [8], "settings": ["continual"]}]
+    return small_plan(own_methods={name: f"some_methods:{name.title()}"}, runs=runs)
 
 
 def test_a_method_of_the_users_own_has_cells_like_any(own_module: Path) -> None:
     cells = cells_of(own_plan(), {("blobs", "small"): False})
     assert [cell.name for cell in cells] == [f"blobs/small/b8/{m}" for m in ("source", "mine-published", "mine-tuned")]
+
+
+def test_a_method_with_nothing_to_choose_from_is_not_tuned(own_module: Path) -> None:
+    cells = cells_of(own_plan("still"), {("blobs", "small"): False})
+    assert [cell.name for cell in cells] == [f"blobs/small/b8/{m}" for m in ("source", "still-published")]
 
 
 def test_changed_code_makes_new_results(own_module: Path) -> None:
@@ -442,6 +463,24 @@ def test_a_method_of_the_users_own_from_data_to_report(own_module: Path, blob_da
     assert driver.run_accuracy(plan, report, "test", driver.Progress([].append)) == 0
     found = {(r["method"], r["variant"]) for r in json.loads(report.read_text())}
     assert found == {("source", ""), ("mine", "published"), ("mine", "tuned")}
+
+
+def test_a_step_of_the_users_own_is_tuned(own_module: Path, blob_data: Path, tmp_path: Path) -> None:
+    """Of two step sizes one changes nothing and one ruins the model: they must not look the same."""
+    blobs_at = {"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}}
+    plan = own_plan("signs").model_copy(update={"threads": 1, "data": small_plan(data=blobs_at).data})
+    report = tmp_path / "out.json"
+    assert driver.run_accuracy(plan, report, "test", driver.Progress([].append), only="signs-tuned") == 0
+    (cell,) = json.loads(run_file(report).read_text())["cells"]
+    still, ruined = (one["accuracy"] for one in cell["tried"])
+    assert still > ruined
+    assert cell["options"] == {"step_size": 0.0}
+
+
+def test_a_plan_without_cells_is_refused(blob_data: Path, tmp_path: Path) -> None:
+    plan = small_plan(runs=[{"methods": ["bn"]}])
+    with pytest.raises(ConfigError, match="the plan has no cells"):
+        driver.run_accuracy(plan, tmp_path / "out.json", "test", driver.Progress([].append))
 
 
 def test_a_benchmark_from_data_to_report(blob_data: Path, tmp_path: Path) -> None:
