@@ -111,13 +111,12 @@ class Results:
         return min(found) if found else None
 
     def oracle_share(self, place: Place, entry: Entry) -> float | None:
-        """Gain as a share of the oracle's, in percent, over settings of drift where the oracle gains a point."""
-        shares = []
-        for setting in DRIFT:
-            ours, best = (self.mean_gain(place, e, setting) for e in (entry, Entry("oracle", "")))
-            if ours is not None and best is not None and best > 1:
-                shares.append(100 * ours / best)
-        return fmean(shares) if shares else None
+        """Gain as a share of the oracle's, in percent, of the settings of drift together: a setting where the oracle
+        gains next to nothing has no share of its own that says anything. None where it gains no point on average."""
+        pairs = [[self.mean_gain(place, e, setting) for e in (entry, Entry("oracle", ""))] for setting in DRIFT]
+        both = [(ours, best) for ours, best in pairs if ours is not None and best is not None]
+        gained, most = (sum(gains) for gains in zip(*both, strict=True)) if both else (0.0, 0.0)
+        return 100 * gained / most if most > len(both) else None
 
     def best_baseline(self, place: Place, setting: str, variant: str) -> tuple[Entry, float] | None:
         """The baseline with the highest accuracy, and that accuracy in percent."""

@@ -701,6 +701,16 @@ def test_spread_and_share_are_those_of_drift_alone() -> None:
     assert results.worst(place, entry) == (pytest.approx(-40), "healthy, fog 5")
 
 
+def test_a_setting_where_the_oracle_gains_little_does_not_decide_the_share() -> None:
+    records = []
+    for setting, best, ours in (("continual", 0.9, 0.7), ("correlated", 0.52, 0.6)):
+        for method, variant, accuracy in (("oracle", "", best), ("mgg", "ours", ours)):
+            records.append(Record(**{**record(method, variant, "fog", accuracy, 0.5), "setting": setting}))
+    results, place = Results(records), Place("d", "m", 16)
+    assert results.oracle_share(place, Entry("mgg", "ours")) == pytest.approx(100 * (20 + 10) / (40 + 2))
+    assert results.oracle_share(place, Entry("tent", "tuned")) is None
+
+
 def test_tuning_and_test_shifts_are_apart() -> None:
     assert set(driver.TEST) == set(TEST)
     assert not set(TEST) & set(TUNING)
