@@ -72,15 +72,17 @@ class Results:
         """Records of one method in one setting, a record per seed."""
         return self._by.get((place, entry, setting), [])
 
+    def by_seed(self, place: Place, entry: Entry, setting: str) -> dict[int, float]:
+        """Mean accuracy in percent of each seed."""
+        found: dict[int, dict[tuple[str, int], float]] = defaultdict(dict)
+        for r in self.records(place, entry, setting):
+            found[r["seed"]][r["shift"], r["severity"]] = 100 * r["accuracy"]
+        return {seed: fmean(shifts.values()) for seed, shifts in found.items()}
+
     def accuracy(self, place: Place, entry: Entry, setting: str) -> tuple[float, float] | None:
         """Mean accuracy in percent and its standard deviation over seeds (0 for one seed)."""
-        by_seed: dict[int, dict[tuple[str, int], float]] = defaultdict(dict)
-        for r in self.records(place, entry, setting):
-            by_seed[r["seed"]][r["shift"], r["severity"]] = 100 * r["accuracy"]
-        means = [fmean(shifts.values()) for shifts in by_seed.values()]
-        if not means:
-            return None
-        return fmean(means), stdev(means) if len(means) > 1 else 0.0
+        means = list(self.by_seed(place, entry, setting).values())
+        return _over_seeds(means) if means else None
 
     def gains(self, place: Place, entry: Entry, setting: str) -> dict[tuple[str, int], float]:
         """Gain in points by shift and severity, averaged over seeds."""
@@ -127,12 +129,23 @@ class Results:
                 found.append((value[0], entry))
         return (max(found)[1], max(found)[0]) if found else None
 
-    def margin(self, place: Place, entry: Entry, setting: str) -> float | None:
-        """Points of accuracy above the best baseline, published or tuned; None where either was not run."""
-        own = self.accuracy(place, entry, setting)
+    def margin(self, place: Place, entry: Entry, setting: str) -> tuple[float, float] | None:
+        """Points of accuracy above the best baseline, published or tuned, and the standard deviation of that over
+        seeds: a seed's streams are the same for both (0 for one seed, or where they were run with different ones).
+        None where either was not run."""
+        own = self.by_seed(place, entry, setting)
         both = [self.best_baseline(place, setting, variant) for variant in ("published", "tuned")]
-        best = [found[1] for found in both if found is not None]
-        return own[0] - max(best) if own is not None and best else None
+        found = [best for best in both if best is not None]
+        if not own or not found:
+            return None
+        theirs = self.by_seed(place, max(found, key=lambda best: best[1])[0], setting)
+        if own.keys() == theirs.keys():
+            return _over_seeds([own[seed] - theirs[seed] for seed in own])
+        return fmean(own.values()) - fmean(theirs.values()), 0.0
+
+
+def _over_seeds(values: list[float]) -> tuple[float, float]:
+    return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 def _rank(entry: Entry) -> tuple[int, str, str]:
@@ -173,8 +186,8 @@ def accuracy_table(results: Results, place: Place) -> str:
 
 
 def margins_table(results: Results) -> str:
-    """Points of `mgg (ours)` above the best baseline, published or tuned, and in how many cells it loses to source;
-    empty where ours or every baseline was not run."""
+    """Points of `mgg (ours)` above the best baseline, published or tuned, with their deviation over seeds, and in how
+    many cells it loses to source; empty where ours or every baseline was not run."""
     rows = []
     for place in results.places:
         margins = [results.margin(place, OURS, setting) for setting in results.settings]
@@ -182,7 +195,7 @@ def margins_table(results: Results) -> str:
             gains = [gain for setting in results.settings for gain in results.gains(place, OURS, setting).values()]
             lost = f"{sum(gain < -TOLERATED for gain in gains)} of {len(gains)}"
             row = [f"{place.data}, {place.model}, {place.batch}"]
-            rows.append([*row, *["" if margin is None else f"{margin:+.1f}" for margin in margins], lost])
+            rows.append([*row, *[_with_deviation(margin, "+") for margin in margins], lost])
     head = ["ours over the best baseline, points", *results.settings, f"cells that lose over {TOLERATED}"]
     return _table(head, rows) if rows else ""
 
@@ -203,10 +216,11 @@ def leaders_table(results: Results, place: Place) -> str:
     return _table(["setting", "best published", "best tuned", *map(str, own)], rows)
 
 
-def _with_deviation(value: tuple[float, float] | None) -> str:
+def _with_deviation(value: tuple[float, float] | None, sign: str = "") -> str:
     if value is None:
         return ""
-    return f"{value[0]:.1f} ± {value[1]:.1f}" if value[1] else f"{value[0]:.1f}"
+    mean = f"{value[0]:{sign}.1f}"
+    return f"{mean} ± {value[1]:.1f}" if value[1] else mean
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -711,6 +711,18 @@ def test_a_setting_where_the_oracle_gains_little_does_not_decide_the_share() -> 
     assert results.oracle_share(place, Entry("tent", "tuned")) is None
 
 
+def test_a_margin_has_the_deviation_of_the_difference_seed_by_seed() -> None:
+    """Seeds that are hard for both say nothing of who is ahead."""
+    place, ours = Place("d", "m", 16), Entry("mgg", "ours")
+    tent, mgg = [0.5, 0.7, 0.9], [0.52, 0.72, 0.89]
+    rows = [record("tent", "tuned", "fog", accuracy, 0.5, seed) for seed, accuracy in enumerate(tent)]
+    rows += [record("mgg", "ours", "fog", accuracy, 0.5, seed) for seed, accuracy in enumerate(mgg)]
+    mean, deviation = Results(rows).margin(place, ours, "continual")
+    assert (mean, deviation) == (pytest.approx(1.0), pytest.approx(3**0.5))
+    assert "| d, m, 16 | +1.0 ± 1.7 |" in markdown(Results(rows))
+    assert Results(rows[1:]).margin(place, ours, "continual") == (pytest.approx(71 - 80), 0.0)
+
+
 def test_tuning_and_test_shifts_are_apart() -> None:
     assert set(driver.TEST) == set(TEST)
     assert not set(TEST) & set(TUNING)
