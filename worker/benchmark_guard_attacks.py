@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meta.benchmark.datasets import CIFAR10_VARIABLE, read_jpeg_archive
+from meta.benchmark.datasets import CIFAR10_VARIABLE, read_archive
 from meta.data import LabelledImages
 from meta.shifts import HELD_OUT
 from meta.source import image_tensor
@@ -89,7 +89,7 @@ def wrong_camera(pool: LabelledImages, frames: int, random: np.random.Generator)
     archive = _cifar10()
     height, width = pool.images.shape[1:]
     if archive is not None:
-        colour = read_jpeg_archive(archive).images
+        colour = read_archive(archive).images
         grey = colour[random.integers(len(colour), size=frames)].mean(3)
         top, left = (grey.shape[1] - height) // 2, (grey.shape[2] - width) // 2
         middle: np.ndarray = grey[:, top : top + height, left : left + width].astype(np.uint8)

@@ -8,11 +8,11 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from meta import data
 from meta.benchmark.corruptions import corrupt
@@ -33,10 +33,25 @@ class DataConfig(BaseModel):
     kind: Literal["fashion-mnist", "cifar10", "cifar10-c", "image-folder"]
     path: Path | None = Field(
         None,
-        description="cifar10: folder of train.npz and test.npz (or $DRIFTKEEL_CIFAR10); cifar10-c: folder of the .npy "
-        "files; image-folder: folder with train/ and test/, one folder per class in each",
+        description="cifar10: folder of its binary version, or of train.npz and test.npz (or $DRIFTKEEL_CIFAR10); "
+        "cifar10-c: folder of the .npy files; image-folder: folder with train/ and test/, one folder per class in each",
+    )
+    train: Path | None = Field(
+        None,
+        description="cifar10-c, which has test images alone: folder of CIFAR-10 as the kind cifar10 has it, for "
+        "training and tuning (or $DRIFTKEEL_CIFAR10)",
     )
     size: int = Field(32, ge=8, le=512, description="image-folder: side to which frames are resized")
+
+    @model_validator(mode="after")
+    def _train_is_needed(self) -> DataConfig:
+        if self.train is not None and self.kind != "cifar10-c":
+            raise ValueError(f"train is for the kind cifar10-c; {self.kind} has training images of its own")
+        return self
+
+    def content(self) -> dict[str, Any]:
+        """What results depend on. An option that is not used is not in it, so that older results stay valid."""
+        return self.model_dump(mode="json", exclude={"train"} if self.train is None else set())
 
 
 @dataclass(frozen=True)
@@ -64,34 +79,80 @@ def open_dataset(name: str, config: DataConfig) -> DataSet:
         return DataSet(name, data.LABELS, (data.MEAN,), (data.STD,), parts["train"], parts["test"])
     if config.kind == "image-folder":
         return _image_folder(name, config)
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    folder = os.environ.get(CIFAR10_VARIABLE)
-    own = config.path if config.kind == "cifar10" and config.path else Path(folder) if folder else None
+    return _cifar10(name, config)
 
-    def jpeg(split: str) -> LabelledImages:
-        if own is None:
-            raise DataError(f"data {name!r}: give its folder as path, or in ${CIFAR10_VARIABLE}")
-        return read_jpeg_archive(own / f"{split}.npz")
+
+def _cifar10(name: str, config: DataConfig) -> DataSet:
+    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    option, given = ("path", config.path) if config.kind == "cifar10" else ("train", config.train)
+    variable = os.environ.get(CIFAR10_VARIABLE)
+    folder = given or (Path(variable) if variable else None)
+
+    def read(split: str) -> LabelledImages:
+        if folder is None:
+            raise DataError(f"data {name!r}: give the folder of CIFAR-10 as {option}, or in ${CIFAR10_VARIABLE}")
+        return read_cifar10(folder, split)
 
     if config.kind == "cifar10":
-        return DataSet(name, CIFAR10_LABELS, mean, std, lambda: jpeg("train"), lambda: jpeg("test"))
+        return DataSet(name, CIFAR10_LABELS, mean, std, lambda: read("train"), lambda: read("test"))
     ready = Cifar10C(config.path or Path("CIFAR-10-C"))
-    return DataSet(name, CIFAR10_LABELS, mean, std, lambda: jpeg("train"), ready.unshifted, ready.shifted)
+    return DataSet(name, CIFAR10_LABELS, mean, std, lambda: read("train"), ready.unshifted, ready.shifted)
 
 
-def read_jpeg_archive(path: Path) -> LabelledImages:
-    """`jpeg` uint8 (all files joined), `offset` int64 (N + 1,), `label` uint8 (N,) in one .npz. Raises DataError."""
+def read_cifar10(folder: Path, split: str) -> LabelledImages:
+    """The `train` or `test` split: of the published binary version (`cifar-10-batches-bin`), or else train.npz or
+    test.npz. The version for Python is pickled, and reading it would run what is in it. Raises DataError."""
+    batches = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    archive = folder / f"{split}.npz"
+    if not (folder / batches[0]).exists():
+        if not archive.exists():
+            raise DataError(f"{folder} has neither {batches[0]}, of CIFAR-10's binary version, nor {archive.name}")
+        return read_archive(archive)
+    parts = [_binary_batch(folder / name) for name in batches]
+    return LabelledImages(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
+def _binary_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 (N, 32, 32, 3) and labels int64 (N,): a byte for the label, then a plane for each colour."""
+    try:
+        content = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}; CIFAR-10 has five batches and a test batch"
+        ) from error
+    if not len(content) or len(content) % (1 + 3 * 32 * 32):
+        raise DataError(f"{path} is no batch of CIFAR-10's binary version: it has {len(content)} bytes")
+    rows = content.reshape(-1, 1 + 3 * 32 * 32)
+    return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0].astype(np.int64)
+
+
+def read_archive(path: Path) -> LabelledImages:
+    """One .npz of `images` uint8 (N, h, w, 3) and `labels` (N,), or of JPEG frames: `jpeg` uint8 (all files joined),
+    `offset` int64 (N + 1,) and `label` uint8 (N,). Raises DataError."""
     try:
         with np.load(path, allow_pickle=False) as archive:
+            if "images" in archive:
+                return _whole(archive["images"], archive["labels"], path)
             joined, offset, label = archive["jpeg"], archive["offset"], archive["label"]
     except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"{path} is no archive of JPEG frames with jpeg, offset and label: {error}") from error
+        raise DataError(
+            f"{path} is no archive of images and labels, nor of JPEG frames with jpeg, offset and label: {error}"
+        ) from error
     if len(offset) not in (len(label), len(label) + 1) or offset.min() < 0 or offset.max() > len(joined):
         raise DataError(f"{path}: offsets and labels do not fit the frames")
     ends = [*offset[1:], len(joined)][: len(label)]
     files = (joined[start:end].tobytes() for start, end in zip(offset, ends, strict=False))
     images = np.stack([_decoded(file, str(path), "RGB", None) for file in files])
     return LabelledImages(images, label.astype(np.int64))
+
+
+def _whole(images: np.ndarray, labels: np.ndarray, path: Path) -> LabelledImages:
+    if images.dtype != np.uint8 or images.shape[3:] != (3,) or labels.shape != images.shape[:1]:
+        raise DataError(
+            f"{path} has images {images.dtype} {images.shape} with labels {labels.shape}; "
+            "it takes uint8 (N, h, w, 3) with (N,)"
+        )
+    return LabelledImages(images, labels.astype(np.int64))
 
 
 class Cifar10C:

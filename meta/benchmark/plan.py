@@ -237,7 +237,7 @@ def _content(bundle: Path) -> dict[str, Any]:
 
 def _digest(config: BenchmarkConfig, model: ModelConfig, extra: Any) -> str:
     sizes = [config.pool, config.frames, config.long_frames, config.tuning_frames]
-    content = [sizes, config.data[model.data].model_dump(mode="json"), model.content(), extra]
+    content = [sizes, config.data[model.data].content(), model.content(), extra]
     if model.bundle is not None:
         content.append(_source_content(model.bundle, config.factories))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -15,7 +15,7 @@ from PIL import Image
 from meta.baselines import Setup, build
 from meta.benchmark import accuracy as driver
 from meta.benchmark.corruptions import TEST, TUNING
-from meta.benchmark.datasets import Cifar10C, DataConfig, Pool, open_dataset, read_jpeg_archive
+from meta.benchmark.datasets import Cifar10C, DataConfig, Pool, open_dataset, read_archive
 from meta.benchmark.plan import BenchmarkConfig, cells_of, read_benchmark
 from meta.benchmark.report import Journal, Record, run_file, write_report
 from meta.benchmark.run import load_frames, run_streams, source_hits
@@ -203,18 +203,18 @@ def test_an_archive_of_jpeg_frames(tmp_path: Path) -> None:
     offset = np.cumsum([0, *map(len, files)])
     path = tmp_path / "test.npz"
     np.savez(path, jpeg=np.concatenate(files), offset=offset, label=np.array([3, 1, 2], np.uint8))
-    data = read_jpeg_archive(path)
+    data = read_archive(path)
     assert data.labels.tolist() == [3, 1, 2]
     np.testing.assert_allclose(data.images.mean((1, 2, 3)), [0, 60, 120], atol=2)
 
     np.savez(path, jpeg=np.zeros(9, np.uint8), offset=np.array([0, 5, 9]), label=np.array([1, 2], np.uint8))
     with pytest.raises(DataError, match="cannot be decoded"):
-        read_jpeg_archive(path)
+        read_archive(path)
     np.savez(path, jpeg=np.zeros(9, np.uint8), offset=np.array([0, 99]), label=np.array([1, 2], np.uint8))
     with pytest.raises(DataError, match="do not fit"):
-        read_jpeg_archive(path)
+        read_archive(path)
     with pytest.raises(DataError, match="no archive"):
-        read_jpeg_archive(tmp_path / "missing.npz")
+        read_archive(tmp_path / "missing.npz")
 
 
 def test_the_folder_of_cifar_10_c(tmp_path: Path) -> None:
@@ -240,10 +240,85 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
         open_dataset("parts", DataConfig(kind="image-folder", path=tmp_path / "train"))
 
 
-def test_cifar_10_says_where_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar_10_says_where_it_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DRIFTKEEL_CIFAR10", raising=False)
-    with pytest.raises(DataError, match="DRIFTKEEL_CIFAR10"):
+    with pytest.raises(DataError, match=r"as path, or in \$DRIFTKEEL_CIFAR10"):
         open_dataset("cifar10", DataConfig(kind="cifar10")).test()
+    with pytest.raises(DataError, match=r"as train, or in \$DRIFTKEEL_CIFAR10"):
+        open_dataset("c", DataConfig(kind="cifar10-c", path=tmp_path)).train()
+    with pytest.raises(ValueError, match="train is for the kind cifar10-c"):
+        DataConfig(kind="cifar10", train=tmp_path)
+
+    with pytest.raises(DataError, match=r"has neither data_batch_1\.bin, .*, nor train\.npz$"):
+        open_dataset("c", DataConfig(kind="cifar10-c", path=tmp_path, train=tmp_path)).train()
+
+
+def binary_batch(colour: int, labels: list[int]) -> bytes:
+    """As CIFAR-10's binary version has it: red of 200, green of `colour`, blue of 0."""
+    return b"".join(bytes([label]) + b"\xc8" * 1024 + bytes([colour]) * 1024 + b"\0" * 1024 for label in labels)
+
+
+def test_cifar_10_as_it_is_published(tmp_path: Path) -> None:
+    for i in range(1, 6):
+        (tmp_path / f"data_batch_{i}.bin").write_bytes(binary_batch(i, [i, 9]))
+    (tmp_path / "test_batch.bin").write_bytes(binary_batch(7, [0]))
+    data = open_dataset("cifar10", DataConfig(kind="cifar10", path=tmp_path))
+    train = data.train()
+    assert train.images.shape == (10, 32, 32, 3)
+    assert train.labels.tolist() == [1, 9, 2, 9, 3, 9, 4, 9, 5, 9]
+    assert train.images[2, 5, 7].tolist() == [200, 2, 0]
+    assert data.test().images[0, 31, 0].tolist() == [200, 7, 0]
+    (tmp_path / "data_batch_3.bin").write_bytes(b"too short")
+    with pytest.raises(DataError, match=r"data_batch_3\.bin is no batch .* it has 9 bytes"):
+        data.train()
+    (tmp_path / "data_batch_3.bin").unlink()
+    with pytest.raises(DataError, match=r"data_batch_3\.bin cannot be read: No such file"):
+        data.train()
+
+
+def test_an_archive_of_whole_images(tmp_path: Path) -> None:
+    np.savez(tmp_path / "train.npz", images=blobs(6).images, labels=[0, 1, 2, 3, 0, 1])
+    data = open_dataset("c", DataConfig(kind="cifar10-c", path=tmp_path, train=tmp_path))
+    np.testing.assert_array_equal(data.train().images, blobs(6).images)
+    assert data.train().labels.tolist() == [0, 1, 2, 3, 0, 1]
+    for images in (blobs(6, channels=1).images, blobs(6).images.astype(np.float32), blobs(5).images):
+        np.savez(tmp_path / "train.npz", images=images, labels=[0, 1, 2, 3, 0, 1])
+        with pytest.raises(DataError, match=r"train\.npz has images .*; it takes uint8"):
+            data.train()
+    np.savez(tmp_path / "train.npz", images=np.array([{"code": 1}], dtype=object), labels=[0])
+    with pytest.raises(DataError, match="no archive of images and labels"):
+        data.train()
+
+
+def test_an_option_of_data_that_is_not_used_leaves_results_as_they_are(tmp_path: Path) -> None:
+    plain = DataConfig(kind="cifar10-c", path=tmp_path)
+    assert plain.content() == {"kind": "cifar10-c", "path": str(tmp_path), "size": 32}
+    assert DataConfig(kind="cifar10-c", path=tmp_path, train=tmp_path).content() != plain.content()
+
+
+def test_a_model_is_trained_and_tuned_beside_the_folder_of_cifar_10_c(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("DRIFTKEEL_CIFAR10", raising=False)
+    monkeypatch.setenv("DRIFTKEEL_CACHE", str(tmp_path / "cache"))
+    published, own = tmp_path / "CIFAR-10-C", tmp_path / "own"
+    published.mkdir()
+    own.mkdir()
+    shifted = np.tile(blobs(40, side=32).images, (5, 1, 1, 1))
+    for shift in TEST:
+        np.save(published / f"{shift}.npy", shifted)
+    np.save(published / "labels.npy", np.tile(blobs(40).labels, 5).astype(np.uint8))
+    np.savez(own / "train.npz", images=blobs(400, side=32).images, labels=blobs(400).labels)
+    arguments = {"classes": 10, "channels": 3, "widths": [8, 8]}
+    plan = small_plan(
+        data={"c": {"kind": "cifar10-c", "path": str(published), "train": str(own)}},
+        models=[{"name": "small", "data": "c", "architecture": "groupnorm-cnn", "arguments": arguments, "epochs": 4}],
+        runs=[{"methods": ["source", "tent"], "batches": [8], "settings": ["continual"], "seeds": [0]}],
+        threads=1,
+    )
+    report = tmp_path / "out.json"
+    assert driver.run_accuracy(plan, report, "test", driver.Progress([].append)) == 0
+    assert {r["variant"] for r in json.loads(report.read_text())} == {"", "published", "tuned"}
 
 
 # --- the plan ---
