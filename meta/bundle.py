@@ -132,7 +132,8 @@ def read_manifest(folder: Path) -> Manifest:
 def load_bundle(
     folder: Path, factories: Iterable[str] = (), method: str = MGG_NAME, device: torch.device = CPU
 ) -> Bundle:
-    """Check every hash, then build model and method: the bundle's generator, or a baseline by name (meta.baselines).
+    """Check every hash, then build model and method: the bundle's generator, or a baseline by name (meta.baselines),
+    which does without source frames: `eata` is then ETA.
 
     Both are checked on the CPU, and then moved to `device`.
 
