@@ -120,9 +120,11 @@ class Lame(Source):
     """Smooth the probabilities of a batch over its nearest neighbours; no parameter changes.
 
     Boudiaf et al., "Parameter-free Online Test-time Adaptation", CVPR 2022: Laplacian-adjusted maximum likelihood
-    with an RBF affinity whose width is the mean distance to the fifth neighbour, lambda 1, up to 100 rounds. Frames
-    see the frames of their own stream in the same batch only. Logits are the logarithms of the smoothed
-    probabilities. The width has a floor: it is 0 for a batch of one, where the published code divides by it.
+    with an RBF affinity whose width is the mean distance to the fifth neighbour, lambda 1, up to 100 rounds. A frame is
+    its own first neighbour, as in the published code: with `neighbours` of 1, which `tuned` may choose, the width is at
+    its floor, no frame is near another, and labels are those of source. Frames see the frames of their own stream in
+    the same batch only. Logits are the logarithms of the smoothed probabilities. The width has a floor: it is 0 for a
+    batch of one, where the published code divides by it.
     """
 
     name = "lame"

@@ -334,6 +334,13 @@ def test_lame_agrees_with_its_neighbours() -> None:
     torch.testing.assert_close(smooth.exp().sum(1), torch.ones(6))
 
 
+def test_lame_with_one_neighbour_is_switched_off() -> None:
+    """A frame is its own first neighbour."""
+    method, frames, stream = make("lame", "group", neighbours=1), drawn(12, 0), torch.zeros(12, dtype=torch.long)
+    labels = method.predict(frames, stream, method.fresh(1)).answer.argmax(1)
+    assert torch.equal(labels, SETUPS["group"].model(frames).argmax(1))
+
+
 @pytest.mark.parametrize("case", range(40))
 def test_lame_is_the_same_in_large_company_and_in_company_that_takes_long(case: int) -> None:
     """Distances of many frames are worked out in another way; and near ties go on as long as there are rounds."""
