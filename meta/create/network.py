@@ -120,6 +120,8 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
         model.fit_layout(frames)
         rows = model.source_affine.expand(len(frames), -1).clone().requires_grad_()
         after, _, _ = model.forward_with_inputs(frames, rows)
+        # With another count too: whatever else a norm layer sees rows of may have been as many as the frames.
+        model(frames[1:], rows[1:].detach())
     except (RuntimeError, AttributeError, TypeError) as error:
         raise BundleError(
             f"the network does not run with its norm layers swapped ({_line(error)}){doubt}; "
@@ -210,7 +212,13 @@ def _own_norms(network: nn.Module) -> list[str]:
 def _has_gradient(logits: Tensor, rows: Tensor) -> None:
     if logits.grad_fn is None:
         raise BundleError("no gradient reaches the norm layers: the network's forward runs under torch.no_grad")
-    (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), [rows], allow_unused=True)
+    try:
+        (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), [rows], allow_unused=True)
+    except RuntimeError as error:
+        raise BundleError(
+            f"no gradient can be taken through the network ({_line(error)}); where it checkpoints activations, turn "
+            "that off: its norm layers must run once a pass"
+        ) from error
     if gradient is None or not bool(torch.isfinite(gradient).all()) or not bool(gradient.any()):
         raise BundleError("no usable gradient reaches the norm layers: the network cuts it, or its weights overflow")
 

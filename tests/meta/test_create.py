@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import meta.create.run
 from meta.bundle import load_bundle, read_verdict
@@ -213,6 +214,23 @@ class Answering(nn.Module):
         return self.change(self.head(self.layers(x)))
 
 
+class TokensFirst(nn.Module):
+    """Six tokens of each frame, in the dimension where others have their frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Conv2d(1, 8, 3), nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = nn.functional.adaptive_avg_pool2d(self.first(x), (2, 3)).flatten(2).permute(2, 0, 1)
+        return self.head(self.norm(tokens).relu().mean(0))
+
+
+class Checkpointed(Answering):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(checkpoint(self.layers, x, use_reentrant=False))
+
+
 class TwoInputs(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return x * mask
@@ -263,6 +281,8 @@ class Twice(nn.Module):
         (lambda: Answering(lambda z: z, nn.BatchNorm2d(8, track_running_stats=False)), "in its batch"),
         (lambda: Answering(lambda z: z, NormAndMore(2, 8)), r"does not predict what it did; suspect: .*NormAndMore"),
         (lambda: Answering(lambda z: z.detach()), "no gradient reaches"),
+        (TokensFirst, "sees 6 rows for 5 frames"),
+        (lambda: Checkpointed(lambda z: z), "checkpoints activations, turn that off: its norm layers"),
         (Twice, "uses norm layer 'norm' 2 times"),
         (Wandering, r"order in which norm layers run varies with the frames \('norm' in one pass, where another has "),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 3)), "cannot take frames of shape .*--size WxH"),
