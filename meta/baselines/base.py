@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,10 @@ class Baseline:
         amount: float = 64.0,
         optimizer: Sgd | Adam | None = None,
     ) -> None:
+        if not step_size >= 0:
+            raise ValueError(f"step_size {step_size} is below 0, and would climb; give 0 or more")
+        if statistics not in get_args(Statistics):
+            raise ValueError(f"statistics {statistics!r} is none of {', '.join(get_args(Statistics))}")
         self.setup, self.model, self.classes = setup, setup.model, setup.classes
         self.device = setup.model.device
         self.step_size, self.statistics, self.amount = step_size, statistics, amount

@@ -80,6 +80,8 @@ class Neo(Source):
 
     def __init__(self, setup: Setup, centre: str = "origin", prior: float = 0.0) -> None:
         super().__init__(setup)
+        if centre not in ("origin", "source"):
+            raise ValueError(f"centre {centre!r} is neither origin nor source")
         self.head = classifier(setup)
         self.prior = prior
         self.target = self.start = torch.zeros(self.head.in_features, device=self.device)

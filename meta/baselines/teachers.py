@@ -115,6 +115,8 @@ class Rotta(Baseline):
         **options: Any,
     ) -> None:
         super().__init__(setup, **{**options, "statistics": "source"})
+        if not setup.frame_shape:
+            raise ValueError("rotta keeps frames in memory; give their shape (ch, h, w) as frame_shape of the Setup")
         self.capacity, self.every, self.rate, self.share = capacity, every, rate, share
         self.wrap = every * (2**24 // every)  # float32 counts no further, and would call every frame the 64th
 

@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -323,6 +324,27 @@ def test_chance_goes_on_after_as_many_updates_as_float32_counts(name: str, kind:
         _, state = advance(method, drawn(1, number), stream, state)
         ages.append(int(state["age"]))
     assert ages == [2**24 - 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tent", {"step_size": -1.0}, "step_size -1.0 is below 0"),
+        ("tent", {"step_size": math.nan}, "step_size nan"),
+        ("tent", {"statistics": "bach"}, "statistics 'bach' is none of source, batch, prior, running"),
+        ("neo", {"centre": "sorce"}, "centre 'sorce' is neither origin nor source"),
+    ],
+)
+def test_options_that_a_method_does_not_have(name: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(name, SETUPS["group"], **options)
+
+
+def test_a_method_that_keeps_frames_needs_their_shape() -> None:
+    setup = replace(SETUPS["group"], frame_shape=())
+    build("tent", setup)
+    with pytest.raises(ValueError, match=r"give their shape \(ch, h, w\) as frame_shape"):
+        build("rotta", setup)
 
 
 def test_lame_agrees_with_its_neighbours() -> None:
