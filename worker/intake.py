@@ -19,7 +19,7 @@ from worker.decoding import Arrival, Decoding
 from worker.kafka_batches import Unreadable
 from worker.lateness import Lateness
 from worker.letters import Bad, Letters, position_of
-from worker.offsets import Offsets
+from worker.offsets import Offsets, Partition
 
 log = logging.getLogger("driftkeel.intake")
 Load = Callable[[list[str]], Callable[[Frame], bool]]
@@ -71,6 +71,10 @@ class Intake:
     def full(self) -> bool:
         """Whether so many dead letters wait to be taken by their topic that no more records should be taken in."""
         return self._letters.full
+
+    def forget(self, partition: Partition) -> None:
+        """Of a partition that goes, or is read again, no letter that is still to arrive finishes anything."""
+        self._letters.drop(partition)
 
     def bury(self, bad: list[Bad], patience_s: float = 0.0) -> None:
         """To the dead letters. Records whose letter is there are finished; with patience, after a wait for all."""

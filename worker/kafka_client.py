@@ -25,6 +25,9 @@ log = logging.getLogger("driftkeel.kafka")
 Result = TypeVar("Result")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
 REFUSALS = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError)
+SPEAKER = logging.getLogger("kafka.net.manager")
+_speaking = threading.Lock()
+_listeners, _levels = 0, (0, 0)
 
 
 def connection(settings: Kafka) -> dict[str, Any]:
@@ -105,15 +108,32 @@ def _listening() -> Iterator[list[KafkaError]]:
         found.extend(part for part in record.args or () if isinstance(part, REFUSALS))
         return record.levelno >= level
 
-    speaker = logging.getLogger("kafka.net.manager")
-    level, before = speaker.getEffectiveLevel(), speaker.level
-    speaker.addFilter(note)
-    speaker.setLevel(min(level, logging.WARNING))
+    level = _speak()
+    SPEAKER.addFilter(note)
     try:
         yield found
     finally:
-        speaker.removeFilter(note)
-        speaker.setLevel(before)
+        SPEAKER.removeFilter(note)
+        _fall_silent()
+
+
+def _speak() -> int:
+    """Have the client's warnings made; the level at which somebody else reads them. Several threads may listen."""
+    global _listeners, _levels
+    with _speaking:
+        if not _listeners:
+            _levels = SPEAKER.getEffectiveLevel(), SPEAKER.level
+            SPEAKER.setLevel(min(_levels[0], logging.WARNING))
+        _listeners += 1
+        return _levels[0]
+
+
+def _fall_silent() -> None:
+    global _listeners
+    with _speaking:
+        _listeners -= 1
+        if not _listeners:
+            SPEAKER.setLevel(_levels[1])
 
 
 def check_checksum_speed() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any
 
 from schemas.errors import FrameError
 from schemas.frame import Position
+from worker.offsets import Partition
 from worker.publish import Publisher
 
 Bad = tuple[Any, FrameError]  # a record, and why it is no frame
 MAX_BYTES = 16 << 20  # of records that wait, above which no more are to be taken in
+OVERHEAD = 1_000  # bytes of a record beside what is in it
 
 
 class Letters:
@@ -19,7 +23,6 @@ class Letters:
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
-        self._thread = ThreadPoolExecutor(1, "letters")
         self._waiting: list[Bad] = []
         self._under_way: list[Bad] = []
         self._sent: Future[None] | None = None
@@ -45,30 +48,44 @@ class Letters:
         until = time.monotonic() + patience_s
         while self._sent is not None:
             wait([self._sent], max(0.0, until - time.monotonic()))
-            if not self._sent.done():
-                break
+            if not self._sent.done() or (found and self._sent.exception()):
+                break  # The next call says why.
             self._sent.result()
             found += [position_of(record) for record, _ in self._under_way]
-            self._bytes -= _size(self._under_way)
-            self._sent = None
+            self._bytes = _size(self._waiting)
+            self._under_way, self._sent = [], None
             self._begin()
         return found
 
+    def drop(self, partition: Partition) -> None:
+        """Forget the records of a partition: if they are read again they are bad again."""
+        self._waiting, self._under_way = (
+            [bad for bad in some if (bad[0].topic, bad[0].partition) != partition]
+            for some in (self._waiting, self._under_way)
+        )
+
     def close(self) -> None:
         """What is still under way is a dead letter again for whoever reads the partition next."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._sent is None:
+        if self._sent is None or self._sent.done():
             self._publisher.close()
 
     def _begin(self) -> None:
         if self._sent is None and self._waiting:
             self._under_way, self._waiting = self._waiting, []
-            self._sent = self._thread.submit(self._deliver, self._under_way)
+            self._sent = Future()
+            # Not of a pool, whose threads the process waits for at its end.
+            send = partial(self._deliver, self._under_way, self._sent)
+            threading.Thread(target=send, name="letters", daemon=True).start()
 
-    def _deliver(self, bad: list[Bad]) -> None:
-        for record, error in bad:
-            self._publisher.dead_letter(record, error)
-        self._publisher.settle(lambda: None)
+    def _deliver(self, bad: list[Bad], sent: Future[None]) -> None:
+        try:
+            for record, error in bad:
+                self._publisher.dead_letter(record, error)
+            self._publisher.settle(lambda: None)
+        except Exception as error:  # noqa: BLE001 - raised in the loop
+            sent.set_exception(error)
+        else:
+            sent.set_result(None)
 
 
 def position_of(record: Any) -> Position:
@@ -77,4 +94,11 @@ def position_of(record: Any) -> Position:
 
 
 def _size(bad: list[Bad]) -> int:
-    return sum(len(record.key or b"") + len(record.value or b"") for record, _ in bad)
+    """Bytes that records and their messages take, at least."""
+    return sum(
+        OVERHEAD
+        + len(record.key or b"")
+        + len(record.value or b"")
+        + sum(len(value or b"") for _, value in record.headers)
+        for record, _ in bad
+    )

@@ -238,7 +238,8 @@ class Worker:
         twice = not full and self._aged
         if twice:  # A poll gives what was there at the poll before, and has fetched what has come since.
             self._receive(0.0)
-        self._receive(0.0 if full else self._patience(twice))
+        # Nothing may be in hand where dead letters alone are too many.
+        self._receive(0.0 if full and self._waiting else self._patience(twice))
 
     @property
     def _busy(self) -> bool:
@@ -317,6 +318,7 @@ class Worker:
         Returns all of these.
         """
         self._decoding.drop(partition)
+        self._intake.forget(partition)
         streams = [stream for stream, where in self._partitions_of.items() if partition in where]
         self._batcher.drop(streams)
         self._streams.release(streams)

@@ -125,6 +125,33 @@ def test_good_frames_do_not_wait_for_dead_letters(loop: Loop, monkeypatch: pytes
     assert (loop.next_offset(), loop.intake.full) == (4, False)
 
 
+def test_dead_letters_are_bounded_however_little_is_in_them(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.letters.MAX_BYTES", 5_000)
+    loop.post.open.clear()
+    loop.receive([(b"cam", b"")] * 6)
+    loop.turn()
+    assert loop.intake.full
+
+
+def test_letters_of_a_partition_that_went_finish_nothing(loop: Loop) -> None:
+    loop.post.open.clear()
+    loop.receive([(b"cam", b"junk")] * 2)
+    loop.turn()
+    loop.receive([(b"cam", b"junk")] * 2, first=2)
+    loop.turn()
+    loop.intake.forget(("frames", 0))
+    loop.offsets.forget([("frames", 0)])
+    loop.receive([(b"cam", picture())] * 4)  # another topic of the same name
+    while loop.decoding:
+        loop.turn()
+    loop.post.open.set()
+    loop.intake.bury([], 20)
+    assert len(loop.post.sent) == 2  # the first were under way
+    assert loop.next_offset() == 0
+    loop.offsets.finished(frame.position for frame in loop.frames[:1])
+    assert loop.next_offset() == 1
+
+
 def test_a_record_without_a_stream_loads_none(loop: Loop) -> None:
     loop.receive([(None, picture()), (b"\xff", picture())])
     loop.turn()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import trustme
 from kafka import KafkaAdminClient
+from kafka.errors import SaslAuthenticationFailedError
 from pydantic import SecretStr
 
 from schemas.config import Kafka
@@ -16,6 +18,7 @@ from schemas.errors import ConfigError, UnreachableError
 from tests.broker.process import start_own_broker
 from tests.servers import TlsProxy, write_certificates
 from tests.worker.test_consume import Notes, wait_for
+from worker import kafka_client
 from worker.consume import FrameConsumer
 from worker.embedded import free_port, start_broker
 from worker.kafka_client import connection, create_topics, require_topics
@@ -113,3 +116,15 @@ def test_a_wrong_password_is_told_in_one_line(kafka_with_users: Kafka) -> None:
         require_topics(kafka_with_users.model_copy(update={"sasl_password": SecretStr("falsch")}))
     assert "\n" not in str(told.value)
     assert "falsch" not in str(told.value)
+
+
+def test_threads_that_listen_to_the_client_at_once_leave_its_log_as_it_was() -> None:
+    """The loop and the thread of dead letters may both look for a broker that is away."""
+    before = kafka_client.SPEAKER.level
+    with ExitStack() as first, ExitStack() as second:
+        heard = first.enter_context(kafka_client._listening())
+        other = second.enter_context(kafka_client._listening())
+        first.close()
+        kafka_client.SPEAKER.warning("%s", SaslAuthenticationFailedError())
+        assert (len(heard), len(other)) == (0, 1)
+    assert kafka_client.SPEAKER.level == before
