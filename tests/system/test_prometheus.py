@@ -190,7 +190,7 @@ def alert_operands() -> dict[str, tuple[str, bool]]:
     for rule in rules():
         expr = OLD.sub("offset 3s", rule["expr"])
         expr = re.sub(r"absent\((.*?)\)", r"\1", expr)
-        for i, part in enumerate(re.split(r"\band\b|\bor\b|\bunless\b|[<>=]=(?!~)|\s[<>]\s", expr)):
+        for i, part in enumerate(re.split(r"\band\b(?: on \(.*?\))?|\bor\b|\bunless\b|[<>=]=(?!~)|\s[<>]\s", expr)):
             if not re.fullmatch(r"\s*[-\d.]+\s*", part):
                 parts[f"{rule.get('alert', rule.get('record'))} {i}"] = part, True
     return parts
