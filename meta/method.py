@@ -45,6 +45,11 @@ class Forward:
     head: Tensor | None = None
 
     @property
+    def output(self) -> Output:
+        """What the model has put out for the frames."""
+        return Output(self.logits, self.features, self.head)
+
+    @property
     def answer(self) -> Tensor:
         """What the method answers, as logits (B, classes) without a graph: its `kept` class probabilities if it has
         any, else the model's logits."""

@@ -261,6 +261,8 @@ class MGG:
         self, stream: Tensor, counts: Tensor, adapts: Sequence[bool] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The places of the frames that give a gradient (b,), their streams (b,), and how many each has (S,)."""
+        if adapts is not None and not any(adapts):
+            return stream[:0], stream[:0], torch.zeros_like(counts)
         few = (counts / self.gradient_share).ceil()
         if adapts is not None:
             few = few * torch.tensor(adapts, device=few.device)

@@ -14,7 +14,7 @@ from meta.bundle import MGG_NAME, Bundle
 from meta.estimator import AccuracyModel
 from meta.method import Forward, State, finite_rows, narrowed, on_cpu, put, take
 from meta.mgg import MGG
-from meta.outputs import Known, Output
+from meta.outputs import Known
 from meta.proxies import Observer
 from meta.threads import one_thread
 from monitoring.proxies import estimate
@@ -218,8 +218,7 @@ class Engine:
             observed, source = self._observer.observe(frames, forward, part.shadow)
         found = outlooks(self.bundle, part, frames, forward.answer, observed, sights, source)
         if part.keep:
-            output = Output(forward.logits, forward.features, forward.head)
-            held = kept(part.batches, part.headers, output)
+            held = kept(part.batches, part.headers, forward.output)
             found = [replace(outlook, seen=seen) for outlook, seen in zip(found, held, strict=True)]
         return found, forward
 

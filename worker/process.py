@@ -1,4 +1,4 @@
-"""What a worker asks of its process: memory that stays, short pauses, quick turns of the interpreter."""
+"""A worker's process: its version, memory that stays, short pauses, quick turns of the interpreter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 SWITCH_S = 0.001
@@ -39,3 +40,11 @@ def switch_often() -> None:
     than the next operation takes, whenever the loop computes.
     """
     sys.setswitchinterval(SWITCH_S)
+
+
+def installed_version() -> str:
+    """The distribution's version; `unknown` where it was not installed but copied."""
+    try:
+        return version("driftkeel")
+    except PackageNotFoundError:
+        return "unknown"

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +26,7 @@ from worker.flights import Flights
 from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
 from worker.offsets import Partition
 from worker.parts import connect
-from worker.process import keep_freed_memory, spare_collections, switch_often
+from worker.process import installed_version, keep_freed_memory, spare_collections, switch_often
 from worker.reach import Reach
 from worker.site_bundle import site_bundle
 from worker.trace import open_trace
@@ -41,14 +40,6 @@ STOCKED_S = 0.05  # between looks at the topic while there is enough to do: a lo
 MAX_HELD = 64 << 20  # bytes that wait to be decoded, or are, before partitions are paused
 STUCK_AFTER_S = 60.0
 LAG_INTERVAL_S = 1.0
-
-
-def installed_version() -> str:
-    """The distribution's version; `unknown` where it was not installed but copied."""
-    try:
-        return version("driftkeel")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 class Worker:

@@ -13,7 +13,7 @@ from meta.method import Forward, State, Update
 from meta.mgg import MGG
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics
-from meta.outputs import Output, joined
+from meta.outputs import joined
 
 PASS_PIXELS = 1 << 20
 
@@ -56,7 +56,7 @@ class PiecewiseMGG(MGG):
             updated.append(super().update(forward))
             passed.append(replace(forward, giving=None))  # Its graph would fill the memory.
         kept = {name: torch.cat([forward.kept[name] for forward in passed]) for name in passed[0].kept}
-        output = joined([Output(forward.logits, forward.features, forward.head) for forward in passed])
+        output = joined([forward.output for forward in passed])
         return _Served(
             logits=output.logits,
             features=output.features,
