@@ -17,8 +17,8 @@ import torch
 
 from meta.bundle import load_bundle
 from meta.imports import import_from
-from worker.benchmark_throughput_engine import Case, engine_pass, forward_pass, frames_per_second
-from worker.engine import Engine
+from worker.benchmark.throughput_engine import Case, engine_pass, forward_pass, frames_per_second
+from worker.engine.engine import Engine
 from worker.process import keep_freed_memory
 
 

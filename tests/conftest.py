@@ -31,9 +31,9 @@ from meta.objective import feature_statistics
 from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart, Preprocess
 from schemas.config import Kafka, Store, Topics
 from worker.embedded import start_broker, start_store
-from worker.kafka_client import create_topics
-from worker.kafka_sockets import close_failed_connects
-from worker.store import StateStore
+from worker.kafka.client import create_topics
+from worker.kafka.sockets import close_failed_connects
+from worker.store.store import StateStore
 
 torch.set_num_threads(1)
 close_failed_connects()  # Of clients that tests open themselves, too: a warning would come in whichever test is next.

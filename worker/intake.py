@@ -13,13 +13,13 @@ from monitoring.metrics import WorkerMetrics
 from schemas.config import Frames
 from schemas.errors import FrameError
 from schemas.frame import Frame, Position, parse_frame
-from worker.batcher import MicroBatcher
-from worker.decode import DecodedFrame
-from worker.decoding import Arrival, Decoding
-from worker.kafka_batches import Unreadable
-from worker.lateness import Lateness
-from worker.letters import Bad, Letters, position_of
-from worker.offsets import Offsets, Partition
+from worker.batch.batcher import MicroBatcher
+from worker.batch.lateness import Lateness
+from worker.consume.offsets import Offsets, Partition
+from worker.decode.decoding import Arrival, Decoding
+from worker.decode.image import DecodedFrame
+from worker.kafka.batches import Unreadable
+from worker.publish.letters import Bad, Letters, position_of
 
 log = logging.getLogger("driftkeel.intake")
 Load = Callable[[list[str]], Callable[[Frame], bool]]

@@ -13,29 +13,29 @@ from meta.bundle import Bundle
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import UnreachableError
-from worker.answer import Policies
-from worker.batcher import MicroBatcher
-from worker.commands import CommandList, CommandReader
-from worker.consume import FrameConsumer
-from worker.control import Control
-from worker.decode import decode_frame
-from worker.decoding import Decoding
-from worker.engine import Engine
-from worker.guard import Guard
+from worker.batch.batcher import MicroBatcher
+from worker.batch.lateness import Lateness
+from worker.consume.consumer import FrameConsumer
+from worker.consume.offsets import Offsets
+from worker.control.commands import CommandList, CommandReader
+from worker.control.control import Control
+from worker.decode.decoding import Decoding
+from worker.decode.image import decode_frame
+from worker.engine.engine import Engine
+from worker.engine.schedule import Scheduler
+from worker.engine.warm_up import warm_up
+from worker.guard.answer import Policies
+from worker.guard.guard import Guard
 from worker.intake import Intake
-from worker.journal import Journal
-from worker.kafka_client import require_topics, until_reached
-from worker.lateness import Lateness
-from worker.letters import Letters
-from worker.offsets import Offsets
-from worker.publish import Publisher
-from worker.schedule import Scheduler
+from worker.kafka.client import require_topics, until_reached
+from worker.publish.letters import Letters
+from worker.publish.publisher import Publisher
 from worker.step import Step
-from worker.store import StateStore
-from worker.streams import Heal, Streams
+from worker.store.store import StateStore
+from worker.streams.journal import Journal
+from worker.streams.streams import Heal, Streams
+from worker.streams.upgrade import Upgrade
 from worker.trace import Trace
-from worker.upgrade import Upgrade
-from worker.warm_up import warm_up
 
 log = logging.getLogger("driftkeel.worker")
 COMMANDS_PATIENCE_S = 10.0

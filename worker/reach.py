@@ -10,7 +10,7 @@ from collections.abc import Callable
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import UnreachableError
-from worker.store import StateStore
+from worker.store.store import StateStore
 
 log = logging.getLogger("driftkeel.reach")
 LOOK_S = 2.0

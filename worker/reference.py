@@ -23,7 +23,7 @@ from schemas.frame import FRAME_TYPE
 from schemas.prediction import PREDICTION_TYPE, Prediction
 from schemas.update import UPDATE_TYPE, UpdateEvent
 from schemas.verdict import Verdict
-from worker.app_cli import app
+from worker.cli.app import app
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "prediction": Prediction,

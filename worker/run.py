@@ -20,15 +20,15 @@ from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, FrameError, UnreachableError
 from schemas.frame import Frame, Position
-from worker.batcher import within_memory, within_method
-from worker.device import EXPERIMENTAL, described, out_of_memory, site_device
+from worker.batch.batcher import within_memory, within_method
+from worker.consume.offsets import Partition
+from worker.engine.device import EXPERIMENTAL, described, out_of_memory, site_device
 from worker.flights import Flights
-from worker.kafka_client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
-from worker.offsets import Partition
+from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
 from worker.parts import connect
 from worker.process import installed_version, keep_freed_memory, spare_collections, switch_often
 from worker.reach import Reach
-from worker.site_bundle import site_bundle
+from worker.site.bundle import site_bundle
 from worker.trace import open_trace
 
 log = logging.getLogger("driftkeel.worker")

@@ -4,7 +4,7 @@
    a frame at or before a stored position has been predicted for certain, or was too late for it (`batch.drop_late`).
 2. State, position and update event are written together; a crash before that repeats the step, one after it does not.
    With `store.write_interval_ms`, and within a second where there was no update to make, this holds for the steps
-   since the last write, together (see `worker.journal`).
+   since the last write, together (see `worker.streams.journal`).
 3. Offsets may be committed only for frames whose state is stored.
 
 A pass runs in a thread, or in the caller's (`worker.flights`). While a step is published, acknowledged and stored,
@@ -22,16 +22,16 @@ from typing import Any, TypeVar
 from monitoring import observe
 from monitoring.metrics import WorkerMetrics
 from schemas.update import seal
-from worker.batcher import MicroBatch, MicroBatcher
-from worker.device import use
-from worker.event import update_event
-from worker.guard import Guard
-from worker.journal import Folded, Journal
-from worker.judge import judge
-from worker.messages import PredictionWriter
-from worker.passes import Gathered, Outlook, Pass, Proposals
-from worker.publish import Answer, Publisher
-from worker.streams import Streams
+from worker.batch.batcher import MicroBatch, MicroBatcher
+from worker.engine.device import use
+from worker.engine.judge import judge
+from worker.engine.passes import Gathered, Outlook, Pass, Proposals
+from worker.guard.guard import Guard
+from worker.publish.event import update_event
+from worker.publish.messages import PredictionWriter
+from worker.publish.publisher import Answer, Publisher
+from worker.streams.journal import Folded, Journal
+from worker.streams.streams import Streams
 from worker.trace import Span, Trace
 
 Given = TypeVar("Given")

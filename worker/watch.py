@@ -22,10 +22,10 @@ from rich.text import Text
 from schemas.config import Kafka, WorkerConfig
 from schemas.errors import SourceError
 from schemas.prediction import Prediction
-from worker.decode import FORMATS
-from worker.kafka_answer import last_answer
-from worker.kafka_batches import PassedOver
-from worker.kafka_client import connection, open_client, require_topics, until_reached
+from worker.decode.image import FORMATS
+from worker.kafka.answer import last_answer
+from worker.kafka.batches import PassedOver
+from worker.kafka.client import connection, open_client, require_topics, until_reached
 from worker.terminal import printable
 
 log = logging.getLogger("driftkeel.watch")

@@ -23,9 +23,9 @@ from tests.chaos.proxy import FlakyProxy
 from tests.chaos.verify import Outcome, frames_in_topic, verify
 from tests.conftest import Topic, picture
 from tests.system.conftest import Site, WorkerProcess
+from worker.control.send import put_command
 from worker.embedded import Broker, EmbeddedStore, free_port, start_broker, start_store
-from worker.kafka_client import create_topics
-from worker.send_command import put_command
+from worker.kafka.client import create_topics
 
 STREAMS = [f"cam-{i}" for i in range(8)]
 PARTITIONS = 4

@@ -23,10 +23,10 @@ from schemas.update import UpdateEvent
 from tests.system.conftest import Site
 from worker.audit.read import read_topic
 from worker.audit.verify import verify as verify_chain
-from worker.decode import decode_image
-from worker.passes import WAY
-from worker.pixels import normalise_pixels
-from worker.store import StateStore
+from worker.decode.image import decode_image
+from worker.decode.pixels import normalise_pixels
+from worker.engine.passes import WAY
+from worker.store.store import StateStore
 
 LIMIT = 64 << 20
 # States are compared after dozens of updates whose passes had other company: float32 sums in another order.

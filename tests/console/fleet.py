@@ -28,7 +28,7 @@ from tests.browser import chromium_options
 from tests.conftest import picture
 from tests.monitoring.console.records import event, prediction
 from worker.embedded import embedded_services
-from worker.kafka_client import connection, create_topics
+from worker.kafka.client import connection, create_topics
 
 SCROLLS = 12
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from schemas.config import ENVIRONMENT_PREFIX, WorkerConfig
 from schemas.config_file import dotted_keys, load_config
 from tests.servers import prometheus_tool
-from worker.app_cli import app
+from worker.cli.app import app
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CHART = DEPLOY / "helm" / "driftkeel"

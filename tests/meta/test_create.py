@@ -30,7 +30,7 @@ from schemas.errors import BundleError, ConfigError, DataError
 from schemas.verdict import Measured
 from tests.conftest import SHIPPED_BUNDLE
 from tests.foreign import LABELS, SIDE, batchnorm_net, layernorm_net, pictures, trained, write_folder
-from worker.decode import decode_image
+from worker.decode.image import decode_image
 
 NETS = {"batchnorm_net": batchnorm_net, "layernorm_net": layernorm_net}
 

@@ -25,7 +25,7 @@ from tests.broker.process import broker_for
 from tests.conftest import SHIPPED_BUNDLE, Topic, picture
 from tests.system.conftest import Site, WorkerProcess
 from worker.embedded import start_store
-from worker.kafka_client import create_topics
+from worker.kafka.client import create_topics
 
 PARTITIONS = 4
 STREAMS = [f"cam-{i}" for i in range(12)]

@@ -30,9 +30,9 @@ from schemas.frame import Position
 from schemas.state import DriftWatch, StreamHeader, StreamState
 from schemas.update import Proxies, UpdateEvent
 from tests.conftest import SHIPPED_BUNDLE
-from worker.batcher import MicroBatch
-from worker.decode import DecodedFrame
-from worker.engine import Engine
+from worker.batch.batcher import MicroBatch
+from worker.decode.image import DecodedFrame
+from worker.engine.engine import Engine
 
 STREAMS, BATCH, INTERVAL_S = 4, 16, 15
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"

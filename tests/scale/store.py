@@ -18,9 +18,9 @@ from meta.bundle import load_bundle
 from schemas.config import Store
 from schemas.state import encode_tensors
 from tests.conftest import SHIPPED_BUNDLE
-from worker.compress import Compression, pack
 from worker.embedded import start_store
-from worker.store import StateStore, Write
+from worker.store.compress import Compression, pack
+from worker.store.store import StateStore, Write
 
 HEADER, EVENT = b"h" * 450, b"e" * 1_050  # as long as the demo's
 ROUNDS = 60

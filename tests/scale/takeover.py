@@ -19,14 +19,14 @@ from pathlib import Path
 from schemas.config import Kafka, Topics
 from tests.broker.process import broker_for
 from tests.scale.__main__ import BROKER_HELP
-from worker.kafka_client import create_topics
+from worker.kafka.client import create_topics
 
 PARTITIONS = [0, 1, 2, 3]
 ROUNDS = 2
 CONSUMER = """
 import json, sys, time
 from kafka import KafkaConsumer
-from worker.kafka_join import poll_timeout
+from worker.kafka.join import poll_timeout
 consumer = KafkaConsumer(sys.argv[4], bootstrap_servers=sys.argv[1], group_id=sys.argv[2],
     session_timeout_ms=int(sys.argv[3]), heartbeat_interval_ms=500, fetch_max_wait_ms=20, enable_auto_commit=False)
 last = None

@@ -17,7 +17,7 @@ import redis
 from meta.bundle import load_bundle
 from meta.data import fashion_mnist
 from tests.conftest import SHIPPED_BUNDLE
-from worker.benchmark_throughput_worker import Bench
+from worker.benchmark.throughput_worker import Bench
 from worker.demo.cameras import CAMERAS, film
 from worker.embedded import start_broker, start_store
 

@@ -24,7 +24,7 @@ from schemas.state import StreamHeader, decode_header
 from schemas.update import UpdateEvent
 from tests.conftest import Topic
 from worker.embedded import free_port
-from worker.store import StateStore
+from worker.store.store import StateStore
 
 
 class WorkerProcess:

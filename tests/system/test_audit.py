@@ -13,7 +13,7 @@ from tests.conftest import picture
 from tests.outline import rebuilt
 from tests.system.conftest import Site, run_cli
 from worker.audit.read import histories, read_topic
-from worker.send_command import send_command
+from worker.control.send import send_command
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from schemas.bundle import Manifest
 from schemas.config import Kafka
 from tests.conftest import SHIPPED_BUNDLE, picture
 from tests.system.conftest import Site, run_cli
-from tests.worker.test_decode import animated, png_header
-from tests.worker.test_kafka_batches import ZEROS, packing
+from tests.worker.decode.test_image import animated, png_header
+from tests.worker.kafka.test_batches import ZEROS, packing
 from worker.embedded import free_port
 
 HEADERS = [("origin", b"line 3")]

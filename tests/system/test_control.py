@@ -18,7 +18,7 @@ from schemas.policy import PolicyChange
 from schemas.update import UpdateEvent, seal
 from tests.conftest import picture
 from tests.system.conftest import Site, WorkerProcess, run_cli
-from worker.send_command import send_command
+from worker.control.send import send_command
 
 
 @pytest.fixture(autouse=True)

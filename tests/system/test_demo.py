@@ -20,7 +20,7 @@ from schemas.config import Frames
 from tests.conftest import SHIPPED_BUNDLE
 from tests.system.conftest import run_cli
 from tests.system.test_faults import _alive
-from worker.decode import decode_image
+from worker.decode.image import decode_image
 from worker.demo.cameras import CAMERAS, film
 from worker.demo.run import _standstill, _unwind_on_signals
 from worker.demo.summary import summarise

@@ -28,9 +28,9 @@ from schemas.config_file import dotted_keys, load_config
 from tests.conftest import SHIPPED_BUNDLE
 from tests.system.conftest import Site
 from tests.videos import write_video
-from worker.app_cli import app
+from worker.cli.app import app
 from worker.embedded import free_port
-from worker.site import write_site
+from worker.site.folder import write_site
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(p for p in (ROOT / "docs").rglob("*.md") if "reference" not in p.parts)

@@ -16,9 +16,9 @@ from schemas.prediction import Prediction
 from schemas.update import UpdateEvent
 from tests.conftest import Topic, picture
 from tests.system.test_loop import config as config  # a fixture
+from worker.control.send import put_command
 from worker.run import Worker
-from worker.send_command import put_command
-from worker.store import StateStore
+from worker.store.store import StateStore
 
 FRAMES = 12
 
@@ -111,7 +111,7 @@ def test_source_answers_until_the_key_is_free(
     assert events(topic, kafka_settings, "odd") == []
     worker._consumer.commit(now=True)  # What is not committed yet would be read again.
     client.delete(key)
-    monkeypatch.setattr("worker.streams.LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr("worker.streams.streams.LOOK_AGAIN_S", 0.0)
     turn_until(worker, lambda: not worker.metrics.homeless._value.get())
     send(topic, kafka_settings, worker, "odd")
     seen = events(topic, kafka_settings, "odd")

@@ -15,7 +15,7 @@ from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerCo
 from schemas.frame import Frame, Position, parse_frame
 from tests.conftest import Topic, picture
 from worker import flights
-from worker.decode import DecodedFrame, decode_frame
+from worker.decode.image import DecodedFrame, decode_frame
 from worker.run import FRESH_S, IDLE_POLL_S, MAX_HELD, PAUSE_S, STUCK_AFTER_S, Worker
 
 LARGE = picture(1, size=(1_200, 1_200))

@@ -10,10 +10,11 @@ from schemas.config import WorkerConfig
 from tests.conftest import Topic, picture
 from tests.system.test_loop import config as config  # a fixture
 from tests.system.test_loop import turn_until
-from worker import newcomers, retire
-from worker.doctor import examine
+from worker.control import retire
 from worker.run import Worker
-from worker.store import StateStore
+from worker.site.doctor import examine
+from worker.store.store import StateStore
+from worker.streams import newcomers
 
 
 def test_cameras_go_on_beside_keys_that_are_made_up(

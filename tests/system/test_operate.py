@@ -15,7 +15,7 @@ from schemas.update import seal
 from tests.conftest import picture
 from tests.system.conftest import Site, WorkerProcess, run_cli
 from worker.embedded import free_port
-from worker.store import StateStore, Write
+from worker.store.store import StateStore, Write
 
 
 @pytest.fixture

@@ -18,11 +18,11 @@ from tests.broker.process import start_own_broker
 from tests.conftest import Topic, picture
 from tests.system.test_loop import config as config  # a fixture
 from tests.system.test_loop import turn_until
-from worker.doctor import examine
-from worker.kafka_client import create_topics
+from worker.control.send import put_command
+from worker.kafka.client import create_topics
 from worker.run import Worker
-from worker.send_command import put_command
-from worker.store import StateStore, Write
+from worker.site.doctor import examine
+from worker.store.store import StateStore, Write
 
 FRAMES = 12
 

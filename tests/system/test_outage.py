@@ -22,8 +22,8 @@ from tests.chaos.proxy import FlakyProxy, flaky_broker
 from tests.conftest import Topic, picture
 from tests.servers import wait_until
 from worker.embedded import free_port
-from worker.kafka_client import create_topics
-from worker.publish import Message
+from worker.kafka.client import create_topics
+from worker.publish.publisher import Message
 from worker.run import Worker
 
 SILENT_S = 1.0  # in these tests
@@ -34,7 +34,7 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds of an outage count as minutes do."""
     monkeypatch.setattr("worker.reach.SILENT_S", SILENT_S)
     monkeypatch.setattr("worker.reach.LOOK_S", 0.05)
-    monkeypatch.setattr("worker.ends.ASK_S", 0.1)
+    monkeypatch.setattr("worker.consume.ends.ASK_S", 0.1)
     monkeypatch.setattr("worker.run.LAG_INTERVAL_S", 0.1)
 
 
@@ -203,13 +203,13 @@ def test_a_store_that_lost_its_last_second_is_compared_before_anything_is_noted(
     send()
     turn_until(worker, lambda: noted() == 4)
     kept = {key: store.dump(key) for key in store.scan_iter(f"{config.store.prefix}:*")}
-    monkeypatch.setattr("worker.consume.COMMIT_INTERVAL_S", 60.0)
+    monkeypatch.setattr("worker.consume.consumer.COMMIT_INTERVAL_S", 60.0)
     send()
     turn_until(worker, lambda: folded() == 8)
     for key, content in kept.items():
         store.restore(key, 0, content, replace=True)
     store_proxy.cut()
-    monkeypatch.setattr("worker.consume.COMMIT_INTERVAL_S", 0.0)
+    monkeypatch.setattr("worker.consume.consumer.COMMIT_INTERVAL_S", 0.0)
     for _ in range(20):
         worker._turn()
     assert noted() == 4
@@ -222,7 +222,7 @@ def test_a_worker_that_fails_while_the_broker_is_away_ends(
     worker: Worker, broker: FlakyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It waits for no acknowledgement: whoever starts it again must see that it ended."""
-    monkeypatch.setattr("worker.publish.ACKNOWLEDGE_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("worker.publish.publisher.ACKNOWLEDGE_TIMEOUT_S", 1.0)
 
     def fails() -> None:
         raise RuntimeError("a mistake of ours")

@@ -52,7 +52,9 @@ def test_the_wheel_alone_has_all_that_commands_need(packages: Path, tmp_path: Pa
     site = tmp_path / "site"
     assert "bundles/fashion-mnist" in run(driftkeel, "config", "--config", "driftkeel.yaml", cwd=site)
     assert "sound: bundle " in run(driftkeel, "bundle", "show", "bundles/fashion-mnist", cwd=site)
-    script = "from worker.site import EXAMPLE_BUNDLE, shipped; print(shipped(EXAMPLE_BUNDLE))"  # the demo's default
+    script = (
+        "from worker.site.folder import EXAMPLE_BUNDLE, shipped; print(shipped(EXAMPLE_BUNDLE))"  # the demo's default
+    )
     assert str(site_packages) in run(scripts / "python", "-c", script, cwd=tmp_path)
     for package in ("schemas", "meta", "monitoring", "worker"):
         assert (site_packages / package / "py.typed").is_file()

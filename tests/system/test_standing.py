@@ -11,7 +11,7 @@ from schemas.config import WorkerConfig
 from tests.conftest import Topic, picture
 from tests.system.test_loop import config as config  # a fixture
 from tests.system.test_loop import turn_until
-from worker.commands import CommandList
+from worker.control.commands import CommandList
 from worker.run import Worker
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from worker.benchmark_throughput import frames_of, pictures, stages
-from worker.benchmark_throughput_worker import Bench
+from worker.benchmark.throughput import frames_of, pictures, stages
+from worker.benchmark.throughput_worker import Bench
 from worker.embedded import embedded_services
 
 

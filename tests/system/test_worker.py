@@ -11,7 +11,7 @@ from kafka import KafkaAdminClient
 from meta.bundle import read_manifest
 from tests.conftest import picture
 from tests.system.conftest import Site
-from worker.kafka_client import connection, open_client
+from worker.kafka.client import connection, open_client
 
 
 def ids_by_stream(frames: list[tuple[str, bytes]], ids: list[str]) -> dict[str, list[str]]:
@@ -187,7 +187,7 @@ def test_a_stream_pinned_to_a_bundle_has_a_topic_and_a_group_of_its_own(site: Si
 def test_a_damaged_state_restarts_from_source_and_says_so(site: Site, field: str) -> None:
     import redis
 
-    from worker.store import StateStore
+    from worker.store.store import StateStore
 
     first = site.start()
     site.send([("cam", picture(i)) for i in range(16)])

@@ -18,13 +18,13 @@ from schemas.config import Batch, Frames
 from schemas.errors import FrameError
 from schemas.frame import Frame, Position
 from tests.conftest import picture
-from worker.decode import DecodedFrame, decode_frame
-from worker.decoding import Decoding
+from worker.batch.lateness import Lateness
+from worker.consume.offsets import Offsets
+from worker.decode.decoding import Decoding
+from worker.decode.image import DecodedFrame, decode_frame
 from worker.intake import Intake
-from worker.lateness import Lateness
-from worker.letters import Letters
-from worker.offsets import Offsets
-from worker.publish import Publisher
+from worker.publish.letters import Letters
+from worker.publish.publisher import Publisher
 
 GREY = Preprocess(mode="L", width=28, height=28, mean=[0.5], std=[0.2])
 
@@ -117,7 +117,7 @@ def test_good_frames_do_not_wait_for_dead_letters(loop: Loop, monkeypatch: pytes
     assert [f.position.offset for f in loop.frames] == [1, 3]
     loop.offsets.finished(frame.position for frame in loop.frames)
     assert (loop.next_offset(), loop.intake.full) == (0, False)
-    monkeypatch.setattr("worker.letters.MAX_BYTES", 2 * len(b"camjunk") - 1)
+    monkeypatch.setattr("worker.publish.letters.MAX_BYTES", 2 * len(b"camjunk") - 1)
     assert loop.intake.full
     loop.post.open.set()
     loop.intake.bury([], 20)
@@ -126,7 +126,7 @@ def test_good_frames_do_not_wait_for_dead_letters(loop: Loop, monkeypatch: pytes
 
 
 def test_dead_letters_are_bounded_however_little_is_in_them(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.letters.MAX_BYTES", 5_000)
+    monkeypatch.setattr("worker.publish.letters.MAX_BYTES", 5_000)
     loop.post.open.clear()
     loop.receive([(b"cam", b"")] * 6)
     loop.turn()

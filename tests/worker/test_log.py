@@ -11,8 +11,8 @@ import pytest
 
 from schemas.config import Log
 from schemas.update import UpdateEvent
-from worker.journal import _say
 from worker.log import set_up_logging
+from worker.streams.journal import _say
 
 
 @pytest.fixture(autouse=True)

@@ -14,17 +14,17 @@ from meta.bundle import CPU, Bundle
 from monitoring.metrics import WorkerMetrics
 from schemas.config import Adapt, Batch, Kafka, Store
 from schemas.config import Guard as GuardSettings
-from tests.worker.test_engine import admit, batch
-from worker.batcher import MicroBatcher
-from worker.engine import Engine
-from worker.guard import Guard
-from worker.journal import Journal
-from worker.offsets import Offsets
-from worker.passes import Gathered, Pass, Proposals
-from worker.publish import Publisher
+from tests.worker.engine.test_engine import admit, batch
+from worker.batch.batcher import MicroBatcher
+from worker.consume.offsets import Offsets
+from worker.engine.engine import Engine
+from worker.engine.passes import Gathered, Pass, Proposals
+from worker.guard.guard import Guard
+from worker.publish.publisher import Publisher
 from worker.step import Step
-from worker.store import StateStore
-from worker.streams import Streams
+from worker.store.store import StateStore
+from worker.streams.journal import Journal
+from worker.streams.streams import Streams
 from worker.trace import Trace
 
 

@@ -9,7 +9,7 @@ import pytest
 from meta.bundle import Bundle
 from schemas.config import Kafka, Store, Traces
 from schemas.errors import ConfigError
-from tests.worker.test_engine import batch
+from tests.worker.engine.test_engine import batch
 from tests.worker.test_step import Held, make_step
 from worker.step import Step
 from worker.trace import StepTrace, open_trace

@@ -13,7 +13,7 @@ from tests.chaos.proxy import flaky_broker
 from tests.conftest import Topic
 from tests.monitoring.console.records import prediction
 from tests.servers import wait_until
-from worker.kafka_client import create_topics
+from worker.kafka.client import create_topics
 from worker.watch import Watcher
 
 

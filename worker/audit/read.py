@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from schemas.config import Kafka
 from schemas.errors import StateError, UnreachableError
 from schemas.update import UpdateEvent
-from worker.kafka_batches import Unreadable
-from worker.kafka_client import connection, open_client, require_topics
+from worker.kafka.batches import Unreadable
+from worker.kafka.client import connection, open_client, require_topics
 
 MAX_LINE_BYTES = 4 << 20
 PATIENCE_MS = 10_000  # for a broker that has records and does not send them

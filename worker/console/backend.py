@@ -20,8 +20,8 @@ from schemas.prediction import Prediction
 from worker.console.site import Site
 from worker.console.thumbnails import Thumbnails
 from worker.console.topics import TopicReader
-from worker.kafka_client import connection, open_client
-from worker.store import StateStore
+from worker.kafka.client import connection, open_client
+from worker.store.store import StateStore
 
 SEND_TIMEOUT_S = 10.0
 

@@ -24,8 +24,8 @@ from schemas.config import Frames, Kafka
 from schemas.errors import ConfigError, FrameError
 from schemas.frame import Position
 from schemas.prediction import Prediction
-from worker.decode import open_image
-from worker.kafka_client import connection, open_client
+from worker.decode.image import open_image
+from worker.kafka.client import connection, open_client
 
 SMALL, LARGE = 160, 480  # pixels of the longer side
 CRISP = 96  # up to this side a frame is kept as it is, as PNG
@@ -37,7 +37,7 @@ KEPT = 1_024  # pictures
 def thumbnail(content: bytes, limits: Frames, side: int) -> bytes:
     """`content` decoded, shrunk to `side` pixels and written anew: nothing of its own bytes reaches a browser.
 
-    Raises FrameError as `worker.decode.open_image` does.
+    Raises FrameError as `worker.decode.image.open_image` does.
     """
     image = open_image(content, limits)
     try:

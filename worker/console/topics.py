@@ -20,8 +20,8 @@ from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
 from schemas.prediction import Prediction
 from schemas.update import UpdateEvent
-from worker.kafka_batches import PassedOver
-from worker.kafka_client import LONGEST_PAUSE_S, connection, open_client
+from worker.kafka.batches import PassedOver
+from worker.kafka.client import LONGEST_PAUSE_S, connection, open_client
 
 log = logging.getLogger("driftkeel.console")
 HISTORY = 2_000  # records of each partition before its end

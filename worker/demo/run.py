@@ -28,13 +28,13 @@ from schemas.config import Console as ConsoleSettings
 from schemas.errors import DriftkeelError
 from schemas.prediction import Prediction
 from schemas.update import UpdateEvent
-from worker.decode import decode_image
+from worker.decode.image import decode_image
+from worker.decode.pixels import normalise_pixels
 from worker.demo.cameras import CAMERAS, Reel, film
 from worker.demo.score import CameraScore, Scoreboard
 from worker.demo.view import open_view, table
 from worker.embedded import Broker, Child, EmbeddedStore, embedded_services, free_port, start_child
-from worker.kafka_client import connection, create_topics
-from worker.pixels import normalise_pixels
+from worker.kafka.client import connection, create_topics
 
 PARTITIONS = 4
 LEAD = 256  # frames of a camera that may be on their way

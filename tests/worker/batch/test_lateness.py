@@ -1,0 +1,62 @@
+"""How late is too late."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from pydantic import ValidationError
+
+from schemas.config import Batch
+from worker.batch.lateness import Lateness
+
+
+def test_what_would_miss_the_budget_is_dropped_and_no_frame_before_half_of_it() -> None:
+    lateness = Lateness(Batch(latency_budget_ms=1_000, drop_late=True))
+
+    def at(now: float) -> tuple[bool, bool]:
+        return lateness.hurried(100.0, time.monotonic(), now), lateness.dropped(100.0, time.monotonic(), now)
+
+    expected = [(False, False), (True, False), (True, False), (True, True)]
+    assert [at(now) for now in (100.4, 100.6, 100.9, 100.97)] == expected
+    lateness.took(0.3, 100.6)
+    assert [at(now) for now in (100.6, 100.8)] == [(True, False), (True, True)]
+    lateness.took(60.0, 100.4)
+    assert [at(now) for now in (100.4, 100.6)] == [(False, False), (True, True)]
+
+
+def test_a_long_pass_is_forgotten_even_if_no_other_follows() -> None:
+    """All frames come with six tenths of the budget used, so that one long pass drops them all."""
+    lateness = Lateness(Batch(latency_budget_ms=1_000, drop_late=True))
+    lateness.took(60.0, 100.0)
+    lateness.took(0.1, 100.0)
+    assert lateness.dropped(99.5, time.monotonic(), 100.1)
+    assert not lateness.dropped(101.5, time.monotonic(), 102.1)
+
+
+def test_nothing_is_dropped_unasked() -> None:
+    lateness = Lateness(Batch(latency_budget_ms=1_000))
+    assert lateness.hurried(100.0, time.monotonic(), 200.0)
+    assert not lateness.dropped(100.0, time.monotonic(), 200.0)
+    assert not Lateness(Batch()).hurried(100.0, time.monotonic(), 1e9)
+
+
+def test_where_a_record_does_not_say_when_it_was_sent_its_receipt_counts() -> None:
+    lateness = Lateness(Batch(latency_budget_ms=60_000, drop_late=True))
+    assert not lateness.dropped(0.0, time.monotonic(), 1e9)
+    assert lateness.dropped(0.0, time.monotonic() - 70, 0.0)
+
+
+def test_a_sender_whose_clock_is_ahead_is_believed_no_shorter_than_its_frame_is_here() -> None:
+    lateness = Lateness(Batch(latency_budget_ms=60_000, drop_late=True))
+    sent = time.time() + 180
+    assert not lateness.hurried(sent, time.monotonic(), time.time())
+    assert lateness.hurried(sent, time.monotonic() - 40, time.time())
+    assert lateness.dropped(sent, time.monotonic() - 70, time.time())
+
+
+def test_without_a_budget_nobody_can_say_what_is_late() -> None:
+    with pytest.raises(ValidationError, match="drop_late needs a latency_budget_ms"):
+        Batch(drop_late=True)
+    with pytest.raises(ValidationError, match="max_wait_ms below half of latency_budget_ms"):
+        Batch(drop_late=True, latency_budget_ms=200, max_wait_ms=100)

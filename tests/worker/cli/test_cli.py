@@ -1,0 +1,37 @@
+"""The entry point, as the installed script calls it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+INTERRUPTED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Who starts the tests in the background may ignore it.
+loading = sys.argv[1]
+class Interrupt:
+    def find_spec(self, name, *about):
+        if name == loading:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from worker.cli import main
+sys.argv = ["driftkeel", "worker"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("loading", "code"),
+    [
+        ("typer", 130),
+        ("schemas.config", 130),
+        ("worker.cli.streams", 130),
+        ("torch", -signal.SIGINT),  # whose own code may lose an exception: the signal itself has to end it
+    ],
+)
+def test_ctrl_c_while_it_loads_is_no_error(loading: str, code: int) -> None:
+    result = subprocess.run([sys.executable, "-c", INTERRUPTED, loading], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (code, "")

@@ -1,0 +1,107 @@
+"""What commands print of things that come from outside, and a stored stream at a glance."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from schemas.policy import Policy, PolicyChange
+from schemas.prediction import Prediction
+from schemas.state import DriftWatch, GuardState, Snapshot, StreamHeader
+from schemas.update import Proxies
+from tests.monitoring.console.records import prediction
+from worker.cli.streams_show import show
+from worker.control.operate import Listed
+from worker.watch import Board
+
+SEEN = Proxies(estimated_accuracy=0.912, low=0.85, high=0.95, source_accuracy=0.7, confidence=0.9, entropy=0.2)
+HOSTILE = "[/red]\x1b[2J"
+
+
+def header(**changes: Any) -> StreamHeader:
+    fields = {"stream": "cam", "bundle": "b" * 16, "method": "mgg", "step": 1_180, "frames": 9_440, "events": 1_200}
+    return StreamHeader(**{**fields, "positions": {"frames/0": 9_500}, **changes})
+
+
+def shown(
+    found: StreamHeader | None, policy: Policy | None = None, kept: tuple[Snapshot, ...] = (), **changes: Any
+) -> str:
+    fields = {"stream": "cam", "owner": "w-1", "token": 4, "header": found, "tensor_bytes": 7_120, "snapshots": 1}
+    console = Console(width=200)
+    with console.capture() as capture:
+        show(console, Listed(**{**fields, **changes}), kept, policy or Policy(), SEEN)
+    return capture.get()
+
+
+def test_a_stream_at_a_glance() -> None:
+    moment = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    kept = Snapshot(time=moment, reason="100 updates since the last", proxies=SEEN, header=header(step=1_100))
+    policy = Policy(mode="canary", canary_share=1, frozen=True, max_updates_per_hour=9, quiet_hours=("22:00-06:00",))
+    found = header(policy=PolicyChange(frozen=True), drift=DriftWatch(adapting=False), commands={"commands/0": 5})
+    lines = [" ".join(line.split()) for line in shown(found, policy, (kept,)).splitlines()]
+    assert lines == [
+        "cam ok",
+        "owner w-1 (token 4)",
+        "answered by adapted",
+        "updates 1,180 applied, 9,440 frames and 1,200 events so far",
+        "estimated accuracy 91.2% (85% to 95%), of source 70.0%",
+        "policy mode canary, share 1, frozen, at most 9 updates an hour, quiet 22:00-06:00 UTC (by command: frozen)",
+        "drift settled",
+        "folded up to frames/0/9500",
+        "obeyed up to commands/0/5",
+        "bundle bbbbbbbbbbbbbbbb (mgg)",
+        "state 7,120 bytes, 1 snapshot",
+        "roll back step taken, UTC estimated accuracy why",
+        "1 1,100 2026-03-01 12:00:00 91.2% (85% to 95%), of source 70.0% 100 updates since the last",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "policy", "why"),
+    [
+        (header(step=0), Policy(), "source: no update yet"),
+        (header(), Policy(mode="shadow"), "source: the policy's mode is shadow"),
+        (header(), Policy(mode="approve"), "source: nothing is approved yet"),
+        (header(approved=3), Policy(mode="approve"), "answered by         approved"),
+        (header(), Policy(mode="canary", canary_share=0), "source: the stream is not in the canary's share"),
+        (header(guard=GuardState(trusted=False, doubted=64)), Policy(), "doubted the adapted parameters for 64 frames"),
+        (header(probation=20), Policy(), "source: for another 20 frames, after a change of bundle"),
+    ],
+)
+def test_it_says_why_source_answers(found: StreamHeader, policy: Policy, why: str) -> None:
+    assert why in shown(found, policy)
+
+
+def test_what_a_command_took_back_is_said() -> None:
+    assert "mode auto (by command: not frozen)" in shown(header(policy=PolicyChange(frozen=False)))
+
+
+def test_what_is_wrong_stands_first() -> None:
+    assert "cam  damaged: the header cannot be read" in shown(None)
+    text = "cam  expired: its next frame finds the source model, unless a worker still has it in memory"
+    assert text in shown(header(), tensor_bytes=0)
+    assert "cam  foreign: key k in the store is a list" in shown(header(), foreign="key k in the store is a list")
+
+
+def test_nothing_from_outside_steers_the_terminal() -> None:
+    board = Board()
+    board.take(prediction(HOSTILE, label=HOSTILE))
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(board.table())
+    for text in (capture.get(), shown(header(stream=HOSTILE), stream=HOSTILE, owner=HOSTILE)):
+        assert "\x1b[2J" not in text
+        assert text.count("[/red]") == 2
+
+
+@pytest.mark.parametrize("time", ["2026-11-28T12:00:00", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"])
+def test_no_prediction_has_a_time_that_some_zone_has_no_name_for(time: str) -> None:
+    """`watch` gives times in the zone of who looks, and ended with such a one."""
+    said = json.loads(prediction("cam").model_dump_json()) | {"event_time": time}
+    with pytest.raises(ValidationError, match="event_time"):
+        Prediction.model_validate_json(json.dumps(said))

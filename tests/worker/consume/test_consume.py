@@ -1,0 +1,300 @@
+"""The consumer against the real broker: assignment, revocation, commits behind the store, and what the store knows."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+
+from schemas.config import Kafka
+from schemas.errors import ConfigError, UnreachableError
+from schemas.frame import Position
+from tests.chaos.proxy import flaky_broker
+from tests.conftest import Topic
+from tests.worker.kafka.test_batches import ZEROS, packing
+from tests.worker.kafka.test_records import Latin
+from worker.consume.consumer import FrameConsumer, _Listener
+from worker.consume.offsets import Offsets, Partition
+from worker.kafka.batches import Unreadable
+from worker.kafka.client import create_topics
+
+
+class Notes:
+    """A store's notes in memory; away while `away`."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Partition, int] = {}
+        self.away = False
+
+    def mark(self, group: str, offsets: dict[Partition, int]) -> None:
+        if self.away:
+            raise UnreachableError("the store does not answer")
+        self.kept |= offsets
+
+    def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
+        if self.away:
+            raise UnreachableError("the store does not answer")
+        return {p: self.kept[p] for p in partitions if p in self.kept}
+
+
+@pytest.fixture
+def notes() -> Notes:
+    return Notes()
+
+
+@pytest.fixture
+def make(kafka_settings: Kafka, notes: Notes) -> Iterator[Callable[..., FrameConsumer]]:
+    made: list[FrameConsumer] = []
+
+    def build(failed: Callable[[str], object] = str, **changes: object) -> FrameConsumer:
+        settings = kafka_settings.model_copy(update=changes)
+        made.append(FrameConsumer(settings, Offsets(), notes, threading.Event(), failed, lambda: failed("store")))
+        return made[-1]
+
+    yield build
+    for consumer in made:
+        consumer.close()
+
+
+def wait_for(consumer: FrameConsumer, partitions: int, *others: FrameConsumer) -> None:
+    deadline = time.monotonic() + 30
+    while len(consumer.assignment()) != partitions:
+        assert time.monotonic() < deadline, f"{consumer.assignment()}, not {partitions} partitions"
+        for each in (consumer, *others):
+            each.poll(0.05)
+
+
+def send(topic: Topic, kafka: Kafka, count: int) -> None:
+    topic.send(kafka.topics.frames, [(None, b"%d" % i, []) for i in range(count)])
+
+
+def read(consumer: FrameConsumer, until: int) -> list[int]:
+    offsets: list[int] = []
+    deadline = time.monotonic() + 20
+    while not offsets or offsets[-1] < until:
+        assert time.monotonic() < deadline, f"read {offsets}"
+        records, _ = consumer.poll(0.05)
+        offsets += [record.offset for record in records]
+    return offsets
+
+
+def take(consumer: FrameConsumer, kafka: Kafka, offsets: list[int], finished: int) -> None:
+    """Receive these, and finish those before `finished`."""
+    for offset in offsets:
+        consumer.offsets.received(Position(kafka.topics.frames, 0, offset))
+    consumer.offsets.finished(Position(kafka.topics.frames, 0, o) for o in offsets if o < finished)
+
+
+def committed(kafka: Kafka) -> int:
+    admin = KafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    found = admin.list_group_offsets([kafka.group])[kafka.group]
+    admin.close()
+    return max((meta.offset for meta in found.values()), default=-1)
+
+
+def test_commits_follow_the_store_and_nothing_unfinished(
+    make: Callable[..., FrameConsumer], notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    consumer = make()
+    take(consumer, kafka_settings, read(consumer, 9), finished=6)
+    notes.away = True
+    consumer.commit(now=True)
+    assert committed(kafka_settings) == -1
+    notes.away = False
+    consumer.commit(now=True)
+    assert committed(kafka_settings) == 6
+    assert notes.kept[kafka_settings.topics.frames, 0] == 6
+
+
+def test_what_the_store_does_not_know_is_read_again(
+    make: Callable[..., FrameConsumer], notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    first = make()
+    take(first, kafka_settings, read(first, 9), finished=10)
+    first.commit(now=True)
+    first.close()
+    notes.kept[kafka_settings.topics.frames, 0] = 4  # as from a backup
+    send(topic, kafka_settings, 1)
+    notes.away = True
+    second = make()
+    wait_for(second, 3)
+    for _ in range(5):
+        assert second.poll(0.05)[0] == []  # nothing is handed out before the store was asked
+    assert second.lag()[kafka_settings.topics.frames, 0] == 1  # and the lag shows all the same
+    notes.away = False
+    assert read(second, 10) == list(range(4, 11))
+
+
+def test_what_the_store_does_not_answer_is_no_error_of_the_broker(
+    make: Callable[..., FrameConsumer], notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    errors: list[str] = []
+    consumer = make(errors.append)
+    notes.away = True
+    deadline = time.monotonic() + 20
+    while not errors:  # it asks for the marks of what has come
+        assert time.monotonic() < deadline
+        consumer.poll(0.05)
+    notes.away = False
+    take(consumer, kafka_settings, read(consumer, 9), finished=10)
+    asked = len(errors)
+    notes.away = True
+    consumer.commit(now=True)
+    assert len(errors) == asked + 1
+    assert set(errors) == {"store"}
+
+
+def test_a_broker_that_hangs_when_asked_where_a_partition_begins_holds_up_the_loop_for_a_moment(
+    notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.consume.consumer.OFFSETS_TIMEOUT_MS", 500)
+    with flaky_broker() as broker:
+        kafka = Kafka(bootstrap=f"127.0.0.1:{broker.port}")
+        create_topics(kafka, 1)
+        errors: list[str] = []
+        consumer = FrameConsumer(kafka, Offsets(), notes, threading.Event(), errors.append)
+        wait_for(consumer, 1)
+        partition = kafka.topics.frames, 0
+        notes.kept[partition] = 4
+        broker.hold(True)
+        began = time.monotonic()
+        assert consumer._behind({partition: 10}) == {partition: 10}
+        assert time.monotonic() - began < 5
+        assert errors == ["poll"]
+        broker.hold(False)
+        consumer.close()
+
+
+def test_a_rewind_reads_again_from_the_oldest_in_hand(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    consumer = make()
+    take(consumer, kafka_settings, read(consumer, 9), finished=3)
+    consumer.commit(now=True)
+    consumer.rewind((kafka_settings.topics.frames, 0))
+    assert read(consumer, 9) == list(range(3, 10))
+
+
+def test_a_compression_that_is_not_installed_is_said(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer = KafkaProducer(bootstrap_servers=kafka_settings.bootstrap, compression_type="gzip")
+    producer.send(kafka_settings.topics.frames, b"x" * 1_000).get(timeout=20)
+    producer.close()
+    monkeypatch.setattr("kafka.codec.has_gzip", lambda: False)
+    consumer = make()
+    with pytest.raises(ConfigError, match=r"gzip.*pip install"):
+        read(consumer, 0)
+
+
+def test_a_header_name_that_is_no_text_ends_nothing(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    topic.send(kafka_settings.topics.frames, [(None, b"0", [(Latin("größe"), b"")]), (None, b"1", [])])
+    assert read(make(), 1) == [0, 1]
+
+
+def test_batches_that_cannot_be_read_end_nothing(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    with packing(kafka_settings) as pack:
+        send(topic, kafka_settings, 1)
+        pack([b"a" * 999, b"b" * 999])
+        pack([b"x", ZEROS, b"y"])
+        pack([b"x" * 999], broken=True)
+        send(topic, kafka_settings, 1)
+    consumer = make()
+    records: list[Any] = []
+    deadline = time.monotonic() + 20
+    while len(records) < 6:
+        assert time.monotonic() < deadline, records
+        records += consumer.poll(0.05)[0]
+    assert [record.offset for record in records] == [0, 1, 2, 5, 6, 7]
+    assert [isinstance(record.value, Unreadable) for record in records] == [False, False, False, True, True, False]
+
+
+def test_lost_partitions_are_given_up_without_a_commit(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    consumer = make()
+    take(consumer, kafka_settings, read(consumer, 9), finished=5)
+    partition = (kafka_settings.topics.frames, 0)
+    asyncio.run(_Listener(consumer).on_partitions_lost([TopicPartition(*partition)]))
+    _, gone = consumer.poll(0.05)
+    assert gone == {partition}
+    assert committed(kafka_settings) == -1
+
+
+def test_leaving_commits_what_is_finished_and_the_next_owner_goes_on(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    first = make()
+    take(first, kafka_settings, read(first, 9), finished=7)
+    second = make()
+    deadline = time.monotonic() + 30
+    given_up: set[Partition] = set()
+    while not second.assignment():
+        assert time.monotonic() < deadline
+        given_up |= first.poll(0.05)[1]
+        second.poll(0.05)
+    assert (kafka_settings.topics.frames, 0) in given_up
+    assert committed(kafka_settings) == 7
+
+
+def test_static_membership_is_passed_on(make: Callable[..., FrameConsumer]) -> None:
+    consumer = make(static_member="worker-0")
+    wait_for(consumer, 3)
+    assert consumer.consumer.group_metadata().group_instance_id == "worker-0"
+
+
+def test_cooperative_rebalancing_is_passed_on(make: Callable[..., FrameConsumer]) -> None:
+    """One member: with the embedded broker, kafka-python's second cooperative member never gets a partition."""
+    consumer = make(assignment="cooperative-sticky")
+    wait_for(consumer, 3)
+    (assignor,) = consumer.consumer.config["partition_assignment_strategy"]
+    assert getattr(assignor, "name", None) == "cooperative-sticky"
+
+
+def test_an_offset_reset_to_latest_passes_over_what_was_there(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 5)
+    consumer = make(offset_reset="latest")
+    wait_for(consumer, 3)
+    for _ in range(10):
+        assert consumer.poll(0.05)[0] == []
+    send(topic, kafka_settings, 2)
+    assert read(consumer, 6) == [5, 6]
+
+
+def test_the_markers_of_a_transaction_are_no_lag(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, bootstrap: str
+) -> None:
+    """They take offsets at the end of a log, and no record follows that says so."""
+    topic = kafka_settings.topics.frames
+    producer = KafkaProducer(bootstrap_servers=bootstrap, transactional_id=kafka_settings.group)
+    producer.init_transactions()
+    producer.begin_transaction()
+    for _ in range(3):
+        producer.send(topic, value=b"x", partition=0)
+    producer.commit_transaction()
+    producer.close()
+    consumer = make()
+    assert read(consumer, 2) == [0, 1, 2]
+    take(consumer, kafka_settings, [0, 1, 2], finished=2)
+    consumer.poll(0.1)
+    assert consumer.consumer.highwater(TopicPartition(topic, 0)) == 4
+    assert consumer.lag()[topic, 0] == 2
+    consumer.offsets.finished([Position(topic, 0, 2)])
+    assert consumer.lag()[topic, 0] == 0

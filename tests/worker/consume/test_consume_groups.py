@@ -1,0 +1,141 @@
+"""The consumer in groups as Kafka has them, while the worker's loop is busy with other things than polling."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from kafka import KafkaAdminClient, KafkaConsumer
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from kafka.protocol.consumer.metadata import ConsumerProtocolAssignment
+
+from schemas.config import Kafka
+from schemas.errors import ConfigError
+from tests.broker.process import faithful_broker
+from tests.servers import wait_until
+from tests.worker.consume.test_consume import Notes
+from worker.consume import consumer as consume
+from worker.consume.assignors import GivesUpFirst
+from worker.consume.consumer import FrameConsumer
+from worker.consume.offsets import Offsets
+
+BUSY_S = 0.03  # longer than a broker needs to answer
+
+
+@pytest.fixture(scope="module")
+def bootstrap() -> Iterator[str]:
+    with faithful_broker() as address:
+        yield address
+
+
+@pytest.fixture
+def make(kafka_settings: Kafka, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FrameConsumer]]:
+    monkeypatch.setattr(consume, "METADATA_MAX_AGE_MS", 300)
+    made: list[FrameConsumer] = []
+
+    def build(assignment: str) -> FrameConsumer:
+        settings = kafka_settings.model_copy(update={"assignment": assignment})
+        made.append(FrameConsumer(settings, Offsets(), Notes(), threading.Event()))
+        return made[-1]
+
+    yield build
+    for consumer in made:
+        consumer.close()
+
+
+def busy_until(condition: Callable[[], bool], what: str, *consumers: FrameConsumer) -> None:
+    """As a loop with steps under way: it only looks in, and then does something else."""
+
+    def look_in() -> bool:
+        for consumer in consumers:
+            consumer.poll(0.0)
+        time.sleep(BUSY_S)
+        return condition()
+
+    wait_until(look_in, what, timeout_s=20)
+
+
+@pytest.mark.parametrize("assignment", ["range", "cooperative-sticky"])
+def test_busy_members_share_partitions(make: Callable[..., FrameConsumer], assignment: str) -> None:
+    first, second = make(assignment), make(assignment)
+    busy_until(lambda: len(first.assignment()) == 3, "all partitions", first)
+    busy_until(lambda: {len(first.assignment()), len(second.assignment())} == {1, 2}, "shared", first, second)
+    assert not first.assignment() & second.assignment()
+
+
+@pytest.mark.parametrize("assignment", ["range", "cooperative-sticky"])
+def test_a_member_without_partitions_has_joined(make: Callable[..., FrameConsumer], assignment: str) -> None:
+    members = [make(assignment) for _ in range(4)]
+    assert not any(member.joined for member in members)
+
+    def shared() -> bool:
+        return sorted(len(member.assignment()) for member in members) == [0, 1, 1, 1]
+
+    busy_until(
+        lambda: shared() and all(member.joined for member in members), "a member for each and one idle", *members
+    )
+
+
+@pytest.mark.parametrize(("old", "new"), [("range", "cooperative-sticky"), ("cooperative-sticky", "range")])
+def test_members_change_to_another_assignment_one_at_a_time(
+    make: Callable[..., FrameConsumer], old: str, new: str
+) -> None:
+    """As a rollout does it: all partitions are shared at every step, by the new rules once the last old one went."""
+    group = [make(old), make(old)]
+    busy_until(lambda: shared(group, old), "shared by the old rules", *group)
+    for _ in range(2):
+        group.append(make(new))
+        busy_until(lambda: shared(group, "cooperative-sticky"), "shared by old and new", *group)
+        group.pop(0).close()
+        busy_until(lambda: sum(len(member.assignment()) for member in group) == 3, "the old one's taken over", *group)
+    busy_until(lambda: shared(group, new), "shared by the new rules", *group)
+
+
+def shared(group: list[FrameConsumer], rules: str) -> bool:
+    """Whether these have all three partitions, none of them twice, each at least one, and by these rules."""
+    parts = [member.assignment() for member in group]
+    used = {member.consumer._coordinator._generation.protocol for member in group}
+    return all(parts) and sum(map(len, parts)) == len(set.union(*parts)) == 3 and used == {rules}
+
+
+def test_who_gives_up_first_says_that_it_owns_nothing() -> None:
+    """A leader would else wait until it gives up what another is to have, and it has no second round in which to."""
+    owned = {}
+    for assignor in (CooperativeStickyAssignor(), GivesUpFirst()):
+        assignor.on_assignment(ConsumerProtocolAssignment(1, [("frames", [0, 2])], b""), 1)
+        owned[type(assignor)] = [part.partitions for part in assignor.metadata({"frames"}).owned_partitions]
+    assert owned == {CooperativeStickyAssignor: [[0, 2]], GivesUpFirst: []}
+
+
+def test_a_group_of_another_program_is_named(make: Callable[..., FrameConsumer], kafka_settings: Kafka) -> None:
+    other = KafkaConsumer(
+        kafka_settings.topics.frames,
+        bootstrap_servers=kafka_settings.bootstrap,
+        group_id=kafka_settings.group,
+        partition_assignment_strategy=[RoundRobinPartitionAssignor],
+    )
+    wait_until(lambda: bool(other.poll(100) or other.assignment()), "the other's partitions")
+    with pytest.raises(
+        ConfigError, match=rf"group {kafka_settings.group} at .* share no partitions with kafka.assignment"
+    ):
+        busy_until(lambda: False, "the refusal", make("range"))
+    other.close()
+
+
+@pytest.mark.parametrize("assignment", ["range", "cooperative-sticky"])
+def test_partitions_added_while_running(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka, assignment: str
+) -> None:
+    """Found by itself; the next member's arrival shows that the group goes on."""
+    first, topic = make(assignment), kafka_settings.topics.frames
+    busy_until(lambda: len(first.assignment()) == 3, "all partitions", first)
+    admin = KafkaAdminClient(bootstrap_servers=kafka_settings.bootstrap)
+    admin.create_partitions({topic: 5})
+    admin.close()
+    busy_until(lambda: len(first.assignment()) == 5, "the new partitions", first)
+    second = make(assignment)
+    busy_until(lambda: {len(first.assignment()), len(second.assignment())} == {2, 3}, "shared", first, second)
+    assert first.assignment() | second.assignment() == {(topic, number) for number in range(5)}

@@ -1,0 +1,155 @@
+"""A log that ends before what the store has folded of it: another broker's, or of a topic that was created again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from kafka import KafkaAdminClient, KafkaProducer
+from kafka.admin import NewTopic
+
+from schemas.config import Kafka
+from schemas.frame import Position
+from tests.broker.process import faithful_broker
+from tests.conftest import Topic
+from tests.worker.consume.test_consume import Notes, committed, read, take, wait_for
+from worker.consume.consumer import FrameConsumer
+from worker.consume.offsets import Offsets
+from worker.consume.short_logs import ShortLog, without_end
+from worker.embedded import start_broker
+from worker.kafka.client import create_topics
+
+
+@pytest.fixture(scope="module")
+def bootstrap() -> Iterator[str]:
+    with faithful_broker() as address:
+        yield address
+
+
+@pytest.fixture
+def notes() -> Notes:
+    return Notes()
+
+
+@pytest.fixture
+def consumer(kafka_settings: Kafka, notes: Notes) -> Iterator[FrameConsumer]:
+    consumer = FrameConsumer(kafka_settings, Offsets(), notes, threading.Event())
+    yield consumer
+    consumer.close()
+
+
+def send(topic: Topic, kafka: Kafka, count: int) -> None:
+    topic.send(kafka.topics.frames, [(None, b"%d" % i, []) for i in range(count)])
+
+
+def poll_until(consumer: FrameConsumer, condition: Callable[[], bool]) -> list[int]:
+    """Offsets that came meanwhile."""
+    offsets: list[int] = []
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, offsets
+        offsets += [record.offset for record in consumer.poll(0.05)[0]]
+    return offsets
+
+
+def test_a_log_that_ends_before_its_mark_is_not_read(
+    consumer: FrameConsumer, notes: Notes, kafka_settings: Kafka, topic: Topic, caplog: pytest.LogCaptureFixture
+) -> None:
+    partition = (kafka_settings.topics.frames, 0)
+    notes.kept[partition] = 50
+    send(topic, kafka_settings, 10)
+    assert poll_until(consumer, lambda: consumer.refused == 1) == []
+    consumer.commit(now=True)
+    assert (notes.kept[partition], committed(kafka_settings)) == (50, -1)
+    send(topic, kafka_settings, 10)
+    assert poll_until(consumer, lambda: consumer.lag()[partition] == 20) == []
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(said) == 1
+    assert f"partition 0 of topic {partition[0]} ends at offset 10, " in said[0]
+    assert "read up to 50" in said[0]
+    assert "kafka.topics" in said[0]
+
+
+def test_a_log_that_lost_its_end_is_read_once_it_has_grown(
+    consumer: FrameConsumer, notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    notes.kept[kafka_settings.topics.frames, 0] = 13
+    send(topic, kafka_settings, 10)
+    poll_until(consumer, lambda: consumer.refused == 1)
+    send(topic, kafka_settings, 5)
+    assert read(consumer, 14) == list(range(15))
+    assert consumer.refused == 0
+
+
+def test_what_a_stream_says_is_asked_of_the_broker(
+    consumer: FrameConsumer, notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    partition = (kafka_settings.topics.frames, 0)
+    send(topic, kafka_settings, 10)
+    take(consumer, kafka_settings, read(consumer, 9), finished=0)
+    consumer.doubt(partition, 10)  # the log has as many
+    take(consumer, kafka_settings, read(consumer, 9), finished=0)
+    consumer.doubt(partition, 11)
+    assert poll_until(consumer, lambda: consumer.refused == 1) == []
+    consumer.rewind(partition)  # as with every new connection to the store, which may be another one
+    assert read(consumer, 9) == list(range(10))
+
+
+def test_a_topic_that_is_created_again_under_a_running_consumer(
+    consumer: FrameConsumer, notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    name = kafka_settings.topics.frames
+    send(topic, kafka_settings, 10)
+    take(consumer, kafka_settings, read(consumer, 9), finished=10)
+    consumer.commit(now=True)
+    admin = KafkaAdminClient(bootstrap_servers=kafka_settings.bootstrap)
+    admin.delete_topics([name])
+    admin.create_topics([NewTopic(name=name, num_partitions=3, replication_factor=1)])
+    admin.close()
+    send(topic, kafka_settings, 4)
+    gone: set[tuple[str, int]] = set()
+    deadline = time.monotonic() + 30
+    while not consumer.refused:
+        assert time.monotonic() < deadline
+        records, lost = consumer.poll(0.05)
+        gone |= lost
+        assert records == []
+        for record in records:
+            consumer.offsets.received(Position(record.topic, record.partition, record.offset))
+    consumer.commit(now=True)
+    assert gone == {(name, 0)}  # what is in memory of it has to go
+    assert notes.kept[name, 0] == 10
+
+
+def test_other_partitions_go_on(consumer: FrameConsumer, notes: Notes, kafka_settings: Kafka, topic: Topic) -> None:
+    name = kafka_settings.topics.frames
+    notes.kept[name, 0] = 50
+    wait_for(consumer, 3)
+    send(topic, kafka_settings, 3)
+    poll_until(consumer, lambda: consumer.refused == 1)
+    topic.send(name, [(b"cam-%d" % i, b"x", []) for i in range(20)])
+    seen: set[int] = set()
+    deadline = time.monotonic() + 30
+    while seen != {1, 2}:
+        assert time.monotonic() < deadline
+        seen |= {record.partition for record in consumer.poll(0.05)[0]}
+
+
+def test_a_broker_that_names_the_beginning_of_the_last_batch_as_the_end_is_not_taken_at_its_word() -> None:
+    """The embedded broker does."""
+    embedded = start_broker()
+    kafka = Kafka(bootstrap=embedded.bootstrap)
+    create_topics(kafka, 1)
+    producer = KafkaProducer(bootstrap_servers=embedded.bootstrap, linger_ms=5_000)
+    for number in range(5):
+        producer.send(kafka.topics.frames, b"%d" % number)
+    producer.flush()
+    producer.close()
+    partition = (kafka.topics.frames, 0)
+    all_there, one_more = ShortLog(0, 1, 5), ShortLog(0, 1, 6)
+    assert without_end(kafka, {partition: all_there}) == {}
+    assert without_end(kafka, {partition: one_more}) == {partition: one_more}
+    embedded.child.stop(0)

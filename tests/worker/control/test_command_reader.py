@@ -1,0 +1,47 @@
+"""The commands topic as it is read while a worker runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from kafka import KafkaAdminClient, KafkaProducer
+
+from schemas.command import Command
+from schemas.config import Kafka
+from tests.broker.process import faithful_broker
+from tests.servers import wait_until
+from worker.control import commands
+from worker.control.commands import CommandList, CommandReader
+
+
+@pytest.fixture(scope="module")
+def bootstrap() -> Iterator[str]:
+    with faithful_broker() as address:
+        yield address
+
+
+def test_partitions_added_while_running_are_read_too(kafka_settings: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "METADATA_MAX_AGE_MS", 300)
+    topic, bootstrap = kafka_settings.topics.commands, kafka_settings.bootstrap
+    listed = CommandList()
+    reader = CommandReader(kafka_settings, listed)
+    assert reader.caught_up.wait(20)
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap)
+    admin.create_partitions({topic: 2})
+    admin.close()
+    producer = KafkaProducer(bootstrap_servers=bootstrap)
+    sent = [Command(stream="cam", action=action) for action in ("freeze", "unfreeze")]
+    for partition, command in enumerate(sent):
+        content = command.model_dump_json(exclude_none=True).encode()
+        producer.send(topic, key=b"cam", value=content, partition=partition).get(timeout=20)
+    producer.close()
+    found: list[Command] = []
+
+    def all_found() -> bool:
+        found.extend(numbered.command for numbered in listed.news())
+        return len(found) == len(sent)
+
+    wait_until(all_found, "both commands")
+    reader.close()
+    assert {command.id for command in found} == {command.id for command in sent}

@@ -1,0 +1,232 @@
+"""Who obeys when: not a stream in a step, and nobody's streams without disturbing others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import redis
+
+from meta.bundle import Bundle
+from monitoring.metrics import WorkerMetrics
+from schemas.command import Command
+from schemas.config import Adapt, Kafka, Store
+from schemas.errors import StateError, UnreachableError
+from schemas.frame import Position
+from schemas.policy import Policy
+from schemas.state import decode_header
+from schemas.update import UpdateEvent
+from worker.control import retire
+from worker.control.commands import CommandList
+from worker.control.control import AT_ONCE, Control
+from worker.control.operate import require_known
+from worker.engine.engine import Engine
+from worker.guard.answer import Policies
+from worker.publish.publisher import Publisher
+from worker.store.store import StateStore
+from worker.streams.obey import Entry
+from worker.streams.streams import Streams
+
+
+class Worker:
+    """A worker without frames."""
+
+    def __init__(self, bundle: Bundle, kafka: Kafka, settings: Store, store: StateStore, commands: CommandList) -> None:
+        self.publisher = Publisher(kafka, "w", threading.Event())
+        metrics, policies = WorkerMetrics(0), Policies(Policy(), {})
+        self.streams = Streams(
+            Engine(bundle), store, self.publisher, metrics, "w", Adapt(), settings, lambda act: act(), policies
+        )
+        self.control = Control(
+            commands, self.streams, store, metrics, policies, "w", lambda act: act(), lambda streams: []
+        )
+
+    def policy(self, stream: str):
+        return self.streams.engine.resident(stream).header.policy
+
+
+@pytest.fixture
+def commands() -> CommandList:
+    return CommandList()
+
+
+@pytest.fixture
+def worker(
+    tiny_bundle: Bundle,
+    kafka_settings: Kafka,
+    store_settings: Store,
+    open_store: Callable[[Store], StateStore],
+    commands: CommandList,
+):
+    worker = Worker(tiny_bundle, kafka_settings, store_settings, open_store(store_settings), commands)
+    yield worker
+    worker.publisher.close()
+
+
+def tell(commands: CommandList, offset: int, stream: str, action: str = "freeze") -> None:
+    command = Command(stream=stream, action=action)
+    commands.add(Position("commands", 0, offset), command.model_dump_json(exclude_none=True).encode())
+
+
+def change_nothing(worker: Worker, stream: str) -> Entry:
+    return Entry(worker.streams.engine.resident(stream).header, ())
+
+
+def test_a_stream_in_a_step_obeys_after_it(worker: Worker, commands: CommandList) -> None:
+    worker.control.met(worker.streams.ensure(["a", "b"]))
+    tell(commands, 0, "*")
+    worker.control.listen()
+    assert worker.control.run({"a"}) == []
+    assert worker.policy("a") is None
+    assert worker.control.due == {"a"}
+    assert worker.policy("b").frozen
+    assert worker.control.run(()) == []
+    assert worker.policy("a").frozen
+    assert worker.control.due == set()
+
+
+def test_nobodys_streams_obey_and_a_step_under_way_is_left_alone(
+    worker: Worker, commands: CommandList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.control.met(worker.streams.ensure(["silent"]))
+    tell(commands, 0, "silent", "unfreeze")
+    worker.control.listen()
+    worker.control.run(())
+    worker.streams.release(["silent"])
+    worker.control.met(worker.streams.ensure(["busy"]))
+    tell(commands, 1, "*")
+    worker.control.listen()
+    assert worker.control.look_after_the_rest({"busy"}) == []
+    assert "silent" not in worker.streams.engine
+    later = time.monotonic() + 10
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert worker.control.look_after_the_rest({"busy"}) == []
+    assert worker.policy("busy") is None
+    # It has obeyed, and was let go.
+    assert "silent" not in worker.streams.engine
+    worker.control.met(worker.streams.ensure(["silent"]))
+    assert worker.policy("silent").frozen
+    assert worker.control.due == {"busy"}
+
+
+def test_a_command_to_all_does_not_hold_up_the_loop(
+    worker: Worker, commands: CommandList, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some streams obey in each turn; and of those that nobody holds, the ones that were claimed for it."""
+    tell(commands, 0, "*", "unfreeze")
+    worker.control.met(worker.streams.ensure(["silent"]))
+    assert worker.control.run(()) == []
+    worker.streams.release(["silent"])
+    here = [f"cam-{i}" for i in range(2 * AT_ONCE + 1)]
+    worker.control.met(worker.streams.ensure(here))
+    for left in (AT_ONCE + 1, 1, 0):
+        assert worker.control.run(()) == []
+        assert len(worker.control.due) == left
+    tell(commands, 1, "*")
+    worker.control.listen()
+    later = time.monotonic() + 10
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert worker.control.look_after_the_rest(()) == []
+    assert "silent" not in worker.streams.engine
+    worker.control.met(worker.streams.ensure(["silent"]))
+    assert worker.policy("silent").frozen
+    assert worker.control.due == set(here)
+
+
+def test_a_command_to_all_goes_through_the_store_in_pieces(
+    worker: Worker, commands: CommandList, store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the store fails in the middle, and where another command to all comes before the first is through."""
+    monkeypatch.setattr("worker.store.store.KEYS_AT_ONCE", 20)
+    silent = [f"silent-{i}" for i in range(2 * AT_ONCE)]
+    tell(commands, 0, "nobody")
+    worker.control.met(worker.streams.ensure(silent))
+    worker.streams.write([change_nothing(worker, stream) for stream in silent])
+    worker.streams.release(silent)
+    control, scans = worker.control, []
+    scan = redis.Redis.scan
+
+    def third_fails(*args, **kwargs):
+        scans.append(args)
+        if len(scans) == 3:
+            raise redis.ConnectionError("away")
+        return scan(*args, **kwargs)
+
+    def healed(action):
+        while True:
+            try:
+                return action()
+            except UnreachableError:
+                healed.times += 1
+
+    healed.times = 0
+    control._heal = healed
+    monkeypatch.setattr(redis.Redis, "scan", third_fails)
+    tell(commands, 1, "*")
+    control.listen()
+    moment = time.monotonic() + 10
+    monkeypatch.setattr(time, "monotonic", lambda: moment)
+    most = turns = 0
+    while control._orphans or control._nobodys or control._all is not None or control._all_again:
+        assert control.look_after_the_rest(()) == []
+        most = max(most, len(control._orphans))
+        turns += 1
+        if turns == 3:
+            tell(commands, 2, "*", "unfreeze")
+            control.listen()
+            moment += 10
+        assert turns < 1_000
+    assert healed.times == 1
+    assert turns > 10
+    assert most <= AT_ONCE
+    headers = [decode_header(store.read(stream).header or b"") for stream in silent]
+    assert all(header.commands == {"commands/0": 2} and not header.policy.frozen for header in headers)
+
+
+def test_a_stream_that_was_deleted_begins_like_any_other(
+    worker: Worker, commands: CommandList, store: StateStore
+) -> None:
+    """What was done to it before means nothing to it; what holds for its name does. Its chain goes on."""
+    worker.control.met(worker.streams.ensure(["a"]))
+    tell(commands, 0, "a", "freeze")
+    tell(commands, 1, "a", "reset")
+    worker.control.listen()
+    worker.control.run(())
+    (frozen,) = retire.delete(store, "a", "gone", "operator")[:-1]
+    worker.streams.release(["a"])
+    with pytest.raises(StateError, match="stream 'a' was deleted; 'driftkeel audit show"):
+        require_known(store, ["a"])
+    assert retire.delete(store, "a", "gone", "operator")[0].event.previous == frozen.digest
+    worker.control.met(worker.streams.ensure(["a"]))
+    header = worker.streams.engine.resident("a").header
+    assert (header.events, header.commands, header.step) == (2, {}, 0)
+    worker.control.run(())
+    assert worker.policy("a").frozen
+    found = [UpdateEvent.model_validate_json(line) for line in (store.read("a").event or b"").splitlines()]
+    assert [(event.number, event.decision) for event in found] == [(3, "frozen")]
+
+
+def test_what_means_nothing_to_a_stream_that_begins_is_not_done_to_it_later(
+    worker: Worker, commands: CommandList
+) -> None:
+    """Also where the command comes when its first frames wait to be folded."""
+    tell(commands, 0, "a", "reset")
+    worker.control.met(worker.streams.ensure(["a", "b"]))
+    tell(commands, 1, "*", "approve")
+    worker.control.listen()
+    assert worker.control.run(()) == []
+    assert worker.streams.write([change_nothing(worker, stream) for stream in ("a", "b")]) == [True, True]
+    worker.streams.release(["a", "b"])
+    worker.control.met(worker.streams.ensure(["a", "b"]))
+    assert worker.control.due == set()
+
+
+def test_a_stream_that_another_claims_is_let_go(worker: Worker, commands: CommandList, store: StateStore) -> None:
+    worker.control.met(worker.streams.ensure(["a"]))
+    store.claim(["a"], "another")
+    tell(commands, 0, "a")
+    worker.control.listen()
+    assert worker.control.run(()) == ["a"]
+    assert "a" not in worker.streams.engine

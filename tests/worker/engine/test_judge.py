@@ -1,0 +1,157 @@
+"""What a verdict makes of a stream's parameters and header."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from meta.bundle import load_bundle
+from schemas.bundle import Limits
+from schemas.config import Guard as GuardSettings
+from schemas.state import DriftWatch, GuardState, Snapshot
+from tests.worker.engine.test_engine import admit, batch
+from worker.engine.engine import Engine
+from worker.engine.judge import Judgement, judge, no_snapshot
+from worker.guard.guard import COSINE_SEEN, Guard, Verdict
+
+LIMITS = Limits(raw_gradient_norm=1e9, source_distance=1e9)
+
+
+class Fixed(Guard):
+    """A guard that has made up its mind."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(GuardSettings(), LIMITS)
+        self.verdict = verdict
+
+    def judge(self, *_: object) -> Verdict:
+        return self.verdict
+
+
+@pytest.fixture
+def engine(tiny_bundle) -> Engine:
+    engine = Engine(tiny_bundle)
+    admit(engine, "a", "b")
+    turn(engine, Verdict("applied", ""), 1)
+    return engine
+
+
+def turn(
+    engine: Engine, verdict: Verdict, seed: int, adapt: bool = True, newest=no_snapshot, watch: int = 0
+) -> Judgement:
+    passed = engine.predict([batch("b", 5, 9), batch("a", 6, seed, adapt)])
+    proposals = engine.adapt(passed)
+    (outlook,) = (o for o in passed.outlooks if o.batch.stream == "a")
+    (proposal,) = (p for p in proposals.proposals if p.outlook is outlook)
+    judgement = judge(engine, Fixed(verdict), outlook, proposals, proposal, watch, newest)
+    engine.accept(proposals, [judgement.kept] if judgement.kept is not None else [])
+    engine.resident("a").header = judgement.header
+    return judgement
+
+
+def test_a_skipped_update_leaves_every_tensor(engine: Engine) -> None:
+    before = {name: tensor.clone() for name, tensor in engine.tensors("a").items()}
+    judgement = turn(engine, Verdict("skipped", "why"), 2)
+    assert (judgement.kept, judgement.header.step, judgement.header.frames) == (None, 1, 12)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.tensors("a").items())
+
+
+def test_repeated_frames_are_seen_whether_an_update_was_meant_or_not(engine: Engine) -> None:
+    assert turn(engine, Verdict("skipped", ""), 1, adapt=False).blind  # those of the fixture
+    assert not turn(engine, Verdict("skipped", ""), 2, adapt=False).blind
+    assert turn(engine, Verdict("skipped", ""), 2).blind
+
+
+def test_a_partial_update_goes_part_of_the_way(engine: Engine) -> None:
+    before = engine.tensors("a")["affine"].clone()
+    other = Engine(engine.bundle)
+    admit(other, "a", "b")
+    turn(other, Verdict("applied", ""), 1)
+    turn(other, Verdict("applied", ""), 2)
+    whole = other.tensors("a")
+    assert turn(engine, Verdict("partial", "", 0.25), 2).header.step == 2
+    part = engine.tensors("a")
+    torch.testing.assert_close(part["affine"], torch.lerp(before, whole["affine"], 0.25))
+    assert torch.equal(part["second_moment"], whole["second_moment"])
+
+
+@pytest.mark.parametrize("decision", ["rolled_back", "reset"])
+def test_going_back_ends_what_drift_detection_knew_of_the_old_parameters(engine: Engine, decision: str) -> None:
+    """A stream that counted as settled would else make no update where it has everything to learn again."""
+    engine.resident("a").header.drift = DriftWatch(adapting=False, mean=[1.0], variance=[1.0], rise=[0.0], fall=[0.0])
+    assert turn(engine, Verdict("applied", ""), 2).header.drift is not None
+    assert turn(engine, Verdict(decision, ""), 3).header.drift is None
+
+
+def test_drift_detection_begins_when_a_stream_may_learn_again(engine: Engine) -> None:
+    """While it rests it stands still, and would be taken for settled at source."""
+    header = engine.resident("a").header
+    resting = header.model_copy(update={"guard": GuardState(rest=1_000), "drift": None})
+    engine.resident("a").header = resting
+    assert turn(engine, Verdict("skipped", "resting"), 2, watch=6).header.drift is None
+    engine.resident("a").header = resting.model_copy(update={"guard": GuardState(rest=1)})
+    assert turn(engine, Verdict("applied", ""), 3, watch=6).header.drift is not None
+
+
+@pytest.mark.parametrize("decision", ["rolled_back", "reset"])
+def test_going_back_leads_to_source_and_nobody_else_moves(engine: Engine, decision: str) -> None:
+    before = {name: tensor.clone() for name, tensor in engine.tensors("b").items()}
+    judgement = turn(engine, Verdict(decision, ""), 2)
+    assert judgement.header.step == 0
+    assert all(torch.equal(tensor, engine.like[name]) for name, tensor in engine.tensors("a").items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.tensors("b").items())
+    signals = judgement.header.proxies.signals
+    assert signals["confidence"] == signals["source_confidence"]
+    assert (signals["flips"], signals["distance"]) == (0, 0)
+
+
+def test_a_rollback_leads_to_the_newest_snapshot_and_a_reset_does_not(engine: Engine) -> None:
+    good = {name: tensor.clone() for name, tensor in engine.tensors("a").items()}
+    header = engine.resident("a").header
+    snapshot = Snapshot(time=datetime(2026, 1, 2, tzinfo=UTC), reason="", header=header)
+    turn(engine, Verdict("applied", ""), 2)
+    judgement = turn(engine, Verdict("rolled_back", ""), 3, newest=lambda stream: (snapshot, good))
+    assert (judgement.verdict.decision, judgement.header.step, judgement.header.frames) == ("rolled_back", 1, 18)
+    assert all(torch.equal(tensor, good[name]) for name, tensor in engine.tensors("a").items())
+    again = turn(engine, Verdict("reset", ""), 4, newest=lambda stream: (snapshot, good))
+    assert (again.verdict.decision, again.header.step) == ("reset", 0)
+
+
+def test_frames_without_an_update_are_seen_by_the_guard_too(engine: Engine) -> None:
+    judgement = turn(engine, Verdict("applied", "not asked"), 3, adapt=False)
+    assert judgement.verdict.decision == "skipped"
+    assert judgement.header.step == 1
+    assert len(judgement.header.guard.recent) == 12
+    assert judgement.header.proxies.shadowed == 12
+
+
+@pytest.mark.parametrize("method", ["tent", "neo"])
+def test_baselines_are_not_held_to_the_gradients_of_the_bundles_own_generator(
+    tiny_bundle_path: Path, method: str
+) -> None:
+    """These are in other units; and a method without gradients has no cosine."""
+    bundle = load_bundle(tiny_bundle_path, method=method)
+    narrow = {"raw_gradient_norm": 1e-6, "generated_gradient_norm": 1e-6, "cosine": 0.5}
+    manifest = bundle.manifest.model_copy(update={"limits": bundle.manifest.limits.model_copy(update=narrow)})
+    bundle = replace(bundle, manifest=manifest)
+    engine, guard = Engine(bundle), Guard(GuardSettings(max_alike=10_000), bundle.limits)
+    admit(engine, "a")
+    for seed in range(COSINE_SEEN + 2):
+        passed = engine.predict([batch("a", 2, seed)])
+        proposals = engine.adapt(passed)
+        judgement = judge(engine, guard, passed.outlooks[0], proposals, proposals.proposals[0])
+        assert judgement.verdict == Verdict("applied", "within limits")
+        engine.resident("a").header = judgement.header
+
+
+def test_a_partial_update_of_a_method_with_a_student_moves_that_in_part_too(tiny_bundle_path: Path) -> None:
+    engine = Engine(load_bundle(tiny_bundle_path, method="cotta"))
+    admit(engine, "a", "b")
+    before = engine.tensors("a")["student"].clone()
+    whole = engine.adapt(engine.predict([batch("b", 5, 9), batch("a", 6, 1)])).state["student"][1]
+    turn(engine, Verdict("partial", "", 0.25), 1)
+    torch.testing.assert_close(engine.tensors("a")["student"], torch.lerp(before, whole, 0.25))

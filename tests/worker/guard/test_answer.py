@@ -1,0 +1,35 @@
+import pytest
+
+from schemas.policy import Policy
+from schemas.state import StreamHeader
+from worker.guard.answer import answering, in_share
+
+
+@pytest.mark.parametrize(
+    ("mode", "approved", "trusted", "expected"),
+    [
+        ("auto", None, True, "adapted"),
+        ("auto", None, False, "source"),
+        ("auto", 3, True, "adapted"),
+        ("shadow", None, True, "source"),
+        ("approve", None, True, "source"),
+        ("approve", 3, True, "approved"),
+        ("approve", 3, False, "approved"),
+    ],
+)
+def test_who_answers(mode: str, approved: int | None, trusted: bool, expected: str) -> None:
+    header = StreamHeader(stream="a", bundle="b", method="mgg", approved=approved)
+    assert answering(Policy(mode=mode), header, trusted) == expected
+
+
+def test_a_canary_is_a_share_of_the_streams_that_only_grows() -> None:
+    streams = [f"cam-{i}" for i in range(2_000)]
+    small, large = ({s for s in streams if in_share(s, share)} for share in (0.1, 0.3))
+    assert small < large
+    assert 0.07 < len(small) / len(streams) < 0.13
+    assert not any(in_share(s, 0.0) for s in streams)
+    assert all(in_share(s, 1.0) for s in streams)
+    header = StreamHeader(stream=min(small), bundle="b", method="mgg")
+    assert answering(Policy(mode="canary", canary_share=0.1), header) == "adapted"
+    assert answering(Policy(mode="canary", canary_share=0.1), header, trusted=False) == "source"
+    assert answering(Policy(mode="canary", canary_share=0.0), header) == "source"

@@ -1,0 +1,179 @@
+import math
+
+import pytest
+
+from schemas.bundle import Limits
+from schemas.config import Guard as GuardSettings
+from schemas.state import GuardState, Level, RunningProxies
+from worker.guard.guard import ENOUGH, PATIENCE, Guard, Sight, Verdict, level_limit, move_level, watched
+
+LIMITS = Limits(raw_gradient_norm=10, source_distance=3, generated_gradient_norm=1, cosine=-0.2, gain_error=0.05)
+GUARD = Guard(GuardSettings(max_gradient_factor=4, max_distance_factor=2), LIMITS)
+GOOD = {
+    "raw_gradient_norm": 5.0,
+    "generated_gradient_norm": 0.5,
+    "source_distance": 1.0,
+    "loss": 0.3,
+    "cosine": 0.1,
+}
+
+
+def sight(first: int = 0, **changes: object) -> Sight:
+    """Sixteen frames that never came before, of several classes."""
+    content = {"checksums": list(range(first, first + 16)), "blank": 0.0, "dominant": 1, "share": 0.3, "rank": None}
+    return Sight(**{**content, **changes})
+
+
+def shown(**changes: object) -> RunningProxies:
+    return RunningProxies(frames=500, shadowed=ENOUGH, **changes)
+
+
+def judged(
+    state: GuardState, seen: Sight, proxies: RunningProxies, changes: dict | None = None, finite: bool = True
+) -> tuple[Verdict, GuardState]:
+    after = GUARD.observe(state, seen, proxies)
+    return GUARD.judge(state, after, seen, proxies, {**GOOD, **(changes or {})}, finite), after
+
+
+def test_ordinary_updates_pass() -> None:
+    verdict, _ = judged(GuardState(), sight(), shown())
+    assert (verdict.decision, verdict.share) == ("applied", 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "finite", "reason"),
+    [
+        ({}, False, "not finite"),
+        ({"loss": math.nan}, True, "not finite"),
+        ({"loss": math.inf}, True, "not finite"),
+        ({"raw_gradient_norm": 40.1}, True, "gradient norm 40.1 above its limit 40"),
+        ({"source_distance": 6.1}, True, "distance from source 6.1 above its limit 6"),
+    ],
+)
+def test_others_are_skipped_with_the_reason(changes: dict, finite: bool, reason: str) -> None:
+    verdict, _ = judged(GuardState(), sight(), shown(), changes, finite)
+    assert (verdict.decision, verdict.reason) == ("skipped", reason)
+
+
+def test_an_update_far_above_the_streams_own_level_is_shrunk_to_its_limit() -> None:
+    state = GuardState()
+    for round_ in range(40):
+        verdict, state = judged(state, sight(100 * round_), shown(), {"generated_gradient_norm": 0.01})
+        assert verdict.decision == "applied"
+    limit = level_limit(state.update, GuardSettings().max_jump)
+    verdict, _ = judged(state, sight(9_000), shown(), {"generated_gradient_norm": 2 * limit})
+    assert verdict.decision == "partial"
+    assert verdict.share == pytest.approx(0.5)
+
+
+def test_outliers_cannot_drag_a_level() -> None:
+    level = Level()
+    for _ in range(64):
+        move_level(level, 1.0, 8)
+    before = level_limit(level, 8)
+    move_level(level, 1e30, 8)
+    assert level_limit(level, 8) < 3 * before
+
+
+def test_a_new_stream_has_no_level_but_the_bundles() -> None:
+    verdict, _ = judged(GuardState(), sight(), shown(), {"generated_gradient_norm": 4.0})
+    assert verdict.decision == "partial"
+    assert verdict.share == pytest.approx(0.5)
+
+
+def test_gradients_that_turn_away_for_long_are_skipped() -> None:
+    state, decisions = GuardState(), []
+    for round_ in range(80):
+        verdict, state = judged(state, sight(100 * round_), shown(), {"cosine": -0.5})
+        decisions.append(verdict.decision)
+    assert decisions[:63] == ["applied"] * 63
+    assert decisions[-1] == "skipped"
+    assert "turn from the raw ones" in verdict.reason
+
+
+def test_a_frozen_camera_does_not_teach_even_in_a_loop() -> None:
+    loop = sight(0, checksums=[1, 2, 3, 4] * 4)
+    verdict, state = judged(GuardState(), loop, shown())
+    assert verdict.reason == "75% of the frames repeat earlier ones: frozen camera?"
+    verdict, _ = judged(state, sight(0, checksums=[4, 3, 2, 1]), shown())
+    assert verdict.decision == "skipped"
+    assert judged(state, sight(50), shown())[0].apply
+
+
+def test_a_covered_camera_does_not_teach() -> None:
+    verdict, _ = judged(GuardState(), sight(blank=0.75), shown())
+    assert verdict.reason == "75% of the frames are blank: covered camera?"
+
+
+def test_a_blind_camera_is_seen_without_an_update() -> None:
+    assert "blank" in GUARD.blinded(GuardState(), sight(blank=0.75))
+    assert "repeat" in GUARD.blinded(GuardState(recent=[3, 4]), sight(0, checksums=[3, 4, 3, 5]))
+    assert GUARD.blinded(GuardState(), sight(blank=0.25)) == ""
+
+
+def test_one_class_for_long_stops_teaching_and_others_begin_again() -> None:
+    state, applied = GuardState(), 0
+    for round_ in range(100):
+        verdict, state = judged(state, sight(100 * round_, share=1.0), shown())
+        applied += 16 * verdict.apply
+    assert 200 < applied < 300
+    assert "one class for" in verdict.reason
+    assert judged(state, sight(99_999), shown())[0].apply
+
+
+@pytest.mark.parametrize("signal", ["entropy", "marginal"])
+def test_a_collapse_that_source_does_not_share_goes_back(signal: str) -> None:
+    collapsed = {"entropy": 0.3, "marginal": 0.9, "moved": 0.7, signal: 0.01}
+    verdict, state = judged(GuardState(), sight(), shown(signals=collapsed))
+    assert verdict.decision == "rolled_back"
+    verdict, state = judged(state, sight(100), shown(signals={"moved": 0.0}))
+    assert "resting after a reset" in verdict.reason
+    while state.rest:
+        _, state = judged(state, sight(200), shown(signals={"moved": 0.0}))
+    verdict, state = judged(state, sight(300), shown(signals=collapsed))
+    assert verdict.decision == "reset"
+    assert state.rest == 128
+
+
+def test_one_sided_traffic_that_source_sees_too_is_no_collapse() -> None:
+    verdict, _ = judged(GuardState(), sight(), shown(signals={"entropy": 0.01, "marginal": 0.01, "moved": 0.1}))
+    assert verdict.apply
+
+
+def test_source_answers_where_it_does_better_and_until_it_does_not() -> None:
+    worse = {"accuracy": 0.7, "source_accuracy": 0.8}
+    state = GUARD.observe(GuardState(), sight(), shown(accuracy=0.76, source_accuracy=0.8))
+    assert state.trusted
+    assert watched(state, shown())
+    state = GUARD.observe(state, sight(), shown(**worse))
+    assert not state.trusted
+    state = GUARD.observe(state, sight(), shown(accuracy=0.79, source_accuracy=0.8))
+    assert not state.trusted
+    assert GUARD.observe(state, sight(), shown(accuracy=0.8, source_accuracy=0.8)).trusted
+    decisions = []
+    for round_ in range(PATIENCE // 16):
+        verdict, state = judged(state, sight(100 * (round_ + 1)), shown(**worse))
+        decisions.append(verdict.decision)
+    assert decisions[0] == "applied"
+    assert "rolled_back" in decisions
+    assert not state.trusted
+
+
+def test_trust_is_not_lost_on_few_frames() -> None:
+    few = RunningProxies(frames=500, shadowed=ENOUGH - 1, accuracy=0.1, source_accuracy=0.9)
+    assert GUARD.observe(GuardState(), sight(), few).trusted
+
+
+def test_the_bet_is_won_where_source_is_unsure_and_not_where_ranks_are_usual() -> None:
+    unsure = shown(signals={"source_rank": 0.4})
+    state, rounds = GuardState(), 0
+    while not state.shifted:
+        state, rounds = GUARD.observe(state, sight(rank=0.4), unsure), rounds + 1
+        assert rounds < 60
+    assert state.alarms == 1
+    assert watched(state, unsure)
+    state = GUARD.observe(state, sight(rank=0.0), shown(signals={"source_rank": 0.0}))
+    assert not state.shifted
+    for round_ in range(2_000):
+        state = GUARD.observe(state, sight(rank=(-0.45, 0.45)[round_ % 2]), shown())
+    assert state.alarms == 1

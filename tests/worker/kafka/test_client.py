@@ -1,0 +1,130 @@
+"""Security settings on their way to the client; TLS against the real broker behind a proxy that ends it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import trustme
+from kafka import KafkaAdminClient
+from kafka.errors import SaslAuthenticationFailedError
+from pydantic import SecretStr
+
+from schemas.config import Kafka
+from schemas.errors import ConfigError, UnreachableError
+from tests.broker.process import start_own_broker
+from tests.servers import TlsProxy, write_certificates
+from tests.worker.consume.test_consume import Notes, wait_for
+from worker.consume.consumer import FrameConsumer
+from worker.consume.offsets import Offsets
+from worker.embedded import free_port, start_broker
+from worker.kafka import client as kafka_client
+from worker.kafka.client import connection, create_topics, require_topics
+from worker.publish.publisher import Message, Publisher
+
+
+def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    files = write_certificates(authority, tmp_path)
+    port = free_port()
+    broker = start_broker(port=free_port(), advertised=port)
+    proxy = TlsProxy(broker.port, authority, port, client_certificate=True)
+    settings = Kafka(bootstrap=f"127.0.0.1:{port}", security_protocol="SSL", connect_timeout_s=3, **files)
+    create_topics(settings, 2)
+    require_topics(settings)
+    publisher = Publisher(settings, "w", threading.Event())
+    publisher.send(Message("updates", b"cam", b"1", []))
+    publisher.settle(lambda: None)
+    publisher.close()
+    with pytest.raises(UnreachableError):
+        require_topics(settings.model_copy(update={"ssl_cafile": None}))
+    proxy.close()
+    broker.child.stop(0)
+
+
+def test_sasl_settings_reach_the_client(tmp_path: Path) -> None:
+    files = write_certificates(trustme.CA(), tmp_path)
+    settings = Kafka(
+        security_protocol="SASL_SSL",
+        sasl_mechanism="SCRAM-SHA-512",
+        sasl_username="worker",
+        sasl_password="geheim",
+        **files,
+    )
+    arguments = connection(settings)
+    assert arguments["sasl_mechanism"] == "SCRAM-SHA-512"
+    assert (arguments["sasl_plain_username"], arguments["sasl_plain_password"]) == ("worker", "geheim")
+    assert arguments["ssl_context"].check_hostname
+    assert set(arguments) <= set(KafkaAdminClient.DEFAULT_CONFIG)
+    assert "geheim" not in str(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"security_protocol": "SASL_PLAINTEXT", "sasl_username": "x"}, "needs sasl_mechanism"),
+        ({"security_protocol": "SSL", "ssl_cafile": "nowhere.pem"}, r"kafka\.ssl_cafile nowhere\.pem cannot be used: "),
+        (
+            {"security_protocol": "SSL", "ssl_certfile": "none.pem", "ssl_keyfile": "key.pem"},
+            r"kafka\.ssl_certfile none\.pem with ssl_keyfile key\.pem cannot be used: ",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_used(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        connection(Kafka(**changes))
+
+
+@pytest.fixture
+def kafka_with_users(tmp_path: Path) -> Iterator[Kafka]:
+    """Settings of a broker that asks who comes, over TLS."""
+    authority = trustme.CA()
+    files = write_certificates(authority, tmp_path)
+    identity = tmp_path / "broker.pem"
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(identity)
+    broker = start_own_broker(users={"worker": "geheim"}, certificate=identity)
+    yield Kafka(
+        bootstrap=broker.bootstrap,
+        security_protocol="SASL_SSL",
+        sasl_mechanism="PLAIN",
+        sasl_username="worker",
+        sasl_password="geheim",
+        ssl_cafile=files["ssl_cafile"],
+        connect_timeout_s=1,
+    )
+    broker.child.stop(0)
+
+
+@pytest.mark.parametrize("mechanism", ["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"])
+def test_a_login_is_accepted(kafka_with_users: Kafka, mechanism: str) -> None:
+    settings = kafka_with_users.model_copy(update={"sasl_mechanism": mechanism})
+    create_topics(settings, 2)
+    publisher = Publisher(settings, "w", threading.Event())
+    publisher.send(Message("updates", b"cam", b"1", []))
+    publisher.settle(lambda: None)
+    publisher.close()
+    consumer = FrameConsumer(settings, Offsets(), Notes(), threading.Event())
+    wait_for(consumer, 2)
+    consumer.close()
+
+
+def test_a_wrong_password_is_told_in_one_line(kafka_with_users: Kafka) -> None:
+    with pytest.raises(ConfigError, match=r"refuses the login: .* correct kafka[.]sasl_mechanism") as told:
+        require_topics(kafka_with_users.model_copy(update={"sasl_password": SecretStr("falsch")}))
+    assert "\n" not in str(told.value)
+    assert "falsch" not in str(told.value)
+
+
+def test_threads_that_listen_to_the_client_at_once_leave_its_log_as_it_was() -> None:
+    """The loop and the thread of dead letters may both look for a broker that is away."""
+    before = kafka_client.SPEAKER.level
+    with ExitStack() as first, ExitStack() as second:
+        heard = first.enter_context(kafka_client._listening())
+        other = second.enter_context(kafka_client._listening())
+        first.close()
+        kafka_client.SPEAKER.warning("%s", SaslAuthenticationFailedError())
+        assert (len(heard), len(other)) == (0, 1)
+    assert kafka_client.SPEAKER.level == before

@@ -1,0 +1,284 @@
+import contextlib
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import redis
+
+from meta.bundle import Bundle
+from schemas.config import Store, WorkerConfig
+from schemas.errors import StateError, UnreachableError
+from worker.control.operate import Operator
+from worker.embedded import free_port
+from worker.engine.engine import Engine
+from worker.store.compress import pack
+from worker.store.store import Overview, StateStore, Write
+
+OpenStore = Callable[[Store], StateStore]
+
+
+def write(stream: str, token: int, tensors: bytes | None = b"t", number: int = 1) -> Write:
+    return Write(stream, token, number, b"header", b"event", tensors)
+
+
+def test_claim_write_claim(store: StateStore) -> None:
+    (first,) = store.claim(["cam"], "w1")
+    assert (first.token, first.header, first.tensors, first.event) == (1, None, None, None)
+    assert store.write([write("cam", 1)]) == [True]
+    (second,) = store.claim(["cam"], "w2")
+    assert (second.token, second.header, second.tensors, second.event) == (2, b"header", b"t", b"event")
+
+
+def test_a_zombie_is_refused_and_changes_nothing(store: StateStore) -> None:
+    store.claim(["cam"], "old")
+    store.claim(["cam"], "new")
+    assert store.write([write("cam", 2, b"good")]) == [True]
+    assert store.write([Write("cam", 1, 2, b"bad", b"bad", b"bad")]) == [False]
+    (claimed,) = store.claim(["cam"], "new")
+    assert (claimed.header, claimed.tensors) == (b"header", b"good")
+
+
+def test_a_write_that_comes_twice_counts_once_and_a_late_one_undoes_nothing(store: StateStore) -> None:
+    store.claim(["cam"], "w")
+    first = Write("cam", 1, 9, b"h9", b"e9", b"t9", snapshot=b"s9")
+    assert store.write([first]) == [True]
+    assert store.write([first]) == [True]
+    assert len(store.snapshots("cam")) == 1
+    assert store.write([Write("cam", 1, 10, b"h10", b"e10", b"t10")]) == [True]
+    assert store.write([first]) == [False]
+    found = store.read("cam")
+    assert (found.header, found.tensors, found.event) == (b"h10", b"t10", b"e10")
+    # After a claim the numbers begin anew: a reset may have set them back.
+    assert store.claim(["cam"], "w")[0].token == 2
+    assert store.write([Write("cam", 2, 1, b"h1", b"e1", b"t1")]) == [True]
+
+
+def test_a_lost_key_refuses_the_old_token(store: StateStore, store_url: str) -> None:
+    store.claim(["cam"], "w")
+    client = redis.Redis.from_url(store_url)
+    client.delete(store.keys("cam")[0])
+    assert store.write([write("cam", 1)]) == [False]
+    client.close()
+
+
+def test_a_deleted_stream_leaves_nothing_and_its_workers_stay_refused(store: StateStore, store_url: str) -> None:
+    client = redis.Redis.from_url(store_url)
+    store.claim(["cam", "cam"], "paused")
+    assert store.write([Write("cam", 2, 1, b"h", b"e", b"t", snapshot=b"s", approved=b"a")]) == [True]
+    assert client.exists(*store.keys("cam")) == 4
+    assert not store.delete("cam", 1, b"last")
+    assert not store.delete("none", 0, b"last")
+    assert client.exists(*store.keys("cam")) == 4
+    assert store.deleted("cam") is None
+    assert store.delete("cam", 2, b"last")
+    assert client.exists(*store.keys("cam")) == 0
+    assert "cam" not in store.streams()
+    assert store.deleted("cam") == b"last"
+    assert list(store.deleted_streams()) == ["cam"]
+    assert store.write([write("cam", 2, number=2)]) == [False]
+    (claimed,) = store.claim(["cam"], "next")
+    assert (claimed.token, claimed.header, claimed.tensors, claimed.approved) == (3, None, None, None)
+    assert claimed.event == b"last"
+    assert store.deleted("cam") is None
+    assert store.write([write("cam", 2, number=2), write("cam", 3)]) == [False, True]
+    client.close()
+
+
+def test_what_an_earlier_version_left_of_a_deleted_stream_still_counts(store: StateStore, store_url: str) -> None:
+    client = redis.Redis.from_url(store_url)
+    client.set(store._all_keys("cam")[-1], 7, ex=100)
+    assert store.deleted("cam") == b""
+    (claimed,) = store.claim(["cam"], "next")
+    assert (claimed.token, claimed.header, claimed.event) == (8, None, None)
+    client.close()
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_a_key_of_another_type_is_not_touched(store: StateStore, store_url: str, part: int) -> None:
+    client = redis.Redis.from_url(store_url)
+    store.claim(["cam", "other"], "w")
+    key = store.keys("cam")[part]
+    client.delete(key)
+    client.geoadd(key, (1, 2, "theirs"))
+    whole = Write("cam", 1, 1, b"h", b"e", b"t", snapshot=b"s", approved=b"a")
+    assert store.write([whole, write("other", 1)]) == [False, True]
+    assert not store.delete("cam", 1, b"last")
+    said = f"key {key} in the store is a zset, which no worker wrote; rename or delete it"
+    claims = store.claim(["cam", "other"], "w")
+    assert [(c.token, c.foreign) for c in claims] == [(0, said), (2, "")]
+    assert (store.read("cam").foreign, store.overview(["cam"])[0].foreign) == (said, said)
+    assert client.zcard(key) == 1
+    assert part == 0 or client.hget(store.keys("cam")[0], "header") is None
+    with pytest.raises(StateError, match="no list of snapshots") if part == 2 else contextlib.nullcontext():
+        assert store.snapshots("cam") == []
+    client.close()
+
+
+@pytest.mark.parametrize("token", [10**15, 2**63 - 1, 10**20, "007"])
+def test_a_token_that_cannot_be_raised_is_nobody_s(store: StateStore, store_url: str, token: int | str) -> None:
+    client = redis.Redis.from_url(store_url)
+    key = store.keys("cam")[0]
+    client.hset(key, "token", token)
+    claims = store.claim(["cam", "other"], "w")
+    assert [(c.token, bool(c.foreign)) for c in claims] == [(0, True), (1, False)]
+    assert (bool(store.read("cam").foreign), bool(store.overview(["cam"])[0].foreign)) == (True, True)
+    assert client.hgetall(key) == {b"token": str(token).encode()}
+    client.delete(key)
+    client.set(store._all_keys("cam")[-1], f"{token}\nlast")
+    assert store.claim(["cam"], "w")[0].token == 1
+    client.close()
+
+
+def test_header_alone_keeps_the_tensors(store: StateStore) -> None:
+    store.claim(["cam"], "w")
+    store.write([write("cam", 1, b"tensors")])
+    store.write([Write("cam", 1, 2, b"header 2", b"event 2", None)])
+    (claimed,) = store.claim(["cam"], "w")
+    assert (claimed.header, claimed.tensors, claimed.event) == (b"header 2", b"tensors", b"event 2")
+
+
+def test_many_streams_in_one_go_keep_their_order(store: StateStore) -> None:
+    streams = [f"cam-{i}" for i in range(50)]
+    store.claim(streams[:10], "w")
+    assert [c.token for c in store.claim(streams, "w")] == [2] * 10 + [1] * 40
+    writes = [write(s, 2 if i < 5 else 1) for i, s in enumerate(streams)]
+    assert store.write(writes) == [True] * 5 + [False] * 5 + [True] * 40
+
+
+@pytest.mark.parametrize("stream", ["a}b{c", "{", "süd/kamera 1", "x:y:*", "%7B"])
+def test_any_stream_id_has_a_key_and_hash_tag_of_its_own(store: StateStore, stream: str) -> None:
+    keys = store.keys(stream)
+    assert all(key.count("{") == key.count("}") == 1 for key in keys)
+    assert len({key[key.index("{") : key.index("}")] for key in keys}) == 1
+    store.claim([stream], "w")
+    assert store.write([write(stream, 1)]) == [True]
+    assert store.claim([stream + "x"], "w")[0].header is None
+    assert set(store.streams()) == {stream, stream + "x"}
+
+
+@pytest.mark.parametrize("inside", [b"a b", b"cam%ff", b"x:y", b"cam}:x", b"\xff"])
+def test_a_key_that_no_stream_would_have_is_no_stream(
+    store: StateStore, store_settings: Store, tiny_bundle: Bundle, inside: bytes
+) -> None:
+    """One such key was a stream of the full store, and ended `driftkeel streams list`."""
+    store.claim(["a b"], "w")
+    client = redis.Redis.from_url(store_settings.url.get_secret_value())
+    client.set(store_settings.prefix.encode() + b":{" + inside + b"}", "x")
+    client.close()
+    assert (list(store.streams()), store.count()) == (["a b"], 1)
+    operator = Operator(WorkerConfig(store=store_settings), store, Engine(tiny_bundle), "w")
+    assert [found.stream for found in operator.listed()] == ["a b"]
+
+
+def test_a_stream_that_goes_while_all_are_listed_is_left_out(
+    store: StateStore, store_settings: Store, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.claim(["cam"], "w")
+    monkeypatch.setattr(store, "streams", lambda: iter(["cam", "gone"]))
+    operator = Operator(WorkerConfig(store=store_settings), store, Engine(tiny_bundle), "w")
+    assert [found.stream for found in operator.listed()] == ["cam"]
+
+
+def test_states_that_inflate_are_not_all_in_memory_at_once(store: StateStore, store_settings: Store) -> None:
+    """What is a thousandth of it in the store, of all streams that a worker meets at a time."""
+    streams, inflated = [f"cam-{i}" for i in range(16)], bytes(store_settings.max_state_bytes // 32)
+    store.claim(streams, "w")
+    packed = pack(inflated, "deflate")
+    assert store.write([replace(write(s, 1), tensors=packed, approved=packed) for s in streams]) == [True] * 16
+    snapshots = [replace(write("cam-0", 1, number=n), tensors=packed, snapshot=b"s") for n in range(2, 7)]
+    assert store.write(snapshots) == [True] * 5
+    tracemalloc.start()
+    try:
+        for claimed in store.claim(streams, "next"):
+            assert claimed.tensors == claimed.approved == inflated
+        assert len(store.snapshots("cam-0")) == 5
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(inflated)
+    finally:
+        tracemalloc.stop()
+
+
+def test_unreachable_store_names_its_address_and_no_password(open_store: OpenStore) -> None:
+    port = free_port()
+    store = open_store(Store(url=f"redis://user:geheim@127.0.0.1:{port}/0"))
+    with pytest.raises(UnreachableError) as caught:
+        store.ping()
+    assert f"127.0.0.1:{port}" in str(caught.value)
+    assert "geheim" not in str(caught.value)
+
+
+def test_snapshots_are_kept_newest_first_and_bounded(open_store: OpenStore, store_settings: Store) -> None:
+    store = open_store(store_settings.model_copy(update={"snapshots": 2}))
+    store.claim(["cam"], "w")
+    for i in range(4):
+        store.write([Write("cam", 1, i, b"h%d" % i, b"e", b"t%d" % i, snapshot=b"s%d" % i if i != 1 else None)])
+    assert store.snapshots("cam") == [(b"s3", b"t3"), (b"s2", b"t2")]
+    assert store.snapshots("unknown") == []
+
+
+def test_idle_tensors_expire_and_the_header_stays(open_store: OpenStore, store_settings: Store, store_url: str) -> None:
+    store = open_store(store_settings.model_copy(update={"idle_ttl_s": 100}))
+    store.claim(["cam"], "w")
+    store.write([write("cam", 1)])
+    client = redis.Redis.from_url(store_url)
+    meta, tensors, *_ = store.keys("cam")
+    assert 0 < client.ttl(tensors) <= 100
+    assert client.ttl(meta) == -1
+    client.expire(tensors, 10)
+    store.write([write("cam", 1, None, number=2)])
+    assert client.ttl(tensors) > 10
+    open_store(store_settings).write([write("cam", 1, None, number=3)])
+    assert client.ttl(tensors) == -1
+    client.delete(tensors)
+    assert store.write([Write("cam", 1, 4, b"h4", b"e4", None)]) == [None]
+    assert store.read("cam").header == b"header"
+    assert store.write([Write("cam", 1, 4, b"h4", b"e4", b"t4")]) == [True]
+    assert store.write([Write("cam", 1, 4, b"h4", b"e4", None)]) == [True]
+    client.close()
+
+
+def test_ends_are_headers_and_events_of_all(store: StateStore, store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.store.store.KEYS_AT_ONCE", 3)
+    streams = [f"cam-{number}" for number in range(40)]
+    store.claim(streams, "w")
+    store.write([write(stream, 1) for stream in streams[1:]])
+    client = redis.Redis.from_url(store_url)
+    client.set(store.keys("foreign")[0], "theirs")
+    client.close()
+    nothing = [("cam-0", None, b""), ("foreign", None, b"")]
+    assert sorted(set(store.ends())) == sorted([*nothing, *((stream, b"header", b"event") for stream in streams[1:])])
+
+
+def test_approved_parameters_stay_until_others_are_approved(store: StateStore) -> None:
+    store.claim(["cam"], "w")
+    store.write([Write("cam", 1, 1, b"h", b"e", b"t", approved=b"a1")])
+    store.write([write("cam", 1, number=2)])
+    assert store.read("cam").approved == b"a1"
+    store.write([Write("cam", 1, 3, b"h", b"e", None, approved=b"a2")])
+    assert store.claim(["cam"], "w")[0].approved == b"a2"
+
+
+@pytest.mark.parametrize("tensors", [b"t", None])
+def test_what_rests_on_approved_parameters_is_not_written_without_them(
+    store: StateStore, store_url: str, tensors: bytes | None
+) -> None:
+    store.claim(["cam"], "w")
+    client = redis.Redis.from_url(store_url)
+    resting = Write("cam", 1, 2, b"h2", b"e2", tensors, keeps_approved=True)
+    assert store.write([Write("cam", 1, 1, b"h1", b"e1", b"t", approved=b"a"), resting]) == [True, True]
+    client.delete(store.keys("cam")[3])
+    again = replace(resting, number=3, header=b"h3")
+    assert store.write([again, replace(again, token=2)]) == [None, False]
+    assert store.read("cam").header == b"h2"
+    assert store.write([replace(again, approved=b"a", keeps_approved=False)]) == [True]
+    assert (store.read("cam").header, store.read("cam").approved) == (b"h3", b"a")
+    client.close()
+
+
+def test_reading_claims_nothing(store: StateStore) -> None:
+    assert store.read("cam").token == 0
+    store.claim(["cam"], "w7")
+    store.write([write("cam", 1)])
+    assert (store.read("cam").token, store.read("cam").tensors) == (1, b"t")
+    assert store.overview(["none", "cam"]) == [Overview(0, "", None, 0, 0), Overview(1, "w7", b"header", 1, 0)]
+    assert store.write([write("cam", 1)]) == [True]

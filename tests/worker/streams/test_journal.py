@@ -1,0 +1,224 @@
+"""Writes every so often: what a crash in between costs is repeated exactly. Real store and broker."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from meta.bundle import Bundle
+from monitoring.metrics import WorkerMetrics
+from schemas.config import Adapt, Batch, Kafka, Store
+from schemas.config import Guard as GuardSettings
+from schemas.frame import Position
+from schemas.state import decode_header
+from schemas.update import UpdateEvent
+from tests.worker.engine.test_engine import batch
+from worker.batch.batcher import MicroBatch, MicroBatcher
+from worker.consume.offsets import Offsets
+from worker.engine.engine import Engine
+from worker.guard.guard import Guard
+from worker.publish.publisher import Publisher
+from worker.step import Step
+from worker.store.store import StateStore
+from worker.streams.journal import Journal
+from worker.streams.streams import Streams
+
+LONG_MS = 60_000
+FRAMES = 5
+EXAMPLES = itertools.count()
+
+
+class Life:
+    """One worker's streams, step and journal, without its loop."""
+
+    def __init__(self, bundle: Bundle, publisher: Publisher, store: StateStore, settings: Store, interval: int) -> None:
+        metrics, self.offsets, engine = WorkerMetrics(4), Offsets(), Engine(bundle)
+        self.streams = Streams(engine, store, publisher, metrics, "w", Adapt(), settings, lambda action: action())
+        self.journal = Journal(self.streams, publisher, self.offsets, metrics, interval, lambda: None)
+        guard = Guard(GuardSettings(never_worse=False), bundle.manifest.limits)
+        batcher = MicroBatcher(Batch())
+        self._step = Step(self.streams, batcher, guard, publisher, self.journal, metrics, "w", lambda: None, 1)
+
+    def fold(self, one: MicroBatch) -> list[str]:
+        self.streams.ensure([one.stream])
+        for frame in one.frames:
+            self.offsets.received(frame.position)
+        flight = self._step.start([one])
+        flight.adapted.result(20)
+        return self._step.finish(flight)
+
+    def end(self) -> None:
+        self._step.close()
+
+
+@pytest.fixture
+def publisher(kafka_settings: Kafka) -> Iterator[Publisher]:
+    publisher = Publisher(kafka_settings, "w", threading.Event())
+    yield publisher
+    publisher.close()
+
+
+@pytest.fixture
+def store(store_settings: Store) -> Iterator[StateStore]:
+    store = StateStore(store_settings)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def life(tiny_bundle: Bundle, publisher: Publisher, store: StateStore, store_settings: Store) -> Iterator[Life]:
+    """A worker that writes when it is told to."""
+    life = Life(tiny_bundle, publisher, store, store_settings, LONG_MS)
+    yield life
+    life.end()
+
+
+@pytest.fixture
+def happened(store: StateStore, monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
+    """How many streams each write has had."""
+    happened: list[int | str] = []
+    write = store.write
+    monkeypatch.setattr(store, "write", lambda writes: happened.append(len(writes)) or write(writes))
+    return happened
+
+
+def nth(number: int, stream: str) -> MicroBatch:
+    one = batch(stream, FRAMES, seed=number)
+    moved = [replace(f, position=Position("frames", 0, number * FRAMES + i)) for i, f in enumerate(one.frames)]
+    return replace(one, frames=moved)
+
+
+def each_once(life: Life, count: int) -> list[str]:
+    """Streams with a step that waits to be written."""
+    streams = [f"cam-{i}" for i in range(count)]
+    for stream in streams:
+        life.fold(nth(0, stream))
+    return streams
+
+
+def test_nothing_leaves_before_it_is_stored(life: Life, store: StateStore, topic, kafka_settings: Kafka) -> None:
+    for number in range(3):
+        assert life.fold(nth(number, "a")) == []
+    assert store.read("a").header is None
+    assert life.offsets.committable() == {("frames", 0): 0}
+    assert topic.read_quiet(kafka_settings.topics.updates, lambda records: False, 1) == []
+    assert len(topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) == 3 * FRAMES)) == 3 * FRAMES
+    assert life.journal.flush() == []
+    header = decode_header(store.read("a").header or b"")
+    assert header.frames == 3 * FRAMES
+    assert life.offsets.committable() == {("frames", 0): 3 * FRAMES}
+    records = topic.read(kafka_settings.topics.updates, lambda rs: len(rs) == 3)
+    assert [UpdateEvent.model_validate_json(r.value).number for r in records] == [1, 2, 3]
+
+
+def test_what_another_claims_is_given_up(life: Life, store: StateStore) -> None:
+    life.fold(nth(0, "a"))
+    life.fold(nth(0, "b"))
+    store.claim(["a"], "another")
+    assert life.journal.flush() == ["a"]
+    assert store.read("a").header is None
+    assert decode_header(store.read("b").header or b"").frames == FRAMES
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(plan=st.lists(st.sampled_from(["fold", "fold", "flush", "crash"]), min_size=3, max_size=10))
+def test_a_crash_repeats_what_was_not_written(
+    tiny_bundle: Bundle, publisher: Publisher, store: StateStore, store_settings: Store, plan: list[str]
+) -> None:
+    """Folded, written and lost in any order: state, count and hash are those of frames that were folded once each."""
+    example = next(EXAMPLES)
+    stream, plain = f"cam-{example}", f"plain-{example}"
+    life, done, goal = Life(tiny_bundle, publisher, store, store_settings, LONG_MS), 0, 0
+    for action in [*plan, "flush"]:
+        if action == "fold":
+            life.fold(nth(done, stream))
+            done += 1
+            goal = max(goal, done)
+        elif action == "flush":
+            life.journal.flush()
+        else:
+            life.end()
+            life = Life(tiny_bundle, publisher, store, store_settings, LONG_MS)
+            stored = store.read(stream).header
+            done = decode_header(stored).frames // FRAMES if stored else 0
+    while done < goal:
+        life.fold(nth(done, stream))
+        done += 1
+    life.journal.flush()
+    life.end()
+    if not goal:
+        return
+    once = Life(tiny_bundle, publisher, store, store_settings, 0)
+    for number in range(goal):
+        once.fold(replace(nth(number, stream), stream=plain))
+    once.end()
+    found, wanted = (decode_header(store.read(name).header or b"") for name in (stream, plain))
+    assert (found.frames, found.folded, found.step, found.events) == (
+        wanted.frames,
+        wanted.folded,
+        wanted.step,
+        wanted.events,
+    )
+    one, other = (safetensors.torch.load(store.read(name).tensors or b"") for name in (stream, plain))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_tensors_in_memory_follow_every_step(life: Life) -> None:
+    life.fold(nth(0, "a"))
+    after_one = life.streams.engine.tensors("a")["affine"].clone()
+    life.fold(nth(1, "a"))
+    assert not torch.equal(after_one, life.streams.engine.tensors("a")["affine"])
+    assert life.streams.engine.resident("a").header.frames == 2 * FRAMES
+
+
+def test_only_what_makes_no_update_waits(
+    tiny_bundle: Bundle, publisher: Publisher, store: StateStore, store_settings: Store
+) -> None:
+    life = Life(tiny_bundle, publisher, store, store_settings, 0)
+    life.fold(replace(nth(0, "a"), adapt=False, reason="settled"))
+    assert store.read("a").header is None
+    assert life.offsets.committable() == {("frames", 0): 0}
+    life.fold(nth(1, "a"))  # An update takes what waits before it along.
+    header = decode_header(store.read("a").header or b"")
+    assert (header.frames, header.step, header.events) == (2 * FRAMES, 1, 2)
+    assert life.offsets.committable() == {("frames", 0): 2 * FRAMES}
+    life.end()
+
+
+def test_many_are_written_in_pieces(
+    life: Life, store: StateStore, happened: list[int | str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between them the worker stays in its group; a stream that goes meanwhile is its next owner's."""
+    streams = each_once(life, 8)
+
+    def one_goes() -> None:
+        happened.append("alive")
+        life.streams.release([streams[-1]])
+
+    monkeypatch.setattr(life.journal, "_keep_alive", one_goes)
+    monkeypatch.setattr("worker.streams.journal.PIECE_STREAMS", 3)
+    monkeypatch.setattr("worker.streams.journal.ALIVE_S", -1.0)
+    store.claim([streams[1], streams[4]], "another")
+    assert life.journal.flush() == [streams[1], streams[4]]
+    assert happened == [3, "alive", 3, "alive", 1]
+    assert [store.read(s).header is not None for s in streams] == [i not in {1, 4, 7} for i in range(8)]
+    assert life.journal.flush() == []
+
+
+def test_large_states_are_written_in_smaller_pieces(
+    life: Life, happened: list[int | str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each_once(life, 3)
+    monkeypatch.setattr("worker.streams.journal.PIECE_BYTES", life.streams.engine.state_bytes - 1)
+    monkeypatch.setattr(life.journal, "_keep_alive", lambda: happened.append("alive"))
+    assert life.journal.flush([f"silent-{i}" for i in range(9)]) == []
+    assert life.journal.flush() == []
+    assert happened == [1, 1, 1]  # They took no second.

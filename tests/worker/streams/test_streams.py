@@ -1,0 +1,361 @@
+"""What is stored and what is in memory agree, and every event is published with the same bytes, whoever does it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+import redis
+import torch
+
+from meta.bundle import Bundle
+from meta.method import State
+from monitoring.metrics import WorkerMetrics
+from schemas.command import Command
+from schemas.config import Adapt, Kafka, Store
+from schemas.policy import Policy
+from schemas.state import DriftWatch, GuardState, RunningProxies, decode_header, encode_header
+from schemas.update import Proxies, UpdateEvent, digest, seal
+from tests.servers import wait_until
+from worker.engine.engine import Engine
+from worker.guard.answer import Policies
+from worker.publish.publisher import Publisher
+from worker.store.store import Claimed, StateStore, Write
+from worker.streams.obey import Entry, Place, Subject, obey
+from worker.streams.streams import Streams
+
+
+class Site:
+    """As many workers' streams as a test wants, on one store and one topic."""
+
+    def __init__(
+        self, bundle: Bundle, kafka: Kafka, settings: Store, open_store: Callable[[Store], StateStore]
+    ) -> None:
+        self.bundle, self.kafka, self.settings, self.open_store = bundle, kafka, settings, open_store
+        self.store = open_store(settings)
+        self._publishers: list[Publisher] = []
+
+    def worker(self, name: str, **more: object) -> Streams:
+        publisher = Publisher(self.kafka, name, threading.Event())
+        self._publishers.append(publisher)
+        settings = self.settings.model_copy(update={"snapshot_every": 2, **more})
+        engine = Engine(self.bundle)
+        return Streams(
+            engine, self.open_store(settings), publisher, WorkerMetrics(4), name, Adapt(), settings, lambda act: act()
+        )
+
+    def settle(self) -> None:
+        for publisher in self._publishers:
+            publisher.settle(lambda: None)
+
+    def close(self) -> None:
+        for publisher in self._publishers:
+            publisher.close()
+
+
+@pytest.fixture
+def site(tiny_bundle: Bundle, kafka_settings: Kafka, store_settings: Store, open_store: Callable[[Store], StateStore]):
+    site = Site(tiny_bundle, kafka_settings, store_settings, open_store)
+    yield site
+    site.close()
+
+
+def change(streams: Streams, action: str, tensors=None) -> Entry:
+    """What `action` makes of cam, not stored yet."""
+    resident = streams.engine.resident("cam")
+    own = {name: t.clone() for name, t in streams.engine.tensors("cam").items()}
+    place = Place.of(streams.engine, Policies(Policy(), {}), "w")
+    return obey(
+        Command(stream="cam", action=action), Subject(resident.header, own, lambda back: None), place, resident.token
+    )
+
+
+def test_an_event_that_was_stored_and_not_published_comes_with_the_same_bytes(site: Site, topic) -> None:
+    first = site.worker("first")
+    first.ensure(["cam"])
+    entry = change(first, "freeze")
+    assert first.write([entry]) == [True]
+    # It dies here, before it publishes. Two others meet the stream, one after the other.
+    for name in ("second", "third"):
+        site.worker(name).ensure(["cam"])
+        site.settle()
+    read = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 2)
+    assert [r.value for r in read] == [entry.events[0].content] * 2
+
+
+def test_a_stored_event_that_no_broker_takes_is_not_tried_for_ever(site: Site, store_url: str) -> None:
+    first = site.worker("first")
+    first.ensure(["cam"])
+    entry = change(first, "freeze")
+    assert first.write([entry]) == [True]
+    large = seal(entry.events[0].event.model_copy(update={"reason": "x" * 2_000_000}))
+    client = redis.Redis.from_url(store_url)
+    client.hset(site.store.keys("cam")[0], "event", large.content)
+    client.close()
+    second = site.worker("second")
+    second.ensure(["cam"])
+    assert "cam" in second.engine
+    assert site._publishers[-1]._waiting == []
+
+
+@pytest.mark.parametrize("lost", ["tensors", "header"])
+def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
+    site: Site, topic, store_url: str, lost: str
+) -> None:
+    first = site.worker("first")
+    first.ensure(["cam"])
+    entry = change(first, "freeze")
+    entry.header.step = 3
+    entry.header.guard = GuardState(trusted=False, alarms=3)
+    entry.header.drift = DriftWatch(adapting=False)
+    entry.header.proxies = RunningProxies(frames=128, confidence=0.9, shadowed=64, accuracy=0.9, source_accuracy=0.3)
+    assert first.write([entry]) == [True]
+    client = redis.Redis.from_url(store_url)
+    meta, tensors, *_ = site.store.keys("cam")
+    if lost == "tensors":
+        client.delete(tensors)
+    else:
+        client.hset(meta, "header", b"\xff damaged")
+    client.close()
+    second = site.worker("second")
+    second.ensure(["cam"])
+    site.worker("third").ensure(["cam"])
+    site.settle()
+    found = {r.value for r in topic.read(site.kafka.topics.updates, lambda rs: len({r.value for r in rs}) >= 2)}
+    events = sorted((UpdateEvent.model_validate_json(value) for value in found), key=lambda e: e.number)
+    assert [(e.number, e.decision) for e in events] == [(1, "frozen"), (2, "reset")]
+    assert events[1].previous == entry.events[0].digest
+    header = second.engine.resident("cam").header
+    assert (header.events, header.step, header.last_event) == (2, 0, seal(events[1]).digest)
+    # What was known of the parameters that are lost says nothing of source.
+    assert (header.guard, header.drift) == (GuardState(), None)
+    assert header.proxies.accuracy == (0.3 if lost == "tensors" else None)
+
+
+def test_a_restart_from_source_does_not_replace_an_event_that_nobody_published(
+    site: Site, topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers die, one after the other, before the broker has what they sent."""
+    first = site.worker("first")
+    first.ensure(["cam"])
+    entry = change(first, "freeze")
+    assert first.write([entry]) == [True]
+    second, third = site.worker("second"), site.worker("third")
+    second.engine.bundle_hash = third.engine.bundle_hash = "another"
+    monkeypatch.setattr(second._publisher, "update", lambda sealed: None)
+    second.ensure(["cam"])
+    third.ensure(["cam"])
+    site.settle()
+    read = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 2)
+    assert [UpdateEvent.model_validate_json(r.value).decision for r in read] == ["frozen", "reset"]
+    assert read[0].value == entry.events[0].content
+    # One that goes on leaves no more than its own beside the state.
+    assert third.write([change(third, "unfreeze")]) == [True]
+    assert len((site.store.read("cam").event or b"").splitlines()) == 1
+
+
+def test_what_a_later_version_wrote_is_read_but_for_fields_that_it_added(site: Site, topic, store_url: str) -> None:
+    """As while workers of two versions run, or after one went back: no stream restarts, and no event is withheld."""
+    later = site.worker("later")
+    later.ensure(["cam"])
+    entry = change(later, "freeze")
+    entry.header.positions, entry.header.guard = {"frames/0": 41}, GuardState(alarms=3)
+    content = entry.events[0].content.replace(b'"flipped":', b'"added":{"to":"it"},"flipped":')
+    entry.header.last_event = digest(content)
+    assert later.write([entry]) == [True]
+    client = redis.Redis.from_url(store_url)
+    client.hset(site.store.keys("cam")[0], "event", content)
+    stored = encode_header(entry.header)
+    for part in (b'"guard":{', b'"drift":'):
+        assert part in stored
+        stored = stored.replace(part, part + b'"added":1,' if part.endswith(b"{") else b'"added":1,' + part)
+    client.hset(site.store.keys("cam")[0], "header", stored)
+    client.close()
+    earlier = site.worker("earlier")
+    earlier.ensure(["cam"])
+    site.settle()
+    assert earlier.engine.resident("cam").header == entry.header
+    (read,) = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 1)
+    assert read.value == content
+    assert earlier.write([change(earlier, "unfreeze")]) == [True]
+
+
+def taught(site: Site) -> Streams:
+    """A worker that has cam in memory, adapted, while its tensors have expired in the store."""
+    first = site.worker("first", idle_ttl_s=1)
+    first.ensure(["cam"])
+    tensors = {name: t.clone() for name, t in first.engine.tensors("cam").items()}
+    tensors["affine"] += 0.5
+    first.engine.replace("cam", tensors)
+    assert first.write([change(first, "freeze")]) == [True]
+    wait_until(lambda: site.store.read("cam").tensors is None, "the expiry of the tensors")
+    assert site.store.read("cam").token == 1
+    return first
+
+
+def test_tensors_that_expired_are_written_again_by_who_has_them(site: Site) -> None:
+    """A header that changes alone may not lie there without them: the next owner would start from source."""
+    first = taught(site)
+    assert first.write([change(first, "unfreeze")]) == [True]
+    second = site.worker("second")
+    second.ensure(["cam"])
+    assert second.engine.resident("cam").header.events == 2
+    assert torch.equal(second.engine.tensors("cam")["affine"], first.engine.tensors("cam")["affine"])
+
+
+def test_expired_tensors_that_went_while_the_store_was_waited_for_are_left(site: Site) -> None:
+    first = taught(site)
+    write = first._store.write
+
+    def goes(writes: list[Write]) -> list[bool | None]:
+        outcomes = write(writes)
+        first.release(["cam"])
+        return outcomes
+
+    first._store.write = goes
+    assert first.write([change(first, "unfreeze")]) == [False]
+    assert decode_header(site.store.read("cam").header or b"").events == 1
+
+
+def test_a_stream_whose_tensors_expired_is_fenced_as_any(site: Site) -> None:
+    first = taught(site)
+    second = site.worker("second", idle_ttl_s=1)
+    second.ensure(["cam"])
+    header = second.engine.resident("cam").header
+    assert (header.events, header.step) == (2, 0)  # From source, and an event says so.
+    wait_until(lambda: site.store.read("cam").tensors is None, "the expiry of the tensors")
+    whole = replace(change(first, "unfreeze"), tensors=dict(first.engine.tensors("cam")))
+    assert first.write([change(first, "unfreeze"), whole]) == [False, False]
+    assert decode_header(site.store.read("cam").header or b"") == header
+    assert second.write([change(second, "unfreeze")]) == [True]
+
+
+def approving(site: Site) -> tuple[Streams, State]:
+    """A worker that has cam in memory, with parameters that are approved."""
+    first = site.worker("first")
+    first.ensure(["cam"])
+    tensors = {name: t.clone() for name, t in first.engine.tensors("cam").items()}
+    tensors["affine"] += 0.5
+    first.engine.replace("cam", tensors)
+    assert first.write([change(first, "approve")]) == [True]
+    return first, tensors
+
+
+@pytest.mark.parametrize("moving", [True, False])
+def test_approved_parameters_that_were_evicted_are_written_again_by_who_has_them(
+    site: Site, store_url: str, moving: bool
+) -> None:
+    """Also where the tensors are all there, or come along."""
+    first, tensors = approving(site)
+    client = redis.Redis.from_url(store_url)
+    client.delete(site.store.keys("cam")[3])
+    client.close()
+    entry = change(first, "freeze")
+    assert first.write([replace(entry, tensors=first.engine.like) if moving else entry]) == [True]
+    second = site.worker("second")
+    second.ensure(["cam"])
+    resident = second.engine.resident("cam")
+    assert (resident.header.approved, resident.header.events) == (0, 2)
+    assert torch.equal(resident.approved["affine"], tensors["affine"])
+    expected = second.engine.like if moving else tensors
+    assert torch.equal(second.engine.tensors("cam")["affine"], expected["affine"])
+
+
+def test_approved_parameters_survive_their_worker_and_go_with_their_bundle(site: Site) -> None:
+    _, tensors = approving(site)
+    second = site.worker("second")
+    second.ensure(["cam"])
+    resident = second.engine.resident("cam")
+    assert resident.header.approved == 0
+    assert torch.equal(resident.approved["affine"], tensors["affine"])
+    assert set(resident.approved) == set(second.engine.fixed)
+    third = site.worker("third")
+    third.engine.bundle_hash = "another"
+    third.ensure(["cam"])
+    assert third.engine.resident("cam").header.approved is None
+
+
+@pytest.mark.parametrize("lost", ["tensors", "approved"])
+def test_a_store_that_lost_the_last_write_gets_the_next_one_whole(site: Site, store_url: str, lost: str) -> None:
+    """A header that changes alone would lie beside older tensors, and the next owner would start from source."""
+    first, tensors = approving(site)
+    client = redis.Redis.from_url(store_url)
+    before = {key: content for key in site.store.keys("cam") if (content := client.dump(key))}
+    if lost == "tensors":
+        moving = change(first, "freeze")
+        moving.header.step = 1
+        tensors["affine"] += 0.5
+        first.engine.replace("cam", tensors)
+        assert first.write([replace(moving, tensors=tensors)]) == [True]
+    else:
+        first.engine.resident("cam").header.step = 1
+        moving = change(first, "approve")
+        assert first.write([replace(moving, tensors=tensors)]) == [True]
+    for key, content in before.items():  # As after a crash, or on a replica that has taken over.
+        client.restore(key, 0, content, replace=True)
+    client.close()
+    assert first.write([change(first, "unfreeze")]) == [True]
+    second = site.worker("second")
+    second.ensure(["cam"])
+    resident = second.engine.resident("cam")
+    assert (resident.header.step, resident.header.events) == (1, 3)
+    assert resident.header.approved == (0 if lost == "tensors" else 1)
+    assert torch.equal(second.engine.tensors("cam")["affine"], tensors["affine"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "trusted", "taken"),
+    [
+        ({}, True, True),
+        ({"decision": "partial"}, True, False),
+        ({}, False, False),
+        ({"after": Proxies(estimated_accuracy=0.5, source_accuracy=0.6, confidence=0.5, entropy=1)}, True, False),
+        ({"after": Proxies(estimated_accuracy=0.7, source_accuracy=0.6, confidence=0.5, entropy=1)}, True, True),
+    ],
+)
+def test_snapshots_are_taken_of_streams_that_do_well(site: Site, changes: dict, trusted: bool, taken: bool) -> None:
+    streams = site.worker("w")
+    streams.ensure(["cam"])
+    before = streams.engine.resident("cam").header
+    after = before.model_copy(update={"step": 2, "guard": GuardState(trusted=trusted)})
+    event = UpdateEvent(
+        id="cam@2",
+        stream="cam",
+        time=datetime.now(UTC),
+        decision="applied",
+        reason="",
+        frames=[],
+        step=2,
+        token=1,
+        bundle="b",
+        worker="w",
+    ).model_copy(update=changes)
+    snapshot = streams.snapshot(before, after, event)
+    assert (snapshot is not None) == taken
+    assert after.snapshot == (2 if taken else 0)
+    # One that could not be taken when it was due is taken as soon as the stream does well.
+    later = after.model_copy(update={"step": 3, "guard": GuardState()})
+    good = event.model_copy(update={"step": 3, "decision": "applied", "after": None})
+    assert (streams.snapshot(after, later, good) is not None) == (not taken)
+
+
+def test_states_come_in_pieces(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once those of a site's cameras would be in memory twice when a worker takes them over."""
+    names = [f"cam-{i}" for i in range(7)]
+    streams = site.worker("w")
+    monkeypatch.setattr("worker.streams.streams.CLAIM_BYTES", 3 * streams.engine.state_bytes + 1)
+    asked: list[int] = []
+    claim = StateStore.claim
+
+    def counted(self: StateStore, wanted: list[str], *others: Any) -> list[Claimed]:
+        asked.append(len(wanted))
+        return claim(self, wanted, *others)
+
+    monkeypatch.setattr(StateStore, "claim", counted)
+    assert streams.ensure(names) == names
+    assert streams.engine.streams == set(names)
+    assert asked == [3, 3, 1] * 2  # known ones, and then those that begin

@@ -1,0 +1,255 @@
+"""Micro-batches: the frames of one stream that make one update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from itertools import dropwhile
+
+from meta.method import Method
+from meta.mgg import frames_an_update
+from schemas.config import Batch
+from schemas.prediction import Parameters
+from worker.decode.image import DecodedFrame
+
+MAX_TURNS = 1 << 16
+AT_REST = 4  # times max_batch: what a stream that makes no update may put into one pass
+SMALL_PASS = 32  # frames; smaller passes are not worth their overhead
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Frames of one stream, oldest first.
+
+    `adapt`: they make an update. Otherwise, `fold` says whether they count as done without one, for `reason`, or
+    are only predicted now and come again with later frames. `answer`: whose parameters predict. `hurried`: they are
+    predicted as fast as can be, and teach nothing.
+    """
+
+    stream: str
+    frames: list[DecodedFrame]
+    adapt: bool
+    fold: bool
+    reason: str = ""
+    answer: Parameters = "adapted"
+    hurried: bool = False
+
+    @property
+    def unpublished(self) -> list[DecodedFrame]:
+        """Those whose prediction has not left yet."""
+        return [frame for frame in self.frames if not frame.published]
+
+
+@dataclass
+class _Waiting:
+    held: list[DecodedFrame] = field(default_factory=list)  # predicted, waiting for an update
+    fresh: list[DecodedFrame] = field(default_factory=list)  # not predicted yet
+
+    @property
+    def frames(self) -> int:
+        return len(self.held) + len(self.fresh)
+
+
+def within_memory(settings: Batch, frame_bytes: int, lanes: int) -> Batch:
+    """The same settings with no more frames buffered than there is room for; `frame_bytes` of pixels each. `lanes`
+    passes at a time always find frames for two each."""
+    room = max(settings.max_buffered_bytes // frame_bytes, 2 * lanes * settings.max_pass)
+    return settings.model_copy(update={"max_buffered": min(settings.max_buffered, room)})
+
+
+def within_method(settings: Batch, adapt: bool, method: Method) -> Batch:
+    """The same settings with micro-batches no larger than what `method` had best learn from, where it shall `adapt`."""
+    most = max(settings.min_adapt, frames_an_update(method, settings.max_batch)) if adapt else settings.max_batch
+    return settings.model_copy(update={"max_batch": most})
+
+
+class MicroBatcher:
+    """Collects frames per stream and closes micro-batches by size or by time, streams taking turns.
+
+    All times are monotonic seconds given by the caller.
+    """
+
+    def __init__(self, settings: Batch, adapt: bool = True) -> None:
+        self._settings, self._adapt = settings, adapt
+        self._wait = settings.max_wait_ms / 1000
+        self._hold = settings.max_hold_ms / 1000
+        self._streams: dict[str, _Waiting] = {}
+        self._count = 0
+        self._turns: dict[str, int] = {}
+        self._turn = 0
+
+    def __len__(self) -> int:
+        """Frames that wait."""
+        return self._count
+
+    def add(self, frames: Iterable[DecodedFrame]) -> None:
+        """Frames of a stream come in order."""
+        for frame in frames:
+            self._streams.setdefault(frame.stream, _Waiting()).fresh.append(frame)
+            self._count += 1
+
+    def expire(self, is_late: Callable[[DecodedFrame], bool]) -> list[DecodedFrame]:
+        """Give up frames that are not predicted yet and too late for it, of each stream from the oldest on."""
+        late: list[DecodedFrame] = []
+        for stream, waiting in list(self._streams.items()):
+            if not waiting.fresh or not is_late(waiting.fresh[0]):
+                continue
+            fresh = list(dropwhile(is_late, waiting.fresh))
+            late += waiting.fresh[: len(waiting.fresh) - len(fresh)]
+            waiting.fresh = fresh
+            if not waiting.frames:
+                del self._streams[stream]
+        self._count -= len(late)
+        return late
+
+    def next_due(self) -> float | None:
+        """When the next micro-batch closes by time; None where nothing waits."""
+        pressed = self._pressed
+        return min((self._due(waiting, pressed) for waiting in self._streams.values()), default=None)
+
+    def take(
+        self,
+        now: float,
+        limit: int,
+        busy: Container[str] = (),
+        shares: int = 1,
+        least: int = 1,
+        rests: Callable[[str, DecodedFrame | None], bool] = lambda stream, oldest: False,
+    ) -> list[MicroBatch]:
+        """Close what is due, one micro-batch a stream, up to `limit` frames in all; nothing of `busy` streams, and
+        nothing at all while fewer than `least` frames are due.
+
+        The stream that had its last turn longest ago goes first: however much one sends, the others' turns come.
+        What is due is divided by `shares`, so that as many passes find work, unless they would become too small.
+        Where a pass goes anyway, micro-batches ride along that have nothing to gain by waiting longer: slow cameras
+        would else have a pass for a frame or two each.
+        Of a stream that `rests`, and so will make no update, four times as many may go at once; it is asked
+        with the oldest of its frames that is not predicted yet, None where there is none.
+        """
+        pressed = self._pressed
+        due = [
+            (self._turns.get(stream, 0), moment, stream)
+            for stream, waiting in self._streams.items()
+            if stream not in busy and (moment := self._due(waiting, pressed)) <= now
+        ]
+        closing = [stream for _, _, stream in sorted(due)]
+        most: dict[str, int] = {}
+        ready = 0
+        for stream in closing:
+            if ready >= max(least, limit * shares):
+                break  # What all passes can take; the others of a thousand streams need not be asked about.
+            most[stream] = self._most(stream, limit, rests)
+            ready += min(most[stream], self._streams[stream].frames)
+        if ready < max(1, least):
+            return []
+        self._turn += 1
+        room = min(limit, max(SMALL_PASS, -(-ready // shares)))
+        batches: list[MicroBatch] = []
+        usual = self._settings.max_batch
+        for stream in closing + self._riders(now, closing, busy, any(moment > -math.inf for _, moment, _ in due)):
+            batch = self._close(stream, now, pressed, min(most.get(stream, usual), max(usual, room)))
+            if batches and len(batch.frames) > room:
+                self._put_back(batch)
+                break
+            room -= len(batch.frames)
+            self._count -= len(batch.frames)
+            batches.append(batch)
+            self._took_turn(stream)
+        return batches
+
+    def _riders(self, now: float, closing: list[str], busy: Container[str], timed: bool) -> list[str]:
+        """Streams that are not due, whose turn comes first: those that have enough frames for an update, and those that
+        expect no other frame before they are due. By the frames that have come: the next one as long after the last as
+        these came after each other, and not before as long again as there has been none.
+
+        Fast cameras that are taken together once are due together from then on, in fewer and larger passes. Only
+        where a stream is due by time: beside one that is full in every pass, as of a backlog, the others would go with
+        few frames each time.
+        """
+        if not self._wait:
+            return []
+        enough = max(2, self._settings.min_adapt, self._settings.max_batch // 4) if timed else math.inf
+        found = []
+        due = set(closing)
+        for stream, waiting in self._streams.items():
+            if stream in due or stream in busy or not waiting.fresh:
+                continue
+            first, last = waiting.fresh[0].received, waiting.fresh[-1].received
+            gap = (last - first) / max(1, len(waiting.fresh) - 1)
+            if waiting.frames >= enough or max(last + gap, 2 * now - last) >= first + self._wait:
+                found.append((self._turns.get(stream, 0), first, stream))
+        return [stream for _, _, stream in sorted(found)]
+
+    def hold(self, batch: MicroBatch) -> None:
+        """Take back frames that were predicted but not folded."""
+        waiting = self._streams.setdefault(batch.stream, _Waiting())
+        for frame in batch.frames:
+            frame.published = True
+        waiting.held = batch.frames + waiting.held
+        self._count += len(batch.frames)
+
+    @property
+    def streams(self) -> set[str]:
+        """Streams with frames that wait."""
+        return set(self._streams)
+
+    def drop(self, streams: Iterable[str]) -> None:
+        """Forget the frames of streams that another worker has now, or that are read again."""
+        for stream in streams:
+            waiting = self._streams.pop(stream, None)
+            if waiting is not None:
+                self._count -= waiting.frames
+            self._turns.pop(stream, None)
+
+    def _took_turn(self, stream: str) -> None:
+        waiting = self._streams[stream]
+        if not waiting.held and not waiting.fresh:
+            del self._streams[stream]
+        self._turns.pop(stream, None)
+        self._turns[stream] = self._turn
+        if len(self._turns) > MAX_TURNS:  # Streams that fell silent; the order of this dict is that of the turns.
+            self._turns = dict(list(self._turns.items())[MAX_TURNS // 2 :])
+
+    def _most(self, stream: str, limit: int, rests: Callable[[str, DecodedFrame | None], bool]) -> int:
+        waiting, most = self._streams[stream], self._settings.max_batch
+        if waiting.frames <= most:
+            return most
+        oldest = waiting.fresh[0] if waiting.fresh else None
+        return most if self._adapt and not rests(stream, oldest) else min(limit, AT_REST * most)
+
+    def _due(self, waiting: _Waiting, pressed: bool) -> float:
+        if waiting.frames >= self._settings.max_batch and waiting.fresh:
+            return -math.inf
+        if waiting.held and pressed:
+            return -math.inf
+        moments = []
+        if waiting.fresh:
+            moments.append(waiting.fresh[0].received + self._wait)
+        if waiting.held:
+            moments.append(waiting.held[0].received + self._hold)
+        return min(moments)
+
+    def _close(self, stream: str, now: float, pressed: bool, most: int) -> MicroBatch:
+        waiting = self._streams[stream]
+        fill = max(1, most - len(waiting.held))
+        fresh, waiting.fresh = waiting.fresh[:fill], waiting.fresh[fill:]
+        frames, waiting.held = waiting.held + fresh, []
+        if not self._adapt:
+            return MicroBatch(stream, frames, adapt=False, fold=True, reason="adaptation is switched off")
+        if len(frames) >= self._settings.min_adapt:
+            return MicroBatch(stream, frames, adapt=True, fold=True)
+        if pressed:
+            return MicroBatch(stream, frames, adapt=False, fold=True, reason="too few frames, and max_buffered wait")
+        too_long = now >= frames[0].received + self._hold
+        return MicroBatch(stream, frames, adapt=False, fold=too_long, reason="too few frames within max_hold_ms")
+
+    @property
+    def _pressed(self) -> bool:
+        """Whether no more frames can come: then those that are only held have to go."""
+        return self._count >= self._settings.max_buffered
+
+    def _put_back(self, batch: MicroBatch) -> None:
+        waiting = self._streams[batch.stream]
+        waiting.held = [frame for frame in batch.frames if frame.published]
+        waiting.fresh = batch.unpublished + waiting.fresh

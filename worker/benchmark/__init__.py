@@ -1,0 +1,1 @@
+"""What worker and guard cost and what they are worth, measured."""

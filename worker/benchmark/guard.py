@@ -1,0 +1,376 @@
+"""What the guard is worth and what it costs: attacks on engine and guard, without broker or store.
+
+Every attack begins on a stream that has seen ordinary frames, and ends in a probe of ordinary frames, which go through
+predict, guard and update as in a worker. Both are compared with what source says of the same frames.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meta import data
+from meta.benchmark.corruptions import TEST
+from meta.benchmark.datasets import Pool
+from meta.benchmark.report import Journal, commit
+from meta.benchmark.run import load_frames, run_streams
+from meta.benchmark.streams import Setting, Stream, make_streams
+from meta.bundle import Bundle, load_bundle
+from meta.data import LabelledImages, cache_folder
+from meta.proxies import Observed
+from schemas.config import Guard as GuardSettings
+from schemas.frame import Position
+from schemas.policy import Policy
+from schemas.state import StreamHeader, StreamState
+from worker.batch.batcher import MicroBatch
+from worker.benchmark.guard_attacks import ATTACKS, NAN_MARK, other_images
+from worker.decode.image import DecodedFrame
+from worker.decode.pixels import normalise_pixels
+from worker.engine.engine import Engine
+from worker.engine.judge import judge
+from worker.engine.known import next_header
+from worker.engine.passes import Part, Pass
+from worker.guard.answer import answering
+from worker.guard.guard import Guard
+
+BATCH, PASS = 16, 256
+SEEDS = 3
+WARM, PROBE = 512, 1_000
+WINDOW = 128  # frames over which recovery is looked for
+HEALING = 128  # frames after an attack before the probe; what they lose is stated beside it
+RECOVERED, COLLAPSED = 0.05, 0.5  # below source by less than this; and share of source's accuracy left
+BARS = {"probe_drop_points": 1.0, "below_source_points": 0.5, "gain_kept": 0.95, "cost_share": 0.08}
+SETTINGS: tuple[Setting, ...] = ("continual", "reset", "gradual", "recurring", "mixed", "correlated", "healthy", "long")
+
+
+class NanEngine(Engine):
+    """Frames that are marked become NaN on their way to the model: the worst that preprocessing could do."""
+
+    def _frames(self, part: Part) -> tuple[Tensor, list[tuple[list[int], float]]]:
+        frames, looks = super()._frames(part)
+        marked = [
+            bool(f.pixels[0, 0] == NAN_MARK and (f.pixels == NAN_MARK).all())
+            for batch in part.batches
+            for f in batch.frames
+        ]
+        if any(marked):
+            frames[torch.tensor(marked)] = float("nan")
+        return frames, looks
+
+
+@dataclass
+class Served:
+    """What a stream was told, frame by frame: `answers` (N,); whose they were; and the guard's decisions."""
+
+    answers: list[int] = field(default_factory=list)
+    by_source: int = 0
+    decisions: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+class Bench:
+    """Streams through engine and guard, as `worker.step` runs them."""
+
+    def __init__(self, bundle: Bundle, settings: GuardSettings | None = None) -> None:
+        settings = settings or GuardSettings()
+        self.bundle = bundle
+        self.engine = NanEngine(bundle, source_share=settings.source_share)
+        self.guard = Guard(settings, bundle.limits)
+        self._sent: Counter[str] = Counter()
+        self._now = datetime.now(UTC)
+
+    def admit(self, stream: str) -> None:
+        header = StreamHeader(stream=stream, bundle=self.bundle.hash, method="mgg")
+        self.engine.admit(StreamState(header=header, tensors=self.engine.like), 1, stored=False)
+
+    def serve(self, reels: Mapping[str, np.ndarray]) -> dict[str, Served]:
+        """Frames uint8 (N, h, w) of every stream, side by side; streams that are new are admitted."""
+        served = {stream: Served() for stream in reels}
+        for stream in reels:
+            if stream not in self.engine:
+                self.admit(stream)
+        place = dict.fromkeys(reels, 0)
+        while waiting := [stream for stream, reel in reels.items() if place[stream] < len(reel)]:
+            for start in range(0, len(waiting), PASS // BATCH):
+                batches = []
+                for stream in waiting[start : start + PASS // BATCH]:
+                    at = place[stream]
+                    place[stream] = at + BATCH
+                    batches.append(self._batch(stream, reels[stream][at : at + BATCH]))
+                self._turn(batches, served)
+        return served
+
+    def _batch(self, stream: str, pixels: np.ndarray) -> MicroBatch:
+        first = self._sent[stream]
+        self._sent[stream] += len(pixels)
+        frames = [
+            DecodedFrame(stream, Position("frames", 0, first + i), one, self._now, 0.0) for i, one in enumerate(pixels)
+        ]
+        header = self.engine.resident(stream).header
+        return MicroBatch(stream, frames, True, True, answer=answering(Policy(), header, header.guard.trusted))
+
+    def _turn(self, batches: list[MicroBatch], served: Mapping[str, Served]) -> None:
+        passed: Pass = self.engine.predict(batches)
+        proposals = self.engine.adapt(passed)
+        kept = []
+        for outlook, proposal in zip(passed.adapting, proposals.proposals, strict=True):
+            judgement = judge(self.engine, self.guard, outlook, proposals, proposal)
+            own = served[outlook.batch.stream]
+            own.answers += [top[0] for top in outlook.top_index]
+            own.by_source += len(outlook.batch.frames) * (outlook.batch.answer == "source")
+            own.decisions[judgement.verdict.decision] += 1
+            if judgement.verdict.decision not in ("applied", "partial"):
+                own.reasons["".join(c for c in judgement.verdict.reason if not c.isdigit())] += 1
+            if judgement.kept is not None:
+                kept.append(judgement.kept)
+            outlook.resident.header = judgement.header
+        self.engine.accept(proposals, kept)
+
+
+def run_guard(
+    folder: Path, report: Path, command: str, quick: bool, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Measure, write the report, and return it. What is finished lies beside the report, line by line: the same
+    command goes on from there, as long as bundle and commit are the same."""
+    torch.set_num_threads(2)
+    bundle = load_bundle(folder)
+    journal = Journal(report.with_suffix(".jsonl"))
+    prefix = f"{bundle.hash} {commit()} {other_images()} {'quick' if quick else 'full'}"
+    work = _work(bundle, quick)
+    content: dict[str, Any] = {}
+    for name, measure in work.items():
+        if journal.get(f"{prefix} {name}") is None:
+            journal.add(f"{prefix} {name}", result=measure())
+        done = {other: entry["result"] for other in work if (entry := journal.get(f"{prefix} {other}")) is not None}
+        content = {
+            "command": command,
+            "commit": commit(),
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "bundle": bundle.hash,
+            "wrong_camera": other_images(),
+            "left": [other for other in work if other not in done],
+            "bars": BARS,
+            **_summary(done),
+        }
+        report.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        say(f"{name}: {json.dumps(done[name])[:400]}")
+    return content
+
+
+def _work(bundle: Bundle, quick: bool) -> dict[str, Callable[[], Any]]:
+    """What there is to measure, by name, in the order of its worth."""
+    work: dict[str, Callable[[], Any]] = {}
+    seeds = range(1 if quick else SEEDS)
+    settings: tuple[Setting, ...] = ("continual", "correlated", "healthy") if quick else SETTINGS
+    for seed in seeds:
+        work[f"attacks {seed}"] = partial(_attacks, bundle, quick, seed)
+    for share in (GuardSettings().source_share, 2 * GuardSettings().source_share):
+        work[f"cost {share}"] = partial(cost_share, bundle, 8 if quick else 30, share)
+    for seed in seeds:
+        for setting in settings:
+            work[f"streams {setting} {seed}"] = partial(_streams, bundle, quick, setting, seed)
+    return work
+
+
+def _summary(done: dict[str, Any]) -> dict[str, Any]:
+    runs = [result for name, result in done.items() if name.startswith("attacks")]
+    attacks = {name: _over_seeds([run[name] for run in runs]) for name in (runs[0] if runs else ())}
+    rows = [row for name, result in done.items() if name.startswith("streams") for row in result]
+    gain = sum(r["guarded"] - r["source"] for r in rows)
+    most = sum(r["unguarded"] - r["source"] for r in rows)
+    return {
+        "attacks": attacks,
+        "collapses": sum(run["collapsed"] for one in attacks.values() for run in one["runs"]),
+        "worst_probe_drop_points": max((one["probe_drop_points"] for one in attacks.values()), default=None),
+        "worst_probe_drop_points_of_a_run": max(
+            (run["probe_drop_points"] for one in attacks.values() for run in one["runs"]), default=None
+        ),
+        "streams": rows,
+        "worst_below_source_points": round(max((r["source"] - r["guarded"] for r in rows), default=0), 2),
+        "gain_kept": round(gain / most, 4) if most else None,
+        "cost": {f"source_share {name[5:]}": result for name, result in done.items() if name.startswith("cost")},
+    }
+
+
+def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means of drops, the longest recovery, and every run."""
+    recovered = [run["recovery_frames"] for run in runs]
+    return {
+        "frames": runs[0]["frames"],
+        "collapsed": any(run["collapsed"] for run in runs),
+        **{
+            name: round(float(np.mean([run[name] for run in runs])), 2)
+            for name in ("probe_drop_points", "healing_drop_points")
+        },
+        "recovery_frames": None if None in recovered else max(recovered),
+        "runs": runs,
+    }
+
+
+def source_answers(bundle: Bundle, pixels: np.ndarray) -> np.ndarray:
+    """What source calls frames (N, h, w), (N,)."""
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(pixels), 500):
+            frames = normalise_pixels(pixels[start : start + 500], bundle.manifest.preprocess)
+            parts.append(bundle.model(frames).argmax(1).numpy())
+    return np.concatenate(parts)
+
+
+def _attacks(bundle: Bundle, quick: bool, seed: int) -> dict[str, dict[str, Any]]:
+    test = data.fashion_mnist("test")
+    # What warms up and probes is never part of an attack.
+    pool, ordinary = test.part(0, 6_000), test.part(6_000, 10_000)
+    reels, probes = {}, {}
+    for number, (name, (attack, frames)) in enumerate(ATTACKS.items()):
+        random = np.random.default_rng([seed, number])
+        order = random.permutation(len(ordinary))
+        frames = frames if not quick or name == "one_class" else frames // 2
+        reels[name] = np.concatenate([ordinary.images[order[:WARM]], attack(pool, frames, random)])
+        chosen = order[WARM : WARM + HEALING + PROBE]
+        probes[name] = LabelledImages(ordinary.images[chosen], ordinary.labels[chosen])
+    bench = Bench(bundle)
+    under = bench.serve(reels)
+    left = {name: _left(bench, name, probe) for name, probe in probes.items()}
+    after = bench.serve({name: probe.images for name, probe in probes.items()})
+    result = {}
+    for name, probe in probes.items():
+        right = np.array(after[name].answers) == probe.labels
+        source = source_answers(bundle, probe.images) == probe.labels
+        finite = all(bool(torch.isfinite(t).all()) for t in bench.engine.tensors(name).values())
+        result[name] = {
+            "frames": len(reels[name]) - WARM,
+            "collapsed": not finite or bool(right[HEALING:].mean() < COLLAPSED * source[HEALING:].mean()),
+            "probe_accuracy": round(float(right[HEALING:].mean()), 4),
+            "source_accuracy": round(float(source[HEALING:].mean()), 4),
+            "probe_drop_points": _points(source[HEALING:], right[HEALING:]),
+            "healing_drop_points": _points(source[:HEALING], right[:HEALING]),
+            "recovery_frames": recovery(right, source),
+            "parameters_left_drop_points": round(100 * float(source.mean() - left[name]), 2),
+            "answered_by_source": under[name].by_source + after[name].by_source,
+            "decisions": dict(under[name].decisions),
+            "reasons": dict(under[name].reasons.most_common(4)),
+        }
+    return result
+
+
+def _points(source: np.ndarray, right: np.ndarray) -> float:
+    return round(100 * float(source.mean() - right.mean()), 2)
+
+
+def _left(bench: Bench, stream: str, probe: LabelledImages) -> float:
+    """Accuracy on the probe of the bare parameters as the attack left them."""
+    rows = bench.engine.tensors(stream)["affine"]
+    hits = 0
+    with torch.inference_mode():
+        for start in range(0, len(probe), 500):
+            frames = normalise_pixels(probe.images[start : start + 500], bench.bundle.manifest.preprocess)
+            logits = bench.bundle.model(frames, rows.expand(len(frames), -1))
+            hits += int((logits.argmax(1).numpy() == probe.labels[start : start + 500]).sum())
+    return hits / len(probe)
+
+
+def recovery(right: np.ndarray, source: np.ndarray) -> int | None:
+    """From which frame on no window of 128 frames is further below source than allowed; None: from none."""
+    gap = np.convolve(source.astype(float) - right, np.full(WINDOW, 1 / WINDOW), "valid")
+    behind = np.flatnonzero(gap > RECOVERED)
+    first = 0 if not len(behind) else int(behind[-1]) + 1
+    return first if first < len(gap) else None
+
+
+def _streams(bundle: Bundle, quick: bool, setting: Setting, seed: int) -> list[dict[str, Any]]:
+    """Streams of the accuracy benchmark with the guard and without, against source."""
+    pool = Pool(data.fashion_mnist("test").part(0, 5_000), cache_folder() / "benchmark", None)
+    frames = 64 if quick else 1_000
+    streams = make_streams(setting, seed, list(TEST), pool.labels, frames, 512 if quick else 15_000)
+    reels = {f"{setting}-{i}": _pixels(stream, pool) for i, stream in enumerate(streams)}
+    with_guard = Bench(bundle).serve(reels)
+    without = _unguarded(bundle, streams, pool)
+    rows = []
+    for i, (name, stream) in enumerate(zip(reels, streams, strict=True)):
+        labels = pool.labels[stream.image]
+        own = with_guard[name]
+        rows.append(
+            {
+                "stream": name,
+                "seed": seed,
+                "shift": stream.conditions[0][0] if setting == "reset" else "",
+                "frames": len(stream),
+                "source": round(100 * float((source_answers(bundle, reels[name]) == labels).mean()), 2),
+                "guarded": round(100 * float((np.array(own.answers) == labels).mean()), 2),
+                "unguarded": round(100 * float(without[i].mean()), 2),
+                "answered_by_source": own.by_source,
+                "decisions": dict(own.decisions),
+                "reasons": dict(own.reasons.most_common(3)),
+            }
+        )
+    return rows
+
+
+def _pixels(stream: Stream, pool: Pool) -> np.ndarray:
+    made = np.empty((len(stream), *pool.clean.images.shape[1:]), np.uint8)
+    for code, condition in enumerate(stream.conditions):
+        mine = stream.condition == code
+        made[mine] = pool.images(*condition)[stream.image[mine]]
+    return made
+
+
+def _unguarded(bundle: Bundle, streams: list[Stream], pool: Pool) -> list[np.ndarray]:
+    preprocess = bundle.manifest.preprocess
+    needed = sorted({condition for stream in streams for condition in stream.conditions})
+    frames = load_frames(pool, needed, torch.tensor(preprocess.mean), torch.tensor(preprocess.std))
+    return run_streams(bundle.method, streams, frames, BATCH).right
+
+
+class _Blind:
+    """Observes nothing: a step without proxies."""
+
+    def observe(self, frames: Tensor, forward: Any, chosen: Tensor) -> tuple[list[Observed], None]:
+        return [Observed(count, {}, 0, {}) for count in forward.counts.long().tolist()], None
+
+
+def cost_share(bundle: Bundle, rounds: int, source_share: float) -> dict[str, float]:
+    """Time of a step of four streams x 16 frames with guard and proxies over one without, less 1: medians of
+    whole rounds of so many steps, in which every stream is answered by source once, taken in turns.
+
+    One thread, as each of a worker's passes has; streams past their youth, as most are.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with_guard, without = (
+        Bench(bundle, GuardSettings(source_share=source_share)),
+        Bench(bundle, GuardSettings(source_share=0)),
+    )
+    without.engine._observer = _Blind()  # type: ignore[assignment]
+    pool = data.fashion_mnist("test").images
+    names = ["a", "b", "c", "d"]
+    for bench in (with_guard, without):
+        bench.serve({name: pool[i * 320 : i * 320 + 320] for i, name in enumerate(names)})
+    times: list[tuple[float, float]] = []
+    served = {name: Served() for name in names}
+    steps = round(1 / source_share)
+    for number in range(steps * rounds):
+        pixels = pool[4_000 + 64 * (number % 90) :][:64]
+        begin = time.perf_counter()
+        with_guard._turn([with_guard._batch(n, pixels[16 * i : 16 * i + 16]) for i, n in enumerate(names)], served)
+        middle = time.perf_counter()
+        batches = [without._batch(n, pixels[16 * i : 16 * i + 16]) for i, n in enumerate(names)]
+        proposals = without.engine.adapt(without.engine.predict(batches))
+        for one in proposals.proposals:  # Positions are kept without a guard too.
+            one.outlook.resident.header = next_header(one.outlook.resident.header, one.outlook, applied=True)
+        without.engine.accept(proposals, proposals.proposals)
+        times.append((middle - begin, time.perf_counter() - middle))
+    torch.set_num_threads(threads)
+    ours, plain = np.median(np.array(times).reshape(rounds, steps, 2).mean(1), 0)
+    return {"share": round(float(ours / plain - 1), 4), "seconds": float(ours), "seconds_without": float(plain)}

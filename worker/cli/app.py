@@ -1,0 +1,161 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from schemas.config_file import effective_yaml, load_config
+from schemas.errors import ConfigError, DriftkeelError
+from worker.cli.audit import audit_app
+from worker.cli.benchmark import benchmark_app
+from worker.cli.bundle import bundle_app
+from worker.cli.command import command_app
+from worker.cli.options import must_be_writable
+from worker.cli.site import init, local
+from worker.cli.streams import streams_app
+from worker.cli.video import produce, watch
+
+app = typer.Typer(
+    name="driftkeel",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+meta_app = typer.Typer(help="At the centre: train generators, make bundles.", no_args_is_help=True)
+app.add_typer(meta_app, name="meta")
+app.add_typer(bundle_app, name="bundle")
+app.add_typer(streams_app, name="streams")
+app.add_typer(command_app, name="command")
+app.add_typer(audit_app, name="audit")
+app.add_typer(benchmark_app, name="benchmark")
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", envvar="DRIFTKEEL_CONFIG", help="YAML file; without it, defaults and DRIFTKEEL__ variables."
+    ),
+]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"driftkeel {version('driftkeel')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Keeps image classifiers on course while their cameras drift."""
+
+
+@app.command()
+def worker(config: ConfigOption = None) -> None:
+    """Consume frames, predict, adapt, until SIGTERM or Ctrl-C."""
+    import signal
+
+    # While torch loads there is nothing to finish, and its code may lose the exception that Ctrl-C raises. Who started
+    # this may have it ignore Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from worker.log import set_up_logging
+    from worker.run import run_worker
+
+    settings = load_config(config)
+    set_up_logging(settings.log)
+    run_worker(settings)
+
+
+@app.command()
+def console(
+    config: ConfigOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind; any but loopback needs a token.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65_535, help="0 takes a free port.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Asked for before anything is shown; others can see it in the process list.")
+    ] = None,
+) -> None:
+    """A local web page: every camera at a glance, one in depth, and the undo."""
+    try:
+        from worker.console.run import overridden, run_console
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the console needs the package {error.name}: pip install 'driftkeel[console]'") from error
+    from worker.log import set_up_logging
+
+    settings = overridden(load_config(config), host, port, token)
+    set_up_logging(settings.log)
+    run_console(settings)
+
+
+@app.command("config")
+def show_config(config: ConfigOption = None) -> None:
+    """Print the effective configuration, secrets masked."""
+    print(effective_yaml(load_config(config)), end="")
+
+
+@app.command()
+def demo(
+    frames: Annotated[int, typer.Option(min=32, max=9_000, help="Frames per camera.")] = 4_000,
+    seed: Annotated[int, typer.Option(help="Which images, in which order, under which shifts.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="Also write the results as JSON here.")] = None,
+    html: Annotated[Path, typer.Option(help="Where the report with charts goes.")] = Path("demo-report.html"),
+    picture: Annotated[Path | None, typer.Option(help="Also write the charts alone, as SVG, here.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="The bundle to run; the example's where not given.")] = None,
+    view: Annotated[bool, typer.Option(help="Live table; --no-view prints plain lines.")] = True,
+    page: Annotated[
+        bool, typer.Option("--console/--no-console", help="Also start the web console, where it is installed.")
+    ] = True,
+) -> None:
+    """Six drifting cameras through a real broker, a real store and a worker, on this machine, with results."""
+    must_be_writable(report, html, picture)
+    from worker.demo.run import run_demo
+    from worker.site.folder import EXAMPLE_BUNDLE, shipped
+
+    raise typer.Exit(run_demo(frames, seed, report, html, bundle or shipped(EXAMPLE_BUNDLE), view, picture, page))
+
+
+@meta_app.command("train")
+def meta_train(
+    config: Annotated[Path, typer.Option("--config", "-c", help="The recipe, a YAML file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
+) -> None:
+    """Train a source model and its generator, calibrate, and pack the bundle."""
+    from meta.recipe import build_bundle, read_recipe
+    from worker.process import keep_freed_memory
+
+    keep_freed_memory()
+    build_bundle(read_recipe(config), output, f"driftkeel meta train --config {config} --output {output}")
+
+
+@app.command()
+def doctor(config: ConfigOption = None) -> None:
+    """Check bundle, store, broker and topics as a worker would meet them; exit 1 if one of them fails."""
+    from worker.site.doctor import examine
+
+    failed = False
+    for finding in examine(load_config(config)):
+        failed |= finding.level == "failed"
+        print(f"{finding.level:8s} {finding.subject:9s} {finding.text}")
+    raise typer.Exit(int(failed))
+
+
+app.command()(init)
+app.command()(local)
+app.command()(produce)
+app.command()(watch)
+
+
+def run() -> None:
+    """What was asked for: errors meant for the user are one line each, exit code 1."""
+    try:
+        app()
+    except DriftkeelError as error:
+        print(f"driftkeel: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,200 @@
+"""`driftkeel audit ...`: what changed in a stream, when, by how much and why; and whether the record is whole."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from schemas.config_file import load_config
+from schemas.errors import ConfigError, StateError
+from worker.cli.options import ConfigOption
+
+if TYPE_CHECKING:
+    from schemas.state import StreamHeader
+    from schemas.update import UpdateEvent
+    from worker.audit.read import Record
+
+audit_app = typer.Typer(help="What changed, when, by how much and why; from the topic or a file.", no_args_is_help=True)
+
+FileOption = Annotated[
+    Path | None, typer.Option("--file", "-f", help="Read this file, one event a line, instead of the topic.")
+]
+StreamOption = Annotated[
+    list[str] | None, typer.Option("--stream", "-s", help="Only this stream; several are allowed.")
+]
+SinceOption = Annotated[datetime | None, typer.Option(help="Only events from this time on, UTC.")]
+UntilOption = Annotated[datetime | None, typer.Option(help="Only events before this time, UTC.")]
+
+
+@audit_app.command()
+def show(
+    config: ConfigOption = None,
+    file: FileOption = None,
+    stream: StreamOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+    last: Annotated[int, typer.Option(min=1, help="Spans of a stream, newest.")] = 50,
+) -> None:
+    """A line per stream; with --stream what happened to it over time."""
+    from worker.audit.show import show_stream, show_streams
+    from worker.terminal import terminal
+
+    console = terminal()
+    found = _histories(config, file, stream, since, until)
+    if not stream:
+        show_streams(console, found)
+    for name, events in found.items() if stream else ():
+        show_stream(console, name, events, last)
+
+
+@audit_app.command()
+def report(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path("audit.html"),
+    config: ConfigOption = None,
+    file: FileOption = None,
+    stream: StreamOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+) -> None:
+    """One HTML page with charts, to keep or to send."""
+    from worker.audit.verify import verify
+
+    try:
+        from worker.audit.report import write_report
+    except ImportError as error:
+        raise ConfigError("the charts need matplotlib: pip install 'driftkeel[embedded]'") from error
+    verdict = verify(_records(config, file))
+    chain = "The record is whole: every event has the hash that the next one carries."
+    if not verdict.sound:
+        chain = f"The record is not whole: {len(verdict.findings)} findings; 'driftkeel audit verify' names them."
+    found = _histories(config, file, stream, since, until)
+    write_report(output, found, chain)
+    print(f"{output}: {len(found)} streams, {sum(map(len, found.values()))} events")
+
+
+@audit_app.command()
+def export(
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    format: Annotated[
+        Literal["jsonl", "csv", "parquet"], typer.Option(help="jsonl: the bytes as published, for verify --file.")
+    ] = "jsonl",
+    config: ConfigOption = None,
+    file: FileOption = None,
+    stream: StreamOption = None,
+    since: SinceOption = None,
+    until: UntilOption = None,
+) -> None:
+    """The events as a file: as published, or as a table."""
+    from worker.audit.export import table, write_csv, write_lines, write_parquet
+
+    if format == "jsonl":
+        if stream or since or until:
+            raise ConfigError(
+                "jsonl is the record as it was published, whole: it knows no --stream, --since or --until"
+            )
+        print(f"{output}: {write_lines(_readable(_records(config, file)), output)} records")
+        return
+    found = _histories(config, file, stream, since, until)
+    columns = table([event for events in found.values() for event in events])
+    (write_csv if format == "csv" else write_parquet)(columns, output)
+    print(f"{output}: {len(columns['id'])} events, {len(columns)} columns")
+
+
+@audit_app.command()
+def verify(
+    config: ConfigOption = None,
+    file: FileOption = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="Compare each stream's end with the store too; stop its workers before.")
+    ] = False,
+    complete: Annotated[
+        bool, typer.Option("--complete", help="Streams must begin with their first event, however old.")
+    ] = False,
+) -> None:
+    """Name every event that is missing, altered, reordered or forked; exit code 1 where there is one."""
+    from worker.audit.verify import verify as examine
+    from worker.terminal import printable
+
+    headers, beside = _ends(config) if store else (None, [])
+    verdict = examine(_records(config, file), headers, beside)
+    for finding in verdict.findings:
+        print(printable(f"{finding.kind:10s} {finding.event} {finding.text}"))
+    sound = verdict.sound and (verdict.complete or not complete)
+    copies = f", {verdict.copies} published again with the same bytes" if verdict.copies else ""
+    print(f"{'sound' if sound else 'NOT SOUND'}: {verdict.streams} streams, {verdict.events} events{copies}")
+    raise typer.Exit(int(not sound))
+
+
+def _records(config: Path | None, file: Path | None) -> Iterator[Record]:
+    from worker.audit.read import read_file, read_topic
+
+    return read_file(file) if file is not None else read_topic(load_config(config).kafka)
+
+
+def _readable(records: Iterable[Record]) -> Iterator[Record]:
+    """Those that could be read; a line says at the end how many could not."""
+    from worker.kafka.batches import counted
+
+    damaged: list[Record] = []
+    for record in records:
+        if record.damage:
+            damaged.append(record)
+        else:
+            yield record
+    if damaged:
+        missing = counted(sum(record.records for record in damaged))
+        print(f"driftkeel: {missing} left out; {damaged[0].damage}", file=sys.stderr)
+
+
+def _histories(
+    config: Path | None,
+    file: Path | None,
+    streams: list[str] | None,
+    since: datetime | None,
+    until: datetime | None,
+) -> dict[str, list[UpdateEvent]]:
+    from worker.audit.history import within
+    from worker.audit.read import histories
+    from worker.kafka.batches import counted
+
+    begin, end = (moment and moment.replace(tzinfo=moment.tzinfo or UTC) for moment in (since, until))
+    strays: list[str] = []
+    events = histories(_readable(_records(config, file)), strays)
+    if strays and not events:
+        raise StateError(f"{strays[0]} is no update event, nor is anything else there; --file wants an export as jsonl")
+    if strays:
+        print(f"driftkeel: {counted(len(strays))} left out, as no update events; first {strays[0]}", file=sys.stderr)
+    found = within(events, streams or [], begin, end)
+    if missing := [stream for stream in streams or [] if stream not in found]:
+        raise StateError(f"no events of stream {missing[0]!r} there; without --stream all are shown")
+    return found
+
+
+def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
+    """Every stream's header in the store, and the events that lie beside them."""
+    from schemas.state import StreamHeader, decode_header
+    from worker.audit.read import Record
+    from worker.store.store import StateStore
+    from worker.streams.restore import after_last_event
+
+    client = StateStore(load_config(config).store)
+    headers: dict[str, StreamHeader] = {}
+    beside: list[Record] = []
+    for name in client.deleted_streams():
+        event = client.deleted(name) or b""
+        headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
+        beside += [Record(line, f"where stream {name} was deleted in the store") for line in event.splitlines()]
+    for name, header, event in client.ends():
+        try:
+            headers |= {name: decode_header(header)} if header else {}
+        except StateError as error:  # Its next worker goes on from the event beside it.
+            headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
+            beside.append(Record(b"", f"the state of {name} in the store", str(error)))
+        beside += [Record(line, f"beside the state of {name} in the store") for line in event.splitlines()]
+    client.close()
+    return headers, beside

@@ -1,0 +1,112 @@
+"""`driftkeel benchmark ...`: measure methods against each other and the worker's speed, and make tables of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from worker.cli.options import must_be_writable
+
+benchmark_app = typer.Typer(help="Measure adaptation methods, and speed.", no_args_is_help=True)
+
+
+@benchmark_app.command("accuracy")
+def accuracy(
+    config: Annotated[Path, typer.Option("--config", "-c", help="What to run, a YAML file.")],
+    report: Annotated[Path, typer.Option("--report", "-o", help="JSON file to write; finished cells lie beside it.")],
+    quick: Annotated[bool, typer.Option(help="One model, few frames: whether everything works.")] = False,
+    only: Annotated[str, typer.Option(help="Run only the cells whose name contains this.")] = "",
+    minutes: Annotated[float, typer.Option(min=0, help="Begin no cell later than this; 0: no limit.")] = 0,
+) -> None:
+    """Accuracy of every method under drift. Run it again to go on where it stopped."""
+    must_be_writable(report)
+    import math
+    import shlex
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    from meta.benchmark.accuracy import Progress, run_accuracy
+    from meta.benchmark.plan import read_benchmark
+
+    settings = read_benchmark(config)
+    parts = ["driftkeel", "benchmark", "accuracy", "--config", str(config), "--report", str(report)]
+    parts += ["--quick"] * quick
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        whole = bars.add_task("cells", total=None)
+        cell = bars.add_task("", total=None)
+
+        def begin(name: str, done: int, cells: int, frames: int) -> None:
+            if cells:
+                bars.update(whole, completed=done, total=cells)
+            bars.reset(cell, description=name, total=frames)
+
+        progress = Progress(bars.console.print, begin, lambda frames: bars.advance(cell, frames))
+        stop_after_s = 60 * minutes or math.inf
+        plan = settings.quick() if quick else settings
+        left = run_accuracy(plan, report, shlex.join(parts), progress, only, stop_after_s)
+    print(f"{report} written" + (f"; {left} cells are left: run the same command again" if left else ""))
+
+
+@benchmark_app.command("tables")
+def tables(
+    report: Annotated[Path, typer.Argument(help="A report of any of the benchmarks.")],
+    plot: Annotated[Path | None, typer.Option(help="Also draw the gains, as SVG or PNG, here; of accuracy.")] = None,
+) -> None:
+    """Markdown tables of a report, as they stand in the documentation."""
+    from worker.benchmark.tables import markdown
+
+    print(markdown(report, plot))
+
+
+@benchmark_app.command()
+def throughput(
+    report: Annotated[Path | None, typer.Option(help="Write all figures as JSON here.")] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer and shorter runs: at most five minutes.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Also write a trace of one engine pass here, for ui.perfetto.dev.")
+    ] = None,
+    bundle: Annotated[Path, typer.Option(help="The small net; the large one is built in.")] = Path(
+        "bundles/fashion-mnist"
+    ),
+) -> None:
+    """Engine and worker against a bare loop of the same net: ratios, latencies, CPU time and memory."""
+    must_be_writable(report, profile)
+    from worker.benchmark.throughput import run_throughput
+
+    raise typer.Exit(run_throughput(bundle, report, profile, quick))
+
+
+BundleOption = Annotated[Path, typer.Option(help="The bundle to measure.")]
+
+
+@benchmark_app.command()
+def proxies(
+    report: Annotated[Path, typer.Option("--report", "-o", help="JSON file to write.")],
+    quick: Annotated[bool, typer.Option(help="One seed, shorter streams: at most five minutes.")] = False,
+    bundle: BundleOption = Path("bundles/fashion-mnist"),
+) -> None:
+    """How far estimated accuracies are from the truth on held-out shifts: all signals alone, and together."""
+    must_be_writable(report)
+    from meta.benchmark.proxies import run_proxies
+
+    command = f"driftkeel benchmark proxies --report {report}{' --quick' if quick else ''} --bundle {bundle}"
+    run_proxies(bundle, report, command, quick)
+
+
+@benchmark_app.command()
+def guard(
+    report: Annotated[Path, typer.Option("--report", "-o", help="JSON file to write.")],
+    quick: Annotated[bool, typer.Option(help="Shorter attacks, three kinds of streams: at most five minutes.")] = False,
+    bundle: BundleOption = Path("bundles/fashion-mnist"),
+) -> None:
+    """Attacks on engine and guard, the gain that the guard leaves, and what it costs."""
+    must_be_writable(report)
+    from worker.benchmark.guard import run_guard
+
+    command = f"driftkeel benchmark guard --report {report}{' --quick' if quick else ''} --bundle {bundle}"
+    run_guard(bundle, report, command, quick)

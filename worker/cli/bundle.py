@@ -1,0 +1,202 @@
+"""`driftkeel bundle ...`: look at bundles, and make one from somebody's classifier."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from schemas.config import Batch, Frames
+from schemas.errors import ConfigError, mistakes
+
+if TYPE_CHECKING:
+    from schemas.verdict import Verdict
+
+bundle_app = typer.Typer(help="Look at bundles, and make them from classifiers of your own.", no_args_is_help=True)
+
+
+@bundle_app.command("show")
+def bundle_show(
+    path: Path,
+    factory: Annotated[list[str] | None, typer.Option(help="An architecture outside of the built-in ones.")] = None,
+    code: Annotated[Path, typer.Option(help="Folder in which its module lies.")] = Path(),
+    whole: Annotated[
+        bool, typer.Option("--json", help="The whole manifest, as it is; the rest on standard error.")
+    ] = False,
+) -> None:
+    """Check every hash of a bundle; say what it is, with its verdict where it has one."""
+    from meta.bundle import load_bundle, read_verdict
+    from meta.imports import import_from
+    from worker.cli.bundle_show import show
+    from worker.terminal import terminal
+
+    if factory:
+        import_from(code)
+    bundle = load_bundle(path, factory or ())
+    besides = sys.stderr if whole else sys.stdout
+    if whole:
+        print(bundle.manifest.model_dump_json(indent=2))
+    else:
+        show(terminal(), bundle)
+    if (verdict := read_verdict(path)) is not None:
+        print(f"\n{_table(verdict)}\n", file=besides)
+    print(f"sound: bundle {bundle.hash}", file=besides)
+
+
+@bundle_app.command("calibrate")
+def bundle_calibrate(
+    path: Annotated[Path, typer.Argument(help="A bundle of Fashion-MNIST; its manifest is written anew.")],
+    seed: Annotated[int, typer.Option(help="Of the simulated streams.")] = 1,
+    windows: Annotated[int, typer.Option(min=2, help="Of 128 frames, from each stream.")] = 12,
+) -> None:
+    """Fit calibration and limits anew; model, generator and statistics stay bit for bit. A few minutes."""
+    from meta.recipe import calibrate_bundle
+    from worker.process import keep_freed_memory
+
+    keep_freed_memory()
+    calibrate_bundle(path, f"driftkeel bundle calibrate {path} --seed {seed} --windows {windows}", seed, windows)
+
+
+@bundle_app.command("create")
+def bundle_create(
+    model: Annotated[
+        str, typer.Option(help="module:function that returns the network; timm:NAME, torchvision:NAME, or built in.")
+    ],
+    weights: Annotated[Path, typer.Option(help="State dict: .safetensors, or .pt (loaded without running code).")],
+    data: Annotated[Path, typer.Option(help="Images: a folder per class, a flat folder without labels, or .npz.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
+    mean: Annotated[str, typer.Option(help="Of the pixels in [0, 1], as in training: one number, or one a channel.")],
+    std: Annotated[str, typer.Option(help="The same for the standard deviation.")],
+    labels: Annotated[
+        Path | None, typer.Option(help="One label a line, in the order of the outputs; default: folders by name.")
+    ] = None,
+    model_args: Annotated[str, typer.Option(help="Arguments of the function, as a JSON object.")] = "{}",
+    generator: Annotated[
+        str | None,
+        typer.Option(help="Take over the generator of this bundle, or of the 'example': minutes, not an hour."),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="WxH, as in training; default: that of all images.")] = None,
+    mode: Annotated[str | None, typer.Option(help="L or RGB; default: L where no image has colours.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Of meta-training; default: 300, or 0 with --generator.")
+    ] = None,
+    calibration_windows: Annotated[int, typer.Option(min=2, help="Of eight micro-batches, per simulated camera.")] = 12,
+    frames: Annotated[int, typer.Option(min=16, help="Per camera of the measurement.")] = 320,
+    repeats: Annotated[int, typer.Option(min=1, help="Cameras per setting of the measurement.")] = 2,
+    max_images: Annotated[int, typer.Option(min=100, help="More are left out, drawn by seed.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Same inputs and seed, same bundle, on one machine.")] = 0,
+    name: Annotated[str | None, typer.Option(help="Of the bundle; default: that of its folder.")] = None,
+    code: Annotated[Path, typer.Option(help="Folder in which the model's module lies.")] = Path(),
+) -> None:
+    """Make a bundle from your trained classifier and images of its training domain, and say whether to adapt it.
+
+    Broken off, the same command goes on with the stage that was not finished.
+    """
+    from meta.bundle import read_verdict
+    from meta.create.piecewise import frames_in_pass
+    from meta.create.run import CreateSettings, create_bundle
+    from meta.imports import import_from
+    from worker.decode.image import decode_image
+    from worker.process import keep_freed_memory
+    from worker.site.folder import EXAMPLE_BUNDLE, shipped
+
+    keep_freed_memory()
+    import_from(code)
+    width, height = _size(size)
+    given: dict[str, Any] = {
+        "architecture": model,
+        "arguments": _arguments(model_args),
+        "weights": weights,
+        "data": data,
+        "labels": labels,
+        "generator": shipped(EXAMPLE_BUNDLE) if generator == "example" else generator,
+        "width": width,
+        "height": height,
+        "mode": mode,
+        "mean": _numbers("--mean", mean),
+        "std": _numbers("--std", std),
+        "steps": steps,
+        "calibration_windows": calibration_windows,
+        "frames": frames,
+        "repeats": repeats,
+        "max_images": max_images,
+        "seed": seed,
+    }
+    limits = Frames()
+    manifest = create_bundle(
+        _settings(CreateSettings, given),
+        name or output.name,
+        output,
+        shlex.join(["driftkeel", *sys.argv[1:]]),
+        lambda content, preprocess: decode_image(content, limits, preprocess),
+        lambda text: print(text, file=sys.stderr),
+    )
+    verdict = read_verdict(output)
+    if verdict is not None:
+        print(_table(verdict))
+    print(f"\nbundle {manifest.content_hash} written to {output}. For the worker's config:\n")
+    print(_config(output, model, code, frames_in_pass(manifest.preprocess.height, manifest.preprocess.width)))
+
+
+def _settings(kind: Any, given: dict[str, Any]) -> Any:
+    from pydantic import ValidationError
+
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        where, words = mistakes(error)[0]
+        raise ConfigError(f"--{where.partition('.')[0].replace('_', '-')}: {words}") from error
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--model-args is not JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ConfigError('--model-args must be a JSON object, such as {"classes": 10}')
+    return arguments
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ConfigError(f"--size {text!r} is not of the form 224x224")
+    return int(width), int(height)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} {text!r} is not of the form 0.5 or 0.485,0.456,0.406") from error
+
+
+def _table(verdict: Verdict) -> str:
+    what = "accuracy" if verdict.truth == "labels" else "agreement with the source model's undisturbed answers"
+    lines = [f"{what}, %", f"{'setting':30s} {'frames':>7s} {'source':>7s} {'adapted':>8s} {'gain':>6s}"]
+    for m in verdict.settings:
+        numbers = f"{100 * m.source:7.1f} {100 * m.adapted:8.1f} {100 * m.gain:+6.1f} ± {100 * m.error:.1f}"
+        lines.append(f"{m.setting:30s} {m.frames:7d} {numbers}")
+    lines.append(f"clean images: {100 * verdict.clean_accuracy:.1f}; generator: {verdict.generator}")
+    lines += [f"\nverdict: {verdict.recommendation}", *[f"  {reason}" for reason in verdict.reasons]]
+    return "\n".join(lines)
+
+
+def _config(output: Path, model: str, code: Path, frames: int) -> str:
+    lines = ["bundle:", f"  path: {output}"]
+    if ":" in model:
+        lines.append(f'  factories: ["{model}"]  # the bundle may run this code, and no other')
+        if model.partition(":")[0] not in ("timm", "torchvision"):
+            lines.append(f"  code: {code.resolve()}  # the folder it lies in; not needed where it is installed")
+    usual = Batch()
+    if frames < usual.max_pass:
+        sizes = f"{{max_batch: {min(usual.max_batch, frames)}, max_pass: {frames}}}"
+        lines.append(f"batch: {sizes}  # pictures of this size take much memory in a pass")
+    return "\n".join(lines)

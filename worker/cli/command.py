@@ -1,0 +1,119 @@
+"""`driftkeel command ...`: tell the workers, through the commands topic, what shall become of streams."""
+
+from __future__ import annotations
+
+import getpass
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from schemas.command import Action, Command
+from schemas.config_file import load_config
+from schemas.errors import ConfigError, mistakes
+from schemas.policy import Mode, PolicyChange
+from worker.cli.options import ConfigOption, ReasonOption
+
+if TYPE_CHECKING:
+    from schemas.update import UpdateEvent
+
+command_app = typer.Typer(
+    help="Tell the workers what shall become of a stream, or of all of them; each command is done once, and audited.",
+    no_args_is_help=True,
+)
+
+StreamArgument = Annotated[
+    str, typer.Argument(help="Stream id, after -- where it begins with a dash; '*' for every stream.")
+]
+ByOption = Annotated[str, typer.Option(help="Who asks; the user's name if not given.")]
+WaitOption = Annotated[float, typer.Option(min=0, help="Seconds to wait for the update event that confirms it.")]
+
+
+def _plain(action: Action, help: str) -> None:
+    """A command that says no more than which stream."""
+
+    def run(
+        stream: StreamArgument,
+        config: ConfigOption = None,
+        reason: ReasonOption = "",
+        by: ByOption = "",
+        wait: WaitOption = 15,
+    ) -> None:
+        _send(config, wait, stream=stream, action=action, reason=reason, by=by)
+
+    command_app.command(action, help=help)(run)
+
+
+_plain("freeze", "No more updates; the parameters stay as they are.")
+_plain("unfreeze", "Updates again.")
+_plain("reset", "Back to the source model; an approval is taken back too.")
+
+
+@command_app.command()
+def rollback(
+    stream: StreamArgument,
+    back: Annotated[int, typer.Argument(min=1, help="Which snapshot; 1 is the newest.")] = 1,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by: ByOption = "",
+    wait: WaitOption = 15,
+) -> None:
+    """Back to a snapshot."""
+    _send(config, wait, stream=stream, action="rollback", snapshot=back, reason=reason, by=by)
+
+
+_plain("approve", "Let the parameters as they are now answer, where the stream's mode is approve.")
+
+
+@command_app.command()
+def policy(
+    stream: StreamArgument,
+    mode: Annotated[Mode | None, typer.Option(help="Who answers.")] = None,
+    canary_share: Annotated[float | None, typer.Option(help="Share of the streams in mode canary.")] = None,
+    max_updates_per_hour: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
+    quiet_hours: Annotated[
+        list[str] | None, typer.Option(help="UTC span such as 22:00-06:00, once for each; 'none' for none.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Take back all that commands have changed.")] = False,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by: ByOption = "",
+    wait: WaitOption = 15,
+) -> None:
+    """Change rules of the policy; those not named stay."""
+    named = {"mode": mode, "canary_share": canary_share, "max_updates_per_hour": max_updates_per_hour}
+    change: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    if quiet_hours:
+        change["quiet_hours"] = [] if quiet_hours == ["none"] else quiet_hours
+    if bool(change) == clear:
+        raise ConfigError("say what to change, or --clear alone to take back what commands have changed")
+    _send(config, wait, stream=stream, action="policy", policy=change, reason=reason, by=by)
+
+
+def _send(config: Path | None, wait: float, **fields: Any) -> None:
+    from worker.control.send import send_command
+
+    try:
+        if isinstance(fields.get("policy"), dict):
+            fields["policy"] = PolicyChange.model_validate(fields["policy"])
+        command = Command(**{**fields, "by": fields["by"] or getpass.getuser()})
+    except ValidationError as error:
+        where, words = mistakes(error)[0]
+        raise ConfigError(f"--{where.rpartition('.')[2].replace('_', '-')}: {words}") from error
+    answers = send_command(
+        load_config(config).kafka, command, wait, lambda: print(f"command {command.id} sent", file=sys.stderr)
+    )
+    events = [_say(event) for event in answers]
+    if not events and wait:
+        print(
+            f"no worker has confirmed it within {wait:g} s; once one runs and knows the stream, it obeys",
+            file=sys.stderr,
+        )
+    raise typer.Exit(int(bool(wait) and (not events or "skipped" in events)))
+
+
+def _say(event: UpdateEvent) -> str:
+    print(f"{event.id}: {event.decision}, now at step {event.step}: {event.reason}", flush=True)
+    return event.decision

@@ -1,0 +1,164 @@
+"""`driftkeel streams ...`: look at stored streams and change them while workers run."""
+
+from __future__ import annotations
+
+import getpass
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from schemas.config_file import load_config
+from schemas.errors import ConfigError, StateError
+from worker.cli.options import ConfigOption, ReasonOption
+
+if TYPE_CHECKING:
+    from schemas.state import Snapshot
+    from schemas.update import UpdateEvent
+    from worker.control.operate import Listed, Operator
+
+streams_app = typer.Typer(help="Look at stored streams, and change them while workers run.", no_args_is_help=True)
+
+DASH = "after -- where it begins with a dash"
+StreamArgument = Annotated[str, typer.Argument(help=f"Stream id; {DASH}.")]
+
+
+def _operator(config: Path | None) -> Operator:
+    from worker.control.operate import Operator
+    from worker.engine.engine import Engine
+    from worker.site.bundle import site_bundle
+    from worker.store.store import StateStore
+
+    settings = load_config(config)
+    bundle = site_bundle(settings)
+    name = f"operator {getpass.getuser()}"
+    return Operator(settings, StateStore(settings.store), Engine(bundle), name)
+
+
+@streams_app.command("list")
+def list_streams(config: ConfigOption = None) -> None:
+    """One line per stream: frames, updates, state bytes, whether a worker could use it, who has it."""
+    from worker.terminal import printable
+
+    listed = _operator(config).listed()
+    print(f"{'stream':32s} {'frames':>9s} {'step':>7s} {'bytes':>9s} {'state':8s} owner")
+    for found in listed:
+        frames, step = (found.header.frames, found.header.step) if found.header else ("-", "-")
+        counts = f"{frames!s:>9s} {step!s:>7s} {found.tensor_bytes:9d}"
+        print(printable(f"{found.stream:32s} {counts} {found.condition:8s} {found.owner}"))
+
+
+@streams_app.command()
+def show(
+    stream: StreamArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is stored but the tensors, as JSON.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Who answers for a stream, how it does, and the snapshots that it can go back to."""
+    from worker.cli.streams_show import show as show_stream
+    from worker.terminal import terminal
+
+    operator = _operator(config)
+    (found,) = operator.listed([stream])
+    kept = [] if found.foreign else operator.snapshots(stream)
+    if as_json:
+        print(json.dumps(_plain(found, kept), indent=2))
+    else:
+        show_stream(terminal(), found, kept, *operator.seen(found))
+
+
+@streams_app.command()
+def export(
+    stream: StreamArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    config: ConfigOption = None,
+) -> None:
+    """Write a stream's state to a file."""
+    content = _operator(config).export(stream)
+    try:
+        output.write_bytes(content)
+    except OSError as error:
+        raise StateError(f"{output} cannot be written: {error.strerror}") from error
+
+
+@streams_app.command("import")
+def import_(
+    stream: StreamArgument,
+    file: Annotated[
+        Path, typer.Option("--input", "-i", help="What 'streams export' wrote.", exists=True, dir_okay=False)
+    ],
+    reason: ReasonOption = "imported by hand",
+    config: ConfigOption = None,
+) -> None:
+    """Give a stream the parameters of a file; it keeps its position."""
+    _say(_operator(config).import_file(stream, file.read_bytes(), reason))
+
+
+@streams_app.command()
+def reset(stream: StreamArgument, reason: ReasonOption = "reset by hand", config: ConfigOption = None) -> None:
+    """Put a stream back to the source model."""
+    _say(_operator(config).reset(stream, reason))
+
+
+@streams_app.command()
+def rollback(
+    stream: StreamArgument,
+    back: Annotated[int, typer.Argument(min=1, help="Which snapshot; 1 is the newest.")] = 1,
+    reason: ReasonOption = "rolled back by hand",
+    config: ConfigOption = None,
+) -> None:
+    """Put a stream back to one of its snapshots."""
+    _say(_operator(config).rollback(stream, back, reason))
+
+
+@streams_app.command()
+def delete(
+    streams: Annotated[list[str] | None, typer.Argument(help=f"Stream ids; {DASH}.")] = None,
+    frames_at_most: Annotated[
+        int | None, typer.Option(min=0, help="In place of names: all streams of so few frames that 'list' calls ok.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    reason: ReasonOption = "deleted by hand",
+    config: ConfigOption = None,
+) -> None:
+    """Remove what is stored of cameras that are gone; a last update event says so. One that sends again begins anew."""
+    from worker.control import retire
+    from worker.kafka.client import require_topics
+    from worker.store.store import StateStore
+    from worker.terminal import printable
+
+    if bool(streams) == (frames_at_most is not None):
+        raise ConfigError("name the streams to delete, or give --frames-at-most in place of names")
+    settings = load_config(config)
+    store, name = StateStore(settings.store), f"operator {getpass.getuser()}"
+    require_topics(settings.kafka, only=[settings.kafka.topics.updates])
+    chosen = streams or [] if frames_at_most is None else retire.of_few_frames(store, frames_at_most)
+    for stream, found in zip(chosen, store.overview(chosen), strict=True):
+        print(printable(f"{stream}: {retire.described(store, stream, found)}"))
+    if chosen and not yes:
+        typer.confirm(f"Delete {len(chosen)} for good?", abort=True)
+    deleted = 0
+    for stream in chosen:
+        # The answer, and the streams before it, take time: it may be a camera that has begun meanwhile.
+        if frames_at_most is None or retire.of_few_frames(store, frames_at_most, [stream]):
+            retire.publish(settings.kafka, name, retire.delete(store, stream, reason, name))
+            deleted += 1
+    print(f"deleted: {deleted}")
+
+
+def _plain(found: Listed, kept: list[Snapshot]) -> dict[str, Any]:
+    """The header is null where it cannot be read."""
+    return {
+        "stream": found.stream,
+        "condition": found.condition,
+        "owner": found.owner,
+        "token": found.token,
+        "tensor_bytes": found.tensor_bytes,
+        "header": found.header and found.header.model_dump(mode="json"),
+        "snapshots": [snapshot.model_dump(mode="json") for snapshot in kept],
+    }
+
+
+def _say(event: UpdateEvent) -> None:
+    print(f"{event.id}: {event.decision}, now at step {event.step}")

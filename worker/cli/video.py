@@ -1,0 +1,215 @@
+"""`driftkeel produce` and `driftkeel watch`: pictures in, predictions out."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import ValidationError
+
+from schemas.command import EVERY_STREAM
+from schemas.config import Kafka, WorkerConfig
+from schemas.config_file import load_config
+from schemas.errors import ConfigError, mistakes
+from worker.cli.options import ConfigOption
+
+if TYPE_CHECKING:
+    from schemas.prediction import Prediction
+    from worker.produce.sources import Item
+    from worker.watch import Watcher
+
+STATE = Path(typer.get_app_dir("driftkeel")) / "produce.sqlite"
+BootstrapOption = Annotated[
+    str | None, typer.Option(help="host:port of the broker; goes before the configuration's.", show_default=False)
+]
+
+
+def produce(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Videos, pictures, folders of pictures, quoted patterns, rtsp:// or other URLs, /dev/videoN or "
+            "FORMAT:NAME devices, - for JPEGs or paths on standard input.",
+            show_default=False,
+        ),
+    ],
+    stream: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stream",
+            "-s",
+            help="The stream's name; once for all sources, or once for each. Default: of the file or folder.",
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="Frames per second that are sent: of a video the others are left out."),
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="As fast as the broker takes it, rather than in real time.")
+    ] = False,
+    quality: Annotated[int | None, typer.Option(min=1, max=95, help="JPEG quality; pictures are encoded anew.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT: shrink frames to fit in; pictures are encoded anew.")
+    ] = None,
+    now: Annotated[
+        bool, typer.Option("--now", help="Event time is when a frame is sent, not when it was taken.")
+    ] = False,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Again and again from the beginning, until Ctrl-C; nothing is remembered.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="End after so many frames of each stream.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Send also what an earlier run has sent.")] = False,
+    state: Annotated[
+        Path, typer.Option(help="File that remembers what was sent.", show_default="in the user's folder")
+    ] = STATE,
+    bootstrap: BootstrapOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Send frames of videos, cameras and pictures to the frames topic, at their own pace, each once."""
+    from worker.log import set_up_logging
+    from worker.produce.produce import Wishes
+    from worker.produce.produce import produce as play
+    from worker.produce.sources import Style
+
+    settings = _settings(config, bootstrap)
+    set_up_logging(settings.log)
+    wishes = Wishes(Style(quality, _box(size), fps), fast, now, again, loop, limit)
+    streams = _streams(sources, stream or [], settings.frames.max_stream_id_bytes)
+    with _until_stopped() as stop:
+        for tally in play(settings, streams, wishes, state, stop):
+            extra = f", {tally.before} passed over: sent before" if tally.before else ""
+            extra += f", {tally.dropped} dropped: the broker was too slow" if tally.dropped else ""
+            print(f"{tally.stream}: {tally.sent} frames sent, {tally.bytes / 1e6:.1f} MB{extra}")
+
+
+def watch(
+    stream: Annotated[list[str] | None, typer.Option("--stream", "-s", help="Only this one; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The messages as they are, one a line.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="A live table, a row a stream, instead of lines.")] = False,
+    draw: Annotated[Path | None, typer.Option(help="Also write each frame with its label into this folder.")] = None,
+    beginning: Annotated[
+        bool, typer.Option("--from-beginning", help="All that the topic holds, not only what comes.")
+    ] = False,
+    count: Annotated[int | None, typer.Option(min=1, help="End after so many predictions.")] = None,
+    bootstrap: BootstrapOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Show predictions as they come; it disturbs nobody. Ctrl-C ends."""
+    from worker.log import set_up_logging
+    from worker.watch import Drawer, Watcher
+
+    settings = _settings(config, bootstrap)
+    set_up_logging(settings.log)
+    with _until_stopped() as stop:
+        watcher = Watcher(settings, set(stream or []), beginning, stop)
+        drawer = Drawer(settings, draw, stop) if draw else None
+        try:
+            for prediction in _shown(watcher, as_json, table, count):
+                if drawer:
+                    drawer.draw(prediction)
+        finally:
+            watcher.close()
+            if drawer:
+                drawer.close()
+
+
+def _shown(watcher: Watcher, as_json: bool, table: bool, count: int | None) -> Iterator[Prediction]:
+    """Print each prediction as it passes."""
+    from rich.live import Live
+
+    from worker.terminal import terminal
+    from worker.watch import Board, line
+
+    predictions = islice(watcher.predictions(), count)
+    if table:
+        board = Board()
+        with Live(board.table(), console=terminal(), refresh_per_second=4) as live:
+            for prediction in predictions:
+                board.take(prediction)
+                live.update(board.table())
+                yield prediction
+        return
+    for prediction in predictions:
+        print(prediction.model_dump_json() if as_json else line(prediction), flush=True)
+        yield prediction
+
+
+def _settings(config: Path | None, bootstrap: str | None) -> WorkerConfig:
+    settings = load_config(config)
+    if bootstrap is None:
+        return settings
+    try:
+        kafka = Kafka.model_validate({**settings.kafka.model_dump(), "bootstrap": bootstrap})
+    except ValidationError as error:
+        raise ConfigError(f"--bootstrap: {mistakes(error)[0][1]}") from error
+    return settings.model_copy(update={"kafka": kafka})
+
+
+def _box(size: str | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    width, _, height = size.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT, such as 640x480")
+    return int(width), int(height)
+
+
+def _streams(sources: list[str], names: list[str], max_bytes: int) -> dict[str, Iterable[Item]]:
+    """Items by stream. Sources of one stream follow each other; streams play at the same time."""
+    from worker.produce.sources import find
+
+    if len(names) not in (0, 1, len(sources)):
+        raise ConfigError(
+            f"{len(names)} times --stream for {len(sources)} sources: give it once, or once for each source"
+        )
+    names = names * len(sources) if len(names) == 1 else names
+    streams: dict[str, list[Iterable[Item]]] = {}
+    for number, source in enumerate(sources):
+        suggested, items = find(source)
+        name = names[number] if names else suggested
+        if name is None:
+            raise ConfigError(f"{_shown_source(source)} has no name of its own; give --stream NAME")
+        if name == EVERY_STREAM:
+            raise ConfigError(
+                f"{EVERY_STREAM} stands for all streams in commands; it cannot be one; give --stream NAME"
+            )
+        if not name.isprintable() or not 0 < len(name.encode()) <= max_bytes:
+            raise ConfigError(f"stream name {name!r} must be printable, of 1 to {max_bytes} bytes; give --stream NAME")
+        streams.setdefault(name, []).append(items)
+    for name, parts in streams.items():
+        if len(parts) > 1 and any(isinstance(part, list) and any(item.live for item in part) for part in parts):
+            raise ConfigError(
+                f"stream {name}: a camera never ends, what comes after it would wait; give --stream for each source"
+            )
+    return {name: _chained(parts) for name, parts in streams.items()}
+
+
+def _chained(parts: list[Iterable[Item]]) -> Iterator[Item]:
+    for part in parts:
+        yield from part
+
+
+def _shown_source(source: str) -> str:
+    from worker.produce.sources import without_credentials
+
+    return "standard input" if source == "-" else without_credentials(source)
+
+
+@contextmanager
+def _until_stopped() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set: both are the usual way to end."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        yield stop
+    except BrokenPipeError:  # `driftkeel watch | head`: whoever read is gone.
+        sys.stderr.close()

@@ -1,0 +1,1 @@
+"""Frames from Kafka: records, partitions, offsets."""

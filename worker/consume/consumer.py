@@ -1,0 +1,369 @@
+"""Frames from Kafka: records, assignment and committed offsets."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
+from kafka.errors import (
+    CommitFailedError,
+    IllegalGenerationError,
+    InconsistentGroupProtocolError,
+    KafkaError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
+)
+from kafka.structs import OffsetAndMetadata
+
+from schemas.config import Kafka
+from schemas.errors import ConfigError, UnreachableError
+from worker.consume.assignors import ASSIGNORS
+from worker.consume.ends import Ends
+from worker.consume.offsets import Offsets, Partition
+from worker.consume.short_logs import ShortLog, ShortLogs, without_end
+from worker.kafka.answer import last_answer
+from worker.kafka.client import connection, open_client, until_reached
+from worker.kafka.join import poll_timeout
+
+log = logging.getLogger("driftkeel.consume")
+COMMIT_INTERVAL_S = 1.0
+ASK_AGAIN_S = 0.5
+OFFSETS_TIMEOUT_MS = 5_000
+LAST_CALL_MS, SILENT_S, BRIEF_MS = 5_000, 5.0, 500  # at the end; a broker that was silent before has half a second
+FETCH_BYTES = 256 << 10  # of a partition at a time: what is fetched is served before the other partitions' next frames
+METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
+LOST_MEMBERSHIP = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
+
+
+class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
+    """Runs on the client's thread while the loop waits inside poll: notes what happened, commits what is finished."""
+
+    def __init__(self, owner: FrameConsumer) -> None:
+        self._owner = owner
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        partitions = [(p.topic, p.partition) for p in revoked]
+        offsets = self._owner.offsets.committable(partitions)
+        if offsets:
+            try:
+                await self._owner.consumer.commit_async(_with_metadata(offsets))
+            except KafkaError as error:
+                log.warning("offsets of revoked partitions not committed (%s): their frames are read again", error)
+        self._owner.note_gone(partitions)
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        log.info("assigned partitions: %s", sorted(p.partition for p in assigned) or "none")
+
+    async def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
+        # Somebody else has them already: nothing may be committed.
+        self._owner.note_gone((p.topic, p.partition) for p in lost)
+
+
+class Marks(Protocol):
+    """Up to where the store has folded each partition. Methods raise UnreachableError."""
+
+    def mark(self, group: str, offsets: dict[Partition, int]) -> None:
+        """Note that all frames before these offsets are in the states, or need not be."""
+
+    def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
+        """What was noted."""
+
+
+class FrameConsumer:
+    """The consumer. Only the worker's loop calls it, but for `note_gone`."""
+
+    def __init__(
+        self,
+        settings: Kafka,
+        offsets: Offsets,
+        marks: Marks,
+        stop: threading.Event,
+        failed: Callable[[str], object] = str,
+        store_failed: Callable[[], object] = str,
+    ) -> None:
+        """`failed` hears of every call that the broker did not answer or refused, `store_failed` of the store's, to
+        count them."""
+        self._settings, self._failed, self._store_failed = settings, failed, store_failed
+        self.offsets, self._marks, self._stop = offsets, marks, stop
+        self._compared: set[Partition] = set()
+        self._short = ShortLogs()
+        self._gone: deque[Partition] = deque()
+        self._last_commit = 0.0
+        self._paused = False
+        arguments = connection(settings)
+
+        def make() -> Any:
+            return open_client(
+                KafkaConsumer,
+                **arguments,
+                group_id=settings.group,
+                enable_auto_commit=False,
+                auto_offset_reset=settings.offset_reset,
+                session_timeout_ms=settings.session_timeout_ms,
+                heartbeat_interval_ms=settings.heartbeat_interval_ms,
+                fetch_max_wait_ms=settings.fetch_max_wait_ms,
+                max_partition_fetch_bytes=FETCH_BYTES,
+                max_poll_records=settings.max_poll_records,
+                partition_assignment_strategy=ASSIGNORS[settings.assignment],
+                group_instance_id=settings.static_member,
+                metadata_max_age_ms=METADATA_MAX_AGE_MS,
+                allow_auto_create_topics=False,
+            )
+
+        what, topic = f"the broker at {settings.bootstrap}", settings.topics.frames
+        self.consumer = until_reached(make, what, settings.connect_timeout_s, stop)
+        self._ends = Ends(self.consumer)
+        self.consumer.subscribe([topic], listener=_Listener(self))
+        # A member that joins before it has heard of the topic's partitions has none, and as leader has none to give.
+        until_reached(lambda: self.consumer.partitions_for_topic(topic), what, settings.connect_timeout_s, stop)
+
+    def poll(self, timeout_s: float) -> tuple[list[Any], set[Partition]]:
+        """Records that arrived, oldest first within a partition, and partitions that were taken away before them.
+
+        Some of the latter may have come back at once: the client then goes on behind the records it has handed
+        out, but those in hand are given up with the revocation. They are read again, from the oldest, and newer
+        records of the same poll are passed over until then. Never raises for an unreachable broker or store; raises
+        ConfigError for records in a compression that is not installed, and where members of the group share partitions
+        in no way that this one offers. A record's value is `Unreadable` where it stands for records that nobody can
+        read.
+        """
+        try:
+            timeout_s = poll_timeout(self.consumer, timeout_s)
+            polled = self.consumer.poll(timeout_ms=max(0, int(timeout_s * 1000)))
+        except LOST_MEMBERSHIP as error:
+            self._failed("poll")
+            log.warning("lost the consumer group (%s); joining again", error)
+            polled = {}
+        except InconsistentGroupProtocolError as error:
+            raise ConfigError(
+                f"group {self._settings.group} at {self._settings.bootstrap} has members that share no partitions with "
+                f"kafka.assignment {self._settings.assignment}: older workers, or other programs; stop those first, or "
+                "correct kafka.group"
+            ) from error
+        except KafkaError as error:
+            if not error.retriable:
+                raise UnreachableError(f"the broker at {self._settings.bootstrap} refuses to go on: {error}") from error
+            self._failed("poll")
+            log.warning("polling the broker at %s failed (%s); trying again", self._settings.bootstrap, error)
+            polled = {}
+        gone: set[Partition] = set()
+        while self._gone:
+            gone.add(self._gone.popleft())
+        arrived = {(p.topic, p.partition): part for p, part in polled.items()}
+        gone |= self._cut({p: part[0].offset for p, part in arrived.items() if p not in gone})
+        for lost in gone:
+            passed_over = arrived.pop(lost, [])
+            self.rewind(lost, passed_over[0].offset if passed_over else None)
+        for partition in self._leave_short():
+            arrived.pop(partition, None)
+        behind = self._behind({p: part[0].offset for p, part in arrived.items() if p not in self._compared})
+        for partition, offset in behind.items():
+            del arrived[partition]
+            self.consumer.seek(TopicPartition(*partition), offset)
+        for partition in self._short.waiting:
+            arrived.pop(partition, None)
+        return [record for part in arrived.values() for record in part], gone
+
+    def _behind(self, first: dict[Partition, int]) -> dict[Partition, int]:
+        """Compare where partitions begin with what the store has folded; where to read them from instead.
+
+        Once after each assignment, and after each rewind. The offset that Kafka has may be ahead of the store, by
+        the second between two commits, or because the store has lost what it knew: from a crash, or a backup.
+        """
+        if not first:
+            return {}
+        try:
+            marks = self._marks.marks(self._settings.group, list(first))
+            unknown = {partition: offset for partition, offset in first.items() if partition not in marks}
+            if unknown:
+                self._marks.mark(self._settings.group, unknown)
+            older = [TopicPartition(*p) for p, mark in marks.items() if mark < first[p]]
+            beginnings = self.consumer.beginning_offsets(older, timeout_ms=OFFSETS_TIMEOUT_MS) if older else {}
+            short = self._too_short(first, marks)
+        except (KafkaError, UnreachableError) as error:
+            self._count("poll", error)
+            log.warning("partitions %s wait: %s", sorted(number for _, number in first), error)
+            self._stop.wait(ASK_AGAIN_S)
+            return first
+        for (_, number), offset in unknown.items():
+            if offset > 0:
+                log.warning(
+                    "partition %d begins at %d, and the store knows nothing of it: a new group or store, or its data "
+                    "is lost and streams restart from source",
+                    number,
+                    offset,
+                )
+        self._short.found(short)
+        self._compared |= set(first) - set(short)
+        for partition in set(first) - set(short):
+            self._short.forget(partition)
+        behind = {}
+        for where, beginning in beginnings.items():
+            partition = (where.topic, where.partition)
+            behind[partition] = min(first[partition], max(beginning, marks[partition]))
+        return {partition: offset for partition, offset in behind.items() if offset < first[partition]}
+
+    def _too_short(self, first: dict[Partition, int], marks: dict[Partition, int]) -> dict[Partition, ShortLog]:
+        """Partitions whose log ends before what is said to be folded of it. Their marks stay as they are."""
+        reach = {p: max(marks.get(p, 0), self._short.doubts.get(p, 0)) for p in first}
+        asked = [TopicPartition(*p) for p, offset in reach.items() if offset > first[p] and not self.reaches(p, offset)]
+        ends = self.consumer.end_offsets(asked, timeout_ms=OFFSETS_TIMEOUT_MS) if asked else {}
+        short = {}
+        for where, end in ends.items():
+            partition = (where.topic, where.partition)
+            if end < reach[partition]:
+                short[partition] = ShortLog(first[partition], end, reach[partition])
+        return without_end(self._settings, short)
+
+    def _leave_short(self) -> set[Partition]:
+        """Partitions of short logs, of which nothing is taken from this poll. Those that have grown are read again."""
+        waiting = dict(self._short.waiting)
+        for partition, short in waiting.items():
+            if TopicPartition(*partition) in self.consumer.assignment() and self.reaches(partition, short.reach):
+                log.warning("partition %d has grown to offset %d and is read again", partition[1], short.reach)
+                self.rewind(partition)
+        return set(waiting)
+
+    def _cut(self, first: dict[Partition, int]) -> set[Partition]:
+        """Partitions that go on before what was read of them already: their log was cut, or is another one. All that is
+        known of them is forgotten, and they are compared again."""
+        known = {p: newest for p in first if (newest := self.offsets.newest(p)) is not None}
+        cut = {p for p, newest in known.items() if first[p] <= newest}
+        for partition in cut:
+            log.warning("partition %d goes on at %d, which was read before", partition[1], first[partition])
+        self.offsets.forget(cut)
+        return cut
+
+    def reaches(self, partition: Partition, offset: int) -> bool:
+        """Whether the log of an assigned partition ends at `offset` or later, as far as the last fetch knew."""
+        end = self.consumer.highwater(TopicPartition(*partition))
+        return end is not None and end >= offset
+
+    def doubt(self, partition: Partition, folded: int) -> None:
+        """A stream says that it has folded this partition up to `folded`, and its log seems to end before that. It is
+        read again, once the broker has been asked."""
+        self.rewind(partition)
+        self._short.doubts[partition] = folded
+
+    @property
+    def refused(self) -> int:
+        """Partitions that are ours and not read, because the store knows more of them than their log has."""
+        return len(self._short.waiting)
+
+    def note_gone(self, partitions: Iterable[Partition]) -> None:
+        """Partitions were taken away. Called on the client's thread, while the loop waits inside poll."""
+        self._gone.extend(partitions)
+
+    def pause(self, paused: bool) -> None:
+        """Stop or go on taking records over; the group membership stays."""
+        assigned = self.consumer.assignment()
+        if paused:
+            self.consumer.pause(*assigned)
+        elif self._paused:
+            self.consumer.resume(*assigned)
+        if paused != self._paused:
+            self._ends.forget()
+        self._paused = paused
+
+    def rewind(self, partition: Partition, otherwise: int | None = None) -> None:
+        """Forget what is in hand of a partition; where it is still ours, read it again from the oldest of that.
+
+        `otherwise` is where to read from when nothing was in hand.
+        """
+        offset = self.offsets.next_offset(partition)
+        self.offsets.forget([partition])
+        self._compared.discard(partition)
+        short = self._short.forget(partition)
+        otherwise = short.first if short else otherwise
+        offset = otherwise if offset is None else offset
+        where = TopicPartition(*partition)
+        if offset is not None and where in self.consumer.assignment():
+            self.consumer.seek(where, offset)
+
+    def commit(self, now: bool = False) -> None:
+        """Commit finished offsets, at most once a second unless `now`.
+
+        A failed commit loses nothing: the position in each stream's state decides what is folded. The store notes them
+        before Kafka does, so that it can be seen later where the store has fallen behind.
+        """
+        moment = time.monotonic()
+        if not now and moment - self._last_commit < COMMIT_INTERVAL_S:
+            return
+        self._last_commit = moment
+        offsets = self.offsets.committable()
+        if not offsets:
+            return
+        try:
+            self._marks.mark(self._settings.group, offsets)
+            if now:
+                self.consumer.commit(_with_metadata(offsets), timeout_ms=self._last_call_ms)
+                self.offsets.committed(offsets)
+            else:
+                self.consumer.commit_async(_with_metadata(offsets), callback=self._committed)
+        except (KafkaError, UnreachableError) as error:
+            self._count("commit", error)
+            log.warning("offsets not committed (%s); their frames may be read again", error)
+
+    def _committed(self, offsets: dict[TopicPartition, OffsetAndMetadata], answer: Any) -> None:
+        if isinstance(answer, Exception):
+            self._failed("commit")
+            log.warning("offsets not committed (%s); trying again with the next", answer)
+        else:
+            self.offsets.committed({(p.topic, p.partition): meta.offset for p, meta in offsets.items()})
+
+    def _count(self, operation: str, error: Exception) -> None:
+        """Whoever did not answer: the store has the marks, the broker everything else."""
+        if isinstance(error, UnreachableError):
+            self._store_failed()
+        else:
+            self._failed(operation)
+
+    def assignment(self) -> set[Partition]:
+        """The partitions that are ours now."""
+        return {(p.topic, p.partition) for p in self.consumer.assignment()}
+
+    @property
+    def joined(self) -> bool:
+        """Whether this is a member of the group, with partitions or without."""
+        return bool(self.consumer.group_metadata().generation_id >= 0)
+
+    def answered(self) -> float:
+        """When the broker last answered anything, in monotonic seconds: a heartbeat, where there is nothing to fetch.
+        From any thread."""
+        return last_answer(self.consumer)
+
+    @property
+    def _last_call_ms(self) -> int:
+        return LAST_CALL_MS if time.monotonic() - self.answered() < SILENT_S else BRIEF_MS
+
+    def lag(self) -> dict[Partition, int]:
+        """Records of each assigned partition that are not finished, as far as the last fetch knew; while paused, as the
+        broker said lately, for which it is waited a moment every few seconds."""
+        lags, ends = {}, self._ends.now() if self._paused else {}
+        in_hand = self.offsets.unfinished()
+        for partition in self.consumer.assignment():
+            key = (partition.topic, partition.partition)
+            newest, done = self.consumer.highwater(partition), self.offsets.next_offset(key)
+            if short := self._short.waiting.get(key):
+                done = short.first
+            elif not in_hand.get(key) and (following := self.consumer._subscription.assignment[partition].position):
+                done = following.offset  # Also behind markers of transactions, which are no records.
+            known = [offset for offset in (newest, ends.get(partition)) if offset is not None]
+            if known and done is not None:
+                lags[key] = max(0, max(known) - done)
+        return lags
+
+    def close(self) -> None:
+        """Leave the group; nothing more is committed."""
+        self.offsets.forget(self.assignment())  # or the listener would, for as long as the broker takes
+        self.consumer.close(autocommit=False, timeout_ms=self._last_call_ms)
+
+
+def _with_metadata(offsets: dict[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:
+    return {TopicPartition(*partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}

@@ -1,0 +1,84 @@
+"""Partitions whose log ends before an offset that the store calls folded: of another broker, or of a topic that was
+deleted and created again under its name.
+
+Their frames would all seem to be folded already. So none of them is taken, and nothing is noted of these partitions,
+until the log has grown past that offset. A log that has lost its end (an unclean election of a leader) gets there soon.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from kafka import KafkaConsumer, TopicPartition
+
+from schemas.config import Kafka
+from worker.consume.offsets import Partition
+from worker.kafka.client import connection, open_client
+
+log = logging.getLogger("driftkeel.consume")
+LOOK_S = 2.0
+REMEDY = (
+    "give the new topic a name of its own (kafka.topics), with which streams keep what they have learnt, or begin anew "
+    "with another store.prefix: see docs/runbooks/other-topic.md"
+)
+
+
+@dataclass(frozen=True)
+class ShortLog:
+    """Reading is to begin at `first`, the log ends at `end`, and is to reach `reach`, all of them offsets."""
+
+    first: int
+    end: int
+    reach: int
+
+    def described(self, partition: Partition) -> str:
+        """What is wrong, in a line."""
+        topic, number = partition
+        return (
+            f"partition {number} of topic {topic} ends at offset {self.end}, and by the store it was read up to "
+            f"{self.reach}: this is another broker, or the topic was deleted and created again"
+        )
+
+
+class ShortLogs:
+    """Those that wait; and `doubts`, of which the broker has still to be asked: what streams say is folded."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[Partition, ShortLog] = {}
+        self.doubts: dict[Partition, int] = {}
+
+    def found(self, short: dict[Partition, ShortLog]) -> None:
+        """The broker was asked: these are short."""
+        for partition, found in short.items():
+            log.error("%s; nothing of it is read; %s", found.described(partition), REMEDY)
+        self.waiting |= short
+
+    def forget(self, partition: Partition) -> ShortLog | None:
+        """It is compared again, or somebody else's."""
+        self.doubts.pop(partition, None)
+        return self.waiting.pop(partition, None)
+
+
+def without_end(kafka: Kafka, short: dict[Partition, ShortLog]) -> dict[Partition, ShortLog]:
+    """Those of `short` that have not the last record that was read of them, either. The broker's word for where a log
+    ends is not enough to refuse it: the embedded one names the beginning of the last batch. Raises KafkaError."""
+    if not short:
+        return {}
+    missing = dict(short)
+    arguments = connection(kafka) | {"auto_offset_reset": "latest", "enable_auto_commit": False}
+    consumer = open_client(KafkaConsumer, **arguments)
+    try:
+        consumer.assign([TopicPartition(*partition) for partition in short])
+        for partition, found in short.items():
+            consumer.seek(TopicPartition(*partition), found.reach - 1)
+        until = time.monotonic() + LOOK_S
+        while missing and time.monotonic() < until:
+            for where, records in consumer.poll(timeout_ms=100).items():
+                partition = where.topic, where.partition
+                if partition in missing and records[-1].offset >= missing[partition].reach - 1:
+                    del missing[partition]
+    finally:
+        consumer.close(autocommit=False)
+    return missing

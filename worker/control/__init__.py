@@ -1,0 +1,1 @@
+"""Commands to streams while workers run."""

@@ -1,0 +1,193 @@
+"""The commands topic as every worker reads it: whole, from its beginning, without a consumer group.
+
+What a stream has obeyed stands in its own state, as the newest offset per partition of this topic, written together
+with what the command changed. So each command is obeyed once, by whichever worker holds the stream, now or later.
+
+The newest commands are kept, some thousand; of older ones what still stands (see `worker.control.standing`), for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from pydantic import ValidationError
+
+from schemas.command import EVERY_STREAM, Command
+from schemas.config import Kafka
+from schemas.errors import first_mistake
+from schemas.frame import Position
+from schemas.state import StreamHeader
+from worker.consume.consumer import METADATA_MAX_AGE_MS
+from worker.control.standing import Standing
+from worker.kafka.batches import Unreadable
+from worker.kafka.client import connection, open_client
+
+log = logging.getLogger("driftkeel.commands")
+MAX_KEPT = 10_000
+MAX_BYTES = 64 << 10
+POLL_MS = 200
+LOOK_AGAIN_S = 30.0
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """A command, where it stands in the topic, and when it was read (monotonic seconds)."""
+
+    command: Command
+    position: Position
+    arrived: float
+
+
+class CommandList:
+    """The commands read so far. Filled by one thread, read by another."""
+
+    def __init__(self, max_kept: int = MAX_KEPT) -> None:
+        self._lock = threading.Lock()
+        self._max_kept = max_kept
+        self._kept: deque[Numbered] = deque()
+        self._of: dict[str, deque[Numbered]] = {}
+        self._standing: Standing[Numbered] = Standing()
+        self._forgotten = 0
+        self._ids: set[str] = set()
+        self._new: list[Numbered] = []
+        self._read: dict[str, int] = {}
+        self.unreadable = 0
+
+    def add(self, position: Position, content: bytes | None) -> None:
+        """A record as it was found. What is no command is logged and counted; one that is sent twice counts once."""
+        command = self._parsed(position, content)
+        with self._lock:
+            self._read[position.log] = position.offset
+            self.unreadable += command is None
+            if command is None or command.id in self._ids:
+                return
+            if len(self._kept) == self._max_kept:
+                self._forget_oldest()
+            numbered = Numbered(command, position, time.monotonic())
+            self._kept.append(numbered)
+            self._of.setdefault(command.stream, deque()).append(numbered)
+            self._standing.add(numbered)
+            self._ids.add(command.id)
+            self._new.append(numbered)
+
+    def news(self) -> list[Numbered]:
+        """What came since the last call."""
+        with self._lock:
+            new, self._new = self._new, []
+            return new
+
+    def next_offset(self, partition: str) -> int:
+        """Where to read on in a topic/partition."""
+        with self._lock:
+            return self._read.get(partition, -1) + 1
+
+    def after(self, header: StreamHeader) -> list[Numbered]:
+        """What the stream has still to obey, in order."""
+        with self._lock:
+            mine = {
+                numbered.position: numbered
+                for name in (header.stream, EVERY_STREAM)
+                for numbered in (*self._standing.of(name), *self._of.get(name, ()))
+            }
+        due = [n for n in mine.values() if n.position.offset > header.commands.get(n.position.log, -1)]
+        return sorted(due, key=lambda numbered: numbered.arrived)
+
+    def _forget_oldest(self) -> None:
+        oldest = self._kept.popleft()
+        stream = oldest.command.stream
+        self._of[stream].popleft()
+        if not self._of[stream]:
+            del self._of[stream]
+        self._ids.discard(oldest.command.id)
+        self._forgotten += 1
+        if self._forgotten.bit_count() == 1:  # The first, and then seldom.
+            log.warning(
+                "more than %d commands in the topic: the oldest, %d by now, up to %s, are forgotten, but for those "
+                "that still stand (freeze, policy)",
+                self._max_kept,
+                self._forgotten,
+                oldest.position,
+            )
+
+    def _parsed(self, position: Position, content: bytes | None) -> Command | None:
+        try:
+            if isinstance(content, Unreadable):
+                raise ValueError(content.reason)
+            if content is None or len(content) > MAX_BYTES:
+                raise ValueError(f"{len(content or b'')} bytes, where a command has 1 to {MAX_BYTES}")
+            command = Command.model_validate_json(content)
+            if "id" not in command.model_fields_set:  # All workers must call it the same.
+                command = command.model_copy(update={"id": f"record:{position.partition}:{position.offset}"})
+            return command
+        except ValidationError as error:
+            reason = first_mistake(error)
+        except ValueError as error:
+            reason = str(error)
+        log.error("record %s is no command and is passed over: %s", position, reason)
+        return None
+
+
+class CommandReader:
+    """Reads the commands topic in a thread of its own, so that no frame waits for it; `caught_up` when all that was
+    there at the start is read, or there is no such topic."""
+
+    def __init__(self, settings: Kafka, commands: CommandList) -> None:
+        self._settings, self._commands = settings, commands
+        self._stop, self.caught_up = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="commands", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        topic, warned = self._settings.topics.commands, False
+        while not self._stop.is_set():
+            try:
+                if self._follow(topic) is None and not warned:
+                    log.warning("the broker has no topic %s: this worker takes no commands until it is created", topic)
+                    warned = True
+                    self.caught_up.set()
+            except Exception as error:  # noqa: BLE001 - whatever the client raises, this thread must go on
+                log.warning("the commands topic cannot be read (%s: %s); trying again", type(error).__name__, error)
+            self._stop.wait(LOOK_AGAIN_S if warned else 1.0)
+
+    def _follow(self, topic: str) -> bool | None:
+        """Read until told to stop, or the topic has other partitions. None where there is no such topic."""
+        consumer = open_client(
+            KafkaConsumer,
+            **connection(self._settings),
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            metadata_max_age_ms=METADATA_MAX_AGE_MS,
+            allow_auto_create_topics=False,
+        )
+        try:
+            numbers = consumer.partitions_for_topic(topic)
+            if not numbers:
+                return None
+            self._read_all(consumer, [TopicPartition(topic, number) for number in sorted(numbers)])
+            return True
+        finally:
+            consumer.close(autocommit=False)
+
+    def _read_all(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        consumer.assign(partitions)
+        for p in partitions:  # After an error, on from there; a command that is read twice counts once all the same.
+            consumer.seek(p, self._commands.next_offset(f"{p.topic}/{p.partition}"))
+        ends = consumer.end_offsets(partitions)
+        topic = partitions[0].topic
+        while not self._stop.is_set() and len(consumer.partitions_for_topic(topic)) == len(partitions):
+            for records in consumer.poll(timeout_ms=POLL_MS).values():
+                for record in records:
+                    self._commands.add(Position(record.topic, record.partition, record.offset), record.value)
+            if not self.caught_up.is_set() and all(consumer.position(p) >= ends[p] for p in partitions):
+                self.caught_up.set()

@@ -1,0 +1,113 @@
+"""The end of a stream, for the record: what is stored of it goes, and its last event says so.
+
+That event stays in the store in place of the stream. Numbers and chain go on from it, should the stream ever begin
+anew; and where it did not reach the topic, whoever asks for the deletion again sends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from datetime import UTC, datetime
+from shlex import quote
+
+from pydantic import ValidationError
+
+from schemas.config import Kafka
+from schemas.errors import StateError, UnreachableError
+from schemas.state import StreamHeader, decode_header
+from schemas.update import SealedEvent, UpdateEvent, seal
+from worker.control.operate import listed, unknown
+from worker.publish.publisher import ACKNOWLEDGE_TIMEOUT_S, Publisher
+from worker.store.store import Claimed, Overview, StateStore
+from worker.streams.restore import after_last_event
+
+
+def delete(store: StateStore, stream: str, reason: str, name: str) -> list[SealedEvent]:
+    """Remove a stream. Returns what is to be published: events that may still be on their way, and its last one.
+
+    Raises StateError where nothing is stored of it, and where a worker was faster.
+    """
+    if store.read(stream).token == 0:
+        before = store.deleted(stream)
+        if before is None:
+            raise unknown(store, stream)
+        return _events(before)
+    (claimed,) = store.claim([stream], name, "last")
+    waiting = _events(claimed.event or b"")
+    last = _last(stream, claimed, waiting, reason, name)
+    if not store.delete(stream, claimed.token, last.content):
+        raise StateError(f"a worker claimed stream {stream!r} at the same moment and nothing was deleted; try again")
+    return [*waiting, last]
+
+
+def of_few_frames(store: StateStore, most: int, among: list[str] | None = None) -> list[str]:
+    """Streams with at most so many frames, of all or of these, by name.
+
+    Only sound ones: what cannot be read or used says nothing of how many frames it has had.
+    """
+    found = [one for one in listed(store, among) if one.condition == "ok"]
+    return [one.stream for one in found if one.header is not None and one.header.frames <= most]
+
+
+def described(store: StateStore, stream: str, found: Overview) -> str:
+    """What there is to delete, in short. Raises StateError where that is nothing, or not ours."""
+    if found.foreign:
+        raise StateError(f"stream {stream!r} cannot be deleted: {found.foreign}")
+    if found.token:
+        return f"{found.tensor_bytes:,} bytes, {found.snapshots} snapshots, last with {found.owner}"
+    if store.deleted(stream) is None:
+        raise unknown(store, stream)
+    return "deleted before; its last event will be sent again"
+
+
+def publish(kafka: Kafka, name: str, events: list[SealedEvent]) -> None:
+    """Send events, and wait until the broker has them. Raises UnreachableError where it does not take them."""
+    stop = threading.Event()
+    publisher = Publisher(kafka, name, stop, stop_patience_s=ACKNOWLEDGE_TIMEOUT_S)
+    stop.set()  # One round, of half a minute at most: who asks can ask again.
+    for sealed in events:
+        publisher.update(sealed)
+    try:
+        publisher.settle(lambda: None)
+    except UnreachableError as error:
+        stream = events[-1].event.stream
+        what = f"stream {stream!r} is deleted, 'driftkeel streams delete -- {quote(stream)}' sends its last event"
+        raise UnreachableError(f"{error}; {what}") from error
+    finally:
+        publisher.close()
+
+
+def _last(stream: str, claimed: Claimed, waiting: list[SealedEvent], reason: str, name: str) -> SealedEvent:
+    bundle = waiting[-1].event.bundle if waiting else ""
+    header = after_last_event(StreamHeader(stream=stream, bundle=bundle, method=""), claimed.event)
+    # What cannot be read goes anyway; the event beside it says where the chain is.
+    with contextlib.suppress(StateError):
+        header = decode_header(claimed.header) if claimed.header else header
+    return seal(
+        UpdateEvent(
+            id=f"{stream}@{header.events + 1}",
+            stream=stream,
+            time=datetime.now(UTC),
+            decision="deleted",
+            reason=reason,
+            frames=[],
+            step=0,
+            parameters="source",
+            previous=header.last_event,
+            token=claimed.token,
+            bundle=header.bundle,
+            worker=name,
+        )
+    )
+
+
+def _events(content: bytes) -> list[SealedEvent]:
+    """Events as they lie in the store, one a line; what is none is left out."""
+    found = []
+    for line in content.splitlines():
+        try:
+            found.append(SealedEvent(UpdateEvent.model_validate_json(line), line))
+        except ValidationError:
+            continue
+    return found

@@ -1,0 +1,95 @@
+"""A command to the topic, and the update events that confirm it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import KafkaError
+from pydantic import ValidationError
+
+from schemas.command import COMMAND_TYPE, EVERY_STREAM, Command
+from schemas.config import Kafka
+from schemas.errors import UnreachableError
+from schemas.update import UpdateEvent
+from worker.kafka.client import connection, open_client, require_topics
+
+QUIET_S = 3.0  # without another confirmation, of a command to every stream
+
+
+def send_command(
+    settings: Kafka, command: Command, wait_s: float, sent: Callable[[], None] = lambda: None
+) -> Iterator[UpdateEvent]:
+    """Send the command at once; then yield its update events as they come, for at most `wait_s` seconds.
+
+    `sent` is called once the broker has the command.
+
+    One confirms a command to a single stream; those of a command to every stream end when no more come for a while.
+    Raises ConfigError where the topics are missing, UnreachableError where the broker is.
+    """
+    require_topics(settings, only=[settings.topics.commands, settings.topics.updates])
+    try:
+        answers = _from_now_on(settings)
+        try:
+            put_command(settings, command)
+            sent()
+            yield from _confirmations(answers, command, wait_s)
+        finally:
+            answers.close(autocommit=False)
+    except KafkaError as error:
+        raise UnreachableError(f"the broker at {settings.bootstrap} does not take the command: {error}") from error
+
+
+def put_command(settings: Kafka, command: Command) -> None:
+    """Send the command, and wait until the broker has it. Raises KafkaError."""
+    producer = open_client(KafkaProducer, **connection(settings), acks="all", allow_auto_create_topics=False)
+    headers = [
+        ("ce_specversion", b"1.0"),
+        ("ce_type", COMMAND_TYPE.encode()),
+        ("ce_source", b"driftkeel/command"),
+        ("ce_id", command.id.encode()),
+        ("ce_time", command.time.isoformat().encode()),
+        ("content-type", b"application/json"),
+    ]
+    try:
+        content = command.model_dump_json(exclude_none=True).encode()
+        sent = producer.send(settings.topics.commands, key=command.stream.encode(), value=content, headers=headers)
+        sent.get(timeout=30)
+    finally:
+        producer.close(timeout=5)
+
+
+def _from_now_on(settings: Kafka) -> Any:
+    consumer = open_client(
+        KafkaConsumer, **connection(settings), group_id=None, enable_auto_commit=False, fetch_max_wait_ms=50
+    )
+    topic = settings.topics.updates
+    partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
+    consumer.assign(partitions)
+    for partition, offset in consumer.end_offsets(partitions).items():
+        consumer.seek(partition, offset)
+    return consumer
+
+
+def _confirmations(answers: Any, command: Command, wait_s: float) -> Iterator[UpdateEvent]:
+    deadline, seen = time.monotonic() + wait_s, set[str]()
+    while time.monotonic() < deadline:
+        for records in answers.poll(timeout_ms=100).values():
+            for record in records:
+                event = _parsed(record.value)
+                if event is None or event.command != command.id or event.id in seen:
+                    continue
+                seen.add(event.id)
+                yield event
+                if command.stream != EVERY_STREAM:
+                    return
+                deadline = min(time.monotonic() + QUIET_S, deadline)
+
+
+def _parsed(content: bytes | None) -> UpdateEvent | None:
+    try:
+        return UpdateEvent.model_validate_json(content or b"")
+    except ValidationError:
+        return None  # Not ours; `driftkeel audit verify` names such records.

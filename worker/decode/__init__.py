@@ -1,0 +1,1 @@
+"""From hostile bytes to pixels; what is bad becomes a dead letter."""

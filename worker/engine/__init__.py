@@ -1,0 +1,1 @@
+"""One pass for the micro-batches of many streams: predictions and proposed updates."""

@@ -1,0 +1,58 @@
+"""What the model has put out for frames that are predicted and held for `min_adapt`, so that it is not asked again.
+
+A camera of few frames would else have its first one run in each pass until there are enough for an update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from meta.outputs import Known, Output, joined
+from schemas.state import StreamHeader
+from worker.batch.batcher import MicroBatch
+from worker.decode.image import DecodedFrame
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came of a stream's held frames, under its parameters as they were after so many `events`."""
+
+    frames: Sequence[DecodedFrame]
+    output: Output
+    events: int
+
+    def begins(self, batch: MicroBatch, header: StreamHeader) -> bool:
+        """Whether the micro-batch goes on from these frames; nothing changes parameters without an event."""
+        same = all(ours is theirs for ours, theirs in zip(self.frames, batch.frames, strict=False))
+        return same and len(self.frames) <= len(batch.frames) and self.events == header.events
+
+
+def known(batches: Sequence[MicroBatch], seen: Sequence[Seen | None], headers: Sequence[StreamHeader]) -> Known | None:
+    """What has been `seen` of a part's frames."""
+    places: list[int] = []
+    outputs: list[Output] = []
+    start = 0
+    for batch, before, header in zip(batches, seen, headers, strict=True):
+        if before is not None and before.begins(batch, header):
+            places += range(start, start + len(before.frames))
+            outputs.append(before.output)
+        start += len(batch.frames)
+    return Known(torch.tensor(places), joined(outputs)) if places else None
+
+
+def kept(batches: Sequence[MicroBatch], headers: Sequence[StreamHeader], output: Output) -> list[Seen | None]:
+    """Of the micro-batches that are to be held, what came of their frames; `output` is of all frames of the part.
+
+    Each stream's are copied: views would keep the memory of all until the last stream has made its update.
+    """
+    found: list[Seen | None] = []
+    start = 0
+    for batch, header in zip(batches, headers, strict=True):
+        end = start + len(batch.frames)
+        own = None if batch.fold else output.of(slice(start, end)).copied()
+        found.append(None if own is None else Seen(batch.frames, own, header.events))
+        start = end
+    return found

@@ -1,0 +1,78 @@
+"""From what a pass proposes to what becomes of a stream: header, parameters, and why. Without broker and store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from meta.method import State
+from meta.proxies import as_source
+from schemas.state import Snapshot, StreamHeader
+from worker.engine.engine import Engine
+from worker.engine.known import next_header, next_proxies
+from worker.engine.passes import Outlook, Proposal, Proposals
+from worker.guard.guard import Guard, Verdict
+
+Restored = tuple[Snapshot, State]
+
+
+def no_snapshot(stream: str) -> Restored | None:
+    """Where none are kept."""
+    return None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict, the header after it, and the proposal whose tensors become the stream's; None: they stay.
+
+    `went_back_to`: the snapshot that the stream was rolled back to. `blind`: the camera seems to see nothing.
+    """
+
+    verdict: Verdict
+    header: StreamHeader
+    kept: Proposal | None
+    went_back_to: Restored | None = None
+    blind: bool = False
+
+
+def judge(
+    engine: Engine,
+    guard: Guard,
+    outlook: Outlook,
+    proposals: Proposals,
+    proposal: Proposal | None,
+    watch: int = 0,
+    newest: Callable[[str], Restored | None] = no_snapshot,
+) -> Judgement:
+    """Judge one micro-batch. Where less than the whole update is accepted, its row in `proposals` changes.
+
+    A verdict that says `rolled_back` leads to the `newest` snapshot of the stream, and to source where it has none.
+    `watch`: frames of a signal of drift detection; 0 where nothing is watched.
+    """
+    before = outlook.resident.header
+    update = proposal is not None and proposal.update
+    signals = proposal.signals if proposal is not None else {}
+    # What hurried frames look like depends on who answered them.
+    proxies = before.proxies
+    if not outlook.batch.hurried:
+        proxies = next_proxies(before.proxies, outlook, signals, engine.accuracy_model)
+    state = guard.observe(before.guard, outlook.sight, proxies)
+    blind = bool(guard.blinded(before.guard, outlook.sight))
+    verdict, restored = Verdict("skipped", outlook.batch.reason), None
+    if proposal is not None and update:
+        verdict = guard.judge(before.guard, state, outlook.sight, proxies, signals, proposal.finite)
+        if verdict.back:
+            restored = newest(outlook.batch.stream) if verdict.decision == "rolled_back" else None
+            if restored is None:
+                verdict = replace(verdict, decision="reset")
+            proposals.replace(proposal, restored[1] if restored else engine.like)
+            proxies = as_source(proxies)
+        elif verdict.share < 1:
+            proposals.shrink(proposal, verdict.share)
+    # A stream that rests after going back would settle, and then not learn when it may again.
+    header = next_header(before, outlook, verdict.apply, 0 if state.rest else watch, proxies, state)
+    if verdict.back:
+        header.step = header.snapshot = restored[0].header.step if restored else 0
+        header.drift = None  # It was learned under the parameters that are gone.
+    taken = verdict.apply or verdict.back if update else proposal is not None and proposal.finite
+    return Judgement(verdict, header, proposal if taken else None, restored, blind)

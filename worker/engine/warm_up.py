@@ -1,0 +1,35 @@
+"""What the first pass of a process costs beside its frames, paid before there are any.
+
+Torch imports a part of itself with the first backward pass: most of a second with the interpreter's lock held, which
+the first frames of all streams would wait for.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import numpy as np
+
+from schemas.bundle import Preprocess
+from schemas.frame import Position
+from schemas.state import StreamHeader, StreamState
+from worker.batch.batcher import MicroBatch
+from worker.decode.image import DecodedFrame
+from worker.engine.engine import Engine
+
+STREAM = "warm-up"
+FRAMES = 4
+
+
+def warm_up(engine: Engine, preprocess: Preprocess) -> None:
+    """Predict noise and adapt to it, and forget it. Before any stream is resident."""
+    header = StreamHeader(stream=STREAM, bundle=engine.bundle_hash, method=engine.bundle.method_name)
+    engine.admit(StreamState(header=header, tensors=engine.like), token=0, stored=False)
+    shape = (preprocess.height, preprocess.width) + ((3,) if preprocess.mode == "RGB" else ())
+    random, now = np.random.default_rng(0), datetime.now(UTC)
+    frames = [
+        DecodedFrame(STREAM, Position("", 0, i), random.integers(0, 255, shape, np.uint8), now, 0.0)
+        for i in range(FRAMES)
+    ]
+    engine.adapt(engine.predict([MicroBatch(STREAM, frames, adapt=True, fold=True)]))
+    engine.release([STREAM])

@@ -1,0 +1,1 @@
+"""Whether an update becomes the state, and whose parameters answer."""

@@ -1,0 +1,213 @@
+"""What all Kafka clients of the worker share: the connection, and errors a person can act on."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from kafka import KafkaAdminClient, KafkaConsumer
+from kafka.errors import KafkaError, KafkaTimeoutError, SaslAuthenticationFailedError, UnsupportedSaslMechanismError
+
+from schemas.config import Kafka
+from schemas.errors import ConfigError, UnreachableError
+from worker.kafka.batches import pass_over_unreadable
+from worker.kafka.records import forgive_header_names
+from worker.kafka.sockets import close_failed_connects
+from worker.kafka.unpack import bound_unpacking
+
+log = logging.getLogger("driftkeel.kafka")
+Result = TypeVar("Result")
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+REFUSALS = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError)
+SPEAKER = logging.getLogger("kafka.net.manager")
+_speaking = threading.Lock()
+_listeners, _levels = 0, (0, 0)
+
+
+def connection(settings: Kafka) -> dict[str, Any]:
+    """Arguments for every client: address, timeouts, security."""
+    arguments: dict[str, Any] = {
+        "bootstrap_servers": settings.bootstrap.split(","),
+        "security_protocol": settings.security_protocol,
+        "bootstrap_timeout_ms": 5_000,
+        "reconnect_backoff_max_ms": 2_000,
+    }
+    if settings.security_protocol.endswith("SSL"):
+        arguments["ssl_context"] = _tls(settings)
+    if settings.security_protocol.startswith("SASL"):
+        if not (settings.sasl_mechanism and settings.sasl_username and settings.sasl_password):
+            raise ConfigError(
+                f"kafka.security_protocol {settings.security_protocol} needs "
+                "sasl_mechanism, sasl_username and sasl_password"
+            )
+        arguments["sasl_mechanism"] = settings.sasl_mechanism
+        arguments["sasl_plain_username"] = settings.sasl_username
+        arguments["sasl_plain_password"] = settings.sasl_password.get_secret_value()
+    return arguments
+
+
+def _tls(settings: Kafka) -> ssl.SSLContext:
+    used = f"kafka.ssl_cafile {settings.ssl_cafile}"
+    try:
+        context = ssl.create_default_context(cafile=settings.ssl_cafile)
+        if settings.ssl_certfile:
+            used = f"kafka.ssl_certfile {settings.ssl_certfile} with ssl_keyfile {settings.ssl_keyfile or 'not set'}"
+            context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{used} cannot be used: {error}") from error
+    return context
+
+
+def open_client(kind: Any, **arguments: Any) -> Any:
+    """A client of class `kind`. One that cannot reach its broker would leave its thread and sockets behind.
+
+    A consumer has `worker.kafka.batches.Unreadable` values in place of what cannot be read; its poll raises ConfigError
+    for records in a compression that is not installed.
+
+    Raises KafkaError or OSError; one of REFUSALS where the broker is there and does not let us in.
+    """
+    forgive_header_names()
+    bound_unpacking()
+    close_failed_connects()
+    opened: list[Any] = []
+
+    def remember(**options: Any) -> Any:
+        opened.append(kind.DEFAULT_CONFIG["kafka_client"](**options))
+        return opened[-1]
+
+    with _listening() as refusals:
+        try:
+            client = kind(kafka_client=remember, **arguments)
+            if isinstance(client, KafkaConsumer):
+                pass_over_unreadable(client)
+            return client
+        except (KafkaError, OSError) as error:
+            for connections in opened:
+                connections.close()
+            if refusals:
+                raise refusals[-1] from error
+            if isinstance(error, KafkaTimeoutError) and "sasl_mechanism" in arguments:
+                # The client may see the end of the connection before the answer that comes with it.
+                raise KafkaTimeoutError(f"{error}, or the login is refused") from error
+            raise
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[KafkaError]]:
+    """Why the client was not let in. It tries again until its time is over, and raises only that it is; the log has
+    the errors."""
+    found: list[KafkaError] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        found.extend(part for part in record.args or () if isinstance(part, REFUSALS))
+        return record.levelno >= level
+
+    level = _speak()
+    SPEAKER.addFilter(note)
+    try:
+        yield found
+    finally:
+        SPEAKER.removeFilter(note)
+        _fall_silent()
+
+
+def _speak() -> int:
+    """Have the client's warnings made; the level at which somebody else reads them. Several threads may listen."""
+    global _listeners, _levels
+    with _speaking:
+        if not _listeners:
+            _levels = SPEAKER.getEffectiveLevel(), SPEAKER.level
+            SPEAKER.setLevel(min(_levels[0], logging.WARNING))
+        _listeners += 1
+        return _levels[0]
+
+
+def _fall_silent() -> None:
+    global _listeners
+    with _speaking:
+        _listeners -= 1
+        if not _listeners:
+            SPEAKER.setLevel(_levels[1])
+
+
+def check_checksum_speed() -> None:
+    """Say so where the client would compute checksums in Python: forty times slower, and nothing else warns."""
+    if importlib.util.find_spec("crc32c") is None:
+        log.warning("the package crc32c is missing, Kafka traffic will be slow; pip install 'kafka-python[crc32c]'")
+
+
+def until_reached(
+    action: Callable[[], Result], what: str, timeout_s: float, stop: threading.Event | None = None
+) -> Result:
+    """Call `action` until it succeeds, with growing pauses; says what it waits for.
+
+    Raises UnreachableError when `timeout_s` is over or `stop` is set, ConfigError when we are not let in.
+    """
+    deadline, pause = time.monotonic() + timeout_s, FIRST_PAUSE_S
+    stop = stop or threading.Event()
+    while True:
+        try:
+            return action()
+        except REFUSALS as error:
+            raise ConfigError(
+                f"{what} refuses the login: {error}; correct kafka.sasl_mechanism, sasl_username and sasl_password"
+            ) from error
+        except (KafkaError, OSError, UnreachableError) as error:
+            reason = " ".join(str(error).split()).removeprefix(f"{what} ") or type(error).__name__
+        left = deadline - time.monotonic()
+        if left <= 0 or stop.is_set():
+            raise UnreachableError(f"{what} cannot be reached: {reason}; is it running, and is the address right?")
+        log.warning("%s cannot be reached (%s); trying again", what, reason)
+        stop.wait(min(pause, left))
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def require_topics(settings: Kafka, stop: threading.Event | None = None, only: Sequence[str] | None = None) -> None:
+    """Check that the broker answers and has the topics of a worker, or `only` these.
+
+    Raises UnreachableError, or ConfigError that names the missing topics.
+    """
+    what = f"the broker at {settings.bootstrap}"
+    arguments = connection(settings)
+    admin = until_reached(lambda: open_client(KafkaAdminClient, **arguments), what, settings.connect_timeout_s, stop)
+    try:
+        known = set(admin.list_topics())
+    finally:
+        admin.close()
+    topics = settings.topics
+    needed = only or [topics.frames, topics.predictions, topics.updates, topics.dead_letters]
+    missing = [topic for topic in needed if topic not in known]
+    if missing:
+        raise ConfigError(
+            f"the broker at {settings.bootstrap} has no topic {', '.join(missing)}; create them first "
+            f"(kafka-topics.sh --create --topic {missing[0]} --partitions 12), or correct kafka.topics"
+        )
+
+
+def create_topics(settings: Kafka, frame_partitions: int) -> None:
+    """Create the five topics: frames with the given partitions, the others with one each.
+
+    Commands are kept for ever: they also hold for streams that come later.
+    """
+    topics = settings.topics
+    wanted = {
+        topics.frames: {"num_partitions": frame_partitions, "replication_factor": 1},
+        **{
+            topic: {"num_partitions": 1, "replication_factor": 1}
+            for topic in (topics.predictions, topics.updates, topics.dead_letters)
+        },
+        topics.commands: {"num_partitions": 1, "replication_factor": 1, "configs": {"retention.ms": "-1"}},
+    }
+    arguments = connection(settings)
+    what = f"the broker at {settings.bootstrap}"
+    admin = until_reached(lambda: open_client(KafkaAdminClient, **arguments), what, settings.connect_timeout_s)
+    try:
+        admin.create_topics(wanted, wait_for_metadata=True)
+    finally:
+        admin.close()

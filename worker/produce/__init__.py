@@ -1,0 +1,1 @@
+"""Pictures of files and cameras into the frames topic."""

@@ -1,0 +1,357 @@
+"""`driftkeel produce`: pictures of files and cameras into the frames topic, at their own pace, each once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kafka import KafkaProducer
+from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+from kafka.partitioner.default import murmur2
+
+from schemas.config import Kafka, WorkerConfig
+from schemas.errors import DriftkeelError, SourceError
+from schemas.frame import FRAME_TYPE
+from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, connection, open_client, require_topics, until_reached
+from worker.produce.sent import News, Sent, read_back
+from worker.produce.sources import Item, Picture, Style
+from worker.publish.publisher import MAX_REQUEST_BYTES
+
+log = logging.getLogger("driftkeel.produce")
+MAX_ON_THE_WAY = 32 << 20  # bytes not acknowledged yet, of all streams
+ACKNOWLEDGE_TIMEOUT_S = 120.0
+NOTE_EVERY_S = 1.0
+STOP_PATIENCE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How to play. `fast`: as fast as the broker takes it. `now`: event time is when a frame is sent.
+
+    `again`: also what was sent before. `loop`: for ever, and nothing is remembered. `limit`: frames of each stream.
+    """
+
+    style: Style = field(default_factory=Style)
+    fast: bool = False
+    now: bool = False
+    again: bool = False
+    loop: bool = False
+    limit: int | None = None
+
+
+@dataclass
+class Tally:
+    """What became of one stream's frames in this run. `before`: passed over, they were sent in an earlier one."""
+
+    stream: str
+    sent: int = 0
+    bytes: int = 0
+    before: int = 0
+    dropped: int = 0
+
+
+class Sender:
+    """An idempotent producer that holds a bounded number of bytes. Safe to use from several threads.
+
+    The first record that the broker refuses for good is `error`; nothing after it counts as sent.
+    """
+
+    def __init__(self, config: WorkerConfig, stop: threading.Event) -> None:
+        self._kafka, self._max_bytes, self._stop = config.kafka, config.frames.max_bytes, stop
+        self._room, self._on_the_way = threading.Condition(), 0
+        self.error: DriftkeelError | None = None
+        require_topics(self._kafka, stop, [self._kafka.topics.frames])
+        what = f"the broker at {self._kafka.bootstrap}"
+        self._producer = until_reached(self._make, what, self._kafka.connect_timeout_s, stop)
+        self._partitions = sorted(self._producer.partitions_for(self._kafka.topics.frames))
+
+    def _make(self) -> Any:
+        return open_client(
+            KafkaProducer,
+            **connection(self._kafka),
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=2,
+            max_request_size=MAX_REQUEST_BYTES,
+            delivery_timeout_ms=int(ACKNOWLEDGE_TIMEOUT_S * 1000),
+            request_timeout_ms=10_000,
+            max_block_ms=10_000,
+            allow_auto_create_topics=False,
+        )
+
+    def partition(self, stream: str) -> int:
+        """Where a stream's frames go: as Kafka's own producers have it."""
+        return int(self._partitions[(murmur2(stream.encode()) & 0x7FFFFFFF) % len(self._partitions)])
+
+    def make_room(self, size: int, wait: bool) -> bool:
+        """Reserve `size` bytes; False where there is no room and `wait` is False, or the run ends."""
+        with self._room:
+            while self._on_the_way and self._on_the_way + size > MAX_ON_THE_WAY:
+                if not wait or self._stop.is_set() or self.error:
+                    return False
+                self._room.wait(0.1)
+            self._on_the_way += size
+        return True
+
+    def send(
+        self, stream: str, item: str, number: str, picture: Picture, taken: datetime, sent: Callable[[Any], None]
+    ) -> None:
+        """Hand a frame to the client, its room reserved before. `sent` gets the record's place. Raises SourceError."""
+        size = len(picture.content)
+        if size > self._max_bytes:
+            raise SourceError(
+                f"{stream}: frame {number} of {item} has {size:,} bytes, more than the frames.max_bytes = "
+                f"{self._max_bytes:,} that workers accept; raise it in their configuration, or make frames smaller "
+                "with --size or --quality"
+            )
+        headers = [
+            ("ce_specversion", b"1.0"),
+            ("ce_type", FRAME_TYPE.encode()),
+            ("ce_source", item.encode("ascii", "replace")),
+            ("ce_id", number.encode()),
+            ("ce_time", taken.isoformat().encode()),
+            ("content-type", picture.content_type.encode()),
+        ]
+        try:
+            future = self._producer.send(
+                self._kafka.topics.frames,
+                key=stream.encode(),
+                value=picture.content,
+                headers=headers,
+                partition=self.partition(stream),
+            )
+        except KafkaError as error:
+            raise explained(error, self._kafka, stream, size) from error
+        future.add_callback(self._taken, size, sent)
+        future.add_errback(self._refused, size, stream)
+
+    def finish(self) -> None:
+        """Wait for all answers. Raises SourceError where a frame was refused."""
+        try:
+            self._producer.flush(timeout=ACKNOWLEDGE_TIMEOUT_S)
+        except KafkaError as error:
+            raise explained(error, self._kafka, "frames", 0) from error
+        if self.error:
+            raise self.error
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._producer.close(timeout=2)
+
+    def _taken(self, size: int, sent: Callable[[Any], None], place: Any) -> None:
+        with self._room:
+            self._on_the_way -= size
+            if self.error is None:
+                sent(place)
+            self._room.notify_all()
+
+    def _refused(self, size: int, stream: str, error: Exception) -> None:
+        with self._room:
+            self._on_the_way -= size
+            self.error = self.error or explained(error, self._kafka, stream, size)
+            self._room.notify_all()
+
+
+def explained(error: Exception, kafka: Kafka, stream: str, size: int) -> SourceError:
+    """What a refusal means and what to do about it."""
+    topic = kafka.topics.frames
+    if isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError):
+        wanted = -(-(size + 2_048) // 65_536) * 65_536
+        return SourceError(
+            f"{stream}: a frame of {size:,} bytes is more than the broker takes for topic {topic}; set the topic's "
+            f"max.message.bytes (kafka-configs.sh --alter --topic {topic} --add-config max.message.bytes={wanted}) and "
+            f"the workers' frames.max_bytes to at least {wanted}, or make frames smaller with --size or --quality"
+        )
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return SourceError(
+        f"the broker at {kafka.bootstrap} did not take frames for topic {topic}: {reason}; see to it and run the same "
+        "command again, it goes on where this one stopped"
+    )
+
+
+@dataclass
+class Player:
+    """Plays the items of one stream, one after another."""
+
+    stream: str
+    items: Iterable[Item]
+    sender: Sender
+    kafka: Kafka
+    wishes: Wishes
+    stop: threading.Event
+    memory: Sent | None = None
+    tally: Tally = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tally = Tally(self.stream)
+        self._news, self._lock = News(), threading.Lock()
+        self._noted = self._began = time.monotonic()
+        self._clock: float | None = None  # when the item in hand began, had it played at its own speed
+
+    def play(self) -> None:
+        """Until the items end, the limit is reached or the run stops. Raises SourceError and UnreachableError."""
+        if self.memory:
+            topic = self.kafka.topics.frames
+            start = self.memory.reached(topic, self.stream)
+            partition = self.sender.partition(self.stream)
+            self.memory.note(topic, self.stream, read_back(self.kafka, partition, self.stream, start))
+        self._began = time.monotonic()
+        for number, item in self._rounds():
+            if self.stop.is_set() or self._enough():
+                break
+            # A round's frames are no item's frames by number: what is read back later must not take them for these.
+            self._play(item, f"{number}." if self.wishes.loop else "")
+
+    def remember(self) -> None:
+        """Write what has been acknowledged."""
+        with self._lock:
+            news, self._news = self._news, News(next_offset=self._news.next_offset)
+        self._noted = time.monotonic()
+        if self.memory and (news.frames or news.done):
+            self.memory.note(self.kafka.topics.frames, self.stream, news)
+
+    def _rounds(self) -> Iterator[tuple[int, Item]]:
+        items = list(self.items) if self.wishes.loop else self.items
+        rounds = 0
+        while True:
+            sent = self.tally.sent
+            for item in items:
+                yield rounds, item
+            if not self.wishes.loop or self.tally.sent == sent:  # a pipe gives its frames once
+                return
+            rounds += 1
+
+    def _play(self, item: Item, round_name: str) -> None:
+        skip = self._sent_before(item) if item.remembered else 0
+        if skip is None:
+            return
+        self._clock = None
+        style = self.wishes.style
+        pictures = _reconnecting(item, style, self.stop) if item.live else item.pictures(style, skip)
+        nothing = True
+        # Of what comes as it is taken, no frame waits for the next one.
+        marked = _knowing_the_last(pictures) if item.remembered else ((picture, False) for picture in pictures)
+        for picture, last in marked:
+            nothing = False
+            if not self._send(item, picture, round_name, last):
+                return
+        if nothing and skip:
+            self._news.done.add(item.name)
+
+    def _sent_before(self, item: Item) -> int | None:
+        """How many frames of an item to pass over; None for all of them."""
+        if self.memory is None:
+            return 0
+        topic = self.kafka.topics.frames
+        if self.wishes.again:
+            self.memory.forget(topic, self.stream, item.name)
+            return 0
+        frames, done = self.memory.frames(topic, self.stream, item.name)
+        self.tally.before += frames
+        return None if done else frames
+
+    def _send(self, item: Item, picture: Picture, round_name: str, last: bool) -> bool:
+        """False where the run ends here."""
+        if not item.live:
+            self._pace(picture)
+        if self.sender.error or self.stop.is_set() or self._enough():
+            return False
+        if not self.sender.make_room(len(picture.content), wait=not item.live):
+            self.tally.dropped += item.live
+            return item.live
+        taken = picture.time if picture.time and not self.wishes.now else datetime.now(UTC)
+
+        def sent(place: Any) -> None:
+            with self._lock:
+                self._news.take(item.name, picture.index, int(place.offset), last)
+
+        self.sender.send(self.stream, item.name, f"{round_name}{picture.index}", picture, taken, sent)
+        self.tally.sent += 1
+        self.tally.bytes += len(picture.content)
+        if time.monotonic() - self._noted > NOTE_EVERY_S:
+            self.remember()
+        return not self._enough()
+
+    def _pace(self, picture: Picture) -> None:
+        """Wait until it is the picture's turn: by its video's clock; where it has none, by `fps`."""
+        fps = self.wishes.style.fps
+        if self.wishes.fast or (picture.at is None and fps is None):
+            return
+        now = time.monotonic()
+        if picture.at is None:
+            due = self._began + self.tally.sent / (fps or 1)
+        else:
+            self._clock = now - picture.at if self._clock is None else self._clock
+            due = self._clock + picture.at
+        self.stop.wait(max(0.0, due - now))
+
+    def _enough(self) -> bool:
+        return self.wishes.limit is not None and self.tally.sent >= self.wishes.limit
+
+
+def _knowing_the_last(pictures: Iterator[Picture]) -> Iterator[tuple[Picture, bool]]:
+    """Each picture, and whether none follows."""
+    held = next(pictures, None)
+    while held is not None:
+        following = next(pictures, None)
+        yield held, following is None
+        held = following
+
+
+def _reconnecting(item: Item, style: Style, stop: threading.Event) -> Iterator[Picture]:
+    """A camera's pictures; once it has shown one, it is waited for when it is gone."""
+    index, pause = 0, FIRST_PAUSE_S
+    while not stop.is_set():
+        try:
+            for picture in item.pictures(style, index):
+                index, pause = picture.index + 1, FIRST_PAUSE_S
+                yield picture
+            return
+        except SourceError as error:
+            if index == 0:
+                raise
+            log.warning("%s; trying again", error)
+        stop.wait(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def produce(
+    config: WorkerConfig, streams: dict[str, Iterable[Item]], wishes: Wishes, state: Path, stop: threading.Event
+) -> list[Tally]:
+    """Play all streams at the same time, a thread each. Raises the first error of any, after all have stopped."""
+    memory = None if wishes.loop else Sent(state, config.kafka.bootstrap)
+    sender = Sender(config, stop)
+    players = [Player(name, items, sender, config.kafka, wishes, stop, memory) for name, items in streams.items()]
+    failures: list[Exception] = []
+
+    def attempt(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - nobody else sees what ends a thread
+            failures.append(error)
+            stop.set()
+
+    # Daemons: a thread that waits for standard input must not keep the process.
+    threads = [threading.Thread(target=attempt, args=(player.play,), daemon=True) for player in players]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive() and not stop.is_set():
+            thread.join(0.1)
+    for thread in threads:
+        thread.join(STOP_PATIENCE_S)
+    attempt(sender.finish)
+    for player in players:
+        attempt(player.remember)
+    sender.close()
+    if memory:
+        memory.close()
+    if failures:
+        raise failures[0]
+    return [player.tally for player in players]

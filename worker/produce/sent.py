@@ -1,0 +1,166 @@
+"""What `driftkeel produce` has sent, in a small file, so that a rerun goes on where the last one stopped.
+
+The file follows the broker's acknowledgements by up to a second. What it missed in a crash is read back from the topic:
+the file knows how far it had got there, and every record names its item and its number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+
+from schemas.config import Kafka
+from schemas.errors import SourceError, UnreachableError
+from schemas.frame import FRAME_TYPE
+from worker.kafka.client import connection, open_client
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS items (
+    topic TEXT, stream TEXT, item TEXT, frames INTEGER NOT NULL, done INTEGER NOT NULL,
+    PRIMARY KEY (topic, stream, item)
+);
+CREATE TABLE IF NOT EXISTS reached (
+    topic TEXT, stream TEXT, next_offset INTEGER NOT NULL, PRIMARY KEY (topic, stream)
+);
+"""
+_ITEM = """
+INSERT INTO items VALUES (?, ?, ?, ?, ?) ON CONFLICT DO UPDATE
+SET frames = max(frames, excluded.frames), done = max(done, excluded.done)
+"""
+_REACHED = """
+INSERT INTO reached VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET next_offset = max(next_offset, excluded.next_offset)
+"""
+
+
+@dataclass
+class News:
+    """What has been acknowledged: frames by item, items of which nothing is left, and the offset after the newest."""
+
+    frames: dict[str, int] = field(default_factory=dict)
+    done: set[str] = field(default_factory=set)
+    next_offset: int = 0
+
+    def take(self, item: str, number: int, offset: int, last: bool = False) -> None:
+        """Add frame `number` of an item."""
+        self.frames[item] = max(self.frames.get(item, 0), number + 1)
+        self.next_offset = max(self.next_offset, offset + 1)
+        if last:
+            self.done.add(item)
+
+
+class Sent:
+    """The file, for any number of streams and threads. Topics are told apart by their broker's address too.
+
+    Raises SourceError where the file cannot be used.
+    """
+
+    def __init__(self, path: Path, broker: str) -> None:
+        self._broker, self._path, self._lock = broker, path, threading.Lock()
+        with self._using():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = sqlite3.connect(path, check_same_thread=False)
+            self._file.executescript(_TABLES)
+
+    def frames(self, topic: str, stream: str, item: str) -> tuple[int, bool]:
+        """How many frames of an item are in the topic, and whether that is all of them."""
+        query = "SELECT frames, done FROM items WHERE topic = ? AND stream = ? AND item = ?"
+        with self._using():
+            row = self._file.execute(query, (self._name(topic), stream, item)).fetchone()
+        return (int(row[0]), bool(row[1])) if row else (0, False)
+
+    def reached(self, topic: str, stream: str) -> int | None:
+        """The offset after the newest known frame of a stream."""
+        query = "SELECT next_offset FROM reached WHERE topic = ? AND stream = ?"
+        with self._using():
+            row = self._file.execute(query, (self._name(topic), stream)).fetchone()
+        return int(row[0]) if row else None
+
+    def note(self, topic: str, stream: str, news: News) -> None:
+        """Write what has been acknowledged."""
+        name = self._name(topic)
+        rows = [(name, stream, item, frames, 0) for item, frames in news.frames.items()]
+        rows += [(name, stream, item, 0, 1) for item in news.done]
+        with self._using(), self._file:
+            self._file.executemany(_ITEM, rows)
+            self._file.execute(_REACHED, (name, stream, news.next_offset))
+
+    def forget(self, topic: str, stream: str, item: str) -> None:
+        """Have an item sent again."""
+        with self._using(), self._file:
+            row = (self._name(topic), stream, item)
+            self._file.execute("DELETE FROM items WHERE topic = ? AND stream = ? AND item = ?", row)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        """One thread at a time, and an error that says what to do."""
+        try:
+            with self._lock:
+                yield
+        except (OSError, sqlite3.Error) as error:
+            raise SourceError(
+                f"{self._path} cannot be used to remember what was sent: {error}; name another with --state"
+            ) from error
+
+    def _name(self, topic: str) -> str:
+        return f"{self._broker}/{topic}"
+
+
+def read_back(kafka: Kafka, partition: int, stream: str, start: int | None) -> News:
+    """What the topic holds of a stream from offset `start` on; where it is None, only where the topic ends now. Raises
+    UnreachableError."""
+    try:
+        return _read_back(kafka, TopicPartition(kafka.topics.frames, partition), stream, start)
+    except (KafkaError, OSError) as error:
+        said = f"the broker at {kafka.bootstrap} does not tell what it has of stream {stream}"
+        raise UnreachableError(f"{said}: {error}") from error
+
+
+def _read_back(kafka: Kafka, place: TopicPartition, stream: str, start: int | None) -> News:
+    consumer = open_client(
+        KafkaConsumer,
+        **connection(kafka),
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        fetch_max_wait_ms=kafka.fetch_max_wait_ms,
+    )
+    news = News()
+    try:
+        consumer.assign([place])
+        end = int(consumer.end_offsets([place])[place])
+        news.next_offset = end if start is None else start
+        if start is None:
+            return news
+        consumer.seek(place, max(start, int(consumer.beginning_offsets([place])[place])))
+        last = time.monotonic()
+        # Some brokers tell an end that is too early: read on until nothing comes.
+        while (records := consumer.poll(timeout_ms=1_000).get(place, [])) or consumer.position(place) < end:
+            for record in records:
+                _take(news, record, stream.encode())
+            if records:
+                last = time.monotonic()
+            elif time.monotonic() - last > kafka.connect_timeout_s:
+                raise UnreachableError(f"the broker at {kafka.bootstrap} does not tell what it has of stream {stream}")
+    finally:
+        consumer.close(autocommit=False)
+    return news
+
+
+def _take(news: News, record: Any, key: bytes) -> None:
+    news.next_offset = max(news.next_offset, record.offset + 1)
+    headers = dict(record.headers)
+    item, number = headers.get("ce_source") or b"", headers.get("ce_id") or b""
+    if record.key == key and headers.get("ce_type") == FRAME_TYPE.encode() and number.isdigit():
+        news.take(item.decode("ascii", "replace"), int(number), record.offset)

@@ -1,0 +1,1 @@
+"""Predictions, update events and dead letters."""

@@ -1,0 +1,74 @@
+"""What the update event of a micro-batch says: the audit trail."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import Any
+
+from schemas.update import UpdateEvent
+from worker.engine.engine import Engine
+from worker.engine.judge import Judgement
+from worker.engine.passes import Outlook, Proposal
+from worker.guard.answer import named
+
+
+def update_event(
+    engine: Engine, worker: str, outlook: Outlook, judgement: Judgement, proposal: Proposal | None
+) -> UpdateEvent:
+    """Of a micro-batch that counts as done with what the judgement leaves; `proposal` where an update was computed."""
+    verdict, before, after = judgement.verdict, outlook.resident.header, judgement.header
+    signals = proposal.signals if proposal else {}
+
+    def signal(name: str) -> float | None:
+        value = signals.get(name)
+        return value if value is not None and math.isfinite(value) else None
+
+    event = UpdateEvent(
+        id=f"{after.stream}@{after.events}",
+        stream=after.stream,
+        time=datetime.now(UTC),
+        decision=verdict.decision,
+        reason=verdict.reason,
+        frames=[str(frame.position) for frame in outlook.batch.frames],
+        step=after.step,
+        loss=signal("loss"),
+        entropy=signal("entropy"),
+        discrepancy=signal("discrepancy"),
+        raw_gradient_norm=signal("raw_gradient_norm"),
+        generated_gradient_norm=signal("generated_gradient_norm"),
+        cosine=signal("cosine"),
+        source_distance=signal("source_distance") if verdict.apply else None,
+        layers=_moved(judgement, proposal),
+        flipped=outlook.observed.flipped if outlook.observed is not None else None,
+        parameters=named(outlook.batch.answer if after.guard.trusted else "source", after),
+        previous=before.last_event,
+        before=engine.estimate(before),
+        after=engine.estimate(after),
+        token=outlook.resident.token,
+        bundle=engine.bundle_hash,
+        worker=worker,
+    )
+    return event.model_copy(update=_way_back(engine, judgement)) if verdict.back else event
+
+
+def _moved(judgement: Judgement, proposal: Proposal | None) -> dict[str, float]:
+    """How far each layer moved by an update that was accepted, whole or in part."""
+    verdict = judgement.verdict
+    if proposal is None or not verdict.apply:
+        return {}
+    return {layer: float(f"{verdict.share * moved:.4g}") for layer, moved in proposal.layers.items()}
+
+
+def _way_back(engine: Engine, judgement: Judgement) -> dict[str, Any]:
+    """What the event says of going back: where to, and how far each layer moves by it."""
+    source, restored = engine.like["affine"], judgement.went_back_to
+    affine = source if restored is None else restored[1]["affine"]
+    now = engine.tensors(judgement.header.stream)["affine"]
+    said: dict[str, Any] = {
+        "source_distance": float((affine - source).norm()),
+        "layers": engine.distances(now[None], affine[None])[0],
+    }
+    if restored is not None:
+        said["reason"] = f"{judgement.verdict.reason}; to the snapshot of step {restored[0].header.step}"
+    return said

@@ -1,0 +1,104 @@
+"""Dead letters, sent by a thread of their own: no frame waits for a topic that takes none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future, wait
+from functools import partial
+from typing import Any
+
+from schemas.errors import FrameError
+from schemas.frame import Position
+from worker.consume.offsets import Partition
+from worker.publish.publisher import Publisher
+
+Bad = tuple[Any, FrameError]  # a record, and why it is no frame
+MAX_BYTES = 16 << 20  # of records that wait, above which no more are to be taken in
+OVERHEAD = 1_000  # bytes of a record beside what is in it
+
+
+class Letters:
+    """Sends what it is given, in order, by a publisher that is nobody else's. Belongs to the worker's loop."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self._publisher = publisher
+        self._waiting: list[Bad] = []
+        self._under_way: list[Bad] = []
+        self._sent: Future[None] | None = None
+        self._bytes = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits that no more should be taken in."""
+        return self._bytes > MAX_BYTES
+
+    def send(self, bad: list[Bad]) -> None:
+        """Returns at once."""
+        self._waiting += bad
+        self._bytes += _size(bad)
+        self._begin()
+
+    def arrived(self, patience_s: float = 0.0) -> list[Position]:
+        """Records that are in their topic, or given up, since the last call; with patience, after a wait for all.
+
+        Raises UnreachableError where the broker is away and the worker is to stop.
+        """
+        found: list[Position] = []
+        until = time.monotonic() + patience_s
+        while self._sent is not None:
+            wait([self._sent], max(0.0, until - time.monotonic()))
+            if not self._sent.done() or (found and self._sent.exception()):
+                break  # The next call says why.
+            self._sent.result()
+            found += [position_of(record) for record, _ in self._under_way]
+            self._bytes = _size(self._waiting)
+            self._under_way, self._sent = [], None
+            self._begin()
+        return found
+
+    def drop(self, partition: Partition) -> None:
+        """Forget the records of a partition: if they are read again they are bad again."""
+        self._waiting, self._under_way = (
+            [bad for bad in some if (bad[0].topic, bad[0].partition) != partition]
+            for some in (self._waiting, self._under_way)
+        )
+
+    def close(self) -> None:
+        """What is still under way is a dead letter again for whoever reads the partition next."""
+        if self._sent is None or self._sent.done():
+            self._publisher.close()
+
+    def _begin(self) -> None:
+        if self._sent is None and self._waiting:
+            self._under_way, self._waiting = self._waiting, []
+            self._sent = Future()
+            # Not of a pool, whose threads the process waits for at its end.
+            send = partial(self._deliver, self._under_way, self._sent)
+            threading.Thread(target=send, name="letters", daemon=True).start()
+
+    def _deliver(self, bad: list[Bad], sent: Future[None]) -> None:
+        try:
+            for record, error in bad:
+                self._publisher.dead_letter(record, error)
+            self._publisher.settle(lambda: None)
+        except Exception as error:  # noqa: BLE001 - raised in the loop
+            sent.set_exception(error)
+        else:
+            sent.set_result(None)
+
+
+def position_of(record: Any) -> Position:
+    """Where a record of the client's lies."""
+    return Position(record.topic, record.partition, record.offset)
+
+
+def _size(bad: list[Bad]) -> int:
+    """Bytes that records and their messages take, at least."""
+    return sum(
+        OVERHEAD
+        + len(record.key or b"")
+        + len(record.value or b"")
+        + sum(len(value or b"") for _, value in record.headers)
+        for record, _ in bad
+    )

@@ -1,0 +1,261 @@
+"""Predictions, update events and dead letters to Kafka, acknowledged before anything depends on them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from kafka import KafkaProducer
+from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
+
+from schemas.config import Kafka
+from schemas.errors import FrameError, UnreachableError
+from schemas.prediction import PREDICTION_TYPE
+from schemas.update import UPDATE_TYPE, SealedEvent
+from worker.kafka.answer import last_answer
+from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, connection, open_client, until_reached
+from worker.kafka.send import can_follow, follow
+
+log = logging.getLogger("driftkeel.publish")
+ACKNOWLEDGE_TIMEOUT_S = 30.0
+STOP_PATIENCE_S = 5.0  # who is told to stop gives up on a broker that answers nothing for so long
+LOOK_S = 0.1
+MAX_REQUEST_BYTES = 64 << 20
+MAX_BLOCK_MS = 10_000
+PATIENT_ROUNDS = 5  # with growing pauses, each with a producer that has reached the broker
+IMPATIENT_ROUNDS, IMPATIENT_S = 2, 300.0  # once a dead letter was given up, for so long
+
+
+class Message(NamedTuple):
+    """A record to send. `expendable`: given up where the broker refuses it for good, rather than tried for ever."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes]]
+    expendable: bool = False
+
+    @property
+    def without_value(self) -> Message:
+        """The same with its value dropped; a header keeps its size."""
+        headers = [*self.headers, ("driftkeel-value-dropped", str(len(self.value or b"")).encode())]
+        return self._replace(value=b"", headers=headers)
+
+
+class Answer(NamedTuple):
+    """A `schemas.prediction.Prediction` as bytes, and what its headers say; `time` is event time, ISO 8601."""
+
+    frame_id: str
+    time: str
+    content: bytes
+    traceparent: str | None
+
+
+class Publisher:
+    """An idempotent producer. `send` returns at once; `settle` waits until everything sent is acknowledged."""
+
+    def __init__(
+        self,
+        settings: Kafka,
+        worker: str,
+        stop: threading.Event,
+        failed: Callable[[str], object] = str,
+        stop_patience_s: float = STOP_PATIENCE_S,
+    ) -> None:
+        """`failed` hears of every round in which the broker did not take all or was not there, to count them."""
+        self._settings, self._worker, self._stop, self._failed = settings, worker, stop, failed
+        self._stop_patience_s, self._gave_up = stop_patience_s, False
+        self._waiting: list[tuple[Message, Any]] = []
+        self._prediction_headers = self._event_headers(PREDICTION_TYPE)
+        self._update_headers = self._event_headers(UPDATE_TYPE)
+        self._away: KafkaError | None = None
+        self._impatient_until = 0.0
+        what = f"the broker at {settings.bootstrap}"
+        self._producer = until_reached(self._make, what, settings.connect_timeout_s, stop)
+
+    def _make(self) -> Any:
+        return open_client(
+            KafkaProducer,
+            **connection(self._settings),
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=2,
+            batch_size=64 << 10,
+            max_request_size=MAX_REQUEST_BYTES,
+            delivery_timeout_ms=int(ACKNOWLEDGE_TIMEOUT_S * 1000),
+            request_timeout_ms=10_000,
+            max_block_ms=MAX_BLOCK_MS,
+            allow_auto_create_topics=False,
+        )
+
+    def send(self, message: Message) -> None:
+        """Hand a message to the client."""
+        self._waiting.append((message, self._try_send(message)))
+
+    def settle(self, keep_alive: Callable[[], object]) -> None:
+        """Wait until all that was sent is acknowledged, however long the broker stays away.
+
+        A dead letter that a broker within reach does not take (no permission, no topic) is given up, with an error in
+        the log: the record itself is still in its topic. For some minutes further ones are given up sooner. Raises
+        UnreachableError only once the worker is to stop.
+        """
+        pause, rounds = FIRST_PAUSE_S, 0
+        while self._waiting:
+            rounds += 1
+            most = PATIENT_ROUNDS if time.monotonic() > self._impatient_until else IMPATIENT_ROUNDS
+            failed, reason = self._unacknowledged(patient=rounds < most)
+            if not failed:
+                return
+            self._failed("publish")
+            if self._stop.is_set():
+                self._gave_up = True
+                raise UnreachableError(f"the broker at {self._settings.bootstrap} did not answer: {reason}")
+            log.warning(
+                "%d records not acknowledged by the broker at %s (%s); sending again",
+                len(failed),
+                self._settings.bootstrap,
+                reason,
+            )
+            self._wait(pause, keep_alive)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+            self._renew(keep_alive)
+            for message in failed:
+                self.send(message)
+
+    def _unacknowledged(self, patient: bool) -> tuple[list[Message], KafkaError | None]:
+        """Wait for every answer; what has to be sent again, and one reason why."""
+        failed: list[Message] = []
+        reason: KafkaError | None = None
+        since = time.monotonic()
+        for message, future in self._waiting:
+            error = future if isinstance(future, KafkaError) else self._outcome(future, since)
+            if error is None:
+                continue
+            if message.expendable and message.value and isinstance(error, MessageSizeTooLargeError):
+                message = message.without_value
+            elif message.expendable and not (error.retriable and patient):
+                origin = [text for name, text in message.headers if name.startswith("driftkeel-")]
+                log.error("a dead letter is given up, the broker does not take it (%s); it was %s", error, origin)
+                if error.retriable:
+                    self._impatient_until = time.monotonic() + IMPATIENT_S
+                continue
+            failed.append(message)
+            reason = error
+        self._waiting = []
+        return failed, reason
+
+    def _outcome(self, future: Any, since: float) -> KafkaError | None:
+        """Wait for an answer. `since`: when the wait for the first of them began."""
+        until = time.monotonic() + ACKNOWLEDGE_TIMEOUT_S
+        while not (future.is_done or time.monotonic() > until or self._gives_up(since)):
+            with contextlib.suppress(KafkaError):
+                future.get(timeout=LOOK_S)
+        if not future.is_done:
+            return KafkaTimeoutError("no acknowledgement")
+        try:
+            future.get()
+        except KafkaError as error:
+            failure: KafkaError = error
+            return failure
+        return None
+
+    def _gives_up(self, since: float) -> bool:
+        """Whether we are to stop, and the broker has answered nothing for a while."""
+        if not self._stop.is_set():
+            return False
+        return time.monotonic() - max(since, last_answer(self._producer)) > self._stop_patience_s
+
+    def _renew(self, keep_alive: Callable[[], object]) -> None:
+        """A new producer: indefinite errors leave an idempotent one in a state of its own."""
+        self._producer.close(timeout=0)
+        bootstrap, pause = self._settings.bootstrap, FIRST_PAUSE_S
+        while True:
+            try:
+                self._producer = self._make()
+                break
+            except (KafkaError, OSError) as error:
+                self._failed("publish")
+                if self._stop.is_set():
+                    raise UnreachableError(f"the broker at {bootstrap} did not answer: {error}") from error
+                log.warning("the broker at %s does not answer (%s); trying again in %.1f s", bootstrap, error, pause)
+            self._wait(pause, keep_alive)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+        self._away = None
+        if pause > FIRST_PAUSE_S:
+            log.info("the broker at %s answers again", bootstrap)
+
+    def _wait(self, seconds: float, keep_alive: Callable[[], object]) -> None:
+        resume = time.monotonic() + seconds
+        while time.monotonic() < resume and not self._stop.is_set():
+            keep_alive()
+            self._stop.wait(min(0.05, seconds))
+
+    def predictions(self, stream: bytes, answers: Iterable[Answer]) -> None:
+        """Answers for frames of one stream."""
+        topic, first = self._settings.topics.predictions, None
+        for answer in answers:
+            about = [("ce_id", answer.frame_id.encode()), ("ce_time", answer.time.encode())]
+            if answer.traceparent:
+                about.append(("traceparent", answer.traceparent.encode()))
+            message = Message(topic, stream, answer.content, self._prediction_headers + about)
+            sent = self._try_send(message, first)
+            self._waiting.append((message, sent))
+            first = first or sent
+
+    def update(self, sealed: SealedEvent) -> None:
+        """An update event, as sealed for the audit chain."""
+        event = sealed.event
+        headers = [*self._update_headers, ("ce_id", event.id.encode()), ("ce_time", event.time.isoformat().encode())]
+        self.send(Message(self._settings.topics.updates, event.stream.encode(), sealed.content, headers))
+
+    def dead_letter(self, record: Any, error: FrameError) -> None:
+        """The record as it was, with the reason in extra headers."""
+        reasons = {
+            "driftkeel-error-class": error.kind,
+            "driftkeel-error-message": str(error)[:1_000],
+            "driftkeel-topic": record.topic,
+            "driftkeel-partition": str(record.partition),
+            "driftkeel-offset": str(record.offset),
+            "driftkeel-worker": self._worker,
+        }
+        # Kafka allows a header without a value; the client's sender does not.
+        headers = [(name, value or b"") for name, value in record.headers]
+        headers += [(name, text.encode()) for name, text in reasons.items()]
+        # The client sends no record that has neither key nor value.
+        value = b"" if record.key is None and not record.value else record.value
+        self.send(Message(self._settings.topics.dead_letters, record.key, value, headers, expendable=True))
+
+    def close(self) -> None:
+        """Whatever is not acknowledged by now is published again by the streams' next owner."""
+        try:
+            self._producer.close(timeout=0 if self._gave_up else 5)
+        except KafkaTimeoutError as error:
+            log.warning("left before the broker had acknowledged everything: %s", error)
+
+    def _try_send(self, message: Message, leader: Any = None) -> Any:
+        """The client's future, or the error that it met at once. `leader` is what came of a message of the same key to
+        the same topic."""
+        if self._away is not None:
+            return self._away  # Each further try would wait for the broker as long as the first.
+        try:
+            if can_follow(leader):
+                return follow(self._producer, leader, message.key, message.value, message.headers)
+            return self._producer.send(message.topic, value=message.value, key=message.key, headers=message.headers)
+        except KafkaTimeoutError as error:
+            self._away = error
+            return error
+        except KafkaError as error:
+            return error
+
+    def _event_headers(self, kind: str) -> list[tuple[str, bytes]]:
+        """CloudEvents 1.0, Kafka binding, binary mode: what all events of a kind share."""
+        return [
+            ("ce_specversion", b"1.0"),
+            ("ce_type", kind.encode()),
+            ("ce_source", f"driftkeel/{self._worker}".encode()),
+            ("content-type", b"application/json"),
+        ]

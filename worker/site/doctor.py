@@ -1,0 +1,191 @@
+"""`driftkeel doctor`: what a worker with this configuration would meet, and what to do about it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import redis.exceptions
+from kafka import KafkaAdminClient, KafkaConsumer
+from kafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError
+
+from schemas.config import WorkerConfig
+from schemas.errors import DriftkeelError
+from worker.consume.short_logs import REMEDY
+from worker.engine.device import EXPERIMENTAL, described, site_device
+from worker.kafka.client import connection, open_client
+from worker.site.bundle import site_bundle
+from worker.site.folder import LOOPBACK
+from worker.site.positions import short_logs
+from worker.store.client import connect
+from worker.store.store import StateStore, Write
+from worker.streams.upgrade import identified
+
+Level = Literal["ok", "warning", "failed"]
+NEARLY_FULL = 0.9
+OLDEST_REDIS = (6, 2)
+PACKAGES = {"snappy": "python-snappy"}  # where the module has another name
+_NOBODY = "driftkeel-doctor"
+_FOR_A_TRY = " ('driftkeel local' starts both for a first try)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: what was looked at, how it is, and what to do where it is not well."""
+
+    subject: str
+    level: Level
+    text: str
+
+
+def examine(config: WorkerConfig) -> Iterator[Finding]:
+    """All checks, in the order in which a worker would need them."""
+    for check in (_versions, _device, _bundle, _store, _broker, _folded):
+        try:
+            yield from check(config)
+        except (DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError) as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            yield Finding(check.__name__.strip("_"), "failed", f"{text}{_remedy(check, error, config)}")
+
+
+def _remedy(check: Callable[..., object], error: Exception, config: WorkerConfig) -> str:
+    """What to do about somebody who does not answer; other errors say it themselves."""
+    trial = _FOR_A_TRY if config.kafka.bootstrap.rpartition(":")[0] in LOOPBACK else ""
+    if check is _broker and isinstance(error, KafkaConnectionError | KafkaTimeoutError):
+        return f"; start the broker, or correct kafka.bootstrap, which is {config.kafka.bootstrap}{trial}"
+    if check is _store and isinstance(error.__cause__, redis.exceptions.ConnectionError):
+        return f"; start the store, or correct store.url{trial}"
+    return ""
+
+
+def _versions(config: WorkerConfig) -> Iterator[Finding]:
+    names = ("torch", "kafka-python", "redis", "pydantic")
+    yield Finding("versions", "ok", ", ".join(f"{name} {version(name)}" for name in names))
+    missing = {
+        "crc32c": "Kafka traffic is forty times slower",
+        "hiredis": "large states load several times slower",
+        "lz4": "a frame that its sender has compressed with it ends the worker",
+        "snappy": "a frame that its sender has compressed with it ends the worker",
+        "zstandard": "a frame that its sender has compressed with it ends the worker",
+    }
+    for package, cost in missing.items():
+        if importlib.util.find_spec(package) is None:
+            yield Finding(
+                "versions",
+                "warning",
+                f"{package} is not installed: {cost}; pip install {PACKAGES.get(package, package)}",
+            )
+
+
+def _device(config: WorkerConfig) -> Iterator[Finding]:
+    if config.device != "cpu":
+        device = site_device(config.device)
+        yield Finding("device", "warning", f"{described(device)}: {EXPERIMENTAL}")
+
+
+def _bundle(config: WorkerConfig) -> Iterator[Finding]:
+    bundle = site_bundle(config)
+    text = f"{bundle.manifest.name} {bundle.hash}, {len(bundle.labels)} labels, every hash matches"
+    yield Finding("bundle", "ok", text)
+    for folder in config.bundle.previous:
+        found, _ = identified(folder)
+        yield Finding("bundle", "ok", f"streams of {found} may be carried over")
+
+
+def _store(config: WorkerConfig) -> Iterator[Finding]:
+    store = StateStore(config.store)
+    store.ping()
+    yield Finding("store", "ok", f"{config.store.address} answers")
+    # A round of what workers do, on a stream of its own, shows permissions as well as reachability.
+    (claimed,) = store.claim([_NOBODY], config.worker)
+    store.write([Write(_NOBODY, claimed.token, 1, b"{}", b"", b"tensors", snapshot=b"{}")])
+    store.overview([_NOBODY])
+    store.marks(config.kafka.group, [])
+    client = connect(config.store)
+    client.delete(*store.keys(_NOBODY))
+    yield Finding("store", "ok", "states can be claimed, written and read")
+    yield _room(config, store.count())
+    yield _server_version(client)
+    settings = {
+        "appendonly": ("yes", "a restart of the store loses all states"),
+        "maxmemory-policy": ("noeviction", "the store may throw states away when memory is short"),
+    }
+    for name, (wanted, cost) in settings.items():
+        found = _server_setting(client, name)
+        if found is not None and found != wanted:
+            yield Finding("store", "warning", f"{name} is {found}: {cost}; set it to {wanted}")
+    client.close()
+    store.close()
+
+
+def _room(config: WorkerConfig, streams: int) -> Finding:
+    most = config.store.max_streams
+    text = f"{streams} streams, of at most {most} (store.max_streams)"
+    if streams < NEARLY_FULL * most:
+        return Finding("store", "ok", text)
+    return Finding("store", "warning", f"{text}: delete those that are no cameras, or raise it and the store's memory")
+
+
+def _server_version(client: Any) -> Finding:
+    try:
+        found = str(client.info("server").get("redis_version", ""))
+        old = bool(found) and tuple(int(part) for part in found.split(".")[:2]) < OLDEST_REDIS
+    except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, ValueError, AttributeError):
+        return Finding("store", "ok", "its version is not told; Redis 6.2 or newer is needed")
+    if old:
+        return Finding("store", "warning", f"Redis {found} is older than 6.2, with which nothing is tested; update it")
+    return Finding("store", "ok", f"speaks as Redis {found}")
+
+
+def _server_setting(client: Any, name: str) -> str | None:
+    """None where the server does not tell: managed ones often refuse, and a Cluster answers per node."""
+    try:
+        found = client.config_get(name).get(name)
+    except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _broker(config: WorkerConfig) -> Iterator[Finding]:
+    kafka = config.kafka
+    admin = open_client(KafkaAdminClient, **connection(kafka))
+    try:
+        known = set(admin.list_topics())
+    finally:
+        admin.close()
+    yield Finding("broker", "ok", f"{kafka.bootstrap} answers, {len(known)} topics")
+    topics = kafka.topics
+    for topic in (topics.frames, topics.predictions, topics.updates, topics.dead_letters):
+        if topic not in known:
+            yield Finding("broker", "failed", f"topic {topic} is missing; create it, or correct kafka.topics")
+    if topics.commands not in known:
+        text = f"topic {topics.commands} is missing: workers run, and take no commands; create it with one partition"
+        yield Finding("broker", "warning", f"{text} and retention.ms=-1")
+    if topics.frames in known:
+        yield _partitions(kafka, topics.frames)
+
+
+def _folded(config: WorkerConfig) -> Iterator[Finding]:
+    """Whether broker and store belong together. Nothing is said where one of them is away: that was said before."""
+    store = StateStore(config.store)
+    with contextlib.suppress(DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError):
+        short = short_logs(config.kafka, store)
+        for partition, found in sorted(short.items()):
+            yield Finding("positions", "failed", f"{found.described(partition)}; {REMEDY}")
+        if not short:
+            yield Finding("positions", "ok", "no partition ends before what the store says was read of it")
+    store.close()
+
+
+def _partitions(kafka: Any, topic: str) -> Finding:
+    consumer = open_client(KafkaConsumer, **connection(kafka))
+    try:
+        count = len(consumer.partitions_for_topic(topic) or ())
+    finally:
+        consumer.close(autocommit=False)
+    text = f"topic {topic} has {count} partition{'s' if count != 1 else ''}: at most {count} workers share it"
+    return Finding("broker", "ok" if count > 1 else "warning", text)

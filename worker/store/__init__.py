@@ -1,0 +1,1 @@
+"""Stream states in Redis: claimed by token, written as one with their position."""

@@ -1,0 +1,124 @@
+"""What the store runs as one: Lua scripts for `worker.store.store`, which says what the keys are."""
+
+from __future__ import annotations
+
+# The first key that no worker wrote, as {key, type}. The scripts below are given a stream's keys in this order.
+# A token has at most 15 digits: more are no number that Lua can tell from the next, and in the end none to be raised.
+_FOREIGN = """
+local function is_token(text)
+  return string.match(text, '^[1-9]%d*$') and #text <= 15
+end
+local function foreign()
+  local types = {'hash', 'string', 'list', 'string', 'string'}
+  for i, key in ipairs(KEYS) do
+    local found = redis.call('TYPE', key)['ok']
+    if found ~= 'none' and found ~= types[i] then return {key, found} end
+  end
+  local token = redis.call('HGET', KEYS[1], 'token') or ''
+  if not is_token(token) and redis.call('EXISTS', KEYS[1]) == 1 then
+    return {KEYS[1], 'hash without a token'}
+  end
+end
+local strange = foreign()
+"""
+
+# ARGV: owner, 'any', or 'known' where a new stream is not to begin, or 'last' where the stream is about to be deleted.
+# A store that is full refuses a script whose first write may need memory, and only the first: so 'last' goes through.
+CLAIM = (
+    _FOREIGN
+    + """
+if strange then return strange end
+if ARGV[2] ~= 'any' and redis.call('EXISTS', KEYS[1]) == 0 then return {0, false, false, false, false} end
+if ARGV[2] == 'last' then redis.call('HDEL', KEYS[1], 'written') end
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  local last = redis.call('GET', KEYS[5])
+  local number, event = string.match(last or '', '^(%d+)\\n?(.*)$')
+  if number and is_token(number) then redis.call('HSET', KEYS[1], 'token', number) end
+  if event and event ~= '' then redis.call('HSET', KEYS[1], 'event', event) end
+  redis.call('DEL', KEYS[5])
+end
+local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
+redis.call('HSET', KEYS[1], 'owner', ARGV[1])
+redis.call('HDEL', KEYS[1], 'written')
+local stored = redis.call('HMGET', KEYS[1], 'header', 'event')
+return {token, stored[1], redis.call('GET', KEYS[2]), stored[2], redis.call('GET', KEYS[4])}
+"""
+)
+
+READ = (
+    _FOREIGN
+    + """
+if strange then return strange end
+local stored = redis.call('HMGET', KEYS[1], 'token', 'header', 'event')
+return {tonumber(stored[1]) or 0, stored[2], redis.call('GET', KEYS[2]), stored[3], redis.call('GET', KEYS[4])}
+"""
+)
+
+OVERVIEW = (
+    _FOREIGN
+    + """
+if strange then return strange end
+local stored = redis.call('HMGET', KEYS[1], 'token', 'owner', 'header')
+local sizes = {redis.call('STRLEN', KEYS[2]), redis.call('LLEN', KEYS[3])}
+return {tonumber(stored[1]) or 0, stored[2], stored[3], sizes[1], sizes[2]}
+"""
+)
+
+# ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep, number,
+# approved or '', '1' where those that are there have to stay, number of the write that these are of or ''. Returns 1
+# where it is written, 0 where it is refused, 2 where what should stay is not there, or the store has lost that write.
+# Types are looked at where this would write only: the claim has seen all of them, and each look costs microseconds.
+WRITE = """
+local function taken(i, kind)
+  local found = redis.call('TYPE', KEYS[i])['ok']
+  return found ~= 'none' and found ~= kind
+end
+local stored = redis.pcall('HMGET', KEYS[1], 'token', 'written')
+if stored['err'] or stored[1] ~= ARGV[1] then return 0 end
+if stored[2] == ARGV[8] then return 1 end
+if stored[2] and tonumber(stored[2]) > tonumber(ARGV[8]) then return 0 end
+if ARGV[4] ~= '' and taken(2, 'string') or ARGV[9] ~= '' and taken(4, 'string') then return 0 end
+if (ARGV[6] ~= '' or ARGV[5] ~= '0') and taken(3, 'list') then return 0 end
+if ARGV[4] == '' and redis.call('EXISTS', KEYS[2]) == 0 then return 2 end
+if ARGV[10] == '1' and redis.call('EXISTS', KEYS[4]) == 0 then return 2 end
+if (ARGV[4] == '' or ARGV[10] == '1') and ARGV[11] ~= '' and (stored[2] or '0') ~= ARGV[11] then return 2 end
+redis.call('HSET', KEYS[1], 'header', ARGV[2], 'event', ARGV[3], 'written', ARGV[8])
+if ARGV[4] ~= '' then redis.call('SET', KEYS[2], ARGV[4]) end
+if ARGV[9] ~= '' then redis.call('SET', KEYS[4], ARGV[9]) end
+if ARGV[6] ~= '' then
+  redis.call('LPUSH', KEYS[3], ARGV[6])
+  redis.call('LTRIM', KEYS[3], 0, ARGV[7] - 1)
+end
+if ARGV[5] == '0' then
+  redis.call('PERSIST', KEYS[2])
+  redis.call('PERSIST', KEYS[3])
+else
+  redis.call('EXPIRE', KEYS[2], ARGV[5])
+  redis.call('EXPIRE', KEYS[3], ARGV[5])
+end
+return 1
+"""
+
+# ARGV: token, last event. What frees memory goes first: see CLAIM.
+DELETE = (
+    _FOREIGN
+    + """
+if strange then return 0 end
+if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3], KEYS[4])
+redis.call('SET', KEYS[5], ARGV[1] .. '\\n' .. ARGV[2])
+return 1
+"""
+)
+
+# KEYS: a partition's mark. False where there is none; empty where something else is there.
+MARK = """
+local found = redis.pcall('GET', KEYS[1])
+return type(found) == 'table' and '' or found
+"""
+
+# Nothing where something else is there.
+END = """
+local found = redis.pcall('HMGET', KEYS[1], 'header', 'event')
+return found['err'] and {false, false} or found
+"""

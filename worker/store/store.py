@@ -1,0 +1,379 @@
+"""Stream states in Redis: claimed by token, written together with their position, in one atomic script.
+
+A stream has four keys, which share a hash tag and so lie on one node of a Cluster:
+
+    {prefix}:{stream}            hash: token, owner, header, event
+    {prefix}:{stream}:tensors    the tensors, which may expire when the stream is idle
+    {prefix}:{stream}:snapshots  list of earlier states, newest first
+    {prefix}:{stream}:approved   parameters that a person approved, where one did
+
+A stream that was deleted leaves {prefix}:{stream}:deleted, its last token and its last event: tokens and the chain of
+events go on from there.
+
+A partition has one, {prefix}:mark:{group}/{topic}/{partition}: all of its frames before this offset are in the states.
+Where Kafka's committed offset is further, the store has lost what it knew, by a crash or from a backup.
+
+A claim raises the token; a write is taken only with the newest token. A worker that was paused while another took its
+streams over (a zombie) is so refused. Writes under one token are numbered: one that comes twice, because its answer was
+lost, counts once, and one that comes late, because a broken connection still held it, cannot undo a newer one. The last
+update event lies beside the state, so that a crash between writing the state and publishing the event cannot lose it.
+The header stays when tensors expire: an idle stream restarts from source and can say so. A worker that still has it in
+memory is asked for the tensors again, as no header may say more than the tensors beside it. So it is for parameters
+that the header calls approved, and where the store has lost the write that left either there.
+
+Where one of a stream's keys is of another type, somebody else put it there. No script touches such a stream.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, Literal, TypeVar
+from urllib.parse import quote, unquote
+
+import redis
+import redis.exceptions
+
+from schemas.config import Store as StoreSettings
+from schemas.errors import StateError, UnreachableError
+from worker.consume.offsets import Partition
+from worker.store import scripts as scripts
+from worker.store.client import connect
+from worker.store.compress import unpack
+
+log = logging.getLogger("driftkeel.store")
+Result = TypeVar("Result")
+Which = Literal["any", "known", "last"]
+KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """A claim, and what was stored: header is None for a stream never written, `packed` (its tensors) also for an
+    expired one.
+
+    `foreign` says what lies under one of the stream's keys that no worker wrote; then nothing is claimed, token is 0.
+    So it is for a new stream where only known ones were to be claimed.
+
+    Tensors are unpacked where they are asked for, and not kept: a small value may become `max_bytes`, and those of
+    many streams that are claimed at once would fill the memory.
+    """
+
+    token: int
+    header: bytes | None
+    packed: bytes | None
+    event: bytes | None
+    packed_approved: bytes | None = None
+    foreign: str = ""
+    max_bytes: int = 0
+
+    @property
+    def tensors(self) -> bytes | None:
+        """The stream's tensors as a safetensors file, unpacked."""
+        return self.packed and unpack(self.packed, self.max_bytes)
+
+    @property
+    def approved(self) -> bytes | None:
+        """The same of parameters that a person approved."""
+        return self.packed_approved and unpack(self.packed_approved, self.max_bytes)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """A stream in short: who claimed it last, its header, the bytes of its tensors, how many snapshots it has.
+
+    `foreign` as in `Claimed`.
+    """
+
+    token: int
+    owner: str
+    header: bytes | None
+    tensor_bytes: int
+    snapshots: int
+    foreign: str = ""
+
+
+@dataclass(frozen=True)
+class Write:
+    """A state to write. `tensors` None leaves the stored ones as they are, and so does `approved`; where the header is
+    nothing without these, `keeps_approved`. `after`: the number of the write that left them there, 0 where the claim
+    found them; None where that does not matter.
+
+    `snapshot` keeps these tensors for rollback, under what it says of them. `number` grows from write to write of a
+    stream; tensors are as `pack` gave them.
+    """
+
+    stream: str
+    token: int
+    number: int
+    header: bytes
+    event: bytes
+    tensors: bytes | None
+    snapshot: bytes | None = None
+    approved: bytes | None = None
+    keeps_approved: bool = False
+    after: int | None = None
+
+
+class StateStore:
+    """The store's client. Its methods raise UnreachableError where the store does not answer."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        self._settings = settings
+        self._client: Any = None
+        self._opened = self._noticed = 0
+
+    def keys(self, stream: str) -> list[str]:
+        """The stream's keys; the braces make its name their hash tag."""
+        base = f"{self._settings.prefix}:{{{quote(stream, safe='')}}}"
+        return [base, f"{base}:tensors", f"{base}:snapshots", f"{base}:approved"]
+
+    def _all_keys(self, stream: str) -> list[str]:
+        keys = self.keys(stream)
+        return [*keys, f"{keys[0]}:deleted"]
+
+    def reconnected(self) -> bool:
+        """Whether connections were opened since the last call, but for the very first.
+
+        Behind a new connection may be a store that crashed and lost its last writes, or another one.
+        """
+        noticed, self._noticed = self._noticed, self._opened
+        return 0 < noticed < self._opened
+
+    def ping(self) -> None:
+        self._reach(lambda client: client.ping())
+
+    def claim(self, streams: list[str], owner: str, which: Which = "any") -> list[Claimed]:
+        """Take over streams, in order. Where only `known` ones are wanted, new ones are not begun: their token is 0.
+
+        `last`: known ones that are about to be deleted, which a store without memory takes, too.
+        """
+        return self._claimed(scripts.CLAIM, [(self._all_keys(stream), [owner, which]) for stream in streams])
+
+    def write(self, writes: list[Write]) -> list[bool | None]:
+        """Write states, in order; False where another worker has claimed the stream since.
+
+        None where nothing was written, because tensors or approved parameters that should stay as they are, are gone,
+        or older than the write they should be of: the store has lost its last writes.
+        """
+        calls = [(self.keys(w.stream), self._arguments(w)) for w in writes]
+        return [None if outcome == 2 else bool(outcome) for outcome in self._scripts(scripts.WRITE, calls)]
+
+    def delete(self, stream: str, token: int, event: bytes) -> bool:
+        """Remove a stream's keys, and keep its last event; False where it was claimed after `token`.
+
+        Whoever had it before finds the next write refused.
+        """
+        return bool(self._scripts(scripts.DELETE, [(self._all_keys(stream), [token, event])])[0])
+
+    def deleted(self, stream: str) -> bytes | None:
+        """The last event of a stream that was deleted; None where none was, or it has begun anew."""
+        content: bytes | None = self._reach(lambda client: client.get(self._all_keys(stream)[-1]))
+        return content and content.partition(b"\n")[2]
+
+    def deleted_streams(self) -> Iterator[str]:
+        """All streams that were deleted and have not begun anew, in no order."""
+        return chain.from_iterable(self._named("}:deleted"))
+
+    def read(self, stream: str) -> Claimed:
+        """What is stored, without claiming it. The token is 0 for an unknown stream."""
+        (found,) = self._claimed(scripts.READ, [(self.keys(stream), [])])
+        return found
+
+    def overview(self, streams: list[str]) -> list[Overview]:
+        """What is stored, in order, without the tensors themselves."""
+        rows = self._scripts(scripts.OVERVIEW, [(self.keys(stream), []) for stream in streams])
+        return [
+            Overview(0, "", None, 0, 0, said)
+            if (said := self._foreign(row))
+            else Overview(row[0], (row[1] or b"").decode(errors="replace"), *row[2:])
+            for row in rows
+        ]
+
+    def snapshots(self, stream: str) -> list[tuple[bytes, bytes]]:
+        """Kept states as (what was said of them, packed tensors), newest first. Raises StateError where nothing such
+        is."""
+        key = self.keys(stream)[2]
+        try:
+            packed = self._reach(lambda client: client.lrange(key, 0, -1))
+        except UnreachableError as error:
+            if str(error.__cause__).startswith("WRONGTYPE"):
+                raise StateError(f"key {key} in the store is no list of snapshots: no worker wrote it") from error
+            raise
+        return [_split(content) for content in packed]
+
+    def count(self) -> int:
+        """How many streams have a state."""
+        return sum(map(len, self.pieces()))
+
+    def streams(self) -> Iterator[str]:
+        """All streams that have a state, in no order."""
+        return chain.from_iterable(self.pieces())
+
+    def pieces(self) -> Iterator[list[str]]:
+        """The same, some hundred at a time, each of them by one short request.
+
+        A stream that is there all the while comes once or, seldom, twice. After UnreachableError there are no more.
+        """
+        return self._named("}")
+
+    def ends(self) -> Iterator[tuple[str, bytes | None, bytes]]:
+        """All streams that have a state: name, header, and the last events, which lie beside it, one a line."""
+        for streams in self.pieces():
+            rows = self._scripts(scripts.END, [(self.keys(stream)[:1], []) for stream in streams])
+            for stream, (header, event) in zip(streams, rows, strict=True):
+                yield stream, header, event or b""
+
+    def _named(self, suffix: str) -> Iterator[list[str]]:
+        prefix = f"{self._settings.prefix}:{{"
+        for node in self._reach(lambda client: getattr(client, "get_primaries", lambda: [None])()):
+            where = {} if node is None else {"target_nodes": node}
+            cursor = -1
+            while cursor:
+                scan = partial(_scan, max(0, cursor), f"{prefix}*{suffix}", where)
+                cursor, names = self._reach(scan)
+                found = [name.decode(errors="replace")[len(prefix) : -len(suffix)] for name in names]
+                # Of no stream where it is written otherwise than `keys` would: somebody else put it there.
+                yield [stream for part in found if quote(stream := unquote(part), safe="") == part]
+
+    def mark(self, group: str, offsets: dict[Partition, int]) -> None:
+        """Note that all frames before these offsets are in the states, or need not be.
+
+        Raises UnreachableError over a new connection that `reconnected` has not told of: what is behind it may have
+        lost these states, and only an older mark shows that.
+        """
+        self.ping()
+        if 0 < self._noticed < self._opened:
+            raise UnreachableError(f"the store at {self._settings.address} may have lost its last writes")
+        self._pipeline([("SET", self._mark_key(group, p), offset) for p, offset in offsets.items()])
+
+    def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
+        """What was noted; partitions without a note are left out, and those where it is none: it is written anew."""
+        keys = [self._mark_key(group, p) for p in partitions]
+        marks = {}
+        for partition, key, found in zip(
+            partitions, keys, self._scripts(scripts.MARK, [([k], []) for k in keys]), strict=True
+        ):
+            if found is not None and found.isdigit():
+                marks[partition] = int(found)
+            elif found is not None:
+                log.warning("key %s in the store is no mark and is written anew", key)
+        return marks
+
+    def close(self) -> None:
+        """Let go of all connections; the next call opens others."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _claimed(self, script: str, calls: list[tuple[list[str], list[Any]]]) -> list[Claimed]:
+        return [
+            Claimed(0, None, None, None, foreign=said)
+            if (said := self._foreign(row))
+            else Claimed(row[0], row[1], row[2], row[3], row[4], max_bytes=self._settings.max_state_bytes)
+            for row in self._scripts(script, calls)
+        ]
+
+    def _foreign(self, row: list[Any]) -> str:
+        """What a script found in place of a stream; empty where it is one."""
+        if isinstance(row[0], int):
+            return ""
+        key, kind = (part.decode(errors="replace") for part in row)
+        return f"key {key} in the store is a {kind}, which no worker wrote; rename or delete it"
+
+    def _arguments(self, write: Write) -> list[Any]:
+        settings = self._settings
+        snapshot = _join(write.snapshot, write.tensors) if write.snapshot and write.tensors else b""
+        return [
+            *(write.token, write.header, write.event, write.tensors or b"", settings.idle_ttl_s),
+            *(snapshot, settings.snapshots, write.number, write.approved or b"", int(write.keeps_approved)),
+            "" if write.after is None else write.after,
+        ]
+
+    def _mark_key(self, group: str, partition: Partition) -> str:
+        topic, number = partition
+        return f"{self._settings.prefix}:mark:{quote(group, safe='')}/{topic}/{number}"
+
+    def _scripts(self, script: str, calls: list[tuple[list[str], list[Any]]]) -> list[Any]:
+        # EVAL rather than EVALSHA: a Cluster's pipeline takes only this, and the scripts are short.
+        return self._pipeline([("EVAL", script, len(keys), *keys, *arguments) for keys, arguments in calls])
+
+    def _pipeline(self, commands: list[tuple[Any, ...]]) -> list[Any]:
+        def run(client: Any) -> list[Any]:
+            pipeline = client.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+            return list(pipeline.execute())
+
+        return self._reach(run)
+
+    def _count_connection(self) -> None:
+        self._opened += 1
+
+    def _reach(self, action: Callable[[Any], Result]) -> Result:
+        address = self._settings.address
+        try:
+            if self._client is None:
+                self._client = connect(self._settings, self._count_connection)
+            return action(self._client)
+        except redis.exceptions.AuthenticationError as error:
+            raise UnreachableError(f"the store at {address} refuses the login: {error}") from error
+        except redis.exceptions.ResponseError as error:
+            if isinstance(error, redis.exceptions.ReadOnlyError):
+                # A planned failover makes a replica of a primary and leaves its connections open. Where one address
+                # leads to whichever is primary, only a new connection does.
+                self.close()
+            # Loading its data, out of memory, read only after a failover: all may heal, and all are somebody's to mend.
+            raise UnreachableError(f"the store at {address} refuses a command: {_cause(error)}") from error
+        except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
+            raise UnreachableError(_silence(address, error)) from error
+
+
+def _silence(address: str, error: Exception) -> str:
+    """What redis-py takes for a store that does not answer, in a line; it need not be one."""
+    if denied := _denied(error):
+        return f"the store at {address} refuses a command: {denied}"
+    # Of each Sentinel that does not help, it describes the whole client.
+    said = re.sub(r"<redis\..*?> - (?=\w)", "", str(error))
+    if "AuthenticationError" in said:
+        settings = "store.sentinel_username and store.sentinel_password"
+        return f"a Sentinel of the store at {address} refuses the login; correct {settings}"
+    return f"the store at {address} does not answer: {said}"
+
+
+def _denied(error: BaseException) -> BaseException | None:
+    """A missing permission. Where it is that for a Cluster's layout, redis-py says that the node is in no Cluster."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, redis.exceptions.NoPermissionError):
+        found = found.__cause__ or found.__context__
+    return found
+
+
+def _cause(error: Exception) -> str:
+    """What the store says, without the script around it, of which redis-py and the store quote a part."""
+    said = str(error).rpartition(" of pipeline caused error: ")[2]
+    return re.sub(r" script: ([0-9a-f]{40},? )?on @user_script.*", "", said, flags=re.DOTALL)
+
+
+def _scan(cursor: int, pattern: str, where: dict[str, Any], client: Any) -> tuple[int, list[bytes]]:
+    after, names = client.scan(cursor, pattern, KEYS_AT_ONCE, **where)
+    if isinstance(after, dict):  # A Cluster's answer: of one node.
+        (after,) = after.values()
+    return after, names
+
+
+def _join(said: bytes, tensors: bytes) -> bytes:
+    return struct.pack("<I", len(said)) + said + tensors
+
+
+def _split(content: bytes) -> tuple[bytes, bytes]:
+    try:
+        (length,) = struct.unpack_from("<I", content)
+    except struct.error as error:
+        raise StateError("a snapshot in the store is damaged") from error
+    return content[4 : 4 + length], content[4 + length :]

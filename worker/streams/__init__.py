@@ -1,0 +1,1 @@
+"""The states of the streams at hand, between engine and store."""

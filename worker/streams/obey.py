@@ -1,0 +1,181 @@
+"""What a command makes of a stream: one handler for workers, and for operators who write to the store themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from torch import Tensor
+
+from meta.method import State
+from meta.proxies import as_source
+from schemas.command import Action, Command
+from schemas.errors import StateError
+from schemas.policy import PolicyChange
+from schemas.state import GuardState, Snapshot, StreamHeader
+from schemas.update import Decision, SealedEvent, UpdateEvent, seal
+from worker.engine.engine import Engine
+from worker.guard.answer import Policies, answering, named
+
+Distances = Callable[[Tensor, Tensor], list[dict[str, float]]]
+NO_CHANGE = PolicyChange()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A stream's next header, the events that explain it, and its tensors where they change.
+
+    `approved`: parameters that a person has just approved; `snapshot`: what to say of the tensors when they are kept;
+    `waiting`: earlier events as they lie beside the state, one a line, which may not be in the topic yet.
+    """
+
+    header: StreamHeader
+    events: tuple[SealedEvent, ...]
+    tensors: State | None = None
+    approved: State | None = None
+    snapshot: Snapshot | None = None
+    waiting: bytes = b""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A stream that somebody holds: header, own tensors, and the way to its snapshots (which may raise StateError)."""
+
+    header: StreamHeader
+    tensors: State
+    snapshot: Callable[[int], tuple[Snapshot, State]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where commands are obeyed: source tensors, which of them make the model, and the words for the event."""
+
+    source: State
+    fixed: Collection[str]
+    distances: Distances
+    policies: Policies
+    bundle: str
+    worker: str
+
+    @classmethod
+    def of(cls, engine: Engine, policies: Policies, worker: str) -> Place:
+        """With the bundle that the engine runs."""
+        return cls(engine.like, tuple(engine.fixed), engine.distances, policies, engine.bundle_hash, worker)
+
+
+@dataclass(frozen=True)
+class _Change:
+    decision: Decision
+    header: StreamHeader
+    reason: str = ""
+    tensors: State | None = None
+    approved: State | None = None
+
+
+def obey(command: Command, subject: Subject, place: Place, token: int) -> Entry:
+    """The stream after the command, with the event that says so; where it cannot be done, the event says why."""
+    try:
+        change = _ACTIONS[command.action](command, subject, place)
+    except StateError as error:
+        change = _Change("skipped", subject.header, f"cannot {command.action}: {error}")
+    return explained(change, command, subject, place, token)
+
+
+def imported(tensors: State, step: int, reason: str, subject: Subject, place: Place, token: int) -> Entry:
+    """The stream with tensors that somebody brought."""
+    change = _Change("imported", moved(subject.header, step), reason, tensors)
+    return explained(change, None, subject, place, token)
+
+
+def explained(change: _Change, command: Command | None, subject: Subject, place: Place, token: int) -> Entry:
+    """The change with its event; it counts as the stream's next, and goes on its chain."""
+    before, stream = subject.header, subject.header.stream
+    header = change.header.model_copy(update={"events": before.events + 1, "bundle": place.bundle})
+    affine = (change.tensors or subject.tensors)["affine"]
+    layers = place.distances(subject.tensors["affine"][None], affine[None])[0] if change.tensors else {}
+    event = UpdateEvent(
+        id=f"{stream}@{header.events}",
+        stream=stream,
+        time=datetime.now(UTC),
+        decision=change.decision,
+        reason="; ".join(filter(None, (change.reason, *_said(command)))),
+        frames=[],
+        step=header.step,
+        source_distance=float((affine - place.source["affine"]).norm()),
+        layers=layers,
+        parameters=named(answering(place.policies.of(header), header, header.guard.trusted), header),
+        command=command.id if command else None,
+        previous=before.last_event,
+        token=token,
+        bundle=place.bundle,
+        worker=place.worker,
+    )
+    sealed = seal(event)
+    header.last_event = sealed.digest
+    return Entry(header, (sealed,), change.tensors, change.approved)
+
+
+def _frozen(command: Command, subject: Subject, place: Place) -> _Change:
+    return _Change("frozen", _under(subject.header, PolicyChange(frozen=True)))
+
+
+def _unfrozen(command: Command, subject: Subject, place: Place) -> _Change:
+    return _Change("unfrozen", _under(subject.header, PolicyChange(frozen=False)))
+
+
+def _policy(command: Command, subject: Subject, place: Place) -> _Change:
+    wanted = command.policy or NO_CHANGE
+    if wanted == NO_CHANGE:
+        return _Change("policy", subject.header.model_copy(update={"policy": None}), "the configuration's policy again")
+    said = ", ".join(f"{name}={_brief(value)}" for name, value in wanted.model_dump(exclude_none=True).items())
+    return _Change("policy", _under(subject.header, wanted), said)
+
+
+def _reset(command: Command, subject: Subject, place: Place) -> _Change:
+    header = moved(subject.header, 0).model_copy(update={"approved": None})
+    return _Change("reset", header, tensors=place.source)
+
+
+def _rollback(command: Command, subject: Subject, place: Place) -> _Change:
+    snapshot, tensors = subject.snapshot(command.snapshot)
+    reason = f"to snapshot {command.snapshot}, step {snapshot.header.step}, {snapshot.time:%Y-%m-%d %H:%M:%S} UTC"
+    return _Change("rolled_back", moved(subject.header, snapshot.header.step), reason, tensors)
+
+
+def _approve(command: Command, subject: Subject, place: Place) -> _Change:
+    header = subject.header.model_copy(update={"approved": subject.header.step})
+    approved = {name: subject.tensors[name].clone() for name in place.fixed}
+    return _Change("approved", header, f"step {header.step}", approved=approved)
+
+
+_ACTIONS: dict[Action, Callable[[Command, Subject, Place], _Change]] = {
+    "freeze": _frozen,
+    "unfreeze": _unfrozen,
+    "reset": _reset,
+    "rollback": _rollback,
+    "approve": _approve,
+    "policy": _policy,
+}
+
+
+def _said(command: Command | None) -> tuple[str, ...]:
+    return (command.reason, command.by and f"by {command.by}") if command else ()
+
+
+def _under(header: StreamHeader, change: PolicyChange) -> StreamHeader:
+    """With `change` laid over what earlier commands said."""
+    said = (header.policy or NO_CHANGE).model_copy(update=change.model_dump(exclude_none=True))
+    return header.model_copy(update={"policy": said})
+
+
+def moved(header: StreamHeader, step: int) -> StreamHeader:
+    """The header of other parameters: what guard and drift detection knew of the old ones is void; positions stay."""
+    proxies = as_source(header.proxies)
+    return header.model_copy(
+        update={"step": step, "snapshot": step, "drift": None, "guard": GuardState(), "proxies": proxies}
+    )
+
+
+def _brief(value: object) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)

@@ -1,0 +1,131 @@
+"""What a claim found of a stream in the store, as a state; where that cannot be used a fresh one, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from meta.method import State
+from schemas.errors import StateError
+from schemas.state import (
+    Snapshot,
+    StreamHeader,
+    StreamState,
+    decode_header,
+    decode_snapshot,
+    decode_state,
+    decode_tensors,
+)
+from schemas.update import Decision, UpdateEvent, digest
+from worker.engine.engine import Engine
+from worker.store.compress import unpack
+from worker.store.store import Claimed
+from worker.streams.obey import moved
+from worker.streams.upgrade import Upgrade
+
+log = logging.getLogger("driftkeel.streams")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a claim found, and why it is not what was stored, where it is not."""
+
+    state: StreamState
+    change: str | None = None
+    approved: State | None = None
+    decision: Decision = "reset"
+
+
+class Restorer:
+    """Reads what is stored for the bundle that `engine` runs."""
+
+    def __init__(self, engine: Engine, upgrade: Upgrade, max_state_bytes: int) -> None:
+        self._engine, self._upgrade, self._max_state_bytes = engine, upgrade, max_state_bytes
+
+    def fresh(self, stream: str) -> StreamState:
+        """A stream that begins."""
+        return self._from_source(self._fresh(stream), None).state
+
+    def restored(self, stream: str, claimed: Claimed) -> Restored:
+        """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""
+        bundle, method = self._engine.bundle_hash, self._engine.bundle.method_name
+        fresh = self._fresh(stream)
+        if claimed.header is None:  # New, or deleted before: then its last event is there.
+            return self._from_source(after_last_event(fresh, claimed.event), None)
+        try:
+            old = decode_header(claimed.header)
+            if old.stream != stream:
+                raise StateError(f"the stored state belongs to stream {old.stream!r}")
+        except StateError as error:
+            return self._from_source(after_last_event(fresh, claimed.event), str(error))
+        if (old.bundle, old.method) != (bundle, method):
+            return self._moved(old, claimed)
+        fresh = moved(old, 0)
+        approved = self._approved(old, claimed.approved)
+        fresh.approved = old.approved if approved else None
+        try:
+            if (tensors := claimed.tensors) is None:
+                raise StateError("the stored state expired while the stream was idle, or its tensors were evicted")
+            state = decode_state(claimed.header, tensors, self._engine.like, self._max_state_bytes)
+        except StateError as error:
+            return self._from_source(fresh, str(error), approved)
+        state.header.approved = fresh.approved
+        return Restored(state, None, approved)
+
+    def _fresh(self, stream: str) -> StreamHeader:
+        return StreamHeader(stream=stream, bundle=self._engine.bundle_hash, method=self._engine.bundle.method_name)
+
+    def _moved(self, old: StreamHeader, claimed: Claimed) -> Restored:
+        """From another bundle."""
+        if (tensors := claimed.tensors) is not None and len(tensors) > self._max_state_bytes:
+            tensors = None
+        carried = self._upgrade.moved(old, tensors)
+        if carried.tensors is None:
+            return self._from_source(carried.header, carried.why)
+        approved = self._approved(old, claimed.approved)
+        carried.header.approved = old.approved if approved else None
+        return Restored(StreamState(header=carried.header, tensors=carried.tensors), carried.why, approved, "carried")
+
+    def _from_source(self, header: StreamHeader, reason: str | None, approved: State | None = None) -> Restored:
+        return Restored(StreamState(header=header, tensors=self._engine.like), reason, approved)
+
+    def _approved(self, header: StreamHeader, content: bytes | None) -> State | None:
+        """Where approved parameters are damaged or gone, source answers: nobody approved anything else."""
+        if header.approved is None:
+            return None
+        try:
+            if content is None:
+                raise StateError("they are not in the store")
+            return decode_tensors(content, header.approved, self._engine.fixed)
+        except StateError as error:
+            log.error("approved parameters of stream %s cannot be used, source answers: %s", header.stream, error)
+            return None
+
+
+def chosen_snapshot(
+    snapshots: Sequence[tuple[bytes, bytes]], stream: str, back: int, like: State, bundle: str, max_bytes: int
+) -> tuple[Snapshot, State]:
+    """The `back`th of stored snapshots, 1 being the newest. Raises StateError where there is none that fits, within
+    `max_bytes`."""
+    if not snapshots:
+        raise StateError(f"stream {stream!r} has no snapshots yet; 'reset' leads back to the source model")
+    if not 1 <= back <= len(snapshots):
+        kept = f"{len(snapshots)} snapshot{'' if len(snapshots) == 1 else 's'}"
+        raise StateError(f"stream {stream!r} has {kept}, there is no number {back}; 'streams show' lists them")
+    said, packed = snapshots[back - 1]
+    snapshot, state = decode_snapshot(said, unpack(packed, max_bytes), like, bundle)
+    return snapshot, state.tensors
+
+
+def after_last_event(header: StreamHeader, content: bytes | None) -> StreamHeader:
+    """A header that is lost still has its last event beside it: the numbers and the chain go on from there."""
+    last = (content or b"").splitlines()[-1:]
+    try:
+        return header.model_copy(
+            update={"events": UpdateEvent.model_validate_json(last[0]).number, "last_event": digest(last[0])}
+        )
+    except (IndexError, ValidationError):
+        return header
