@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from schemas.errors import DriftkeelError
 from worker.benchmark.throughput import frames_of, pictures, stages
 from worker.benchmark.throughput_worker import Bench
 from worker.embedded import embedded_services
@@ -28,3 +29,13 @@ def test_all_workers_together_predict_every_frame(
     assert stages(seen)["all"] > 0
     assert seen.cpu_ms_per_frame > 0 or pace is None  # a backlog so short may be gone within one sample
     assert seen.peak_memory_bytes > pods << 26
+
+
+def test_workers_that_do_not_start_say_why_once_each(bench: Bench, tmp_path: Path) -> None:
+    frames = frames_of(1, 1, pictures(1, 28, "L", "PNG"))
+    with pytest.raises(DriftkeelError) as caught:
+        bench.run(tmp_path / "nothing", frames, pods=2, grown=False)
+    first, *lines = str(caught.value).splitlines()
+    assert first == "the worker did not become ready"
+    assert sum(line.startswith("last lines of worker") for line in lines) == 2
+    assert any("nothing" in line for line in lines)

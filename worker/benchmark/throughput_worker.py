@@ -112,7 +112,7 @@ class Bench:
         if waiting:
             send(config.kafka, frames)
         configs = [_pod(config, number) for number in range(pods)]
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, self._explained(configs):
             running = [Pod(stack.enter_context(self._worker(one)), one) for one in configs]
             _wait_ready(running)
             with ThreadPoolExecutor(1) as sender:  # Beside it, so that what the workers do meanwhile is seen.
@@ -157,16 +157,29 @@ class Bench:
         content = config.model_dump(mode="json", exclude_none=True)
         content["store"]["url"] = config.store.url.get_secret_value()
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        log = self._folder / f"{config.worker}.log"
+        log = self._log(config)
         command = [sys.executable, "-m", "worker", "worker", "--config", str(path)]
         child = start_child("the worker", command, log, {**os.environ, "OMP_WAIT_POLICY": "passive"})
         try:
             yield child
-        except DriftkeelError as error:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-8:])
-            raise DriftkeelError(f"{error}; the worker's last lines:\n{tail}") from error
         finally:
             child.stop(20)
+
+    def _log(self, config: WorkerConfig) -> Path:
+        return self._folder / f"{config.worker}.log"
+
+    @contextlib.contextmanager
+    def _explained(self, configs: Sequence[WorkerConfig]) -> Iterator[None]:
+        """An error from within also says what each worker said last."""
+        try:
+            yield
+        except DriftkeelError as error:
+            logs = {one.worker: self._log(one) for one in configs}
+            said = {
+                name: log.read_text(errors="replace").splitlines()[-8:] for name, log in logs.items() if log.exists()
+            }
+            tails = ["\n".join([f"last lines of worker {name}:", *lines]) for name, lines in said.items()]
+            raise DriftkeelError("\n".join([str(error), *tails])) from error
 
 
 @dataclass(frozen=True)
