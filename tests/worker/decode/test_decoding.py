@@ -242,7 +242,7 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """In the end everything is taken."""
-        while self.decoding:
+        while self.decoding or any(pool.waiting for pool in Pool.made):  # dropped records may still be at work
             self.decoding.hand_over(prepare)
             for pool in Pool.made:
                 while pool.waiting:
