@@ -15,7 +15,7 @@ from worker.cli.audit import audit_app
 from worker.cli.benchmark import benchmark_app
 from worker.cli.bundle import bundle_app
 from worker.cli.command import command_app
-from worker.cli.options import must_be_writable
+from worker.cli.options import ConfigOption, must_be_writable
 from worker.cli.site import init, local
 from worker.cli.streams import streams_app
 from worker.cli.video import produce, watch
@@ -33,13 +33,6 @@ app.add_typer(command_app, name="command")
 app.add_typer(audit_app, name="audit")
 app.add_typer(benchmark_app, name="benchmark")
 
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", "-c", envvar="DRIFTKEEL_CONFIG", help="YAML file; without it, defaults and DRIFTKEEL__ variables."
-    ),
-]
-
 
 def _show_version(wanted: bool) -> None:
     if wanted:
@@ -53,7 +46,7 @@ def options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
     ] = False,
 ) -> None:
-    """Keeps image classifiers on course while their cameras drift."""
+    """Keeps image classifiers accurate while their cameras drift."""
 
 
 @app.command()
@@ -103,7 +96,7 @@ def show_config(config: ConfigOption = None) -> None:
 @app.command()
 def demo(
     frames: Annotated[int, typer.Option(min=32, max=9_000, help="Frames per camera.")] = 4_000,
-    seed: Annotated[int, typer.Option(help="Which images, in which order, under which shifts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the images, their order and the shifts.")] = 0,
     report: Annotated[Path | None, typer.Option(help="Also write the results as JSON here.")] = None,
     html: Annotated[Path, typer.Option(help="Where the report with charts goes.")] = Path("demo-report.html"),
     picture: Annotated[Path | None, typer.Option(help="Also write the charts alone, as SVG, here.")] = None,

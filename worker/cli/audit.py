@@ -24,9 +24,7 @@ audit_app = typer.Typer(help="What changed, when, by how much and why; from the 
 FileOption = Annotated[
     Path | None, typer.Option("--file", "-f", help="Read this file, one event a line, instead of the topic.")
 ]
-StreamOption = Annotated[
-    list[str] | None, typer.Option("--stream", "-s", help="Only this stream; several are allowed.")
-]
+StreamOption = Annotated[list[str] | None, typer.Option("--stream", "-s", help="Only this stream; may be repeated.")]
 SinceOption = Annotated[datetime | None, typer.Option(help="Only events from this time on, UTC.")]
 UntilOption = Annotated[datetime | None, typer.Option(help="Only events before this time, UTC.")]
 
@@ -38,7 +36,7 @@ def show(
     stream: StreamOption = None,
     since: SinceOption = None,
     until: UntilOption = None,
-    last: Annotated[int, typer.Option(min=1, help="Spans of a stream, newest.")] = 50,
+    last: Annotated[int, typer.Option(min=1, help="Newest spans to show of each stream.")] = 50,
 ) -> None:
     """A line per stream; with --stream what happened to it over time."""
     from worker.audit.show import show_stream, show_streams

@@ -21,8 +21,10 @@ bundle_app = typer.Typer(help="Look at bundles, and make them from classifiers o
 
 @bundle_app.command("show")
 def bundle_show(
-    path: Path,
-    factory: Annotated[list[str] | None, typer.Option(help="An architecture outside of the built-in ones.")] = None,
+    path: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    factory: Annotated[
+        list[str] | None, typer.Option(help="module:function of a model of your own, which the bundle may run.")
+    ] = None,
     code: Annotated[Path, typer.Option(help="Folder in which its module lies.")] = Path(),
     whole: Annotated[
         bool, typer.Option("--json", help="The whole manifest, as it is; the rest on standard error.")
@@ -50,8 +52,8 @@ def bundle_show(
 @bundle_app.command("calibrate")
 def bundle_calibrate(
     path: Annotated[Path, typer.Argument(help="A bundle of Fashion-MNIST; its manifest is written anew.")],
-    seed: Annotated[int, typer.Option(help="Of the simulated streams.")] = 1,
-    windows: Annotated[int, typer.Option(min=2, help="Of 128 frames, from each stream.")] = 12,
+    seed: Annotated[int, typer.Option(help="Seed of the simulated streams.")] = 1,
+    windows: Annotated[int, typer.Option(min=2, help="Windows of 128 frames from each stream.")] = 12,
 ) -> None:
     """Fit calibration and limits anew; model, generator and statistics stay bit for bit. A few minutes."""
     from meta.recipe import calibrate_bundle
@@ -69,8 +71,8 @@ def bundle_create(
     weights: Annotated[Path, typer.Option(help="State dict: .safetensors, or .pt (loaded without running code).")],
     data: Annotated[Path, typer.Option(help="Images: a folder per class, a flat folder without labels, or .npz.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
-    mean: Annotated[str, typer.Option(help="Of the pixels in [0, 1], as in training: one number, or one a channel.")],
-    std: Annotated[str, typer.Option(help="The same for the standard deviation.")],
+    mean: Annotated[str, typer.Option(help="Mean of pixels in [0, 1], as in training: one number, or one a channel.")],
+    std: Annotated[str, typer.Option(help="Standard deviation, in the same form.")],
     labels: Annotated[
         Path | None, typer.Option(help="One label a line, in the order of the outputs; default: folders by name.")
     ] = None,
@@ -82,14 +84,16 @@ def bundle_create(
     size: Annotated[str | None, typer.Option(help="WxH, as in training; default: that of all images.")] = None,
     mode: Annotated[str | None, typer.Option(help="L or RGB; default: L where no image has colours.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=0, help="Of meta-training; default: 300, or 0 with --generator.")
+        int | None, typer.Option(min=0, help="Steps of meta-training; default: 300, or 0 with --generator.")
     ] = None,
-    calibration_windows: Annotated[int, typer.Option(min=2, help="Of eight micro-batches, per simulated camera.")] = 12,
-    frames: Annotated[int, typer.Option(min=16, help="Per camera of the measurement.")] = 320,
+    calibration_windows: Annotated[
+        int, typer.Option(min=2, help="Windows of eight micro-batches per simulated camera.")
+    ] = 12,
+    frames: Annotated[int, typer.Option(min=16, help="Frames per camera of the measurement.")] = 320,
     repeats: Annotated[int, typer.Option(min=1, help="Cameras per setting of the measurement.")] = 2,
-    max_images: Annotated[int, typer.Option(min=100, help="More are left out, drawn by seed.")] = 10_000,
+    max_images: Annotated[int, typer.Option(min=100, help="Images at most; the seed draws which.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Same inputs and seed, same bundle, on one machine.")] = 0,
-    name: Annotated[str | None, typer.Option(help="Of the bundle; default: that of its folder.")] = None,
+    name: Annotated[str | None, typer.Option(help="The bundle's name; default: its folder's.")] = None,
     code: Annotated[Path, typer.Option(help="Folder in which the model's module lies.")] = Path(),
 ) -> None:
     """Make a bundle from your trained classifier and images of its training domain, and say whether to adapt it.

@@ -11,9 +11,15 @@ import typer
 from schemas.errors import ConfigError
 
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", envvar="DRIFTKEEL_CONFIG", help="The workers' YAML file.")
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        envvar="DRIFTKEEL_CONFIG",
+        help="The workers' YAML file; without it, defaults. DRIFTKEEL__ variables override both.",
+    ),
 ]
-ReasonOption = Annotated[str, typer.Option(help="Goes into the update event.")]
+ReasonOption = Annotated[str, typer.Option(help="Why; written into the update event.")]
 
 
 def must_be_writable(*files: Path | None) -> None:

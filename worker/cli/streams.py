@@ -116,7 +116,7 @@ def rollback(
 def delete(
     streams: Annotated[list[str] | None, typer.Argument(help=f"Stream ids; {DASH}.")] = None,
     frames_at_most: Annotated[
-        int | None, typer.Option(min=0, help="In place of names: all streams of so few frames that 'list' calls ok.")
+        int | None, typer.Option(min=0, help="Instead of names: 'ok' streams of at most so many frames.")
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     reason: ReasonOption = "deleted by hand",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 STATE = Path(typer.get_app_dir("driftkeel")) / "produce.sqlite"
 BootstrapOption = Annotated[
-    str | None, typer.Option(help="host:port of the broker; goes before the configuration's.", show_default=False)
+    str | None, typer.Option(help="host:port of the broker; overrides the configuration's.", show_default=False)
 ]
 
 
@@ -50,7 +50,7 @@ def produce(
     ] = None,
     fps: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Frames per second that are sent: of a video the others are left out."),
+        typer.Option(min=0.001, help="Frames to send per second; a video's other frames are left out."),
     ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="As fast as the broker takes it, rather than in real time.")
@@ -91,12 +91,14 @@ def produce(
 
 
 def watch(
-    stream: Annotated[list[str] | None, typer.Option("--stream", "-s", help="Only this one; may be repeated.")] = None,
+    stream: Annotated[
+        list[str] | None, typer.Option("--stream", "-s", help="Only this stream; may be repeated.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The messages as they are, one a line.")] = False,
     table: Annotated[bool, typer.Option("--table", help="A live table, a row a stream, instead of lines.")] = False,
     draw: Annotated[Path | None, typer.Option(help="Also write each frame with its label into this folder.")] = None,
     beginning: Annotated[
-        bool, typer.Option("--from-beginning", help="All that the topic holds, not only what comes.")
+        bool, typer.Option("--from-beginning", help="Also what the topic holds already, not only what comes.")
     ] = False,
     count: Annotated[int | None, typer.Option(min=1, help="End after so many predictions.")] = None,
     bootstrap: BootstrapOption = None,
