@@ -121,7 +121,8 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise BundleError(
-            f"no bundle at {folder}: {MANIFEST} is missing; name a bundle's folder (a worker's is bundle.path)"
+            f"no bundle at {folder.absolute()}: {MANIFEST} is missing; "
+            "name a bundle's folder (a worker's is bundle.path)"
         ) from error
     except OSError as error:
         raise BundleError(f"cannot read {path}: {error.strerror or error}") from error

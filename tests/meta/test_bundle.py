@@ -58,6 +58,13 @@ def test_altered_file(copy_of: Path) -> None:
         load_bundle(copy_of)
 
 
+def test_a_missing_bundle_is_named_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another folder than that of the site the configuration's relative path leads elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BundleError, match=f"no bundle at {tmp_path}/bundles/mine: "):
+        load_bundle(Path("bundles/mine"))
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [

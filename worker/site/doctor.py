@@ -49,7 +49,7 @@ def examine(config: WorkerConfig) -> Iterator[Finding]:
             yield from check(config)
         except (DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
-            yield Finding(check.__name__.strip("_"), "failed", f"{text}{_remedy(check, error, config)}")
+            yield Finding(check.__name__.strip("_"), "failed", f"{text.rstrip('.')}{_remedy(check, error, config)}")
 
 
 def _remedy(check: Callable[..., object], error: Exception, config: WorkerConfig) -> str:
