@@ -21,9 +21,13 @@ from schemas.update import Proxies
 
 FORMAT_VERSION: Final = 1
 HOUR_S: Final = 3_600
+MAX_COUNT: Final = 10**15
+MAX_HEADER_BYTES: Final = 256 << 10  # some 2 KB; parts of it go into events, which have to fit their topic
+MAX_DESCRIPTION_BYTES: Final = 1 << 20  # of tensors; some hundred bytes each, in a file also the header
 # Counts and hashes go into events and metrics, which have no room for others.
-Count = Annotated[int, Field(ge=0, le=10**15)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Digest = Annotated[str, Field(max_length=64)]
+Offset = Annotated[int, Field(lt=2**63)]
 
 
 class Stored(BaseModel):
@@ -116,7 +120,9 @@ class StreamHeader(Stored):
     stream: str
     bundle: str = Field(max_length=200, description="content hash; tensors fit this bundle only")
     method: str = Field(max_length=200)
-    positions: dict[str, int] = Field(default_factory=dict, description="newest offset folded in, per topic/partition")
+    positions: dict[str, Offset] = Field(
+        default_factory=dict, description="newest offset folded in, per topic/partition"
+    )
     frames: Count = Field(0, description="frames folded in")
     step: Count = Field(0, description="updates applied since the source model")
     events: Count = Field(0, description="update events so far")
@@ -125,7 +131,7 @@ class StreamHeader(Stored):
     guard: GuardState = Field(default_factory=GuardState)
     drift: DriftWatch | None = Field(None, description="null where nothing watches, and for a new stream")
     last_event: Digest = Field("", description="sha256 of the last update event as published")
-    commands: dict[str, int] = Field(default_factory=dict, description="newest command obeyed, per topic/partition")
+    commands: dict[str, Offset] = Field(default_factory=dict, description="newest command obeyed, per topic/partition")
     policy: PolicyChange | None = Field(None, description="what commands have changed of the stream's policy")
     approved: Count | None = Field(None, description="step of the parameters that a person approved")
     snapshot: Count = Field(0, description="step at which the newest snapshot was taken")
@@ -259,6 +265,8 @@ def _loaded(blob: bytes, expected_step: int) -> dict[str, Tensor]:
 
 def decode_header(header: bytes) -> StreamHeader:
     """The header alone. Raises StateError."""
+    if len(header) > MAX_HEADER_BYTES:
+        raise StateError(f"the header of the stored state has {len(header)} bytes, more than {MAX_HEADER_BYTES}")
     try:
         content = json.loads(header)
         version = content.get("version")
@@ -277,6 +285,8 @@ def _tensor_metadata(blob: bytes) -> dict[str, Any]:
         (length,) = struct.unpack_from("<Q", blob)
         if length > len(blob) - 8:
             raise StateError("the stored tensors are cut off")
+        if length > MAX_DESCRIPTION_BYTES:
+            raise StateError(f"the stored tensors are described in {length} bytes, more than {MAX_DESCRIPTION_BYTES}")
         metadata = json.loads(blob[8 : 8 + length])["__metadata__"]
         version = int(metadata["version"])
     except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:

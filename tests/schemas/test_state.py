@@ -1,4 +1,5 @@
 import struct
+import tracemalloc
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from schemas.state import (
     decode_file,
     decode_header,
     decode_state,
+    decode_tensors,
     encode_header,
     encode_tensors,
 )
@@ -70,6 +72,9 @@ def test_position_says_what_is_folded() -> None:
         (lambda h, t: (b"[" * 100_000, t), "no stream state"),
         (lambda h, t: (h.replace(b'"version":1', b'"version":2'), t), "format version 2, this worker knows 1"),
         (lambda h, t: (h.replace(b'"frames":0', b'"frames":-1', 1), t), "wrong at frames"),
+        (lambda h, t: (h.replace(b'"positions":{}', b'"positions":{"f/0":9223372036854775808}'), t), "positions.f/0"),
+        (lambda h, t: (h.replace(b'"commands":{}', b'"commands":{"c/0":9223372036854775808}'), t), "commands.c/0"),
+        (lambda h, t: (h + b" " * (256 << 10), t), "more than 262144"),
         (lambda h, t: (h, encode_tensors(tensors(), 2)), "of step 2, their header is of step 3"),
         (lambda h, t: (h, encode_tensors({"affine": torch.zeros(5)}, 3)), "has tensors"),
         (lambda h, t: (h, encode_tensors({**tensors(), "affine": torch.zeros(6)}, 3)), r"\(6,\), this bundle needs"),
@@ -81,6 +86,18 @@ def test_position_says_what_is_folded() -> None:
 def test_what_is_not_a_state_is_refused(damage, message: str) -> None:
     with pytest.raises(StateError, match=message):
         decode_state(*damage(encode_header(header()), encode_tensors(tensors(), 3)), LIKE, LIMIT)
+
+
+def test_a_description_without_end_is_not_read() -> None:
+    """Three bytes become a hundred: of a bomb of 100 KB it was gigabytes."""
+    blob = with_metadata('{"version":"1","step":"3"},"x":[' + "[]," * 400_000 + "[]]")
+    tracemalloc.start()
+    try:
+        with pytest.raises(StateError, match="described in 1200"):
+            decode_tensors(blob, 3, LIKE)
+        assert tracemalloc.get_traced_memory()[1] < len(blob)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("said", ["7", '["{}"]', '"\\ud800"'])
