@@ -11,8 +11,6 @@ import threading
 from datetime import UTC, datetime
 from shlex import quote
 
-from pydantic import ValidationError
-
 from schemas.config import Kafka
 from schemas.errors import StateError, UnreachableError
 from schemas.state import StreamHeader, decode_header
@@ -20,7 +18,7 @@ from schemas.update import SealedEvent, UpdateEvent, seal
 from worker.control.operate import listed, unknown
 from worker.publish.publisher import ACKNOWLEDGE_TIMEOUT_S, Publisher
 from worker.store.store import Claimed, Overview, StateStore
-from worker.streams.restore import after_last_event
+from worker.streams.restore import after_last_event, events_beside
 
 
 def delete(store: StateStore, stream: str, reason: str, name: str) -> list[SealedEvent]:
@@ -32,9 +30,9 @@ def delete(store: StateStore, stream: str, reason: str, name: str) -> list[Seale
         before = store.deleted(stream)
         if before is None:
             raise unknown(store, stream)
-        return _events(before)
+        return events_beside(stream, before)
     (claimed,) = store.claim([stream], name, "last")
-    waiting = _events(claimed.event or b"")
+    waiting = events_beside(stream, claimed.event)
     last = _last(stream, claimed, waiting, reason, name)
     if not store.delete(stream, claimed.token, last.content):
         raise StateError(f"a worker claimed stream {stream!r} at the same moment and nothing was deleted; try again")
@@ -100,14 +98,3 @@ def _last(stream: str, claimed: Claimed, waiting: list[SealedEvent], reason: str
             worker=name,
         )
     )
-
-
-def _events(content: bytes) -> list[SealedEvent]:
-    """Events as they lie in the store, one a line; what is none is left out."""
-    found = []
-    for line in content.splitlines():
-        try:
-            found.append(SealedEvent(UpdateEvent.model_validate_json(line), line))
-        except ValidationError:
-            continue
-    return found

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from meta.method import State
 from schemas.errors import StateError
 from schemas.state import (
+    MAX_COUNT,
     Snapshot,
     StreamHeader,
     StreamState,
@@ -19,7 +20,7 @@ from schemas.state import (
     decode_state,
     decode_tensors,
 )
-from schemas.update import Decision, UpdateEvent, digest
+from schemas.update import Decision, SealedEvent, UpdateEvent
 from worker.engine.engine import Engine
 from worker.store.compress import unpack
 from worker.store.store import Claimed
@@ -27,6 +28,7 @@ from worker.streams.obey import moved
 from worker.streams.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
+MAX_EVENT_BYTES = 1_000_000  # a larger one is none of a worker's, and brokers refuse it for ever
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,23 @@ def chosen_snapshot(
 
 def after_last_event(header: StreamHeader, content: bytes | None) -> StreamHeader:
     """A header that is lost still has its last event beside it: the numbers and the chain go on from there."""
-    last = (content or b"").splitlines()[-1:]
-    try:
-        return header.model_copy(
-            update={"events": UpdateEvent.model_validate_json(last[0]).number, "last_event": digest(last[0])}
-        )
-    except (IndexError, ValidationError):
+    events = events_beside(header.stream, content)
+    if not events:
         return header
+    return header.model_copy(update={"events": events[-1].event.number, "last_event": events[-1].digest})
+
+
+def events_beside(stream: str, content: bytes | None) -> list[SealedEvent]:
+    """The events that lie beside the state of a stream, one a line, or in its place. What no worker wrote there is left
+    out: another stream's, one that no broker takes, or a number that no header has room for."""
+    found = []
+    for line in (content or b"").splitlines():
+        if len(line) > MAX_EVENT_BYTES:
+            continue
+        try:
+            event = UpdateEvent.model_validate_json(line)
+        except ValidationError:
+            continue
+        if event.stream == stream and event.id == f"{stream}@{event.number}" and event.number < MAX_COUNT:
+            found.append(SealedEvent(event, line))
+    return found

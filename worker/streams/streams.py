@@ -9,8 +9,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
 
-from pydantic import ValidationError
-
 from meta.method import State
 from monitoring.metrics import WorkerMetrics
 from monitoring.observe import decided
@@ -20,7 +18,7 @@ from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
 from schemas.policy import Policy
 from schemas.state import Snapshot, StreamHeader, encode_header, encode_tensors
-from schemas.update import SealedEvent, UpdateEvent, seal
+from schemas.update import UpdateEvent, seal
 from worker.engine.engine import Engine
 from worker.engine.resident import Resident
 from worker.guard.answer import Policies, answering, named
@@ -29,14 +27,13 @@ from worker.store.compress import Compression, pack
 from worker.store.store import StateStore, Which, Write
 from worker.streams.newcomers import Newcomers
 from worker.streams.obey import Entry
-from worker.streams.restore import Restored, Restorer, chosen_snapshot
+from worker.streams.restore import Restored, Restorer, chosen_snapshot, events_beside
 from worker.streams.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
 Result = TypeVar("Result")
 LOOK_AGAIN_S = 30.0  # for streams that cannot be stored
 CLAIM_BYTES = 16 << 20  # of states that one answer of the store brings, where none is larger
-MAX_EVENT_BYTES = 1_000_000  # a larger one is none of a worker's, and brokers refuse it for ever
 
 
 class Heal(Protocol):
@@ -274,14 +271,11 @@ class Streams:
 
     def _publish_again(self, stream: str, content: bytes | None) -> None:
         """The last events may not have reached the topic before their worker died. Consumers deduplicate on the id."""
-        for line in (content or b"").splitlines():
-            try:
-                event = UpdateEvent.model_validate_json(line)
-            except ValidationError:
-                log.warning("a stored event of stream %s cannot be read and is not published again", stream)
-                continue
-            if event.stream == stream and len(line) <= MAX_EVENT_BYTES:
-                self._publisher.update(SealedEvent(event, line))
+        events = events_beside(stream, content)
+        if strange := len((content or b"").splitlines()) - len(events):
+            log.warning("%d lines beside the state of stream %s are no events of its own", strange, stream)
+        for sealed in events:
+            self._publisher.update(sealed)
 
 
 def _of(stream: str) -> dict[str, str]:

@@ -208,6 +208,22 @@ def test_a_stream_that_was_deleted_begins_like_any_other(
     assert [(event.number, event.decision) for event in found] == [(3, "frozen")]
 
 
+def test_a_deletion_publishes_no_event_of_another_stream(
+    worker: Worker, commands: CommandList, store: StateStore, store_url: str
+) -> None:
+    worker.control.met(worker.streams.ensure(["a", "b"]))
+    tell(commands, 0, "b")
+    worker.control.listen()
+    worker.control.run(())
+    assert worker.streams.write([change_nothing(worker, "a")]) == [True]
+    client = redis.Redis.from_url(store_url)
+    client.hset(store.keys("a")[0], "event", client.hget(store.keys("b")[0], "event"))
+    client.close()
+    assert [(one.event.id, one.event.decision) for one in retire.delete(store, "a", "gone", "operator")] == [
+        ("a@1", "deleted")
+    ]
+
+
 def test_what_means_nothing_to_a_stream_that_begins_is_not_done_to_it_later(
     worker: Worker, commands: CommandList
 ) -> None:

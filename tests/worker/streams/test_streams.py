@@ -102,6 +102,35 @@ def test_a_stored_event_that_no_broker_takes_is_not_tried_for_ever(site: Site, s
     assert site._publishers[-1]._waiting == []
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": "x" * 600_000 + "@1"},  # twice in a record: no broker takes it
+        {"id": "other@1"},
+        {"id": "other@1", "stream": "other"},
+        {"id": f"cam@{10**18 - 1}"},  # no number comes after it
+    ],
+)
+def test_an_event_that_is_none_of_the_streams_own_is_neither_published_nor_followed(
+    site: Site, topic, store_url: str, changes: dict[str, str]
+) -> None:
+    first = site.worker("first")
+    first.ensure(["cam"])
+    entry = change(first, "freeze")
+    assert first.write([entry]) == [True]
+    strange = seal(entry.events[0].event.model_copy(update=changes))
+    client = redis.Redis.from_url(store_url)
+    client.hset(site.store.keys("cam")[0], mapping={"event": strange.content, "header": b"damaged"})
+    client.close()
+    second = site.worker("second")
+    second.ensure(["cam"])
+    assert len(site._publishers[-1]._waiting) == 1
+    site.settle()
+    (record,) = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 1)
+    reset = UpdateEvent.model_validate_json(record.value)
+    assert (reset.id, reset.decision, reset.previous) == ("cam@1", "reset", "")
+
+
 @pytest.mark.parametrize("lost", ["tensors", "header"])
 def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
     site: Site, topic, store_url: str, lost: str
