@@ -16,6 +16,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from schemas.frame import MAX_STREAM_BYTES
 from schemas.policy import AskedChange, Policy
 
 ENVIRONMENT_PREFIX = "DRIFTKEEL__"
@@ -146,7 +147,7 @@ class Frames(Section):
     max_bytes: int = Field(8 << 20, ge=1, description="largest record value")
     max_side: int = Field(8_192, ge=1, description="largest width or height in pixels")
     max_pixels: int = Field(24_000_000, ge=1, description="largest width x height")
-    max_stream_id_bytes: int = Field(200, ge=1, le=1_000)
+    max_stream_id_bytes: int = Field(200, ge=1, le=MAX_STREAM_BYTES)
     decode_threads: int = Field(
         2, ge=1, le=64, description="small pictures that are decoded at a time, and as many large ones beside them"
     )

@@ -11,6 +11,7 @@ from schemas.errors import FrameError
 
 FRAME_TYPE = "io.driftkeel.frame.v1"
 Headers = Sequence[tuple[str, bytes]]
+MAX_STREAM_BYTES = 1_000  # of a stream id, whatever frames.max_stream_id_bytes says
 YEARS = 2, 9_998  # every zone has a name for their moments
 LATEST_MS = 253_370_764_800_000  # the beginning of year 9999
 

@@ -76,7 +76,7 @@ end
 local stored = redis.pcall('HMGET', KEYS[1], 'token', 'written')
 if stored['err'] or stored[1] ~= ARGV[1] then return 0 end
 if stored[2] == ARGV[8] then return 1 end
-if stored[2] and tonumber(stored[2]) > tonumber(ARGV[8]) then return 0 end
+if stored[2] and (tonumber(stored[2]) or math.huge) > tonumber(ARGV[8]) then return 0 end
 if ARGV[4] ~= '' and taken(2, 'string') or ARGV[9] ~= '' and taken(4, 'string') then return 0 end
 if (ARGV[6] ~= '' or ARGV[5] ~= '0') and taken(3, 'list') then return 0 end
 if ARGV[4] == '' and redis.call('EXISTS', KEYS[2]) == 0 then return 2 end

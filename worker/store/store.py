@@ -41,6 +41,7 @@ import redis.exceptions
 
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError, UnreachableError
+from schemas.frame import MAX_STREAM_BYTES
 from worker.consume.offsets import Partition
 from worker.store import scripts as scripts
 from worker.store.client import connect
@@ -50,6 +51,7 @@ log = logging.getLogger("driftkeel.store")
 Result = TypeVar("Result")
 Which = Literal["any", "known", "last"]
 KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
+OFFSET_DIGITS = 18  # of any offset that a broker will ever give
 
 
 @dataclass(frozen=True)
@@ -238,8 +240,7 @@ class StateStore:
                 scan = partial(_scan, max(0, cursor), f"{prefix}*{suffix}", where)
                 cursor, names = self._reach(scan)
                 found = [name.decode(errors="replace")[len(prefix) : -len(suffix)] for name in names]
-                # Of no stream where it is written otherwise than `keys` would: somebody else put it there.
-                yield [stream for part in found if quote(stream := unquote(part), safe="") == part]
+                yield [stream for part in found if _is_name(stream := unquote(part), part)]
 
     def mark(self, group: str, offsets: dict[Partition, int]) -> None:
         """Note that all frames before these offsets are in the states, or need not be.
@@ -259,7 +260,7 @@ class StateStore:
         for partition, key, found in zip(
             partitions, keys, self._scripts(scripts.MARK, [([k], []) for k in keys]), strict=True
         ):
-            if found is not None and found.isdigit():
+            if found is not None and found.isdigit() and len(found) <= OFFSET_DIGITS:
                 marks[partition] = int(found)
             elif found is not None:
                 log.warning("key %s in the store is no mark and is written anew", key)
@@ -358,6 +359,11 @@ def _cause(error: Exception) -> str:
     """What the store says, without the script around it, of which redis-py and the store quote a part."""
     said = str(error).rpartition(" of pipeline caused error: ")[2]
     return re.sub(r" script: ([0-9a-f]{40},? )?on @user_script.*", "", said, flags=re.DOTALL)
+
+
+def _is_name(stream: str, written: str) -> bool:
+    """Whether a stream may have this name, and `keys` would write it so; somebody else put others there."""
+    return quote(stream, safe="") == written and len(stream.encode()) <= MAX_STREAM_BYTES
 
 
 def _scan(cursor: int, pattern: str, where: dict[str, Any], client: Any) -> tuple[int, list[bytes]]:

@@ -54,6 +54,28 @@ def test_a_write_that_comes_twice_counts_once_and_a_late_one_undoes_nothing(stor
     assert store.write([Write("cam", 2, 1, b"h1", b"e1", b"t1")]) == [True]
 
 
+def test_a_number_that_none_wrote_refuses_the_write_and_goes_with_the_next_claim(
+    store: StateStore, store_url: str
+) -> None:
+    store.claim(["cam", "other"], "w")
+    client = redis.Redis.from_url(store_url)
+    client.hset(store.keys("cam")[0], "written", "none")
+    client.close()
+    assert store.write([write("cam", 1), write("other", 1)]) == [False, True]
+    assert store.claim(["cam"], "w")[0].token == 2
+    assert store.write([write("cam", 2)]) == [True]
+
+
+@pytest.mark.parametrize("mark", ["", "-1", "1.5", "9" * 19, "9" * 5_000])
+def test_a_mark_that_is_no_offset_is_none(store: StateStore, store_settings: Store, mark: str) -> None:
+    partitions = [("frames", 0), ("frames", 1)]
+    store.mark("group", dict.fromkeys(partitions, 7))
+    client = redis.Redis.from_url(store_settings.url.get_secret_value())
+    client.set(store._mark_key("group", partitions[0]), mark)
+    client.close()
+    assert store.marks("group", partitions) == {partitions[1]: 7}
+
+
 def test_a_lost_key_refuses_the_old_token(store: StateStore, store_url: str) -> None:
     store.claim(["cam"], "w")
     client = redis.Redis.from_url(store_url)
@@ -157,7 +179,7 @@ def test_any_stream_id_has_a_key_and_hash_tag_of_its_own(store: StateStore, stre
     assert set(store.streams()) == {stream, stream + "x"}
 
 
-@pytest.mark.parametrize("inside", [b"a b", b"cam%ff", b"x:y", b"cam}:x", b"\xff"])
+@pytest.mark.parametrize("inside", [b"a b", b"cam%ff", b"x:y", b"cam}:x", b"\xff", b"x" * 1_001])
 def test_a_key_that_no_stream_would_have_is_no_stream(
     store: StateStore, store_settings: Store, tiny_bundle: Bundle, inside: bytes
 ) -> None:
