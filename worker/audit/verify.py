@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
@@ -11,7 +11,7 @@ from schemas.state import StreamHeader
 from schemas.update import UpdateEvent, digest
 from worker.audit.read import Record
 
-Kind = Literal["unreadable", "altered", "missing", "forked", "reordered", "beginning", "waiting"]
+Kind = Literal["unreadable", "altered", "missing", "forked", "reordered", "beginning", "waiting", "unstored"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,17 @@ class _Stream:
 
 
 def verify(
-    records: Iterable[Record], stored: Mapping[str, StreamHeader] | None = None, beside: Iterable[Record] = ()
+    records: Iterable[Record],
+    stored: Mapping[str, StreamHeader] | None = None,
+    beside: Iterable[Record] = (),
+    now: Callable[[], Mapping[str, StreamHeader]] | None = None,
 ) -> Verdict:
     """Check all records, in the order in which they lie in the topic or the file.
 
     The chain cannot tell what is wrong with a stream's last events, as none follows them: `stored`, the headers in
     the store, can. `beside` are the events that lie there beside the states: one that is not in the topic yet comes
-    with the stream's next worker, and is a link of the chain all the same.
+    with the stream's next worker, and is a link of the chain all the same. `now`: the headers once the records are
+    read, as workers may have written more since `stored` was; where None, they have not.
     """
     verdict, streams = Verdict(), dict[str, _Stream]()
     for record in records:
@@ -72,6 +76,10 @@ def verify(
         verdict.findings += _order(name, stream.order)
     for name, header in sorted((stored or {}).items()):
         verdict.findings += _end(name, streams.get(name, _Stream()), header)
+    if stored is not None:
+        newest = stored if now is None else now()
+        for name, stream in sorted(streams.items()):
+            verdict.findings += _beyond(name, stream, newest[name].events if name in newest else 0)
     return verdict
 
 
@@ -138,7 +146,7 @@ def _order(name: str, order: list[int]) -> list[Finding]:
 
 
 def _end(name: str, stream: _Stream, header: StreamHeader) -> list[Finding]:
-    """Compare with what the store says was the last event; newer ones may have come since it was asked."""
+    """Compare with what the store says was the last event."""
     if not header.events:
         return []
     last = f"{name}@{header.events}"
@@ -147,3 +155,13 @@ def _end(name: str, stream: _Stream, header: StreamHeader) -> list[Finding]:
     if header.last_event not in {digest(content) for content, _, _ in stream.contents[header.events]}:
         return [Finding("altered", last, "is not what the store has the hash of")]
     return []
+
+
+def _beyond(name: str, stream: _Stream, newest: int) -> list[Finding]:
+    """Events that come after the newest in the store, where each is before it is published."""
+    found = sorted(number for number in stream.contents if number > newest)
+    if not found:
+        return []
+    last = f" to {name}@{found[-1]}" if len(found) > 1 else ""
+    text = f"is after @{newest}, the newest in the store" if newest else "is of a stream that the store does not know"
+    return [Finding("unstored", f"{name}@{found[0]}{last}", text)]

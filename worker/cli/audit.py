@@ -119,7 +119,7 @@ def verify(
     from worker.terminal import printable
 
     headers, beside = _ends(config) if store else (None, [])
-    verdict = examine(_records(config, file), headers, beside)
+    verdict = examine(_records(config, file), headers, beside, lambda: _ends(config)[0])
     for finding in verdict.findings:
         print(printable(f"{finding.kind:10s} {finding.event} {finding.text}"))
     sound = verdict.sound and (verdict.complete or not complete)
@@ -188,10 +188,11 @@ def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
         headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
         beside += [Record(line, f"where stream {name} was deleted in the store") for line in event.splitlines()]
     for name, header, event in client.ends():
+        # Without a header that can be read the next worker goes on from the event beside it.
+        headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
         try:
             headers |= {name: decode_header(header)} if header else {}
-        except StateError as error:  # Its next worker goes on from the event beside it.
-            headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
+        except StateError as error:
             beside.append(Record(b"", f"the state of {name} in the store", str(error)))
         beside += [Record(line, f"beside the state of {name} in the store") for line in event.splitlines()]
     client.close()

@@ -171,6 +171,21 @@ def test_an_event_that_waits_beside_its_state_is_not_missing() -> None:
         ]
 
 
+def test_an_event_behind_the_last_one_that_is_stored_is_named() -> None:
+    """Whoever may write to the topic knows what hash it has to carry."""
+    group, ghost = chain("cam", 7), chain("ghost", 2)
+    header = StreamHeader(stream="cam", bundle="b", method="mgg", events=5, last_event=group[4].digest)
+    assert named(records(group, ghost)) == []
+    assert named(records(group[:6]), {"cam": header}) == [("unstored", "cam@6")]
+    assert named(records(group, ghost), {"cam": header}) == [
+        ("unstored", "cam@6 to cam@7"),
+        ("unstored", "ghost@1 to ghost@2"),
+    ]
+    # A worker has stored two more while the topic was read.
+    later = {"cam": header.model_copy(update={"events": 7, "last_event": group[6].digest})}
+    assert verify(records(group), {"cam": header}, now=lambda: later).findings == []
+
+
 def test_a_state_that_cannot_be_read_is_named_and_hides_no_other(
     store: StateStore, store_settings: Store, tmp_path: Path
 ) -> None:
