@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from functools import partial
 from types import SimpleNamespace
@@ -61,10 +61,16 @@ class Loop:
         self.folded = -1
         self.began = time.monotonic()
 
-    def receive(self, records: list[tuple[bytes | None, bytes | None]], first: int = 0, timestamp: int = 0) -> None:
+    def receive(
+        self,
+        records: list[tuple[bytes | None, bytes | None]],
+        first: int = 0,
+        timestamp: int = 0,
+        headers: Sequence[tuple[str, bytes | None]] = (),
+    ) -> None:
         for offset, (key, value) in enumerate(records, first):
             self.offsets.received(Position("frames", 0, offset))
-            about = {"topic": "frames", "partition": 0, "offset": offset, "headers": [], "timestamp": timestamp}
+            about = {"topic": "frames", "partition": 0, "offset": offset, "headers": headers, "timestamp": timestamp}
             self.decoding.add(self.began, SimpleNamespace(key=key, value=value, **about))
 
     def load(self, streams: list[str]) -> Callable[[Frame], bool]:
@@ -125,10 +131,13 @@ def test_good_frames_do_not_wait_for_dead_letters(loop: Loop, monkeypatch: pytes
     assert (loop.next_offset(), loop.intake.full) == (4, False)
 
 
-def test_dead_letters_are_bounded_however_little_is_in_them(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("records", "headers"), [(6, 0), (1, 100)])
+def test_dead_letters_are_bounded_however_little_is_in_them(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, records: int, headers: int
+) -> None:
     monkeypatch.setattr("worker.publish.letters.MAX_BYTES", 5_000)
     loop.post.open.clear()
-    loop.receive([(b"cam", b"")] * 6)
+    loop.receive([(b"cam", b"")] * records, headers=[("", None)] * headers)
     loop.turn()
     assert loop.intake.full
 

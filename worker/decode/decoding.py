@@ -14,6 +14,7 @@ from worker.consume.offsets import Partition
 from worker.decode.image import DecodedFrame
 from worker.decode.turns import Key, Turns
 from worker.decode.weigh import weight
+from worker.kafka.records import bytes_of
 
 LIGHT = 1 << 20  # pixels that take no more than some thirty milliseconds, whatever the format
 MAX_SHARE = 32  # records decoded in one go: small frames decode faster than a task is handed over
@@ -32,6 +33,7 @@ class Arrival:
 
     received: float
     record: Any
+    size: int  # bytes
     frame: Frame | None = None
     result: DecodedFrame | FrameError | None = None
     done: bool = False
@@ -78,12 +80,12 @@ class Decoding:
 
     def add(self, received: float, record: Any) -> None:
         """Records of a partition come in order."""
-        arrival, content = Arrival(received, record), record.value or b""
+        arrival = Arrival(received, record, bytes_of(record))
         self._order.setdefault(record.key, deque()).append(arrival)
-        heaviness = weight(content)
+        heaviness = weight(record.value or b"")
         (self._light if heaviness <= LIGHT else self._heavy).add(arrival, heaviness)
         self._count += 1
-        self.held += len(content)
+        self.held += arrival.size
 
     def hand_over(self, prepare: Callable[[list[Arrival]], None]) -> None:
         """Give the threads what they have room for, of each stream by turns.
@@ -137,7 +139,7 @@ class Decoding:
 
     def _forget(self, arrivals: list[Arrival]) -> None:
         self._count -= len(arrivals)
-        self.held -= sum(len(arrival.record.value or b"") for arrival in arrivals)
+        self.held -= sum(arrival.size for arrival in arrivals)
 
 
 class _Lane:

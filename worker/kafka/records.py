@@ -6,6 +6,7 @@ And a limit for headers of compressed records, where two bytes become seventy.
 
 from __future__ import annotations
 
+from sys import getsizeof
 from typing import Any
 
 from kafka.errors import CorruptRecordError
@@ -13,6 +14,13 @@ from kafka.record.default_records import DefaultRecordBatch
 from kafka.record.util import decode_varint
 
 MAX_HEADERS = 1_000
+PAIR_BYTES = 80  # of a header beside its name and value
+
+
+def bytes_of(record: Any) -> int:
+    """What a record takes in memory but for itself: its key, its value, and its headers, however small these are."""
+    headers = sum(PAIR_BYTES + getsizeof(name) + getsizeof(value) for name, value in record.headers)
+    return len(record.key or b"") + len(record.value or b"") + headers
 
 
 class _Forgiving(bytearray):

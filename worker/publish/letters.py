@@ -11,6 +11,7 @@ from typing import Any
 from schemas.errors import FrameError
 from schemas.frame import Position
 from worker.consume.offsets import Partition
+from worker.kafka.records import bytes_of
 from worker.publish.publisher import Publisher
 
 Bad = tuple[Any, FrameError]  # a record, and why it is no frame
@@ -94,11 +95,5 @@ def position_of(record: Any) -> Position:
 
 
 def _size(bad: list[Bad]) -> int:
-    """Bytes that records and their messages take, at least."""
-    return sum(
-        OVERHEAD
-        + len(record.key or b"")
-        + len(record.value or b"")
-        + sum(len(value or b"") for _, value in record.headers)
-        for record, _ in bad
-    )
+    """Bytes that records and their messages take."""
+    return sum(OVERHEAD + bytes_of(record) for record, _ in bad)

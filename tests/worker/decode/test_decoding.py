@@ -17,12 +17,13 @@ from schemas.errors import FrameError
 from schemas.frame import Frame
 from tests.worker.decode.test_image import png_header
 from worker.decode.decoding import HEAVY_AHEAD, LIGHT, LIGHT_AHEAD, MAX_SHARE, Arrival, Decoding
+from worker.kafka.records import bytes_of
 
 SMALL, LARGE = png_header(9, 9), png_header(4_000, 4_000)
 
 
 def record(key: bytes | None, partition: int, offset: int, value: bytes = SMALL) -> Any:
-    return SimpleNamespace(key=key, topic="t", partition=partition, offset=offset, value=value)
+    return SimpleNamespace(key=key, topic="t", partition=partition, offset=offset, value=value, headers=[("a", b"b")])
 
 
 def frame_of(arrival: Arrival) -> Any:
@@ -63,6 +64,17 @@ def test_each_record_comes_out_once_and_in_order(threads: int) -> None:
         mine = where([a for a in taken if a.record.key == key])
         assert mine == sorted(mine)
     assert sorted(where(taken)) == list(range(500))
+    assert decoding.held == 0
+    decoding.close()
+
+
+def test_what_is_held_is_counted_with_its_headers() -> None:
+    """A sender may put a megabyte of them on a picture of some bytes."""
+    decoding, many = Decoding(decode, 1), record(b"a", 0, 0)
+    many.headers = [("", None)] * 1_000
+    decoding.add(0.0, many)
+    assert decoding.held > 50_000
+    all_of(decoding)
     assert decoding.held == 0
     decoding.close()
 
@@ -231,7 +243,7 @@ class Machine(RuleBasedStateMachine):
             if not any(one is other for other in self.taken[partition])
         ]
         assert len(self.decoding) == len(left)
-        assert self.decoding.held == sum(len(one.value) for one in left)
+        assert self.decoding.held == sum(bytes_of(one) for one in left)
 
     @invariant()
     def threads_have_no_more_than_their_share(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 
-from worker.kafka.records import forgive_header_names
+from worker.kafka.records import bytes_of, forgive_header_names
 
 
 class Latin(str):
@@ -37,3 +38,19 @@ def test_a_header_name_that_is_no_text_loses_no_record(batch: Callable[[], Defau
         [("after", b"\xf6"), ("b", None)],
     ]
     assert all(type(record.value) is bytes and type(record.headers[0][1]) is bytes for record in records)
+
+
+@pytest.mark.parametrize(
+    "header", [("", None), ("", b""), ("name", b"value"), ("größe", b"x" * 40), ("\N{CAMERA}", b"x")]
+)
+def test_headers_take_no_more_memory_than_is_counted(header: tuple[str, bytes | None]) -> None:
+    builder = DefaultRecordBatchBuilder(2, 0, False, -1, -1, -1, 1 << 20)
+    builder.append(0, timestamp=0, key=b"cam", value=b"x" * 1_000, headers=[header] * 20_000)
+    batch = DefaultRecordBatch(bytes(builder.build()))
+    tracemalloc.start()
+    try:
+        (record,) = batch
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert taken < bytes_of(record) < 4 * taken
