@@ -22,10 +22,20 @@ end
 local strange = foreign()
 """
 
-# ARGV: owner, 'any', or 'known' where a new stream is not to begin, or 'last' where the stream is about to be deleted.
+# A string; an empty one where it has more bytes than that. Whoever reads it takes it for damaged.
+_WITHIN = """
+local function within(key, most)
+  if redis.call('STRLEN', key) > tonumber(most) then return '' end
+  return redis.call('GET', key)
+end
+"""
+
+# ARGV: owner; 'any', or 'known' where a new stream is not to begin, or 'last' where the stream is about to be deleted;
+# how many bytes of tensors are read.
 # A store that is full refuses a script whose first write may need memory, and only the first: so 'last' goes through.
 CLAIM = (
     _FOREIGN
+    + _WITHIN
     + """
 if strange then return strange end
 if ARGV[2] ~= 'any' and redis.call('EXISTS', KEYS[1]) == 0 then return {0, false, false, false, false} end
@@ -41,16 +51,18 @@ local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
 redis.call('HSET', KEYS[1], 'owner', ARGV[1])
 redis.call('HDEL', KEYS[1], 'written')
 local stored = redis.call('HMGET', KEYS[1], 'header', 'event')
-return {token, stored[1], redis.call('GET', KEYS[2]), stored[2], redis.call('GET', KEYS[4])}
+return {token, stored[1], within(KEYS[2], ARGV[3]), stored[2], within(KEYS[4], ARGV[3])}
 """
 )
 
+# ARGV: how many bytes of tensors are read.
 READ = (
     _FOREIGN
+    + _WITHIN
     + """
 if strange then return strange end
 local stored = redis.call('HMGET', KEYS[1], 'token', 'header', 'event')
-return {tonumber(stored[1]) or 0, stored[2], redis.call('GET', KEYS[2]), stored[3], redis.call('GET', KEYS[4])}
+return {tonumber(stored[1]) or 0, stored[2], within(KEYS[2], ARGV[1]), stored[3], within(KEYS[4], ARGV[1])}
 """
 )
 

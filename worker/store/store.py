@@ -57,7 +57,7 @@ OFFSET_DIGITS = 18  # of any offset that a broker will ever give
 @dataclass(frozen=True)
 class Claimed:
     """A claim, and what was stored: header is None for a stream never written, `packed` (its tensors) also for an
-    expired one.
+    expired one. Tensors are empty where they have more bytes than may be.
 
     `foreign` says what lies under one of the stream's keys that no worker wrote; then nothing is claimed, token is 0.
     So it is for a new stream where only known ones were to be claimed.
@@ -127,6 +127,8 @@ class StateStore:
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
+        # Tensors that cannot be packed are a little longer packed.
+        self._most = settings.max_state_bytes + settings.max_state_bytes // 1_000 + 1_000
         self._client: Any = None
         self._opened = self._noticed = 0
 
@@ -155,7 +157,9 @@ class StateStore:
 
         `last`: known ones that are about to be deleted, which a store without memory takes, too.
         """
-        return self._claimed(scripts.CLAIM, [(self._all_keys(stream), [owner, which]) for stream in streams])
+        return self._claimed(
+            scripts.CLAIM, [(self._all_keys(stream), [owner, which, self._most]) for stream in streams]
+        )
 
     def write(self, writes: list[Write]) -> list[bool | None]:
         """Write states, in order; False where another worker has claimed the stream since.
@@ -184,7 +188,7 @@ class StateStore:
 
     def read(self, stream: str) -> Claimed:
         """What is stored, without claiming it. The token is 0 for an unknown stream."""
-        (found,) = self._claimed(scripts.READ, [(self.keys(stream), [])])
+        (found,) = self._claimed(scripts.READ, [(self.keys(stream), [self._most])])
         return found
 
     def overview(self, streams: list[str]) -> list[Overview]:

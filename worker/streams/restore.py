@@ -71,6 +71,10 @@ class Restorer:
         try:
             if (tensors := claimed.tensors) is None:
                 raise StateError("the stored state expired while the stream was idle, or its tensors were evicted")
+            if not tensors:
+                raise StateError(
+                    f"the stored state is empty or has more than store.max_state_bytes = {self._max_state_bytes}"
+                )
             state = decode_state(claimed.header, tensors, self._engine.like, self._max_state_bytes)
         except StateError as error:
             return self._from_source(fresh, str(error), approved)

@@ -1,4 +1,5 @@
 import contextlib
+import random
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -218,6 +219,25 @@ def test_states_that_inflate_are_not_all_in_memory_at_once(store: StateStore, st
         assert tracemalloc.get_traced_memory()[1] < 8 * len(inflated)
     finally:
         tracemalloc.stop()
+
+
+def test_no_more_of_a_state_is_read_than_it_may_have(
+    open_store: OpenStore, store_settings: Store, store_url: str
+) -> None:
+    """A value of hundreds of megabytes takes the store longer than a worker waits for it, again and again."""
+    store = open_store(store_settings.model_copy(update={"max_state_bytes": 100_000}))
+    noise = random.Random(0).randbytes(100_000)
+    packed = pack(noise, "deflate")
+    assert len(packed) > len(noise)
+    store.claim(["cam", "other"], "w")
+    assert store.write([replace(write(s, 1), tensors=packed, approved=packed) for s in ("cam", "other")]) == [True] * 2
+    client = redis.Redis.from_url(store_url)
+    for key in (store.keys("cam")[1], store.keys("cam")[3]):
+        client.setrange(key, 300_000, b"x")
+    client.close()
+    for cam, other in (store.claim(["cam", "other"], "w"), (store.read("cam"), store.read("other"))):
+        assert (cam.packed, cam.packed_approved, cam.header) == (b"", b"", b"header")
+        assert other.tensors == other.approved == noise
 
 
 def test_unreachable_store_names_its_address_and_no_password(open_store: OpenStore) -> None:
