@@ -44,7 +44,8 @@ def _jpeg(content: bytes) -> int:
 
 
 def _png(content: bytes) -> int:
-    if content[12:16] != b"IHDR" or len(content) < 24 or content.count(b"IHDR") > 1:
+    # A picture has one profile at most; each of a kilobyte may unpack to a megabyte.
+    if content[12:16] != b"IHDR" or len(content) < 24 or content.count(b"IHDR") > 1 or content.count(b"iCCP") > 1:
         return HEAVY
     width, height = struct.unpack_from(">II", content, 16)
     return int(width * height)

@@ -51,6 +51,7 @@ def test_many_bytes_are_heavy_whatever_they_are() -> None:
     [
         png_header(28, 28)[:20],
         png_header(28, 28) + png_header(8_000, 3_000)[8:],
+        png_header(28, 28) + b"iCCP" * 2,
         encoded("JPEG", (9, 9))[:30],
         b"\xff\xd8\xff\xff" + encoded("JPEG", (9, 9))[3:],
         b"RIFF....WEBPVP8 ",
