@@ -259,7 +259,8 @@ def _loaded(blob: bytes, expected_step: int) -> dict[str, Tensor]:
         raise StateError(f"the stored tensors are of step {step}, their header is of step {expected_step}")
     try:
         return dict(safetensors.torch.load(blob))
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+    # The last two: the library lets shapes pass that are too large for torch, where they have no elements.
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise StateError(f"the stored tensors are damaged: {error}") from error
 
 

@@ -88,6 +88,13 @@ def test_what_is_not_a_state_is_refused(damage, message: str) -> None:
         decode_state(*damage(encode_header(header()), encode_tensors(tensors(), 3)), LIKE, LIMIT)
 
 
+@pytest.mark.parametrize("shape", ["[4294967296,0,4294967296,4611686018427387904,1]", "[0,18446744073709551615]"])
+def test_a_shape_that_no_tensor_has_is_damage(shape: str) -> None:
+    said = f'{{"version":"1","step":"3"}},"affine":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}'
+    with pytest.raises(StateError, match="damaged"):
+        decode_tensors(with_metadata(said), 3, LIKE)
+
+
 def test_a_description_without_end_is_not_read() -> None:
     """Three bytes become a hundred: of a bomb of 100 KB it was gigabytes."""
     blob = with_metadata('{"version":"1","step":"3"},"x":[' + "[]," * 400_000 + "[]]")
