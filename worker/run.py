@@ -19,13 +19,14 @@ from monitoring.http import MetricsServer, serve_metrics
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, FrameError, UnreachableError
-from schemas.frame import Frame, Position
+from schemas.frame import Frame
 from worker.batch.batcher import within_memory, within_method
 from worker.consume.offsets import Partition
 from worker.engine.device import EXPERIMENTAL, described, out_of_memory, site_device
 from worker.flights import Flights
 from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
 from worker.parts import connect
+from worker.polling import Polling
 from worker.process import installed_version, keep_freed_memory, spare_collections, switch_often
 from worker.reach import Reach
 from worker.site.bundle import site_bundle
@@ -33,11 +34,6 @@ from worker.trace import open_trace
 
 log = logging.getLogger("driftkeel.worker")
 Result = TypeVar("Result")
-IDLE_POLL_S = 0.1
-FRESH_S = 0.02  # at most, for what a poll has fetched
-PAUSE_S = 0.05  # between looks while what waits is not due; none where half of batch.max_wait_ms is below FRESH_S
-STOCKED_S = 0.05  # between looks at the topic while there is enough to do: a look costs two threads a millisecond
-MAX_HELD = 64 << 20  # bytes that wait to be decoded, or are, before partitions are paused
 STUCK_AFTER_S = 60.0
 LAG_INTERVAL_S = 1.0
 
@@ -78,13 +74,13 @@ class Worker:
         waiting = self._heal, self._keep_alive
         self._parts = parts = connect(config, bundle, self.metrics, self._trace, lanes, stop, *waiting)
         self._store = parts.store
-        self._consumer, self._offsets = parts.consumer, parts.offsets
+        self._consumer = parts.consumer
         self._reach = Reach(config, self.metrics, self._consumer.answered, lambda: self._healthy_store)
         self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
         self._streams, self._journal, self._control = parts.streams, parts.journal, parts.control
         self._flights = Flights(config, parts, self.metrics, lanes, stop)
-        self._lag_shown, self._looked = 0.0, time.monotonic()
-        self._pause = min(PAUSE_S, half) if (half := config.batch.max_wait_ms / 2_000) >= FRESH_S else 0.0
+        self._polling = Polling(config.batch, parts, self._flights, self._drop)
+        self._lag_shown = 0.0
         self._partitions_of: dict[str, set[Partition]] = {}
         self._beyond: dict[Partition, int] = {}
         log.info(
@@ -156,8 +152,8 @@ class Worker:
         self.metrics.refused_partitions.set(self._consumer.refused)
         self.metrics.buffered.set(len(self._batcher))
         self._show_progress()
-        if not self._stocked:
-            self._look()
+        if not self._polling.stocked:
+            self._polling.look()
         self._intake.hand_over(self._load)
         self._doubt()
 
@@ -202,78 +198,11 @@ class Worker:
             self._lag_shown = time.monotonic()
             self.metrics.set_lag(self._consumer.lag())
 
-    @property
-    def _stocked(self) -> bool:
-        """Whether the loop can do without a look at the topic for a moment."""
-        if time.monotonic() - self._looked >= STOCKED_S:
-            return False
-        if self._flights.here and self._decoding.busy:
-            return True
-        enough = self._flights.lanes * self.config.batch.max_pass
-        return bool(self._flights or self._decoding.running) and self._waiting >= enough
-
-    @property
-    def _waiting(self) -> int:
-        """Frames in memory that are in no pass."""
-        return len(self._batcher) + len(self._decoding)
-
-    def _look(self) -> None:
-        """Take over what has come; where nothing else is to be done, wait for it, or until something is due."""
-        # All partitions or none: the client loses sight of what it has fetched when only some of them are paused.
-        full = self._waiting >= self.config.batch.max_buffered or self._decoding.held > MAX_HELD or self._intake.full
-        self._consumer.pause(full)
-        if not (full or self._busy) and (due := self._batcher.next_due()) is not None:
-            # Frames that come meanwhile need not be taken over one by one. No wait for `stop`: whoever sets it may be a
-            # signal's handler in this very thread.
-            time.sleep(min(self._pause, max(0.0, due - time.monotonic() - FRESH_S / 2)))
-        twice = not full and self._aged
-        if twice:  # A poll gives what was there at the poll before, and has fetched what has come since.
-            self._receive(0.0)
-        # Nothing may be in hand where dead letters alone are too many.
-        self._receive(0.0 if full and self._waiting else self._patience(twice))
-
-    @property
-    def _busy(self) -> bool:
-        return bool(self._flights or self._decoding)
-
-    @property
-    def _aged(self) -> bool:
-        """Whether much may have come since the last look that is wanted now."""
-        aged = time.monotonic() - self._looked > FRESH_S
-        return aged and self._waiting < self.config.batch.max_pass and (self._flights.here or not self._flights)
-
-    def _patience(self, again: bool) -> float:
-        """How long a poll may wait: for what one just before it has fetched, or until something is due."""
-        fresh = min(FRESH_S, self.config.batch.max_wait_ms / 2_000)
-        if self._busy:
-            return fresh if again else 0.0
-        if (due := self._batcher.next_due()) is None:
-            return IDLE_POLL_S
-        return min(fresh if self._pause else IDLE_POLL_S, max(0.0, due - time.monotonic()))
-
-    def _receive(self, timeout_s: float) -> None:
-        """Poll once. Partitions that were taken away are dropped before newer records are taken in."""
-        records, gone = self._consumer.poll(timeout_s)
-        before, self._looked = self._looked, time.monotonic()
-        epoch = time.time() - self._looked
-        dropped: set[Partition] = set()
-        for partition in gone:
-            dropped |= self._drop(partition)
-        for record in records:
-            # Where a stream has moved, its other partitions are read again, too: nothing newer goes before that.
-            if (record.topic, record.partition) not in dropped:
-                self._offsets.received(Position(record.topic, record.partition, record.offset))
-                # It came when it says, and not before the last poll: what came while the loop computed would all be due
-                # at once, in smaller micro-batches and more of them.
-                said = (record.timestamp or 0) / 1000
-                came = max(before, said - epoch) if said > 0 else self._looked
-                self._decoding.add(min(self._looked, came), record)
-
     def _keep_alive(self) -> None:
         """Keep the group membership while the loop waits for something else; lag grows meanwhile."""
         self._show_progress()
         self._consumer.pause(True)
-        self._receive(0.05)
+        self._polling.receive(0.05)
 
     def _load(self, streams: list[str]) -> Callable[[Frame], bool]:
         self._control.met(self._streams.ensure(streams))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
-from schemas.frame import Frame, Position, parse_frame
+from schemas.frame import Frame
 from tests.conftest import Topic, picture
 from worker import flights
-from worker.decode.image import DecodedFrame, decode_frame
-from worker.run import FRESH_S, IDLE_POLL_S, MAX_HELD, PAUSE_S, STUCK_AFTER_S, Worker
+from worker.decode.image import decode_frame
+from worker.run import STUCK_AFTER_S, Worker
 
 LARGE = picture(1, size=(1_200, 1_200))
 
@@ -140,10 +140,10 @@ def test_what_is_decoded_counts_as_buffered(
     )
     topic.send(config.kafka.topics.frames, [(b"slow", LARGE if i == 0 else picture(i), []) for i in range(200)])
     worker = Worker(config, threading.Event())
-    turn_until(worker, lambda: worker._waiting >= 20)
+    turn_until(worker, lambda: worker._polling.waiting >= 20)
     for _ in range(30):
         worker._turn()
-    assert worker._waiting < 25
+    assert worker._polling.waiting < 25
     free.set()
     turn_until(worker, lambda: folded(worker, ["slow"]) == {"slow": 200})
     worker._stop.set()
@@ -168,7 +168,7 @@ def test_frames_that_become_late_while_they_wait_are_passed_over(config: WorkerC
     worker._turn()
     assert len(worker._batcher) == 0
     assert answered("driftkeel_frames_dropped_total") == 3
-    assert sum(worker._offsets.unfinished().values()) == 0
+    assert sum(worker._parts.offsets.unfinished().values()) == 0
     worker._stop.set()
     worker.run()
 
@@ -242,10 +242,10 @@ def test_who_had_no_room_in_a_pass_here_is_predicted_before_its_updates(
     assert [sum(len(o.batch.frames) for o in one.predicted.result()[0].outlooks) for one in under_way] == expected
     assert all(one.published and not one.adapted.done() for one in under_way)
     assert len(answered) == 2
-    worker._looked = time.monotonic()
-    assert worker._stocked is (len(worker._batcher) == 4)  # with a pass in memory it need not look after each one
-    worker._looked -= 1
-    assert not worker._stocked
+    worker._polling._looked = time.monotonic()
+    assert worker._polling.stocked is (len(worker._batcher) == 4)  # with a pass in memory it need not look after each one
+    worker._polling._looked -= 1
+    assert not worker._polling.stocked
     worker._move_on()
     assert not worker._flights
     assert sum(folded(worker, list(counts)).values()) == sum(expected)
@@ -304,8 +304,8 @@ def test_a_pass_here_takes_along_what_came_during_the_last(
     turn_until(worker, lambda: folded(worker, ["cam"]) == {"cam": 4} and not in_flight)
     assert in_flight.here
     assert not in_flight.takes_in  # nothing has come
-    worker._looked = time.monotonic()
-    assert not worker._stocked  # an idle worker waits for the topic rather than turn
+    worker._polling._looked = time.monotonic()
+    assert not worker._polling.stocked  # an idle worker waits for the topic rather than turn
     worker._decoding.add(time.monotonic(), SimpleNamespace(key=b"cam", value=picture(1), topic="t", partition=0))
     in_flight._ended, in_flight._span = time.monotonic(), 0.2
     assert in_flight.takes_in
@@ -320,119 +320,3 @@ def test_a_pass_here_takes_along_what_came_during_the_last(
     assert begun == [False]
     worker._stop.set()
     worker.run()
-
-
-@pytest.fixture
-def looker(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Worker, list[float], list[Any]]]:
-    """A worker whose broker is played, how long each of its polls may wait, and what the next one gives."""
-    worker = Worker(config.model_copy(update={"batch": Batch(max_wait_ms=5_000)}), threading.Event())
-    polls: list[float] = []
-    records: list[Any] = []
-
-    def poll(timeout_s: float) -> tuple[list[Any], set[Any]]:
-        polls.append(timeout_s)
-        given, records[:] = list(records), []
-        return given, set()
-
-    monkeypatch.setattr(worker._consumer, "poll", poll)
-    monkeypatch.setattr(worker._consumer, "pause", lambda paused: None)
-    yield worker, polls, records
-    worker._close()
-
-
-def record(worker: Worker, timestamp: float | None) -> Any:
-    topic, milliseconds = worker.config.kafka.topics.frames, None if timestamp is None else int(1000 * timestamp)
-    return SimpleNamespace(
-        topic=topic, partition=0, offset=0, key=b"cam", value=picture(1), headers=[], timestamp=milliseconds
-    )
-
-
-@pytest.mark.parametrize(
-    ("ago", "waits"), [(2.0, 2.0), (-60.0, 0.0), (3_600.0, 10.0), (None, 0.0)], ids=["since", "ahead", "old", "unsaid"]
-)
-def test_a_frame_waits_since_it_was_sent_but_not_since_before_the_last_poll(
-    looker: tuple[Worker, list[float], list[Any]], ago: float | None, waits: float
-) -> None:
-    """The loop may have stood still for a pass; a producer's clock may say anything."""
-    worker, _, records = looker
-    records.append(record(worker, None if ago is None else time.time() - ago))
-    worker._looked = time.monotonic() - 10
-    worker._receive(0.0)
-    (arrival,) = next(iter(worker._decoding._order.values()))
-    assert worker._looked - arrival.received == pytest.approx(waits, abs=0.5)
-
-
-def test_a_look_after_a_while_is_for_what_has_come_meanwhile_too(
-    looker: tuple[Worker, list[float], list[Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The client fetches at each poll what the next one gives."""
-    worker, polls, records = looker
-    records.append(record(worker, time.time()))
-    worker._receive(0.0)
-    polls.clear()
-    worker._looked -= 1
-    worker._look()
-    assert polls == [0.0, FRESH_S]
-    polls.clear()
-    worker._looked = time.monotonic() + 60  # a moment ago
-    worker._look()
-    assert polls == [0.0]
-    polls.clear()
-    worker._looked -= 120
-    worker._decoding.held += MAX_HELD  # and a partition that is paused gives nothing
-    worker._look()
-    assert polls == [0.0]
-    polls.clear()
-    worker._looked -= 120
-    worker._decoding.held -= MAX_HELD
-    monkeypatch.setattr(Worker, "_waiting", worker.config.batch.max_pass)  # enough for the next pass
-    worker._look()
-    assert polls == [0.0]
-
-
-def test_a_worker_with_nothing_to_do_waits_in_one_poll_and_else_for_what_is_due(
-    looker: tuple[Worker, list[float], list[Any]],
-) -> None:
-    worker, polls, _ = looker
-    worker._looked -= 1
-    worker._look()
-    assert polls == [0.0, IDLE_POLL_S]
-    polls.clear()
-    worker._look()
-    assert polls == [IDLE_POLL_S]
-    polls.clear()
-    now = time.monotonic()
-    parsed = parse_frame(Position("frames", 0, 0), b"cam", picture(1), [], 0, 1 << 20, 100)
-    frame = decode_frame(parsed, now, worker.config.frames, worker._streams.engine.bundle.manifest.preprocess)
-    assert isinstance(frame, DecodedFrame)
-    worker._batcher.add([frame])
-    worker._looked = now - 1
-    worker._look()
-    assert time.monotonic() - now >= PAUSE_S  # Frames that come before need not be taken over one by one.
-    assert polls == [0.0, FRESH_S]
-    polls.clear()
-    frame.received -= 10  # due
-    worker._looked -= 1
-    worker._look()
-    assert polls == [0.0, 0.0]
-
-
-@pytest.mark.parametrize(("max_wait_ms", "patience"), [(5_000, FRESH_S), (10, 0.005), (0, 0.0)])
-def test_what_a_look_has_found_does_not_wait_long_for_more(
-    looker: tuple[Worker, list[float], list[Any]], max_wait_ms: int, patience: float
-) -> None:
-    worker, polls, records = looker
-    worker.config = worker.config.model_copy(update={"batch": Batch(max_wait_ms=max_wait_ms)})
-    records.append(record(worker, time.time()))
-    worker._looked -= 1
-    worker._look()
-    assert polls == [0.0, patience]
-
-
-@pytest.mark.parametrize(("max_wait_ms", "pause"), [(1_000, PAUSE_S), (60, 0.03), (20, 0.0), (0, 0.0)])
-def test_looks_are_paused_for_no_more_than_half_of_the_wait(
-    config: WorkerConfig, max_wait_ms: int, pause: float
-) -> None:
-    worker = Worker(config.model_copy(update={"batch": Batch(max_wait_ms=max_wait_ms)}), threading.Event())
-    assert worker._pause == pytest.approx(pause)
-    worker._close()

@@ -58,7 +58,7 @@ def fold(config: WorkerConfig) -> None:
     """As many frames as there are, into the store."""
     send(config)
     with running(config) as worker:
-        turn_until(worker, lambda: sum(worker._offsets.committable().values()) >= FRAMES)
+        turn_until(worker, lambda: sum(worker._parts.offsets.committable().values()) >= FRAMES)
 
 
 def positions(config: WorkerConfig) -> list[tuple[str, str]]:
