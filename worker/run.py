@@ -18,13 +18,12 @@ import torch
 from monitoring.http import MetricsServer, serve_metrics
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
-from schemas.errors import ConfigError, FrameError, UnreachableError
-from schemas.frame import Frame
+from schemas.errors import ConfigError, UnreachableError
 from worker.batch.batcher import within_memory, within_method
-from worker.consume.offsets import Partition
 from worker.engine.device import EXPERIMENTAL, described, out_of_memory, site_device
 from worker.flights import Flights
 from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
+from worker.partitions import Partitions
 from worker.parts import connect
 from worker.polling import Polling
 from worker.process import installed_version, keep_freed_memory, spare_collections, switch_often
@@ -79,10 +78,9 @@ class Worker:
         self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
         self._streams, self._journal, self._control = parts.streams, parts.journal, parts.control
         self._flights = Flights(config, parts, self.metrics, lanes, stop)
-        self._polling = Polling(config.batch, parts, self._flights, self._drop)
+        self._partitions = Partitions(parts, config.store.max_streams)
+        self._polling = Polling(config.batch, parts, self._flights, self._partitions.drop)
         self._lag_shown = 0.0
-        self._partitions_of: dict[str, set[Partition]] = {}
-        self._beyond: dict[Partition, int] = {}
         log.info(
             "worker %s: broker %s, topic %s, group %s, store %s, metrics http://%s:%d/metrics",
             config.worker,
@@ -141,11 +139,11 @@ class Worker:
             self._flights.begin()
         self._refused(self._journal.flush_due() + self._streams.returned())
         if self._store.reconnected():
-            self._begin_again()
+            self._partitions.begin_again()
         self._trim()
         self._streams.engine.rest(time.monotonic())
         if fenced := self._control.look_after_the_rest(self._flights.streams):
-            self._rewind(fenced)
+            self._partitions.rewind(fenced)
         self._consumer.commit()
         self._joined = self._consumer.joined
         self._refusing = self._consumer.refused > 0
@@ -154,8 +152,8 @@ class Worker:
         self._show_progress()
         if not self._polling.stocked:
             self._polling.look()
-        self._intake.hand_over(self._load)
-        self._doubt()
+        self._intake.hand_over(self._partitions.load)
+        self._partitions.doubt()
 
     def _take_up(self) -> None:
         """Frames that are decoded wait for their pass from now on."""
@@ -167,7 +165,7 @@ class Worker:
         """Commands that have come, to streams that are in no step."""
         self._control.listen()
         if fenced := self._control.run(self._flights.streams):
-            self._rewind(fenced)
+            self._partitions.rewind(fenced)
 
     def _move_on(self, others: Sequence[Future[Any]] = ()) -> None:
         for fenced, span in self._flights.move_on(others):
@@ -176,7 +174,7 @@ class Worker:
     def _refused(self, fenced: list[str], span: float = 0.0) -> None:
         """Another worker has claimed these streams; `span` is how long the step took that found out."""
         if fenced:
-            self._rewind(fenced)
+            self._partitions.rewind(fenced)
             # Two workers with frames of one stream (it moved) would refuse each other for ever in lockstep.
             # A step that waited for the store is no measure: the loop must not stand still as long again.
             span += self.config.batch.max_wait_ms / 1000
@@ -185,9 +183,8 @@ class Worker:
     def _trim(self) -> None:
         if self._streams.crowded:
             self._refused(self._journal.flush())
-            # All that is known of these is stored, so that they need not be read again with a partition that goes.
-            for stream in self._streams.trim(self._batcher.streams | self._decoding.streams | self._flights.streams):
-                self._partitions_of.pop(stream, None)
+            busy = self._batcher.streams | self._decoding.streams | self._flights.streams
+            self._partitions.forget(self._streams.trim(busy))
 
     def _show_progress(self) -> None:
         """The loop is no standstill, whatever it waits for."""
@@ -203,64 +200,6 @@ class Worker:
         self._show_progress()
         self._consumer.pause(True)
         self._polling.receive(0.05)
-
-    def _load(self, streams: list[str]) -> Callable[[Frame], bool]:
-        self._control.met(self._streams.ensure(streams))
-        engine = self._streams.engine
-
-        def is_folded(frame: Frame) -> bool:
-            if frame.stream not in engine:
-                raise _no_room(self.config.store.max_streams)
-            where = (frame.position.topic, frame.position.partition)
-            self._partitions_of.setdefault(frame.stream, set()).add(where)
-            header = engine.resident(frame.stream).header
-            if not header.has_folded(frame.position):
-                return False
-            folded = header.positions[frame.position.log] + 1
-            if self._consumer.reaches(where, folded):
-                return True
-            self._beyond[where] = max(folded, self._beyond.get(where, 0))
-            return False
-
-        return is_folded
-
-    def _doubt(self) -> None:
-        """Streams claim to have folded more than their partition's log has: none of its frames was folded in."""
-        while self._beyond:
-            partition, folded = self._beyond.popitem()
-            self._consumer.doubt(partition, folded)
-            self._drop(partition)
-
-    def _drop(self, partition: Partition) -> set[Partition]:
-        """Forget a partition: whoever has it now reads again what was not finished.
-
-        A stream that has moved goes with every partition in which it was met; what is ours of these is read again.
-        Returns all of these.
-        """
-        self._decoding.drop(partition)
-        self._intake.forget(partition)
-        streams = [stream for stream, where in self._partitions_of.items() if partition in where]
-        self._batcher.drop(streams)
-        self._streams.release(streams)
-        dropped = {partition}
-        for other in {other for stream in streams for other in self._partitions_of.pop(stream)} - dropped:
-            self._consumer.rewind(other)
-            dropped |= self._drop(other)
-        return dropped
-
-    def _rewind(self, fenced: list[str]) -> None:
-        """Streams of ours must be claimed again, mostly as another worker has them. Read their partitions again: the
-        broker decides whose they are."""
-        for partition in {p for stream in fenced for p in self._partitions_of.get(stream, ())}:
-            log.warning("streams of partition %d must be claimed again; reading it again", partition[1])
-            self._consumer.rewind(partition)
-            self._drop(partition)
-
-    def _begin_again(self) -> None:
-        """A store that was away may have lost its last second: compare every partition and claim every stream anew."""
-        for partition in self._consumer.assignment():
-            self._consumer.rewind(partition)
-            self._drop(partition)
 
     def _heal(self, action: Callable[[], Result]) -> Result:
         """Call the store until it answers; meanwhile stay in the group, and take no new records."""
@@ -293,11 +232,6 @@ class Worker:
                 stack.callback(self._trace.close)
             stack.callback(self._reach.close)
             stack.callback(self._parts.close)
-
-
-def _no_room(most: int) -> FrameError:
-    reason = f"its stream is new, and the store has as many as it may (store.max_streams: {most})"
-    return FrameError("too_many_streams", f"{reason}: see docs/runbooks/too-many-streams.md")
 
 
 def run_worker(config: WorkerConfig) -> None:

@@ -43,8 +43,8 @@ def test_nothing_is_kept_of_streams_that_made_room(config: WorkerConfig, topic: 
     while (answered("driftkeel_predictions_total") or 0) < 40 or worker._flights or worker._streams.crowded:
         assert time.monotonic() < deadline
         worker._turn()
-    assert set(worker._partitions_of) == set(worker._streams.engine.streams)
-    assert len(worker._partitions_of) <= 4
+    assert set(worker._partitions._of) == set(worker._streams.engine.streams)
+    assert len(worker._partitions._of) <= 4
     stop.set()
     worker.run()
 
@@ -117,7 +117,7 @@ def test_frames_read_again_while_they_are_decoded_count_once(
     under_way = worker._decoding.running
     assert under_way
     for _ in range(2):
-        worker._rewind(slow)
+        worker._partitions.rewind(slow)
         turn_until(worker, lambda: worker._decoding.streams >= set(slow) and folded(worker, quick) == wanted)
     assert not any(future.done() for future in under_way)
     free.set()
