@@ -31,6 +31,19 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30) 
         time.sleep(0.05)
 
 
+def wait_for_end(pids: list[int]) -> None:
+    wait_until(lambda: not any(_alive(pid) for pid in pids), f"the end of processes {pids}")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z")
+
+
 def cluster_node(folder: Path, port: int) -> EmbeddedStore:
     options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-require-full-coverage", "yes"]
     return start_store(folder, port=port, options=options)

@@ -1,12 +1,14 @@
-"""Workers as processes of their own, as they run at a site."""
+"""Workers as processes of their own, as they run at a site; and in this process, turned by the test."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,12 +20,13 @@ import pytest
 import redis
 import yaml
 
-from schemas.config import Kafka, Store
+from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
 from schemas.prediction import Prediction
 from schemas.state import StreamHeader, decode_header
 from schemas.update import UpdateEvent
-from tests.conftest import Topic
+from tests.conftest import Topic, picture
 from worker.embedded import free_port
+from worker.run import Worker
 from worker.store.store import StateStore
 
 
@@ -148,6 +151,14 @@ class Site:
 
         worker.wait_until(done, f"folding {counts}")
 
+    def feed(self, worker: WorkerProcess, stream: str, frames: int) -> list[str]:
+        """Send frames, wait until all of them are folded, and return their ids."""
+        header = self.header(stream)
+        before = header.frames if header else 0
+        ids = self.send([(stream, picture(before + i)) for i in range(frames)])
+        self.wait_folded(worker, {stream: before + frames})
+        return ids
+
     def assert_folded_once(self, frames: dict[str, list[str]]) -> None:
         """Every frame of every stream has shaped its state exactly once, in order."""
         for stream, ids in frames.items():
@@ -172,6 +183,15 @@ def site(
             worker.kill()
 
 
+@pytest.fixture
+def site_file(site: Site, tmp_path: Path) -> str:
+    """The site as commands are told of it; its workers keep a snapshot of every second update."""
+    path = tmp_path / "site.yaml"
+    site.config["store"] = {**site.config["store"], "snapshot_every": 2}
+    path.write_text(yaml.safe_dump(site.config))
+    return str(path)
+
+
 def run_cli(*arguments: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
     """`driftkeel ...` to its end."""
     return subprocess.run(
@@ -181,3 +201,57 @@ def run_cli(*arguments: str, timeout: float = 60, **environment: str) -> subproc
         timeout=timeout,
         env={**os.environ, **environment},
     )
+
+
+def ids_by_stream(frames: list[tuple[str, bytes]], ids: list[str]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for (stream, _), frame_id in zip(frames, ids, strict=True):
+        grouped.setdefault(stream, []).append(frame_id)
+    return grouped
+
+
+@pytest.fixture
+def config(kafka_settings: Kafka, store_settings: Store, tiny_bundle_path: Path) -> WorkerConfig:
+    """Of a worker in this process, which has memory for few streams."""
+    return WorkerConfig(
+        threads=1,
+        kafka=kafka_settings,
+        store=store_settings,
+        bundle=Bundle(path=tiny_bundle_path),
+        batch=Batch(max_batch=4, max_wait_ms=10, min_adapt=1),
+        adapt=Adapt(max_resident_streams=4),
+        metrics=Metrics(port=0),
+    )
+
+
+@contextlib.contextmanager
+def running(config: WorkerConfig) -> Iterator[Worker]:
+    """A worker in this process, which turns when the test says so, and stops afterwards."""
+    worker = Worker(config, threading.Event())
+    try:
+        yield worker
+    finally:
+        worker._stop.set()
+        worker.run()
+
+
+MakeWorker = Callable[[WorkerConfig], Worker]
+
+
+@pytest.fixture
+def make_worker() -> Iterator[MakeWorker]:
+    """Makes workers in this process that are `running` to the end of the test."""
+    with contextlib.ExitStack() as stack:
+        yield lambda config: stack.enter_context(running(config))
+
+
+def turn_until(worker: Worker, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        worker._turn()
+
+
+def metric(worker: Worker, name: str, **labels: str) -> float:
+    """As a scrape would find it; 0 where nothing was counted yet."""
+    return worker.metrics.registry.get_sample_value(f"driftkeel_{name}", labels) or 0.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from schemas.command import Command
 from schemas.policy import PolicyChange
@@ -16,21 +15,13 @@ from worker.audit.read import histories, read_topic
 from worker.control.send import send_command
 
 
-@pytest.fixture
-def config(site: Site, tmp_path: Path) -> str:
-    path = tmp_path / "site.yaml"
-    site.config["store"] = {**site.config["store"], "snapshot_every": 2}
-    path.write_text(yaml.safe_dump(site.config))
-    return str(path)
-
-
 def audit(*arguments: str, code: int = 0) -> str:
     result = run_cli("audit", *arguments)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout
 
 
-def test_the_topic_alone_tells_the_history(site: Site, config: str, tmp_path: Path) -> None:
+def test_the_topic_alone_tells_the_history(site: Site, site_file: str, tmp_path: Path) -> None:
     streams = ["cam-1", "cam-2"]
     worker = site.start()
     site.send([(stream, picture(i)) for i in range(40) for stream in streams])
@@ -45,7 +36,7 @@ def test_the_topic_alone_tells_the_history(site: Site, config: str, tmp_path: Pa
     worker.kill()  # In the middle: the next one publishes again what may not have reached the topic.
     second = site.start()
     site.wait_folded(second, dict.fromkeys(streams, 80))
-    assert "reset, now at step 0" in run_cli("streams", "reset", "cam-2", "--config", config).stdout
+    assert "reset, now at step 0" in run_cli("streams", "reset", "cam-2", "--config", site_file).stdout
     site.send([("cam-2", picture(i)) for i in range(8)])
     site.wait_folded(second, {"cam-2": 88})
     assert second.stop() == 0
@@ -64,21 +55,21 @@ def test_the_topic_alone_tells_the_history(site: Site, config: str, tmp_path: Pa
     assert moved.layers
     assert any(moved.layers.values())
 
-    assert "sound: 2 streams" in audit("verify", "--config", config, "--store", "--complete")
-    shown = audit("show", "--config", config, "--stream", "cam-1")
+    assert "sound: 2 streams" in audit("verify", "--config", site_file, "--store", "--complete")
+    shown = audit("show", "--config", site_file, "--stream", "cam-1")
     for text in ("rolled_back", "looked odd; by kim", "mode=shadow", "applied", "→"):
         assert text in shown
-    assert all(stream in audit("show", "--config", config) for stream in streams)
+    assert all(stream in audit("show", "--config", site_file) for stream in streams)
     page = tmp_path / "audit.html"
-    audit("report", "--config", config, "--output", str(page))
+    audit("report", "--config", site_file, "--output", str(page))
     assert "The record is whole" in page.read_text()
     table = tmp_path / "audit.csv"
-    audit("export", "--config", config, "--format", "csv", "--output", str(table))
+    audit("export", "--config", site_file, "--format", "csv", "--output", str(table))
     assert len(table.read_text().splitlines()) == 1 + sum(map(len, found.values()))
 
     # A record that somebody has tampered with does not pass.
     trail = tmp_path / "trail.jsonl"
-    audit("export", "--config", config, "--output", str(trail))
+    audit("export", "--config", site_file, "--output", str(trail))
     assert "sound: 2 streams" in audit("verify", "--file", str(trail))
     lines = trail.read_text().splitlines()
     place = next(i for i, line in enumerate(lines) if "looked odd" in line)
@@ -91,14 +82,14 @@ def test_the_topic_alone_tells_the_history(site: Site, config: str, tmp_path: Pa
     assert "The record is not whole" in page.read_text()
 
 
-def test_what_an_operator_did_to_a_silent_camera_waits_in_the_store(site: Site, config: str) -> None:
+def test_what_an_operator_did_to_a_silent_camera_waits_in_the_store(site: Site, site_file: str) -> None:
     worker = site.start()
     site.send([(stream, picture(i)) for i in range(8) for stream in ("cam-1", "cam-2")])
     site.wait_folded(worker, {"cam-1": 8, "cam-2": 8})
     assert worker.stop() == 0
     event = f"cam-1@{site.header('cam-1').events + 1}"
-    run_cli("streams", "reset", "cam-1", "--config", config)
-    line, end = audit("verify", "--config", config, "--store", "--complete").splitlines()
+    run_cli("streams", "reset", "cam-1", "--config", site_file)
+    line, end = audit("verify", "--config", site_file, "--store", "--complete").splitlines()
     assert (
         line == f"waiting    {event} is beside the state of cam-1 in the store; the stream's next worker publishes it"
     )
@@ -107,7 +98,7 @@ def test_what_an_operator_did_to_a_silent_camera_waits_in_the_store(site: Site, 
     site.send([("cam-1", picture(i)) for i in range(8)])
     site.wait_folded(worker, {"cam-1": 16})
     assert worker.stop() == 0
-    assert audit("verify", "--config", config, "--store").startswith("sound: 2 streams")
+    assert audit("verify", "--config", site_file, "--store").startswith("sound: 2 streams")
 
 
 @pytest.mark.parametrize(
@@ -120,8 +111,8 @@ def test_what_an_operator_did_to_a_silent_camera_waits_in_the_store(site: Site, 
         (["export", "--output", "x", "--stream", "cam"], "jsonl is the record as it was published"),
     ],
 )
-def test_mistakes_are_one_line(config: str, arguments: list[str], message: str) -> None:
-    result = run_cli("audit", *arguments, "--config", config)
+def test_mistakes_are_one_line(site_file: str, arguments: list[str], message: str) -> None:
+    result = run_cli("audit", *arguments, "--config", site_file)
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -17,7 +17,7 @@ from schemas.config import WorkerConfig
 from schemas.policy import PolicyChange
 from schemas.update import UpdateEvent, seal
 from tests.conftest import picture
-from tests.system.conftest import Site, WorkerProcess, run_cli
+from tests.system.conftest import Site, run_cli
 from worker.control.send import send_command
 
 
@@ -25,23 +25,6 @@ from worker.control.send import send_command
 def full_batches(site: Site) -> None:
     """Eight frames make a micro-batch, however busy the machine is."""
     site.config["batch"] = {**site.config["batch"], "max_wait_ms": 5_000}
-
-
-@pytest.fixture
-def config(site: Site, tmp_path: Path) -> str:
-    path = tmp_path / "site.yaml"
-    site.config["store"] = {**site.config["store"], "snapshot_every": 2}
-    path.write_text(yaml.safe_dump(site.config))
-    return str(path)
-
-
-def feed(site: Site, worker: WorkerProcess, stream: str, frames: int) -> list[str]:
-    """Send frames, and wait until all of them are folded."""
-    header = site.header(stream)
-    before = header.frames if header else 0
-    ids = site.send([(stream, picture(before + i)) for i in range(frames)])
-    site.wait_folded(worker, {stream: before + frames})
-    return ids
 
 
 def tell(site: Site, stream: str, action: str, wait: float = 20, **more) -> list[UpdateEvent]:
@@ -60,35 +43,35 @@ def events_of(site: Site, stream: str, until: Callable[[list[UpdateEvent]], bool
     return events
 
 
-def test_commands_while_a_worker_runs(site: Site, config: str) -> None:
+def test_commands_while_a_worker_runs(site: Site, site_file: str) -> None:
     worker = site.start()
-    ids = feed(site, worker, "cam", 40)
+    ids = site.feed(worker, "cam", 40)
     assert site.header("cam").step == 5
 
     def command(*arguments: str) -> str:
-        result = run_cli("command", arguments[0], "cam", *arguments[1:], "--config", config, "--by", "kim")
+        result = run_cli("command", arguments[0], "cam", *arguments[1:], "--config", site_file, "--by", "kim")
         assert result.returncode == 0, result.stderr
         return result.stdout
 
     assert re.search(r"frozen, now at step 5: by kim", command("freeze"))
-    ids += feed(site, worker, "cam", 8)
+    ids += site.feed(worker, "cam", 8)
     assert site.header("cam").step == 5
     assert "unfrozen" in command("unfreeze")
     assert re.search(
         r"rolled_back, now at step 2: to snapshot 2, step 2, .*; odd; by kim",
         command("rollback", "2", "--reason", "odd"),
     )
-    ids += feed(site, worker, "cam", 8)
+    ids += site.feed(worker, "cam", 8)
     assert site.header("cam").step == 3
     assert "reset, now at step 0" in command("reset")
-    ids += feed(site, worker, "cam", 8)
+    ids += site.feed(worker, "cam", 8)
     assert site.header("cam").step == 1
     assert "approved, now at step 1" in command("approve")
     assert "policy, now at step 1: mode=shadow, quiet_hours=22:00-06:00" in command(
         "policy", "--mode", "shadow", "--quiet-hours", "22:00-06:00"
     )
     assert "the configuration's policy again" in command("policy", "--clear")
-    refused = run_cli("command", "rollback", "cam", "9", "--config", config)
+    refused = run_cli("command", "rollback", "cam", "9", "--config", site_file)
     assert refused.returncode == 1
     assert "skipped, now at step 1: cannot rollback: stream 'cam' has 2 snapshots" in refused.stdout
 
@@ -102,15 +85,15 @@ def test_commands_while_a_worker_runs(site: Site, config: str) -> None:
     # The worker has what the store has: the next frames are answered as the next worker would answer them.
     assert worker.stop() == 0
     second = site.start()
-    ids += feed(site, second, "cam", 8)
+    ids += site.feed(second, "cam", 8)
     site.assert_folded_once({"cam": ids})
     events_of(site, "cam", lambda es: max(e.number for e in es) > len(events))
 
 
-def test_an_update_under_way_does_not_overwrite_a_command(site: Site, config: str) -> None:
+def test_an_update_under_way_does_not_overwrite_a_command(site: Site, site_file: str) -> None:
     """Commands arrive in the middle of a stream of frames, and nothing is folded twice or lost."""
     worker = site.start()
-    ids = feed(site, worker, "cam", 16)
+    ids = site.feed(worker, "cam", 16)
     for round_ in range(3):
         ids += site.send([("cam", picture(i)) for i in range(80)])
         (event,) = tell(site, "cam", "reset")
@@ -129,7 +112,7 @@ def test_an_update_under_way_does_not_overwrite_a_command(site: Site, config: st
 def test_commands_reach_streams_that_nobody_holds_once_whoever_restarts(site: Site) -> None:
     first = site.start()
     for stream in ("cam-1", "cam-2"):
-        feed(site, first, stream, 16)
+        site.feed(first, stream, 16)
     assert first.stop() == 0
     assert tell(site, "cam-1", "reset", wait=0.2) == []
     assert tell(site, EVERY_STREAM, "freeze", wait=0.2) == []
@@ -140,13 +123,13 @@ def test_commands_reach_streams_that_nobody_holds_once_whoever_restarts(site: Si
     second.wait_until(lambda: all(site.header(f"cam-{i}").policy is not None for i in (1, 2)), "obedience")
     assert [site.header(f"cam-{i}").step for i in (1, 2)] == [0, 2]
     # What holds for all holds for a stream that only begins; what was done to others before means nothing to it.
-    feed(site, second, "cam-3", 16)
+    site.feed(second, "cam-3", 16)
     assert site.header("cam-3").step == 0
     second.kill()
 
     third = site.start()
     for i in (1, 2, 3):
-        feed(site, third, f"cam-{i}", 8)
+        site.feed(third, f"cam-{i}", 8)
     decisions = {
         stream: [e.decision for e in events_of(site, stream, lambda es, n=n: len(es) >= n) if e.command]
         for stream, n in (("cam-1", 5), ("cam-2", 4), ("cam-3", 4))
@@ -182,11 +165,11 @@ def test_policies_say_who_answers_and_when_there_are_updates(site: Site) -> None
     )
     streams = ["auto", "shadow", "approve", "none", "all", "quiet"]
     for stream in streams:
-        feed(site, worker, stream, 16)
+        site.feed(worker, stream, 16)
     assert {s: site.header(s).step for s in streams} == {**dict.fromkeys(streams, 2), "quiet": 0}
     (approval,) = tell(site, "approve", "approve")
     assert (approval.decision, approval.step, approval.parameters) == ("approved", 2, "approved")
-    ids = {stream: feed(site, worker, stream, 24) for stream in streams}
+    ids = {stream: site.feed(worker, stream, 24) for stream in streams}
     for stream in ("quiet", "auto"):  # by its hours; and by the updates of this hour
         line = f'driftkeel_stream_held_back{{stream="{stream}"}} 1.0'
         worker.wait_until(lambda line=line: line in worker.metrics(), line)
@@ -211,14 +194,14 @@ def test_policies_say_who_answers_and_when_there_are_updates(site: Site) -> None
     # The approved parameters outlive their worker.
     assert worker.stop() == 0
     second = site.start(streams={"approve": {"mode": "approve"}})
-    again = feed(site, second, "approve", 8)
+    again = site.feed(second, "approve", 8)
     prediction = site.predictions(again)[again[0]][0]
     assert (prediction.parameters, prediction.step) == ("approved", 2)
 
 
 def test_what_is_no_command_is_passed_over(site: Site) -> None:
     worker = site.start()
-    feed(site, worker, "cam", 8)
+    site.feed(worker, "cam", 8)
     good = Command(stream="cam", action="freeze")
     records = [b"", b"\xff\x00", b"{}", b"x" * 100_000, b'{"stream":"cam","action":"explode"}', b"[" * 50_000]
     site.topic.send(
@@ -226,7 +209,7 @@ def test_what_is_no_command_is_passed_over(site: Site) -> None:
     )
     worker.wait_until(lambda: site.header("cam").policy is not None, "the good one")
     assert 'driftkeel_commands_total{action="unreadable",outcome="refused"} 6.0' in worker.metrics()
-    feed(site, worker, "cam", 8)
+    site.feed(worker, "cam", 8)
     assert [e.command for e in events_of(site, "cam", lambda es: len(es) >= 3)] == [None, good.id, None]
 
 
@@ -236,7 +219,7 @@ def test_a_worker_runs_without_the_topic(site: Site, tmp_path: Path) -> None:
     path = tmp_path / "site.yaml"
     path.write_text(yaml.safe_dump(site.config))
     worker = site.start()
-    feed(site, worker, "cam", 8)
+    site.feed(worker, "cam", 8)
     assert "the broker has no topic nowhere" in worker.log.read_text()
     found = run_cli("doctor", "--config", str(path))
     assert found.returncode == 0
@@ -255,24 +238,24 @@ def test_a_worker_runs_without_the_topic(site: Site, tmp_path: Path) -> None:
         (["policy", "cam", "--canary-share", "2"], "less than or equal to 1"),
     ],
 )
-def test_mistakes_are_not_sent(config: str, arguments: list[str], message: str) -> None:
-    result = run_cli("command", *arguments, "--config", config)
+def test_mistakes_are_not_sent(site_file: str, arguments: list[str], message: str) -> None:
+    result = run_cli("command", *arguments, "--config", site_file)
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
 
 
 def test_every_command_of_the_documentation_does_what_it_says(
-    site: Site, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: Site, site_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = Path(__file__).parents[2] / "docs" / "control.md"
     worker = site.start()
-    feed(site, worker, "cam-7", 40)
+    site.feed(worker, "cam-7", 40)
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)
     lines = [shlex.split(line) for block in blocks for line in block.splitlines() if line.startswith("driftkeel ")]
     assert len(lines) > 15
     monkeypatch.chdir(tmp_path)
-    assert config == str(tmp_path / "site.yaml")
+    assert site_file == str(tmp_path / "site.yaml")
     root = str(page.parents[1])
     for _, *arguments in lines:
         result = run_cli(*arguments, PYTHONPATH=root)

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from meta.bundle import read_manifest
 from meta.data import LabelledImages
 from schemas.config import Frames
 from tests.conftest import SHIPPED_BUNDLE
+from tests.servers import wait_for_end
 from tests.system.conftest import run_cli
-from tests.system.test_faults import _alive
 from worker.decode.image import decode_image
 from worker.demo.cameras import CAMERAS, film
 from worker.demo.run import _standstill, _unwind_on_signals
@@ -80,10 +79,7 @@ def test_interrupted_demo_stops_all_it_started(tmp_path: Path) -> None:
     demo.send_signal(signal.SIGINT)
     demo.communicate(timeout=60)
     assert demo.returncode == 130
-    deadline = time.monotonic() + 20
-    while any(_alive(pid) for pid in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_end(children)
 
 
 def test_a_worker_that_stands_still_says_all_there_is_to_say(tmp_path: Path) -> None:

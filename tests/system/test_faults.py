@@ -1,6 +1,5 @@
 """Crashes, zombies, outages and rebalances: nothing lost, nothing folded twice."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -14,8 +13,8 @@ from pydantic import SecretStr
 
 from tests.chaos.proxy import FlakyProxy
 from tests.conftest import picture
-from tests.system.conftest import Site, WorkerProcess
-from tests.system.test_worker import ids_by_stream
+from tests.servers import wait_for_end
+from tests.system.conftest import Site, WorkerProcess, ids_by_stream
 from worker.embedded import EmbeddedStore, free_port, start_store
 
 STREAMS = [f"cam-{i}" for i in range(6)]
@@ -131,19 +130,7 @@ def test_embedded_servers_die_with_their_parent(tmp_path: Path) -> None:
     assert len(children) == 2
     parent.kill()
     parent.communicate()
-    deadline = time.monotonic() + 20
-    while any(_alive(pid) for pid in children):
-        assert time.monotonic() < deadline, "an embedded server outlived its parent"
-        time.sleep(0.05)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")
-    return not (status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z")
+    wait_for_end(children)
 
 
 def test_a_stream_in_two_partitions_of_two_workers(site: Site) -> None:

@@ -6,8 +6,7 @@ from statistics import median
 from PIL import Image
 
 from tests.conftest import picture
-from tests.system.conftest import Site
-from tests.system.test_worker import ids_by_stream
+from tests.system.conftest import Site, ids_by_stream
 
 HEAVY = 24
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +13,7 @@ from schemas.config import Kafka, WorkerConfig
 from schemas.prediction import Prediction
 from schemas.update import UpdateEvent
 from tests.conftest import Topic, picture
-from tests.system.test_loop import config as config  # a fixture
+from tests.system.conftest import MakeWorker, metric, turn_until
 from worker.control.send import put_command
 from worker.run import Worker
 from worker.store.store import StateStore
@@ -31,27 +29,16 @@ def client(store_url: str) -> Iterator[Any]:
 
 
 @pytest.fixture
-def worker(config: WorkerConfig) -> Iterator[Worker]:
-    stop = threading.Event()
-    worker = Worker(config, stop)
-    yield worker
-    stop.set()
-    worker.run()
-
-
-def turn_until(worker: Worker, done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not done():
-        assert time.monotonic() < deadline
-        worker._turn()
+def worker(config: WorkerConfig, make_worker: MakeWorker) -> Worker:
+    return make_worker(config)
 
 
 def send(topic: Topic, kafka: Kafka, worker: Worker, *streams: str) -> None:
     """Frames of each, and turns until they are all finished."""
     records = [(stream.encode(), picture(i), []) for i in range(FRAMES) for stream in streams]
-    before = worker.metrics.predictions._value.get()
+    before = metric(worker, "predictions_total")
     topic.send(kafka.topics.frames, records)
-    turn_until(worker, lambda: worker.metrics.predictions._value.get() >= before + len(records))
+    turn_until(worker, lambda: metric(worker, "predictions_total") >= before + len(records))
     turn_until(worker, lambda: set(worker._consumer.lag().values()) == {0})
 
 
@@ -103,7 +90,7 @@ def test_source_answers_until_the_key_is_free(
     (line,) = {r.getMessage() for r in caplog.records if r.levelname == "ERROR"}
     assert line.startswith(f"stream odd is answered by source, and nothing of it is kept: key {key} in the store is a ")
     assert line.endswith("which no worker wrote; rename or delete it")
-    assert worker.metrics.homeless._value.get() == 1
+    assert metric(worker, "homeless_streams") == 1
 
     put_command(kafka_settings, Command(stream="odd", action="freeze"))
     turn_until(worker, lambda: worker._control._commands.next_offset(f"{kafka_settings.topics.commands}/0") == 1)
@@ -112,7 +99,7 @@ def test_source_answers_until_the_key_is_free(
     worker._consumer.commit(now=True)  # What is not committed yet would be read again.
     client.delete(key)
     monkeypatch.setattr("worker.streams.streams.LOOK_AGAIN_S", 0.0)
-    turn_until(worker, lambda: not worker.metrics.homeless._value.get())
+    turn_until(worker, lambda: not metric(worker, "homeless_streams"))
     send(topic, kafka_settings, worker, "odd")
     seen = events(topic, kafka_settings, "odd")
     assert (seen[0].decision, seen[0].number) == ("frozen", 1)  # it had waited
@@ -128,7 +115,7 @@ def test_a_key_that_is_taken_while_its_stream_runs(
     client.sadd(key, "theirs")
     send(topic, kafka_settings, worker, "odd", "good")
     assert client.smembers(key) == {b"theirs"}
-    assert worker.metrics.homeless._value.get() == 1
+    assert metric(worker, "homeless_streams") == 1
     assert answers(topic, kafka_settings, 4 * FRAMES)["odd"][-1].parameters == "source"
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
+from schemas.config import Adapt, Batch, WorkerConfig
 from schemas.frame import Frame
 from tests.conftest import Topic, picture
+from tests.system.conftest import MakeWorker, metric, turn_until
 from worker import flights
 from worker.decode.image import decode_frame
 from worker.run import STUCK_AFTER_S, Worker
@@ -21,59 +20,33 @@ from worker.run import STUCK_AFTER_S, Worker
 LARGE = picture(1, size=(1_200, 1_200))
 
 
-@pytest.fixture
-def config(kafka_settings: Kafka, store_settings: Store, tiny_bundle_path: Path) -> WorkerConfig:
-    return WorkerConfig(
-        threads=1,
-        kafka=kafka_settings,
-        store=store_settings,
-        bundle=Bundle(path=tiny_bundle_path),
-        batch=Batch(max_batch=4, max_wait_ms=10, min_adapt=1),
-        adapt=Adapt(max_resident_streams=4),
-        metrics=Metrics(port=0),
-    )
-
-
-def test_nothing_is_kept_of_streams_that_made_room(config: WorkerConfig, topic: Topic) -> None:
+def test_nothing_is_kept_of_streams_that_made_room(config: WorkerConfig, topic: Topic, make_worker: MakeWorker) -> None:
     topic.send(config.kafka.topics.frames, [(b"cam-%d" % i, picture(i), []) for i in range(40)])
-    stop = threading.Event()
-    worker = Worker(config, stop)
-    answered = worker.metrics.registry.get_sample_value
-    deadline = time.monotonic() + 60
-    while (answered("driftkeel_predictions_total") or 0) < 40 or worker._flights or worker._streams.crowded:
-        assert time.monotonic() < deadline
-        worker._turn()
+    worker = make_worker(config)
+    turn_until(worker, lambda: metric(worker, "predictions_total") >= 40)
+    turn_until(worker, lambda: not (worker._flights or worker._streams.crowded))
     assert set(worker._partitions._of) == set(worker._streams.engine.streams)
     assert len(worker._partitions._of) <= 4
-    stop.set()
-    worker.run()
 
 
 def test_a_worker_is_ready_once_it_has_joined_with_partitions_or_without(
-    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch, make_worker: MakeWorker
 ) -> None:
-    worker = Worker(config, threading.Event())
+    worker = make_worker(config)
     assert not worker.ready()
     monkeypatch.setattr(worker._consumer, "assignment", set)
-    deadline = time.monotonic() + 60
-    while not worker.ready():
-        assert time.monotonic() < deadline
-        worker._turn()
+    turn_until(worker, worker.ready)
     assert worker.metrics.registry.get_sample_value("driftkeel_assigned_partitions") == 0
-    worker._stop.set()
-    worker.run()
 
 
 def test_a_refusal_after_a_long_outage_does_not_stop_the_loop(
-    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch, make_worker: MakeWorker
 ) -> None:
     longest: list[float] = []
     monkeypatch.setattr("worker.run.random.uniform", lambda least, most: longest.append(most) or 0.0)
-    worker = Worker(config, threading.Event())
+    worker = make_worker(config)
     worker._refused(["cam"], span=300.0)  # a step that waited for the store
     assert 0 < longest[0] < STUCK_AFTER_S / 2
-    worker._stop.set()
-    worker.run()
 
 
 @pytest.fixture
@@ -90,13 +63,6 @@ def free(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return free
 
 
-def turn_until(worker: Worker, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        worker._turn()
-
-
 def folded(worker: Worker, streams: list[str]) -> dict[str, int]:
     """Frames that have shaped each stream."""
     engine = worker._streams.engine
@@ -104,13 +70,13 @@ def folded(worker: Worker, streams: list[str]) -> dict[str, int]:
 
 
 def test_frames_read_again_while_they_are_decoded_count_once(
-    config: WorkerConfig, topic: Topic, free: threading.Event
+    config: WorkerConfig, topic: Topic, free: threading.Event, make_worker: MakeWorker
 ) -> None:
     slow, quick = ["slow"], [f"cam-{i}" for i in range(6)]
     records = [(b"slow", LARGE if i % 2 == 0 else picture(i), []) for i in range(10)]
     records += [(name.encode(), picture(i), []) for i in range(10) for name in quick]
     topic.send(config.kafka.topics.frames, records)
-    worker = Worker(config.model_copy(update={"adapt": Adapt()}), threading.Event())
+    worker = make_worker(config.model_copy(update={"adapt": Adapt()}))
     wanted = dict.fromkeys(quick, 10)
     turn_until(worker, lambda: folded(worker, quick) == wanted)
     assert folded(worker, slow) == {"slow": 0}
@@ -124,13 +90,11 @@ def test_frames_read_again_while_they_are_decoded_count_once(
     turn_until(worker, lambda: folded(worker, slow) == {"slow": 10})
     turn_until(worker, lambda: not worker._flights and not worker._decoding)
     assert folded(worker, slow + quick) == {"slow": 10} | wanted
-    worker._stop.set()
-    worker.run()
 
 
 @pytest.mark.parametrize("limit", [{"max_buffered": 20}, {"max_buffered_bytes": 20 * 28 * 28, "max_pass": 5}])
 def test_what_is_decoded_counts_as_buffered(
-    config: WorkerConfig, topic: Topic, free: threading.Event, limit: dict[str, int]
+    config: WorkerConfig, topic: Topic, free: threading.Event, limit: dict[str, int], make_worker: MakeWorker
 ) -> None:
     config = config.model_copy(
         update={
@@ -139,27 +103,26 @@ def test_what_is_decoded_counts_as_buffered(
         }
     )
     topic.send(config.kafka.topics.frames, [(b"slow", LARGE if i == 0 else picture(i), []) for i in range(200)])
-    worker = Worker(config, threading.Event())
+    worker = make_worker(config)
     turn_until(worker, lambda: worker._polling.waiting >= 20)
     for _ in range(30):
         worker._turn()
     assert worker._polling.waiting < 25
     free.set()
     turn_until(worker, lambda: folded(worker, ["slow"]) == {"slow": 200})
-    worker._stop.set()
-    worker.run()
 
 
-def test_frames_that_become_late_while_they_wait_are_passed_over(config: WorkerConfig, topic: Topic) -> None:
+def test_frames_that_become_late_while_they_wait_are_passed_over(
+    config: WorkerConfig, topic: Topic, make_worker: MakeWorker
+) -> None:
     """Those before them have their predictions, and the partition goes on."""
     patient = Batch(max_batch=64, max_wait_ms=29_000, latency_budget_ms=60_000, drop_late=True)
-    worker = Worker(config.model_copy(update={"batch": patient}), threading.Event())
+    worker = make_worker(config.model_copy(update={"batch": patient}))
     assert worker.config.batch.max_batch == 16  # more at a time would teach nothing more
     passes: list[float] = []
     worker._parts.lateness.took = lambda seconds, ended: passes.append(seconds)  # type: ignore[method-assign]
-    answered = worker.metrics.registry.get_sample_value
     topic.send(config.kafka.topics.frames, [(b"cam", picture(i), []) for i in range(16)])
-    turn_until(worker, lambda: answered("driftkeel_predictions_total") == 16 and not worker._flights)
+    turn_until(worker, lambda: metric(worker, "predictions_total") == 16 and not worker._flights)
     assert len(passes) == 1
     topic.send(config.kafka.topics.frames, [(b"cam", picture(i), []) for i in range(3)])
     turn_until(worker, lambda: len(worker._batcher) == 3)
@@ -167,10 +130,8 @@ def test_frames_that_become_late_while_they_wait_are_passed_over(config: WorkerC
         frame.sent -= 120
     worker._turn()
     assert len(worker._batcher) == 0
-    assert answered("driftkeel_frames_dropped_total") == 3
+    assert metric(worker, "frames_dropped_total") == 3
     assert sum(worker._parts.offsets.unfinished().values()) == 0
-    worker._stop.set()
-    worker.run()
 
 
 def threads_of_passes(worker: Worker) -> list[bool]:
@@ -189,11 +150,17 @@ def threads_of_passes(worker: Worker) -> list[bool]:
 
 @pytest.mark.parametrize(("lanes", "here_s", "expected"), [(1, 1e9, True), (1, 0.0, False), (2, 1e9, False)])
 def test_short_passes_of_a_single_lane_run_in_the_loop_itself(
-    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch, lanes: int, here_s: float, expected: bool
+    config: WorkerConfig,
+    topic: Topic,
+    monkeypatch: pytest.MonkeyPatch,
+    lanes: int,
+    here_s: float,
+    expected: bool,
+    make_worker: MakeWorker,
 ) -> None:
     """The first does not: nobody knows yet how long it takes."""
     monkeypatch.setattr(flights, "HERE_S", here_s)
-    worker = Worker(config.model_copy(update={"threads": lanes}), threading.Event())
+    worker = make_worker(config.model_copy(update={"threads": lanes}))
     passes, cameras = threads_of_passes(worker), [f"cam-{i}" for i in range(4)]
     for count in (4, 8, 12):
         records = [(name.encode(), picture(i), []) for i in range(4) for name in cameras]
@@ -201,8 +168,6 @@ def test_short_passes_of_a_single_lane_run_in_the_loop_itself(
         turn_until(worker, lambda count=count: folded(worker, cameras) == dict.fromkeys(cameras, count))
     assert not passes[0]
     assert set(passes[1:]) == {expected}
-    worker._stop.set()
-    worker.run()
 
 
 def with_waiting(worker: Worker, topic: Topic, counts: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,9 +196,10 @@ def test_who_had_no_room_in_a_pass_here_is_predicted_before_its_updates(
     monkeypatch: pytest.MonkeyPatch,
     counts: dict[str, int],
     expected: list[int],
+    make_worker: MakeWorker,
 ) -> None:
     config = config.model_copy(update={"batch": config.batch.model_copy(update={"max_pass": 4}), "adapt": Adapt()})
-    worker = Worker(config, threading.Event())
+    worker = make_worker(config)
     with_waiting(worker, topic, counts, monkeypatch)
     answered: list[float] = []
     monkeypatch.setattr(worker._parts.lateness, "took", lambda seconds, ended: answered.append(seconds))
@@ -243,37 +209,35 @@ def test_who_had_no_room_in_a_pass_here_is_predicted_before_its_updates(
     assert all(one.published and not one.adapted.done() for one in under_way)
     assert len(answered) == 2
     worker._polling._looked = time.monotonic()
-    assert worker._polling.stocked is (len(worker._batcher) == 4)  # with a pass in memory it need not look after each one
+    assert worker._polling.stocked is (
+        len(worker._batcher) == 4
+    )  # with a pass in memory it need not look after each one
     worker._polling._looked -= 1
     assert not worker._polling.stocked
     worker._move_on()
     assert not worker._flights
     assert sum(folded(worker, list(counts)).values()) == sum(expected)
     turn_until(worker, lambda: folded(worker, list(counts)) == counts)
-    worker._stop.set()
-    worker.run()
 
 
 def test_a_pass_that_is_expected_to_be_long_runs_beside_the_loop(
-    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch
+    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch, make_worker: MakeWorker
 ) -> None:
-    worker = Worker(config.model_copy(update={"adapt": Adapt()}), threading.Event())
+    worker = make_worker(config.model_copy(update={"adapt": Adapt()}))
     with_waiting(worker, topic, {"a": 4, "b": 4}, monkeypatch)
     monkeypatch.setattr(flights, "HERE_S", 0.25)
     worker._flights._span, worker._flights._frames = 0.1, 1
     worker._flights.begin()
     assert [flight.here for flight in worker._flights._under_way] == [False]
     turn_until(worker, lambda: folded(worker, ["a", "b"]) == {"a": 4, "b": 4})
-    worker._stop.set()
-    worker.run()
 
 
 def test_what_becomes_due_during_a_pass_here_waits_for_its_updates(
-    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch
+    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch, make_worker: MakeWorker
 ) -> None:
     """It would make a small pass of its own, and more of them than there need be."""
     config = config.model_copy(update={"batch": config.batch.model_copy(update={"max_pass": 16}), "adapt": Adapt()})
-    worker = Worker(config, threading.Event())
+    worker = make_worker(config)
     with_waiting(worker, topic, {"a": 4, "b": 4}, monkeypatch)
     later = list(worker._batcher._streams["b"].fresh)
     worker._batcher.drop(["b"])
@@ -289,15 +253,13 @@ def test_what_becomes_due_during_a_pass_here_waits_for_its_updates(
     assert len(worker._batcher) == 4
     monkeypatch.undo()
     turn_until(worker, lambda: folded(worker, ["a", "b"]) == {"a": 4, "b": 4})
-    worker._stop.set()
-    worker.run()
 
 
 def test_a_pass_here_takes_along_what_came_during_the_last(
-    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch
+    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch, make_worker: MakeWorker
 ) -> None:
     """And does not wait for what takes longer to decode than the last pass took."""
-    worker = Worker(config, threading.Event())
+    worker = make_worker(config)
     in_flight = worker._flights
     monkeypatch.setattr(flights, "HERE_S", 1e9)
     topic.send(config.kafka.topics.frames, [(b"cam", picture(i), []) for i in range(4)])
@@ -318,5 +280,3 @@ def test_a_pass_here_takes_along_what_came_during_the_last(
         monkeypatch.setattr(in_flight, "begin", lambda waits=waits: begun.append(waits))
         worker._turn()
     assert begun == [False]
-    worker._stop.set()
-    worker.run()

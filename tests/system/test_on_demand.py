@@ -3,8 +3,7 @@
 import time
 
 from tests.conftest import picture
-from tests.system.conftest import Site
-from tests.system.test_worker import ids_by_stream
+from tests.system.conftest import Site, ids_by_stream
 
 
 def test_a_settled_stream_is_predicted_only_and_stays_settled_over_a_restart(site: Site) -> None:

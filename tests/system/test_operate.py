@@ -13,18 +13,9 @@ from schemas.config import Store
 from schemas.state import StreamHeader, encode_header
 from schemas.update import seal
 from tests.conftest import picture
-from tests.system.conftest import Site, WorkerProcess, run_cli
+from tests.system.conftest import Site, run_cli
 from worker.embedded import free_port
 from worker.store.store import StateStore, Write
-
-
-@pytest.fixture
-def config(site: Site, tmp_path: Path) -> str:
-    path = tmp_path / "site.yaml"
-    store = {**site.config["store"], "snapshot_every": 2}
-    site.config["store"] = store
-    path.write_text(yaml.safe_dump(site.config))
-    return str(path)
 
 
 def streams(config: str, *arguments: str) -> str:
@@ -33,37 +24,31 @@ def streams(config: str, *arguments: str) -> str:
     return result.stdout
 
 
-def feed(site: Site, worker: WorkerProcess, frames: int, total: int) -> list[str]:
-    ids = site.send([("cam", picture(i)) for i in range(frames)])
-    site.wait_folded(worker, {"cam": total})
-    return ids
-
-
-def test_delete_while_a_worker_runs(site: Site, config: str) -> None:
+def test_delete_while_a_worker_runs(site: Site, site_file: str) -> None:
     worker = site.start()
-    feed(site, worker, 24, 24)
-    result = run_cli("streams", "delete", "cam", "--config", config)  # nobody there to answer
+    site.feed(worker, "cam", 24)
+    result = run_cli("streams", "delete", "cam", "--config", site_file)  # nobody there to answer
     assert result.returncode == 1
     assert "last with worker-1" in result.stdout
     assert site.header("cam").frames == 24
-    result = run_cli("streams", "delete", "cam", "typo", "--yes", "--config", config)
+    result = run_cli("streams", "delete", "cam", "typo", "--yes", "--config", site_file)
     assert result.returncode == 1
     assert "'typo' has no stored state" in result.stderr
     assert site.header("cam").frames == 24
 
-    assert "deleted: 1" in streams(config, "delete", "cam", "--yes", "--reason", "line 3 is gone")
-    assert "cam" not in streams(config, "list")
-    assert "deleted before" in streams(config, "delete", "cam", "--yes")  # had the event been lost on its way
-    verified = run_cli("audit", "verify", "--config", config, "--store", "--complete")
+    assert "deleted: 1" in streams(site_file, "delete", "cam", "--yes", "--reason", "line 3 is gone")
+    assert "cam" not in streams(site_file, "list")
+    assert "deleted before" in streams(site_file, "delete", "cam", "--yes")  # had the event been lost on its way
+    verified = run_cli("audit", "verify", "--config", site_file, "--store", "--complete")
     assert "sound: 1 streams, 4 events" in verified.stdout, verified.stdout
     # Should it send again after all, it begins anew, under the same worker.
-    ids = feed(site, worker, 8, 8)
+    ids = site.feed(worker, "cam", 8)
     assert site.header("cam").step == 1
     assert {site.predictions(ids)[i][-1].step for i in ids} == {0}
     events = {event.number: event for event in site.events(lambda es: any(e.number == 5 for e in es))}
     assert [events[n].decision for n in (3, 4, 5)] == ["applied", "deleted", "applied"]
     assert (events[4].reason, events[4].previous) == ("line 3 is gone", seal(events[3]).digest)
-    verified = run_cli("audit", "verify", "--config", config, "--complete")
+    verified = run_cli("audit", "verify", "--config", site_file, "--complete")
     assert "sound: 1 streams, 5 events" in verified.stdout, verified.stdout
 
 
@@ -77,25 +62,25 @@ def put(store: Store, **frames: int) -> None:
     opened.close()
 
 
-def test_delete_what_a_sender_has_made_up(site: Site, config: str) -> None:
+def test_delete_what_a_sender_has_made_up(site: Site, site_file: str) -> None:
     """No name that it makes up leads to another stream, and what cannot be read is not taken for empty."""
     put(site.store, **{"cam-1": 500_000, "cam-1 0": 1, "--yes": 0, "-c\n": 1, "begun": 2}, damaged=0)
-    asked = run_cli("streams", "delete", "--frames-at-most", "1", "--config", config)  # nobody there to answer
+    asked = run_cli("streams", "delete", "--frames-at-most", "1", "--config", site_file)  # nobody there to answer
     assert asked.returncode == 1
     assert re.findall(r"(?m)^(.*): 1 bytes", asked.stdout) == ["--yes", "-c\N{REPLACEMENT CHARACTER}", "cam-1 0"]
     assert "Delete 3 for good?" in asked.stdout
-    assert streams(config, "list").count("\n") == 7
+    assert streams(site_file, "list").count("\n") == 7
 
-    assert "deleted: 3" in streams(config, "delete", "--frames-at-most", "1", "--yes")
+    assert "deleted: 3" in streams(site_file, "delete", "--frames-at-most", "1", "--yes")
     left = StateStore(site.store)
     assert set(left.streams()) == {"cam-1", "begun", "damaged"}
     left.close()
-    assert streams(config, "delete", "--frames-at-most", "1") == "deleted: 0\n"
+    assert streams(site_file, "delete", "--frames-at-most", "1") == "deleted: 0\n"
 
 
-def test_a_camera_that_begins_while_somebody_is_asked_is_not_deleted(site: Site, config: str) -> None:
+def test_a_camera_that_begins_while_somebody_is_asked_is_not_deleted(site: Site, site_file: str) -> None:
     put(site.store, new=1, stray=1)
-    command = [sys.executable, "-m", "worker", "streams", "delete", "--frames-at-most", "1", "--config", config]
+    command = [sys.executable, "-m", "worker", "streams", "delete", "--frames-at-most", "1", "--config", site_file]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as asking:
         assert asking.stdin is not None
         assert asking.stdout is not None
@@ -108,11 +93,11 @@ def test_a_camera_that_begins_while_somebody_is_asked_is_not_deleted(site: Site,
     assert site.header("new").frames == 16
 
 
-def test_streams_whose_names_begin_with_a_dash(site: Site, config: str) -> None:
+def test_streams_whose_names_begin_with_a_dash(site: Site, site_file: str) -> None:
     put(site.store, **{"--yes": 3, "-7": 3, "cam": 3})
-    assert json.loads(streams(config, "show", "--json", "--", "-7"))["stream"] == "-7"
-    assert "deleted: 2" in streams(config, "delete", "--yes", "--", "-7", "--yes")
-    verified = streams(config, "list")
+    assert json.loads(streams(site_file, "show", "--json", "--", "-7"))["stream"] == "-7"
+    assert "deleted: 2" in streams(site_file, "delete", "--yes", "--", "-7", "--yes")
+    verified = streams(site_file, "list")
     assert "cam" in verified
     assert "-7" not in verified
 
@@ -124,23 +109,23 @@ def test_delete_takes_names_or_a_number_of_frames(arguments: list[str]) -> None:
     assert "name the streams to delete, or give --frames-at-most in place of names" in result.stderr
 
 
-def test_reset_and_rollback_while_a_worker_runs(site: Site, config: str) -> None:
+def test_reset_and_rollback_while_a_worker_runs(site: Site, site_file: str) -> None:
     worker = site.start()
-    ids = feed(site, worker, 40, 40)
+    ids = site.feed(worker, "cam", 40)
     assert site.header("cam").step == 5
-    assert re.search(r"cam +40 +5 +\d+ ok +worker-1", streams(config, "list"))
-    shown = streams(config, "show", "cam")
+    assert re.search(r"cam +40 +5 +\d+ ok +worker-1", streams(site_file, "list"))
+    shown = streams(site_file, "show", "cam")
     assert re.search(r"updates +5 applied, 40 frames and 5 events so far", shown)
     assert re.search(r" 1 +4 +20.*%.*\n +2 +2 +20.*% .*2 updates since the last", shown)
-    whole = json.loads(streams(config, "show", "cam", "--json"))
+    whole = json.loads(streams(site_file, "show", "cam", "--json"))
     assert (whole["condition"], whole["owner"], whole["header"]["step"]) == ("ok", "worker-1", 5)
     assert [kept["header"]["step"] for kept in whole["snapshots"]] == [4, 2]
 
-    assert "rolled_back, now at step 2" in streams(config, "rollback", "cam", "2", "--reason", "looked odd")
-    ids += feed(site, worker, 8, 48)
+    assert "rolled_back, now at step 2" in streams(site_file, "rollback", "cam", "2", "--reason", "looked odd")
+    ids += site.feed(worker, "cam", 8)
     assert site.header("cam").step == 3
-    assert "reset, now at step 0" in streams(config, "reset", "cam")
-    ids += feed(site, worker, 8, 56)
+    assert "reset, now at step 0" in streams(site_file, "reset", "cam")
+    ids += site.feed(worker, "cam", 8)
     assert site.header("cam").step == 1
     site.assert_folded_once({"cam": ids})
     # The worker noticed at its next write, and answered those frames again under what it then read.
@@ -164,13 +149,13 @@ def test_reset_and_rollback_while_a_worker_runs(site: Site, config: str) -> None
         assert numbers[number].previous == seal(numbers[number - 1]).digest
 
 
-def test_export_and_import(site: Site, config: str, tmp_path: Path) -> None:
+def test_export_and_import(site: Site, site_file: str, tmp_path: Path) -> None:
     worker = site.start()
-    feed(site, worker, 24, 24)
+    site.feed(worker, "cam", 24)
     assert worker.stop() == 0
     file = tmp_path / "cam.safetensors"
-    streams(config, "export", "cam", "--output", str(file))
-    assert "imported, now at step 3" in streams(config, "import", "twin", "--input", str(file))
+    streams(site_file, "export", "cam", "--output", str(file))
+    assert "imported, now at step 3" in streams(site_file, "import", "twin", "--input", str(file))
     second = site.start()
     ids = site.send([("twin", picture(i)) for i in range(8)])
     predictions = site.predictions(ids)
@@ -188,39 +173,41 @@ def test_export_and_import(site: Site, config: str, tmp_path: Path) -> None:
         (["import", "cam", "--input", "FILE"], "the file is none that 'driftkeel streams export' wrote"),
     ],
 )
-def test_mistakes_change_nothing(site: Site, config: str, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_mistakes_change_nothing(
+    site: Site, site_file: str, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     worker = site.start(store={**site.config["store"], "snapshot_every": 0})
-    feed(site, worker, 8, 8)
+    site.feed(worker, "cam", 8)
     before = site.header("cam")
     junk = tmp_path / "junk"
     junk.write_bytes(b"\x80\x04junk")
     arguments = [str(junk) if a == "FILE" else a for a in arguments]
-    result = run_cli("streams", arguments[0], "--config", config, *arguments[1:])
+    result = run_cli("streams", arguments[0], "--config", site_file, *arguments[1:])
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert site.header("cam") == before
 
 
-def test_expired_states_restart_from_source_and_say_so(site: Site, config: str) -> None:
+def test_expired_states_restart_from_source_and_say_so(site: Site, site_file: str) -> None:
     import redis
 
     first = site.start()
-    ids = feed(site, first, 16, 16)
+    ids = site.feed(first, "cam", 16)
     assert first.stop() == 0
     client = redis.Redis.from_url(site.store.url.get_secret_value())
     client.delete(StateStore(site.store).keys("cam")[1])
     client.close()
-    assert re.search(r"cam +16 +2 +0 expired +worker-1", streams(config, "list"))
+    assert re.search(r"cam +16 +2 +0 expired +worker-1", streams(site_file, "list"))
     second = site.start()
-    ids += feed(site, second, 16, 32)
+    ids += site.feed(second, "cam", 16)
     site.assert_folded_once({"cam": ids})
     events = site.events(lambda es: any(e.decision == "reset" for e in es))
     assert "expired" in next(e.reason for e in events if e.decision == "reset")
 
 
-def test_doctor_finds_nothing_wrong(config: str) -> None:
-    result = run_cli("doctor", "--config", config)
+def test_doctor_finds_nothing_wrong(site_file: str) -> None:
+    result = run_cli("doctor", "--config", site_file)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "failed" not in result.stdout
     assert "3 partitions" in result.stdout

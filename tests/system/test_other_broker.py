@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +14,9 @@ from schemas.config import Topics, WorkerConfig
 from schemas.state import StreamHeader, encode_header
 from tests.broker.process import start_own_broker
 from tests.conftest import Topic, picture
-from tests.system.test_loop import config as config  # a fixture
-from tests.system.test_loop import turn_until
+from tests.system.conftest import metric, running, turn_until
 from worker.control.send import put_command
 from worker.kafka.client import create_topics
-from worker.run import Worker
 from worker.site.doctor import examine
 from worker.store.store import StateStore, Write
 
@@ -35,18 +31,6 @@ def moved(config: WorkerConfig) -> Iterator[WorkerConfig]:
     create_topics(kafka, 3)
     yield config.model_copy(update={"kafka": kafka})
     broker.child.stop(0)
-
-
-@contextlib.contextmanager
-def running(config: WorkerConfig) -> Iterator[Worker]:
-    worker = Worker(config, threading.Event())
-    yield worker
-    worker._stop.set()
-    worker.run()
-
-
-def value(worker: Worker, name: str, **labels: str) -> float:
-    return worker.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
 def send(config: WorkerConfig, count: int = FRAMES) -> None:
@@ -82,10 +66,10 @@ def test_another_broker_is_noticed(
     header = store.read("cam").header
     send(moved, 4)
     with running(moved) as worker:
-        turn_until(worker, lambda: value(worker, "driftkeel_refused_partitions") == 1)
+        turn_until(worker, lambda: metric(worker, "refused_partitions") == 1)
         assert not worker.ready()
         turn_until(worker, lambda: sum(worker._consumer.lag().values()) == 4)
-        assert value(worker, "driftkeel_frames_again_total") == 0
+        assert metric(worker, "frames_again_total") == 0
         assert (positions(moved)[0][0], len(positions(moved))) == ("failed", 1)
         assert f"partition {partition[1]} of topic {name} ends at offset 4, " in positions(moved)[0][1]
     assert store.marks(group, partitions) == before
@@ -104,17 +88,17 @@ def test_a_topic_of_another_name_goes_on_with_what_streams_have_learnt(
     before = store.read("cam")
     send(moved)
     with running(moved) as worker:
-        turn_until(worker, lambda: value(worker, "driftkeel_predictions_total") == FRAMES)
+        turn_until(worker, lambda: metric(worker, "predictions_total") == FRAMES)
         turn_until(worker, lambda: worker._streams.engine.resident("cam").header.frames == 2 * FRAMES)
         assert worker._streams.engine.resident("cam").token == before.token + 1
-    assert value(worker, "driftkeel_refused_partitions") == 0
+    assert metric(worker, "refused_partitions") == 0
 
 
 def test_commands_of_another_broker_are_noticed_by_the_doctor(config: WorkerConfig, moved: WorkerConfig) -> None:
     fold(config)
     put_command(config.kafka, Command(stream="cam", action="freeze"))
     with running(config) as worker:
-        turn_until(worker, lambda: value(worker, "driftkeel_commands_total", action="freeze", outcome="done") == 1)
+        turn_until(worker, lambda: metric(worker, "commands_total", action="freeze", outcome="done") == 1)
     assert [level for level, _ in positions(config)] == ["ok"]
     commands = config.kafka.topics.commands
     assert any(f"topic {commands} ends at offset 0, " in text for _, text in positions(moved))

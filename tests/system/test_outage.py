@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +21,7 @@ from schemas.state import decode_header
 from tests.chaos.proxy import FlakyProxy, flaky_broker
 from tests.conftest import Topic, picture
 from tests.servers import wait_until
+from tests.system.conftest import MakeWorker, metric, turn_until
 from worker.embedded import free_port
 from worker.kafka.client import create_topics
 from worker.publish.publisher import Message
@@ -74,17 +75,11 @@ def config(broker: FlakyProxy, store_proxy: FlakyProxy, store_settings: Store, t
 
 
 @pytest.fixture
-def worker(config: WorkerConfig) -> Iterator[Worker]:
+def worker(config: WorkerConfig, make_worker: MakeWorker) -> Worker:
     """One that has joined."""
-    worker = Worker(config, threading.Event())
-    turn_until(worker, lambda: worker.ready() and value(worker, "assigned_partitions") == 1)
-    yield worker
-    worker._stop.set()
-    worker.run()
-
-
-def value(worker: Worker, name: str, **labels: str) -> float:
-    return worker.metrics.registry.get_sample_value(f"driftkeel_{name}", labels) or 0.0
+    worker = make_worker(config)
+    turn_until(worker, lambda: worker.ready() and metric(worker, "assigned_partitions") == 1)
+    return worker
 
 
 def test_a_start_is_no_standstill(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,18 +97,11 @@ def test_a_start_is_no_standstill(config: WorkerConfig, monkeypatch: pytest.Monk
     assert shown == [pytest.approx(time.time(), abs=30)]
 
 
-def turn_until(worker: Worker, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        worker._turn()
-
-
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_broker_that_is_away_shows_without_a_frame(
     worker: Worker, broker: FlakyProxy, caplog: pytest.LogCaptureFixture, hangs: bool
 ) -> None:
-    turn_until(worker, lambda: time.time() - value(worker, "broker_last_answer_timestamp_seconds") < SILENT_S / 2)
+    turn_until(worker, lambda: time.time() - metric(worker, "broker_last_answer_timestamp_seconds") < SILENT_S / 2)
     away = broker.hold if hangs else broker.down
     with caplog.at_level(logging.INFO, "driftkeel.reach"):
         away(True)
@@ -121,11 +109,11 @@ def test_a_broker_that_is_away_shows_without_a_frame(
         assert not worker._reach.broker_answers
         assert not worker.ready()
         assert worker.alive()
-        assert time.time() - value(worker, "broker_last_answer_timestamp_seconds") > SILENT_S
+        assert time.time() - metric(worker, "broker_last_answer_timestamp_seconds") > SILENT_S
         away(False)
         turn_until(worker, lambda: "answers again" in caplog.text)
     turn_until(worker, worker.ready)
-    assert time.time() - value(worker, "broker_last_answer_timestamp_seconds") < SILENT_S
+    assert time.time() - metric(worker, "broker_last_answer_timestamp_seconds") < SILENT_S
 
 
 def test_a_broker_that_answers_is_never_called_silent(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
@@ -148,7 +136,7 @@ def test_a_store_that_is_away_is_no_standstill_and_lag_shows(
         topic.send(frames, [(b"cam", picture(i), []) for i in range(10)])
 
     def lag() -> float:
-        return value(worker, "consumer_lag_records", topic=frames, partition="0")
+        return metric(worker, "consumer_lag_records", topic=frames, partition="0")
 
     send()
     # Committed, not only answered: the last write waits a moment, and the first lag shown is that of an empty topic.
@@ -157,8 +145,8 @@ def test_a_store_that_is_away_is_no_standstill_and_lag_shows(
     since, still, stored = time.time(), [0.0], [0.0]
 
     def watched() -> bool:
-        still.append(time.time() - value(worker, "last_progress_timestamp_seconds"))
-        return value(worker, "store_errors_total") >= 4
+        still.append(time.time() - metric(worker, "last_progress_timestamp_seconds"))
+        return metric(worker, "store_errors_total") >= 4
 
     def scrape() -> None:
         """On a thread of its own, as Prometheus does: the loop waits for the store."""
@@ -166,20 +154,20 @@ def test_a_store_that_is_away_is_no_standstill_and_lag_shows(
             for behind in (10.0, 20.0, 30.0):
                 send()
                 wait_until(lambda behind=behind: watched() and lag() == behind, f"a lag of {behind}")
-            stored.append(value(worker, "store_last_answer_timestamp_seconds"))
+            stored.append(metric(worker, "store_last_answer_timestamp_seconds"))
             assert not worker.ready()
         finally:
             store_proxy.down(False)
 
     with ThreadPoolExecutor(1) as threads:
         scraped = threads.submit(scrape)
-        turn_until(worker, lambda: scraped.done() and value(worker, "predictions_total") >= 40 and lag() == 0)
+        turn_until(worker, lambda: scraped.done() and metric(worker, "predictions_total") >= 40 and lag() == 0)
         scraped.result()
     assert max(still) < 2.0
     assert stored[-1] < since + 0.5
-    assert value(worker, "broker_errors_total", operation="commit") == 0
+    assert metric(worker, "broker_errors_total", operation="commit") == 0
     turn_until(worker, worker.ready)
-    assert value(worker, "store_last_answer_timestamp_seconds") > stored[-1]
+    assert metric(worker, "store_last_answer_timestamp_seconds") > stored[-1]
 
 
 def test_a_store_that_lost_its_last_second_is_compared_before_anything_is_noted(
@@ -241,7 +229,7 @@ def test_a_worker_that_fails_while_the_broker_is_away_ends(
 
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_worker_that_is_told_to_stop_waits_seconds_for_a_broker_that_is_away(
-    worker: Worker, config: WorkerConfig, broker: FlakyProxy, hangs: bool
+    worker: Worker, config: WorkerConfig, broker: FlakyProxy, hangs: bool, make_worker: MakeWorker
 ) -> None:
     """And what it did not get acknowledged is neither stored nor committed, but read again."""
     topic, frames, header = Topic(config.kafka.bootstrap), config.kafka.topics.frames, worker._store.keys("cam")[0]
@@ -264,8 +252,6 @@ def test_a_worker_that_is_told_to_stop_waits_seconds_for_a_broker_that_is_away(
     away(False)
     assert took < 12
     assert folded() == before < 8
-    second = Worker(config, threading.Event())
+    second = make_worker(config)
     turn_until(second, lambda: folded() == 8)
-    second._stop.set()
-    second.run()
     store.close()

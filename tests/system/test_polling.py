@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,16 +11,18 @@ import pytest
 from schemas.config import Batch, WorkerConfig
 from schemas.frame import Position, parse_frame
 from tests.conftest import picture
-from tests.system.test_loop import config as config  # a fixture
+from tests.system.conftest import MakeWorker
 from worker.decode.image import DecodedFrame, decode_frame
 from worker.polling import FRESH_S, IDLE_POLL_S, MAX_HELD, PAUSE_S, Polling
 from worker.run import Worker
 
 
 @pytest.fixture
-def looker(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Worker, list[float], list[Any]]]:
+def looker(
+    config: WorkerConfig, monkeypatch: pytest.MonkeyPatch, make_worker: MakeWorker
+) -> tuple[Worker, list[float], list[Any]]:
     """A worker whose broker is played, how long each of its polls may wait, and what the next one gives."""
-    worker = Worker(config.model_copy(update={"batch": Batch(max_wait_ms=5_000)}), threading.Event())
+    worker = make_worker(config.model_copy(update={"batch": Batch(max_wait_ms=5_000)}))
     polls: list[float] = []
     records: list[Any] = []
 
@@ -33,8 +33,7 @@ def looker(config: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[tu
 
     monkeypatch.setattr(worker._consumer, "poll", poll)
     monkeypatch.setattr(worker._consumer, "pause", lambda paused: None)
-    yield worker, polls, records
-    worker._close()
+    return worker, polls, records
 
 
 def record(worker: Worker, timestamp: float | None) -> Any:
@@ -128,8 +127,7 @@ def test_what_a_look_has_found_does_not_wait_long_for_more(
 
 @pytest.mark.parametrize(("max_wait_ms", "pause"), [(1_000, PAUSE_S), (60, 0.03), (20, 0.0), (0, 0.0)])
 def test_looks_are_paused_for_no_more_than_half_of_the_wait(
-    config: WorkerConfig, max_wait_ms: int, pause: float
+    config: WorkerConfig, max_wait_ms: int, pause: float, make_worker: MakeWorker
 ) -> None:
-    worker = Worker(config.model_copy(update={"batch": Batch(max_wait_ms=max_wait_ms)}), threading.Event())
+    worker = make_worker(config.model_copy(update={"batch": Batch(max_wait_ms=max_wait_ms)}))
     assert worker._polling._pause == pytest.approx(pause)
-    worker._close()

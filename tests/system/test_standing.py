@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 
 from schemas.command import Command
 from schemas.config import WorkerConfig
 from tests.conftest import Topic, picture
-from tests.system.test_loop import config as config  # a fixture
-from tests.system.test_loop import turn_until
+from tests.system.conftest import MakeWorker, turn_until
 from worker.control.commands import CommandList
-from worker.run import Worker
 
 
 def test_a_new_camera_obeys_a_freeze_of_long_ago(
-    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch
+    config: WorkerConfig, topic: Topic, monkeypatch: pytest.MonkeyPatch, make_worker: MakeWorker
 ) -> None:
     monkeypatch.setattr(CommandList.__init__, "__defaults__", (50,))
     said = [Command(stream="*", action="freeze", reason="audit day")]
     said += [Command(stream=f"door-{i % 3}", action=("freeze", "unfreeze")[i % 2]) for i in range(300)]
     commands = config.kafka.topics.commands
     topic.send(commands, [(c.stream.encode(), c.model_dump_json(exclude_none=True).encode(), []) for c in said])
-    worker = Worker(config, threading.Event())
+    worker = make_worker(config)
     topic.send(config.kafka.topics.frames, [(b"new", picture(i), []) for i in range(12)])
     engine = worker._streams.engine
     turn_until(worker, lambda: "new" in engine and engine.resident("new").header.frames == 12)
@@ -31,5 +27,3 @@ def test_a_new_camera_obeys_a_freeze_of_long_ago(
     assert header.policy is not None
     assert header.policy.frozen
     assert header.step == 0
-    worker._stop.set()
-    worker.run()

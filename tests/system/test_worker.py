@@ -10,15 +10,8 @@ from kafka import KafkaAdminClient
 
 from meta.bundle import read_manifest
 from tests.conftest import picture
-from tests.system.conftest import Site
+from tests.system.conftest import Site, ids_by_stream
 from worker.kafka.client import connection, open_client
-
-
-def ids_by_stream(frames: list[tuple[str, bytes]], ids: list[str]) -> dict[str, list[str]]:
-    grouped: dict[str, list[str]] = {}
-    for (stream, _), frame_id in zip(frames, ids, strict=True):
-        grouped.setdefault(stream, []).append(frame_id)
-    return grouped
 
 
 def test_frames_in_predictions_updates_and_states_out(site: Site) -> None:
