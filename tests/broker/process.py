@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
+
 from worker.embedded import Broker, free_port, start_broker, start_child, wait_for_port
 
 
@@ -31,8 +33,8 @@ def start_own_broker(
     return Broker(child, port)
 
 
-@contextlib.contextmanager
-def faithful_broker() -> Iterator[str]:
+@pytest.fixture(scope="module")
+def bootstrap() -> Iterator[str]:
     """The broker that DRIFTKEEL_TEST_BOOTSTRAP names, else our own: for tests of what the embedded one cannot do."""
     if given := os.environ.get("DRIFTKEEL_TEST_BOOTSTRAP"):
         yield given

@@ -1,22 +1,12 @@
-"""A broker that takes no dead letters holds up no frame."""
+"""A broker that takes no dead letters holds up no frame; the embedded one takes records for topics that are gone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 from kafka import KafkaAdminClient
 
-from tests.broker.process import faithful_broker
+from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.conftest import picture
 from tests.system.conftest import Site
-
-
-@pytest.fixture(scope="module")
-def bootstrap() -> Iterator[str]:
-    """The embedded broker takes records for topics that are gone."""
-    with faithful_broker() as address:
-        yield address
 
 
 def test_frames_do_not_wait_for_a_dead_letter_topic_that_is_gone(site: Site) -> None:

@@ -8,21 +8,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import pytest
 from kafka import KafkaProducer
 
-from tests.broker.process import faithful_broker
+from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.conftest import picture
 from tests.system.conftest import Site, WorkerProcess
 
 STREAMS = [f"cam-{i}" for i in range(6)]
 PARTITIONS = 3
-
-
-@pytest.fixture(scope="module")
-def bootstrap() -> Iterator[str]:
-    with faithful_broker() as address:
-        yield address
 
 
 class Sender:

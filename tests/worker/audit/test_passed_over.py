@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,6 +15,7 @@ from monitoring.console.fleet import Fleet
 from schemas.config import Kafka, WorkerConfig
 from schemas.update import UpdateEvent, seal
 from tests.monitoring.console.records import event, prediction
+from tests.servers import wait_until
 from tests.system.conftest import run_cli
 from tests.worker.kafka.test_batches import packing
 from worker.audit.read import read_topic
@@ -67,10 +67,7 @@ def test_the_console_goes_on(kafka_settings: Kafka, pack: Pack, caplog: pytest.L
     fleet, stop = Fleet(10), threading.Event()
     reader = TopicReader(kafka_settings, fleet, stop)
     reader.start()
-    deadline = time.monotonic() + 20
-    while not _shown(fleet):
-        assert time.monotonic() < deadline, caplog.text
-        time.sleep(0.05)
+    wait_until(lambda: _shown(fleet), "what can be read")
     stop.set()
     reader.join(10)
     assert "6 records passed over so far" in caplog.text

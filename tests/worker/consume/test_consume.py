@@ -73,14 +73,20 @@ def send(topic: Topic, kafka: Kafka, count: int) -> None:
     topic.send(kafka.topics.frames, [(None, b"%d" % i, []) for i in range(count)])
 
 
+def poll_until(consumer: FrameConsumer, condition: Callable[[list[Any]], bool]) -> list[Any]:
+    """Records that came meanwhile."""
+    records: list[Any] = []
+    deadline = time.monotonic() + 30
+    while not condition(records):
+        assert time.monotonic() < deadline, records
+        records += consumer.poll(0.05)[0]
+    return records
+
+
 def read(consumer: FrameConsumer, until: int) -> list[int]:
-    offsets: list[int] = []
-    deadline = time.monotonic() + 20
-    while not offsets or offsets[-1] < until:
-        assert time.monotonic() < deadline, f"read {offsets}"
-        records, _ = consumer.poll(0.05)
-        offsets += [record.offset for record in records]
-    return offsets
+    """Offsets up to this one."""
+    found = poll_until(consumer, lambda records: bool(records) and records[-1].offset >= until)
+    return [record.offset for record in found]
 
 
 def take(consumer: FrameConsumer, kafka: Kafka, offsets: list[int], finished: int) -> None:
@@ -139,10 +145,7 @@ def test_what_the_store_does_not_answer_is_no_error_of_the_broker(
     errors: list[str] = []
     consumer = make(errors.append)
     notes.away = True
-    deadline = time.monotonic() + 20
-    while not errors:  # it asks for the marks of what has come
-        assert time.monotonic() < deadline
-        consumer.poll(0.05)
+    poll_until(consumer, lambda _: bool(errors))  # it asks for the marks of what has come
     notes.away = False
     take(consumer, kafka_settings, read(consumer, 9), finished=10)
     asked = len(errors)
@@ -213,11 +216,7 @@ def test_batches_that_cannot_be_read_end_nothing(
         pack([b"x" * 999], broken=True)
         send(topic, kafka_settings, 1)
     consumer = make()
-    records: list[Any] = []
-    deadline = time.monotonic() + 20
-    while len(records) < 6:
-        assert time.monotonic() < deadline, records
-        records += consumer.poll(0.05)[0]
+    records = poll_until(consumer, lambda found: len(found) >= 6)
     assert [record.offset for record in records] == [0, 1, 2, 5, 6, 7]
     assert [isinstance(record.value, Unreadable) for record in records] == [False, False, False, True, True, False]
 

@@ -14,7 +14,7 @@ from kafka.protocol.consumer.metadata import ConsumerProtocolAssignment
 
 from schemas.config import Kafka
 from schemas.errors import ConfigError
-from tests.broker.process import faithful_broker
+from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.servers import wait_until
 from tests.worker.consume.test_consume import Notes
 from worker.consume import consumer as consume
@@ -23,12 +23,6 @@ from worker.consume.consumer import FrameConsumer
 from worker.consume.offsets import Offsets
 
 BUSY_S = 0.03  # longer than a broker needs to answer
-
-
-@pytest.fixture(scope="module")
-def bootstrap() -> Iterator[str]:
-    with faithful_broker() as address:
-        yield address
 
 
 @pytest.fixture

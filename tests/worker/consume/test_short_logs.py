@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer
@@ -13,25 +13,15 @@ from kafka.admin import NewTopic
 
 from schemas.config import Kafka
 from schemas.frame import Position
-from tests.broker.process import faithful_broker
+from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.conftest import Topic
-from tests.worker.consume.test_consume import Notes, committed, read, take, wait_for
+from tests.worker.consume.test_consume import Notes, committed, poll_until, read, send, take, wait_for
+from tests.worker.consume.test_consume import notes as notes  # a fixture
 from worker.consume.consumer import FrameConsumer
 from worker.consume.offsets import Offsets
 from worker.consume.short_logs import ShortLog, without_end
 from worker.embedded import start_broker
 from worker.kafka.client import create_topics
-
-
-@pytest.fixture(scope="module")
-def bootstrap() -> Iterator[str]:
-    with faithful_broker() as address:
-        yield address
-
-
-@pytest.fixture
-def notes() -> Notes:
-    return Notes()
 
 
 @pytest.fixture
@@ -41,31 +31,17 @@ def consumer(kafka_settings: Kafka, notes: Notes) -> Iterator[FrameConsumer]:
     consumer.close()
 
 
-def send(topic: Topic, kafka: Kafka, count: int) -> None:
-    topic.send(kafka.topics.frames, [(None, b"%d" % i, []) for i in range(count)])
-
-
-def poll_until(consumer: FrameConsumer, condition: Callable[[], bool]) -> list[int]:
-    """Offsets that came meanwhile."""
-    offsets: list[int] = []
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, offsets
-        offsets += [record.offset for record in consumer.poll(0.05)[0]]
-    return offsets
-
-
 def test_a_log_that_ends_before_its_mark_is_not_read(
     consumer: FrameConsumer, notes: Notes, kafka_settings: Kafka, topic: Topic, caplog: pytest.LogCaptureFixture
 ) -> None:
     partition = (kafka_settings.topics.frames, 0)
     notes.kept[partition] = 50
     send(topic, kafka_settings, 10)
-    assert poll_until(consumer, lambda: consumer.refused == 1) == []
+    assert poll_until(consumer, lambda _: consumer.refused == 1) == []
     consumer.commit(now=True)
     assert (notes.kept[partition], committed(kafka_settings)) == (50, -1)
     send(topic, kafka_settings, 10)
-    assert poll_until(consumer, lambda: consumer.lag()[partition] == 20) == []
+    assert poll_until(consumer, lambda _: consumer.lag()[partition] == 20) == []
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(said) == 1
     assert f"partition 0 of topic {partition[0]} ends at offset 10, " in said[0]
@@ -78,7 +54,7 @@ def test_a_log_that_lost_its_end_is_read_once_it_has_grown(
 ) -> None:
     notes.kept[kafka_settings.topics.frames, 0] = 13
     send(topic, kafka_settings, 10)
-    poll_until(consumer, lambda: consumer.refused == 1)
+    poll_until(consumer, lambda _: consumer.refused == 1)
     send(topic, kafka_settings, 5)
     assert read(consumer, 14) == list(range(15))
     assert consumer.refused == 0
@@ -93,7 +69,7 @@ def test_what_a_stream_says_is_asked_of_the_broker(
     consumer.doubt(partition, 10)  # the log has as many
     take(consumer, kafka_settings, read(consumer, 9), finished=0)
     consumer.doubt(partition, 11)
-    assert poll_until(consumer, lambda: consumer.refused == 1) == []
+    assert poll_until(consumer, lambda _: consumer.refused == 1) == []
     consumer.rewind(partition)  # as with every new connection to the store, which may be another one
     assert read(consumer, 9) == list(range(10))
 
@@ -129,13 +105,9 @@ def test_other_partitions_go_on(consumer: FrameConsumer, notes: Notes, kafka_set
     notes.kept[name, 0] = 50
     wait_for(consumer, 3)
     send(topic, kafka_settings, 3)
-    poll_until(consumer, lambda: consumer.refused == 1)
+    poll_until(consumer, lambda _: consumer.refused == 1)
     topic.send(name, [(b"cam-%d" % i, b"x", []) for i in range(20)])
-    seen: set[int] = set()
-    deadline = time.monotonic() + 30
-    while seen != {1, 2}:
-        assert time.monotonic() < deadline
-        seen |= {record.partition for record in consumer.poll(0.05)[0]}
+    poll_until(consumer, lambda records: {record.partition for record in records} == {1, 2})
 
 
 def test_a_broker_that_names_the_beginning_of_the_last_batch_as_the_end_is_not_taken_at_its_word() -> None:

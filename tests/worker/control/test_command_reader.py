@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer
 
 from schemas.command import Command
 from schemas.config import Kafka
-from tests.broker.process import faithful_broker
+from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.servers import wait_until
 from worker.control import commands
 from worker.control.commands import CommandList, CommandReader
-
-
-@pytest.fixture(scope="module")
-def bootstrap() -> Iterator[str]:
-    with faithful_broker() as address:
-        yield address
 
 
 def test_partitions_added_while_running_are_read_too(kafka_settings: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
