@@ -41,8 +41,8 @@ def quantile(q: float, metric: str) -> str:
     return f"histogram_quantile({q}, sum by (le) (driftkeel_fleet_{metric}_ratio_bucket{{{JOB}}}))"
 
 
-def of_stream(metric: str, by: str = "max") -> str:
-    return f"{by} by (stream) (driftkeel_stream_{metric}{{{JOB}}})"
+def of_stream(metric: str) -> str:
+    return f"max by (stream) (driftkeel_stream_{metric}{{{JOB}}})"
 
 
 def build() -> Dashboard:

@@ -220,7 +220,6 @@ def states(
     description: str,
     queries: Sequence[Query],
     names: Mapping[str, Mapping[float, tuple[str, str]]],
-    width: int = 24,
 ) -> statetimeline.Panel:
     """Numbers that stand for states, as coloured spans; `names` by legend."""
     panel = (
@@ -232,7 +231,7 @@ def states(
         .show_value(VisibilityMode.AUTO)
         .merge_values(True)
         .row_height(0.85)
-        .span(width)
+        .span(24)
         .height(7)
         .unit("short")
         .thresholds(thresholds(((None, GREY),)))
@@ -243,9 +242,7 @@ def states(
     return panel
 
 
-def buckets(
-    title: str, description: str, expr: str, unit: str, width: int = 12, exemplars: bool = False
-) -> heatmap.Panel:
+def buckets(title: str, description: str, expr: str, unit: str, exemplars: bool = False) -> heatmap.Panel:
     """A histogram over time; `expr` is summed by le."""
     query = _target(expr, "{{le}}", 0, exemplars).format(PromQueryFormat.HEATMAP)
     return (
@@ -258,7 +255,7 @@ def buckets(
         .y_axis(heatmap.YAxisConfig().unit(unit))
         .unit("short")
         .thresholds(thresholds(CALM))
-        .span(width)
+        .span(12)
         .height(8)
     )
 
@@ -269,10 +266,9 @@ def rows_by(
     description: str,
     columns: Sequence[tuple[str, str, str, Steps]],
     link: str,
-    height: int = 10,
 ) -> table.Panel:
     """A table with a row per value of `label`; columns are (name, PromQL that keeps that label alone, unit, steps)."""
-    panel = table.Panel().title(title).description(description).datasource(SOURCE).span(24).height(height)
+    panel = table.Panel().title(title).description(description).datasource(SOURCE).span(24).height(10)
     panel.unit("short").thresholds(thresholds(CALM))
     names = {label: label.capitalize()}
     for i, (name, expr, unit, steps) in enumerate(columns):

@@ -25,8 +25,8 @@ from monitoring.dashboards.parts import (
 OWN = f'{JOB},instance=~"$instance"'
 
 
-def rate(metric: str, by: str = "instance", more: str = "") -> str:
-    return f"sum by ({by}) (rate(driftkeel_{metric}{{{OWN}{more}}}{RATE}))"
+def rate(metric: str, by: str = "instance") -> str:
+    return f"sum by ({by}) (rate(driftkeel_{metric}{{{OWN}}}{RATE}))"
 
 
 def quantile(q: float, metric: str) -> str:
