@@ -28,12 +28,20 @@ from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics
+from monitoring.metrics import WorkerMetrics
 from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart, Preprocess
-from schemas.config import Kafka, Store, Topics
+from schemas.config import Adapt, Kafka, Store, Topics
+from schemas.config import Bundle as BundleSettings
+from schemas.policy import Policy
 from worker.embedded import start_broker, start_store
+from worker.engine.engine import Engine
+from worker.guard.answer import Policies
 from worker.kafka.client import create_topics
 from worker.kafka.sockets import close_failed_connects
+from worker.publish.publisher import Publisher
 from worker.store.store import StateStore
+from worker.streams.streams import Streams
+from worker.streams.upgrade import Upgrade
 
 torch.set_num_threads(1)
 close_failed_connects()  # Of clients that tests open themselves, too: a warning would come in whichever test is next.
@@ -228,3 +236,27 @@ def tiny_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_bundle(tiny_bundle_path: Path) -> Bundle:
     return load_bundle(tiny_bundle_path)
+
+
+def make_streams(
+    engine: Engine,
+    store: StateStore,
+    publisher: Publisher,
+    settings: Store,
+    worker: str = "w",
+    metrics: WorkerMetrics | None = None,
+    policies: Policies | None = None,
+) -> Streams:
+    """Of a worker without a loop, which does not wait for a store that is away."""
+    return Streams(
+        engine,
+        store,
+        publisher,
+        metrics or WorkerMetrics(4),
+        worker,
+        Adapt(),
+        settings,
+        lambda action: action(),
+        policies or Policies(Policy(), {}),
+        Upgrade(BundleSettings(), engine),
+    )

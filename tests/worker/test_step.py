@@ -12,8 +12,9 @@ import torch
 
 from meta.bundle import CPU, Bundle
 from monitoring.metrics import WorkerMetrics
-from schemas.config import Adapt, Batch, Kafka, Store
+from schemas.config import Batch, Kafka, Store
 from schemas.config import Guard as GuardSettings
+from tests.conftest import make_streams
 from tests.worker.engine.test_engine import admit, batch
 from worker.batch.batcher import MicroBatcher
 from worker.consume.offsets import Offsets
@@ -24,7 +25,6 @@ from worker.publish.publisher import Publisher
 from worker.step import Step
 from worker.store.store import StateStore
 from worker.streams.journal import Journal
-from worker.streams.streams import Streams
 from worker.trace import Trace
 
 
@@ -53,7 +53,7 @@ def make_step(engine: Held, kafka: Kafka, store_settings: Store, trace: Trace | 
     metrics, offsets = WorkerMetrics(4), Offsets()
     publisher = Publisher(kafka, "w", threading.Event())
     store = StateStore(store_settings)
-    streams = Streams(engine, store, publisher, metrics, "w", Adapt(), store_settings, lambda action: action())
+    streams = make_streams(engine, store, publisher, store_settings, metrics=metrics)
     streams.ensure(["a", "b"])
     guard, batcher = Guard(GuardSettings(), engine.bundle.manifest.limits), MicroBatcher(Batch())
     journal = Journal(streams, publisher, offsets, metrics, 0, lambda: None)

@@ -13,10 +13,8 @@ from meta.method import State
 from monitoring.metrics import WorkerMetrics
 from monitoring.observe import decided
 from schemas.config import Adapt
-from schemas.config import Bundle as BundleSettings
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
-from schemas.policy import Policy
 from schemas.state import Snapshot, StreamHeader, encode_header, encode_tensors
 from schemas.update import UpdateEvent, seal
 from worker.engine.engine import Engine
@@ -56,12 +54,11 @@ class Streams:
         limits: Adapt,
         settings: StoreSettings,
         heal: Heal,
-        policies: Policies | None = None,
-        upgrade: Upgrade | None = None,
+        policies: Policies,
+        upgrade: Upgrade,
     ) -> None:
-        self._policies = policies or Policies(Policy(), {})
+        self._policies = policies
         self.engine, self._store, self._publisher, self._metrics = engine, store, publisher, metrics
-        upgrade = upgrade or Upgrade(BundleSettings(), engine)
         self._worker, self._restorer = worker, Restorer(engine, upgrade, settings.max_state_bytes)
         by_bytes = limits.max_resident_bytes // engine.state_bytes
         self._max_resident = max(1, min(limits.max_resident_streams, by_bytes))

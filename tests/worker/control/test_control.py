@@ -12,12 +12,13 @@ import redis
 from meta.bundle import Bundle
 from monitoring.metrics import WorkerMetrics
 from schemas.command import Command
-from schemas.config import Adapt, Kafka, Store
+from schemas.config import Kafka, Store
 from schemas.errors import StateError, UnreachableError
 from schemas.frame import Position
 from schemas.policy import Policy
 from schemas.state import decode_header
 from schemas.update import UpdateEvent
+from tests.conftest import make_streams
 from worker.control import retire
 from worker.control.commands import CommandList
 from worker.control.control import AT_ONCE, Control
@@ -27,7 +28,6 @@ from worker.guard.answer import Policies
 from worker.publish.publisher import Publisher
 from worker.store.store import StateStore
 from worker.streams.obey import Entry
-from worker.streams.streams import Streams
 
 
 class Worker:
@@ -36,9 +36,7 @@ class Worker:
     def __init__(self, bundle: Bundle, kafka: Kafka, settings: Store, store: StateStore, commands: CommandList) -> None:
         self.publisher = Publisher(kafka, "w", threading.Event())
         metrics, policies = WorkerMetrics(0), Policies(Policy(), {})
-        self.streams = Streams(
-            Engine(bundle), store, self.publisher, metrics, "w", Adapt(), settings, lambda act: act(), policies
-        )
+        self.streams = make_streams(Engine(bundle), store, self.publisher, settings, "w", metrics, policies)
         self.control = Control(
             commands, self.streams, store, metrics, policies, "w", lambda act: act(), lambda streams: []
         )

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from meta.bundle import Bundle
 from monitoring.metrics import WorkerMetrics
-from schemas.config import Adapt, Batch, Kafka, Store
+from schemas.config import Batch, Kafka, Store
 from schemas.config import Guard as GuardSettings
 from schemas.frame import Position
 from schemas.state import decode_header
 from schemas.update import UpdateEvent
+from tests.conftest import make_streams
 from tests.worker.engine.test_engine import batch
 from worker.batch.batcher import MicroBatch, MicroBatcher
 from worker.consume.offsets import Offsets
@@ -29,7 +30,6 @@ from worker.publish.publisher import Publisher
 from worker.step import Step
 from worker.store.store import StateStore
 from worker.streams.journal import Journal
-from worker.streams.streams import Streams
 
 LONG_MS = 60_000
 FRAMES = 5
@@ -41,7 +41,7 @@ class Life:
 
     def __init__(self, bundle: Bundle, publisher: Publisher, store: StateStore, settings: Store, interval: int) -> None:
         metrics, self.offsets, engine = WorkerMetrics(4), Offsets(), Engine(bundle)
-        self.streams = Streams(engine, store, publisher, metrics, "w", Adapt(), settings, lambda action: action())
+        self.streams = make_streams(engine, store, publisher, settings, metrics=metrics)
         self.journal = Journal(self.streams, publisher, self.offsets, metrics, interval, lambda: None)
         guard = Guard(GuardSettings(never_worse=False), bundle.manifest.limits)
         batcher = MicroBatcher(Batch())

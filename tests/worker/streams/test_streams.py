@@ -14,12 +14,12 @@ import torch
 
 from meta.bundle import Bundle
 from meta.method import State
-from monitoring.metrics import WorkerMetrics
 from schemas.command import Command
-from schemas.config import Adapt, Kafka, Store
+from schemas.config import Kafka, Store
 from schemas.policy import Policy
 from schemas.state import DriftWatch, GuardState, RunningProxies, decode_header, encode_header
 from schemas.update import Proxies, UpdateEvent, digest, seal
+from tests.conftest import make_streams
 from tests.servers import wait_until
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies
@@ -43,10 +43,7 @@ class Site:
         publisher = Publisher(self.kafka, name, threading.Event())
         self._publishers.append(publisher)
         settings = self.settings.model_copy(update={"snapshot_every": 2, **more})
-        engine = Engine(self.bundle)
-        return Streams(
-            engine, self.open_store(settings), publisher, WorkerMetrics(4), name, Adapt(), settings, lambda act: act()
-        )
+        return make_streams(Engine(self.bundle), self.open_store(settings), publisher, settings, name)
 
     def settle(self) -> None:
         for publisher in self._publishers:
