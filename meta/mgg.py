@@ -55,10 +55,10 @@ class MGG:
         self, model: AdaptableModel, source: SourceStatistics, learned: LearnedOptimizer, classes: int
     ) -> None:
         self.model, self.source, self.learned = model, source, learned
-        self._known = _with_first(source, model)
+        self._source_features = _with_first(source, model)
         self.settings = settings = learned.settings
         self.objective = Objective(
-            self._known,
+            self._source_features,
             model.feature_count,
             settings.entropy_weight,
             settings.discrepancy_weight,
@@ -101,8 +101,8 @@ class MGG:
             "second_moment": torch.zeros(streams, size, device=device),
             "memory_weight": weight.clone(memory_format=torch.contiguous_format),
             "memory_bias": bias.clone(memory_format=torch.contiguous_format),
-            "feature_mean": self._known.mean.expand(streams, -1).clone(),
-            "feature_square": self._known.square.expand(streams, -1).clone(),
+            "feature_mean": self._source_features.mean.expand(streams, -1).clone(),
+            "feature_square": self._source_features.square.expand(streams, -1).clone(),
             "feature_classes": torch.full((streams, self.classes), 1 / self.classes, device=device),
             "age": torch.zeros(streams, device=device),
         }

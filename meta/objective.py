@@ -110,12 +110,12 @@ def feature_statistics(source_features: Tensor, probability: Tensor | None = Non
 class Objective:
     """The loss with its gradient written out, for that is a few lines: autograd took a tenth of a small pass for it.
 
-    `known` are source statistics of F + F1 features: those of all norm layers, F of them, and again those of the first
+    `source` are statistics of F + F1 features: those of all norm layers, F of them, and again those of the first
     layer, for what it would put out under the source affine; the latter are outside of the distance. `window`: frames
     over which feature statistics are averaged. `class_share`: how far the class mix of a stream explains its features.
     """
 
-    known: SourceStatistics
+    source: SourceStatistics
     features: int
     entropy_weight: float
     discrepancy_weight: float
@@ -129,7 +129,7 @@ class Objective:
 
         `whole`: all frames of the micro-batches, of which `forward` has some; the statistics are theirs.
         """
-        known, state, stream = self.known, forward.state, forward.stream
+        source, state, stream = self.source, forward.state, forward.stream
         frames, features = forward.counts.clamp_min(1), forward.features.detach()
         log_p, p, frame_entropy = _uncertainty(forward.logits)
         if whole is None:
@@ -144,9 +144,9 @@ class Objective:
         old = [state[name] for name in names]
         mean, square, classes = (running(*both, counts, self.window) for both in zip(old, means, strict=True))
         share = self.class_share
-        expected, expected_std = known.expected(share * classes + (1 - share) / classes.shape[1])
+        expected, expected_std = source.expected(share * classes + (1 - share) / classes.shape[1])
         std = deviation(mean, square)
-        mean_gap, std_gap = (mean - expected) / known.scale, (std - expected_std) / known.scale
+        mean_gap, std_gap = (mean - expected) / source.scale, (std - expected_std) / source.scale
         squared = mean_gap.square() + std_gap.square()
         distance, novelty = squared[:, : self.features].mean(1), squared[:, self.features :].mean(1)
         signals = {
@@ -162,7 +162,7 @@ class Objective:
         of_logits = p * (log_p + frame_entropy) * (-self.entropy_weight / each).index_select(0, stream)
         # d distance / d feature = a + b * (feature - mean), the newest frames counting as the whole window. The first
         # layer's features under the source affine are outside of the distance.
-        usual = 2 * self.discrepancy_weight / self.features / (each * known.scale)
+        usual = 2 * self.discrepancy_weight / self.features / (each * source.scale)
         usual[:, self.features :] = 0
         slope = torch.where(square - mean.square() > EPSILON, usual * std_gap / std, 0)  # else `deviation` is clamped
         constant = usual * mean_gap - slope * mean

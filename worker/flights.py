@@ -34,7 +34,7 @@ class Flights:
         self._alone = lanes == 1 and config.device == "cpu"
         self._under_way: list[Flight] = []
         self._span, self._frames = math.inf, 1  # of the largest pass lately: processor time, and how many frames it had
-        self._known = self._ended = 0.0  # when that one ended, and the last
+        self._measured = self._ended = 0.0  # when that one ended, and the last
 
     def __bool__(self) -> bool:
         return bool(self._under_way)
@@ -124,8 +124,8 @@ class Flights:
         (_, adapted), (passed, predicted) = flight.adapted.result(), flight.predicted.result()
         frames = sum(len(outlook.batch.frames) for outlook in passed.outlooks)
         span, self._ended = predicted.processor + adapted.processor, adapted.done
-        if frames >= self._frames or span > self._span or self._ended - self._known > LATELY_S:
-            self._span, self._frames, self._known = span, frames, self._ended
+        if frames >= self._frames or span > self._span or self._ended - self._measured > LATELY_S:
+            self._span, self._frames, self._measured = span, frames, self._ended
 
     def _answered(self, flight: Flight) -> None:
         self._parts.lateness.took(flight.publishing[1] - flight.started, time.time())

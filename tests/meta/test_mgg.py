@@ -347,7 +347,7 @@ def test_a_poisoned_stream_is_seen_and_stays_alone() -> None:
 def test_the_gradient_written_out_is_that_of_the_loss(class_filter: bool) -> None:
     """Entropy and standardised distance of each stream, by autograd."""
     method = make_method(class_filter=class_filter, entropy_weight=0.7, discrepancy_weight=3.0)
-    settings, known, counts = method.settings, method._known, torch.tensor([4.0, 1.0, 20.0, 0.0])
+    settings, known, counts = method.settings, method._source_features, torch.tensor([4.0, 1.0, 20.0, 0.0])
     stream = torch.arange(4).repeat_interleave(counts.long())
     forward = method.predict(torch.randn(25, 1, 12, 12), stream, method.fresh(4))
     # A feature that never varies: its deviation is clamped, and has no gradient.

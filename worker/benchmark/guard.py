@@ -38,8 +38,8 @@ from worker.benchmark.guard_attacks import ATTACKS, NAN_MARK, other_images
 from worker.decode.image import DecodedFrame
 from worker.decode.pixels import normalise_pixels
 from worker.engine.engine import Engine
+from worker.engine.header import next_header
 from worker.engine.judge import judge
-from worker.engine.known import next_header
 from worker.engine.passes import Part, Pass
 from worker.guard.answer import answering
 from worker.guard.guard import Guard

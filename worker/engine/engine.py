@@ -206,7 +206,7 @@ class Engine:
         return not batch.adapt and (batch.hurried or not self._observe)
 
     def _predict(self, part: Part) -> tuple[list[Outlook], Forward]:
-        frames, sights = self._frames(part)
+        frames, looks = self._frames(part)
         adapts = [batch.adapt for batch in part.batches]
         asked = part.shadow if len(part.shadow) <= MOST_ASKED * len(part.stream) else None
         if isinstance(self._method, MGG):
@@ -216,7 +216,7 @@ class Engine:
         observed, source = None, None
         if self._observer is not None:
             observed, source = self._observer.observe(frames, forward, part.shadow)
-        found = outlooks(self.bundle, part, frames, forward.answer, observed, sights, source)
+        found = outlooks(self.bundle, part, frames, forward.answer, observed, looks, source)
         if part.keep:
             held = kept(part.batches, part.headers, forward.output)
             found = [replace(outlook, seen=seen) for outlook, seen in zip(found, held, strict=True)]
@@ -224,7 +224,7 @@ class Engine:
 
     def _hurry(self, part: Part) -> list[Outlook]:
         """One forward of the bare model under the parameters that answer: no class filter, no question to source."""
-        frames, sights = self._frames(part)
+        frames, looks = self._frames(part)
         parameters = {name: part.state[name] for name in FIXED if name in part.state}
         if part.fixed is not None:
             rows = part.stream.index_select(0, part.fixed.frames)
@@ -232,7 +232,7 @@ class Engine:
                 parameters[name] = parameters[name].index_copy(0, rows, own.index_select(0, part.fixed.stream))
             part = replace(part, fixed=None)
         logits = answer_barely(self.bundle.model, frames, part.stream, parameters)
-        return outlooks(self.bundle, part, frames, logits, None, sights)
+        return outlooks(self.bundle, part, frames, logits, None, looks)
 
     def adapt(self, passed: Pass) -> Proposals:
         """The update of every micro-batch that adapts, and what the others have shown of their streams."""
@@ -270,7 +270,7 @@ class Engine:
     def accept(self, proposals: Proposals, accepted: list[Proposal]) -> None:
         """Put accepted updates in place, once they are in the store."""
         accepted = [p for p in accepted if self.holds(p.outlook.batch.stream, p.outlook.resident)]
-        for update, state in ((True, proposals.state), (False, proposals.known)):
+        for update, state in ((True, proposals.state), (False, proposals.observed)):
             some = [proposal for proposal in accepted if proposal.update is update]
             if some and state:
                 rows = self._index([proposal.row for proposal in some])

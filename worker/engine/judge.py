@@ -9,7 +9,7 @@ from meta.method import State
 from meta.proxies import as_source
 from schemas.state import Snapshot, StreamHeader
 from worker.engine.engine import Engine
-from worker.engine.known import next_header, next_proxies
+from worker.engine.header import next_header, next_proxies
 from worker.engine.passes import Outlook, Proposal, Proposals
 from worker.guard.guard import Guard, Verdict
 

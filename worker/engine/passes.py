@@ -112,7 +112,7 @@ class Proposal:
     """A stream's next state before the guard has seen it. `row` points into the tensors of all updates.
 
     `update` is False where the parameters stay and only what is known of the stream has moved; then `row` points into
-    the tensors of what is `known`. `layers` says how far each norm layer moves.
+    the tensors `observed`. `layers` says how far each norm layer moves.
     """
 
     outlook: Outlook
@@ -131,7 +131,7 @@ class Proposals:
     proposals: list[Proposal]
     before: State
     state: State
-    known: State
+    observed: State
 
     def shrink(self, proposal: Proposal, share: float) -> None:
         """Go only so much of the way from the parameters that the stream had. All of it is where the pass was: the

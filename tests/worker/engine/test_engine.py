@@ -14,7 +14,7 @@ from worker.batch.batcher import MicroBatch
 from worker.decode.image import DecodedFrame
 from worker.decode.pixels import blank_frames, normalise_pixels
 from worker.engine.engine import Engine
-from worker.engine.known import next_header, next_proxies
+from worker.engine.header import next_header, next_proxies
 from worker.engine.outlook import answer_fixed
 from worker.engine.passes import Fixed
 

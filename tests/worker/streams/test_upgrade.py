@@ -18,7 +18,7 @@ from schemas.policy import Policy
 from schemas.state import GuardState, StreamHeader, encode_tensors
 from tests.worker.engine.test_engine import admit, batch, step
 from worker.engine.engine import Engine
-from worker.engine.known import next_header
+from worker.engine.header import next_header
 from worker.guard.answer import answering
 from worker.site.doctor import examine
 from worker.streams.upgrade import GENERATORS_OWN, Upgrade
