@@ -115,10 +115,10 @@ class PaperMGG:
             mean_entropy = per_stream_mean(entropy(forward.logits), stream, counts)
             return mean_entropy + DISCREPANCY_WEIGHT * apart / DISCREPANCY_SCALE
 
-    def gradient(self, forward: Forward, keep: bool = False) -> tuple[Tensor, Tensor]:
+    def gradient(self, forward: Forward) -> tuple[Tensor, Tensor]:
         """The loss (S,) and its gradient (S, P)."""
         loss = self.loss(forward)
-        (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows], retain_graph=keep)
+        (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
         zeros = torch.zeros_like(forward.state["affine"])
         return loss.detach(), zeros.index_add(0, forward.stream, frame_gradient)
 

@@ -94,9 +94,7 @@ class Problem:
         }
 
 
-def meta_train(
-    problems: Sequence[Problem], settings: TrainingSettings, say: Callable[[str], None] = print
-) -> list[float]:
+def meta_train(problems: Sequence[Problem], settings: TrainingSettings, say: Callable[[str], None]) -> list[float]:
     """Train the problems' generators in place; they may share modules. Returns the course of the accuracy.
 
     Deterministic for a seed on one machine.
@@ -162,21 +160,19 @@ def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[
     return objective / settings.unroll, right / (settings.unroll * frames * len(cameras))
 
 
-def measure_gradient(
-    method: MGG, cameras: list[SimulatedStream], preprocessing: Preprocessing, batches: int = 8, frames: int = 8
-) -> float:
+def measure_gradient(method: MGG, cameras: list[SimulatedStream], preprocessing: Preprocessing) -> float:
     """Root mean square of a coordinate's gradient at the source affine, over streams with and without a shift.
 
     In its units, one rule serves models whose gradients differ in size.
     """
     state: State = method.fresh(len(cameras))
     squares = []
-    for _ in range(batches):
-        batch, _, stream = draw(cameras, frames, preprocessing)
+    for _ in range(8):
+        batch, _, stream = draw(cameras, 8, preprocessing)
         forward = method.predict(batch, stream, state)
         frame_gradient, _, _ = method.gradient(forward)
         gradient = torch.zeros_like(state["affine"]).index_add(0, stream, frame_gradient)
         squares.append(float((gradient**2).mean()))
     for camera in cameras:
         camera.begin()
-    return max(1e-8, sum(squares) / batches) ** 0.5
+    return max(1e-8, sum(squares) / len(squares)) ** 0.5

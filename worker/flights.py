@@ -83,7 +83,7 @@ class Flights:
                 if frames <= self._full:
                     return
 
-    def move_on(self, others: Sequence[Future[Any]] = ()) -> Iterator[tuple[list[str], float]]:
+    def move_on(self, others: Sequence[Future[Any]]) -> Iterator[tuple[list[str], float]]:
         """Wait a moment for passes or `others`, or compute the updates of passes in this thread; publish what is
         predicted, finish what is adapted.
 

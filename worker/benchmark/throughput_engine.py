@@ -161,12 +161,12 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor]:
     return frames, torch.arange(case.streams).repeat_interleave(case.frames)
 
 
-def engine_memory(bundle: Bundle, streams: int = 4_000) -> dict[str, float]:
+def engine_memory(bundle: Bundle) -> dict[str, float]:
     """Resident memory that another idle stream takes, against the bytes of its tensors; 0 where there is no /proc.
 
     "Another": the first ones make room for parsed headers, of which there are only so many.
     """
-    engine, known = Engine(bundle), _known_header(bundle).model_dump()
+    streams, engine, known = 4_000, Engine(bundle), _known_header(bundle).model_dump()
     engine.reserve(2 * PARSED + streams)  # as the worker does
     _admit_idle(engine, known, range(2 * PARSED))
     before = _resident_bytes()

@@ -104,11 +104,11 @@ def _chart(axes: Axes, score: CameraScore) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _smooth(right: npt.NDArray[np.bool_], window: int = 200) -> npt.NDArray[np.float64]:
-    """Mean over the last `window` frames (fewer at the beginning)."""
+def _smooth(right: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Mean over the last 200 frames (fewer at the beginning)."""
     total = np.cumsum(np.concatenate([[0], right.astype(np.float64)]))
     ends = np.arange(1, len(right) + 1)
-    starts = np.maximum(0, ends - window)
+    starts = np.maximum(0, ends - 200)
     smooth: npt.NDArray[np.float64] = (total[ends] - total[starts]) / (ends - starts)
     smooth[: min(20, len(right))] = np.nan
     return smooth
