@@ -91,7 +91,7 @@ class Bench:
         self._now = datetime.now(UTC)
 
     def admit(self, stream: str) -> None:
-        header = StreamHeader(stream=stream, bundle=self.bundle.hash, method="mgg")
+        header = StreamHeader(stream=stream, bundle=self.bundle.hash, method=self.bundle.method_name)
         self.engine.admit(StreamState(header=header, tensors=self.engine.like), 1, stored=False)
 
     def serve(self, reels: Mapping[str, np.ndarray]) -> dict[str, Served]:

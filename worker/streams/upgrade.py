@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from meta.bundle import read_manifest
+from meta.bundle import MGG_NAME, read_manifest
 from meta.method import State
 from schemas.bundle import Manifest
 from schemas.config import Bundle as BundleSettings
@@ -74,7 +74,7 @@ class Upgrade:
             raise StateError("network, weights, preprocessing or labels differ")
         if blob is None:
             raise StateError("it expired while the stream was idle, or its tensors were evicted")
-        if before.generator_hash == now.generator_hash or old.method != "mgg":
+        if before.generator_hash == now.generator_hash or old.method != MGG_NAME:
             return decode_tensors(blob, old.step, engine.like), "the same model and generator"
         kept = {name: tensor for name, tensor in engine.like.items() if name not in GENERATORS_OWN}
         found = decode_matching(blob, old.step, kept)
