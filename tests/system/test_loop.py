@@ -268,7 +268,8 @@ def test_a_pass_here_takes_along_what_came_during_the_last(
     assert not in_flight.takes_in  # nothing has come
     worker._polling._looked = time.monotonic()
     assert not worker._polling.stocked  # an idle worker waits for the topic rather than turn
-    worker._decoding.add(time.monotonic(), SimpleNamespace(key=b"cam", value=picture(1), topic="t", partition=0))
+    record = SimpleNamespace(key=b"cam", value=picture(1), topic="t", partition=0, headers=[])
+    worker._decoding.add(time.monotonic(), record)
     in_flight._ended, in_flight._span = time.monotonic(), 0.2
     assert in_flight.takes_in
     in_flight._ended -= 1
