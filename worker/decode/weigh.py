@@ -35,7 +35,7 @@ def _jpeg(content: bytes) -> int:
             break
         marker = content[at + 1]
         if marker == SCAN:
-            return pixels * content.count(b"\xff\xda") // JPEG_SHARE
+            return pixels * content.count(b"\xff\xda", at) // JPEG_SHARE  # before, it may be of a thumbnail
         if marker in FRAME:
             height, width = struct.unpack_from(">HH", content, at + 5)
             pixels = height * width

@@ -4,7 +4,7 @@ import io
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -31,6 +31,7 @@ def test_of_what_does_not_shrink_all_pixels_count(width: int, height: int, kind:
 
 
 @given(width=st.integers(1, 2_000), height=st.integers(1, 2_000), exif=st.binary(max_size=200))
+@example(width=640, height=480, exif=encoded("JPEG", (16, 16)))  # a thumbnail
 def test_a_jpeg_is_lighter(width: int, height: int, exif: bytes) -> None:
     content = encoded("JPEG", (width, height), exif=b"Exif\0\0" + exif)
     assert weight(content) == max(width * height // 4, len(content))
