@@ -190,6 +190,8 @@ def alert_operands() -> dict[str, tuple[str, bool]]:
     for rule in rules():
         expr = OLD.sub("offset 3s", rule["expr"])
         expr = re.sub(r"absent\((.*?)\)", r"\1", expr)
+        # The worst of what is compared within.
+        expr = re.sub(r"^max by \(job\) \(\s*(.*)\)$", r"\1", expr.strip(), flags=re.DOTALL)
         for i, part in enumerate(re.split(r"\band\b(?: on \(.*?\))?|\bor\b|\bunless\b|[<>=]=(?!~)|\s[<>]\s", expr)):
             if not re.fullmatch(r"\s*[-\d.]+\s*", part):
                 parts[f"{rule.get('alert', rule.get('record'))} {i}"] = part, True
