@@ -26,7 +26,9 @@ _KINDS = (
     (" bundle ", "bundle"),
     ("the stored", "stored_state"),
 )
-OTHER, COMMAND, POLICY = "other", "command", "policy"
+OTHER, COMMAND = "other", "command"
+# Nobody wants an update just now.
+HELD_BACK = frozenset({"policy", "switched_off"})
 # Not "camera", blank or repeated frames: that is no trouble of the updates.
 TROUBLE = frozenset({"not_finite", "turned", "gradient", "collapse", "worse", "distance"})
 

@@ -21,7 +21,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from monitoring.drift import ALARM
-from monitoring.reasons import POLICY, TROUBLE, reason_kind
+from monitoring.reasons import HELD_BACK, TROUBLE, reason_kind
 from schemas.config import Guard
 from schemas.state import StreamHeader
 from schemas.update import Decision, UpdateEvent
@@ -98,7 +98,11 @@ GAUGES = (
     ("shifted", "shifted", "1 once the guard is sure that the frames are not what source was made for."),
     ("trusted", "trusted", "0 while the guard has source answer, because it is estimated to do better."),
     ("blind", "blind", "1 while most frames are blank or repeat: a covered or frozen camera."),
-    ("held_back", "held_back", "1 while the policy allows no update: frozen, quiet hours, or the hour's are used up."),
+    (
+        "held_back",
+        "held_back",
+        "1 while no update is wanted: adaptation is off, frozen, quiet hours, or the hour's are used up.",
+    ),
     ("decision", "decision", f"The newest decision: {', '.join(f'{i} {d}' for i, d in enumerate(DECISIONS))}."),
     ("last_decision", "last_decision_timestamp_seconds", "When the stream's newest frames were judged."),
     ("last_update", "last_update_timestamp_seconds", "When this worker last applied an update to the stream."),
@@ -142,7 +146,7 @@ def next_view(
         last_update=now if event.decision in ("applied", "partial") else before.last_update,
         troubled=now if kind in TROUBLE else before.troubled,
         blind=before.blind if blind is None else float(blind),
-        held_back=float(kind == POLICY) if event.frames else before.held_back,
+        held_back=float(kind in HELD_BACK) if event.frames else before.held_back,
         accuracy=after.estimated_accuracy if after else before.accuracy,
         low=after.low if after else before.low,
         high=after.high if after else before.high,

@@ -220,6 +220,14 @@ def test_a_blind_camera_is_shown_whatever_the_policy_says_and_is_no_trouble_of_t
     assert value(metrics, "fleet_streams", condition="in_trouble") == 0
 
 
+def test_nobody_wants_updates_of_a_stream_whose_adaptation_is_switched_off() -> None:
+    metrics = WorkerMetrics(5)
+    decide(metrics, "a", decision="skipped", reason="adaptation is switched off")
+    assert value(metrics, "stream_held_back", stream="a") == 1.0
+    decide(metrics, "a")
+    assert value(metrics, "stream_held_back", stream="a") == 0.0
+
+
 def test_frozen_is_what_the_stream_s_policy_says() -> None:
     metrics = WorkerMetrics(5)
     for frozen in (True, False):
