@@ -52,8 +52,12 @@ def options(
 @app.command()
 def worker(config: ConfigOption = None) -> None:
     """Consume frames, predict, adapt, until SIGTERM or Ctrl-C."""
+    import os
     import signal
 
+    # A container's first process gets no signal that it does not handle: a pod that is deleted while torch loads would
+    # go on, join the group, and be killed with its partitions.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     # While torch loads there is nothing to finish, and its code may lose the exception that Ctrl-C raises. Who started
     # this may have it ignore Ctrl-C.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
