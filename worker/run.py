@@ -111,8 +111,10 @@ class Worker:
 
         One without partitions is: it takes over as soon as another goes, and a rollout must not wait for it for ever.
         """
+        if not self._joined:  # Probes come from the start on, when there is nothing yet to ask further.
+            return False
         answers = self._reach.broker_answers and self._reach.store_answers
-        return self._joined and not self._refusing and self._healthy_store and answers
+        return not self._refusing and self._healthy_store and answers
 
     def run(self) -> None:
         """Turn the loop until told to stop, then finish the step in hand, commit and leave the group."""
@@ -248,7 +250,13 @@ def run_worker(config: WorkerConfig) -> None:
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     try:
-        worker = Worker(config, stop)
+        try:
+            worker = Worker(config, stop)
+        except UnreachableError as error:
+            if not stop.is_set():
+                raise
+            log.warning("stopped before it began: %s", error)
+            return
         spare_collections()
         worker.run()
     except torch.cuda.OutOfMemoryError as error:

@@ -11,6 +11,7 @@ from kafka import KafkaAdminClient
 from meta.bundle import read_manifest
 from tests.conftest import picture
 from tests.system.conftest import Site, ids_by_stream
+from worker.embedded import free_port
 from worker.kafka.client import connection, open_client
 
 
@@ -205,3 +206,12 @@ def test_interrupt_stops_cleanly_too(site: Site) -> None:
     worker.wait_until(lambda: "assigned partitions" in worker.log.read_text(), "the assignment")
     worker.signal(signal.SIGINT)
     assert worker.process.wait(30) == 0
+
+
+def test_a_worker_that_still_waits_for_its_broker_is_not_ready_and_stops_cleanly(site: Site) -> None:
+    away = {**site.config["kafka"], "bootstrap": f"127.0.0.1:{free_port()}", "connect_timeout_s": 60}
+    worker = site.start(kafka=away)
+    worker.wait_until(lambda: "cannot be reached" in worker.log.read_text(), "a first try")
+    assert not worker.ready()
+    assert worker.stop() == 0
+    assert "Traceback" not in worker.log.read_text()
