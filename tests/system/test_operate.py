@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import redis
 import yaml
 
-from schemas.config import Store
+from schemas.config import Bundle, Kafka, Store, WorkerConfig
 from schemas.state import StreamHeader, encode_header
 from schemas.update import seal
+from tests.broker.process import start_own_broker
 from tests.conftest import picture
 from tests.system.conftest import Site, run_cli
-from worker.embedded import free_port
+from worker.embedded import free_port, start_store
+from worker.site.doctor import examine
 from worker.store.store import StateStore, Write
 
 
@@ -190,8 +193,6 @@ def test_mistakes_change_nothing(
 
 
 def test_expired_states_restart_from_source_and_say_so(site: Site, site_file: str) -> None:
-    import redis
-
     first = site.start()
     ids = site.feed(first, "cam", 16)
     assert first.stop() == 0
@@ -238,6 +239,46 @@ def test_doctor_says_how_to_reach_what_does_not_answer(tiny_bundle_path: Path) -
     assert result.stdout.count("'driftkeel local' starts both for a first try") == 2
     listed = run_cli("streams", "list", DRIFTKEEL__BUNDLE__PATH=str(tiny_bundle_path), **away)
     assert (listed.returncode, listed.stdout) == (1, "")
+
+
+def test_doctor_says_whose_password_is_wrong(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    broker = start_own_broker(users={"worker": "right"})
+    store = start_store(tmp_path, options=["--requirepass", "right"])
+    login = Kafka(
+        bootstrap=broker.bootstrap,
+        security_protocol="SASL_PLAINTEXT",
+        sasl_mechanism="PLAIN",
+        sasl_username="worker",
+        sasl_password="wrong",
+    )
+    url = f"redis://:wrong@127.0.0.1:{store.port}/0"
+    bundle = Bundle(path=tiny_bundle_path)
+    said = [found.text for found in examine(WorkerConfig(kafka=login, store=Store(url=url), bundle=bundle))]
+    broker.child.stop(0)
+    store.child.stop()
+    (refused,) = [text for text in said if "Invalid username or password" in text]
+    assert refused.endswith("; correct kafka.sasl_mechanism, sasl_username and sasl_password")
+    (refused,) = [text for text in said if "refuses the login" in text]
+    assert refused.endswith("; correct user and password in store.url")
+
+
+def test_doctor_sees_a_store_that_is_nearly_full(kafka_settings: Kafka, tiny_bundle_path: Path, tmp_path: Path) -> None:
+    store = start_store(tmp_path)
+    client = redis.Redis(port=store.port)
+    config = WorkerConfig(kafka=kafka_settings, store=Store(url=store.url), bundle=Bundle(path=tiny_bundle_path))
+
+    def warnings() -> list[str]:
+        return [found.text for found in examine(config) if (found.subject, found.level) == ("store", "warning")]
+
+    assert warnings() == []  # no limit
+    client.set("junk", bytes(60 << 20))
+    client.config_set("maxmemory", "100mb")
+    assert warnings() == []
+    client.config_set("maxmemory", "64mb")
+    (warning,) = warnings()
+    assert re.match(r"\d\d of 64 MiB are used \(maxmemory\)", warning)
+    client.close()
+    store.child.stop()
 
 
 def test_there_is_no_snapshot_number_0() -> None:

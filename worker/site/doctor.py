@@ -17,7 +17,7 @@ from schemas.config import WorkerConfig
 from schemas.errors import DriftkeelError
 from worker.consume.short_logs import REMEDY
 from worker.engine.device import EXPERIMENTAL, described, site_device
-from worker.kafka.client import connection, open_client
+from worker.kafka.client import REFUSALS, connection, open_client
 from worker.site.bundle import site_bundle
 from worker.site.folder import LOOPBACK
 from worker.site.positions import short_logs
@@ -57,6 +57,10 @@ def _remedy(check: Callable[..., object], error: Exception, config: WorkerConfig
     trial = _FOR_A_TRY if config.kafka.bootstrap.rpartition(":")[0] in LOOPBACK else ""
     if check is _broker and isinstance(error, KafkaConnectionError | KafkaTimeoutError):
         return f"; start the broker, or correct kafka.bootstrap, which is {config.kafka.bootstrap}{trial}"
+    if check is _broker and isinstance(error, REFUSALS):
+        return "; correct kafka.sasl_mechanism, sasl_username and sasl_password"
+    if check is _store and isinstance(error.__cause__, redis.exceptions.AuthenticationError):
+        return "; correct user and password in store.url"
     if check is _store and isinstance(error.__cause__, redis.exceptions.ConnectionError):
         return f"; start the store, or correct store.url{trial}"
     return ""
@@ -109,6 +113,7 @@ def _store(config: WorkerConfig) -> Iterator[Finding]:
     client.delete(*store.keys(_NOBODY))
     yield Finding("store", "ok", "states can be claimed, written and read")
     yield _room(config, store.count())
+    yield from _memory(client)
     yield _server_version(client)
     settings = {
         "appendonly": ("yes", "a restart of the store loses all states"),
@@ -128,6 +133,22 @@ def _room(config: WorkerConfig, streams: int) -> Finding:
     if streams < NEARLY_FULL * most:
         return Finding("store", "ok", text)
     return Finding("store", "warning", f"{text}: delete those that are no cameras, or raise it and the store's memory")
+
+
+def _memory(client: Any) -> Iterator[Finding]:
+    """A store that is nearly full may take the small state above, and refuse a worker's.
+
+    Nothing is said where it has no limit, or does not tell: a user may lack the permission, and a Cluster answers per
+    node.
+    """
+    try:
+        told = client.info("memory")
+        used, most = int(told["used_memory"]), int(told["maxmemory"])
+    except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, KeyError, TypeError):
+        return
+    if most and used > NEARLY_FULL * most:
+        text = f"{used >> 20} of {most >> 20} MiB are used (maxmemory): a full store stops all streams"
+        yield Finding("store", "warning", f"{text}; raise it, or make room: docs/runbooks/store.md")
 
 
 def _server_version(client: Any) -> Finding:
