@@ -45,6 +45,15 @@ EVERYTHING = {
 }
 
 
+class Strict(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"a key comes twice: {keys}"
+        return super().construct_mapping(node, deep)
+
+
 def compose() -> dict[str, Any]:
     content = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
     assert isinstance(content, dict)
@@ -56,7 +65,7 @@ def rendered(values: dict[str, Any], name: str = "site", namespace: str = "line-
     with helm_python.Chart.load(str(CHART)) as chart:
         chart.validate_schema(chart.merge_values(values))
         files = chart.render(values, name=name, namespace=namespace)
-    manifests = [m for name, text in files.items() if name.endswith(".yaml") for m in yaml.safe_load_all(text) if m]
+    manifests = [m for name, text in files.items() if name.endswith(".yaml") for m in yaml.load_all(text, Strict) if m]
     return {_key(manifest): manifest for manifest in manifests}
 
 
@@ -131,7 +140,7 @@ def test_the_chart_has_the_alerts_and_dashboards_themselves() -> None:
 def jobs(manifests: dict[str, dict[str, Any]]) -> set[str]:
     """What the job of the release's workers is in Prometheus, by the ServiceMonitor."""
     endpoints = manifests["ServiceMonitor"]["spec"]["endpoints"]
-    return {r["replacement"] for e in endpoints for r in e["relabelings"] if r["targetLabel"] == "job"}
+    return {r["replacement"] for e in endpoints for r in e["relabelings"] if r.get("targetLabel") == "job"}
 
 
 def test_every_release_is_a_job_of_its_own_that_the_alerts_know() -> None:
@@ -232,6 +241,13 @@ def test_a_worker_takes_the_chart_s_configuration(
         assert env["DRIFTKEEL__STORE__URL"] == {"secretKeyRef": {"name": "store", "key": "url"}}
         password = {"secretKeyRef": {"name": "sentinel", "key": "password"}}
         assert env["DRIFTKEEL__STORE__SENTINEL_PASSWORD"] == password
+
+
+def test_a_probe_s_time_out_may_be_changed() -> None:
+    probes = {"liveness": {"timeoutSeconds": 9}, "readiness": {"timeoutSeconds": 8}}
+    (container,) = rendered({"probes": probes})["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert (container["livenessProbe"]["timeoutSeconds"], container["livenessProbe"]["periodSeconds"]) == (9, 10)
+    assert container["readinessProbe"]["timeoutSeconds"] == 8
 
 
 def test_pods_go_one_at_a_time_or_all_together() -> None:
