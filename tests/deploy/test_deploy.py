@@ -328,6 +328,19 @@ def test_the_chart_refuses_what_it_does_not_know() -> None:
         {"terminationGracePeriodSeconds": 5},
         {"strategy": {"type": "recreate"}},
         {"autoscaling": {"lagThreshold": 0}},
+        {"autoscaling": {"enabled": True, "minReplica": 4}},
+        {"autoscaling": {"enabled": True, "partitions": 4, "minReplicas": 5}},
+        {"secrets": {"storeUrl": {"nme": "store"}}},
+        {"serviceMonitor": {"enable": True}},
+        {"networkPolicy": {"metricFrom": []}},
+        {"podDisruptionBudget": {"minAvailable": 1}},
+        {"podDisruptionBudget": {"maxUnavailable": "some"}},
+        {"console": {"enabled": True, "token": {"name": ""}}},
+        {"prometheusRule": {"enabled": "false"}},
+        {"probes": {"liveness": {"timeout": 5}}},
+        {"image": {"tag": 20261130}},
+        {"config": {"metrics": {"host": "127.0.0.1"}}},
+        {"config": {"metrics": {"port": 0}}},
     ):
         with pytest.raises(helm_python.HelmError):
             rendered(values)
