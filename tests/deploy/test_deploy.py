@@ -189,6 +189,13 @@ def test_a_release_misses_workers_that_prometheus_does_not_know(
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_a_pod_whose_image_is_still_pulled_is_no_target() -> None:
+    """It has an address, which nobody answers at yet."""
+    (endpoint,) = rendered(EVERYTHING)["ServiceMonitor"]["spec"]["endpoints"]
+    dropped = [r for r in endpoint["relabelings"] if r.get("action") == "drop"]
+    assert dropped == [{"sourceLabels": ["__meta_kubernetes_pod_phase"], "regex": "Pending", "action": "drop"}]
+
+
 def test_without_a_service_monitor_the_chart_does_not_know_the_job() -> None:
     manifests = rendered({"prometheusRule": {"enabled": True}})
     names = [group["name"] for group in manifests["PrometheusRule"]["spec"]["groups"]]
