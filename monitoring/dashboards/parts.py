@@ -55,16 +55,16 @@ ACCURACY: Steps = ((None, RED), (0.6, ORANGE), (0.75, YELLOW), (0.85, GREEN))
 
 # Lag as the alert on it sees it: the more frames come, the more are held on purpose.
 LAG_IS = (
-    "Records of the frames topic that are not finished yet, in seconds of what the workers predict now. Up to "
-    "batch.max_hold_ms of it are frames held for their camera's next update."
+    "Records of the frames topic that are not finished yet, in seconds of what is predicted now; of the worker that is "
+    "furthest behind. Up to batch.max_hold_ms of it are frames held for their camera's next update."
 )
 LAG_STEPS: Steps = ((None, GREEN), (30, YELLOW), (60, RED))
 
 
 def lag_seconds(chosen: str) -> str:
-    """Of the workers that the labels choose."""
-    predicted = f"sum(rate(driftkeel_predictions_total{{{chosen}}}{RATE}))"
-    return f"sum(driftkeel_consumer_lag_records{{{chosen}}}) / clamp_min({predicted}, 0.01)"
+    """Of the workers that the labels choose, the most."""
+    predicted = f"sum by (instance) (rate(driftkeel_predictions_total{{{chosen}}}{RATE}))"
+    return f"max(sum by (instance) (driftkeel_consumer_lag_records{{{chosen}}}) / clamp_min({predicted}, 0.01))"
 
 
 def ages(metric: str, chosen: str) -> str:

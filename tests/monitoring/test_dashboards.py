@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from monitoring.dashboards.__main__ import FOLDER, files
+from monitoring.dashboards.parts import lag_seconds
 from monitoring.reference import rows
+from tests.servers import prometheus_tool
 
 BOARDS = {name: json.loads(content) for name, content in files().items()}
 PANELS = [(name, panel) for name, board in BOARDS.items() for panel in board["panels"] if panel["type"] != "row"]
@@ -88,3 +92,21 @@ def test_every_series_of_a_stream_is_on_its_page() -> None:
 def test_provisioning_finds_the_folder() -> None:
     compose = (Path(__file__).parents[2] / "deploy" / "compose.yaml").read_text()
     assert "./grafana/dashboards:/var/lib/grafana/dashboards:ro" in compose
+
+
+def test_lag_is_that_of_the_worker_that_is_furthest_behind(tmp_path: Path) -> None:
+    """As the alert on it has it: in a sum one of many would not show."""
+    series = {
+        'driftkeel_consumer_lag_records{job="a",instance="slow",partition="0"}': "300x10",
+        'driftkeel_predictions_total{job="a",instance="slow"}': "0+60x10",
+        'driftkeel_consumer_lag_records{job="a",instance="fast",partition="1"}': "100x10",
+        'driftkeel_predictions_total{job="a",instance="fast"}': "0+6000x10",
+    }
+    expr = lag_seconds('job="a"').replace("$__rate_interval", "5m")
+    case = {"expr": expr, "eval_time": "10m", "exp_samples": [{"value": 300}]}
+    given = [{"series": name, "values": values} for name, values in series.items()]
+    tests = {"tests": [{"interval": "1m", "input_series": given, "promql_expr_test": [case]}]}
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(tests))
+    command = [prometheus_tool("promtool"), "test", "rules", str(tmp_path / "test.yml")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
