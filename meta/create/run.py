@@ -38,6 +38,7 @@ from schemas.verdict import Verdict
 Say = Callable[[str], None]
 LEAST_PER_CLASS_STATISTICS = 10
 CORRECTION_DRAWS, CORRECTION_PASSES = 200, 4
+SHOWN = 8  # images that a network is tried with
 ROUGH = 1_000  # images below which the numbers are rough
 # After training less is changed where little is unusual, and the correction of single frames follows the dose: cameras
 # with nothing wrong, as most are most of the time, must not lose by it (docs/science.md).
@@ -163,7 +164,7 @@ def _prepare(settings: CreateSettings, decode: Decode, say: Say) -> _Subject:
     preprocessing = Preprocessing(torch.tensor(preprocess.mean), torch.tensor(preprocess.std))
     network = build_network(settings.architecture, settings.arguments, [settings.architecture])
     weights = load_weights(network, read_weights(settings.weights, say), settings.weights, say)
-    shown = as_frames(images.images[:8].float() / 255, preprocessing.mean, preprocessing.std)
+    shown = as_frames(images.images[:SHOWN].float() / 255, preprocessing.mean, preprocessing.std)
     model = adaptable(network, shown, len(labels), say)
     truth: Literal["labels", "source"] = "labels"
     if images.labels is None:
@@ -204,6 +205,13 @@ def _preprocess(settings: CreateSettings, mode: str, width: int | None, height: 
         raise ConfigError(f"--size, --mode, --mean, --std: {mistakes(error)[0][1]}") from error
 
 
+@torch.no_grad()
+def _logits(subject: _Subject) -> Tensor:
+    """Of the first images for the generator."""
+    preprocessing, images = subject.preprocessing, subject.parts["generator"].images[:SHOWN]
+    return subject.model(as_frames(images.float() / 255, preprocessing.mean, preprocessing.std))
+
+
 @torch.inference_mode()
 def _answers(model: AdaptableModel, images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """The source model's classes (N,) of images uint8 (N, ch, h, w)."""
@@ -228,7 +236,7 @@ def _check_accuracy(
 
 
 def _digest(subject: _Subject) -> str:
-    """Changes with every input that the stages see."""
+    """Changes with every input that the stages see. The network's code is one, and shows in what it answers."""
     digest = hashlib.sha256(torch.__version__.encode())
     digest.update(subject.settings.model_dump_json(exclude={"weights", "data", "labels", "generator"}).encode())
     known = [subject.labels, subject.preprocess.model_dump(), subject.truth, HELD_BACK, *subject.model.order]
@@ -237,6 +245,7 @@ def _digest(subject: _Subject) -> str:
     for name in subject.parts:
         for tensor in subject.part(name):
             digest.update(tensor.numpy().tobytes())
+    digest.update(_logits(subject).numpy().tobytes())
     if subject.settings.generator is not None:
         digest.update(read_manifest(subject.settings.generator).content_hash.encode())
     return digest.hexdigest()[:16]

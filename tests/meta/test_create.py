@@ -29,7 +29,7 @@ from schemas.config import Frames
 from schemas.errors import BundleError, ConfigError, DataError
 from schemas.verdict import Measured
 from tests.conftest import SHIPPED_BUNDLE
-from tests.foreign import LABELS, SIDE, batchnorm_net, layernorm_net, pictures, trained, write_folder
+from tests.foreign import LABELS, SIDE, BatchNormNet, batchnorm_net, layernorm_net, pictures, trained, write_folder
 from worker.decode.image import decode_image
 
 NETS = {"batchnorm_net": batchnorm_net, "layernorm_net": layernorm_net}
@@ -124,6 +124,18 @@ class Interrupted(Exception):
 
 def _interrupt(*arguments: object, **options: object) -> None:
     raise Interrupted
+
+
+def test_what_other_code_has_done_is_not_taken_over(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sees that the network gets the wrong pixels breaks off, mends its code and runs the same command again."""
+    monkeypatch.setattr(meta.create.run, "calibrate", _interrupt)
+    forward = BatchNormNet.forward
+    for changed in (forward, lambda network, x: forward(network, x + 0.1)):
+        monkeypatch.setattr(BatchNormNet, "forward", changed)
+        with pytest.raises(Interrupted):
+            create(wanted(own), tmp_path / "bundle")
+    found = [path.read_bytes() for path in (tmp_path / "bundle.work").glob("*/statistics.safetensors")]
+    assert len(set(found)) == 2
 
 
 def test_layers_that_are_declared_in_another_order_make_the_same_bundle(
