@@ -299,12 +299,13 @@ def _correction(tensors: dict[str, Tensor], model: AdaptableModel) -> Correction
 
 
 def _check_output(model: AdaptableModel, manifest: Manifest, labels: list[str], folder: Path) -> None:
-    shape = (1, manifest.preprocess.channels, manifest.preprocess.height, manifest.preprocess.width)
+    # Two frames: what a network does with one may not work with more, as where `view` joins frames and channels.
+    shape = (2, manifest.preprocess.channels, manifest.preprocess.height, manifest.preprocess.width)
     with torch.no_grad():
         try:
             model.fit_layout(torch.zeros(shape))
             logits = model(torch.zeros(shape))
         except RuntimeError as error:
             raise BundleError(f"{folder}: the model cannot take frames of shape {shape}: {error}") from error
-    if tuple(logits.shape) != (1, len(labels)):
+    if tuple(logits.shape) != (2, len(labels)):
         raise BundleError(f"{folder}: the model gives {tuple(logits.shape)} for {len(labels)} labels in labels.txt")

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor, nn
 
 from meta.bundle import load_bundle, model_weights, portable_rule, read_verdict, rewrite_manifest, write_bundle
 from meta.correction import Correction
+from meta.models import groupnorm_cnn
 from schemas.errors import BundleError
 from tests.conftest import SHIPPED_BUNDLE
 
@@ -156,6 +158,27 @@ def test_trusted_factories_are_imported(copy_of: Path) -> None:
     with pytest.raises(BundleError, match="list it under"):
         load_bundle(copy_of)
     assert load_bundle(copy_of, ["meta.models:groupnorm_cnn"]).labels[0] == "nut"
+
+
+class Joined(nn.Sequential):
+    """Joins frames and channels with `view`, which one frame alone allows in any layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x.view(-1, *x.shape[2:]).view(x.shape) if x.dim() == 4 else x)
+        return x
+
+
+def joined(**arguments: int) -> nn.Module:
+    return Joined(*groupnorm_cnn(**arguments))
+
+
+def test_the_layout_found_with_a_bundle_serves_more_than_one_frame(copy_of: Path) -> None:
+    expected, manifest = load_bundle(copy_of), json.loads((copy_of / "manifest.json").read_text())
+    edit(copy_of, model={**manifest["model"], "architecture": f"{__name__}:joined"})
+    frames = torch.randn(3, 1, 28, 28)
+    found = load_bundle(copy_of, [f"{__name__}:joined"]).model(frames)
+    torch.testing.assert_close(found, expected.model(frames))
 
 
 @pytest.mark.parametrize(
