@@ -13,6 +13,7 @@ from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from meta.moments import NormMoments
 from meta.stream_norm import BATCH_NORM, FrameAffine, LayerCorrection, StreamNorm, is_norm
@@ -146,7 +147,8 @@ class AdaptableModel(nn.Module):
         self.frame_affine.rows = None if rows is None else rows.split(self._sizes, 1)
         self.frame_affine.moments, self.frame_affine.correction = moments, correction
         try:
-            return self.network(frames.contiguous(memory_format=self.memory_format))
+            logits: Tensor = self.network(frames.contiguous(memory_format=self.memory_format))
+            return logits.float()
         finally:
             self.frame_affine.rows = self.frame_affine.moments = self.frame_affine.correction = None
 
@@ -200,8 +202,8 @@ class AdaptableModel(nn.Module):
         """Lay weights and frames out channels-last, which is fastest, unless the network takes pictures apart with
         `view` and cannot run so; (B, ch, h, w) frames to try it with. Raises RuntimeError where neither runs."""
         for self.memory_format in (torch.channels_last, torch.contiguous_format):
-            self.network.to(memory_format=self.memory_format)
             try:
+                self.network.to(memory_format=self.memory_format)  # weights of Conv3d cannot be channels-last
                 with torch.no_grad():
                     self(frames)
                 break
@@ -218,7 +220,7 @@ class AdaptableModel(nn.Module):
         before = self(frames)
         taken: list[tuple[nn.Sequential, int, nn.ReLU]] = []
         for module in self.network.modules():
-            if type(module).forward is nn.Sequential.forward:
+            if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
                 for index, (layer, behind) in enumerate(pairwise(module)):
                     if isinstance(layer, StreamNorm) and type(behind) is nn.ReLU:
                         taken.append((module, index, behind))
@@ -240,13 +242,18 @@ def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
                 "train the model with track_running_stats=True"
             )
         if is_norm(module) and module.weight is not None:
+            if is_parametrized(module):
+                raise BundleError(
+                    f"norm layer {name!r} has its weights from a parametrization; bake them in with "
+                    "torch.nn.utils.parametrize.remove_parametrizations, save the weights anew, and build it without"
+                )
             found[name] = module
     if "" in found:
         raise BundleError("the model itself is a normalisation layer, not a classifier")
     if not found:
         raise BundleError(
-            "the model has no normalisation layer with a scale: nothing can adapt; "
-            "run it as it is, or train one with GroupNorm, LayerNorm or BatchNorm"
+            "the model has no normalisation layer with a scale: nothing can adapt; run it as it is, or train one with "
+            "torch's GroupNorm, LayerNorm, RMSNorm, InstanceNorm or BatchNorm (classes of your own are not seen)"
         )
     return found
 

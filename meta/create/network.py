@@ -20,6 +20,7 @@ from schemas.errors import BundleError
 NESTED = ("state_dict", "model_state_dict", "model")  # where training loops put the weights in a checkpoint
 PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
 TOLERANCE = 1e-3  # of the largest logit
+ROUNDING = 1e-5  # of a sum of probabilities
 Say = Callable[[str], None]
 
 
@@ -111,6 +112,12 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
             "the network answers the same frames differently in eval mode: something in it is random, such as dropout "
             "with training=True; make it depend on self.training"
         )
+    # Of all frames together: the logits of one may sum to 1 by chance.
+    if bool((before >= 0).all()) and bool(((before.sum(1) - 1).abs() < ROUNDING).all()):
+        raise BundleError(
+            "the network returns probabilities, not logits: each row sums to 1; leave its softmax out, or wrap it in a "
+            "module that returns their logarithm"
+        )
     alone = torch.cat([_logits(network, frame, classes) for frame in frames.split(1)])
     _same(before, alone, "a frame's answer depends on the others in its batch, so cameras would mix")
     swapped = _own_norms(network)
@@ -140,6 +147,11 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
 
 
 def _one_input(network: nn.Module) -> None:
+    if isinstance(network, torch.jit.ScriptModule):
+        raise BundleError(
+            "the network is scripted or traced, so that its norm layers cannot be reached; name the function that "
+            "builds it in Python, before torch.jit"
+        )
     parameters = list(inspect.signature(network.forward).parameters.values())
     needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if len(needed) > 1:
@@ -166,6 +178,11 @@ def _logits(network: nn.Module, frames: Tensor, classes: int) -> Tensor:
     if out.dim() != 2 or out.shape[0] != len(frames):
         raise BundleError(
             f"the network returns {tuple(out.shape)} for {len(frames)} frames, not one row of logits each"
+        )
+    if out.shape[1] == 1 and classes == 2:
+        raise BundleError(
+            "the network has one output for two classes; wrap it in a module that returns two logits: "
+            "torch.cat([torch.zeros_like(z), z], 1) where z is its output before any sigmoid"
         )
     if out.shape[1] != classes:
         raise BundleError(f"the network has {out.shape[1]} classes, the labels are {classes}; check --labels")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import meta.create.run
@@ -253,6 +254,10 @@ class NormAndMore(nn.GroupNorm):
         return super().forward(x) * 2 + 1
 
 
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(800, 3)))
+
+
 class Wandering(nn.Module):
     """Runs its norm layers in an order that each frame decides, to the same end."""
 
@@ -287,10 +292,13 @@ class Twice(nn.Module):
         (lambda: Answering(lambda z: z[:, :2]), "has 2 classes, the labels are 3"),
         (lambda: Answering(lambda z: z.sum(0)), "not one row of logits each"),
         (lambda: Answering(lambda z: z / 0), "logits are not finite"),
+        (lambda: Answering(lambda z: z.softmax(1)), "returns probabilities, not logits: .*leave its softmax out"),
         (lambda: Answering(lambda z: nn.functional.dropout(z)), "something in it is random"),
         (lambda: Answering(lambda z: z - z.mean(0)), "depends on the others in its batch"),
         (lambda: Answering(lambda z: z, nn.Identity()), "nothing can adapt"),
         (lambda: Answering(lambda z: z, nn.BatchNorm2d(8, track_running_stats=False)), "in its batch"),
+        (lambda: Answering(lambda z: z, weight_norm(nn.GroupNorm(2, 8))), "from a parametrization; bake them in"),
+        (scripted, "is scripted or traced, .*before torch.jit"),
         (lambda: Answering(lambda z: z, NormAndMore(2, 8)), r"does not predict what it did; suspect: .*NormAndMore"),
         (lambda: Answering(lambda z: z.detach()), "no gradient reaches"),
         (TokensFirst, "sees 6 rows for 5 frames"),
@@ -300,6 +308,7 @@ class Twice(nn.Module):
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(9, 3)), "cannot take frames of shape .*--size WxH"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # which people still use
 def test_networks_that_cannot_be_adapted(build: Callable[[], nn.Module], message: str) -> None:
     torch.manual_seed(0)
     network = build().eval()
@@ -307,6 +316,55 @@ def test_networks_that_cannot_be_adapted(build: Callable[[], nn.Module], message
         parameter.data += 0.1 * torch.rand_like(parameter)
     with pytest.raises(BundleError, match=message):
         adaptable(network, torch.randn(6, 1, SIDE, SIDE), 3, quiet)
+
+
+def test_one_output_for_two_classes_is_not_two_logits() -> None:
+    network = Answering(lambda z: z[:, :1])
+    with pytest.raises(BundleError, match=r"one output for two classes; wrap it .*zeros_like"):
+        adaptable(network, torch.randn(6, 1, SIDE, SIDE), 2, quiet)
+
+
+class Volume(nn.Module):
+    """Its first weights have no layout channels-last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Conv3d(1, 8, (1, 3, 3)), nn.BatchNorm3d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.first(x.unsqueeze(2)))).mean((2, 3, 4)))
+
+
+class Scripted(nn.Module):
+    """A part of it, without norm layers, is scripted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.jit.script(nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU()))
+        self.norm, self.head = nn.GroupNorm(2, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.first(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Answering(lambda z: z.half()),
+        lambda: Answering(lambda z: z.double()),
+        lambda: Answering(lambda z: torch.where(z[:, :1] > z[:, 1:2], z.softmax(1), z)),
+        Volume,
+        Scripted,
+    ],
+    ids=["half", "double", "sums of some are 1", "volume", "scripted"],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # which people still use
+def test_networks_that_are_somewhat_odd(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    network, frames = build().eval(), torch.randn(6, 1, SIDE, SIDE)
+    expected = network(frames).detach().float()
+    model = adaptable(network, frames, 3, quiet)
+    torch.testing.assert_close(model(frames), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_channels_keep_their_place_where_layers_run_in_another_order() -> None:
