@@ -146,6 +146,19 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
     return model
 
 
+def built_again(again: nn.Module, weights: dict[str, Tensor], model: AdaptableModel, frames: Tensor) -> None:
+    """Prove that a network built once more, as every worker builds it, says of frames (B, ch, h, w) what `model` does
+    when it has the same weights. Raises BundleError."""
+    again.float().eval().load_state_dict(weights)
+    with torch.no_grad():
+        _same(
+            model(frames),
+            again(frames.contiguous()).float(),
+            "the network answers differently each time it is built, with the same weights: something in it is drawn at "
+            "random and not saved with these; keep it in a buffer (register_buffer)",
+        )
+
+
 def _one_input(network: nn.Module) -> None:
     if isinstance(network, torch.jit.ScriptModule):
         raise BundleError(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from meta.bundle import load_bundle, portable_rule, read_manifest, write_bundle
 from meta.calibrate import calibrate, source_statistics
@@ -22,7 +22,7 @@ from meta.correction import Correction, fit_correction
 from meta.create import images as data
 from meta.create.images import Decode, Images
 from meta.create.measure import BATCH, measure, recommend, total_gain
-from meta.create.network import adaptable, load_weights, read_weights
+from meta.create.network import adaptable, built_again, load_weights, read_weights
 from meta.create.piecewise import PiecewiseMGG, frames_in_pass
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.mgg import MGG
@@ -162,10 +162,11 @@ def _prepare(settings: CreateSettings, decode: Decode, say: Say) -> _Subject:
     images, preprocess = _images(settings, labels, decode, say)
     images = data.without_duplicates(images, say)
     preprocessing = Preprocessing(torch.tensor(preprocess.mean), torch.tensor(preprocess.std))
-    network = build_network(settings.architecture, settings.arguments, [settings.architecture])
+    network = _network(settings)
     weights = load_weights(network, read_weights(settings.weights, say), settings.weights, say)
     shown = as_frames(images.images[:SHOWN].float() / 255, preprocessing.mean, preprocessing.std)
     model = adaptable(network, shown, len(labels), say)
+    built_again(_network(settings), weights, model, shown)
     truth: Literal["labels", "source"] = "labels"
     if images.labels is None:
         truth = "source"
@@ -176,6 +177,10 @@ def _prepare(settings: CreateSettings, decode: Decode, say: Say) -> _Subject:
     if len(images) < ROUGH:
         say(f"data: {len(images)} images make rough estimates; {ROUGH} or more are better")
     return _Subject(settings, preprocess, preprocessing, labels, weights, model, parts, truth)
+
+
+def _network(settings: CreateSettings) -> nn.Module:
+    return build_network(settings.architecture, settings.arguments, [settings.architecture])
 
 
 def _images(settings: CreateSettings, labels: list[str], decode: Decode, say: Say) -> tuple[Images, Preprocess]:

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 import meta.create.run
+import tests.foreign
 from meta.bundle import load_bundle, read_verdict
 from meta.create.images import Images, read_files, read_labels, read_npz, split, without_duplicates
 from meta.create.measure import measure, recommend
@@ -365,6 +366,29 @@ def test_networks_that_are_somewhat_odd(build: Callable[[], nn.Module]) -> None:
     expected = network(frames).detach().float()
     model = adaptable(network, frames, 3, quiet)
     torch.testing.assert_close(model(frames), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_what_is_drawn_when_a_network_is_built_must_be_among_its_weights(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, persistent: bool
+) -> None:
+    """A worker builds the network anew."""
+
+    def build() -> nn.Module:
+        network = batchnorm_net()
+        network.first.register_buffer("odd", torch.rand(()), persistent)
+        network.first.register_forward_hook(lambda layer, _, out: out + layer.odd)
+        return network
+
+    monkeypatch.setattr(tests.foreign, "drawn", build, raising=False)
+    monkeypatch.setattr(meta.create.run, "source_statistics", _interrupt)
+    torch.save(torch.load(own / "batchnorm_net.pt") | {"first.odd": torch.tensor(0.1)}, tmp_path / "saved.pt")
+    weights = tmp_path / "saved.pt" if persistent else own / "batchnorm_net.pt"
+    settings = wanted(own, architecture="tests.foreign:drawn", weights=weights)
+    with pytest.raises(
+        Interrupted if persistent else BundleError, match=None if persistent else "each time it is built"
+    ):
+        create(settings, tmp_path / "bundle")
 
 
 def test_channels_keep_their_place_where_layers_run_in_another_order() -> None:
