@@ -49,6 +49,8 @@ def read_labels(path: Path | None, data: Path) -> list[str]:
         labels = [] if data.suffix == ".npz" else [folder.name for folder in _class_folders(data)]
         if len(labels) < 2:
             raise DataError(f"{data} has no folder per class to take labels from; name them with --labels")
+        if odd := [label for label in labels if "\n" in label or not _is_text(label)]:
+            raise DataError(f"{data}: folder {odd[0]!r} is no line of text in UTF-8, as a label must be; rename it")
         return labels
     try:
         labels = path.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors put a mark before the first
@@ -59,6 +61,15 @@ def read_labels(path: Path | None, data: Path) -> list[str]:
     if len(set(labels)) != len(labels):
         raise DataError(f"labels {path}: a label stands there twice")
     return labels
+
+
+def _is_text(name: str) -> bool:
+    """Whether it has no bytes that the file system could not decode."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def image_files(data: Path, labels: list[str]) -> tuple[list[Path], list[int] | None]:
@@ -89,6 +100,8 @@ def _class_folders(data: Path) -> list[Path]:
 def common_size(paths: list[Path]) -> tuple[int, int]:
     """Width and height that all image files share. Raises DataError where sizes differ."""
     sizes = {size for size, _ in _looked_at(paths)}
+    if not sizes:
+        raise DataError(f"none of the {len(paths)} images can be read, first {paths[0]}")
     if len(sizes) != 1:
         raise DataError(f"the images have {len(sizes)} different sizes; say --size WxH, that of the model's training")
     return sizes.pop()
@@ -101,7 +114,8 @@ def common_mode(paths: list[Path]) -> Literal["L", "RGB"]:
 
 def _looked_at(paths: list[Path]) -> Iterator[tuple[tuple[int, int], str]]:
     for path in paths:
-        with contextlib.suppress(OSError), Image.open(path) as image:  # Bad ones are named when they are decoded.
+        # Bad ones, of which Pillow may say anything, are named when they are decoded.
+        with contextlib.suppress(Exception), Image.open(path) as image:
             yield image.size, image.mode
 
 
@@ -144,6 +158,8 @@ def read_npz(path: Path, limit: int, seed: int) -> Images:
         raise DataError(f"{path}: an .npz with the arrays 'images' and 'labels' is needed: {error}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
         raise DataError(f"{path}: 'images' must be uint8 (N, h, w) or (N, h, w, 3), not {images.dtype} {images.shape}")
+    if not images.size:
+        raise DataError(f"{path}: 'images' is empty: {images.shape}")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
         raise DataError(f"{path}: 'labels' must be whole numbers, one for each of the {len(images)} images")
     limit = min(limit, max(1, MOST_BYTES // max(1, images[:1].nbytes)))

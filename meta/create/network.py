@@ -18,7 +18,8 @@ from meta.norms import AdaptableModel, norm_layers, run_order
 from schemas.errors import BundleError
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where training loops put the weights in a checkpoint
-PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, of torch.compile, and of Lightning's modules
+COUNTER = "n_averaged"  # which torch's AveragedModel keeps beside the weights
 TOLERANCE = 1e-3  # of the largest logit
 ROUNDING = 1e-5  # of a sum of probabilities
 Say = Callable[[str], None]
@@ -46,16 +47,23 @@ def read_weights(path: Path, say: Say) -> dict[str, Tensor]:
         raise BundleError(f"{path} is no file of weights: {reason}") from error
     nested = next((name for name in NESTED if isinstance(content, dict) and isinstance(content.get(name), dict)), None)
     if nested is not None:
-        say(f"weights: taken from {nested!r} of the checkpoint")
+        others = [name for name, part in content.items() if name != nested and _tensors(part)]
+        say(f"weights: taken from {nested!r} of the checkpoint{f', not from {_some(others)}' if others else ''}")
         content = content[nested]
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    tensors = _tensors(content)
     if not tensors:
-        raise BundleError(f"{path} holds no named tensors; save model.state_dict()")
+        found = f", but {_some([str(name) for name in content])}" if isinstance(content, dict) and content else ""
+        raise BundleError(f"{path} holds no named tensors{found}; save model.state_dict()")
     return tensors
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    return {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
 
 
 def _without_prefix(tensors: dict[str, Tensor], known: Container[str], say: Say) -> dict[str, Tensor]:
     """Wrappers put something in front of every name, also one around the other; a network's own names stay."""
+    tensors = {name: tensor for name, tensor in tensors.items() if name != COUNTER or name in known}
     while not any(name in known for name in tensors):
         prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None)
         if prefix is None:
@@ -77,8 +85,9 @@ def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path, say
     tensors = _without_prefix(tensors, network.state_dict().keys(), say)
     try:
         wrong = network.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        shapes = " ".join(str(error).split()).partition(":")[2].strip()
+    except Exception as error:  # Somebody else's code may look at them too.
+        whole = " ".join(str(error).split())
+        shapes = whole.partition(":")[2].strip() or whole
         raise BundleError(f"{path} does not fit the network: {shapes[:300]}; check --model-args") from error
     if wrong.missing_keys or wrong.unexpected_keys:
         raise BundleError(

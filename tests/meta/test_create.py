@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import meta.create.run
 import tests.foreign
 from meta.bundle import load_bundle, read_verdict
-from meta.create.images import Images, read_files, read_labels, read_npz, split, without_duplicates
+from meta.create.images import Images, common_size, read_files, read_labels, read_npz, split, without_duplicates
 from meta.create.measure import measure, recommend
 from meta.create.network import adaptable, load_weights, read_weights
 from meta.create.piecewise import PiecewiseMGG
@@ -443,7 +446,7 @@ def _weights(network: nn.Module) -> list[tuple[str, Tensor]]:
     return list(network.state_dict().items())
 
 
-@pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("wrapped", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
 @pytest.mark.parametrize("own", ["", "module."])
 def test_names_that_wrappers_put_in_front(tmp_path: Path, wrapped: str, own: str) -> None:
     """What a network calls its own parts is left alone, whatever it looks like."""
@@ -453,6 +456,26 @@ def test_names_that_wrappers_put_in_front(tmp_path: Path, wrapped: str, own: str
     load_weights(whole, read_weights(tmp_path / "w.pt", quiet), tmp_path / "w.pt", quiet)
     for (_, expected), (_, found) in zip(_weights(source), _weights(network), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_the_means_of_weights_that_torch_keeps(tmp_path: Path) -> None:
+    source, network = batchnorm_net(), batchnorm_net()
+    torch.save({"model": AveragedModel(source).state_dict(), "model_ema": source.state_dict()}, tmp_path / "w.pt")
+    said: list[str] = []
+    load_weights(network, read_weights(tmp_path / "w.pt", said.append), tmp_path / "w.pt", quiet)
+    assert said == ["weights: taken from 'model' of the checkpoint, not from model_ema"]
+    for (_, expected), (_, found) in zip(_weights(source), _weights(network), strict=True):
+        assert torch.equal(found, expected)
+
+
+class Particular(nn.Linear):
+    def _load_from_state_dict(self, *_: Any) -> None:
+        raise ValueError("of another version")
+
+
+def test_a_network_that_will_not_have_them(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"w.pt does not fit the network: of another version; check --model-args"):
+        load_weights(Particular(2, 2), {"weight": torch.zeros(2, 2)}, tmp_path / "w.pt", quiet)
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
@@ -479,7 +502,10 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
         with pytest.raises(BundleError, match=r"no file of weights|would run code"):
             read_weights(tmp_path / name, quiet)
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(BundleError, match="no named tensors"):
+    with pytest.raises(BundleError, match="no named tensors; save"):
+        read_weights(tmp_path / "list.pt", quiet)
+    torch.save({"epoch": 1, "ema": batchnorm_net().state_dict()}, tmp_path / "list.pt")
+    with pytest.raises(BundleError, match="no named tensors, but epoch, ema; save"):
         read_weights(tmp_path / "list.pt", quiet)
     with pytest.raises(BundleError, match="cannot read the weights"):
         read_weights(tmp_path / "absent.pt", quiet)
@@ -563,6 +589,26 @@ def test_folders_and_labels_that_do_not_match(own: Path, tmp_path: Path) -> None
     assert read_labels(None, tmp_path / "images") == ["bolt", "nut"]
 
 
+@pytest.mark.parametrize("name", [b"two\nlines", b"caf\xe9"])
+def test_folders_whose_names_are_no_labels(own: Path, tmp_path: Path, name: bytes) -> None:
+    """Said before anything is measured, not when the labels are written."""
+    (tmp_path / os.fsdecode(name)).mkdir()
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match=r"is no line of text in UTF-8, as a label must be; rename it"):
+        read_labels(None, tmp_path)
+
+
+def test_what_pillow_refuses_is_left_out(tmp_path: Path) -> None:
+    """It says so with more kinds of error than that of a file that cannot be read."""
+    text = PngInfo()
+    text.add_text("comment", "x" * (3 << 20), zip=True)
+    Image.new("L", (9, 9)).save(tmp_path / "a.png", pnginfo=text)
+    with pytest.raises(DataError, match=r"none of the 1 images can be read, first .*a.png"):
+        common_size([tmp_path / "a.png"])
+    Image.new("L", (7, 5)).save(tmp_path / "b.png")
+    assert common_size([tmp_path / "a.png", tmp_path / "b.png"]) == (7, 5)
+
+
 def test_an_output_that_cannot_be_written(own: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="file is there already"):
@@ -581,6 +627,9 @@ def test_arrays(own: Path, tmp_path: Path) -> None:
         create(settings.model_copy(update={"width": 9, "height": 9}), tmp_path / "other")
     np.savez(tmp_path / "odd.npz", images=images.astype(np.float32), labels=labels)
     with pytest.raises(DataError, match="must be uint8"):
+        read_npz(tmp_path / "odd.npz", 1_000, 0)
+    np.savez(tmp_path / "odd.npz", images=images[:0], labels=labels[:0])
+    with pytest.raises(DataError, match=r"odd.npz: 'images' is empty"):
         read_npz(tmp_path / "odd.npz", 1_000, 0)
     np.savez(tmp_path / "odd.npz", images=images, labels=labels[:9])
     with pytest.raises(DataError, match="one for each of the 150 images"):
