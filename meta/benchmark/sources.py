@@ -158,6 +158,14 @@ def _check(config: ModelConfig, bundle: Bundle, dataset: DataSet, images: Labell
     shape = (preprocess.channels, preprocess.height, preprocess.width)
     if shape != image_tensor(images.images[:1]).shape[1:] or len(bundle.labels) != len(dataset.labels):
         raise BundleError(f"model {config.name!r}: bundle {config.bundle} takes frames {shape}, not {dataset.name}'s")
+    pairs = zip(bundle.labels, dataset.labels, strict=True)
+    odd = next((pair for pair in pairs if pair[0] != pair[1]), None)
+    if odd is not None and sorted(bundle.labels) == sorted(dataset.labels):
+        raise BundleError(
+            f"model {config.name!r}: bundle {config.bundle} has its labels in another order than {dataset.name} "
+            f"({odd[0]!r} where that has {odd[1]!r}); classes are compared by number, so give the folders names that "
+            "sort as the labels do, such as 000-first"
+        )
 
 
 def _network_of(folder: Path, factories: Sequence[str]) -> nn.Module:

@@ -1,5 +1,6 @@
 """Controls of the benchmark: a source trained on simulated shifts, the class filter alone, no gradient memory."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,15 @@ def opened(cache: Path, said: list[str] | None = None, **changes: object) -> Sou
     plain = {"name": "small", "data": "stripes", "architecture": "groupnorm-cnn", "arguments": arguments, "epochs": 1}
     said = [] if said is None else said
     return open_source(ModelConfig.model_validate(plain | changes), STRIPES, cache, said.append)
+
+
+def test_a_bundle_with_the_labels_in_another_order_is_refused(tmp_path: Path, tiny_bundle_path: Path) -> None:
+    """Its answers would be compared with those of other classes; labels by other names may mean the same."""
+    config = ModelConfig(name="small", data="stripes", bundle=tiny_bundle_path)
+    ordered = replace(STRIPES, labels=("bolt", "nut", "other", "washer"))
+    with pytest.raises(BundleError, match=r"another order than stripes \('nut' where that has 'bolt'\); .*000-first"):
+        open_source(config, ordered, tmp_path, print)
+    open_source(config, STRIPES, tmp_path, print)
 
 
 def logits(source: SourceModel) -> torch.Tensor:
