@@ -1,8 +1,9 @@
 """The augmentations of CoTTA, which RoTTA and ROID use too: colour jitter, a small affine move, a mirror.
 
 After Wang et al., CVPR 2022: brightness 0.6-1.4, contrast 0.7-1.3, saturation 0.5-1.5, gamma 0.7-1.3, rotation up to
-15 degrees, displacement up to 1/16, scale 0.9-1.1, mirrored half of the time. Hue, blur up to 0.5 pixels and noise of
-0.005 are left out; what they would do to CoTTA, RoTTA and ROID was not measured.
+15 degrees, displacement up to 1/16, scale 0.9-1.1, mirrored half of the time. The published code pads pictures to twice
+their side before it moves them by 1/16, which is 1/8 of the picture. Hue, blur up to 0.5 pixels and noise of 0.005 are
+left out. What either would do to CoTTA, RoTTA and ROID was not measured.
 """
 
 from __future__ import annotations
