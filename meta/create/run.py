@@ -64,7 +64,8 @@ class CreateSettings(BaseModel):
     std: list[float]
     steps: int | None = Field(None, ge=0, description="of meta-training; 300, or 0 with a generator")
     calibration_windows: int = Field(12, ge=2)
-    frames: int = Field(320, ge=BATCH, description="a camera shows in the measurement")
+    # Of the first micro-batch source answers: with no second one nothing would be measured.
+    frames: int = Field(320, ge=2 * BATCH, description="a camera shows in the measurement")
     repeats: int = Field(2, ge=1, description="cameras for each setting of the measurement")
     max_images: int = Field(10_000, ge=data.LEAST_IMAGES)
     seed: int = 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -692,6 +693,11 @@ def a_method(classes: int = 3, **changes: Any) -> tuple[AdaptableModel, Any, Lea
     source = feature_statistics(model.forward_with_features(torch.randn(64, 1, SIDE, SIDE))[1])
     learned = LearnedOptimizer(GeneratorSettings.model_validate(changes), model).requires_grad_(False)
     return model, source, learned
+
+
+def test_a_single_micro_batch_would_measure_nothing(own: Path) -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 32"):
+        wanted(own, frames=31)
 
 
 def test_a_method_that_does_nothing_gains_nothing() -> None:

@@ -89,7 +89,7 @@ def bundle_create(
     calibration_windows: Annotated[
         int, typer.Option(min=2, help="Windows of eight micro-batches per simulated camera.")
     ] = 12,
-    frames: Annotated[int, typer.Option(min=16, help="Frames per camera of the measurement.")] = 320,
+    frames: Annotated[int, typer.Option(min=32, help="Frames per camera of the measurement.")] = 320,
     repeats: Annotated[int, typer.Option(min=1, help="Cameras per setting of the measurement.")] = 2,
     max_images: Annotated[int, typer.Option(min=100, help="Images at most; the seed draws which.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Same inputs and seed, same bundle, on one machine.")] = 0,
