@@ -30,7 +30,7 @@ class Setup:
 
     mean and std (ch,) are those of the frames' standardisation. `source_frames` (N, ch, h, w), standardised and
     clean, serve the methods that measure something on source data; those do without where it is None.
-    `frame_shape` (ch, h, w) serves the methods that keep frames.
+    `frame_shape` (ch, h, w) serves the methods that keep frames, or try the model.
     """
 
     model: AdaptableModel
@@ -297,8 +297,11 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
 
 
 def classifier(setup: Setup) -> nn.Linear:
-    """The last linear layer with an output per class, for methods that work on what goes into it. Raises BundleError
-    where there is none."""
+    """The linear layer whose output is the model's answer, for methods that work on what goes into it.
+
+    A model may have others with an output per class, such as a second head; so it is tried on two frames. Raises
+    BundleError where there is none.
+    """
     linear = [module for module in setup.model.network.modules() if isinstance(module, nn.Linear)]
     layers = [module for module in linear if module.out_features == setup.classes]
     if not layers:
@@ -306,13 +309,29 @@ def classifier(setup: Setup) -> nn.Linear:
             "this method works on the input of a linear classifier, and the model has no linear layer with an output "
             "for each class"
         )
-    return layers[-1]
+    if not setup.frame_shape:
+        raise ValueError("this method tries the model; give the frames' shape (ch, h, w) as frame_shape of the Setup")
+    said: dict[nn.Module, Tensor] = {}
+    handles = [layer.register_forward_hook(lambda layer, _, out: said.update({layer: out})) for layer in layers]
+    try:
+        with torch.no_grad():
+            answer = setup.model(torch.zeros(2, *setup.frame_shape, device=setup.model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [layer for layer in layers if layer in said and torch.equal(said[layer], answer)]
+    if not found:
+        raise BundleError(
+            "this method works on the input of a linear classifier, and what the model answers is the output of none "
+            "of its linear layers as it is"
+        )
+    return found[-1]
 
 
-def with_penultimate(setup: Setup, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def with_penultimate(head: nn.Linear, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """The result of a forward pass and what went into its classifier, (B, D)."""
     caught: list[Tensor] = []
-    handle = classifier(setup).register_forward_pre_hook(lambda _, given: caught.append(given[0]))
+    handle = head.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
     try:
         return run(), caught[-1]
     finally:

@@ -87,7 +87,7 @@ class Neo(Source):
         self.target = self.start = torch.zeros(self.head.in_features, device=self.device)
         if centre == "source" and setup.source_frames is not None:
             with torch.no_grad():
-                _, features = with_penultimate(setup, lambda: setup.model(setup.source_frames))
+                _, features = with_penultimate(self.head, lambda: setup.model(setup.source_frames))
             self.target = self.start = features.mean(0)
 
     @classmethod
@@ -103,7 +103,7 @@ class Neo(Source):
 
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
         with torch.no_grad():
-            _, features = with_penultimate(self.setup, lambda: self.model(frames))
+            _, features = with_penultimate(self.head, lambda: self.model(frames))
             seen = state["seen"] + torch.bincount(stream, minlength=len(state["seen"]))
             total = (state["feature_mean"] * state["seen"].unsqueeze(1)).index_add(0, stream, features)
             mean = total / seen.clamp_min(1).unsqueeze(1)
@@ -134,7 +134,7 @@ class Lame(Source):
 
     def __init__(self, setup: Setup, neighbours: int = 5) -> None:
         super().__init__(setup)
-        classifier(setup)
+        self.head = classifier(setup)
         self.neighbours = neighbours
 
     @classmethod
@@ -143,7 +143,7 @@ class Lame(Source):
 
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
         with torch.no_grad():
-            logits, features = with_penultimate(self.setup, lambda: self.model(frames))
+            logits, features = with_penultimate(self.head, lambda: self.model(frames))
             logits = self._smoothed(logits, F.normalize(features, dim=1), stream, len(state["affine"]))
         return self.forward_of(frames, None, stream, state, logits, None)
 

@@ -443,11 +443,38 @@ class Squeezed(nn.Module):
 def test_the_classifier_is_the_linear_layer_with_an_output_per_class() -> None:
     frames, stream = torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
     model = AdaptableModel(Squeezed(linear=True))
-    method = build("neo", Setup(model, SETUPS["group"].source, 3, torch.zeros(1), torch.ones(1)))
+    setup = Setup(model, SETUPS["group"].source, 3, torch.zeros(1), torch.ones(1), None, (1, 8, 8))
+    method = build("neo", setup)
     assert method.predict(frames, stream, method.fresh(1)).answer.shape == (4, 3)
     convolved = AdaptableModel(Squeezed(linear=False))
     with pytest.raises(BundleError, match="no linear layer with an output for each class"):
         build("neo", Setup(convolved, SETUPS["group"].source, 3, torch.zeros(1), torch.ones(1)))
+
+
+class TwoHeads(Squeezed):
+    """A second head is registered last and runs, too; or there is more behind the classifier than nothing."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__(linear=True)
+        self.factor, self.other = factor, nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.other(x.new_zeros(len(x), 6))
+        return super().forward(x) * self.factor
+
+
+@pytest.mark.parametrize("name", ["neo", "lame"])
+def test_the_classifier_is_the_layer_whose_output_is_the_answer(name: str) -> None:
+    def setup(factor: float) -> Setup:
+        model = AdaptableModel(TwoHeads(factor))
+        return Setup(model, SETUPS["group"].source, 3, torch.zeros(1), torch.ones(1), None, (1, 8, 8))
+
+    with pytest.raises(BundleError, match="the output of none of its linear layers as it is"):
+        build(name, setup(2.0))
+    with pytest.raises(ValueError, match="as frame_shape of the Setup"):
+        build(name, replace(setup(1.0), frame_shape=()))
+    known = setup(1.0)
+    assert build(name, known).head is known.model.network.head
 
 
 def test_the_oracle_asks_for_its_labels() -> None:
