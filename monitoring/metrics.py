@@ -82,6 +82,11 @@ class WorkerMetrics:
             "Frames passed over as too late for a prediction (batch.drop_late).",
             registry=r,
         )
+        self.expired = Counter(
+            "driftkeel_records_expired",
+            "Records that were lost, as the topic no longer had them when their turn came: its retention.",
+            registry=r,
+        )
         self.predictions = Counter(
             "driftkeel_predictions", "Predictions published; a frame that is read again counts again.", registry=r
         )

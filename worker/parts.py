@@ -102,7 +102,8 @@ def connect(
     publisher = Publisher(config.kafka, name, stop, metrics.broker_error)
     letters = Letters(Publisher(config.kafka, name, stop, metrics.broker_error))
     offsets = Offsets()
-    consumer = FrameConsumer(config.kafka, offsets, store, stop, metrics.broker_error, metrics.store_errors.inc)
+    heard = metrics.broker_error, metrics.store_errors.inc, metrics.expired.inc
+    consumer = FrameConsumer(config.kafka, offsets, store, stop, *heard)
     decode = partial(decode_frame, limits=config.frames, preprocess=bundle.manifest.preprocess)
     decoding = Decoding(decode, config.frames.decode_threads)
     batcher, lateness = MicroBatcher(config.batch, adapt.enabled), Lateness(config.batch)

@@ -242,11 +242,13 @@ def build() -> Dashboard:
             lines(
                 "Frames without a new prediction",
                 "Per second: records that could not become frames, by reason; records whose state had them already, "
-                "after a crash or a rebalance; frames that were dropped as too late (batch.drop_late).",
+                "after a crash or a rebalance; frames that were dropped as too late (batch.drop_late); records that "
+                "the topic no longer had when their turn came.",
                 [
                     (rate("bad_frames_total", "kind"), "{{kind}}"),
                     (rate("frames_again_total", "job"), "read again"),
                     (rate("frames_dropped_total", "job"), "too late"),
+                    (rate("records_expired_total", "job"), "lost to retention"),
                 ],
                 "ops",
                 width=8,

@@ -62,10 +62,11 @@ def parse(content: bytes, base: int | None = None) -> Batch:
 
 @dataclass
 class Log:
-    """`path` is where the batches are kept; what is in it is read first."""
+    """`path` is where the batches are kept; what is in it is read first. Where it begins is not kept."""
 
     path: Path | None = None
     batches: list[Batch] = field(default_factory=list)
+    start: int = 0
     end: int = 0
     producers: dict[int, deque[Batch]] = field(default_factory=dict)
     waiting: set[asyncio.Event] = field(default_factory=set)

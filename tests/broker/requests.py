@@ -122,6 +122,24 @@ def delete_topics(call: Call) -> Answer:
     return {"responses": found}
 
 
+def delete_records(call: Call) -> Answer:
+    """Those before an offset, as a topic's retention does."""
+
+    def one(topic: str, partition: Any) -> Answer:
+        try:
+            log = call.data.partition(topic, partition.partition_index)
+            if not 0 <= partition.offset <= log.end:
+                raise RefusedError(errors.OFFSET_OUT_OF_RANGE)
+            log.start = max(log.start, partition.offset)
+            answer = {"low_watermark": log.start, "error_code": errors.NONE}
+        except RefusedError as error:
+            answer = {"low_watermark": -1, "error_code": error.code}
+        return {"partition_index": partition.partition_index} | answer
+
+    found = [(t.name, one(t.name, p)) for t in call.request.topics for p in t.partitions]
+    return {"topics": _records(found, "name", "partitions")}
+
+
 def describe_configs(call: Call) -> Answer:
     results = []
     for resource in call.request.resources:
@@ -207,10 +225,10 @@ def _fetch_now(call: Call) -> tuple[list[tuple[str, Answer]], int, bool]:
             answer: Answer = {"partition_index": partition.partition, "error_code": 0, "high_watermark": -1}
             try:
                 log = call.data.partition(topic.topic, partition.partition)
-                if not 0 <= partition.fetch_offset <= log.end:
+                if not log.start <= partition.fetch_offset <= log.end:
                     raise RefusedError(errors.OFFSET_OUT_OF_RANGE)
                 records = log.read(partition.fetch_offset, min(left, partition.partition_max_bytes), not size)
-                answer |= {"high_watermark": log.end, "last_stable_offset": log.end, "log_start_offset": 0}
+                answer |= {"high_watermark": log.end, "last_stable_offset": log.end, "log_start_offset": log.start}
             except RefusedError as error:
                 records, failed = b"", True
                 answer["error_code"] = error.code
@@ -227,7 +245,7 @@ def list_offsets(call: Call) -> Answer:
             log = call.data.partition(topic, partition.partition_index)
         except RefusedError as error:
             return answer | {"error_code": error.code}
-        offset, timestamp = {LATEST: (log.end, -1), EARLIEST: (0, -1)}.get(partition.timestamp, (-1, -1))
+        offset, timestamp = {LATEST: (log.end, -1), EARLIEST: (log.start, -1)}.get(partition.timestamp, (-1, -1))
         if partition.timestamp == MAX_TIMESTAMP and log.batches:
             offset, timestamp = log.since(max(batch.newest_ms for batch in log.batches))
         elif partition.timestamp >= 0:
@@ -393,6 +411,7 @@ HANDLERS: list[tuple[Any, Any, int, int, Handler]] = [
     (admin.CreateTopicsRequest, admin.CreateTopicsResponse, 2, 6, create_topics),
     (admin.CreatePartitionsRequest, admin.CreatePartitionsResponse, 0, 3, create_partitions),
     (admin.DeleteTopicsRequest, admin.DeleteTopicsResponse, 1, 5, delete_topics),
+    (admin.DeleteRecordsRequest, admin.DeleteRecordsResponse, 0, 2, delete_records),
     (admin.DescribeConfigsRequest, admin.DescribeConfigsResponse, 1, 4, describe_configs),
     (admin.DescribeClusterRequest, admin.DescribeClusterResponse, 0, 0, describe_cluster),
     (admin.ListGroupsRequest, admin.ListGroupsResponse, 0, 4, list_groups),

@@ -86,10 +86,12 @@ class FrameConsumer:
         stop: threading.Event,
         failed: Callable[[str], object] = str,
         store_failed: Callable[[], object] = str,
+        expired: Callable[[int], object] = str,
     ) -> None:
-        """`failed` hears of every call that the broker did not answer or refused, `store_failed` of the store's, to
-        count them."""
+        """`failed` hears of every call that the broker did not answer or refused, `store_failed` of the store's, and
+        `expired` how many records are lost because the topic no longer has them, to count them."""
         self._settings, self._failed, self._store_failed = settings, failed, store_failed
+        self._expired = expired
         self.offsets, self._marks, self._stop = offsets, marks, stop
         self._compared: set[Partition] = set()
         self._short = ShortLogs()
@@ -157,6 +159,7 @@ class FrameConsumer:
             gone.add(self._gone.popleft())
         arrived = {(p.topic, p.partition): part for p, part in polled.items()}
         gone |= self._cut({p: part[0].offset for p, part in arrived.items() if p not in gone})
+        self._skipped({p: part[0].offset for p, part in arrived.items() if p not in gone})
         for lost in gone:
             passed_over = arrived.pop(lost, [])
             self.rewind(lost, passed_over[0].offset if passed_over else None)
@@ -206,6 +209,7 @@ class FrameConsumer:
         behind = {}
         for where, beginning in beginnings.items():
             partition = (where.topic, where.partition)
+            self._lost(partition, marks[partition], beginning)
             behind[partition] = min(first[partition], max(beginning, marks[partition]))
         return {partition: offset for partition, offset in behind.items() if offset < first[partition]}
 
@@ -239,6 +243,33 @@ class FrameConsumer:
             log.warning("partition %d goes on at %d, which was read before", partition[1], first[partition])
         self.offsets.forget(cut)
         return cut
+
+    def _skipped(self, first: dict[Partition, int]) -> None:
+        """Where records go on behind those that were read, whether the topic has thrown away what was between: then the
+        client begins anew, without a word. One offset is skipped by a marker of a transaction, too."""
+        reached = {p: newest + 1 for p in first if (newest := self.offsets.newest(p)) is not None}
+        ahead = [TopicPartition(*p) for p, offset in reached.items() if first[p] > offset + 1]
+        try:
+            beginnings = self.consumer.beginning_offsets(ahead, timeout_ms=OFFSETS_TIMEOUT_MS) if ahead else {}
+        except KafkaError as error:
+            self._failed("poll")
+            log.warning("partitions %s go on behind what was read (%s)", sorted(p.partition for p in ahead), error)
+            return
+        for where, beginning in beginnings.items():
+            partition = (where.topic, where.partition)
+            self._lost(partition, reached[partition], min(beginning, first[partition]))
+
+    def _lost(self, partition: Partition, reached: int, beginning: int) -> None:
+        if beginning > reached:
+            log.error(
+                "partition %d begins at %d now, and was read up to %d: %d records are lost; the topic's retention is "
+                "shorter than the lag was: see docs/runbooks/lag.md",
+                partition[1],
+                beginning,
+                reached,
+                beginning - reached,
+            )
+            self._expired(beginning - reached)
 
     def reaches(self, partition: Partition, offset: int) -> bool:
         """Whether the log of an assigned partition ends at `offset` or later, as far as the last fetch knew."""
