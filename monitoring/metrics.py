@@ -70,6 +70,9 @@ class WorkerMetrics:
         self.registry = CollectorRegistry()
         r = self.registry
         self.build = Info("driftkeel_build", "Version of the worker and the bundle it runs.", registry=r)
+        self.clean_accuracy = Gauge(
+            "driftkeel_clean_accuracy_ratio", "Accuracy to expect without drift, of the bundle.", registry=r
+        )
         self.frames = Counter("driftkeel_frames", "Records taken from the frames topic.", registry=r)
         self.bad_frames = Counter(
             "driftkeel_bad_frames", "Records sent to the dead-letter topic, by reason.", ["kind"], registry=r
