@@ -36,7 +36,8 @@ def main(names: list[str]) -> None:
         cache = cache_folder() / "benchmark"
         unseen = open_source(model, dataset, cache, print).tuning
         np.savez(images, images=unseen.images, labels=unseen.labels)
-        (weights,) = (cache / "sources").glob(f"cifar10-{model.name}-*.safetensors")
+        trained = (cache / "sources").glob(f"cifar10-{model.name}-*.safetensors")
+        weights = model.weights or next(trained)
         command = ["driftkeel", "bundle", "create", "--model", model.architecture]
         command += ["--model-args", json.dumps(model.arguments), "--weights", str(weights)]
         command += ["--data", str(images), "--labels", str(labels)]
