@@ -187,7 +187,13 @@ class FrameConsumer:
             if unknown:
                 self._marks.mark(self._settings.group, unknown)
             older = [TopicPartition(*p) for p, mark in marks.items() if mark < first[p]]
-            beginnings = self.consumer.beginning_offsets(older, timeout_ms=OFFSETS_TIMEOUT_MS) if older else {}
+            asked = self.consumer.beginning_offsets(older, timeout_ms=OFFSETS_TIMEOUT_MS) if older else {}
+            beginnings = {(where.topic, where.partition): beginning for where, beginning in asked.items()}
+            expired = {p: beginning for p, beginning in beginnings.items() if beginning > marks[p]}
+            if expired:  # Noted, so that the same records are not told of again when the partition is compared again.
+                self._marks.mark(self._settings.group, expired)
+                for partition, beginning in expired.items():
+                    self._lost(partition, marks[partition], beginning)
             short = self._too_short(first, marks)
         except (KafkaError, UnreachableError) as error:
             self._count("poll", error)
@@ -206,11 +212,7 @@ class FrameConsumer:
         self._compared |= set(first) - set(short)
         for partition in set(first) - set(short):
             self._short.forget(partition)
-        behind = {}
-        for where, beginning in beginnings.items():
-            partition = (where.topic, where.partition)
-            self._lost(partition, marks[partition], beginning)
-            behind[partition] = min(first[partition], max(beginning, marks[partition]))
+        behind = {p: max(beginning, marks[p]) for p, beginning in beginnings.items()}
         return {partition: offset for partition, offset in behind.items() if offset < first[partition]}
 
     def _too_short(self, first: dict[Partition, int], marks: dict[Partition, int]) -> dict[Partition, ShortLog]:
@@ -257,19 +259,19 @@ class FrameConsumer:
             return
         for where, beginning in beginnings.items():
             partition = (where.topic, where.partition)
-            self._lost(partition, reached[partition], min(beginning, first[partition]))
+            if beginning > reached[partition]:
+                self._lost(partition, reached[partition], min(beginning, first[partition]))
 
     def _lost(self, partition: Partition, reached: int, beginning: int) -> None:
-        if beginning > reached:
-            log.error(
-                "partition %d begins at %d now, and was read up to %d: %d records are lost; the topic's retention is "
-                "shorter than the lag was: see docs/runbooks/lag.md",
-                partition[1],
-                beginning,
-                reached,
-                beginning - reached,
-            )
-            self._expired(beginning - reached)
+        log.error(
+            "partition %d begins at %d now, and was read up to %d: %d records are lost; the topic's retention is "
+            "shorter than the lag was: see docs/runbooks/lag.md",
+            partition[1],
+            beginning,
+            reached,
+            beginning - reached,
+        )
+        self._expired(beginning - reached)
 
     def reaches(self, partition: Partition, offset: int) -> bool:
         """Whether the log of an assigned partition ends at `offset` or later, as far as the last fetch knew."""

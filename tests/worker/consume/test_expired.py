@@ -51,7 +51,9 @@ def test_what_expired_while_no_worker_ran_is_counted(
     consumer._marks.mark(kafka_settings.group, {(kafka_settings.topics.frames, 0): 2})
     expire(kafka_settings, 7)
     assert take(consumer, 9) == [7, 8, 9]
-    assert lost == [5]
+    consumer.rewind((kafka_settings.topics.frames, 0))
+    assert take(consumer, 9) == [7, 8, 9]
+    assert lost == [5]  # once, though the partition was compared twice before anything was committed
 
 
 def test_what_expires_while_a_worker_runs_is_counted(
