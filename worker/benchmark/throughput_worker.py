@@ -31,7 +31,7 @@ from schemas.errors import DriftkeelError
 from schemas.state import encode_header, encode_tensors
 from worker.benchmark.throughput_engine import grown_header
 from worker.embedded import Broker, Child, EmbeddedStore, free_port, start_child
-from worker.kafka.client import connection, create_topics
+from worker.kafka.client import close_producer, connection, create_topics
 from worker.store.compress import pack
 from worker.store.store import StateStore, Write
 
@@ -227,7 +227,7 @@ def send(kafka: Kafka, frames: Sequence[Sent], pace: float | None = None) -> Non
         if pace is not None:
             time.sleep(TICK_S)
     producer.flush()
-    producer.close()
+    close_producer(producer, 5)
 
 
 def scrape(config: WorkerConfig, *only: str) -> dict[str, float]:

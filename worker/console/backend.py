@@ -20,7 +20,7 @@ from schemas.prediction import Prediction
 from worker.console.site import Site
 from worker.console.thumbnails import Thumbnails
 from worker.console.topics import TopicReader
-from worker.kafka.client import connection, open_client
+from worker.kafka.client import close_producer, connection, open_client
 from worker.store.store import StateStore
 
 SEND_TIMEOUT_S = 10.0
@@ -79,7 +79,7 @@ class Outside:
         self._thumbnails.close()
         self._store.close()
         if self._producer is not None:
-            self._producer.close(timeout=2)
+            close_producer(self._producer, 2)
 
     async def _run(self, action: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, action, *arguments)

@@ -14,7 +14,7 @@ from schemas.command import COMMAND_TYPE, EVERY_STREAM, Command
 from schemas.config import Kafka
 from schemas.errors import UnreachableError
 from schemas.update import UpdateEvent
-from worker.kafka.client import connection, open_client, require_topics
+from worker.kafka.client import close_producer, connection, open_client, require_topics
 
 QUIET_S = 3.0  # without another confirmation, of a command to every stream
 
@@ -58,7 +58,7 @@ def put_command(settings: Kafka, command: Command) -> None:
         sent = producer.send(settings.topics.commands, key=command.stream.encode(), value=content, headers=headers)
         sent.get(timeout=30)
     finally:
-        producer.close(timeout=5)
+        close_producer(producer, 5)
 
 
 def _from_now_on(settings: Kafka) -> Any:

@@ -34,7 +34,7 @@ from worker.demo.cameras import CAMERAS, Reel, film
 from worker.demo.score import CameraScore, Scoreboard
 from worker.demo.view import open_view, table
 from worker.embedded import Broker, Child, EmbeddedStore, embedded_services, free_port, start_child
-from worker.kafka.client import connection, create_topics
+from worker.kafka.client import close_producer, connection, create_topics
 
 PARTITIONS = 4
 LEAD = 256  # frames of a camera that may be on their way
@@ -214,7 +214,7 @@ def _replay(
             screen.show(board, board.answered / max(1e-9, time.monotonic() - began))
         _collect_last_updates(outputs, kafka, board)
     finally:
-        producer.close(timeout=2)
+        close_producer(producer, 2)
         outputs.close(autocommit=False)
 
 

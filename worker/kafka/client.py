@@ -24,6 +24,7 @@ from worker.kafka.unpack import bound_unpacking
 log = logging.getLogger("driftkeel.kafka")
 Result = TypeVar("Result")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+FORCED_CLOSE_S = 5.0  # for a producer's thread to give up what it has
 REFUSALS = (SaslAuthenticationFailedError, UnsupportedSaslMechanismError)
 SPEAKER = logging.getLogger("kafka.net.manager")
 _speaking = threading.Lock()
@@ -96,6 +97,22 @@ def open_client(kind: Any, **arguments: Any) -> Any:
                 # The client may see the end of the connection before the answer that comes with it.
                 raise KafkaTimeoutError(f"{error}, or the login is refused") from error
             raise
+
+
+def close_producer(producer: Any, patience_s: float) -> bool:
+    """Close it, after a wait of at most `patience_s` for the broker to have everything; whether it has.
+
+    The client's own close raises where the broker has not, and leaves its thread and connections behind: what was given
+    up would still be sent, whenever the broker is back.
+    """
+    try:
+        producer.close(timeout=patience_s)
+    except KafkaTimeoutError:
+        producer._sender.force_close()
+        producer._sender.join(FORCED_CLOSE_S)
+        producer._closed = True  # Or its finalizer waits once more, and raises where nobody can catch it.
+        return False
+    return True
 
 
 @contextlib.contextmanager

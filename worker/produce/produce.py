@@ -18,7 +18,15 @@ from kafka.partitioner.default import murmur2
 from schemas.config import Kafka, WorkerConfig
 from schemas.errors import DriftkeelError, SourceError
 from schemas.frame import FRAME_TYPE
-from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, connection, open_client, require_topics, until_reached
+from worker.kafka.client import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    close_producer,
+    connection,
+    open_client,
+    require_topics,
+    until_reached,
+)
 from worker.produce.sent import News, Sent, read_back
 from worker.produce.sources import Item, Picture, Style
 from worker.publish.publisher import MAX_REQUEST_BYTES
@@ -142,7 +150,7 @@ class Sender:
 
     def close(self) -> None:
         """Give the connections back."""
-        self._producer.close(timeout=2)
+        close_producer(self._producer, 2)
 
     def _taken(self, size: int, sent: Callable[[Any], None], place: Any) -> None:
         with self._room:

@@ -17,7 +17,14 @@ from schemas.errors import FrameError, UnreachableError
 from schemas.prediction import PREDICTION_TYPE
 from schemas.update import UPDATE_TYPE, SealedEvent
 from worker.kafka.answer import last_answer
-from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, connection, open_client, until_reached
+from worker.kafka.client import (
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    close_producer,
+    connection,
+    open_client,
+    until_reached,
+)
 from worker.kafka.send import can_follow, follow
 
 log = logging.getLogger("driftkeel.publish")
@@ -171,7 +178,7 @@ class Publisher:
 
     def _renew(self, keep_alive: Callable[[], object]) -> None:
         """A new producer: indefinite errors leave an idempotent one in a state of its own."""
-        self._producer.close(timeout=0)
+        close_producer(self._producer, 0)
         bootstrap, pause = self._settings.bootstrap, FIRST_PAUSE_S
         while True:
             try:
@@ -231,10 +238,8 @@ class Publisher:
 
     def close(self) -> None:
         """Whatever is not acknowledged by now is published again by the streams' next owner."""
-        try:
-            self._producer.close(timeout=0 if self._gave_up else 5)
-        except KafkaTimeoutError as error:
-            log.warning("left before the broker had acknowledged everything: %s", error)
+        if not close_producer(self._producer, 0 if self._gave_up else 5):
+            log.warning("left before the broker at %s had acknowledged everything", self._settings.bootstrap)
 
     def _try_send(self, message: Message, leader: Any = None) -> Any:
         """The client's future, or the error that it met at once. `leader` is what came of a message of the same key to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from kafka import KafkaAdminClient
+from kafka import KafkaAdminClient, KafkaProducer
 from kafka.errors import SaslAuthenticationFailedError
 from pydantic import SecretStr
 
@@ -43,6 +44,30 @@ def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
         require_topics(settings.model_copy(update={"ssl_cafile": None}))
     proxy.close()
     broker.child.stop(0)
+
+
+def test_a_producer_that_is_closed_sends_nothing_later(tmp_path: Path) -> None:
+    """What a worker has given up is published by the stream's next owner, not by a thread that it left behind."""
+    port = free_port()
+    broker = start_own_broker(tmp_path, port=port)
+    settings = Kafka(bootstrap=broker.bootstrap)
+    create_topics(settings, 1)
+    producer = kafka_client.open_client(KafkaProducer, **connection(settings))
+    producer.send("frames", b"1").get(10)
+    broker.child.process.kill()
+    broker.child.process.wait()
+    given_up = producer.send("frames", b"2")
+    sender = producer._sender
+    assert not kafka_client.close_producer(producer, 0)
+    assert not sender.is_alive()
+    assert given_up.failed()
+    del producer
+    gc.collect()  # The tests fail if its finalizer raises.
+    again = start_own_broker(tmp_path, port=port)
+    producer = kafka_client.open_client(KafkaProducer, **connection(settings))
+    assert producer.send("frames", b"3").get(10).offset == 1
+    assert kafka_client.close_producer(producer, 10)
+    again.child.stop(0)
 
 
 def test_sasl_settings_reach_the_client(tmp_path: Path) -> None:
