@@ -36,6 +36,7 @@ class Post:
         self.sent: list[tuple[int, str]] = []
         self.open = threading.Event()
         self.open.set()
+        self.closed = threading.Event()
 
     def dead_letter(self, record: Any, error: FrameError) -> None:
         self.sent.append((record.offset, error.kind))
@@ -44,7 +45,7 @@ class Post:
         assert self.open.wait(20)
 
     def close(self) -> None:
-        """Nothing to let go of."""
+        self.closed.set()
 
 
 class Loop:
@@ -159,6 +160,16 @@ def test_letters_of_a_partition_that_went_finish_nothing(loop: Loop) -> None:
     assert loop.next_offset() == 0
     loop.offsets.finished(frame.position for frame in loop.frames[:1])
     assert loop.next_offset() == 1
+
+
+def test_what_is_under_way_at_the_end_is_not_left_open(loop: Loop) -> None:
+    loop.post.open.clear()
+    loop.receive([(b"cam", b"junk")])
+    loop.turn()
+    loop.letters.close()
+    assert not loop.post.closed.is_set()
+    loop.post.open.set()
+    assert loop.post.closed.wait(20)
 
 
 def test_a_record_without_a_stream_loads_none(loop: Loop) -> None:

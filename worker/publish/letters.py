@@ -67,8 +67,10 @@ class Letters:
 
     def close(self) -> None:
         """What is still under way is a dead letter again for whoever reads the partition next."""
-        if self._sent is None or self._sent.done():
+        if self._sent is None:
             self._publisher.close()
+        else:  # By now, or by its thread once that is through.
+            self._sent.add_done_callback(lambda _: self._publisher.close())
 
     def _begin(self) -> None:
         if self._sent is None and self._waiting:
