@@ -93,8 +93,7 @@ class Control:
                 continue
             if stream == EVERY_STREAM:
                 self._due |= here
-            # Later, and not all workers at the same moment.
-            self._nobodys[stream] = time.monotonic() + ORPHAN_AFTER_S * random.uniform(1, 2)  # noqa: S311
+            self._look_later([stream])
         unreadable = self._commands.unreadable
         self._metrics.commands.labels("unreadable", "refused").inc(unreadable - self._unreadable)
         self._unreadable = unreadable
@@ -102,6 +101,8 @@ class Control:
     def run(self, busy: Container[str]) -> list[str]:
         """Have streams obey that are due and in no step, some at a time; returns those that another worker has
         claimed."""
+        # Who left before obeying may be nobody's by now: claimed by an operator's command, it is silent all the same.
+        self._look_later(self._due - self._engine.streams)
         self._due &= self._engine.streams
         return self._run(list(islice((stream for stream in self._due if stream not in busy), AT_ONCE)))
 
@@ -112,7 +113,7 @@ class Control:
         refused = self._flush(ready)
         self._streams.release(refused)
         obeyed = [found for stream in ready if (found := self._obeyed(stream)) is not None]
-        self._due.difference_update(ready)
+        self._due.difference_update(stream for stream in ready if stream in self._engine)
         # Some may have gone to other workers while store or broker were waited for.
         obeyed = [found for found in obeyed if found.entry.header.stream in self._engine]
         if not obeyed:
@@ -124,7 +125,13 @@ class Control:
                 self._finish(found)
         self._metrics.fenced.inc(len(fenced))
         self._streams.release(fenced)
+        self._due.update(fenced)
         return refused + fenced
+
+    def _look_later(self, streams: Iterable[str]) -> None:
+        """See whether anybody has these streams: not at once, and not all workers at the same moment."""
+        for stream in streams:
+            self._nobodys[stream] = time.monotonic() + ORPHAN_AFTER_S * random.uniform(1, 2)  # noqa: S311
 
     def look_after_the_rest(self, busy: Container[str]) -> list[str]:
         """Claim streams that nobody holds, have them obey, and let them go again; some at a time. Returns as `run`."""

@@ -244,3 +244,23 @@ def test_a_stream_that_another_claims_is_let_go(worker: Worker, commands: Comman
     worker.control.listen()
     assert worker.control.run(()) == ["a"]
     assert "a" not in worker.streams.engine
+
+
+def test_a_silent_stream_obeys_after_another_has_claimed_it(
+    worker: Worker, commands: CommandList, store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `driftkeel streams` does, which lets go at once: no frame comes that would have it claimed again."""
+    worker.control.met(worker.streams.ensure(["a", "b"]))
+    assert worker.streams.write([change_nothing(worker, stream) for stream in ("a", "b")]) == [True, True]
+    store.claim(["a"], "operator")
+    for offset, stream in enumerate(("a", "b")):
+        tell(commands, offset, stream)
+    worker.control.listen()
+    worker.streams.release(["b"])  # given up before it could obey
+    assert worker.control.run(()) == ["a"]
+    assert worker.control.run(()) == []
+    later = time.monotonic() + 10
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert worker.control.look_after_the_rest(()) == []
+    assert [decode_header(store.read(stream).header or b"").policy.frozen for stream in ("a", "b")] == [True, True]
+    assert worker.control.due == set()
