@@ -279,6 +279,12 @@ def test_doctor_sees_a_store_that_is_nearly_full(kafka_settings: Kafka, tiny_bun
     client.config_set("maxmemory", used + (4 << 20))
     (warning,) = warnings()
     assert re.match(r"\d\d of \d\d MiB are used \(maxmemory\)", warning)
+    # A full one takes the claim of the stream that is tried, and refuses to write it. Nothing stays of it.
+    client.config_set("maxmemory", used // 2)
+    failed = [found.text for found in examine(config) if (found.subject, found.level) == ("store", "failed")]
+    assert len(failed) == 1
+    assert "command not allowed when used memory > 'maxmemory'" in failed[0]
+    assert [key for key in client.keys() if not key.startswith(b"junk-")] == []
     client.close()
     store.child.stop()
 
