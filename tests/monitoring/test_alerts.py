@@ -16,6 +16,7 @@ from tests.servers import prometheus_tool
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "alerts" / "driftkeel.yml"
 TESTS = Path(__file__).with_name("alerts.test.yml")
+SECTIONS = ["What it means", "What to look at", "What to do", "How to know it is over"]
 
 
 def rules() -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def test_every_alert_says_what_it_is_and_what_to_do(rule: dict[str, Any]) -> Non
     assert set(notes) == {"summary", "description", "runbook"}
     page = (ROOT / notes["runbook"]).read_text()
     assert rule["alert"] in page
-    assert {"## What it means", "## Look", "## Do"} <= set(re.findall(r"^## .*", page, re.MULTILINE))
+    assert re.findall(r"^## (.*)", page, re.MULTILINE) == SECTIONS
     tests = yaml.safe_load(TESTS.read_text())["tests"]
     cases = [case for test in tests for case in test.get("alert_rule_test", ()) if case["alertname"] == rule["alert"]]
     assert any(case["exp_alerts"] for case in cases)
