@@ -68,3 +68,11 @@ def test_what_is_well_at_one_site_hides_nothing_of_another() -> None:
 def test_every_runbook_belongs_to_an_alert() -> None:
     pages = {path.name for path in (ROOT / "docs" / "runbooks").glob("*.md")}
     assert pages == {Path(rule["annotations"]["runbook"]).name for rule in ALERTS}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "runbooks").glob("*.md")), ids=lambda page: page.stem)
+def test_runbooks_name_metrics_and_rules_that_there_are(page: Path) -> None:
+    spans = " ".join(re.findall(r"`([^`]+)`", page.read_text()))
+    records = set(re.findall(r"\w+:\w+:\w+", spans))
+    assert records <= {rule["record"] for rule in rules() if "record" in rule}
+    assert names_in(re.sub(r"\w+:\w+:\w+", "", spans)) <= known()
