@@ -69,7 +69,7 @@ class WorkerMetrics:
     def __init__(self, max_streams: int, silent_after_s: float = 600.0) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
-        self.build = Info("driftkeel_build", "Version of the worker and the bundle it runs.", registry=r)
+        self.build = Info("driftkeel_build", "Version of the worker, its group, and the bundle it runs.", registry=r)
         self.clean_accuracy = Gauge(
             "driftkeel_clean_accuracy_ratio", "Accuracy to expect without drift, of the bundle.", registry=r
         )

@@ -62,7 +62,8 @@ class Worker:
         if device.type != "cpu":
             log.warning("device %s is %s", config.device, EXPERIMENTAL)
         self.metrics = WorkerMetrics(config.metrics.max_stream_labels, config.metrics.silent_after_s)
-        self.metrics.build.info({"version": installed_version(), "bundle": bundle.hash, "worker": config.worker})
+        about = {"version": installed_version(), "bundle": bundle.hash, "worker": config.worker}
+        self.metrics.build.info({**about, "group": config.kafka.group})
         self.metrics.clean_accuracy.set(bundle.manifest.model.clean_accuracy)
         self._trace = open_trace(config.traces, config.worker)
         self._healthy_store = True
