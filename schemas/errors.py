@@ -43,6 +43,10 @@ class UnreachableError(DriftkeelError):
     """The broker or the store does not answer at its address."""
 
 
+class LoginError(UnreachableError):
+    """The store is there, and does not let us in: no waiting helps, somebody must correct a user or a password."""
+
+
 class SourceError(DriftkeelError):
     """A video, camera or picture cannot be read, or its frames cannot be sent."""
 

@@ -90,7 +90,7 @@ def connect(
     keep_alive: Callable[[], object],
 ) -> Parts:
     """Wait for broker and store, and make the parts. `lanes` passes run at a time; `heal` and `keep_alive` are the
-    loop's, for parts that wait. Raises UnreachableError, or ConfigError where a topic is missing."""
+    loop's, for parts that wait. Raises UnreachableError, or ConfigError where a topic is missing or a login refused."""
     adapt, name = config.adapt, config.worker
     store = StateStore(config.store)
     metrics.store_answered.set(0)

@@ -11,7 +11,7 @@ from tests.conftest import SHIPPED_BUNDLE, picture
 from tests.system.conftest import Site, run_cli
 from tests.worker.decode.test_image import animated, png_header
 from tests.worker.kafka.test_batches import ZEROS, packing
-from worker.embedded import free_port
+from worker.embedded import free_port, start_store
 
 HEADERS = [("origin", b"line 3")]
 BAD = {
@@ -147,6 +147,18 @@ def test_unreachable_store(tmp_path: Path, kafka_settings, tiny_bundle_path: Pat
     line = refused("worker", "--config", write(tmp_path, text))
     assert f"the store at redis://:***@127.0.0.1:{port}/0 cannot be reached" in line
     assert line.count("the store at") == 1
+
+
+def test_a_store_that_refuses_the_login(tmp_path: Path, kafka_settings, tiny_bundle_path: Path) -> None:
+    server = start_store(tmp_path / "store", options=["--requirepass", "geheim"])
+    text = kafka_yaml(kafka_settings) + (
+        f"store: {{url: 'redis://:falsch@127.0.0.1:{server.port}/0', connect_timeout_s: 1}}\n"
+        f"bundle: {{path: '{tiny_bundle_path}'}}"
+    )
+    line = refused("worker", "--config", write(tmp_path, text))
+    server.child.stop()
+    assert line.startswith(f"driftkeel: the store at redis://:***@127.0.0.1:{server.port}/0 refuses the login: ")
+    assert line.endswith("; correct user and password in store.url")
 
 
 def test_missing_topic(tmp_path: Path, kafka_settings, store_settings, tiny_bundle_path: Path) -> None:

@@ -15,7 +15,7 @@ from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaError, KafkaTimeoutError, SaslAuthenticationFailedError, UnsupportedSaslMechanismError
 
 from schemas.config import Kafka
-from schemas.errors import ConfigError, UnreachableError
+from schemas.errors import ConfigError, LoginError, UnreachableError
 from worker.kafka.batches import pass_over_unreadable
 from worker.kafka.records import forgive_header_names
 from worker.kafka.sockets import close_failed_connects
@@ -175,6 +175,8 @@ def until_reached(
             raise ConfigError(
                 f"{what} refuses the login: {error}; correct kafka.sasl_mechanism, sasl_username and sasl_password"
             ) from error
+        except LoginError as error:
+            raise ConfigError(str(error)) from error
         except (KafkaError, OSError, UnreachableError) as error:
             reason = " ".join(str(error).split()).removeprefix(f"{what} ") or type(error).__name__
         left = deadline - time.monotonic()

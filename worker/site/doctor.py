@@ -14,7 +14,7 @@ from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError
 
 from schemas.config import WorkerConfig
-from schemas.errors import DriftkeelError
+from schemas.errors import DriftkeelError, LoginError
 from worker.consume.short_logs import REMEDY
 from worker.engine.device import EXPERIMENTAL, described, site_device
 from worker.kafka.client import REFUSALS, connection, open_client
@@ -59,9 +59,8 @@ def _remedy(check: Callable[..., object], error: Exception, config: WorkerConfig
         return f"; start the broker, or correct kafka.bootstrap, which is {config.kafka.bootstrap}{trial}"
     if check is _broker and isinstance(error, REFUSALS):
         return "; correct kafka.sasl_mechanism, sasl_username and sasl_password"
-    if check is _store and isinstance(error.__cause__, redis.exceptions.AuthenticationError):
-        return "; correct user and password in store.url"
-    if check is _store and isinstance(error.__cause__, redis.exceptions.ConnectionError):
+    away = isinstance(error.__cause__, redis.exceptions.ConnectionError) and not isinstance(error, LoginError)
+    if check is _store and away:
         return f"; start the store, or correct store.url{trial}"
     return ""
 

@@ -40,7 +40,7 @@ import redis
 import redis.exceptions
 
 from schemas.config import Store as StoreSettings
-from schemas.errors import StateError, UnreachableError
+from schemas.errors import LoginError, StateError, UnreachableError
 from schemas.frame import MAX_STREAM_BYTES
 from worker.consume.offsets import Partition
 from worker.store import scripts as scripts
@@ -123,7 +123,8 @@ class Write:
 
 
 class StateStore:
-    """The store's client. Its methods raise UnreachableError where the store does not answer."""
+    """The store's client. Its methods raise UnreachableError where the store does not answer; LoginError, which is one,
+    where it refuses the login."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
@@ -327,7 +328,7 @@ class StateStore:
                 self._client = connect(self._settings, self._count_connection)
             return action(self._client)
         except redis.exceptions.AuthenticationError as error:
-            raise UnreachableError(f"the store at {address} refuses the login: {error}") from error
+            raise _refusal(address, error) from error
         except redis.exceptions.ResponseError as error:
             if isinstance(error, redis.exceptions.ReadOnlyError):
                 # A planned failover makes a replica of a primary and leaves its connections open. Where one address
@@ -336,25 +337,33 @@ class StateStore:
             # Loading its data, out of memory, read only after a failover: all may heal, and all are somebody's to mend.
             raise UnreachableError(f"the store at {address} refuses a command: {_cause(error)}") from error
         except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
-            raise UnreachableError(_silence(address, error)) from error
+            raise _silence(address, error) from error
 
 
-def _silence(address: str, error: Exception) -> str:
+def _refusal(address: str, error: BaseException) -> LoginError:
+    said = str(error).rstrip(".")
+    return LoginError(f"the store at {address} refuses the login: {said}; correct user and password in store.url")
+
+
+def _silence(address: str, error: Exception) -> UnreachableError:
     """What redis-py takes for a store that does not answer, in a line; it need not be one."""
-    if denied := _denied(error):
-        return f"the store at {address} refuses a command: {denied}"
+    # Where a Cluster does not tell its layout, redis-py says that it cannot be reached, or that the node is in none.
+    if denied := _reason(error, redis.exceptions.NoPermissionError):
+        return UnreachableError(f"the store at {address} refuses a command: {denied}")
+    if refused := _reason(error, redis.exceptions.AuthenticationError):
+        return _refusal(address, refused)
     # Of each Sentinel that does not help, it describes the whole client.
     said = re.sub(r"<redis\..*?> - (?=\w)", "", str(error))
     if "AuthenticationError" in said:
         settings = "store.sentinel_username and store.sentinel_password"
-        return f"a Sentinel of the store at {address} refuses the login; correct {settings}"
-    return f"the store at {address} does not answer: {said}"
+        return LoginError(f"a Sentinel of the store at {address} refuses the login; correct {settings}")
+    return UnreachableError(f"the store at {address} does not answer: {said}")
 
 
-def _denied(error: BaseException) -> BaseException | None:
-    """A missing permission. Where it is that for a Cluster's layout, redis-py says that the node is in no Cluster."""
+def _reason(error: BaseException, kind: type[BaseException]) -> BaseException | None:
+    """The error of this kind that led to `error`."""
     found: BaseException | None = error
-    while found is not None and not isinstance(found, redis.exceptions.NoPermissionError):
+    while found is not None and not isinstance(found, kind):
         found = found.__cause__ or found.__context__
     return found
 

@@ -11,10 +11,11 @@ import redis
 import trustme
 
 from schemas.config import Store
-from schemas.errors import ConfigError, UnreachableError
+from schemas.errors import ConfigError, LoginError, UnreachableError
 from tests.chaos.proxy import FlakyProxy
 from tests.servers import TlsProxy, cluster_node, store_cluster, store_with_sentinel, wait_until, write_certificates
 from worker.embedded import free_port, start_store
+from worker.kafka.client import until_reached
 from worker.store.client import connect
 from worker.store.store import StateStore, Write
 
@@ -110,7 +111,7 @@ def test_sentinels_with_a_password_of_their_own(tmp_path: Path, open_store: Open
         open_store(Store(url=url, sentinel_username="asks", sentinel_password="sesam")).ping()
         open_store(Store(url=url, sentinel_password="geheim")).ping()
         for wrong in (None, "falsch"):
-            with pytest.raises(UnreachableError) as caught:
+            with pytest.raises(LoginError) as caught:
                 open_store(Store(url=url, sentinel_password=wrong)).ping()
             assert str(caught.value) == (
                 f"a Sentinel of the store at {url} refuses the login; correct store.sentinel_username and "
@@ -226,6 +227,52 @@ def test_a_user_with_the_rights_that_the_docs_name(tmp_path: Path, open_store: O
     with pytest.raises(UnreachableError, match="refuses the login") as caught:
         open_store(Store(url=f"redis://worker:falsch@127.0.0.1:{server.port}/0")).ping()
     assert "falsch" not in str(caught.value)
+    server.child.stop()
+
+
+@pytest.mark.parametrize("login", ["worker:falsch@", "nobody:geheim@", ""])
+@pytest.mark.parametrize("scheme", ["redis", "redis+cluster"])
+def test_a_refused_login_is_not_tried_again(scheme: str, login: str, tmp_path: Path, open_store: OpenStore) -> None:
+    server = start_store(tmp_path) if scheme == "redis" else cluster_node(tmp_path, free_port())
+    admit(server.port, f"{RIGHTS} {OF_A_CLUSTER}")
+    store = open_store(Store(url=f"{scheme}://{login}127.0.0.1:{server.port}"))
+    with pytest.raises(ConfigError, match=r"refuses the login: .*; correct user and password in store\.url$") as caught:
+        until_reached(store.ping, "the store", timeout_s=1)
+    assert "falsch" not in str(caught.value)
+    server.child.stop()
+
+
+def assert_may_heal(store: StateStore, said: str) -> None:
+    with pytest.raises(UnreachableError, match=said) as caught:
+        until_reached(store.ping, "the store", timeout_s=0.1)
+    assert not isinstance(caught.value, LoginError)
+
+
+def test_a_store_that_loads_its_data_may_heal(tmp_path: Path, open_store: OpenStore) -> None:
+    server = start_store(tmp_path)
+    with redis.Redis(port=server.port) as client, client.pipeline(transaction=False) as pipeline:
+        for i in range(20_000):
+            pipeline.set(f"key-{i}", "x")
+        pipeline.execute()
+    server.child.stop()
+    # A millisecond a key. It answers once in 1,024 of them.
+    server = start_store(tmp_path, options=["--key-load-delay", "1000"])
+    assert_may_heal(open_store(Store(url=f"redis://127.0.0.1:{server.port}")), "loading the dataset")
+    server.child.stop(0)
+
+
+def test_a_replica_without_its_primary_may_heal(tmp_path: Path, open_store: OpenStore) -> None:
+    alone = ["--replicaof", "127.0.0.1", str(free_port()), "--replica-serve-stale-data", "no"]
+    server = start_store(tmp_path, options=alone)
+    assert_may_heal(open_store(Store(url=f"redis://127.0.0.1:{server.port}")), "Link with MASTER is down")
+    server.child.stop()
+
+
+def test_a_command_that_is_refused_may_be_granted(tmp_path: Path, open_store: OpenStore) -> None:
+    server = start_store(tmp_path)
+    admit(server.port, "-@all +hello +client")
+    store = open_store(Store(url=f"redis://worker:geheim@127.0.0.1:{server.port}"))
+    assert_may_heal(store, "no permissions to run the 'ping' command")
     server.child.stop()
 
 
