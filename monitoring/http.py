@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -14,6 +16,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+log = logging.getLogger("driftkeel.http")
 TIMEOUT_S = 10.0
 MAX_OPEN = 64  # connections: a thread and a file descriptor each, which broker and store need, too
 
@@ -48,6 +51,10 @@ class _Threads(ThreadingMixIn, WSGIServer):
                 self._open.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)
         self._open[request] = None
         super().process_request(request, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """In the log, as all else; the library would print it."""
+        log.exception("a connection to the metrics port failed")
 
     def shutdown_request(self, request: Any) -> None:
         self._open.pop(request, None)
@@ -84,7 +91,15 @@ def serve_metrics(
         start_response("404 Not Found", [("Content-Type", "text/plain")])
         return [b"/metrics, /healthz or /readyz\n"]
 
-    server = make_server(host, port, app, _Threads, handler_class=_Silent)
+    def answer(environ: dict, start_response: Callable) -> Iterable[bytes]:  # type: ignore[type-arg]
+        try:
+            return app(environ, start_response)
+        except Exception:
+            log.exception("%s cannot be answered", environ.get("PATH_INFO", ""))
+            start_response("500 Internal Server Error", [("Content-Type", "text/plain")], sys.exc_info())
+            return [b"an error: see the log\n"]
+
+    server = make_server(host, port, answer, _Threads, handler_class=_Silent)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     return MetricsServer(server.server_port, server, thread)

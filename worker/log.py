@@ -1,4 +1,4 @@
-"""Logging to standard error: text for people, one JSON object a line for machines.
+"""Logging to standard error: text for people, one JSON object a line for machines, with whatever else a process says.
 
 A line about a stream has it as `stream`, one about a frame has its position as `frame`: the id of its prediction, and
 what its update event and its trace name too.
@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
 
 from schemas.config import Log
+from schemas.errors import DriftkeelError
 from worker.terminal import printable
 
+log = logging.getLogger("driftkeel")
 _PLAIN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -23,7 +26,7 @@ class _JsonLines(logging.Formatter):
             "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": record.getMessage().rstrip(),
             **{key: value for key, value in vars(record).items() if key not in _PLAIN},
         }
         if record.exc_info:
@@ -48,3 +51,40 @@ def set_up_logging(settings: Log) -> None:
     # It says every error several times a second while the broker is away. We say that it is, with what to do.
     logging.getLogger("kafka").setLevel(logging.WARNING if settings.level == "debug" else logging.CRITICAL)
     logging.getLogger("PIL").setLevel(logging.INFO)
+    if as_json:
+        _take_over()
+
+
+def told_as_event(error: DriftkeelError) -> bool:
+    """Tell why a command ends as an event, where all others are; False where it is a line of text that is wanted."""
+    as_json = any(isinstance(handler.formatter, _JsonLines) for handler in logging.getLogger().handlers)
+    if as_json:
+        log.error("%s", error)
+    return as_json
+
+
+def _take_over() -> None:
+    """Have what Python itself would print as text, tracebacks over many lines, be events as well."""
+    logging.captureWarnings(True)
+    sys.excepthook = lambda kind, error, trace: log.critical(
+        "ends by an error that was not foreseen: %s", _named(kind, error), exc_info=(kind, error, trace)
+    )
+    threading.excepthook = _thread_failed
+    sys.unraisablehook = _unraisable
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    if failed.exc_type is SystemExit:  # One may end so, as in Python's own.
+        return
+    name = failed.thread.name if failed.thread else "unknown"
+    log.error("thread %s ends: %s", name, _named(failed.exc_type, failed.exc_value), exc_info=failed.exc_value)
+
+
+def _unraisable(failed: sys.UnraisableHookArgs) -> None:
+    """In a destructor or a callback of C code."""
+    what = f"{failed.err_msg or 'Exception ignored in'} {failed.object!r}"
+    log.error("%s: %s", what, _named(failed.exc_type, failed.exc_value), exc_info=failed.exc_value)
+
+
+def _named(kind: type[BaseException], error: BaseException | None) -> str:
+    return f"{kind.__name__}: {error}"

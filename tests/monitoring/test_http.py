@@ -41,6 +41,24 @@ def test_metrics_and_probes() -> None:
         assert probe.connect_ex(("127.0.0.1", server.port)) != 0
 
 
+def test_a_probe_that_fails_is_an_error_in_the_log(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> bool:
+        raise RuntimeError("nobody knows")
+
+    server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, fails, lambda: True)
+    try:
+        assert get(server.port, "/healthz") == (500, "an error: see the log\n")
+        assert get(server.port, "/readyz")[0] == 200
+    finally:
+        server.close()
+    (record,) = caplog.records
+    assert record.getMessage() == "/healthz cannot be answered"
+    assert "nobody knows" in (record.exc_text or "")
+    assert capsys.readouterr().err == ""
+
+
 def test_a_connection_that_asks_nothing_is_closed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

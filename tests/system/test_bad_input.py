@@ -1,5 +1,6 @@
 """Whatever arrives, the worker lives on; what cannot be used is a dead letter with its reason, or a clear exit."""
 
+import json
 import socket
 from pathlib import Path
 
@@ -114,13 +115,15 @@ def kafka_yaml(settings: Kafka) -> str:
 
 
 def refused(*arguments: str) -> str:
-    """The one line of a command that ends with code 1."""
+    """The one line of a command that ends with code 1. Where the log is JSON, as a worker's is off a terminal, all
+    lines are events, and it is the last one's message."""
     result = run_cli(*arguments, timeout=90)
     assert result.returncode == 1, result
     assert "Traceback" not in result.stderr
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("driftkeel: ")
-    return line
+    lines = result.stderr.strip().splitlines()
+    if lines[-1].startswith("driftkeel: "):
+        return lines[-1]
+    return f"driftkeel: {[json.loads(line) for line in lines][-1]['message']}"
 
 
 def test_unknown_key(tmp_path: Path) -> None:
@@ -149,11 +152,12 @@ def test_unreachable_store(tmp_path: Path, kafka_settings, tiny_bundle_path: Pat
     assert line.count("the store at") == 1
 
 
-def test_a_store_that_refuses_the_login(tmp_path: Path, kafka_settings, tiny_bundle_path: Path) -> None:
+@pytest.mark.parametrize("log", ["json", "text"])
+def test_a_store_that_refuses_the_login(tmp_path: Path, kafka_settings, tiny_bundle_path: Path, log: str) -> None:
     server = start_store(tmp_path / "store", options=["--requirepass", "geheim"])
     text = kafka_yaml(kafka_settings) + (
         f"store: {{url: 'redis://:falsch@127.0.0.1:{server.port}/0', connect_timeout_s: 1}}\n"
-        f"bundle: {{path: '{tiny_bundle_path}'}}"
+        f"log: {{format: {log}}}\nbundle: {{path: '{tiny_bundle_path}'}}"
     )
     line = refused("worker", "--config", write(tmp_path, text))
     server.child.stop()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
+import threading
 from datetime import UTC, datetime
 
 import pytest
@@ -19,8 +21,11 @@ from worker.streams.journal import _say
 def as_it_was():
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    hooks = sys.excepthook, threading.excepthook, sys.unraisablehook
     yield
     root.handlers[:], root.level = handlers, level
+    sys.excepthook, threading.excepthook, sys.unraisablehook = hooks
+    logging.captureWarnings(False)
 
 
 def event(decision: str) -> UpdateEvent:
@@ -84,3 +89,53 @@ def test_the_kafka_client_is_heard_where_everything_is(
     logging.getLogger("kafka.net.manager").error("Connection failed: nobody there")
     assert ("nobody there" in capsys.readouterr().err) == heard
     logging.getLogger("kafka").setLevel(logging.NOTSET)
+
+
+ALL_THERE_IS = """
+import gc, logging, sys, threading, warnings
+from schemas.config import Log
+from worker.log import set_up_logging
+
+class Fails:
+    def __del__(self):
+        raise ValueError("in a destructor")
+
+def fail():
+    raise ValueError("in a thread")
+
+set_up_logging(Log(format=sys.argv[1], level="debug"))
+warnings.warn("take care")
+thread = threading.Thread(target=fail, name="reach")
+thread.start()
+thread.join()
+threading.Thread(target=sys.exit).start()
+Fails()
+logging.getLogger("kafka.net.manager").warning("Connection failed:\\n%s", "nobody")
+raise ValueError("at the end")
+"""
+
+
+def all_there_is(format: str) -> list[str]:
+    result = subprocess.run([sys.executable, "-c", ALL_THERE_IS, format], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (1, "")
+    return result.stderr.splitlines()
+
+
+def test_for_machines_everything_is_an_event() -> None:
+    warned, thread, destructor, kafka, last = map(json.loads, all_there_is("json"))
+    assert "UserWarning: take care" in warned["message"]
+    assert (warned["level"], warned["logger"]) == ("warning", "py.warnings")
+    assert thread["message"] == "thread reach ends: ValueError: in a thread"
+    assert "__del__" in destructor["message"]
+    assert kafka["message"] == "Connection failed:\nnobody"
+    assert last["level"] == "critical"
+    assert "ValueError: at the end" in last["message"]
+    for event, where in ((thread, "in fail"), (destructor, "in __del__"), (last, "in <module>")):
+        assert event["exception"].startswith("Traceback")
+        assert where in event["exception"]
+
+
+def test_for_people_python_speaks_as_ever() -> None:
+    lines = all_there_is("text")
+    assert lines.count("Traceback (most recent call last):") == 3
+    assert lines[-1] == "ValueError: at the end"

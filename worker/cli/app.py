@@ -63,10 +63,11 @@ def worker(config: ConfigOption = None) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from worker.log import set_up_logging
-    from worker.run import run_worker
 
     settings = load_config(config)
-    set_up_logging(settings.log)
+    set_up_logging(settings.log)  # Before torch, which may warn while it loads.
+    from worker.run import run_worker
+
     run_worker(settings)
 
 
@@ -154,5 +155,8 @@ def run() -> None:
     try:
         app()
     except DriftkeelError as error:
-        print(f"driftkeel: {error}", file=sys.stderr)
+        from worker.log import told_as_event
+
+        if not told_as_event(error):
+            print(f"driftkeel: {error}", file=sys.stderr)
         sys.exit(1)
