@@ -68,7 +68,9 @@ class Kafka(Section):
     offset_reset: Literal["earliest", "latest"] = Field(
         "earliest", description="where a group begins that has no committed offset"
     )
-    connect_timeout_s: float = Field(30, gt=0, description="give up starting when the broker stays away for so long")
+    connect_timeout_s: float = Field(
+        30, gt=0, description="give up starting when the broker stays away, or lacks topics, for so long"
+    )
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
     sasl_username: str | None = None

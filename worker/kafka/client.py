@@ -188,25 +188,40 @@ def until_reached(
 
 
 def require_topics(settings: Kafka, stop: threading.Event | None = None, only: Sequence[str] | None = None) -> None:
-    """Check that the broker answers and has the topics of a worker, or `only` these.
+    """Wait until the broker answers and has the topics of a worker, or `only` these; says what it waits for.
 
-    Raises UnreachableError, or ConfigError that names the missing topics.
+    Whoever starts a site may make its topics a moment after its broker. Raises UnreachableError, also where `stop` is
+    set meanwhile, or ConfigError that names the topics still missing after the time for connecting.
     """
-    what = f"the broker at {settings.bootstrap}"
-    arguments = connection(settings)
+    deadline, stop = time.monotonic() + settings.connect_timeout_s, stop or threading.Event()
+    what, arguments = f"the broker at {settings.bootstrap}", connection(settings)
     admin = until_reached(lambda: open_client(KafkaAdminClient, **arguments), what, settings.connect_timeout_s, stop)
-    try:
-        known = set(admin.list_topics())
-    finally:
-        admin.close()
     topics = settings.topics
     needed = only or [topics.frames, topics.predictions, topics.updates, topics.dead_letters]
-    missing = [topic for topic in needed if topic not in known]
-    if missing:
-        raise ConfigError(
-            f"the broker at {settings.bootstrap} has no topic {', '.join(missing)}; create them first "
-            f"(kafka-topics.sh --create --topic {missing[0]} --partitions 12), or correct kafka.topics"
-        )
+    pause = FIRST_PAUSE_S
+    try:
+        while missing := _missing(admin, needed, what, deadline, stop):
+            left = deadline - time.monotonic()
+            if stop.is_set():
+                raise UnreachableError(f"{what} has no topic {', '.join(missing)}, and was not waited for any longer")
+            if left <= 0:
+                raise ConfigError(
+                    f"{what} has no topic {', '.join(missing)}; create them first "
+                    f"(kafka-topics.sh --create --topic {missing[0]} --partitions 12), or correct kafka.topics"
+                )
+            if pause == FIRST_PAUSE_S:  # Once.
+                log.warning("%s has no topic %s yet; waiting %.0f s for it", what, ", ".join(missing), left)
+            stop.wait(min(pause, left))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+    finally:
+        admin.close()
+
+
+def _missing(
+    admin: KafkaAdminClient, needed: Sequence[str], what: str, deadline: float, stop: threading.Event
+) -> list[str]:
+    known = until_reached(lambda: set(admin.list_topics()), what, deadline - time.monotonic(), stop)
+    return [topic for topic in needed if topic not in known]
 
 
 def create_topics(settings: Kafka, frame_partitions: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +16,7 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka.errors import SaslAuthenticationFailedError
 from pydantic import SecretStr
 
-from schemas.config import Kafka
+from schemas.config import Kafka, Topics
 from schemas.errors import ConfigError, UnreachableError
 from tests.broker.process import start_own_broker
 from tests.servers import TlsProxy, write_certificates
@@ -141,6 +143,38 @@ def test_a_wrong_password_is_told_in_one_line(kafka_with_users: Kafka) -> None:
         require_topics(kafka_with_users.model_copy(update={"sasl_password": SecretStr("falsch")}))
     assert "\n" not in str(told.value)
     assert "falsch" not in str(told.value)
+
+
+def test_topics_that_come_a_moment_later_are_waited_for(bootstrap: str, caplog: pytest.LogCaptureFixture) -> None:
+    """`driftkeel produce` beside a `driftkeel local` that has only begun."""
+    tag = uuid.uuid4().hex[:8]
+    names = {field: f"{field}-{tag}" for field in Topics.model_fields}
+    settings = Kafka(bootstrap=bootstrap, topics=Topics(**names), connect_timeout_s=30)
+
+    class Creator(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            kafka_client.log.removeHandler(self)
+            create_topics(settings, 2)
+
+    kafka_client.log.addHandler(Creator())
+    require_topics(settings, only=[names["frames"], names["updates"]])
+    (said,) = [record.getMessage() for record in caplog.records if "has no topic" in record.getMessage()]
+    assert said.startswith(
+        f"the broker at {bootstrap} has no topic {names['frames']}, {names['updates']} yet; waiting "
+    )
+
+
+def test_topics_that_never_come_are_named_in_the_end(bootstrap: str) -> None:
+    settings = Kafka(bootstrap=bootstrap, connect_timeout_s=0.5)
+    with pytest.raises(ConfigError, match="has no topic nowhere; create them first"):
+        require_topics(settings, only=["nowhere"])
+
+
+def test_who_is_told_to_stop_waits_for_no_topics(bootstrap: str) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(UnreachableError, match="has no topic nowhere"):
+        require_topics(Kafka(bootstrap=bootstrap, connect_timeout_s=600), stop, only=["nowhere"])
 
 
 def test_threads_that_listen_to_the_client_at_once_leave_its_log_as_it_was() -> None:

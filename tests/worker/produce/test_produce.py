@@ -224,9 +224,8 @@ def test_whatever_ends_a_stream_shows(site: Site) -> None:
 
 
 def test_a_topic_that_is_missing_is_named(site: Site, tmp_path: Path) -> None:
-    site.kafka = site.kafka.model_copy(
-        update={"topics": site.kafka.topics.model_copy(update={"frames": "no-such-topic"})}
-    )
+    topics = site.kafka.topics.model_copy(update={"frames": "no-such-topic"})
+    site.kafka = site.kafka.model_copy(update={"topics": topics, "connect_timeout_s": 0.5})
     with pytest.raises(ConfigError, match="has no topic no-such-topic"):
         site.play(make_video(tmp_path / "cam.mp4", frames=1, fps=30))
 
