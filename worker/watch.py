@@ -135,7 +135,10 @@ class Board:
 
     def table(self) -> Table:
         """A row a stream."""
-        table = Table("stream", "frames", "label", "confidence", "answered by", "step", "estimated accuracy")
+        table = Table(box=None, header_style="bold")
+        table.add_column("stream", overflow="fold")  # Two cameras may differ in their names' last letter alone.
+        for name in ("frames", "label", "confidence", "answered by", "step", "estimated accuracy"):
+            table.add_column(name, min_width=max(map(len, name.split())))
         for name, last in sorted(self.newest.items()):
             table.add_row(
                 Text(printable(name)),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -13,6 +14,9 @@ from schemas.update import Proxies, UpdateEvent
 from worker.audit.history import Span, spans
 from worker.terminal import printable
 
+STREAMS_FIT, SPANS_FIT = 120, 150  # columns below which a table's words would break
+COUNTS = ("events", "applied", "partial", "skipped", "undone", "commands")
+COLUMNS = (*COUNTS, "step", "distance", "estimated accuracy", "answers")
 BACK = ("rolled_back", "reset")
 COLOURS = {
     **{"applied": "green", "partial": "yellow", "skipped": "dim"},
@@ -21,15 +25,28 @@ COLOURS = {
 
 
 def show_streams(console: Console, histories: dict[str, list[UpdateEvent]]) -> None:
-    """One line per stream."""
+    """One line per stream; on a narrow terminal three."""
+    rows = [_summary(stream, events) for stream, events in histories.items()]
+    if console.width < STREAMS_FIT:
+        for stream, *cells in rows:
+            console.print(Text(printable(stream), style="bold"))
+            named = list(zip(COLUMNS, cells, strict=True))
+            _indented(console, named[: len(COUNTS)])
+            _indented(console, named[len(COUNTS) :])
+        return
     table = Table(box=None, header_style="bold")
-    for name in ("stream", "events", "applied", "partial", "skipped", "undone", "commands", "step", "distance"):
-        table.add_column(name, justify="left" if name == "stream" else "right", overflow="fold")
-    table.add_column("estimated accuracy", justify="right")
-    table.add_column("answers")
-    for stream, events in histories.items():
-        table.add_row(*[Text(printable(cell)) for cell in _summary(stream, events)])
+    for name in ("stream", *COLUMNS):
+        table.add_column(name, justify="left" if name in ("stream", "answers") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*[Text(printable(cell)) for cell in row])
     console.print(table)
+
+
+def _indented(console: Console, named: Iterable[tuple[str, str]]) -> None:
+    """Cells in a line, each after its name; those that say nothing are left out."""
+    text = "  ".join(f"{name} {cell}".strip() for name, cell in named if cell != "-")
+    if text:
+        console.print(Padding(Text(printable(text)), (0, 0, 0, 2)))
 
 
 def _summary(stream: str, events: Sequence[UpdateEvent]) -> list[str]:
@@ -52,9 +69,13 @@ def _summary(stream: str, events: Sequence[UpdateEvent]) -> list[str]:
 
 
 def show_stream(console: Console, stream: str, events: Sequence[UpdateEvent], last: int) -> None:
-    """A stream over time: spans of what was decided, newest last."""
+    """A stream over time: spans of what was decided, newest last; on a narrow terminal each as a few lines."""
     found = spans(events)
     console.print(Text(f"{printable(stream)}: {len(events)} events in {len(found)} spans", style="bold"))
+    if console.width < SPANS_FIT:
+        for span in found[-last:]:
+            _lines(console, span)
+        return
     table = Table(box=None, header_style="bold")
     for name in ("from", "to", "first", "decision", "events", "step", "distance", "layers that moved most"):
         table.add_column(name, justify="right" if name in ("events", "step", "distance") else "left", overflow="fold")
@@ -62,14 +83,28 @@ def show_stream(console: Console, stream: str, events: Sequence[UpdateEvent], la
     table.add_column("flips", justify="right")
     table.add_column("why", overflow="fold")
     for span in found[-last:]:
-        table.add_row(*_row(span))
+        table.add_row(*[Text(printable(cell), style=_colour(span)) for cell in _cells(span)])
     console.print(table)
 
 
-def _row(span: Span) -> list[Text]:
+def _lines(console: Console, span: Span) -> None:
+    """A span's cells, some in each line."""
+    begin, end, first, decision, events, step, distance, layers, accuracy, flips, why = _cells(span)
+    time = begin if begin == end else f"{begin} to {end}"
+    console.print(Text(printable(f"{time}  {first}  {decision}"), style=_colour(span)))
+    _indented(console, [("events", events), ("step", step), ("distance", distance), ("flips", flips)])
+    _indented(console, [("estimated accuracy", accuracy), ("moved most", layers)])
+    _indented(console, [("", why)])
+
+
+def _colour(span: Span) -> str:
+    return COLOURS.get(span.decision, "cyan")
+
+
+def _cells(span: Span) -> list[str]:
     layers = ", ".join(f"{layer} {moved:.3g}" for layer, moved in span.most_moved())
     flips = f"{span.flipped}/{span.frames}" if span.compared else "-"
-    cells = [
+    return [
         f"{span.begin:%m-%d %H:%M:%S}",
         f"{span.end:%m-%d %H:%M:%S}",
         f"@{span.first.rsplit('@', 1)[1]}",
@@ -82,7 +117,6 @@ def _row(span: Span) -> list[Text]:
         flips,
         span.reason,
     ]
-    return [Text(printable(cell), style=COLOURS.get(span.decision, "cyan")) for cell in cells]
 
 
 def number(value: float | None) -> str:

@@ -52,7 +52,7 @@ class _Live:
     def show(self, board: Scoreboard, per_second: float) -> None:
         bar = ProgressBar(total=max(1, board.total), completed=board.answered, width=60)
         line = Text(f"{board.answered:,} of {board.total:,} frames, {per_second:,.0f} frames/s")
-        self._live.update(Group(table(board), bar, line))
+        self._live.update(Group(table(board), line, bar))
 
 
 @contextlib.contextmanager

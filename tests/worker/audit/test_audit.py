@@ -351,6 +351,24 @@ def test_names_do_not_steer_the_terminal() -> None:
     assert not any(bad in shown for bad in ("\x1b[2J", "\x1b]0", "\x07", "\u202e"))
 
 
+@pytest.mark.parametrize("width", [80, 100, 120, 150, 200])
+def test_no_word_breaks_at_the_width_of_the_terminal(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width)
+    events = [sealed.event for sealed in chain("line-3/camera", 9, layers={"layer1.0.norm": 0.5, "stem.1": 0.25})]
+    undone = events[-1].model_copy(update={"id": "line-3/camera@1234", "decision": "rolled_back", "reason": "collapse"})
+    events.append(undone.model_copy(update={"step": 12_345, "source_distance": 1234.0}))
+    show_streams(console, {"line-3/camera": events})
+    show_stream(console, "line-3/camera", events, 10)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    for word in ("line-3/camera", "events", "applied", "partial", "skipped", "undone", "commands", "step", "distance"):
+        assert word in words
+    for word in ("rolled_back", "@1234", "12345", "1.23e+03", "moved", "most", "collapse", "03-01", "00:00:08"):
+        assert word in words
+    assert any("50.0% → 60.0%" in line for line in lines)
+
+
 def test_layers_may_be_called_anything(tmp_path: Path) -> None:
     from worker.audit.report import write_report
 

@@ -17,6 +17,8 @@ from schemas.update import Proxies
 from tests.monitoring.console.records import prediction
 from worker.cli.streams_show import show
 from worker.control.operate import Listed
+from worker.demo.score import Scoreboard
+from worker.demo.view import open_view
 from worker.watch import Board
 
 SEEN = Proxies(estimated_accuracy=0.912, low=0.85, high=0.95, source_accuracy=0.7, confidence=0.9, entropy=0.2)
@@ -97,6 +99,29 @@ def test_nothing_from_outside_steers_the_terminal() -> None:
     for text in (capture.get(), shown(header(stream=HOSTILE), stream=HOSTILE, owner=HOSTILE)):
         assert "\x1b[2J" not in text
         assert text.count("[/red]") == 2
+
+
+def test_two_cameras_are_told_apart_at_eighty_columns() -> None:
+    board = Board()
+    for number in (1, 2):
+        board.take(prediction(f"hall-2/line-3/inspection/camera-{number}", label="T-shirt/top"))
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(board.table())
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    names = "".join(line[:20].strip() for line in lines)
+    assert "camera-1" in names
+    assert "camera-2" in names
+    for word in ("frames", "confidence", "answered", "estimated", "accuracy", "T-shirt/top"):
+        assert word in capture.get()
+
+
+def test_the_demo_s_count_of_frames_is_whole_at_eighty_columns() -> None:
+    console = Console(width=80, force_terminal=True)
+    with console.capture() as capture, open_view(True, console) as view:
+        view.show(Scoreboard([]), 1_234)
+    assert "0 of 0 frames, 1,234 frames/s" in capture.get()
 
 
 @pytest.mark.parametrize("time", ["2026-11-28T12:00:00", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"])
