@@ -54,18 +54,32 @@ class CommandList:
         self._of: dict[str, deque[Numbered]] = {}
         self._standing: Standing[Numbered] = Standing()
         self._forgotten = 0
-        self._ids: set[str] = set()
+        self._ids: dict[str, Position] = {}
         self._new: list[Numbered] = []
         self._read: dict[str, int] = {}
         self.unreadable = 0
 
     def add(self, position: Position, content: bytes | None) -> None:
-        """A record as it was found. What is no command is logged and counted; one that is sent twice counts once."""
+        """A record as it was found. What is no command is logged and counted. An id counts once; another record that
+        has it is logged, as whoever sent it may have meant something new."""
         command = self._parsed(position, content)
         with self._lock:
             self._read[position.log] = position.offset
             self.unreadable += command is None
-            if command is None or command.id in self._ids:
+            if command is None:
+                return
+            first = self._ids.get(command.id, position)
+            if first != position:
+                log.warning(
+                    "command %s at %s (%s, stream %s) is passed over: the one at %s had this id, and is the one done; "
+                    "a new command needs an id of its own, or none",
+                    command.id,
+                    position,
+                    command.action,
+                    command.stream,
+                    first,
+                )
+            if command.id in self._ids:
                 return
             if len(self._kept) == self._max_kept:
                 self._forget_oldest()
@@ -73,7 +87,7 @@ class CommandList:
             self._kept.append(numbered)
             self._of.setdefault(command.stream, deque()).append(numbered)
             self._standing.add(numbered)
-            self._ids.add(command.id)
+            self._ids[command.id] = position
             self._new.append(numbered)
 
     def news(self) -> list[Numbered]:
@@ -104,7 +118,7 @@ class CommandList:
         self._of[stream].popleft()
         if not self._of[stream]:
             del self._of[stream]
-        self._ids.discard(oldest.command.id)
+        del self._ids[oldest.command.id]
         self._forgotten += 1
         if self._forgotten.bit_count() == 1:  # The first, and then seldom.
             log.warning(

@@ -52,6 +52,17 @@ def test_one_that_is_sent_twice_counts_once() -> None:
     assert ids(commands, HEADER) == ["x"]
 
 
+def test_another_command_with_an_id_that_was_used_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    commands = CommandList()
+    first = put(commands, 3, id="x")
+    commands.add(Position("commands", 0, 3), first.model_dump_json().encode())  # read again, after an error
+    assert caplog.records == []
+    put(commands, 8, action="unfreeze", id="x")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "command x at commands/0/8 (unfreeze, stream cam) is passed over: the one at commands/0/3 had" in said
+    assert [numbered.command for numbered in commands.after(HEADER)] == [first]
+
+
 def test_one_without_an_id_has_its_place() -> None:
     commands = CommandList()
     commands.add(Position("commands", 2, 7), b'{"stream":"cam","action":"reset"}')
