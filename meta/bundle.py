@@ -105,8 +105,8 @@ def write_bundle(
 def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
     """Give a bundle another manifest; its files stay."""
     # What says nothing is left out: a worker of before refuses what it does not know.
-    unsaid = None if manifest.model.norm_order else {"model": {"norm_order"}}
-    text = json.dumps(manifest.model_dump(mode="json", exclude=unsaid), indent=2)
+    unsaid = {name for name in ("norm_order", "norm_layouts") if not getattr(manifest.model, name)}
+    text = json.dumps(manifest.model_dump(mode="json", exclude={"model": unsaid}), indent=2)
     partial = folder / f".{MANIFEST}"
     partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(folder / MANIFEST)
@@ -148,7 +148,7 @@ def load_bundle(
         raise BundleError(f"{folder / 'labels.txt'} is no text in UTF-8: {error}") from error
     network = build_network(manifest.model.architecture, manifest.model.arguments, factories).float()
     _load_weights(network, _tensors(contents, folder, "model.safetensors"), "model.safetensors")
-    model = AdaptableModel(network, manifest.model.norm_order)
+    model = AdaptableModel(network, manifest.model.norm_order, manifest.model.norm_layouts)
     source = _statistics(_tensors(contents, folder, "statistics.safetensors"), model, len(labels))
     generator = _tensors(contents, folder, "generator.safetensors")
     if CORRECTION in contents:

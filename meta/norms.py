@@ -7,8 +7,9 @@ and the gradient of the affine comes out per frame.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Protocol, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from meta.moments import NormMoments
 from meta.stream_norm import BATCH_NORM, FrameAffine, LayerCorrection, StreamNorm, is_norm
+from schemas.bundle import Layout
 from schemas.errors import BundleError
 
 
@@ -38,23 +40,27 @@ class AdaptableModel(nn.Module):
 
     `order`: the layers' names as they run (`run_order`), in which affine, features and statistics lie side by side;
     without it the order of `norm_layers` is taken for it. The attribute is empty where both are the same.
+    `layouts`: norm layers of the network's own classes that adapt too, and where their channels lie.
 
     Raises BundleError where no layer has an affine, where a weight is not finite, where a BatchNorm layer keeps no
-    running statistics and would so mix the streams of a pass, or where `order` names other layers.
+    running statistics and would so mix the streams of a pass, or where `order` or `layouts` name other layers.
     """
 
-    def __init__(self, network: nn.Module, order: Sequence[str] = ()) -> None:
+    def __init__(
+        self, network: nn.Module, order: Sequence[str] = (), layouts: Mapping[str, Layout] = MappingProxyType({})
+    ) -> None:
         super().__init__()
         self.memory_format = torch.channels_last
         self.frame_affine = FrameAffine()
         self.correction: Corrector | None = None
         self.layers: list[StreamNorm] = []
-        found = norm_layers(network)
+        self.layouts = dict(layouts)
+        found = norm_layers(network, layouts)
         ordered = _in_order(found, order)
         self.order = [] if ordered == list(found) else ordered
         offset = channel = part = 0
         for name in ordered:
-            layer = StreamNorm(found[name], name, offset, self.frame_affine, channel, part)
+            layer = StreamNorm(found[name], name, offset, self.frame_affine, channel, part, layouts.get(name))
             offset, channel, part = layer.place.end, layer.channels.stop, part + 1 + layer.has_shift
             self.layers.append(layer)
         _swap(network, {id(found[layer.place.layer]): layer for layer in self.layers})
@@ -231,9 +237,10 @@ class AdaptableModel(nn.Module):
                 sequence[index].rectify, sequence[index + 1] = False, rectifier
 
 
-def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
+def norm_layers(network: nn.Module, own: Collection[str] = ()) -> dict[str, nn.Module]:
     """The norm layers that can adapt, as the network names them, which need not be the order in which they run; each
-    once, by its first name. Raises BundleError where there is none, or one that would mix streams."""
+    once, by its first name. `own` are those of the network's own classes. Raises BundleError where there is none, one
+    that would mix streams, or none of an `own` name."""
     found: dict[str, nn.Module] = {}
     for name, module in network.named_modules():
         if isinstance(module, BATCH_NORM) and module.running_mean is None:
@@ -241,7 +248,7 @@ def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
                 f"norm layer {name!r} keeps no running statistics, so frames of different streams would mix; "
                 "train the model with track_running_stats=True"
             )
-        if is_norm(module) and module.weight is not None:
+        if name in own or (is_norm(module) and module.weight is not None):
             if is_parametrized(module):
                 raise BundleError(
                     f"norm layer {name!r} has its weights from a parametrization; bake them in with "
@@ -253,20 +260,26 @@ def norm_layers(network: nn.Module) -> dict[str, nn.Module]:
     if not found:
         raise BundleError(
             "the model has no normalisation layer with a scale: nothing can adapt; run it as it is, or train one with "
-            "torch's GroupNorm, LayerNorm, RMSNorm, InstanceNorm or BatchNorm (classes of your own are not seen)"
+            "torch's GroupNorm, LayerNorm, RMSNorm, InstanceNorm or BatchNorm (or a class of your own that holds a "
+            "weight, and no more than a bias besides, of one value per channel)"
+        )
+    if missing := sorted(set(own) - found.keys()):
+        raise BundleError(
+            f"the bundle adapts norm layer {missing[0]!r}, which the network does not have; where the network's code "
+            "has changed, make the bundle anew"
         )
     return found
 
 
 @torch.no_grad()
-def run_order(network: nn.Module, frames: Tensor) -> list[str]:
+def run_order(network: nn.Module, frames: Tensor, own: Collection[str] = ()) -> list[str]:
     """The names of `norm_layers` as one pass runs them, each as often as it does, over frames (B, ch, h, w) and before
     they are swapped."""
     _without_shortcuts(network)
     ran: list[str] = []
     hooks = [
         layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
-        for name, layer in norm_layers(network).items()
+        for name, layer in norm_layers(network, own).items()
     ]
     try:
         network(frames.contiguous())

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from meta.affine import Affine, rectified_mean, scaled, scaled_in_place
 from meta.moments import NormMoments
+from schemas.bundle import Layout
 from schemas.errors import BundleError
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
@@ -68,21 +69,32 @@ class FrameAffine(threading.local):
 class StreamNorm(nn.Module):
     """One swapped normalisation layer: x_hat = normalise(x), then per-frame scale and shift.
 
-    `part`: which of the pass's `rows` are its scales; its shifts, if it has any, come next.
+    `part`: which of the pass's `rows` are its scales; its shifts, if it has any, come next. `layout`: where the
+    channels lie, for a layer of a class that does not tell (`meta.own_norms`).
     """
 
     def __init__(
-        self, norm: nn.Module, name: str, offset: int, frame_affine: FrameAffine, channel: int = 0, part: int = 0
+        self,
+        norm: nn.Module,
+        name: str,
+        offset: int,
+        frame_affine: FrameAffine,
+        channel: int = 0,
+        part: int = 0,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         scale = norm.weight
         if not isinstance(scale, Tensor):
             raise BundleError(f"norm layer {name!r} has no scale: nothing there can adapt")
         shift = getattr(norm, "bias", None)
-        self.norm = _without_affine(norm)
-        self.shape = tuple(scale.shape)
-        self.channels_first = isinstance(norm, CHANNELS_FIRST)
         self.has_shift = isinstance(shift, Tensor)
+        if layout is None:
+            self.norm = with_affine(norm, None, None)
+        else:  # Its own code may do with a weight what cannot be done with none.
+            self.norm = with_affine(norm, torch.ones_like(scale), torch.zeros_like(scale) if self.has_shift else None)
+        self.shape = tuple(scale.shape)
+        self.channels_first = isinstance(norm, CHANNELS_FIRST) if layout is None else layout == "channels-first"
         size = scale.numel()
         self.place = NormSlice(name, offset, offset + size, offset + size * (2 if self.has_shift else 1))
         self.register_buffer("scale", scale.detach().clone().float())
@@ -203,9 +215,14 @@ def _group_normalised(x: Tensor, groups: int, epsilon: float) -> tuple[Tensor, T
     return x_hat, inverse
 
 
-def _without_affine(norm: nn.Module) -> nn.Module:
-    bare = copy.copy(norm)
-    bare._parameters = dict.fromkeys(norm._parameters)
+def with_affine(norm: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
+    """A norm layer like this one with another weight and bias; where it has none of either, it still has none."""
+    bare, given = copy.copy(norm), {"weight": weight, "bias": bias}
+    held = {name: given.get(name) if tensor is not None else None for name, tensor in norm._parameters.items()}
+    bare._parameters = {
+        name: None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+        for name, tensor in held.items()
+    }
     return bare.eval()
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
+Layout = Literal["channels-first", "channels-last"]
+
 
 class Part(BaseModel):
     """A part of the manifest; unknown fields are errors, and nothing can be changed."""
@@ -47,6 +49,10 @@ class ModelPart(Part):
     norm_order: list[str] = Field(
         default_factory=list,
         description="the norm layers' names in the order in which they run; empty: as the network names them",
+    )
+    norm_layouts: dict[str, Layout] = Field(
+        default_factory=dict,
+        description="where the channels lie in norm layers of the network's own classes, by name; others do not adapt",
     )
     clean_accuracy: float = Field(ge=0, le=1, description="on frames that trained neither model nor generator")
 

@@ -47,6 +47,74 @@ class LayerNormNet(nn.Module):
         return self.head(self.out_norm(F.gelu(self.mix(tokens))).amax(1))
 
 
+class ChannelNorm(nn.Module):
+    """Over the channels of each place of a picture, (B, C, h, w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        deviation = torch.sqrt((x - mean).square().mean(1, keepdim=True) + 1e-6)
+        return self.weight[:, None, None] * (x - mean) / deviation + self.bias[:, None, None]
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """The same, by torch's LayerNorm, which wants the channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class RootMeanSquare(nn.Module):
+    """Over tokens (B, n, C); it has no shift."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As detectors have it: everything is a buffer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name, value in {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.items():
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.weight * torch.rsqrt(self.running_var + 1e-5)
+        offset = self.bias - self.running_mean * factor
+        return x * factor[:, None, None] + offset[:, None, None]
+
+
+class OwnNormNet(nn.Module):
+    """All but one of its norm layers are of classes of its own."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.first, self.first_norm = nn.Conv2d(1, 8, 3, padding=1), ChannelNorm(8)
+        self.second, self.second_norm = nn.Conv2d(8, 12, 3, stride=2, padding=1), LayerNorm2d(12)
+        self.third, self.frozen_norm = nn.Conv2d(12, 12, 1), FrozenBatchNorm2d(12)
+        self.token_norm, self.last_norm = RootMeanSquare(12), nn.LayerNorm(12)
+        self.head = nn.Linear(12, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first_norm(self.first(x)))
+        x = torch.relu(self.second_norm(self.second(x)))
+        tokens = torch.relu(self.frozen_norm(self.third(x))).flatten(2).transpose(1, 2)
+        return self.head(self.last_norm(self.token_norm(tokens).amax(1)))
+
+
+def own_norm_net(classes: int = 3) -> nn.Module:
+    return OwnNormNet(classes)
+
+
 def batchnorm_net(classes: int = 3) -> nn.Module:
     return BatchNormNet(classes)
 

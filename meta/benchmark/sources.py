@@ -143,8 +143,9 @@ def open_source(
             shown, unseen = shown_parts(unseen)
             network = _shifted(config, dataset, network, shown, preprocessing, cache, say)
         # What is built in runs its layers as it names them.
-        order = bundle.manifest.model.norm_order if bundle is not None else ()
-        model = AdaptableModel(network.eval().to(memory_format=torch.channels_last), order)
+        part = bundle.manifest.model if bundle is not None else None
+        known = (part.norm_order, part.norm_layouts) if part is not None else ()
+        model = AdaptableModel(network.eval().to(memory_format=torch.channels_last), *known)
         source = source_statistics(model, image_tensor(unseen.images), preprocessing)
     test = dataset.test()
     clean = accuracy(model, image_tensor(test.images).float() / 255, torch.from_numpy(test.labels), mean, std)

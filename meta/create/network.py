@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from meta.norms import AdaptableModel, norm_layers, run_order
+from meta.own_norms import find_own_norms
 from schemas.errors import BundleError
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where training loops put the weights in a checkpoint
@@ -130,7 +131,13 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
     alone = torch.cat([_logits(network, frame, classes) for frame in frames.split(1)])
     _same(before, alone, "a frame's answer depends on the others in its batch, so cameras would mix")
     swapped = _own_norms(network)
-    model = AdaptableModel(network, _order(network, frames))
+    own = find_own_norms(network, frames)
+    for kind, count in sorted(own.others.items()):
+        say(
+            f"network: {count} {kind} will not adapt: layers of classes of one's own do where they run once a pass and "
+            "hold a weight, and no more than a bias besides, of one value per channel; use one of torch's instead"
+        )
+    model = AdaptableModel(network, _order(network, frames, own.layouts), own.layouts)
     doubt = f"; suspect: {', '.join(swapped)}" if swapped else ""
     try:
         model.fit_layout(frames)
@@ -219,20 +226,20 @@ def _same(expected: Tensor, found: Tensor, problem: str) -> None:
         raise BundleError(f"{problem} (logits differ by up to {off:.3g})")
 
 
-def _order(network: nn.Module, frames: Tensor) -> list[str]:
+def _order(network: nn.Module, frames: Tensor, own: Collection[str]) -> list[str]:
     """The names of the norm layers in the order in which they run, for which each frame speaks alone, too.
 
     As they are named where not each runs once: what is wrong shows once they are swapped.
     """
-    order = run_order(network, frames)
+    order = run_order(network, frames, own)
     for frame in frames.split(1):
-        if (other := run_order(network, frame)) != order:
+        if (other := run_order(network, frame, own)) != order:
             odd = next(pair for pair in zip_longest(order, other, fillvalue="none") if pair[0] != pair[1])
             raise BundleError(
                 f"the order in which norm layers run varies with the frames ({odd[0]!r} in one pass, where another has "
                 f"{odd[1]!r}): what is learned of a layer would meet another; make the network run all of them in turn"
             )
-    named = list(norm_layers(network))
+    named = list(norm_layers(network, own))
     return order if sorted(order) == sorted(named) else named
 
 

@@ -134,6 +134,7 @@ def create_bundle(
             architecture=settings.architecture,
             arguments=settings.arguments,
             norm_order=subject.model.order,
+            norm_layouts=subject.model.layouts,
             clean_accuracy=verdict.clean_accuracy,
         ),
         method=MethodPart(name="mgg", settings=learned.settings.model_dump(mode="json")),
@@ -245,7 +246,14 @@ def _digest(subject: _Subject) -> str:
     """Changes with every input that the stages see. The network's code is one, and shows in what it answers."""
     digest = hashlib.sha256(torch.__version__.encode())
     digest.update(subject.settings.model_dump_json(exclude={"weights", "data", "labels", "generator"}).encode())
-    known = [subject.labels, subject.preprocess.model_dump(), subject.truth, HELD_BACK, *subject.model.order]
+    known = [
+        subject.labels,
+        subject.preprocess.model_dump(),
+        subject.truth,
+        HELD_BACK,
+        subject.model.order,
+        subject.model.layouts,
+    ]
     digest.update(json.dumps(known).encode())
     digest.update(safetensors.torch.save(dict(sorted(subject.weights.items()))))
     for name in subject.parts:
