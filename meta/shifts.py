@@ -93,7 +93,7 @@ def interference(images: Tensor, severity: Tensor, traits: Tensor, random: torch
 def droplets(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
     """Wet or dirty glass: soft blobs of one grey level, elsewhere in every frame."""
     height, width = images.shape[2:]
-    field = torch.randn((len(images), 1, height // 3, width // 3), generator=random)
+    field = torch.randn((len(images), 1, max(1, height // 3), max(1, width // 3)), generator=random)
     smooth = F.interpolate(field, (height, width), mode="bicubic", align_corners=False)
     cover = torch.sigmoid(8 * (smooth - 2.2 + 1.6 * _each(severity))) * _each(severity).sqrt()
     return images + cover * (traits[0] - images)

@@ -29,6 +29,15 @@ def test_shifts_give_images(name: str, shape: tuple[int, ...]) -> None:
     assert torch.equal(shifted, again)
 
 
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("size", [(1, 1), (1, 8), (2, 2), (8, 1), (3, 5)])
+def test_pictures_may_be_of_any_size(name: str, size: tuple[int, int]) -> None:
+    images = torch.rand((5, 3, *size), generator=torch.Generator().manual_seed(0))
+    shifted = ALL[name](images, torch.linspace(0, 1, 5), torch.rand(4), torch.Generator().manual_seed(2))
+    assert shifted.shape == images.shape
+    assert bool(shifted.isfinite().all())
+
+
 def test_simulated_streams_repeat_by_seed_and_some_are_clean() -> None:
     images = torch.randint(0, 256, (50, 1, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
     labels = torch.arange(50) % 5
