@@ -178,7 +178,7 @@ def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
     from schemas.state import StreamHeader, decode_header
     from worker.audit.read import Record
     from worker.store.store import StateStore
-    from worker.streams.restore import after_last_event
+    from worker.streams.restore import after_last_event, lines_beside
 
     client = StateStore(load_config(config).store)
     headers: dict[str, StreamHeader] = {}
@@ -186,7 +186,7 @@ def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
     for name in client.deleted_streams():
         event = client.deleted(name) or b""
         headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
-        beside += [Record(line, f"where stream {name} was deleted in the store") for line in event.splitlines()]
+        beside += [Record(line, f"where stream {name} was deleted in the store") for line in lines_beside(event)]
     for name, header, event in client.ends():
         # Without a header that can be read the next worker goes on from the event beside it.
         headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
@@ -194,6 +194,6 @@ def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
             headers |= {name: decode_header(header)} if header else {}
         except StateError as error:
             beside.append(Record(b"", f"the state of {name} in the store", str(error)))
-        beside += [Record(line, f"beside the state of {name} in the store") for line in event.splitlines()]
+        beside += [Record(line, f"beside the state of {name} in the store") for line in lines_beside(event)]
     client.close()
     return headers, beside

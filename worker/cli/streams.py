@@ -147,8 +147,8 @@ def delete(
     print(f"deleted: {deleted}")
 
 
-def _plain(found: Listed, kept: list[Snapshot]) -> dict[str, Any]:
-    """The header is null where it cannot be read."""
+def _plain(found: Listed, kept: list[Snapshot | None]) -> dict[str, Any]:
+    """The header is null where it cannot be read, and so is a snapshot."""
     return {
         "stream": found.stream,
         "condition": found.condition,
@@ -156,7 +156,7 @@ def _plain(found: Listed, kept: list[Snapshot]) -> dict[str, Any]:
         "token": found.token,
         "tensor_bytes": found.tensor_bytes,
         "header": found.header and found.header.model_dump(mode="json"),
-        "snapshots": [snapshot.model_dump(mode="json") for snapshot in kept],
+        "snapshots": [snapshot and snapshot.model_dump(mode="json") for snapshot in kept],
     }
 
 

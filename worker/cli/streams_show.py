@@ -23,7 +23,9 @@ MEANING = {
 }
 
 
-def show(console: Console, found: Listed, snapshots: Sequence[Snapshot], policy: Policy, proxies: Proxies) -> None:
+def show(
+    console: Console, found: Listed, snapshots: Sequence[Snapshot | None], policy: Policy, proxies: Proxies
+) -> None:
     """`policy` is what holds for the stream, `proxies` what its state says of its accuracy."""
     colour = COLOURS.get(found.condition, "red")
     meaning = f": {found.foreign}" if found.foreign else MEANING[found.condition]
@@ -103,11 +105,14 @@ def _places(offsets: dict[str, int]) -> str:
     return ", ".join(f"{log}/{offset}" for log, offset in sorted(offsets.items())) or "nothing yet"
 
 
-def _snapshots(snapshots: Sequence[Snapshot]) -> Table:
+def _snapshots(snapshots: Sequence[Snapshot | None]) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
     for name in ("roll back", "step", "taken, UTC", "estimated accuracy", "why"):
         table.add_column(name, justify="right" if name in ("roll back", "step") else "left", overflow="fold")
     for number, kept in enumerate(snapshots, 1):
+        if kept is None:
+            table.add_row(str(number), "-", "-", "-", "it is damaged or too large: roll back to another")
+            continue
         accuracy = "-" if kept.proxies is None else _accuracy(kept.proxies)
         cells = (str(number), f"{kept.header.step:,}", f"{kept.time:%Y-%m-%d %H:%M:%S}", accuracy, kept.reason)
         table.add_row(*(Text(printable(cell)) for cell in cells))

@@ -15,6 +15,7 @@ from schemas.config import WorkerConfig
 from schemas.errors import StateError
 from schemas.policy import Policy
 from schemas.state import (
+    MAX_EVENTS_BYTES,
     Snapshot,
     StreamHeader,
     StreamState,
@@ -76,9 +77,9 @@ class Operator:
         header = found.header or StreamHeader(stream=found.stream, bundle="", method="")
         return self._policies.of(header), self._engine.estimate(header)
 
-    def snapshots(self, stream: str) -> list[Snapshot]:
-        """What is kept for rollback, newest first."""
-        return [read_snapshot(said) for said, _ in self._store.snapshots(stream)]
+    def snapshots(self, stream: str) -> list[Snapshot | None]:
+        """What is kept for rollback, newest first; None for what cannot be read."""
+        return [_snapshot(said) for said in self._store.snapshots(stream)]
 
     def export(self, stream: str) -> bytes:
         """The stream's state as one file."""
@@ -93,7 +94,7 @@ class Operator:
         """Back to a snapshot: 1 is the newest."""
         command = Command(stream=stream, action="rollback", snapshot=back, reason=reason)
         self._known(stream)
-        self._chosen(self._store.snapshots(stream), stream, back)
+        self._chosen(stream, back)
         return self._obey(command)
 
     def import_file(self, stream: str, content: bytes, reason: str) -> UpdateEvent:
@@ -126,6 +127,11 @@ class Operator:
     def _change(self, stream: str, change: Callable[[Subject, int], Entry]) -> UpdateEvent:
         (claimed,) = self._store.claim([stream], self._name)
         _refuse_foreign(stream, claimed.foreign)
+        if len(claimed.event or b"") > MAX_EVENTS_BYTES // 2:
+            raise StateError(
+                f"too many events of stream {stream!r} wait beside its state and nothing was changed; a worker that "
+                f"gets a frame or a command for it publishes them"
+            )
         # Events wait beside the state until the stream's next worker publishes them.
         entry = replace(change(self._subject(stream, claimed), claimed.token), waiting=claimed.event or b"")
         if self._store.write([as_write(entry, claimed.token, self._compression)]) != [True]:
@@ -142,11 +148,17 @@ class Operator:
             tensors = decode_state(claimed.header or b"", claimed.tensors or b"", self._like, self._limit).tensors
         except StateError:  # What cannot be read is about to be replaced.
             header = header if header.events else after_last_event(header, claimed.event)
-        snapshots = self._store.snapshots(stream)
-        return Subject(header, tensors, lambda back: self._chosen(snapshots, stream, back))
+        return Subject(header, tensors, lambda back: self._chosen(stream, back))
 
-    def _chosen(self, snapshots: list[tuple[bytes, bytes]], stream: str, back: int) -> tuple[Snapshot, State]:
-        return chosen_snapshot(snapshots, stream, back, self._like, self._bundle, self._limit)
+    def _chosen(self, stream: str, back: int) -> tuple[Snapshot, State]:
+        return chosen_snapshot(self._store, stream, back, self._like, self._bundle, self._limit)
+
+
+def _snapshot(said: bytes) -> Snapshot | None:
+    try:
+        return read_snapshot(said)
+    except StateError:
+        return None
 
 
 def listed(store: StateStore, streams: list[str] | None = None) -> list[Listed]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from schemas.state import MAX_EVENTS_BYTES, MAX_HEADER_BYTES
+
+MAX_OWNER_BYTES = 1_000
+
 # The first key that no worker wrote, as {key, type}. The scripts below are given a stream's keys in this order.
 # A token has at most 15 digits: more are no number that Lua can tell from the next, and in the end none to be raised.
 _FOREIGN = """
@@ -22,11 +26,17 @@ end
 local strange = foreign()
 """
 
-# A string; an empty one where it has more bytes than that. Whoever reads it takes it for damaged.
-_WITHIN = """
+# A string, or a field of the stream's hash; an empty one where it has more bytes than it may. Whoever reads it takes it
+# for damaged.
+_WITHIN = f"""
+local most_of = {{header = {MAX_HEADER_BYTES}, event = {MAX_EVENTS_BYTES}, owner = {MAX_OWNER_BYTES}}}
 local function within(key, most)
   if redis.call('STRLEN', key) > tonumber(most) then return '' end
   return redis.call('GET', key)
+end
+local function field(name)
+  if redis.call('HSTRLEN', KEYS[1], name) > most_of[name] then return '' end
+  return redis.call('HGET', KEYS[1], name)
 end
 """
 
@@ -41,7 +51,8 @@ if strange then return strange end
 if ARGV[2] ~= 'any' and redis.call('EXISTS', KEYS[1]) == 0 then return {0, false, false, false, false} end
 if ARGV[2] == 'last' then redis.call('HDEL', KEYS[1], 'written') end
 if redis.call('EXISTS', KEYS[1]) == 0 then
-  local last = redis.call('GET', KEYS[5])
+  local last = within(KEYS[5], most_of['event'])
+  if last == '' then last = redis.call('GETRANGE', KEYS[5], 0, 15) end
   local number, event = string.match(last or '', '^(%d+)\\n?(.*)$')
   if number and is_token(number) then redis.call('HSET', KEYS[1], 'token', number) end
   if event and event ~= '' then redis.call('HSET', KEYS[1], 'event', event) end
@@ -50,8 +61,7 @@ end
 local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
 redis.call('HSET', KEYS[1], 'owner', ARGV[1])
 redis.call('HDEL', KEYS[1], 'written')
-local stored = redis.call('HMGET', KEYS[1], 'header', 'event')
-return {token, stored[1], within(KEYS[2], ARGV[3]), stored[2], within(KEYS[4], ARGV[3])}
+return {token, field('header'), within(KEYS[2], ARGV[3]), field('event'), within(KEYS[4], ARGV[3])}
 """
 )
 
@@ -61,20 +71,45 @@ READ = (
     + _WITHIN
     + """
 if strange then return strange end
-local stored = redis.call('HMGET', KEYS[1], 'token', 'header', 'event')
-return {tonumber(stored[1]) or 0, stored[2], within(KEYS[2], ARGV[1]), stored[3], within(KEYS[4], ARGV[1])}
+local token = tonumber(redis.call('HGET', KEYS[1], 'token')) or 0
+return {token, field('header'), within(KEYS[2], ARGV[1]), field('event'), within(KEYS[4], ARGV[1])}
 """
 )
 
 OVERVIEW = (
     _FOREIGN
+    + _WITHIN
     + """
 if strange then return strange end
-local stored = redis.call('HMGET', KEYS[1], 'token', 'owner', 'header')
-local sizes = {redis.call('STRLEN', KEYS[2]), redis.call('LLEN', KEYS[3])}
-return {tonumber(stored[1]) or 0, stored[2], stored[3], sizes[1], sizes[2]}
+local token = tonumber(redis.call('HGET', KEYS[1], 'token')) or 0
+return {token, field('owner'), field('header'), redis.call('STRLEN', KEYS[2]), redis.call('LLEN', KEYS[3])}
 """
 )
+
+# KEYS: a stream's snapshots. ARGV: which, 0 the newest; how many bytes it may have. Returns how many there are, and
+# that one: empty where it has more. Nothing where something else is there.
+SNAPSHOT = """
+local count = redis.pcall('LLEN', KEYS[1])
+if type(count) == 'table' then return {} end
+local content = redis.call('LINDEX', KEYS[1], ARGV[1]) or ''
+if #content > tonumber(ARGV[2]) then content = '' end
+return {count, content}
+"""
+
+# KEYS: a stream's snapshots. ARGV: how many may be. Returns what is said of each, as `worker.store.store` puts it
+# before the tensors: empty where that is too much. Nothing where something else is there.
+SAID = f"""
+local count = redis.pcall('LLEN', KEYS[1])
+if type(count) == 'table' then return false end
+local said = {{}}
+for i = 0, math.min(count, tonumber(ARGV[1])) - 1 do
+  local content = redis.call('LINDEX', KEYS[1], i)
+  local a, b, c, d = string.byte(content, 1, 4)
+  local length = d and a + 256 * (b + 256 * (c + 256 * d)) or 0
+  said[i + 1] = length <= {MAX_HEADER_BYTES} and string.sub(content, 5, 4 + length) or ''
+end
+return said
+"""
 
 # ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep, number,
 # approved or '', '1' where those that are there have to stay, number of the write that these are of or ''. Returns 1
@@ -123,14 +158,38 @@ return 1
 """
 )
 
-# KEYS: a partition's mark. False where there is none; empty where something else is there.
+# KEYS: a partition's mark. ARGV: how many bytes it may have. False where there is none; empty where something else is
+# there.
 MARK = """
-local found = redis.pcall('GET', KEYS[1])
-return type(found) == 'table' and '' or found
+local length = redis.pcall('STRLEN', KEYS[1])
+if type(length) == 'table' or length > tonumber(ARGV[1]) then return '' end
+return redis.call('GET', KEYS[1])
 """
 
 # Nothing where something else is there.
-END = """
-local found = redis.pcall('HMGET', KEYS[1], 'header', 'event')
-return found['err'] and {false, false} or found
+END = (
+    _WITHIN
+    + """
+if redis.call('TYPE', KEYS[1])['ok'] ~= 'hash' then return {false, false} end
+return {field('header'), field('event')}
+"""
+)
+
+# KEYS: what a stream left that was deleted. Nothing where something else is there.
+LAST = (
+    _WITHIN
+    + """
+if redis.call('TYPE', KEYS[1])['ok'] ~= 'string' then return false end
+return within(KEYS[1], most_of['event'])
+"""
+)
+
+# ARGV: cursor, pattern, how many keys are looked at, how long a name may be; longer ones are left out.
+NAMES = """
+local found = redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', ARGV[3])
+local names = {}
+for _, name in ipairs(found[2]) do
+  if #name <= tonumber(ARGV[4]) then names[#names + 1] = name end
+end
+return {found[1], names}
 """

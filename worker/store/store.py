@@ -42,6 +42,7 @@ import redis.exceptions
 from schemas.config import Store as StoreSettings
 from schemas.errors import LoginError, StateError, UnreachableError
 from schemas.frame import MAX_STREAM_BYTES
+from schemas.state import MAX_HEADER_BYTES
 from worker.consume.offsets import Partition
 from worker.store import scripts as scripts
 from worker.store.client import connect
@@ -51,13 +52,14 @@ log = logging.getLogger("driftkeel.store")
 Result = TypeVar("Result")
 Which = Literal["any", "known", "last"]
 KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
+MOST_SNAPSHOTS = 100  # that any configuration keeps of a stream
 OFFSET_DIGITS = 18  # of any offset that a broker will ever give
 
 
 @dataclass(frozen=True)
 class Claimed:
     """A claim, and what was stored: header is None for a stream never written, `packed` (its tensors) also for an
-    expired one. Tensors are empty where they have more bytes than may be.
+    expired one. Header, event and tensors are empty where they have more bytes than may be: nobody reads those.
 
     `foreign` says what lies under one of the stream's keys that no worker wrote; then nothing is claimed, token is 0.
     So it is for a new stream where only known ones were to be claimed.
@@ -180,8 +182,8 @@ class StateStore:
 
     def deleted(self, stream: str) -> bytes | None:
         """The last event of a stream that was deleted; None where none was, or it has begun anew."""
-        content: bytes | None = self._reach(lambda client: client.get(self._all_keys(stream)[-1]))
-        return content and content.partition(b"\n")[2]
+        (content,) = self._scripts(scripts.LAST, [(self._all_keys(stream)[-1:], [])])
+        return None if content is None else content.partition(b"\n")[2]
 
     def deleted_streams(self) -> Iterator[str]:
         """All streams that were deleted and have not begun anew, in no order."""
@@ -202,17 +204,23 @@ class StateStore:
             for row in rows
         ]
 
-    def snapshots(self, stream: str) -> list[tuple[bytes, bytes]]:
-        """Kept states as (what was said of them, packed tensors), newest first. Raises StateError where nothing such
-        is."""
+    def snapshots(self, stream: str) -> list[bytes]:
+        """What was said of kept states, newest first; empty where that is damaged. Raises StateError where something
+        else is there."""
         key = self.keys(stream)[2]
-        try:
-            packed = self._reach(lambda client: client.lrange(key, 0, -1))
-        except UnreachableError as error:
-            if str(error.__cause__).startswith("WRONGTYPE"):
-                raise StateError(f"key {key} in the store is no list of snapshots: no worker wrote it") from error
-            raise
-        return [_split(content) for content in packed]
+        (said,) = self._scripts(scripts.SAID, [([key], [MOST_SNAPSHOTS])])
+        if said is None:
+            raise _no_snapshots(key)
+        return list(said)
+
+    def snapshot(self, stream: str, back: int) -> tuple[int, bytes, bytes]:
+        """How many states are kept; and of the `back`th newest what was said of it, and its packed tensors. Both are
+        empty where there is none, it is damaged, or has more bytes than may be. Raises StateError as `snapshots`."""
+        key = self.keys(stream)[2]
+        (found,) = self._scripts(scripts.SNAPSHOT, [([key], [back - 1, self._most + MAX_HEADER_BYTES])])
+        if not found:
+            raise _no_snapshots(key)
+        return found[0], *_split(found[1])
 
     def count(self) -> int:
         """How many streams have a state."""
@@ -242,8 +250,10 @@ class StateStore:
             where = {} if node is None else {"target_nodes": node}
             cursor = -1
             while cursor:
-                scan = partial(_scan, max(0, cursor), f"{prefix}*{suffix}", where)
-                cursor, names = self._reach(scan)
+                pattern = f"{prefix}*{suffix}"
+                most = len(pattern) + 3 * MAX_STREAM_BYTES  # as `keys` writes a name
+                asked = max(0, cursor), pattern, KEYS_AT_ONCE, most
+                cursor, names = self._reach(partial(_scan, asked, where))
                 found = [name.decode(errors="replace")[len(prefix) : -len(suffix)] for name in names]
                 yield [stream for part in found if _is_name(stream := unquote(part), part)]
 
@@ -263,9 +273,9 @@ class StateStore:
         keys = [self._mark_key(group, p) for p in partitions]
         marks = {}
         for partition, key, found in zip(
-            partitions, keys, self._scripts(scripts.MARK, [([k], []) for k in keys]), strict=True
+            partitions, keys, self._scripts(scripts.MARK, [([k], [OFFSET_DIGITS]) for k in keys]), strict=True
         ):
-            if found is not None and found.isdigit() and len(found) <= OFFSET_DIGITS:
+            if found is not None and found.isdigit():
                 marks[partition] = int(found)
             elif found is not None:
                 log.warning("key %s in the store is no mark and is written anew", key)
@@ -379,11 +389,9 @@ def _is_name(stream: str, written: str) -> bool:
     return quote(stream, safe="") == written and len(stream.encode()) <= MAX_STREAM_BYTES
 
 
-def _scan(cursor: int, pattern: str, where: dict[str, Any], client: Any) -> tuple[int, list[bytes]]:
-    after, names = client.scan(cursor, pattern, KEYS_AT_ONCE, **where)
-    if isinstance(after, dict):  # A Cluster's answer: of one node.
-        (after,) = after.values()
-    return after, names
+def _scan(asked: tuple[Any, ...], where: dict[str, Any], client: Any) -> tuple[int, list[bytes]]:
+    after, names = client.execute_command("EVAL", scripts.NAMES, 0, *asked, **where)
+    return int(after), names
 
 
 def _join(said: bytes, tensors: bytes) -> bytes:
@@ -391,8 +399,11 @@ def _join(said: bytes, tensors: bytes) -> bytes:
 
 
 def _split(content: bytes) -> tuple[bytes, bytes]:
-    try:
-        (length,) = struct.unpack_from("<I", content)
-    except struct.error as error:
-        raise StateError("a snapshot in the store is damaged") from error
+    if len(content) < 4:
+        return b"", b""
+    (length,) = struct.unpack_from("<I", content)
     return content[4 : 4 + length], content[4 + length :]
+
+
+def _no_snapshots(key: str) -> StateError:
+    return StateError(f"key {key} in the store is no list of snapshots: no worker wrote it; rename or delete it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -23,12 +22,13 @@ from schemas.state import (
 from schemas.update import Decision, SealedEvent, UpdateEvent
 from worker.engine.engine import Engine
 from worker.store.compress import unpack
-from worker.store.store import Claimed
+from worker.store.store import Claimed, StateStore
 from worker.streams.obey import moved
 from worker.streams.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
 MAX_EVENT_BYTES = 1_000_000  # a larger one is none of a worker's, and brokers refuse it for ever
+MAX_EVENTS = 1 << 16  # in as many bytes as they may have beside a state; none has 256 bytes or fewer
 
 
 @dataclass(frozen=True)
@@ -112,17 +112,23 @@ class Restorer:
 
 
 def chosen_snapshot(
-    snapshots: Sequence[tuple[bytes, bytes]], stream: str, back: int, like: State, bundle: str, max_bytes: int
+    store: StateStore, stream: str, back: int, like: State, bundle: str, max_bytes: int
 ) -> tuple[Snapshot, State]:
     """The `back`th of stored snapshots, 1 being the newest. Raises StateError where there is none that fits, within
     `max_bytes`."""
-    if not snapshots:
+    count, said, packed = store.snapshot(stream, back)
+    if not count:
         raise StateError(f"stream {stream!r} has no snapshots yet; 'reset' leads back to the source model")
-    if not 1 <= back <= len(snapshots):
-        kept = f"{len(snapshots)} snapshot{'' if len(snapshots) == 1 else 's'}"
+    if not 1 <= back <= count:
+        kept = f"{count} snapshot{'' if count == 1 else 's'}"
         raise StateError(f"stream {stream!r} has {kept}, there is no number {back}; 'streams show' lists them")
-    said, packed = snapshots[back - 1]
-    snapshot, state = decode_snapshot(said, unpack(packed, max_bytes), like, bundle)
+    try:
+        if not said:
+            raise StateError(f"it is damaged, or has more than store.max_state_bytes = {max_bytes}")
+        snapshot, state = decode_snapshot(said, unpack(packed, max_bytes), like, bundle)
+    except StateError as error:
+        elsewhere = "roll back to another, or reset the stream to the source model"
+        raise StateError(f"snapshot {back} of stream {stream!r} cannot be used: {error}; {elsewhere}") from error
     return snapshot, state.tensors
 
 
@@ -138,7 +144,7 @@ def events_beside(stream: str, content: bytes | None) -> list[SealedEvent]:
     """The events that lie beside the state of a stream, one a line, or in its place. What no worker wrote there is left
     out: another stream's, one that no broker takes, or a number that no header has room for."""
     found = []
-    for line in (content or b"").splitlines():
+    for line in lines_beside(content):
         if len(line) > MAX_EVENT_BYTES:
             continue
         try:
@@ -148,3 +154,8 @@ def events_beside(stream: str, content: bytes | None) -> list[SealedEvent]:
         if event.stream == stream and event.id == f"{stream}@{event.number}" and event.number < MAX_COUNT:
             found.append(SealedEvent(event, line))
     return found
+
+
+def lines_beside(content: bytes | None) -> list[bytes]:
+    """What lies beside a state, one event a line. Where there are more than can be, the last line has the rest."""
+    return content.split(b"\n", MAX_EVENTS) if content else []

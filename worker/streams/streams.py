@@ -15,7 +15,7 @@ from monitoring.observe import decided
 from schemas.config import Adapt
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
-from schemas.state import Snapshot, StreamHeader, encode_header, encode_tensors
+from schemas.state import MAX_EVENTS_BYTES, Snapshot, StreamHeader, encode_header, encode_tensors
 from schemas.update import UpdateEvent, seal
 from worker.engine.engine import Engine
 from worker.engine.resident import Resident
@@ -25,12 +25,16 @@ from worker.store.compress import Compression, pack
 from worker.store.store import StateStore, Which, Write
 from worker.streams.newcomers import Newcomers
 from worker.streams.obey import Entry
-from worker.streams.restore import Restored, Restorer, chosen_snapshot, events_beside
+from worker.streams.restore import Restored, Restorer, chosen_snapshot, events_beside, lines_beside
 from worker.streams.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
 Result = TypeVar("Result")
 LOOK_AGAIN_S = 30.0  # for streams that cannot be stored
+LOST_EVENTS = (
+    "the events beside the state of stream %s are empty or have more than %d bytes, and none of them is published; "
+    "'driftkeel audit verify --store' says whether one is missing"
+)
 CLAIM_BYTES = 16 << 20  # of states that one answer of the store brings, where none is larger
 
 
@@ -110,6 +114,8 @@ class Streams:
             self._publish_again(stream, claimed.event)
             restored = self._restorer.restored(stream, claimed)
             stored = claimed.header is not None and not restored.change
+            if claimed.event == b"" and restored.state.header.events:
+                log.warning(LOST_EVENTS, stream, MAX_EVENTS_BYTES, extra=_of(stream))
             self.engine.admit(restored.state, claimed.token, stored, restored.approved)
             if restored.change:
                 changed.append(replace(self._changed(restored, restored.change), waiting=claimed.event or b""))
@@ -202,9 +208,8 @@ class Streams:
 
     def kept(self, stream: str, back: int) -> tuple[Snapshot, State]:
         """The stream's `back`th newest snapshot. Raises StateError where there is none that fits."""
-        snapshots = self._heal(lambda: self._store.snapshots(stream))
         like, bundle = self.engine.like, self.engine.bundle_hash
-        return chosen_snapshot(snapshots, stream, back, like, bundle, self._max_state_bytes)
+        return self._heal(lambda: chosen_snapshot(self._store, stream, back, like, bundle, self._max_state_bytes))
 
     def newest(self, stream: str) -> tuple[Snapshot, State] | None:
         """The newest snapshot; None where there is none that fits."""
@@ -269,7 +274,7 @@ class Streams:
     def _publish_again(self, stream: str, content: bytes | None) -> None:
         """The last events may not have reached the topic before their worker died. Consumers deduplicate on the id."""
         events = events_beside(stream, content)
-        if strange := len((content or b"").splitlines()) - len(events):
+        if strange := len(lines_beside(content)) - len(events):
             log.warning("%d lines beside the state of stream %s are no events of its own", strange, stream)
         for sealed in events:
             self._publisher.update(sealed)
@@ -288,7 +293,7 @@ def as_write(entry: Entry, token: int, compression: Compression) -> Write:
         token,
         header.events,
         encode_header(header),
-        b"\n".join((*entry.waiting.splitlines(), *(sealed.content for sealed in entry.events))),
+        b"\n".join(filter(None, (entry.waiting, *(sealed.content for sealed in entry.events)))),
         pack(encode_tensors(tensors, header.step), compression) if tensors is not None else None,
         entry.snapshot.model_dump_json().encode() if entry.snapshot else None,
         pack(encode_tensors(approved, header.approved or 0), compression) if approved is not None else None,

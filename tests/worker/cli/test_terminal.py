@@ -31,7 +31,7 @@ def header(**changes: Any) -> StreamHeader:
 
 
 def shown(
-    found: StreamHeader | None, policy: Policy | None = None, kept: tuple[Snapshot, ...] = (), **changes: Any
+    found: StreamHeader | None, policy: Policy | None = None, kept: tuple[Snapshot | None, ...] = (), **changes: Any
 ) -> str:
     fields = {"stream": "cam", "owner": "w-1", "token": 4, "header": found, "tensor_bytes": 7_120, "snapshots": 1}
     console = Console(width=200)
@@ -88,6 +88,10 @@ def test_what_is_wrong_stands_first() -> None:
     text = "cam  expired: its next frame finds the source model, unless a worker still has it in memory"
     assert text in shown(header(), tensor_bytes=0)
     assert "cam  foreign: key k in the store is a list" in shown(header(), foreign="key k in the store is a list")
+
+
+def test_a_snapshot_that_cannot_be_read_has_a_row() -> None:
+    assert "it is damaged or too large: roll back to another" in shown(header(), kept=(None,))
 
 
 def test_nothing_from_outside_steers_the_terminal() -> None:

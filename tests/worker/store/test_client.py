@@ -56,7 +56,8 @@ def exercise(store: StateStore) -> None:
     )
     assert [c.header for c in store.claim(STREAMS, "w2")] == [s.encode() for s in STREAMS]
     assert sorted(store.streams()) == sorted(STREAMS)
-    assert store.snapshots("cam-3") == [(b"cam-3", b"t" * 5_000)]
+    assert store.snapshots("cam-3") == [b"cam-3"]
+    assert store.snapshot("cam-3", 1) == (1, b"cam-3", b"t" * 5_000)
     assert store.read("cam-7").token == 3
     assert [(o.owner, o.tensor_bytes, o.snapshots) for o in store.overview(STREAMS)] == [("w2", 5_000, 1)] * 40
     partitions = [("frames", i) for i in range(9)]

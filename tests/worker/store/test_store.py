@@ -135,6 +135,8 @@ def test_a_key_of_another_type_is_not_touched(store: StateStore, store_url: str,
     assert part == 0 or client.hget(store.keys("cam")[0], "header") is None
     with pytest.raises(StateError, match="no list of snapshots") if part == 2 else contextlib.nullcontext():
         assert store.snapshots("cam") == []
+    with pytest.raises(StateError, match="no list of snapshots") if part == 2 else contextlib.nullcontext():
+        assert store.snapshot("cam", 1) == (0, b"", b"")
     client.close()
 
 
@@ -240,6 +242,69 @@ def test_no_more_of_a_state_is_read_than_it_may_have(
         assert other.tensors == other.approved == noise
 
 
+LONG = 40 << 20
+PUT = {
+    "header": lambda client, keys: client.hset(keys[0], "header", bytes(LONG)),
+    "event": lambda client, keys: client.hset(keys[0], "event", bytes(LONG)),
+    "owner": lambda client, keys: client.hset(keys[0], "owner", bytes(LONG)),
+    "snapshot": lambda client, keys: client.lset(keys[2], 0, b"\1\0\0\0s" + bytes(LONG)),
+    "what is said of a snapshot": lambda client, keys: client.lset(keys[2], 0, b"\0\0\0\1" + bytes(LONG)),
+    "deleted": lambda client, keys: client.set(f"{keys[0]}:deleted", b"7\n" + bytes(LONG)),
+    "name": lambda client, keys: client.set(keys[0][:-1] + "x" * LONG + "}", 1),
+}
+
+
+@pytest.mark.parametrize("what", PUT)
+def test_what_is_longer_than_it_may_be_is_not_fetched(
+    open_store: OpenStore, store_settings: Store, store_url: str, what: str
+) -> None:
+    """Each of these was fetched whole, and the memory of every worker and command that met the stream grew by it."""
+    store = open_store(store_settings.model_copy(update={"max_state_bytes": 1 << 20}))
+    store.claim(["cam", "other"], "w")
+    assert store.write([replace(write(s, 1), snapshot=b"s") for s in ("cam", "other")]) == [True, True]
+    client = redis.Redis.from_url(store_url)
+    PUT[what](client, store.keys("cam"))
+    client.close()
+    tracemalloc.start()
+    try:
+        assert [found.owner for found in store.overview(["cam", "other"])] == ["" if what == "owner" else "w", "w"]
+        for cam, other in (store.claim(["cam", "other"], "w"), (store.read("cam"), store.read("other"))):
+            assert (cam.header, cam.event) == (
+                b"" if what == "header" else b"header",
+                b"" if what == "event" else b"event",
+            )
+            assert (other.header, other.event) == (b"header", b"event")
+        assert store.snapshots("cam") == [b"" if what == "what is said of a snapshot" else b"s"]
+        assert store.snapshot("cam", 1) == (1, *((b"", b"") if "snapshot" in what else (b"s", b"t")))
+        assert store.snapshot("other", 1) == (1, b"s", b"t")
+        assert {name for name, _, _ in store.ends()} == set(store.streams()) == {"cam", "other"}
+        assert store.deleted("cam") == (b"" if what == "deleted" else None)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_mark_without_end_is_not_fetched(store: StateStore, store_url: str) -> None:
+    client = redis.Redis.from_url(store_url)
+    client.set(store._mark_key("group", ("frames", 0)), b"7" * LONG)
+    client.close()
+    tracemalloc.start()
+    try:
+        assert store.marks("group", [("frames", 0)]) == {}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_tokens_go_on_behind_a_last_event_that_is_too_long(store: StateStore, store_url: str) -> None:
+    client = redis.Redis.from_url(store_url)
+    client.set(store._all_keys("cam")[-1], b"7\n" + bytes(LONG))
+    client.close()
+    (claimed,) = store.claim(["cam"], "next")
+    assert (claimed.token, claimed.header) == (8, None)
+    assert len(claimed.event or b"") < 16
+
+
 def test_unreachable_store_names_its_address_and_no_password(open_store: OpenStore) -> None:
     port = free_port()
     store = open_store(Store(url=f"redis://user:geheim@127.0.0.1:{port}/0"))
@@ -254,8 +319,10 @@ def test_snapshots_are_kept_newest_first_and_bounded(open_store: OpenStore, stor
     store.claim(["cam"], "w")
     for i in range(4):
         store.write([Write("cam", 1, i, b"h%d" % i, b"e", b"t%d" % i, snapshot=b"s%d" % i if i != 1 else None)])
-    assert store.snapshots("cam") == [(b"s3", b"t3"), (b"s2", b"t2")]
+    assert store.snapshots("cam") == [b"s3", b"s2"]
+    assert [store.snapshot("cam", back) for back in (1, 2, 3)] == [(2, b"s3", b"t3"), (2, b"s2", b"t2"), (2, b"", b"")]
     assert store.snapshots("unknown") == []
+    assert store.snapshot("unknown", 1) == (0, b"", b"")
 
 
 def test_idle_tensors_expire_and_the_header_stays(open_store: OpenStore, store_settings: Store, store_url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,8 +17,9 @@ from meta.bundle import Bundle
 from meta.method import State
 from schemas.command import Command
 from schemas.config import Kafka, Store
+from schemas.errors import StateError
 from schemas.policy import Policy
-from schemas.state import DriftWatch, GuardState, RunningProxies, decode_header, encode_header
+from schemas.state import DriftWatch, GuardState, RunningProxies, Snapshot, decode_header, encode_header
 from schemas.update import Proxies, UpdateEvent, digest, seal
 from tests.conftest import make_streams
 from tests.servers import wait_until
@@ -26,6 +28,7 @@ from worker.guard.answer import Policies
 from worker.publish.publisher import Publisher
 from worker.store.store import Claimed, StateStore, Write
 from worker.streams.obey import Entry, Place, Subject, obey
+from worker.streams.restore import events_beside
 from worker.streams.streams import Streams
 
 
@@ -126,6 +129,66 @@ def test_an_event_that_is_none_of_the_streams_own_is_neither_published_nor_follo
     (record,) = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 1)
     reset = UpdateEvent.model_validate_json(record.value)
     assert (reset.id, reset.decision, reset.previous) == ("cam@1", "reset", "")
+
+
+def test_a_header_and_events_that_are_too_long_cost_their_own_stream_alone(
+    site: Site, topic, store_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = site.worker("first")
+    first.ensure(["cam", "long", "other"])
+    entry = change(first, "freeze")
+    others = [Entry(first.engine.resident(s).header.model_copy(update={"events": 7}), ()) for s in ("long", "other")]
+    assert first.write([entry, *others]) == [True] * 3
+    client = redis.Redis.from_url(store_url)
+    client.hset(site.store.keys("cam")[0], mapping={"header": b"{" * 400_000, "event": b"{" * (20 << 20)})
+    client.hset(site.store.keys("long")[0], "event", b"{" * (20 << 20))
+    client.hset(site.store.keys("other")[0], "event", entry.events[0].content)
+    client.close()
+    second = site.worker("second")
+    second.ensure(["cam", "long", "other"])
+    site.settle()
+    (record,) = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 1)
+    reset = UpdateEvent.model_validate_json(record.value)
+    assert (reset.id, reset.decision) == ("cam@1", "reset")
+    assert reset.reason == "the header of the stored state is empty or has more than 262144 bytes"
+    assert [second.engine.resident(stream).stored for stream in ("long", "other")] == [True, True]
+    said = sorted(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert said[0] == "1 lines beside the state of stream other are no events of its own"
+    assert said[1].startswith("stream cam restarts from source: ")
+    assert said[2].startswith("the events beside the state of stream long are empty or have more than 16777216 bytes")
+    assert len(said) == 3
+
+
+def test_a_snapshot_that_is_too_large_is_named_and_another_can_be_had(site: Site, store_url: str) -> None:
+    first = site.worker("first")
+    first.ensure(["cam"])
+    streams = site.worker("w", max_state_bytes=100_000)
+    for number in (1, 2):
+        tensors = {name: t.clone() for name, t in first.engine.tensors("cam").items()}
+        entry = replace(change(first, "freeze"), tensors=tensors)
+        about = Snapshot(time=datetime.now(UTC), reason=str(number), header=entry.header)
+        assert first.write([replace(entry, snapshot=about)]) == [True]
+    client = redis.Redis.from_url(store_url)
+    key = site.store.keys("cam")[2]
+    client.lset(key, 0, client.lindex(key, 0) + bytes(400_000))
+    client.close()
+    with pytest.raises(
+        StateError, match=r"snapshot 1 of stream 'cam' cannot be used: .*max_state_bytes = 100000; roll"
+    ):
+        streams.kept("cam", 1)
+    assert streams.kept("cam", 2)[0].reason == "1"
+    assert streams.newest("cam") is None  # back to source
+
+
+def test_lines_without_end_beside_a_state_are_not_taken_apart(site: Site) -> None:
+    """Each line was an object of its own: of 16 MB it was hundreds."""
+    content = b"ab\n" * 5_000_000
+    tracemalloc.start()
+    try:
+        assert events_beside("cam", content) == []
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(content)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("lost", ["tensors", "header"])
