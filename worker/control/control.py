@@ -32,15 +32,17 @@ log = logging.getLogger("driftkeel.control")
 ORPHAN_AFTER_S = 2.0
 AT_ONCE = 32  # streams that obey in one turn of the loop, which stands still meanwhile
 LOOKED_AT_ONCE = 500
+COMMANDS_AT_ONCE = 500  # that a stream obeys with one write: their events lie beside its state, and have their limit
 STANDING = frozenset({"freeze", "unfreeze", "policy"})  # what also holds for a stream that begins later
 
 
 @dataclass(frozen=True)
 class _Obeyed:
-    """What becomes of a stream, and the actions that its events are of."""
+    """What becomes of a stream, the actions that its events are of, and whether it has more to obey."""
 
     entry: Entry
     actions: list[Action]
+    more: bool
 
 
 class Control:
@@ -126,7 +128,8 @@ class Control:
         self._metrics.fenced.inc(len(fenced))
         self._streams.release(fenced)
         self._due.update(fenced)
-        return refused + fenced
+        again = [found.entry.header.stream for found, good in zip(obeyed, accepted, strict=True) if good and found.more]
+        return refused + fenced + self._run(again)
 
     def _look_later(self, streams: Iterable[str]) -> None:
         """See whether anybody has these streams: not at once, and not all workers at the same moment."""
@@ -197,6 +200,8 @@ class Control:
         header, own, tensors, approved = resident.header, self._engine.tensors(stream), None, None
         events: tuple[SealedEvent, ...] = ()
         meant = _meant(waiting, resident)
+        if more := len(meant) > COMMANDS_AT_ONCE:
+            waiting = meant = meant[:COMMANDS_AT_ONCE]
         for numbered in meant:
             subject = Subject(header, tensors or own, partial(self._streams.kept, stream))
             entry = obey(numbered.command, subject, self._place, resident.token)
@@ -205,7 +210,9 @@ class Control:
         if not meant:
             resident.header = _done(header, waiting)
             return None
-        return _Obeyed(Entry(_done(header, waiting), events, tensors, approved), [n.command.action for n in meant])
+        return _Obeyed(
+            Entry(_done(header, waiting), events, tensors, approved), [n.command.action for n in meant], more
+        )
 
     def _finish(self, obeyed: _Obeyed) -> None:
         entry, stream = obeyed.entry, obeyed.entry.header.stream

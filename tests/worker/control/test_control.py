@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import pytest
 import redis
@@ -12,22 +13,24 @@ import redis
 from meta.bundle import Bundle
 from monitoring.metrics import WorkerMetrics
 from schemas.command import Command
-from schemas.config import Kafka, Store
+from schemas.config import Kafka, Store, WorkerConfig
 from schemas.errors import StateError, UnreachableError
 from schemas.frame import Position
 from schemas.policy import Policy
-from schemas.state import decode_header
+from schemas.state import Snapshot, decode_header
 from schemas.update import UpdateEvent
 from tests.conftest import make_streams
 from worker.control import retire
 from worker.control.commands import CommandList
 from worker.control.control import AT_ONCE, Control
-from worker.control.operate import require_known
+from worker.control.operate import Operator, require_known
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies
 from worker.publish.publisher import Publisher
+from worker.store import store as store_module
 from worker.store.store import StateStore
 from worker.streams.obey import Entry
+from worker.streams.restore import events_beside
 
 
 class Worker:
@@ -144,7 +147,7 @@ def test_a_command_to_all_goes_through_the_store_in_pieces(
     worker.streams.write([change_nothing(worker, stream) for stream in silent])
     worker.streams.release(silent)
     control, scans = worker.control, []
-    scan = redis.Redis.scan
+    scan = store_module._scan
 
     def third_fails(*args, **kwargs):
         scans.append(args)
@@ -161,7 +164,7 @@ def test_a_command_to_all_goes_through_the_store_in_pieces(
 
     healed.times = 0
     control._heal = healed
-    monkeypatch.setattr(redis.Redis, "scan", third_fails)
+    monkeypatch.setattr(store_module, "_scan", third_fails)
     tell(commands, 1, "*")
     control.listen()
     moment = time.monotonic() + 10
@@ -235,6 +238,51 @@ def test_what_means_nothing_to_a_stream_that_begins_is_not_done_to_it_later(
     worker.streams.release(["a", "b"])
     worker.control.met(worker.streams.ensure(["a", "b"]))
     assert worker.control.due == set()
+
+
+def test_many_commands_are_obeyed_in_pieces(
+    worker: Worker, commands: CommandList, store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their events lie beside the state, where they have a limit, until the broker has them."""
+    monkeypatch.setattr("worker.control.control.COMMANDS_AT_ONCE", 3)
+    worker.control.met(worker.streams.ensure(["a"]))
+    for offset in range(8):
+        tell(commands, offset, "a", "unfreeze" if offset % 2 else "freeze")
+    worker.control.listen()
+    assert worker.control.run(()) == []
+    assert (worker.control.due, worker.policy("a").frozen) == (set(), False)
+    stored = store.read("a")
+    assert decode_header(stored.header or b"").commands == {"commands/0": 7}
+    assert [event.event.number for event in events_beside("a", stored.event)] == [7, 8]
+
+
+def test_an_operator_leaves_no_more_events_beside_a_state_than_can_be_read(
+    worker: Worker, store: StateStore, store_settings: Store, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.streams.ensure(["a"])
+    assert worker.streams.write([change_nothing(worker, "a")]) == [True]
+    operator = Operator(WorkerConfig(store=store_settings), store, Engine(tiny_bundle), "operator")
+    operator.reset("a", "once")
+    monkeypatch.setattr("worker.control.operate.MAX_EVENTS_BYTES", 500)
+    before = store.read("a")
+    with pytest.raises(StateError, match="too many events of stream 'a' wait beside its state"):
+        operator.reset("a", "again")
+    assert (store.read("a").header, store.read("a").event) == (before.header, before.event)
+
+
+def test_one_damaged_snapshot_does_not_hide_the_others(
+    worker: Worker, store: StateStore, store_settings: Store, store_url: str, tiny_bundle: Bundle
+) -> None:
+    worker.streams.ensure(["a"])
+    header = worker.streams.engine.resident("a").header
+    about = Snapshot(time=datetime.now(UTC), reason="due", header=header)
+    entry = Entry(header, (), worker.streams.engine.tensors("a"), snapshot=about)
+    assert worker.streams.write([entry]) == [True]
+    client = redis.Redis.from_url(store_url)
+    client.lpush(store.keys("a")[2], b"x")
+    client.close()
+    operator = Operator(WorkerConfig(store=store_settings), store, Engine(tiny_bundle), "operator")
+    assert operator.snapshots("a") == [None, about]
 
 
 def test_a_stream_that_another_claims_is_let_go(worker: Worker, commands: CommandList, store: StateStore) -> None:
