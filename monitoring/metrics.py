@@ -170,7 +170,7 @@ class WorkerMetrics:
         self.resident = Gauge("driftkeel_resident_streams", "Streams whose state is in memory.", registry=r)
         self.homeless = Gauge(
             "driftkeel_homeless_streams",
-            "Streams that source answers, as something else lies under their key in the store.",
+            "Streams that source answers: something else is under their key in the store, or their position is wrong.",
             registry=r,
         )
         self.last_progress = Gauge(

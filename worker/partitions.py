@@ -22,7 +22,7 @@ class Partitions:
         self._batcher, self._streams, self._control = parts.batcher, parts.streams, parts.control
         self._max_streams = max_streams
         self._of: dict[str, set[Partition]] = {}
-        self._beyond: dict[Partition, int] = {}
+        self._beyond: dict[Partition, set[int]] = {}
 
     def load(self, streams: list[str]) -> Callable[[Frame], bool]:
         """Make streams resident; returns what tells whether a frame is folded in already, for `Intake.hand_over`."""
@@ -40,13 +40,14 @@ class Partitions:
             folded = header.positions[frame.position.log] + 1
             if self._consumer.reaches(where, folded):
                 return True
-            self._beyond[where] = max(folded, self._beyond.get(where, 0))
+            self._beyond.setdefault(where, set()).add(folded)
             return False
 
         return is_folded
 
     def doubt(self) -> None:
-        """Streams claim to have folded more than their partition's log has: none of its frames was folded in."""
+        """Streams claim to have folded more than their partition's log has: none of its frames was folded in, unless
+        these streams are found to be wrong."""
         while self._beyond:
             partition, folded = self._beyond.popitem()
             self._consumer.doubt(partition, folded)

@@ -110,7 +110,8 @@ def connect(
     policies = Policies(config.policy, config.streams)
     engine = Engine(bundle, adapt.step_scale, adapt.enabled, config.guard.source_share)
     upgrade = Upgrade(config.bundle, engine)
-    streams = Streams(engine, store, publisher, metrics, name, adapt, config.store, heal, policies, upgrade)
+    shared = metrics, name, adapt, config.store, heal, policies, upgrade, consumer.beyond
+    streams = Streams(engine, store, publisher, *shared)
     if adapt.enabled:
         warm_up(engine, bundle.manifest.preprocess)
     journal = Journal(streams, publisher, offsets, metrics, config.store.write_interval_ms, keep_alive)

@@ -7,18 +7,30 @@ from typing import Any
 
 import pytest
 import redis
+from kafka.partitioner.default import murmur2
 
+from meta.bundle import load_bundle
 from schemas.command import Command
 from schemas.config import Kafka, WorkerConfig
 from schemas.prediction import Prediction
+from schemas.state import decode_header, encode_header
 from schemas.update import UpdateEvent
 from tests.conftest import Topic, picture
-from tests.system.conftest import MakeWorker, metric, turn_until
+from tests.system.conftest import MakeWorker, metric, running, turn_until
+from worker.control.operate import Operator
+from worker.control.retire import delete
 from worker.control.send import put_command
+from worker.engine.engine import Engine
 from worker.run import Worker
+from worker.site.doctor import examine
 from worker.store.store import StateStore
 
 FRAMES = 12
+
+
+def partition_of(stream: str) -> int:
+    """Of the three of the topic of frames."""
+    return int(murmur2(stream.encode()) & 0x7FFFFFFF) % 3
 
 
 @pytest.fixture
@@ -117,6 +129,76 @@ def test_a_key_that_is_taken_while_its_stream_runs(
     assert client.smembers(key) == {b"theirs"}
     assert metric(worker, "homeless_streams") == 1
     assert answers(topic, kafka_settings, 4 * FRAMES)["odd"][-1].parameters == "source"
+
+
+def test_a_position_beyond_the_end_of_a_log_is_its_stream_s_alone(
+    config: WorkerConfig,
+    client: Any,
+    kafka_settings: Kafka,
+    store: StateStore,
+    topic: Topic,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The whole partition was refused, with every camera in it."""
+    # Of one partition.
+    names = [name for name in (f"cam-{i}" for i in range(50)) if partition_of(name) == 0][:4]
+    odd, *others = names
+    key, log = store.keys(odd)[0], f"{kafka_settings.topics.frames}/0"
+    with running(config) as first:
+        send(topic, kafka_settings, first, *names)
+        first._consumer.commit(now=True)
+    before = decode_header(client.hget(key, "header"))
+    client.hset(key, "header", encode_header(before.model_copy(update={"positions": {log: 10**12}})))
+    with running(config) as worker:
+        send(topic, kafka_settings, worker, *names)
+        assert (metric(worker, "refused_partitions"), metric(worker, "homeless_streams")) == (0, 1)
+        assert worker.ready()
+        found = answers(topic, kafka_settings, 8 * FRAMES)
+        assert {p.parameters for p in found[odd][-FRAMES:]} == {"source"}
+        assert [decode_header(client.hget(store.keys(s)[0], "header")).frames for s in others] == [2 * FRAMES] * 3
+        (line,) = {r.getMessage() for r in caplog.records if r.levelname == "ERROR"}
+        assert line.startswith(
+            f"stream {odd} is answered by source, and nothing of it is kept: its position in {log} is "
+        )
+        assert f"'driftkeel streams delete -- {odd}' " in line
+
+        (finding,) = [one for one in examine(config) if one.subject == "positions"]
+        assert finding.level == "failed"
+        assert f"'driftkeel streams delete -- {odd}' " in finding.text
+
+        # As the line says. The parameters come back with `import`; what is read from now on is folded.
+        operator = Operator(config, store, Engine(load_bundle(config.bundle.path)), "operator")
+        kept = operator.export(odd)
+        delete(store, odd, "its position is wrong", "operator")
+        operator.import_file(odd, kept, "its own")
+        monkeypatch.setattr("worker.streams.streams.LOOK_AGAIN_S", 0.0)
+        worker._consumer.commit(now=True)
+        turn_until(worker, lambda: not metric(worker, "homeless_streams"))
+        send(topic, kafka_settings, worker, *names)
+        header = worker._streams.engine.resident(odd).header
+        assert (header.frames, header.step > before.step) == (FRAMES, True)
+        assert header.positions[log] < 10**6
+
+
+def test_a_mark_that_is_nonsense_is_cured_by_hand(
+    config: WorkerConfig, client: Any, kafka_settings: Kafka, store: StateStore, topic: Topic
+) -> None:
+    """As the runbook says."""
+    (stream, *_) = [name for name in (f"cam-{i}" for i in range(50)) if partition_of(name) == 0]
+    with running(config) as first:
+        send(topic, kafka_settings, first, stream)
+        first._consumer.commit(now=True)
+    mark = store._mark_key(kafka_settings.group, (kafka_settings.topics.frames, 0))
+    client.set(mark, 10**12)
+    with running(config) as worker:
+        topic.send(kafka_settings.topics.frames, [(stream.encode(), picture(0), [])])
+        turn_until(worker, lambda: metric(worker, "refused_partitions") == 1)
+    client.delete(mark)
+    with running(config) as worker:
+        send(topic, kafka_settings, worker, stream)
+        assert worker._streams.engine.resident(stream).header.frames == 2 * FRAMES + 1
+        assert (metric(worker, "refused_partitions"), metric(worker, "homeless_streams")) == (0, 0)
 
 
 def test_a_mark_that_is_none_is_written_anew(

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from kafka import KafkaConsumer, TopicPartition
@@ -161,6 +161,7 @@ class FrameConsumer:
         gone |= self._cut({p: part[0].offset for p, part in arrived.items() if p not in gone})
         self._skipped({p: part[0].offset for p, part in arrived.items() if p not in gone})
         for lost in gone:
+            self._short.unfounded.pop(lost, None)
             passed_over = arrived.pop(lost, [])
             self.rewind(lost, passed_over[0].offset if passed_over else None)
         for partition in self._leave_short():
@@ -217,15 +218,24 @@ class FrameConsumer:
 
     def _too_short(self, first: dict[Partition, int], marks: dict[Partition, int]) -> dict[Partition, ShortLog]:
         """Partitions whose log ends before what is said to be folded of it. Their marks stay as they are."""
-        reach = {p: max(marks.get(p, 0), self._short.doubts.get(p, 0)) for p in first}
+        said = {p: self._short.doubts.get(p, set()) | {marks.get(p, 0)} for p in first}
+        reach = {p: max(offsets) for p, offsets in said.items()}
         asked = [TopicPartition(*p) for p, offset in reach.items() if offset > first[p] and not self.reaches(p, offset)]
-        ends = self.consumer.end_offsets(asked, timeout_ms=OFFSETS_TIMEOUT_MS) if asked else {}
-        short = {}
-        for where, end in ends.items():
-            partition = (where.topic, where.partition)
-            if end < reach[partition]:
-                short[partition] = ShortLog(first[partition], end, reach[partition])
-        return without_end(self._settings, short)
+        found = self.consumer.end_offsets(asked, timeout_ms=OFFSETS_TIMEOUT_MS) if asked else {}
+        ends = {(where.topic, where.partition): end for where, end in found.items()}
+        # Where a record is not there, none is behind it.
+        lowest = {p: [offset for offset in said[p] if offset > end] for p, end in ends.items()}
+        short = {p: ShortLog(first[p], ends[p], min(offsets)) for p, offsets in lowest.items() if offsets}
+        short = without_end(self._settings, short)
+        for partition in [p for p, one in short.items() if marks.get(p, 0) <= one.end and self._knows(p, one.end)]:
+            self._short.overrule(partition, lowest[partition])
+            del short[partition]
+        return {p: ShortLog(one.first, one.end, reach[p]) for p, one in short.items()}
+
+    def _knows(self, partition: Partition, end: int) -> bool:
+        """Whether the group has committed an offset to this broker that the log has. Raises KafkaError."""
+        offset = self.consumer.committed(TopicPartition(*partition), timeout_ms=OFFSETS_TIMEOUT_MS)
+        return offset is not None and 0 < offset <= end
 
     def _leave_short(self) -> set[Partition]:
         """Partitions of short logs, of which nothing is taken from this poll. Those that have grown are read again."""
@@ -278,11 +288,20 @@ class FrameConsumer:
         end = self.consumer.highwater(TopicPartition(*partition))
         return end is not None and end >= offset
 
-    def doubt(self, partition: Partition, folded: int) -> None:
-        """A stream says that it has folded this partition up to `folded`, and its log seems to end before that. It is
-        read again, once the broker has been asked."""
+    def doubt(self, partition: Partition, folded: set[int]) -> None:
+        """Streams say that they have folded this partition up to these offsets, and its log seems to end before them.
+        It is read again, once the broker has been asked."""
         self.rewind(partition)
         self._short.doubts[partition] = folded
+
+    def beyond(self, positions: Mapping[str, int]) -> str:
+        """What is wrong with a stream that has these positions, per topic/partition; empty where nothing is known to
+        be. Only partitions that are ours are looked at."""
+        mine = self.assignment()
+        for partition, offset in self._short.wrong(positions).items():
+            if partition in mine and not self.reaches(partition, offset + 1):
+                return f"its position in {partition[0]}/{partition[1]} is {offset}, which that log does not have"
+        return ""
 
     @property
     def refused(self) -> int:

@@ -3,13 +3,18 @@ deleted and created again under its name.
 
 Their frames would all seem to be folded already. So none of them is taken, and nothing is noted of these partitions,
 until the log has grown past that offset. A log that has lost its end (an unclean election of a leader) gets there soon.
+
+Where the partition's mark lies within the log, and so does an offset that the group has committed to this broker, this
+is the log that was folded. A stream that claims more is wrong by itself, and the partition is read.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from shlex import quote
 
 from kafka import KafkaConsumer, TopicPartition
 
@@ -25,29 +30,44 @@ REMEDY = (
 )
 
 
+def cure(stream: str) -> str:
+    """What to do about a stream whose position no frame of its log has."""
+    return (
+        f"'driftkeel streams delete -- {quote(stream)}' lets it begin anew; to keep what it has learnt, 'driftkeel "
+        "streams export' it before and 'import' it after that"
+    )
+
+
 @dataclass(frozen=True)
 class ShortLog:
-    """Reading is to begin at `first`, the log ends at `end`, and is to reach `reach`, all of them offsets."""
+    """Reading is to begin at `first`, the log ends at `end`, and is to reach `reach`, all of them offsets.
+
+    `stream`: who says so, where that is known, and the partition's mark does not.
+    """
 
     first: int
     end: int
     reach: int
+    stream: str = ""
 
     def described(self, partition: Partition) -> str:
         """What is wrong, in a line."""
         topic, number = partition
+        by = f"stream {self.stream}" if self.stream else "the store"
         return (
-            f"partition {number} of topic {topic} ends at offset {self.end}, and by the store it was read up to "
+            f"partition {number} of topic {topic} ends at offset {self.end}, and by {by} it was read up to "
             f"{self.reach}: this is another broker, or the topic was deleted and created again"
         )
 
 
 class ShortLogs:
-    """Those that wait; and `doubts`, of which the broker has still to be asked: what streams say is folded."""
+    """Those that wait; `doubts`, of which the broker has still to be asked: what streams say is folded; and
+    `unfounded`, what streams say without reason."""
 
     def __init__(self) -> None:
         self.waiting: dict[Partition, ShortLog] = {}
-        self.doubts: dict[Partition, int] = {}
+        self.doubts: dict[Partition, set[int]] = {}
+        self.unfounded: dict[Partition, set[int]] = {}
 
     def found(self, short: dict[Partition, ShortLog]) -> None:
         """The broker was asked: these are short."""
@@ -59,6 +79,15 @@ class ShortLogs:
         """It is compared again, or somebody else's."""
         self.doubts.pop(partition, None)
         return self.waiting.pop(partition, None)
+
+    def overrule(self, partition: Partition, claims: Iterable[int]) -> None:
+        """What streams claim of a log that is the right one, and has not so much."""
+        self.unfounded.setdefault(partition, set()).update(claims)
+
+    def wrong(self, positions: Mapping[str, int]) -> dict[Partition, int]:
+        """Those of a stream's positions, per topic/partition, that were overruled."""
+        found = {p: positions.get(f"{p[0]}/{p[1]}", -1) for p in self.unfounded}
+        return {p: offset for p, offset in found.items() if offset + 1 in self.unfounded[p]}
 
 
 def without_end(kafka: Kafka, short: dict[Partition, ShortLog]) -> dict[Partition, ShortLog]:

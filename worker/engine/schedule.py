@@ -22,7 +22,7 @@ from worker.engine.engine import Engine
 from worker.guard.answer import Policies, answering
 from worker.guard.guard import resting
 
-HOMELESS = "something else lies under the stream's key in the store"
+HOMELESS = "something else lies under the stream's key in the store, or its position is wrong"
 NARROW = 8  # streams in a pass; of more, some are due for an update anyway
 SETTLED = "settled: drift detection sees no move (adapt.mode is on_demand)"
 

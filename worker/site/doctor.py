@@ -15,7 +15,7 @@ from kafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError
 
 from schemas.config import WorkerConfig
 from schemas.errors import DriftkeelError, LoginError
-from worker.consume.short_logs import REMEDY
+from worker.consume.short_logs import REMEDY, cure
 from worker.engine.device import EXPERIMENTAL, described, site_device
 from worker.kafka.client import REFUSALS, connection, open_client
 from worker.site.bundle import site_bundle
@@ -201,7 +201,8 @@ def _folded(config: WorkerConfig) -> Iterator[Finding]:
     with contextlib.suppress(DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError):
         short = short_logs(config.kafka, store)
         for partition, found in sorted(short.items()):
-            yield Finding("positions", "failed", f"{found.described(partition)}; {REMEDY}")
+            alone = f"; where that stream alone says so, {cure(found.stream)}" if found.stream else ""
+            yield Finding("positions", "failed", f"{found.described(partition)}; {REMEDY}{alone}")
         if not short:
             yield Finding("positions", "ok", "no partition ends before what the store says was read of it")
     store.close()

@@ -24,26 +24,35 @@ def short_logs(kafka: Kafka, store: StateStore) -> dict[Partition, ShortLog]:
     try:
         topics = kafka.topics.frames, kafka.topics.commands
         partitions = [(topic, number) for topic in topics for number in consumer.partitions_for_topic(topic) or ()]
-        reach = _read(store, store.marks(kafka.group, partitions), partitions)
+        marks = store.marks(kafka.group, partitions)
+        reach, by = _read(store, marks, partitions)
         asked = [TopicPartition(*p) for p in reach]  # After the marks: workers go on meanwhile.
         ends = {(where.topic, where.partition): end for where, end in consumer.end_offsets(asked).items()}
     finally:
         consumer.close(autocommit=False)
-    short = {p: ShortLog(0, ends[p], offset) for p, offset in reach.items() if ends[p] < offset}
+    short = {
+        p: ShortLog(0, ends[p], offset, "" if marks.get(p, 0) > ends[p] else by[p])
+        for p, offset in reach.items()
+        if ends[p] < offset
+    }
     return without_end(kafka, short)
 
 
-def _read(store: StateStore, marks: dict[Partition, int], partitions: list[Partition]) -> dict[Partition, int]:
-    """Per partition the offset before which, by the furthest of all witnesses, records were folded or obeyed."""
-    reach = dict(marks)
+def _read(
+    store: StateStore, marks: dict[Partition, int], partitions: list[Partition]
+) -> tuple[dict[Partition, int], dict[Partition, str]]:
+    """Per partition the offset before which, by the furthest of all witnesses, records were folded or obeyed; and which
+    stream that is, where it is not the mark."""
+    reach, by = dict(marks), dict.fromkeys(marks, "")
     logs = {f"{topic}/{number}": (topic, number) for topic, number in partitions}
     for streams in islice(store.pieces(), PIECES):
-        for found in store.overview(streams):
+        for stream, found in zip(streams, store.overview(streams), strict=True):
             try:
                 header = decode_header(found.header) if found.header else None
             except StateError:
                 continue
             positions = header.positions | header.commands if header else {}
             for name in positions.keys() & logs.keys():
-                reach[logs[name]] = max(reach.get(logs[name], 0), positions[name] + 1)
-    return reach
+                if positions[name] + 1 > reach.get(logs[name], -1):
+                    reach[logs[name]], by[logs[name]] = positions[name] + 1, stream
+    return reach, by

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol, TypeVar
@@ -15,14 +15,15 @@ from monitoring.observe import decided
 from schemas.config import Adapt
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
-from schemas.state import MAX_EVENTS_BYTES, Snapshot, StreamHeader, encode_header, encode_tensors
+from schemas.state import MAX_EVENTS_BYTES, Snapshot, StreamHeader, decode_header, encode_header, encode_tensors
 from schemas.update import UpdateEvent, seal
+from worker.consume.short_logs import cure
 from worker.engine.engine import Engine
 from worker.engine.resident import Resident
 from worker.guard.answer import Policies, answering, named
 from worker.publish.publisher import Publisher
 from worker.store.compress import Compression, pack
-from worker.store.store import StateStore, Which, Write
+from worker.store.store import Overview, StateStore, Which, Write
 from worker.streams.newcomers import Newcomers
 from worker.streams.obey import Entry
 from worker.streams.restore import Restored, Restorer, chosen_snapshot, events_beside, lines_beside
@@ -60,8 +61,10 @@ class Streams:
         heal: Heal,
         policies: Policies,
         upgrade: Upgrade,
+        beyond: Callable[[Mapping[str, int]], str] = lambda positions: "",
     ) -> None:
-        self._policies = policies
+        """`beyond` says what is wrong with a stream's positions; empty where nothing is known to be."""
+        self._policies, self._beyond = policies, beyond
         self.engine, self._store, self._publisher, self._metrics = engine, store, publisher, metrics
         self._worker, self._restorer = worker, Restorer(engine, upgrade, settings.max_state_bytes)
         by_bytes = limits.max_resident_bytes // engine.state_bytes
@@ -113,6 +116,9 @@ class Streams:
                 continue
             self._publish_again(stream, claimed.event)
             restored = self._restorer.restored(stream, claimed)
+            if wrong := self._beyond(restored.state.header.positions):
+                self._take_in_homeless(stream, f"{wrong}; {cure(stream)}")
+                continue
             stored = claimed.header is not None and not restored.change
             if claimed.event == b"" and restored.state.header.events:
                 log.warning(LOST_EVENTS, stream, MAX_EVENTS_BYTES, extra=_of(stream))
@@ -122,8 +128,8 @@ class Streams:
         self._explain(changed)
         return new
 
-    def _take_in_homeless(self, stream: str, foreign: str) -> None:
-        log.error("stream %s is answered by source, and nothing of it is kept: %s", stream, foreign, extra=_of(stream))
+    def _take_in_homeless(self, stream: str, why: str) -> None:
+        log.error("stream %s is answered by source, and nothing of it is kept: %s", stream, why, extra=_of(stream))
         self.engine.admit(self._restorer.fresh(stream), 0, False)
         self._homeless.add(stream)
         self._metrics.homeless.set(len(self._homeless))
@@ -136,10 +142,16 @@ class Streams:
         self._looked = time.monotonic()
         asked = list(self._homeless)
         found = self._heal(lambda: self._store.overview(asked))
-        back = [stream for stream, seen in zip(asked, found, strict=True) if not seen.foreign]
+        back = [stream for stream, seen in zip(asked, found, strict=True) if not seen.foreign and self._usable(seen)]
         for stream in back:
             log.info("stream %s can be stored again", stream, extra=_of(stream))
         return back
+
+    def _usable(self, seen: Overview) -> bool:
+        try:
+            return not (seen.header and self._beyond(decode_header(seen.header).positions))
+        except StateError:
+            return True  # It begins anew.
 
     @property
     def crowded(self) -> bool:

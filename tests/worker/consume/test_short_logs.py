@@ -66,12 +66,45 @@ def test_what_a_stream_says_is_asked_of_the_broker(
     partition = (kafka_settings.topics.frames, 0)
     send(topic, kafka_settings, 10)
     take(consumer, kafka_settings, read(consumer, 9), finished=0)
-    consumer.doubt(partition, 10)  # the log has as many
+    consumer.doubt(partition, {10})  # the log has as many
     take(consumer, kafka_settings, read(consumer, 9), finished=0)
-    consumer.doubt(partition, 11)
+    consumer.doubt(partition, {11})
     assert poll_until(consumer, lambda _: consumer.refused == 1) == []
     consumer.rewind(partition)  # as with every new connection to the store, which may be another one
     assert read(consumer, 9) == list(range(10))
+
+
+def test_of_a_log_that_the_group_knows_a_stream_that_says_more_is_wrong(
+    consumer: FrameConsumer, notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    partition = (kafka_settings.topics.frames, 0)
+    log = f"{partition[0]}/0"
+    send(topic, kafka_settings, 10)
+    take(consumer, kafka_settings, read(consumer, 9), finished=5)
+    consumer.commit(now=True)
+    consumer.doubt(partition, {10, 12, 50})  # the log has ten
+    assert [r.offset for r in poll_until(consumer, bool)] == list(range(5, 10))
+    assert consumer.refused == 0
+    assert consumer.beyond({log: 49}) == f"its position in {log} is 49, which that log does not have"
+    assert [bool(consumer.beyond({log: offset})) for offset in (9, 10, 11, 40)] == [False, False, True, False]
+    assert consumer.beyond({"other/0": 49}) == ""
+    send(topic, kafka_settings, 3)
+    poll_until(consumer, lambda records: bool(records) and records[-1].offset == 12)
+    assert [bool(consumer.beyond({log: offset})) for offset in (11, 49)] == [False, True]
+
+
+def test_a_mark_beyond_the_end_is_believed_also_of_a_log_that_the_group_knows(
+    consumer: FrameConsumer, notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    """A log that lost its end: what was folded of it is in many streams."""
+    partition = (kafka_settings.topics.frames, 0)
+    send(topic, kafka_settings, 10)
+    take(consumer, kafka_settings, read(consumer, 9), finished=5)
+    consumer.commit(now=True)
+    notes.kept[partition] = 11
+    consumer.doubt(partition, {12})
+    assert poll_until(consumer, lambda _: consumer.refused == 1) == []
+    assert consumer.beyond({f"{partition[0]}/0": 11}) == ""
 
 
 def test_a_topic_that_is_created_again_under_a_running_consumer(
