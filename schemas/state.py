@@ -23,7 +23,7 @@ FORMAT_VERSION: Final = 1
 HOUR_S: Final = 3_600
 MAX_COUNT: Final = 10**15
 MAX_HEADER_BYTES: Final = 256 << 10  # some 2 KB; parts of it go into events, which have to fit their topic
-MAX_EVENTS_BYTES: Final = 16 << 20  # that lie beside a stream's state; some KB
+MAX_EVENTS_BYTES: Final = 4 << 20  # that lie beside a stream's state; some KB, and eight times as much once parsed
 MAX_DESCRIPTION_BYTES: Final = 1 << 20  # of tensors; some hundred bytes each, in a file also the header
 # Counts and hashes go into events and metrics, which have no room for others.
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]

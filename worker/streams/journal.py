@@ -32,6 +32,7 @@ from worker.streams.streams import Streams
 log = logging.getLogger("driftkeel.journal")
 PATIENT_S = 1.0  # micro-batches without an update may wait so long
 MOST_EVENTS = 32  # of a stream that wait; they lie beside its state until the next write
+MOST_EVENT_BYTES = 1 << 20  # and that they have, but for the last; others read no more than MAX_EVENTS_BYTES
 PIECE_STREAMS, PIECE_BYTES = 256, 16 << 20  # of one write: what is packed for the store takes memory
 ALIVE_S = 1.0  # a write of many pieces tells the group so often that the worker lives; the loop stands still for it
 
@@ -55,14 +56,20 @@ class Folded:
     blind: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Waiting:
     since: float
     folded: list[Folded]
+    event_bytes: int = 0
+
+    def add(self, folded: Folded) -> None:
+        self.folded.append(folded)
+        self.event_bytes += len(folded.sealed.content)
 
     def due(self, now: float, interval: float) -> bool:
         # A snapshot is taken of the tensors as they are now.
-        urgent = self.folded[-1].snapshot is not None or len(self.folded) >= MOST_EVENTS
+        full = len(self.folded) >= MOST_EVENTS or self.event_bytes >= MOST_EVENT_BYTES
+        urgent = full or self.folded[-1].snapshot is not None
         if all(one.patient for one in self.folded):
             interval = max(interval, PATIENT_S)
         return urgent or now - self.since >= interval
@@ -91,7 +98,7 @@ class Journal:
         waiting = self._waiting.get(stream)
         if waiting is None or waiting.folded[0].resident is not folded.resident:
             waiting = self._waiting[stream] = _Waiting(time.monotonic(), [])
-        waiting.folded.append(folded)
+        waiting.add(folded)
 
     def flush_due(self) -> list[str]:
         """Write what has waited long enough; see `flush`."""

@@ -28,7 +28,7 @@ from worker.streams.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
 MAX_EVENT_BYTES = 1_000_000  # a larger one is none of a worker's, and brokers refuse it for ever
-MAX_EVENTS = 1 << 16  # in as many bytes as they may have beside a state; none has 256 bytes or fewer
+MAX_EVENTS = 1 << 14  # in as many bytes as they may have beside a state; none has 256 bytes or fewer
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,17 @@ def test_nothing_leaves_before_it_is_stored(life: Life, store: StateStore, topic
     assert [UpdateEvent.model_validate_json(r.value).number for r in records] == [1, 2, 3]
 
 
+def test_events_of_many_bytes_do_not_wait(life: Life, store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next owner reads so many of them and no more."""
+    life.fold(nth(0, "a"))
+    life.journal.flush_due()
+    assert store.read("a").header is None
+    monkeypatch.setattr("worker.streams.journal.MOST_EVENT_BYTES", 1_000)
+    life.fold(nth(1, "a"))
+    life.journal.flush_due()
+    assert decode_header(store.read("a").header or b"").frames == 2 * FRAMES
+
+
 def test_what_another_claims_is_given_up(life: Life, store: StateStore) -> None:
     life.fold(nth(0, "a"))
     life.fold(nth(0, "b"))
