@@ -114,6 +114,7 @@ return said
 # ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep, number,
 # approved or '', '1' where those that are there have to stay, number of the write that these are of or ''. Returns 1
 # where it is written, 0 where it is refused, 2 where what should stay is not there, or the store has lost that write.
+# A number that is there already is this write come twice only where the header is there, too.
 # Types are looked at where this would write only: the claim has seen all of them, and each look costs microseconds.
 WRITE = """
 local function taken(i, kind)
@@ -122,7 +123,7 @@ local function taken(i, kind)
 end
 local stored = redis.pcall('HMGET', KEYS[1], 'token', 'written')
 if stored['err'] or stored[1] ~= ARGV[1] then return 0 end
-if stored[2] == ARGV[8] then return 1 end
+if stored[2] == ARGV[8] then return redis.call('HGET', KEYS[1], 'header') == ARGV[2] and 1 or 0 end
 if stored[2] and (tonumber(stored[2]) or math.huge) > tonumber(ARGV[8]) then return 0 end
 if ARGV[4] ~= '' and taken(2, 'string') or ARGV[9] ~= '' and taken(4, 'string') then return 0 end
 if (ARGV[6] ~= '' or ARGV[5] ~= '0') and taken(3, 'list') then return 0 end

@@ -67,6 +67,19 @@ def test_a_number_that_none_wrote_refuses_the_write_and_goes_with_the_next_claim
     assert store.write([write("cam", 2)]) == [True]
 
 
+def test_a_number_that_another_wrote_is_no_write(store: StateStore, store_url: str) -> None:
+    """The worker took its state for stored, and went on to commit the frames in it."""
+    store.claim(["cam"], "w")
+    assert store.write([write("cam", 1)]) == [True]
+    client = redis.Redis.from_url(store_url)
+    client.hset(store.keys("cam")[0], "written", 2)
+    client.close()
+    second = Write("cam", 1, 2, b"header 2", b"event 2", None)
+    assert store.write([second]) == [False]
+    assert store.claim(["cam"], "w")[0].header == b"header"
+    assert store.write([replace(second, token=2), replace(second, token=2)]) == [True, True]
+
+
 @pytest.mark.parametrize("mark", ["", "-1", "1.5", "9" * 19, "9" * 5_000])
 def test_a_mark_that_is_no_offset_is_none(store: StateStore, store_settings: Store, mark: str) -> None:
     partitions = [("frames", 0), ("frames", 1)]
