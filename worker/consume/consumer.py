@@ -297,9 +297,8 @@ class FrameConsumer:
     def beyond(self, positions: Mapping[str, int]) -> str:
         """What is wrong with a stream that has these positions, per topic/partition; empty where nothing is known to
         be. Only partitions that are ours are looked at."""
-        mine = self.assignment()
         for partition, offset in self._short.wrong(positions).items():
-            if partition in mine and not self.reaches(partition, offset + 1):
+            if partition in self.assignment() and not self.reaches(partition, offset + 1):
                 return f"its position in {partition[0]}/{partition[1]} is {offset}, which that log does not have"
         return ""
 
