@@ -23,12 +23,12 @@ OpenStore = Callable[[Store], StateStore]
 STREAMS = [f"cam-{i}" for i in range(40)]
 
 
-DEPLOY_PAGE = (Path(__file__).parents[3] / "docs" / "deploy.md").read_text()
+SECURE_PAGE = (Path(__file__).parents[3] / "docs" / "secure.md").read_text()
 
 
 def documented(begin: str) -> str:
     """The permissions on the page that begin so."""
-    (found,) = set(re.findall(rf"`({re.escape(begin)}[^`]*)`", DEPLOY_PAGE))
+    (found,) = set(re.findall(rf"`({re.escape(begin)}[^`]*)`", SECURE_PAGE))
     assert isinstance(found, str)
     return found
 
