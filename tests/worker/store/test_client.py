@@ -90,7 +90,7 @@ def test_a_cluster_of_three_nodes(tmp_path: Path, open_store: OpenStore) -> None
 
 def test_a_cluster_that_does_not_tell_its_layout(tmp_path: Path, open_store: OpenStore) -> None:
     """redis-py takes it for a server that is in no Cluster."""
-    server = cluster_node(tmp_path, free_port())
+    server = cluster_node(tmp_path)
     admit(server.port, RIGHTS)
     store = open_store(Store(url=f"redis+cluster://worker:geheim@127.0.0.1:{server.port}"))
     with pytest.raises(UnreachableError, match=r"refuses a command: .* no permissions to run the 'cluster\|slots'"):
@@ -234,7 +234,7 @@ def test_a_user_with_the_rights_that_the_docs_name(tmp_path: Path, open_store: O
 @pytest.mark.parametrize("login", ["worker:falsch@", "nobody:geheim@", ""])
 @pytest.mark.parametrize("scheme", ["redis", "redis+cluster"])
 def test_a_refused_login_is_not_tried_again(scheme: str, login: str, tmp_path: Path, open_store: OpenStore) -> None:
-    server = start_store(tmp_path) if scheme == "redis" else cluster_node(tmp_path, free_port())
+    server = start_store(tmp_path) if scheme == "redis" else cluster_node(tmp_path)
     admit(server.port, f"{RIGHTS} {OF_A_CLUSTER}")
     store = open_store(Store(url=f"{scheme}://{login}127.0.0.1:{server.port}"))
     with pytest.raises(ConfigError, match=r"refuses the login: .*; correct user and password in store\.url$") as caught:
