@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -31,6 +33,14 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT, folder / "source", ignore=LEFT_OUT)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", folder / "source", cwd=folder)
     return folder / "dist"
+
+
+def test_package_chart_and_changelog_are_of_one_version() -> None:
+    version = PROJECT["project"]["version"]
+    chart = yaml.safe_load((ROOT / "deploy/helm/driftkeel/Chart.yaml").read_text())
+    assert (chart["version"], chart["appVersion"]) == (version, version)
+    released = re.findall(r"^## (\d\S*) - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released[0] == version
 
 
 def test_the_wheel_alone_has_all_that_commands_need(packages: Path, tmp_path: Path) -> None:
