@@ -58,7 +58,7 @@ class Watcher:
             polled = self._consumer.poll(timeout_ms=200)
             for records in polled.values():
                 for record in passed_over.readable(records):
-                    prediction = _parsed(record.value)
+                    prediction = parsed(record.value)
                     if prediction and self._wanted(prediction):
                         yield prediction
             if polled:
@@ -105,7 +105,8 @@ def _consumer(kafka: Kafka, stop: threading.Event) -> Any:
     return until_reached(make, f"the broker at {kafka.bootstrap}", kafka.connect_timeout_s, stop)
 
 
-def _parsed(content: bytes | None) -> Prediction | None:
+def parsed(content: bytes | None) -> Prediction | None:
+    """A record's content as a prediction; None where it is none."""
     try:
         return Prediction.model_validate_json(content or b"")
     except ValidationError:

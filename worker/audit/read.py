@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError
 from pydantic import ValidationError
 
 from schemas.config import Kafka
-from schemas.errors import StateError, UnreachableError
+from schemas.errors import StateError
 from schemas.update import UpdateEvent
 from worker.kafka.batches import Unreadable
-from worker.kafka.client import connection, open_client, require_topics
+from worker.kafka.topic import records_now
 
 MAX_LINE_BYTES = 4 << 20
-PATIENCE_MS = 10_000  # for a broker that has records and does not send them
 
 
 @dataclass(frozen=True)
@@ -47,32 +44,7 @@ def read_topic(settings: Kafka) -> Iterator[Record]:
 
     Raises ConfigError where there is no such topic, UnreachableError where the broker is away.
     """
-    topic = settings.topics.updates
-    require_topics(settings, only=[topic])
-    try:
-        consumer = open_client(
-            KafkaConsumer, **connection(settings), group_id=None, enable_auto_commit=False, fetch_max_wait_ms=50
-        )
-        try:
-            for number in sorted(consumer.partitions_for_topic(topic) or ()):
-                yield from _partition(consumer, TopicPartition(topic, number))
-        finally:
-            consumer.close(autocommit=False)
-    except KafkaError as error:
-        raise UnreachableError(f"the broker at {settings.bootstrap} does not send {topic}: {error}") from error
-
-
-def _partition(consumer: KafkaConsumer, partition: TopicPartition) -> Iterator[Record]:
-    consumer.assign([partition])
-    end = consumer.end_offsets([partition])[partition]
-    consumer.seek_to_beginning(partition)
-    while consumer.position(partition) < end:
-        records = consumer.poll(timeout_ms=PATIENCE_MS).get(partition)
-        if not records:
-            raise UnreachableError(f"the broker sends no more of {partition.topic}/{partition.partition}; try again")
-        # Some brokers tell an end that is too early, within the last batch: newer ones are taken as they come.
-        for record in records:
-            yield _found(record)
+    yield from map(_found, records_now(settings, settings.topics.updates))
 
 
 def _found(record: Any) -> Record:

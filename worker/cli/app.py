@@ -15,6 +15,7 @@ from worker.cli.audit import audit_app
 from worker.cli.benchmark import benchmark_app
 from worker.cli.bundle import bundle_app
 from worker.cli.command import command_app
+from worker.cli.compare import compare
 from worker.cli.options import ConfigOption, must_be_writable
 from worker.cli.site import init, local
 from worker.cli.streams import streams_app
@@ -148,6 +149,7 @@ app.command()(init)
 app.command()(local)
 app.command()(produce)
 app.command()(watch)
+app.command()(compare)
 
 
 def run() -> None:

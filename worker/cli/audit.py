@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,7 +12,7 @@ import typer
 
 from schemas.config_file import load_config
 from schemas.errors import ConfigError, StateError
-from worker.cli.options import ConfigOption
+from worker.cli.options import ConfigOption, as_utc
 
 if TYPE_CHECKING:
     from schemas.state import StreamHeader
@@ -160,14 +160,13 @@ def _histories(
     from worker.audit.read import histories
     from worker.kafka.batches import counted
 
-    begin, end = (moment and moment.replace(tzinfo=moment.tzinfo or UTC) for moment in (since, until))
     strays: list[str] = []
     events = histories(_readable(_records(config, file)), strays)
     if strays and not events:
         raise StateError(f"{strays[0]} is no update event, nor is anything else there; --file wants an export as jsonl")
     if strays:
         print(f"driftkeel: {counted(len(strays))} left out, as no update events; first {strays[0]}", file=sys.stderr)
-    found = within(events, streams or [], begin, end)
+    found = within(events, streams or [], as_utc(since), as_utc(until))
     if missing := [stream for stream in streams or [] if stream not in found]:
         raise StateError(f"no events of stream {missing[0]!r} there; without --stream all are shown")
     return found

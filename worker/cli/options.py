@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,11 @@ ConfigOption = Annotated[
     ),
 ]
 ReasonOption = Annotated[str, typer.Option(help="Why; written into the update event.")]
+
+
+def as_utc(moment: datetime | None) -> datetime | None:
+    """A time without a zone is UTC."""
+    return moment and moment.replace(tzinfo=moment.tzinfo or UTC)
 
 
 def must_be_writable(*files: Path | None) -> None:

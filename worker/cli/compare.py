@@ -1,0 +1,50 @@
+"""`driftkeel compare`: two groups of workers, frame by frame."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from schemas.config_file import load_config
+from schemas.errors import DriftkeelError
+from worker.cli.options import as_utc
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Configuration of the workers that answer now.")],
+    second: Annotated[Path, typer.Argument(help="Of others that read the same frames and publish elsewhere.")],
+    since: Annotated[datetime | None, typer.Option(help="Only frames from this time on, UTC.")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Only frames before this time, UTC.")] = None,
+    show: Annotated[int, typer.Option(min=0, help="Also list so many of the newest frames whose answers differ.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="The table as JSON.")] = False,
+) -> None:
+    """Set the answers of two groups of workers to the same frames side by side, as before a new bundle is relied on."""
+    from worker import compare as side_by_side
+    from worker.terminal import terminal
+
+    one, other = load_config(first), load_config(second)
+    side_by_side.must_be_comparable(one, other)
+    times = as_utc(since), as_utc(until)
+    found = side_by_side.compared(*(side_by_side.answers(config, *times) for config in (one, other)))
+    if not found.total.frames:
+        raise DriftkeelError(
+            f"no frame has been answered by both: {found.alone[0]} by the first alone, {found.alone[1]} by the second"
+        )
+    if as_json:
+        streams = {name: asdict(row) for name, row in sorted(found.streams.items())}
+        print(
+            json.dumps({"streams": streams, "all": asdict(found.total), "alone": found.alone, "bundles": found.bundles})
+        )
+    else:
+        terminal().print(side_by_side.table(found))
+        for name, path, bundles, alone in zip(
+            ("first", "second"), (first, second), found.bundles, found.alone, strict=True
+        ):
+            print(f"{name}: {path}, bundle {', '.join(bundles)}; {alone:,} frames that the other has not answered")
+    for pair in found.differing[-show:] if show else ():
+        print(side_by_side.difference(*pair))

@@ -1,0 +1,46 @@
+"""What a topic has now, for commands that look back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+
+from schemas.config import Kafka
+from schemas.errors import UnreachableError
+from worker.kafka.client import connection, open_client, require_topics
+
+PATIENCE_MS = 10_000  # for a broker that has records and does not send them
+
+
+def records_now(settings: Kafka, topic: str) -> Iterator[Any]:
+    """All records of the topic, each partition in its order. What cannot be read has an `Unreadable` value.
+
+    Raises ConfigError where there is no such topic, UnreachableError where the broker is away.
+    """
+    require_topics(settings, only=[topic])
+    try:
+        consumer = open_client(
+            KafkaConsumer, **connection(settings), group_id=None, enable_auto_commit=False, fetch_max_wait_ms=50
+        )
+        try:
+            for number in sorted(consumer.partitions_for_topic(topic) or ()):
+                yield from _partition(consumer, TopicPartition(topic, number))
+        finally:
+            consumer.close(autocommit=False)
+    except KafkaError as error:
+        raise UnreachableError(f"the broker at {settings.bootstrap} does not send {topic}: {error}") from error
+
+
+def _partition(consumer: KafkaConsumer, partition: TopicPartition) -> Iterator[Any]:
+    consumer.assign([partition])
+    end = consumer.end_offsets([partition])[partition]
+    consumer.seek_to_beginning(partition)
+    while consumer.position(partition) < end:
+        records = consumer.poll(timeout_ms=PATIENCE_MS).get(partition)
+        if not records:
+            raise UnreachableError(f"the broker sends no more of {partition.topic}/{partition.partition}; try again")
+        # Some brokers tell an end that is too early, within the last batch: newer ones are taken as they come.
+        yield from records
