@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 from torch import Tensor
 
 from schemas.errors import StateError, mistakes
@@ -114,6 +114,15 @@ class HourlyUpdates(Stored):
         return HourlyUpdates(hour=int(now // HOUR_S), updates=self.within(now) + 1)
 
 
+def _but_unsaid(rules: object) -> object:
+    return {name: value for name, value in rules.items() if value is not None} if isinstance(rules, dict) else rules
+
+
+# A header says of every rule that its writer knew whether it was changed. One that a later version has added and nobody
+# has set changes nothing; only one that is set cannot be passed over.
+StoredChange = Annotated[PolicyChange, BeforeValidator(_but_unsaid)]
+
+
 class StreamHeader(Stored):
     """All of a stream's state but its tensors."""
 
@@ -133,7 +142,7 @@ class StreamHeader(Stored):
     drift: DriftWatch | None = Field(None, description="null where nothing watches, and for a new stream")
     last_event: Digest = Field("", description="sha256 of the last update event as published")
     commands: dict[str, Offset] = Field(default_factory=dict, description="newest command obeyed, per topic/partition")
-    policy: PolicyChange | None = Field(None, description="what commands have changed of the stream's policy")
+    policy: StoredChange | None = Field(None, description="what commands have changed of the stream's policy")
     approved: Count | None = Field(None, description="step of the parameters that a person approved")
     snapshot: Count = Field(0, description="step at which the newest snapshot was taken")
     lately: HourlyUpdates = Field(default_factory=HourlyUpdates)

@@ -88,6 +88,15 @@ def test_what_is_not_a_state_is_refused(damage, message: str) -> None:
         decode_state(*damage(encode_header(header()), encode_tensors(tensors(), 3)), LIKE, LIMIT)
 
 
+def test_a_rule_that_a_later_version_has_added_counts_only_where_it_is_set() -> None:
+    """To pass over a rule that somebody has set would be to break it."""
+    frozen = header(policy={"frozen": True})
+    stored = encode_header(frozen)
+    assert decode_header(stored.replace(b'"policy":{', b'"policy":{"later":null,')) == frozen
+    with pytest.raises(StateError, match=r"wrong at policy\.later"):
+        decode_header(stored.replace(b'"policy":{', b'"policy":{"later":0,'))
+
+
 @pytest.mark.parametrize("shape", ["[4294967296,0,4294967296,4611686018427387904,1]", "[0,18446744073709551615]"])
 def test_a_shape_that_no_tensor_has_is_damage(shape: str) -> None:
     said = f'{{"version":"1","step":"3"}},"affine":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}'

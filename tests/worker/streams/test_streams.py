@@ -259,9 +259,13 @@ def test_what_a_later_version_wrote_is_read_but_for_fields_that_it_added(site: S
     client = redis.Redis.from_url(store_url)
     client.hset(site.store.keys("cam")[0], "event", content)
     stored = encode_header(entry.header)
-    for part in (b'"guard":{', b'"drift":'):
+    for part, added in (
+        (b'"guard":{', b'"guard":{"added":1,'),
+        (b'"drift":', b'"added":1,"drift":'),
+        (b'"policy":{', b'"policy":{"added":null,'),
+    ):
         assert part in stored
-        stored = stored.replace(part, part + b'"added":1,' if part.endswith(b"{") else b'"added":1,' + part)
+        stored = stored.replace(part, added)
     client.hset(site.store.keys("cam")[0], "header", stored)
     client.close()
     earlier = site.worker("earlier")
