@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from schemas.command import Command
+from schemas.command import Command, encode_command
 from tests.browser import browser
 from tests.conftest import picture
 from tests.monitoring.console.records import event, prediction
@@ -178,6 +178,7 @@ def test_rolling_back_by_button(browser: Any, site: Site, start: Callable[..., C
     page.locator(".result", has_text="Roll back: rolled back").wait_for()
     (record,) = site.topic.read(site.kafka.topics.commands, lambda records: len(records) == 1)
     command = Command.model_validate_json(record.value)
+    assert record.value == encode_command(command)
     assert (command.stream, command.action, command.snapshot) == ("cam-1", "rollback", 1)
     assert (command.reason, command.by, record.key) == ("it looks <b>wrong</b>", "console", b"cam-1")
     (done,) = [e for e in site.events(lambda es: any(e.command for e in es)) if e.command]

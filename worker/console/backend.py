@@ -13,7 +13,7 @@ from kafka.errors import KafkaError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from monitoring.console.app import Picture
-from schemas.command import COMMAND_TYPE, Command
+from schemas.command import COMMAND_TYPE, Command, encode_command
 from schemas.config import WorkerConfig
 from schemas.errors import UnreachableError
 from schemas.prediction import Prediction
@@ -107,7 +107,7 @@ class Outside:
                 future = self._producer.send(
                     kafka.topics.commands,
                     key=command.stream.encode(),
-                    value=command.model_dump_json().encode(),
+                    value=encode_command(command),
                     headers=headers,
                 )
             future.get(timeout=SEND_TIMEOUT_S)

@@ -10,7 +10,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import KafkaError
 from pydantic import ValidationError
 
-from schemas.command import COMMAND_TYPE, EVERY_STREAM, Command
+from schemas.command import COMMAND_TYPE, EVERY_STREAM, Command, encode_command
 from schemas.config import Kafka
 from schemas.errors import UnreachableError
 from schemas.update import UpdateEvent
@@ -54,7 +54,7 @@ def put_command(settings: Kafka, command: Command) -> None:
         ("content-type", b"application/json"),
     ]
     try:
-        content = command.model_dump_json(exclude_none=True).encode()
+        content = encode_command(command)
         sent = producer.send(settings.topics.commands, key=command.stream.encode(), value=content, headers=headers)
         sent.get(timeout=30)
     finally:
