@@ -7,6 +7,7 @@ is first; that two of them try is harmless, as the second finds its token refuse
 from __future__ import annotations
 
 import logging
+import math
 import random
 import time
 from collections import deque
@@ -227,8 +228,12 @@ class Control:
 
 
 def _meant(waiting: list[Numbered], resident: Resident) -> list[Numbered]:
-    """To a stream that only begins, what was once done to others means nothing; what holds for all of them does."""
-    return waiting if resident.stored else [n for n in waiting if n.command.action in STANDING]
+    """To a stream that only begins, what was once done to others means nothing; what holds for all of them does.
+
+    Nor to one whose header was lost, and with it what it has obeyed: all of that would be done to it once more.
+    """
+    since = resident.lost if resident.stored else math.inf
+    return [n for n in waiting if n.command.action in STANDING or n.arrived >= since]
 
 
 def _done(header: StreamHeader, obeyed: list[Numbered]) -> StreamHeader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
@@ -33,12 +33,13 @@ MAX_EVENTS = 1 << 14  # in as many bytes as they may have beside a state; none h
 
 @dataclass(frozen=True)
 class Restored:
-    """What a claim found, and why it is not what was stored, where it is not."""
+    """What a claim found, and why it is not what was stored, where it is not. `lost`: not even a header was read."""
 
     state: StreamState
     change: str | None = None
     approved: State | None = None
     decision: Decision = "reset"
+    lost: bool = False
 
 
 class Restorer:
@@ -62,7 +63,7 @@ class Restorer:
             if old.stream != stream:
                 raise StateError(f"the stored state belongs to stream {old.stream!r}")
         except StateError as error:
-            return self._from_source(after_last_event(fresh, claimed.event), str(error))
+            return replace(self._from_source(after_last_event(fresh, claimed.event), str(error)), lost=True)
         if (old.bundle, old.method) != (bundle, method):
             return self._moved(old, claimed)
         fresh = moved(old, 0)

@@ -123,6 +123,8 @@ class Streams:
             if claimed.event == b"" and restored.state.header.events:
                 log.warning(LOST_EVENTS, stream, MAX_EVENTS_BYTES, extra=_of(stream))
             self.engine.admit(restored.state, claimed.token, stored, restored.approved)
+            if restored.lost:
+                self.engine.resident(stream).lost = time.monotonic()
             if restored.change:
                 changed.append(replace(self._changed(restored, restored.change), waiting=claimed.event or b""))
         self._explain(changed)

@@ -240,6 +240,26 @@ def test_what_means_nothing_to_a_stream_that_begins_is_not_done_to_it_later(
     assert worker.control.due == set()
 
 
+def test_a_stream_whose_header_was_lost_does_not_obey_again_what_passes(
+    worker: Worker, commands: CommandList, store: StateStore, store_settings: Store
+) -> None:
+    """Which commands it has obeyed is not known: as after a way back from a version with another format."""
+    for offset, action in enumerate(("approve", "freeze", "rollback")):
+        tell(commands, offset, "cam", action)
+    client = redis.Redis.from_url(store_settings.url.get_secret_value())
+    client.hset(store.keys("cam")[0], mapping={"token": 1, "header": b'{"version":2}'})
+    client.close()
+    worker.control.met(worker.streams.ensure(["cam"]))
+    assert worker.control.run(()) == []
+    header = worker.streams.engine.resident("cam").header
+    assert (header.events, header.approved, header.policy.frozen) == (2, None, True)  # "reset", and "frozen"
+    tell(commands, 3, "cam", "approve")
+    worker.control.listen()
+    assert worker.control.run(()) == []
+    header = worker.streams.engine.resident("cam").header
+    assert (header.events, header.approved) == (3, 0)
+
+
 def test_many_commands_are_obeyed_in_pieces(
     worker: Worker, commands: CommandList, store: StateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
