@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from schemas.config import WorkerConfig
+from schemas.config import Kafka, Store, WorkerConfig
 from schemas.config_file import load_config
 from schemas.errors import ConfigError
 from worker import run
@@ -23,13 +23,14 @@ def test_other_names_are_refused(name: str, tmp_path) -> None:
         load_config(path)
 
 
-def test_a_build_without_cuda_is_named(monkeypatch) -> None:
+def test_a_build_without_cuda_is_named(monkeypatch, kafka_settings: Kafka, store_settings: Store) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(
         ConfigError, match=r"^device cuda: torch .* is built for processors alone; .*or set device: cpu$"
     ):
         site_device("cuda")
-    findings = [found for found in examine(WorkerConfig(device="cuda:1")) if found.subject == "device"]
+    config = WorkerConfig(device="cuda:1", kafka=kafka_settings, store=store_settings)
+    findings = [found for found in examine(config) if found.subject == "device"]
     assert [(found.level, "cuda:1" in found.text) for found in findings] == [("failed", True)]
 
 
