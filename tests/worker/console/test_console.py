@@ -114,7 +114,8 @@ def test_frames_are_fetched_one_by_one(kafka_settings: Kafka, topic: Topic) -> N
 
 async def _answers(app: Any, *sent: bytes) -> list[bytes]:
     """What connections hear that send these bytes and then wait, until they are closed."""
-    config = uvicorn.Config(app, port=0, http=connections.Impatient, log_config=None, lifespan="off", ws="none")
+    plain: dict[str, Any] = {"log_config": None, "lifespan": "off", "ws": "none", "timeout_keep_alive": 1}
+    config = uvicorn.Config(app, port=0, http=connections.Impatient, **plain)
     config.load()
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)
