@@ -38,6 +38,7 @@ PAGES += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md"
 BLOCK = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.M | re.S)
 TESTED = re.compile(r"\A<!-- tested: (.+) -->")
 BIN = Path(sys.executable).parent
+COMMAND = typer.main.get_command(app)
 
 
 def name(page: Path) -> str:
@@ -91,7 +92,7 @@ def test_pages_that_can_be_run_say_where() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_command_that_is_mentioned_exists(page: Path) -> None:
     for words in mentioned(page):
-        command, context = typer.main.get_command(app), typer.Context(typer.main.get_command(app))
+        command, context = COMMAND, typer.Context(COMMAND)
         rest = list(words)
         while hasattr(command, "get_command"):
             if not rest or not re.fullmatch(r"[a-z-]+", rest[0]) or rest[0].startswith("-"):
