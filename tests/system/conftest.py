@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -25,6 +25,7 @@ from schemas.prediction import Prediction
 from schemas.state import StreamHeader, decode_header
 from schemas.update import UpdateEvent
 from tests.conftest import Topic, picture
+from tests.forked import Forked
 from worker.embedded import free_port
 from worker.run import Worker
 from worker.store.store import StateStore
@@ -33,7 +34,9 @@ from worker.store.store import StateStore
 class WorkerProcess:
     """One worker, started by its command line."""
 
-    def __init__(self, folder: Path, content: dict[str, Any], name: str) -> None:
+    process: subprocess.Popen[bytes] | Forked
+
+    def __init__(self, folder: Path, content: dict[str, Any], name: str, forked: bool = False) -> None:
         self.port = free_port()
         content = {
             "worker": name,
@@ -45,8 +48,12 @@ class WorkerProcess:
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content))
         self.log = folder / f"{name}.log"
-        command = [sys.executable, "-m", "worker", "worker", "--config", str(path)]
+        arguments = ["worker", "--config", str(path)]
+        if forked:
+            self.process = Forked(arguments, self.log, self.log)
+            return
         with self.log.open("ab") as output:
+            command = [sys.executable, "-m", "worker", *arguments]
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
     def signal(self, number: int) -> None:
@@ -94,6 +101,7 @@ class Site:
     def __init__(self, kafka: Kafka, store: Store, bundle: Path, folder: Path, topic: Topic) -> None:
         self.kafka, self.store, self.topic = kafka, store, topic
         self._folder, self._workers = folder, 0
+        self.forked = False  # whether workers are spared the seconds that imports take
         self.running: list[WorkerProcess] = []
         self.config: dict[str, Any] = {
             "kafka": kafka.model_dump(mode="json", exclude_none=True),
@@ -104,7 +112,7 @@ class Site:
 
     def start(self, **sections: Any) -> WorkerProcess:
         self._workers += 1
-        worker = WorkerProcess(self._folder, {**self.config, **sections}, f"worker-{self._workers}")
+        worker = WorkerProcess(self._folder, {**self.config, **sections}, f"worker-{self._workers}", self.forked)
         self.running.append(worker)
         return worker
 
@@ -176,6 +184,7 @@ def site(
     kafka_settings: Kafka, store_settings: Store, tiny_bundle_path: Path, tmp_path: Path, topic: Topic
 ) -> Iterator[Site]:
     site = Site(kafka_settings, store_settings, tiny_bundle_path, tmp_path, topic)
+    site.forked = True
     yield site
     for worker in site.running:
         if worker.process.poll() is None:
@@ -193,14 +202,15 @@ def site_file(site: Site, tmp_path: Path) -> str:
 
 
 def run_cli(*arguments: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`driftkeel ...` to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "worker", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
-    )
+    """`driftkeel ...` to its end; nobody is there to answer what it asks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        output, errors = Path(scratch, "output"), Path(scratch, "errors")
+        process = Forked(arguments, output, errors, **environment)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(arguments, code, output.read_text(), errors.read_text())
 
 
 def ids_by_stream(frames: list[tuple[str, bytes]], ids: list[str]) -> dict[str, list[str]]:

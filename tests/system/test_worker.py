@@ -16,6 +16,7 @@ from worker.kafka.client import connection, open_client
 
 
 def test_frames_in_predictions_updates_and_states_out(site: Site) -> None:
+    site.forked = False
     frames = [(f"cam-{i % 5}", picture(i, format=["PNG", "JPEG", "WEBP"][i % 3])) for i in range(200)]
     worker = site.start()
     ids = site.send(frames)
@@ -202,6 +203,7 @@ def test_a_damaged_state_restarts_from_source_and_says_so(site: Site, field: str
 
 
 def test_interrupt_stops_cleanly_too(site: Site) -> None:
+    site.forked = False
     worker = site.start()
     worker.wait_until(lambda: "assigned partitions" in worker.log.read_text(), "the assignment")
     worker.signal(signal.SIGINT)
@@ -209,6 +211,7 @@ def test_interrupt_stops_cleanly_too(site: Site) -> None:
 
 
 def test_a_worker_that_still_waits_for_its_broker_is_not_ready_and_stops_cleanly(site: Site) -> None:
+    site.forked = False
     away = {**site.config["kafka"], "bootstrap": f"127.0.0.1:{free_port()}", "connect_timeout_s": 60}
     worker = site.start(kafka=away)
     worker.wait_until(lambda: "cannot be reached" in worker.log.read_text(), "a first try")
