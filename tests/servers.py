@@ -73,11 +73,22 @@ def store_cluster(folder: Path) -> Iterator[list[EmbeddedStore]]:
         node.child.stop()
 
 
+def store_with_replica(folder: Path) -> tuple[EmbeddedStore, EmbeddedStore]:
+    """A primary, and its replica that has all it has."""
+    primary = start_store(folder / "primary", options=["--repl-diskless-sync-delay", "0"])  # no wait for a second one
+    replica = start_store(folder / "replica", options=["--replicaof", "127.0.0.1", str(primary.port)])
+    with redis.Redis(port=primary.port) as client:
+        wait_until(lambda: client.info("replication").get("slave0", {}).get("state") == "online", "the replica")
+    return primary, replica
+
+
 @contextlib.contextmanager
 def store_with_sentinel(folder: Path) -> Iterator[tuple[EmbeddedStore, EmbeddedStore, int]]:
-    """A primary, its replica, and the port of a Sentinel that watches both as `driftkeel`."""
-    primary = start_store(folder / "primary")
-    replica = start_store(folder / "replica", options=["--replicaof", "127.0.0.1", str(primary.port)])
+    """A primary, its replica, and the port of a Sentinel that watches both as `driftkeel`.
+
+    It asks the primary for replicas every ten seconds: the first time must find one.
+    """
+    primary, replica = store_with_replica(folder)
     port = free_port()
     config = folder / "sentinel.conf"
     config.write_text(
