@@ -258,12 +258,12 @@ def assert_may_heal(store: StateStore, said: str) -> None:
 def test_a_store_that_loads_its_data_may_heal(tmp_path: Path, open_store: OpenStore) -> None:
     server = start_store(tmp_path)
     with redis.Redis(port=server.port) as client, client.pipeline(transaction=False) as pipeline:
-        for i in range(20_000):
+        for i in range(40_000):
             pipeline.set(f"key-{i}", "x")
         pipeline.execute()
     server.child.stop()
-    # A millisecond a key. It answers once in 1,024 of them.
-    server = start_store(tmp_path, options=["--key-load-delay", "1000"])
+    # A quarter of a millisecond a key. It answers once in 1,024 of them.
+    server = start_store(tmp_path, options=["--key-load-delay", "250"])
     assert_may_heal(open_store(Store(url=f"redis://127.0.0.1:{server.port}")), "loading the dataset")
     server.child.stop(0)
 
