@@ -20,6 +20,8 @@ class Forked:
     """One command, with its own process id and signals; as much of `subprocess.Popen` as tests use."""
 
     def __init__(self, arguments: Sequence[str], output: Path, errors: Path, **environment: str) -> None:
+        for path in (output, errors):
+            path.touch()  # They are read before the process has begun.
         started = (list(arguments), str(output), str(errors), {**os.environ, **environment}, os.getcwd())
         self._process = _server.Process(target=_run, args=started, daemon=True)
         self._process.start()

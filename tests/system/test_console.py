@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +19,9 @@ import yaml
 from schemas.command import Command, encode_command
 from tests.browser import browser
 from tests.conftest import picture
+from tests.forked import Forked
 from tests.monitoring.console.records import event, prediction
+from tests.servers import wait_until
 from tests.system.conftest import Site, run_cli
 
 __all__ = ["browser"]
@@ -38,18 +38,16 @@ class ConsoleProcess:
     def __init__(self, site: Site, folder: Path, **section: Any) -> None:
         path = folder / "console.yaml"
         path.write_text(yaml.safe_dump({**site.config, "console": {"port": 0, **section}, "log": {"format": "text"}}))
-        self.log = folder / "console.log"
-        with self.log.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "worker", "console", "--config", str(path)],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.search(r"console: http://(\S+):(\d+)/", line)
-        assert found, line + self.log.read_text()
+        said, self.log = folder / "console.txt", folder / "console.log"
+        self.process = Forked(["console", "--config", str(path)], said, self.log)
+
+        def where() -> re.Match[str] | None:
+            assert self.process.poll() is None, self.log.read_text()
+            return re.search(r"console: http://(\S+):(\d+)/\n", said.read_text())
+
+        wait_until(lambda: where() is not None, "the console's address", 60)
+        found = where()
+        assert found
         self.port = int(found[2])
         self.url = f"http://127.0.0.1:{self.port}/"
 
@@ -83,8 +81,6 @@ def start(site: Site, tmp_path: Path) -> Iterator[Callable[..., ConsoleProcess]]
         if console.process.poll() is None:
             console.process.kill()
             console.process.wait()
-        assert console.process.stdout is not None
-        console.process.stdout.close()
 
 
 def open_page(browser: Any, url: str, **options: Any) -> tuple[Any, list[str]]:
