@@ -229,6 +229,15 @@ def test_hostile_records_harm_nothing(browser: Any, site: Site, start: Callable[
     assert wrong == []
 
 
+def test_a_camera_shows_without_further_news(browser: Any, site: Site, start: Callable[..., ConsoleProcess]) -> None:
+    """It comes just after the page has put its tiles in order, and next is heard of when it has fallen silent."""
+    console = start()
+    page, _ = open_page(browser, console.url)
+    page.get_by_text("Waiting for the first predictions").wait_for()
+    publish_predictions(site, [prediction("cam-1")])
+    page.locator("a.tile", has_text="as on clean frames").wait_for()
+
+
 def test_on_a_phone_nothing_is_wider_than_the_screen(
     browser: Any, site: Site, start: Callable[..., ConsoleProcess]
 ) -> None:

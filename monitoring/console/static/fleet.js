@@ -32,6 +32,7 @@ export class FleetPage {
     this.onkey = (event) => this.#key(event);
     addEventListener("keydown", this.onkey);
     this.stopPictures = keepPictures(() => this.grid.shown, data);
+    this.later = null;
   }
 
   get title() {
@@ -42,6 +43,7 @@ export class FleetPage {
   close() {
     this.grid.close();
     this.stopPictures();
+    clearTimeout(this.later);
     removeEventListener("keydown", this.onkey);
   }
 
@@ -50,8 +52,12 @@ export class FleetPage {
     this.#count();
     const due = performance.now() - this.#sorted > SORT_EVERY_MS
       || (choice.sort === "need" && isUpset(this.grid.order, this.data.tiles));
-    if (due && !this.grid.list.matches(":hover, :focus-within")) this.sort();
-    else this.grid.draw();
+    if (due && !this.grid.list.matches(":hover, :focus-within")) {
+      this.sort();
+      return;
+    }
+    this.grid.draw();
+    this.later ??= setTimeout(() => { this.later = null; this.update(); }, SORT_EVERY_MS); // There may be no news for long.
   }
 
   sort() {
