@@ -59,7 +59,7 @@ def test_another_broker_is_noticed(
     (partition,) = [p for p, mark in store.marks(group, partitions).items() if mark == FRAMES]
     assert [level for level, _ in positions(config)] == ["ok"]
     if marks == "lowered":
-        store.mark(group, {partition: 2})
+        store.mark(group, {partition: 2}, {partition: FRAMES})
     if marks == "lost":
         moved = moved.model_copy(update={"kafka": moved.kafka.model_copy(update={"group": f"{group}-2"})})
     before = store.marks(group, partitions)

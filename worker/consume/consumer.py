@@ -68,8 +68,9 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
 class Marks(Protocol):
     """Up to where the store has folded each partition. Methods raise UnreachableError."""
 
-    def mark(self, group: str, offsets: dict[Partition, int]) -> None:
-        """Note that all frames before these offsets are in the states, or need not be."""
+    def mark(self, group: str, offsets: dict[Partition, int], seen: Mapping[Partition, int]) -> None:
+        """Note that all frames before these offsets are in the states, or need not be. A mark further on is left,
+        unless it is as it was `seen`."""
 
     def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
         """What was noted."""
@@ -94,6 +95,7 @@ class FrameConsumer:
         self._expired = expired
         self.offsets, self._marks, self._stop = offsets, marks, stop
         self._compared: set[Partition] = set()
+        self._seen: dict[Partition, int] = {}  # marks, as they were read or written last
         self._short = ShortLogs()
         self._gone: deque[Partition] = deque()
         self._last_commit = 0.0
@@ -184,15 +186,16 @@ class FrameConsumer:
             return {}
         try:
             marks = self._marks.marks(self._settings.group, list(first))
+            self._seen |= marks
             unknown = {partition: offset for partition, offset in first.items() if partition not in marks}
             if unknown:
-                self._marks.mark(self._settings.group, unknown)
+                self._note(unknown)
             older = [TopicPartition(*p) for p, mark in marks.items() if mark < first[p]]
             asked = self.consumer.beginning_offsets(older, timeout_ms=OFFSETS_TIMEOUT_MS) if older else {}
             beginnings = {(where.topic, where.partition): beginning for where, beginning in asked.items()}
             expired = {p: beginning for p, beginning in beginnings.items() if beginning > marks[p]}
             if expired:  # Noted, so that the same records are not told of again when the partition is compared again.
-                self._marks.mark(self._settings.group, expired)
+                self._note(expired)
                 for partition, beginning in expired.items():
                     self._lost(partition, marks[partition], beginning)
             short = self._too_short(first, marks)
@@ -351,7 +354,7 @@ class FrameConsumer:
         if not offsets:
             return
         try:
-            self._marks.mark(self._settings.group, offsets)
+            self._note(offsets)
             if now:
                 self.consumer.commit(_with_metadata(offsets), timeout_ms=self._last_call_ms)
                 self.offsets.committed(offsets)
@@ -360,6 +363,11 @@ class FrameConsumer:
         except (KafkaError, UnreachableError) as error:
             self._count("commit", error)
             log.warning("offsets not committed (%s); their frames may be read again", error)
+
+    def _note(self, offsets: dict[Partition, int]) -> None:
+        """Raises UnreachableError."""
+        self._marks.mark(self._settings.group, offsets, self._seen)
+        self._seen |= offsets
 
     def _committed(self, offsets: dict[TopicPartition, OffsetAndMetadata], answer: Any) -> None:
         if isinstance(answer, Exception):

@@ -167,6 +167,19 @@ if type(length) == 'table' or length > tonumber(ARGV[1]) then return '' end
 return redis.call('GET', KEYS[1])
 """
 
+# KEYS: a partition's mark. ARGV: offset, the mark as its writer last saw it or '', how many bytes a mark may have. One
+# that has gone on since is left: its partition is another worker's by now, or was.
+NOTE = """
+local length = redis.pcall('STRLEN', KEYS[1])
+if type(length) == 'number' and length <= tonumber(ARGV[3]) then
+  local found = redis.call('GET', KEYS[1]) or ''
+  local theirs = found ~= ARGV[2] and string.match(found, '^%d+$')
+  if theirs and tonumber(theirs) > tonumber(ARGV[1]) then return 0 end
+end
+redis.call('SET', KEYS[1], ARGV[1])
+return 1
+"""
+
 # Nothing where something else is there.
 END = (
     _WITHIN

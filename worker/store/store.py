@@ -29,7 +29,7 @@ from __future__ import annotations
 import logging
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -54,6 +54,7 @@ Which = Literal["any", "known", "last"]
 KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
 MOST_SNAPSHOTS = 100  # that any configuration keeps of a stream
 OFFSET_DIGITS = 18  # of any offset that a broker will ever give
+NOTHING: Mapping[Partition, int] = {}
 
 
 @dataclass(frozen=True)
@@ -257,8 +258,11 @@ class StateStore:
                 found = [name.decode(errors="replace")[len(prefix) : -len(suffix)] for name in names]
                 yield [stream for part in found if _is_name(stream := unquote(part), part)]
 
-    def mark(self, group: str, offsets: dict[Partition, int]) -> None:
+    def mark(self, group: str, offsets: dict[Partition, int], seen: Mapping[Partition, int] = NOTHING) -> None:
         """Note that all frames before these offsets are in the states, or need not be.
+
+        A mark further on is left, unless it is as it was `seen`: somebody else has moved it, and who was paused
+        meanwhile (a zombie) would have all of that read again.
 
         Raises UnreachableError over a new connection that `reconnected` has not told of: what is behind it may have
         lost these states, and only an older mark shows that.
@@ -266,7 +270,8 @@ class StateStore:
         self.ping()
         if 0 < self._noticed < self._opened:
             raise UnreachableError(f"the store at {self._settings.address} may have lost its last writes")
-        self._pipeline([("SET", self._mark_key(group, p), offset) for p, offset in offsets.items()])
+        noted = [(p, [offset, seen.get(p, ""), OFFSET_DIGITS]) for p, offset in offsets.items()]
+        self._scripts(scripts.NOTE, [([self._mark_key(group, p)], arguments) for p, arguments in noted])
 
     def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
         """What was noted; partitions without a note are left out, and those where it is none: it is written anew."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from worker.consume.consumer import FrameConsumer, _Listener
 from worker.consume.offsets import Offsets, Partition
 from worker.kafka.batches import Unreadable
 from worker.kafka.client import create_topics
+from worker.store.store import StateStore
 
 
 class Notes:
@@ -31,7 +32,7 @@ class Notes:
         self.kept: dict[Partition, int] = {}
         self.away = False
 
-    def mark(self, group: str, offsets: dict[Partition, int]) -> None:
+    def mark(self, group: str, offsets: dict[Partition, int], seen: Mapping[Partition, int]) -> None:
         if self.away:
             raise UnreachableError("the store does not answer")
         self.kept |= offsets
@@ -136,6 +137,24 @@ def test_what_the_store_does_not_know_is_read_again(
     assert second.lag()[kafka_settings.topics.frames, 0] == 1  # and the lag shows all the same
     notes.away = False
     assert read(second, 10) == list(range(4, 11))
+
+
+@pytest.mark.parametrize("theirs", [9, None], ids=["another has gone on", "a group that reads again"])
+def test_only_its_own_mark_is_set_back(
+    kafka_settings: Kafka, store: StateStore, topic: Topic, theirs: int | None
+) -> None:
+    """A zombie commits first of all what it had finished; and a group whose offsets were set back notes how far it is
+    this time, or a store that loses its last writes then would not show."""
+    group, partition = kafka_settings.group, (kafka_settings.topics.frames, 0)
+    store.mark(group, {partition: 8})
+    send(topic, kafka_settings, 10)
+    consumer = FrameConsumer(kafka_settings, Offsets(), store, threading.Event())
+    take(consumer, kafka_settings, read(consumer, 9), finished=6)
+    if theirs:
+        store.mark(group, {partition: theirs})
+    consumer.commit(now=True)
+    assert store.marks(group, [partition]) == {partition: theirs or 6}
+    consumer.close()
 
 
 def test_what_the_store_does_not_answer_is_no_error_of_the_broker(

@@ -80,6 +80,13 @@ def test_a_number_that_another_wrote_is_no_write(store: StateStore, store_url: s
     assert store.write([replace(second, token=2), replace(second, token=2)]) == [True, True]
 
 
+def test_a_mark_that_another_has_moved_on_is_left(store: StateStore) -> None:
+    partition = ("frames", 0)
+    for offset, seen, noted in [(7, None, 7), (90, None, 90), (80, 7, 90), (80, 90, 80), (81, 7, 81)]:
+        store.mark("group", {partition: offset}, {} if seen is None else {partition: seen})
+        assert store.marks("group", [partition]) == {partition: noted}
+
+
 @pytest.mark.parametrize("mark", ["", "-1", "1.5", "9" * 19, "9" * 5_000])
 def test_a_mark_that_is_no_offset_is_none(store: StateStore, store_settings: Store, mark: str) -> None:
     partitions = [("frames", 0), ("frames", 1)]
