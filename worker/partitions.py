@@ -73,6 +73,7 @@ class Partitions:
     def rewind(self, fenced: list[str]) -> None:
         """Streams of ours must be claimed again, mostly as another worker has them. Read their partitions again: the
         broker decides whose they are."""
+        self._streams.contest(stream for stream in fenced if stream in self._of)
         for partition in {p for stream in fenced for p in self._of.get(stream, ())}:
             log.warning("streams of partition %d must be claimed again; reading it again", partition[1])
             self._consumer.rewind(partition)

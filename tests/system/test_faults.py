@@ -11,11 +11,14 @@ import pytest
 from kafka import KafkaAdminClient, KafkaProducer
 from pydantic import SecretStr
 
+from schemas.config import Batch, WorkerConfig
+from schemas.state import decode_header
 from tests.chaos.proxy import FlakyProxy
-from tests.conftest import picture
+from tests.conftest import Topic, picture
 from tests.servers import wait_for_end
-from tests.system.conftest import Site, WorkerProcess, ids_by_stream
+from tests.system.conftest import Site, WorkerProcess, ids_by_stream, metric, running, turn_until
 from worker.embedded import EmbeddedStore, free_port, start_store
+from worker.store.store import StateStore
 
 STREAMS = [f"cam-{i}" for i in range(6)]
 FRAMES = [(STREAMS[i % 6], picture(i)) for i in range(300)]
@@ -155,6 +158,23 @@ def test_a_stream_in_two_partitions_of_two_workers(site: Site) -> None:
     assert sorted(folded) == sorted(ids)
     for worker in workers:
         assert worker.stop() == 0
+
+
+@pytest.mark.parametrize("held_by", ["min_adapt", "write_interval_ms"])
+def test_who_was_refused_holds_nothing_back_the_next_time(
+    config: WorkerConfig, store: StateStore, topic: Topic, held_by: str
+) -> None:
+    """Two workers that have frames of one stream and hold them back would refuse each other for ever."""
+    few = held_by == "min_adapt"
+    batch = Batch(max_batch=8, max_wait_ms=10, min_adapt=8 if few else 1, max_hold_ms=2_000)
+    slow = config.store.model_copy(update={"write_interval_ms": 0 if few else 2_000})
+    with running(config.model_copy(update={"batch": batch, "store": slow})) as worker:
+        topic.send(config.kafka.topics.frames, [(b"cam", picture(i), []) for i in range(2)])
+        turn_until(worker, lambda: "cam" in worker._streams.engine)
+        store.claim(["cam"], "another")
+        turn_until(worker, lambda: metric(worker, "fenced_writes_total") == 1)
+        worker._batcher._hold = worker._journal._interval = 1e9
+        turn_until(worker, lambda: bool((header := store.read("cam").header) and decode_header(header).frames == 2))
 
 
 def _has_partitions(worker: WorkerProcess) -> bool:

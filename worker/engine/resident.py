@@ -27,16 +27,17 @@ class Resident:
     are the parameters that a person approved, of those that make the model. `seen` is what the model has put out for
     frames that are held. A token of 0 is no claim: the store cannot
     keep the stream. `written` is the number of the last write under the token; 0: none yet. `lost` is when the place of
-    a stored header was taken that could not be read (monotonic seconds); 0: it could.
+    a stored header was taken that could not be read (monotonic seconds); 0: it could. `contested`: another worker
+    claimed the stream before this one could write, and nothing has been written since.
     """
 
-    __slots__ = ("_headers", "approved", "lost", "packed", "seen", "slot", "stored", "token", "written")
+    __slots__ = ("_headers", "approved", "contested", "lost", "packed", "seen", "slot", "stored", "token", "written")
 
     def __init__(
         self, slot: int, header: StreamHeader, token: int, stored: bool, approved: State | None, headers: Headers
     ) -> None:
         self.slot, self.token, self.stored, self.approved = slot, token, stored, approved
-        self.written, self.lost = 0, 0.0
+        self.written, self.lost, self.contested = 0, 0.0, False
         self.seen: Seen | None = None
         self.packed: bytes | StreamHeader = header
         self._headers = headers

@@ -23,6 +23,7 @@ from worker.guard.answer import Policies, answering
 from worker.guard.guard import resting
 
 HOMELESS = "something else lies under the stream's key in the store, or its position is wrong"
+CONTESTED = "too few frames, and another worker has frames of the stream, too"
 NARROW = 8  # streams in a pass; of more, some are due for an update anyway
 SETTLED = "settled: drift detection sees no move (adapt.mode is on_demand)"
 
@@ -58,6 +59,8 @@ class Scheduler:
         resident = self._engine.resident(batch.stream)
         if resident.homeless:
             return replace(batch, adapt=False, answer="source", hurried=True, reason=HOMELESS)
+        if resident.contested and not batch.fold:
+            batch = replace(batch, fold=True, reason=CONTESTED)
         header = resident.header
         policy = self._policies.of(header)
         batch = replace(batch, answer=answering(policy, header, header.guard.trusted))

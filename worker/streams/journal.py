@@ -69,7 +69,7 @@ class _Waiting:
     def due(self, now: float, interval: float) -> bool:
         # A snapshot is taken of the tensors as they are now.
         full = len(self.folded) >= MOST_EVENTS or self.event_bytes >= MOST_EVENT_BYTES
-        urgent = full or self.folded[-1].snapshot is not None
+        urgent = full or self.folded[-1].snapshot is not None or self.folded[-1].resident.contested
         if all(one.patient for one in self.folded):
             interval = max(interval, PATIENT_S)
         return urgent or now - self.since >= interval

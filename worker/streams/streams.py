@@ -75,6 +75,7 @@ class Streams:
         self._heal = heal
         self._newcomers = Newcomers(settings.max_streams, lambda: heal(store.count))
         self._homeless: set[str] = set()
+        self._contested: set[str] = set()
         self._looked = 0.0
 
     def ensure(self, wanted: Iterable[str]) -> list[str]:
@@ -123,8 +124,10 @@ class Streams:
             if claimed.event == b"" and restored.state.header.events:
                 log.warning(LOST_EVENTS, stream, MAX_EVENTS_BYTES, extra=_of(stream))
             self.engine.admit(restored.state, claimed.token, stored, restored.approved)
-            if restored.lost:
-                self.engine.resident(stream).lost = time.monotonic()
+            resident = self.engine.resident(stream)
+            resident.lost = time.monotonic() if restored.lost else 0.0
+            resident.contested = stream in self._contested
+            self._contested.discard(stream)
             if restored.change:
                 changed.append(replace(self._changed(restored, restored.change), waiting=claimed.event or b""))
         self._explain(changed)
@@ -166,6 +169,11 @@ class Streams:
         self.release(gone)
         return gone
 
+    def contest(self, fenced: Iterable[str]) -> None:
+        """Another worker has claimed these streams. Where both have frames of one (it moved), each would claim it while
+        the other holds its frames back, and neither ever write: once claimed again, nothing of it waits."""
+        self._contested |= {stream for stream in fenced if stream not in self._homeless}
+
     def release(self, streams: Iterable[str]) -> None:
         """Forget streams; the store has them."""
         streams = list(streams)
@@ -194,6 +202,7 @@ class Streams:
                 resident = self.engine.resident(entry.header.stream)
                 resident.header, resident.stored, resident.written = entry.header, True, entry.header.events
                 resident.approved = entry.approved or resident.approved
+                resident.contested = False
             if write.tensors:
                 self._metrics.state_bytes.observe(len(write.tensors))
         return accepted
