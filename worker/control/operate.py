@@ -98,16 +98,24 @@ class Operator:
         return self._obey(command)
 
     def import_file(self, stream: str, content: bytes, reason: str) -> UpdateEvent:
-        """The parameters of a file; the stream keeps its own position, or starts without one."""
+        """The parameters of a file; the stream keeps its own position, or starts without one.
+
+        One that was deleted here and is to come back keeps, too, which commands it had obeyed, and the rules that came
+        of them: else all of them would be done to it once more, and a reset of long ago undo the import.
+        """
         try:
             state = decode_file(content, self._like, self._limit)
         except StateError as error:
             raise StateError(f"the file is none that 'driftkeel streams export' wrote: {error}") from error
         self._check_bundle(state)
-        return self._change(
-            stream,
-            lambda subject, token: imported(state.tensors, state.header.step, reason, subject, self._place, token),
-        )
+        comes_back = state.header.stream == stream and self._store.deleted(stream) is not None
+        obeyed = {"commands": state.header.commands, "policy": state.header.policy} if comes_back else {}
+
+        def change(subject: Subject, token: int) -> Entry:
+            known = replace(subject, header=subject.header.model_copy(update=obeyed))
+            return imported(state.tensors, state.header.step, reason, known, self._place, token)
+
+        return self._change(stream, change)
 
     def _obey(self, command: Command) -> UpdateEvent:
         self._known(command.stream)

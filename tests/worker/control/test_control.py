@@ -290,6 +290,29 @@ def test_an_operator_leaves_no_more_events_beside_a_state_than_can_be_read(
     assert (store.read("a").header, store.read("a").event) == (before.header, before.event)
 
 
+def test_a_stream_that_comes_back_from_its_file_is_not_told_again_what_it_has_done(
+    worker: Worker, commands: CommandList, store: StateStore, store_settings: Store, tiny_bundle: Bundle
+) -> None:
+    """Under its own name, after it was deleted here; what another site's file says of commands means nothing here."""
+    for offset, action in enumerate(("freeze", "reset")):
+        tell(commands, offset, "a", action)
+    worker.control.met(worker.streams.ensure(["a"]))
+    tell(commands, 2, "a", "reset")
+    worker.control.listen()
+    assert worker.control.run(()) == []
+    operator = Operator(WorkerConfig(store=store_settings), store, Engine(tiny_bundle), "operator")
+    file = operator.export("a")
+    retire.delete(store, "a", "to come back", "operator")
+    operator.import_file("a", file, "back")
+    operator.import_file("b", file, "another's")
+    worker.streams.release(["a"])
+    worker.control.met(worker.streams.ensure(["a", "b"]))
+    headers = {stream: worker.streams.engine.resident(stream).header for stream in ("a", "b")}
+    assert worker.control.due == set()
+    assert (headers["a"].commands, headers["a"].policy.frozen) == ({"commands/0": 2}, True)
+    assert (headers["b"].commands, headers["b"].policy) == ({}, None)
+
+
 def test_one_damaged_snapshot_does_not_hide_the_others(
     worker: Worker, store: StateStore, store_settings: Store, store_url: str, tiny_bundle: Bundle
 ) -> None:
