@@ -178,7 +178,8 @@ class Batch(Section):
         0,
         ge=0,
         description="from a record's timestamp to its prediction; frames that have used half of it are only predicted, "
-        "and teach nothing; 0: every frame is adapted on, however late",
+        "and teach nothing, and those midway between max_wait_ms and that make no update; 0: every frame is adapted "
+        "on, however late",
     )
     drop_late: bool = Field(
         False,

@@ -30,9 +30,11 @@ def test_a_settled_stream_is_predicted_only_and_stays_settled_over_a_restart(sit
 
 def test_late_frames_are_predicted_only_and_every_one_is_counted(site: Site) -> None:
     frames = [(f"cam-{i % 4}", picture(i)) for i in range(160)]
-    ids = site.send(frames)
-    time.sleep(0.3)  # all frames are older than half of the budget before the worker sees them
-    budget = {**site.config["batch"], "latency_budget_ms": 500}
+    records = [(stream.encode(), image, []) for stream, image in frames]
+    before = int(1000 * (time.time() - 40))
+    sent = site.topic.send(site.kafka.topics.frames, records, before)
+    ids = [f"{m.topic}/{m.partition}/{m.offset}" for m in sent]
+    budget = {**site.config["batch"], "latency_budget_ms": 60_000}
     worker = site.start(batch=budget)
     assert set(site.predictions(ids)) == set(ids)
     grouped = ids_by_stream(frames, ids)

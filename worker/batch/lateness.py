@@ -18,6 +18,9 @@ class Lateness:
     def __init__(self, settings: Batch) -> None:
         self.drops, self.budget_ms = settings.drop_late, settings.latency_budget_ms
         self._budget = settings.latency_budget_ms / 1000
+        # Midway between when frames go anyway and when they are hurried, so that the next ones need not be.
+        hurried_ms = HURRIED_AFTER * settings.latency_budget_ms
+        self.spared_after_ms = round((hurried_ms + min(settings.max_wait_ms, hurried_ms)) / 2)
         self._pass, self._ended = 0.0, 0.0
 
     def took(self, seconds: float, ended: float) -> None:
@@ -25,6 +28,10 @@ class Lateness:
         # A longer one drops no more frames, and would only fade later.
         most = (1 - SPARE - HURRIED_AFTER) * self._budget
         self._pass, self._ended = min(most, max(seconds, self._longest(ended))), ended
+
+    def spared(self, sent: float, received: float, now: float) -> bool:
+        """Whether a frame makes no update, for the sake of those behind it; all else is done as ever."""
+        return self._budget > 0 and 1000 * _waited(sent, received, now) > self.spared_after_ms
 
     def hurried(self, sent: float, received: float, now: float) -> bool:
         """Whether a frame is predicted as fast as can be, and teaches nothing."""

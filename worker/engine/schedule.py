@@ -37,6 +37,9 @@ class Scheduler:
         """`most`: frames that a micro-batch has where it is no backlog of a stream at rest."""
         self._lateness, self._most = lateness, most
         self._overload = f"overload: frames had used half of batch.latency_budget_ms = {lateness.budget_ms}"
+        self._spared = (
+            f"overload: frames had waited for {lateness.spared_after_ms} ms, on the way to half of the budget"
+        )
         self._on_demand = adapt.mode == "on_demand"
         self._policies, self._engine, self._metrics = policies, engine, metrics
 
@@ -52,8 +55,8 @@ class Scheduler:
         """Whether the stream's next micro-batch, `oldest` being the first of its frames to predict, is known to make no
         update. `now` is seconds since the epoch."""
         header = self._engine.resident(stream).header
-        late = oldest is not None and self._late(oldest, now)
-        return late or bool(held_back(self._policies.of(header), header, now)) or self._settled(stream)
+        spared = oldest is not None and self._lateness.spared(oldest.sent, oldest.received, now)
+        return spared or bool(held_back(self._policies.of(header), header, now)) or self._settled(stream)
 
     def _decided(self, batch: MicroBatch, now: float) -> MicroBatch:
         resident = self._engine.resident(batch.stream)
@@ -75,6 +78,9 @@ class Scheduler:
         if late:  # Nor do these wait for an update, for which they would be predicted once more.
             self._metrics.left_out.labels("overload").inc()
             return replace(batch, adapt=False, fold=True, hurried=True, reason=self._overload)
+        if batch.adapt and fresh and self._lateness.spared(fresh[0].sent, fresh[0].received, now):
+            self._metrics.left_out.labels("overload").inc()
+            return replace(batch, adapt=False, reason=self._spared)
         if batch.adapt and (reason := resting(header.guard, len(batch.frames))):  # The guard would refuse its update.
             self._metrics.left_out.labels("resting").inc()
             return replace(batch, adapt=False, reason=reason)

@@ -25,6 +25,19 @@ def test_what_would_miss_the_budget_is_dropped_and_no_frame_before_half_of_it() 
     assert [at(now) for now in (100.4, 100.6)] == [(False, False), (True, True)]
 
 
+@pytest.mark.parametrize(
+    ("budget", "wait", "after"), [(1_000, 100, 300), (300, 100, 125), (200, 100, 100), (100, 90, 50)]
+)
+def test_updates_are_spared_midway_between_the_usual_wait_and_half_of_the_budget(
+    budget: int, wait: int, after: int
+) -> None:
+    """Where frames wait for half of the budget anyway they are hurried as ever, and none before it is spared."""
+    lateness, now = Lateness(Batch(latency_budget_ms=budget, max_wait_ms=wait)), time.monotonic()
+    assert lateness.spared_after_ms == after
+    assert [lateness.spared(100.0, now, 100 + (after + more) / 1000) for more in (-5, 25)] == [False, True]
+    assert not Lateness(Batch(max_wait_ms=wait)).spared(100.0, now, 1e9)
+
+
 def test_a_long_pass_is_forgotten_even_if_no_other_follows() -> None:
     """All frames come with six tenths of the budget used, so that one long pass drops them all."""
     lateness = Lateness(Batch(latency_budget_ms=1_000, drop_late=True))

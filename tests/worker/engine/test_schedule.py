@@ -48,11 +48,15 @@ def decide(engine: Engine, settings: Batch, *batches: MicroBatch, now: float = 1
 
 
 def test_late_frames_are_predicted_only_and_counted(engine: Engine) -> None:
-    (late, fresh), count = decide(engine, Batch(latency_budget_ms=1_000), sent(at=99.4), sent(at=99.6))
+    settings = Batch(latency_budget_ms=1_000, max_wait_ms=100)
+    (late, spared, fresh), count = decide(engine, settings, *(sent(at) for at in (99.4, 99.6, 99.75)))
     assert (late.adapt, late.fold, late.hurried) == (False, True, True)
     assert "overload" in late.reason
+    # On the way there, so that those behind need not be hurried: no update, and nothing else is left out.
+    assert (spared.adapt, spared.fold, spared.hurried) == (False, True, False)
+    assert spared.reason == "overload: frames had waited for 300 ms, on the way to half of the budget"
     assert (fresh.adapt, fresh.hurried) == (True, False)
-    assert count == 1
+    assert count == 2
 
 
 def test_late_frames_do_not_wait_for_more(engine: Engine) -> None:
@@ -135,7 +139,7 @@ def test_in_wide_passes_nobody_joins(engine: Engine) -> None:
 
 def test_of_frames_that_will_make_no_update_it_is_known_before(engine: Engine) -> None:
     """They can go in one micro-batch, however many wait: under overload each costs the loop as much as a full one."""
-    on_time, late = sent(at=99.6).frames[0], sent(at=99.4).frames[0]
+    on_time, late = sent(at=99.8).frames[0], sent(at=99.6).frames[0]
 
     def rests(oldest: DecodedFrame | None, adapt: Adapt = ALWAYS, policy: Policy = ANYTHING) -> bool:
         settings = Batch(latency_budget_ms=1_000)
