@@ -55,8 +55,11 @@ class Scheduler:
         """Whether the stream's next micro-batch, `oldest` being the first of its frames to predict, is known to make no
         update. `now` is seconds since the epoch."""
         header = self._engine.resident(stream).header
-        spared = oldest is not None and self._lateness.spared(oldest.sent, oldest.received, now)
-        return spared or bool(held_back(self._policies.of(header), header, now)) or self._settled(stream)
+        return (
+            self._spares(oldest, now)
+            or bool(held_back(self._policies.of(header), header, now))
+            or self._settled(stream)
+        )
 
     def _decided(self, batch: MicroBatch, now: float) -> MicroBatch:
         resident = self._engine.resident(batch.stream)
@@ -68,7 +71,8 @@ class Scheduler:
         policy = self._policies.of(header)
         batch = replace(batch, answer=answering(policy, header, header.guard.trusted))
         fresh = batch.unpublished
-        late = bool(fresh) and self._late(fresh[0], now)
+        oldest = fresh[0] if fresh else None
+        late = oldest is not None and self._lateness.hurried(oldest.sent, oldest.received, now)
         # Before too few frames: a slow camera that is held back on purpose is not stuck.
         if batch.fold and (reason := held_back(policy, header, now)):
             self._metrics.left_out.labels("policy").inc()
@@ -78,7 +82,7 @@ class Scheduler:
         if late:  # Nor do these wait for an update, for which they would be predicted once more.
             self._metrics.left_out.labels("overload").inc()
             return replace(batch, adapt=False, fold=True, hurried=True, reason=self._overload)
-        if batch.adapt and fresh and self._lateness.spared(fresh[0].sent, fresh[0].received, now):
+        if batch.adapt and self._spares(oldest, now):
             self._metrics.left_out.labels("overload").inc()
             return replace(batch, adapt=False, reason=self._spared)
         if batch.adapt and (reason := resting(header.guard, len(batch.frames))):  # The guard would refuse its update.
@@ -101,8 +105,8 @@ class Scheduler:
         header, clean = self._engine.resident(stream).header, self._engine.bundle.manifest.model.clean_accuracy
         return not wants_update(header.drift, self._engine.estimate(header).estimated_accuracy, clean, company)
 
-    def _late(self, oldest: DecodedFrame, now: float) -> bool:
-        return self._lateness.hurried(oldest.sent, oldest.received, now)
+    def _spares(self, oldest: DecodedFrame | None, now: float) -> bool:
+        return oldest is not None and self._lateness.spared(oldest.sent, oldest.received, now)
 
 
 def held_back(policy: Policy, header: StreamHeader, now: float) -> str:
