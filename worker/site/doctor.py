@@ -144,11 +144,12 @@ def _memory(client: Any) -> Iterator[Finding]:
     """A store that is nearly full may take the small state above, and refuse a worker's.
 
     Nothing is said where it has no limit, or does not tell: a user may lack the permission, and a Cluster answers per
-    node.
+    node. As the store itself does, it leaves out what waits for a slow disk: that is gone a moment later.
     """
     try:
         told = client.info("memory")
-        used, most = int(told["used_memory"]), int(told["maxmemory"])
+        used = int(told["used_memory"]) - int(told.get("mem_not_counted_for_evict", 0))
+        most = int(told["maxmemory"])
     except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, KeyError, TypeError):
         return
     if most and used > NEARLY_FULL * most:
