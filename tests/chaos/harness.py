@@ -20,7 +20,7 @@ from schemas.config import Kafka, Store, Topics
 from schemas.policy import PolicyChange
 from tests.broker.process import start_own_broker
 from tests.chaos.proxy import FlakyProxy
-from tests.chaos.verify import Outcome, frames_in_topic, verify
+from tests.chaos.verify import STEP_SCALE, Outcome, frames_in_topic, verify
 from tests.conftest import Topic, picture
 from tests.system.conftest import Site, WorkerProcess
 from worker.control.send import put_command
@@ -359,6 +359,7 @@ def _site(bundle: Path, folder: Path, seed: int, kind: BrokerKind) -> Iterator[t
     site.config["store"] = {"url": f"redis://127.0.0.1:{to_store.port}/0", "snapshot_every": 3}
     site.config["kafka"]["connect_timeout_s"] = 60
     site.config["store"]["connect_timeout_s"] = 60
+    site.config["adapt"] = {"step_scale": STEP_SCALE}
     chaos = Chaos(site, broker, store, folder, to_broker, to_store, random.Random(seed), kind=kind)
     try:
         yield chaos, kafka

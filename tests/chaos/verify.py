@@ -29,8 +29,10 @@ from worker.engine.passes import WAY
 from worker.store.store import StateStore
 
 LIMIT = 64 << 20
-# States are compared after dozens of updates whose passes had other company: float32 sums in another order.
-TOLERANCE = 2e-2
+# The bundle is untrained, and its whole steps overshoot: what passes in other company round differently, 1e-7, has grown
+# to a third of the way after a hundred of them. With a tenth of a step it stays below 1e-4.
+STEP_SCALE = 0.1
+TOLERANCE = 1e-3
 
 
 @dataclass
@@ -198,7 +200,7 @@ def _replay(history: list[UpdateEvent], images: dict[str, bytes], bundle: Bundle
 
     Relative to how far the stream is from its source.
     """
-    method, preprocess = bundle.method, bundle.manifest.preprocess
+    method, preprocess = bundle.method.with_step_scale(STEP_SCALE), bundle.manifest.preprocess
     state = method.fresh(1)
     at_step: dict[int, State] = {}
     for event in history:
