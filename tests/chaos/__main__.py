@@ -15,7 +15,12 @@ parser = argparse.ArgumentParser(prog="make chaos")
 parser.add_argument("--faults", type=int, default=200)
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--report", type=Path)
-parser.add_argument("--broker", choices=["own", "embedded"], default="own", help="tests/broker, or the demo's")
+parser.add_argument(
+    *("--broker",),
+    choices=["own", "embedded", "cluster"],
+    default="own",
+    help="tests/broker, the demo's, or the three nodes of tests/cluster",
+)
 arguments = parser.parse_args()
 
 with tempfile.TemporaryDirectory(prefix="driftkeel-chaos-") as scratch:

@@ -8,7 +8,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,13 @@ from typing import Any, Literal
 from kafka import KafkaProducer
 
 from schemas.command import EVERY_STREAM, Command
-from schemas.config import Kafka, Store, Topics
+from schemas.config import Kafka, Store
 from schemas.policy import PolicyChange
 from tests.broker.process import start_own_broker
+from tests.chaos import cluster as clusters
 from tests.chaos.proxy import FlakyProxy
 from tests.chaos.verify import STEP_SCALE, Outcome, frames_in_topic, verify
+from tests.cluster import Cluster, told
 from tests.conftest import Topic, picture
 from tests.system.conftest import Site, WorkerProcess
 from worker.control.send import put_command
@@ -30,22 +32,23 @@ from worker.kafka.client import create_topics
 STREAMS = [f"cam-{i}" for i in range(8)]
 PARTITIONS = 4
 SESSION_S = 2.0
+CLUSTER_SESSION_S = 6.0  # its coordinator waits for members for a second less, and forgets those that wait longer
 FRAMES_PER_SECOND = 40
 SETTLE_S = 180.0
 JOIN_S = 60.0
 WRITE_INTERVALS_MS = [0, 400]
-BrokerKind = Literal["own", "embedded"]
+BrokerKind = Literal["own", "embedded", "cluster"]
 
 
 @dataclass
 class Chaos:
-    """A running site, whose workers reach broker and store through proxies only."""
+    """A running site, whose workers reach broker and store through proxies only; but for the nodes of a cluster."""
 
     site: Site
-    broker: Broker
+    broker: Broker | None
     store: EmbeddedStore
     folder: Path
-    to_broker: FlakyProxy
+    to_broker: FlakyProxy | None
     to_store: FlakyProxy
     random: random.Random
     workers: list[WorkerProcess] = field(default_factory=list)
@@ -54,6 +57,8 @@ class Chaos:
     commands: list[Command] = field(default_factory=list)
     longest_outage_s: float = 60
     kind: BrokerKind = "own"
+    cluster: Cluster | None = None
+    frame_partitions: int = PARTITIONS
     assignments: dict[int, int] = field(default_factory=dict)  # by worker's process id, when membership last changed
 
     def add_worker(self) -> None:
@@ -64,7 +69,7 @@ class Chaos:
     def await_group(self) -> None:
         """Wait until all workers that run have been assigned partitions since the last of them came or went.
 
-        With the embedded broker alone: it may wait for ever for a member that dies while the group forms
+        Not with our own broker: others may wait for ever for a member that dies while the group forms
         (docs/guarantees.md), so that members come and go one change at a time.
         """
         if self.kind == "own":
@@ -76,7 +81,7 @@ class Chaos:
             if time.monotonic() > deadline:
                 raise RuntimeError(
                     f"the group did not form again in {JOIN_S:.0f} s: where the workers' logs show no error, the "
-                    "embedded broker waits for a dead member (docs/guarantees.md)"
+                    "broker waits for a dead member (docs/guarantees.md)"
                 )
             self.pause(0.1)
 
@@ -222,9 +227,7 @@ class Chaos:
 
     def inject(self) -> str:
         """One fault, drawn by the seed; its name."""
-        # The embedded broker has no data to come back with.
-        possible = [f for f in FAULTS if self.kind == "own" or f is not Chaos.restart_broker]
-        fault = self.random.choice(possible)
+        fault = self.random.choice(FAULTS[self.kind])
         fault(self)
         self.counts[fault.__name__] = self.counts.get(fault.__name__, 0) + 1
         for worker in list(self.workers):
@@ -240,20 +243,18 @@ def _assignments(worker: WorkerProcess) -> int:
     return worker.log.read_text().count("assigned partitions")
 
 
-FAULTS = [
-    *(Chaos.kill, Chaos.kill, Chaos.zombie, Chaos.zombie, Chaos.blink, Chaos.restart_worker, Chaos.scale),
-    *(
-        Chaos.store_hangs,
-        Chaos.restart_store,
-        Chaos.store_away,
-        Chaos.cut_store,
-        Chaos.cut_broker,
-        Chaos.broker_away,
-        Chaos.restart_broker,
-        Chaos.slow,
-    ),
-    *(Chaos.command, Chaos.command),
-]
+WORKER_FAULTS = [Chaos.kill, Chaos.kill, Chaos.zombie, Chaos.zombie, Chaos.blink, Chaos.restart_worker, Chaos.scale]
+STORE_FAULTS = [Chaos.store_hangs, Chaos.restart_store, Chaos.store_away, Chaos.cut_store]
+COMMANDS = [Chaos.command, Chaos.command]
+ONE_BROKER = [*WORKER_FAULTS, *STORE_FAULTS, Chaos.cut_broker, Chaos.broker_away, Chaos.slow, *COMMANDS]
+FAULTS: dict[BrokerKind, list[Callable[[Chaos], None]]] = {
+    "own": [*ONE_BROKER, Chaos.restart_broker],
+    "embedded": ONE_BROKER,  # It has no data to come back with.
+    "cluster": [
+        *(clusters.leaders_move, clusters.node_away, clusters.node_replaced, clusters.errors_pass) * 3,
+        *(clusters.node_slow, Chaos.restart_worker, Chaos.cut_store, Chaos.command),
+    ],
+}
 
 
 class Feeder:
@@ -295,8 +296,8 @@ def run(
     with _site(bundle, folder, seed, kind) as (chaos, direct):
         chaos.longest_outage_s = longest_outage_s
         feeder = Feeder(direct, seed)
-        chaos.add_worker()
-        chaos.add_worker()
+        for _ in range(1 if kind == "cluster" else 2):
+            chaos.add_worker()
         for number in range(1, faults + 1):
             chaos.pause(chaos.random.uniform(0.1, 1.5))
             name = chaos.inject()
@@ -338,37 +339,58 @@ def _own_broker(folder: Path, port: int, advertised: int) -> Broker:
 
 @contextlib.contextmanager
 def _site(bundle: Path, folder: Path, seed: int, kind: BrokerKind) -> Iterator[tuple[Chaos, Kafka]]:
-    """Broker and store behind proxies, and a site whose workers see only these."""
+    """Broker and store, and a site whose workers see only proxies of these, or a cluster."""
+    store = start_store(folder / "store")
+    to_store = FlakyProxy(store.port, free_port())
+    with _one_broker(folder, kind) if kind != "cluster" else _cluster() as (broker, to_broker, cluster, bootstrap):
+        kafka = Kafka(
+            bootstrap=bootstrap,
+            group="chaos",
+            session_timeout_ms=int(1000 * (SESSION_S if kind != "cluster" else CLUSTER_SESSION_S)),
+            heartbeat_interval_ms=300,
+            fetch_max_wait_ms=20,
+        )
+        if cluster is None:
+            create_topics(kafka, PARTITIONS)
+        else:
+            clusters.set_up(cluster, kafka, PARTITIONS)
+        # The checks read the store past its proxy. A single broker sends every client to its proxy, the feeder too.
+        site = Site(kafka, Store(url=store.url), bundle, folder, Topic(bootstrap))
+        site.module = "worker" if cluster is None else "tests.cluster"
+        site.config["store"] = {"url": f"redis://127.0.0.1:{to_store.port}/0", "snapshot_every": 3}
+        site.config["kafka"]["connect_timeout_s"] = 60
+        site.config["store"]["connect_timeout_s"] = 60
+        site.config["adapt"] = {"step_scale": STEP_SCALE}
+        chaos = Chaos(site, broker, store, folder, to_broker, to_store, random.Random(seed), kind=kind, cluster=cluster)
+        try:
+            yield chaos, kafka
+        finally:
+            for worker in site.running:
+                if worker.process.poll() is None:
+                    worker.signal(signal.SIGCONT)
+                    worker.kill()
+            to_store.close()
+            if chaos.broker is not None:
+                chaos.broker.child.stop(0)
+            chaos.store.child.stop()
+
+
+@contextlib.contextmanager
+def _one_broker(folder: Path, kind: BrokerKind) -> Iterator[tuple[Broker, FlakyProxy, None, str]]:
     port = free_port()
     broker = _own_broker(folder, free_port(), port) if kind == "own" else start_broker(advertised=port)
-    store = start_store(folder / "store")
-    to_broker, to_store = FlakyProxy(broker.port, port), FlakyProxy(store.port, free_port())
-    topics = Topics()
-    kafka = Kafka(
-        bootstrap=f"127.0.0.1:{port}",
-        group="chaos",
-        topics=topics,
-        session_timeout_ms=int(SESSION_S * 1000),
-        heartbeat_interval_ms=300,
-        fetch_max_wait_ms=20,
-    )
-    create_topics(kafka, PARTITIONS)
-    # The checks read the store past its proxy. The broker sends every client to its proxy, the feeder too.
-    settings = Store(url=store.url)
-    site = Site(kafka, settings, bundle, folder, Topic(kafka.bootstrap))
-    site.config["store"] = {"url": f"redis://127.0.0.1:{to_store.port}/0", "snapshot_every": 3}
-    site.config["kafka"]["connect_timeout_s"] = 60
-    site.config["store"]["connect_timeout_s"] = 60
-    site.config["adapt"] = {"step_scale": STEP_SCALE}
-    chaos = Chaos(site, broker, store, folder, to_broker, to_store, random.Random(seed), kind=kind)
+    to_broker = FlakyProxy(broker.port, port)
     try:
-        yield chaos, kafka
+        yield broker, to_broker, None, f"127.0.0.1:{port}"
     finally:
-        for worker in site.running:
-            if worker.process.poll() is None:
-                worker.signal(signal.SIGCONT)
-                worker.kill()
         to_broker.close()
-        to_store.close()
-        chaos.broker.child.stop(0)
-        chaos.store.child.stop()
+
+
+@contextlib.contextmanager
+def _cluster() -> Iterator[tuple[None, None, Cluster, str]]:
+    cluster = Cluster()
+    with told():
+        try:
+            yield None, None, cluster, cluster.bootstrap
+        finally:
+            cluster.close()

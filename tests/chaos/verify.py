@@ -29,8 +29,8 @@ from worker.engine.passes import WAY
 from worker.store.store import StateStore
 
 LIMIT = 64 << 20
-# The bundle is untrained, and its whole steps overshoot: what passes in other company round differently, 1e-7, has grown
-# to a third of the way after a hundred of them. With a tenth of a step it stays below 1e-4.
+# The bundle is untrained, and its whole steps overshoot: what passes in other company round differently, 1e-7, has
+# grown to a third of the way after a hundred of them. With a tenth of a step it stays below 1e-4.
 STEP_SCALE = 0.1
 TOLERANCE = 1e-3
 

@@ -36,7 +36,9 @@ class WorkerProcess:
 
     process: subprocess.Popen[bytes] | Forked
 
-    def __init__(self, folder: Path, content: dict[str, Any], name: str, forked: bool = False) -> None:
+    def __init__(
+        self, folder: Path, content: dict[str, Any], name: str, forked: bool = False, module: str = "worker"
+    ) -> None:
         self.port = free_port()
         content = {
             "worker": name,
@@ -53,7 +55,7 @@ class WorkerProcess:
             self.process = Forked(arguments, self.log, self.log)
             return
         with self.log.open("ab") as output:
-            command = [sys.executable, "-m", "worker", *arguments]
+            command = [sys.executable, "-m", module, *arguments]
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
     def signal(self, number: int) -> None:
@@ -102,6 +104,7 @@ class Site:
         self.kafka, self.store, self.topic = kafka, store, topic
         self._folder, self._workers = folder, 0
         self.forked = False  # whether workers are spared the seconds that imports take
+        self.module = "worker"
         self.running: list[WorkerProcess] = []
         self.config: dict[str, Any] = {
             "kafka": kafka.model_dump(mode="json", exclude_none=True),
@@ -112,7 +115,8 @@ class Site:
 
     def start(self, **sections: Any) -> WorkerProcess:
         self._workers += 1
-        worker = WorkerProcess(self._folder, {**self.config, **sections}, f"worker-{self._workers}", self.forked)
+        name = f"worker-{self._workers}"
+        worker = WorkerProcess(self._folder, {**self.config, **sections}, name, self.forked, self.module)
         self.running.append(worker)
         return worker
 

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.harness import run
+from tests.chaos.harness import BrokerKind, run
 
 
 @pytest.mark.chaos
-def test_a_dozen_faults(tiny_bundle_path: Path, tmp_path: Path) -> None:
-    outcome = run(12, 11, tiny_bundle_path, tmp_path, longest_outage_s=3)
+@pytest.mark.parametrize("kind", ["own", "cluster"])
+def test_a_dozen_faults(tiny_bundle_path: Path, tmp_path: Path, kind: BrokerKind) -> None:
+    outcome = run(12, 11, tiny_bundle_path, tmp_path, longest_outage_s=3, kind=kind)
     assert outcome.sound, outcome.as_dict()
     assert outcome.frames > 300
     assert outcome.updates > 20

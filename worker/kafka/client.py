@@ -17,6 +17,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError, SaslAuthenticationFailed
 from schemas.config import Kafka
 from schemas.errors import ConfigError, LoginError, UnreachableError
 from worker.kafka.batches import pass_over_unreadable
+from worker.kafka.nodes import wait_for_gone_nodes
 from worker.kafka.records import forgive_header_names
 from worker.kafka.sockets import close_failed_connects
 from worker.kafka.unpack import bound_unpacking
@@ -76,6 +77,7 @@ def open_client(kind: Any, **arguments: Any) -> Any:
     forgive_header_names()
     bound_unpacking()
     close_failed_connects()
+    wait_for_gone_nodes()
     opened: list[Any] = []
 
     def remember(**options: Any) -> Any:
