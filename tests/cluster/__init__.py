@@ -54,8 +54,8 @@ class Cluster:
         self._cluster = ctypes.c_void_p(self._library.rd_kafka_mock_cluster_new(self._client, len(NODES)))
         self.bootstrap: str = self._library.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
 
-    def create(self, topic: str, partitions: int) -> None:
-        self._call("topic_create", topic.encode(), partitions, len(NODES))
+    def create(self, topic: str, partitions: int, copies: int = len(NODES)) -> None:
+        self._call("topic_create", topic.encode(), partitions, copies)
 
     def lead(self, topic: str, partition: int, node: int) -> None:
         """From now on this node leads the partition."""

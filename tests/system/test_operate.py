@@ -14,10 +14,11 @@ from schemas.config import Bundle, Kafka, Store, WorkerConfig
 from schemas.state import StreamHeader, encode_header
 from schemas.update import seal
 from tests.broker.process import start_own_broker
+from tests.cluster import Cluster, told
 from tests.conftest import picture
 from tests.system.conftest import Site, run_cli
 from worker.embedded import free_port, start_store
-from worker.site.doctor import examine
+from worker.site.doctor import examine, kept
 from worker.store.store import StateStore, Write
 
 
@@ -285,6 +286,28 @@ def test_doctor_sees_a_store_that_is_nearly_full(kafka_settings: Kafka, tiny_bun
     assert [key for key in client.scan_iter() if not key.startswith(b"junk-")] == []
     client.close()
     store.child.stop()
+
+
+def test_doctor_sees_topics_that_one_broker_alone_keeps(tiny_bundle_path: Path, store_url: str) -> None:
+    cluster = Cluster()
+    config = WorkerConfig(
+        kafka=Kafka(bootstrap=cluster.bootstrap), store=Store(url=store_url), bundle=Bundle(path=tiny_bundle_path)
+    )
+    for topic in config.kafka.topics.model_dump().values():
+        cluster.create(topic, 3, copies=1 if topic == "updates" else 3)
+    with told():
+        found = [one.text for one in examine(config) if (one.subject, one.level) == ("broker", "warning")]
+    cluster.close()
+    (once,) = [text for text in found if "kept once" in text]
+    assert once.startswith("topic updates is kept once")
+
+
+def test_doctor_sees_partitions_that_nobody_leads() -> None:
+    parts = [{"partition_index": i, "leader_id": leader, "replica_nodes": [1, 2]} for i, leader in enumerate([1, -1])]
+    (found,) = kept([{"name": "frames", "partitions": parts}])
+    assert (found.level, found.text.split(",")[0]) == ("failed", "topic frames: nobody leads partitions [1]")
+    one = [{"partition_index": 0, "leader_id": 1, "replica_nodes": [1]}]
+    assert list(kept([{"name": "frames", "partitions": one}])) == []  # a single broker keeps all once
 
 
 def test_there_is_no_snapshot_number_0() -> None:

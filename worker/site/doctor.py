@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -181,11 +181,11 @@ def _broker(config: WorkerConfig) -> Iterator[Finding]:
     kafka = config.kafka
     admin = open_client(KafkaAdminClient, **connection(kafka))
     try:
-        known = set(admin.list_topics())
+        known, topics = set(admin.list_topics()), kafka.topics
+        details = admin.describe_topics(sorted(known & set(topics.model_dump().values())))
     finally:
         admin.close()
     yield Finding("broker", "ok", f"{kafka.bootstrap} answers, {len(known)} topics")
-    topics = kafka.topics
     for topic in (topics.frames, topics.predictions, topics.updates, topics.dead_letters):
         if topic not in known:
             yield Finding("broker", "failed", f"topic {topic} is missing; create it, or correct kafka.topics")
@@ -194,6 +194,20 @@ def _broker(config: WorkerConfig) -> Iterator[Finding]:
         yield Finding("broker", "warning", f"{text} and retention.ms=-1")
     if topics.frames in known:
         yield _partitions(kafka, topics.frames)
+    yield from kept(details)
+
+
+def kept(topics: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Partitions that nobody leads, and topics of which a cluster has one copy, by the broker's description of them."""
+    nodes = {node for topic in topics for part in topic["partitions"] for node in part["replica_nodes"]}
+    for topic in topics:
+        name, parts = topic["name"], topic["partitions"]
+        if alone := [part["partition_index"] for part in parts if part["leader_id"] < 0]:
+            text = f"topic {name}: nobody leads partitions {alone}, and what is in them waits; see to their brokers"
+            yield Finding("broker", "failed", text)
+        if len(nodes) > 1 and any(len(part["replica_nodes"]) == 1 for part in parts):
+            text = f"topic {name} is kept once: while that broker is away it stands still, and is lost with its disk"
+            yield Finding("broker", "warning", f"{text}; give it a replication factor of 3")
 
 
 def _folded(config: WorkerConfig) -> Iterator[Finding]:
