@@ -90,23 +90,27 @@ def _workers(results: dict[str, Any]) -> str:
 
 def _latency(results: dict[str, Any]) -> str:
     rows = []
+    wait, budget = results["latency"]["max_wait_ms"], f"{results['latency']['budget_ms']:,} ms"
     for name, seen in results["latency"].items():
         if not name.startswith("load_"):
             continue
         latency = seen["latency_ms"]
+        share, *how = name.removeprefix("load_").split("_")
         rows.append(
             (
-                f"{name.removeprefix('load_').removesuffix('_dropping')} of capacity "
-                f"({seen['offered_frames_per_second']:,.0f} frames/s)",
+                f"{share} of capacity ({seen['offered_frames_per_second']:,.0f} frames/s)",
+                budget if "budget" in how else "none",
                 *(f"{latency[p]:.0f}" for p in ("p50", "p90", "p99")),
                 f"{seen['step_ms']:.0f}",
+                f"{wait + 3 * seen['step_ms']:.0f}",
                 f"{seen['share_within_budget']:.2%}",
                 f"{seen['shed']:.0f} of {seen['micro_batches']:.0f}",
-                f"{seen['dropped'] / seen['frames']:.1%}" if name.endswith("_dropping") else "none",
+                f"{seen['dropped'] / seen['frames']:.1%}" if "dropping" in how else "none",
             )
         )
     head = (
-        *("load", "p50 ms", "p90 ms", "p99 ms", "step ms", "answers within budget"),
+        *("load", "budget", "p50 ms", "p90 ms", "p99 ms", "step ms", "wait + 3 steps, ms"),
+        f"answers within {budget}",
         "updates shed",
         "frames dropped",
     )
