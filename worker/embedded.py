@@ -27,7 +27,8 @@ from schemas.errors import DriftkeelError
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 3.0
-PORTS = range(20_000, 32_000)  # none of those that systems give to outgoing connections, which may take one any time
+PORTS = range(26_000, 32_000)  # none of those that systems give to outgoing connections, which may take one any time
+_given: set[int] = set()  # what was found free and may not be taken yet
 _PR_SET_PDEATHSIG = 1
 
 
@@ -82,9 +83,11 @@ def _die_with_parent() -> None:
 
 
 def free_port() -> int:
-    """A port on loopback that was free a moment ago."""
+    """A port on loopback that was free a moment ago; each time another one."""
     for _ in range(1_000):
         port = secrets.choice(PORTS)
+        if port in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
@@ -92,6 +95,7 @@ def free_port() -> int:
                 if error.errno != errno.EADDRINUSE:
                     raise
             else:
+                _given.add(port)
                 return port
     raise DriftkeelError(f"no port between {PORTS[0]} and {PORTS[-1]} on 127.0.0.1 is free; close something")
 
