@@ -31,6 +31,7 @@ SMALL, LARGE = 160, 480  # pixels of the longer side
 CRISP = 96  # up to this side a frame is kept as it is, as PNG
 EVERY_S = 0.9  # a stream's picture is made at most so often
 PATIENCE_S = 2.0  # for one request's frames
+TRIES = 5  # for one frame: it may have come late, or be gone
 KEPT = 1_024  # pictures
 
 
@@ -60,6 +61,7 @@ def thumbnail(content: bytes, limits: Frames, side: int) -> bytes:
 class _Kept:
     made: float
     picture: Picture
+    tries: int = TRIES  # as many as there are where nothing better can come
 
 
 class Thumbnails:
@@ -91,7 +93,7 @@ class Thumbnails:
         missing = []
         for prediction in wanted:
             kept = self._kept.get((prediction.stream, large))
-            if kept is not None and (kept.picture.prediction.id == prediction.id or now - kept.made < EVERY_S):
+            if kept is not None and (_is_last(kept, prediction) or now - kept.made < EVERY_S):
                 continue
             position = _position(prediction.id, self._kafka.topics.frames)
             if position is not None:
@@ -100,17 +102,30 @@ class Thumbnails:
 
     def _make(self, prediction: Prediction, large: bool, content: bytes | None) -> None:
         key = (prediction.stream, large)
-        if content is None and key in self._kept:
+        before = self._kept.get(key)
+        if content is None and before is not None and before.picture.image:
             return  # Not there in time: the older picture is better than none.
+        if content is None:
+            tried = before.tries if before is not None and before.picture.prediction.id == prediction.id else 0
+            self._keep(key, _Kept(time.monotonic(), Picture(prediction, b""), tried + 1))
+            return
         image = b""
-        if content is not None and len(content) <= self._limits.max_bytes:
+        if len(content) <= self._limits.max_bytes:
             # The worker has told of a bad frame with a dead letter; here the last good picture gives way to none.
             with contextlib.suppress(FrameError):
                 image = thumbnail(content, self._limits, LARGE if large else SMALL)
-        self._kept[key] = _Kept(time.monotonic(), Picture(prediction, image))
+        self._keep(key, _Kept(time.monotonic(), Picture(prediction, image)))
+
+    def _keep(self, key: tuple[str, bool], entry: _Kept) -> None:
+        self._kept[key] = entry
         self._kept.move_to_end(key)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
+
+
+def _is_last(kept: _Kept, prediction: Prediction) -> bool:
+    """Whether there is no sense in asking for this prediction's frame again."""
+    return kept.picture.prediction.id == prediction.id and kept.tries >= TRIES
 
 
 class FrameReader:
