@@ -26,12 +26,12 @@ from worker.decode.image import FORMATS
 from worker.kafka.answer import last_answer
 from worker.kafka.batches import PassedOver
 from worker.kafka.client import connection, open_client, require_topics, until_reached
+from worker.kafka.topic import PATIENCE_MS
 from worker.terminal import printable
 
 log = logging.getLogger("driftkeel.watch")
 REMEMBERED_IDS = 100_000
 SILENT_S = 5.0  # a broker without news still answers every fetch
-FETCH_TIMEOUT_MS = 2_000
 BAR = 18  # height in pixels of the strip that a label stands in
 
 
@@ -190,7 +190,7 @@ class Drawer:
         place = TopicPartition(topic, int(partition))
         self._consumer.assign([place])
         self._consumer.seek(place, int(offset))
-        records = self._consumer.poll(timeout_ms=FETCH_TIMEOUT_MS, max_records=1).get(place, [])
+        records = self._consumer.poll(timeout_ms=PATIENCE_MS, max_records=1).get(place, [])
         return records[0].value if records and records[0].offset == int(offset) else None
 
     def _decoded(self, content: bytes) -> Image.Image | None:
