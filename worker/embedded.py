@@ -25,7 +25,7 @@ from pathlib import Path
 
 from schemas.errors import DriftkeelError
 
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 60.0  # of a machine that is busy; one that cannot start ends long before
 STOP_TIMEOUT_S = 3.0
 PORTS = range(26_000, 32_000)  # none of those that systems give to outgoing connections, which may take one any time
 _given: set[int] = set()  # what was found free and may not be taken yet
