@@ -1,5 +1,5 @@
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,13 +21,19 @@ from worker.guard.answer import Policies
 def sent(at: float, count: int = 4) -> MicroBatch:
     made = batch("a", count)
     for frame in made.frames:
-        frame.sent, frame.received = at, time.monotonic()
+        frame.sent, frame.received = at, HERE
     return made
 
 
-NOW = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
+HERE, NOW = 1_000.0, 1_700_000_000.0  # by the monotonic clock, and 2023-11-14 22:13:20 UTC
 ALWAYS, ANYTHING = Adapt(), Policy()
 AUTO = Policies(ANYTHING, {})
+
+
+@pytest.fixture(autouse=True)
+def still(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the machine takes."""
+    monkeypatch.setattr("worker.batch.lateness.time", SimpleNamespace(monotonic=lambda: HERE))
 
 
 @pytest.fixture
@@ -72,7 +78,7 @@ def test_where_a_record_does_not_say_when_it_was_sent_its_receipt_counts(engine:
     untold, held_up = sent(at=-0.001), sent(at=-0.001)
     for made, before in ((untold, 0.1), (held_up, 0.9)):
         for frame in made.frames:
-            frame.received = time.monotonic() - before
+            frame.received = HERE - before
     (soon, late), count = decide(engine, Batch(latency_budget_ms=1_000), untold, held_up)
     assert (soon.adapt, late.adapt, count) == (True, False, 1)
 
