@@ -8,6 +8,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import contextlib
 import io
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -48,6 +49,8 @@ PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 torch.set_num_threads(1)
 close_failed_connects()  # Of clients that tests open themselves, too: a warning would come in whichever test is next.
+# As in a worker: on a busy machine the client says that its own threads are slow.
+logging.getLogger("kafka").setLevel(logging.CRITICAL)
 # Ports that nobody else takes between the look and the bind: no other process of this run, and nothing that a command
 # starts, which looks from 26,000 on.
 embedded.PORTS = range(20_000, 26_000)[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) :: PROCESSES]
