@@ -261,9 +261,12 @@ def test_a_store_that_loads_its_data_may_heal(tmp_path: Path, open_store: OpenSt
         for i in range(40_000):
             pipeline.set(f"key-{i}", "x")
         pipeline.execute()
+        client.bgrewriteaof()
+        wait_until(lambda: client.info("persistence")["aof_base_size"] > 100_000, "the data in one piece")
     server.child.stop()
-    # A quarter of a millisecond a key. It answers once in 1,024 of them.
-    server = start_store(tmp_path, options=["--key-load-delay", "250"])
+    # A millisecond a key. It answers once in some dozens of them.
+    slowly = ["--key-load-delay", "1000", "--loading-process-events-interval-bytes", "1024"]
+    server = start_store(tmp_path, options=slowly)
     assert_may_heal(open_store(Store(url=f"redis://127.0.0.1:{server.port}")), "loading the dataset")
     server.child.stop(0)
 
