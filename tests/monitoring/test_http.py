@@ -14,7 +14,7 @@ from tests.servers import wait_until
 
 def get(port: int, path: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         with error:
@@ -65,24 +65,25 @@ def test_a_connection_that_asks_nothing_is_closed(
     monkeypatch.setattr("monitoring.http._Silent.timeout", 0.1)
     server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: True)
     try:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as idle:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as idle:
             assert idle.recv(1) == b""
     finally:
         server.close()
     assert capsys.readouterr().err == ""
 
 
-def test_slow_connections_take_no_more_than_some_threads_and_keep_nobody_out() -> None:
+def test_slow_connections_take_no_more_than_some_threads_and_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("monitoring.http._Silent.timeout", 600)  # None ends by itself.
     server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: True)
     before = threading.active_count()
     try:
         with contextlib.ExitStack() as slow:
             for _ in range(2 * MAX_OPEN):
-                connection = slow.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=5))
+                connection = slow.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60))
                 connection.sendall(b"GET /metrics HTTP/1.1\r\n")
                 time.sleep(0.005)  # The kernel's queue is short.
             assert get(server.port, "/healthz")[0] == 200
-            wait_until(lambda: threading.active_count() - before <= MAX_OPEN, "the end of the oldest connections", 5)
+            wait_until(lambda: threading.active_count() - before <= MAX_OPEN, "the end of the oldest connections")
     finally:
         server.close()
 

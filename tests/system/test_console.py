@@ -45,7 +45,7 @@ class ConsoleProcess:
             assert self.process.poll() is None, self.log.read_text()
             return re.search(r"console: http://(\S+):(\d+)/\n", said.read_text())
 
-        wait_until(lambda: where() is not None, "the console's address", 60)
+        wait_until(lambda: where() is not None, "the console's address")
         found = where()
         assert found
         self.port = int(found[2])
@@ -54,7 +54,7 @@ class ConsoleProcess:
     def ask(
         self, method: str, path: str, content: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, Any, http.client.HTTPMessage]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         body = None if content is None else json.dumps(content)
         sent = {"content-type": "application/json"} if body is not None else {}
         connection.request(method, path, body, {**sent, **(headers or {})})
@@ -65,7 +65,7 @@ class ConsoleProcess:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(20)
+        return self.process.wait(120)
 
 
 @pytest.fixture
@@ -86,6 +86,7 @@ def start(site: Site, tmp_path: Path) -> Iterator[Callable[..., ConsoleProcess]]
 def open_page(browser: Any, url: str, **options: Any) -> tuple[Any, list[str]]:
     """A page, and what went wrong in it."""
     page = browser.new_context(**options).new_page()
+    page.set_default_timeout(120_000)
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type in {"error", "warning"} else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -191,7 +192,7 @@ def test_a_command_that_no_worker_answers_waits(browser: Any, site: Site, start:
     console = start()
     publish_predictions(site, [prediction("cam-1")])
     page, wrong = open_page(browser, f"{console.url}#/stream/cam-1")
-    page.locator(".state", has_text="fine").wait_for()
+    page.locator(".state", has_text=re.compile("fine|silent")).wait_for()  # it falls silent soon
     page.get_by_role("button", name="Reset").click()
     page.locator("dialog").get_by_role("button", name="Reset").click()
     page.locator(".result", has_text="waiting for the worker").wait_for()
@@ -286,7 +287,7 @@ def test_requests_from_elsewhere_are_refused(site: Site, start: Callable[..., Co
     csrf = console.ask("GET", "/api/session")[1]["csrf"]
     reset = {"stream": "cam-1", "action": "reset"}
     good = {"x-driftkeel-csrf": csrf}
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while console.ask("POST", "/api/command", reset, good)[0] == 404:  # until the stream is known
         assert time.monotonic() < deadline
     for headers in (
@@ -303,7 +304,7 @@ def test_requests_from_elsewhere_are_refused(site: Site, start: Callable[..., Co
     assert console.ask("POST", "/api/command", {**reset, "action": "explode"}, good)[0] == 400
     assert console.ask("POST", "/api/command", {**reset, "more": 1}, good)[0] == 400
     assert console.ask("POST", "/api/command", reset, {**good, "origin": f"http://{ours}"})[0] == 200
-    sent = site.topic.read(site.kafka.topics.commands, lambda records: len(records) == 2, 3)
+    sent = site.topic.read(site.kafka.topics.commands, lambda records: len(records) == 2)
     assert len(sent) == 2
     for path in ("/", "/static/main.js", "/api/session"):
         headers = console.ask("GET", path)[2]

@@ -56,7 +56,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     def decode(frame: Frame, received: float, **about: Any) -> Any:
         if frame.image == LARGE:
-            assert free.wait(60)
+            assert free.wait(120)
         return decode_frame(frame, received, **about)
 
     monkeypatch.setattr("worker.parts.decode_frame", decode)
@@ -208,11 +208,11 @@ def test_who_had_no_room_in_a_pass_here_is_predicted_before_its_updates(
     assert [sum(len(o.batch.frames) for o in one.predicted.result()[0].outlooks) for one in under_way] == expected
     assert all(one.published and not one.adapted.done() for one in under_way)
     assert len(answered) == 2
-    worker._polling._looked = time.monotonic()
+    worker._polling._looked = time.monotonic() + 60  # a moment ago
     assert worker._polling.stocked is (
         len(worker._batcher) == 4
     )  # with a pass in memory it need not look after each one
-    worker._polling._looked -= 1
+    worker._polling._looked -= 61
     assert not worker._polling.stocked
     worker._move_on()
     assert not worker._flights
@@ -266,13 +266,13 @@ def test_a_pass_here_takes_along_what_came_during_the_last(
     turn_until(worker, lambda: folded(worker, ["cam"]) == {"cam": 4} and not in_flight)
     assert in_flight.here
     assert not in_flight.takes_in  # nothing has come
-    worker._polling._looked = time.monotonic()
+    worker._polling._looked = time.monotonic() + 60  # a moment ago
     assert not worker._polling.stocked  # an idle worker waits for the topic rather than turn
     record = SimpleNamespace(key=b"cam", value=picture(1), topic="t", partition=0, headers=[])
     worker._decoding.add(time.monotonic(), record)
-    in_flight._ended, in_flight._span = time.monotonic(), 0.2
+    in_flight._ended, in_flight._span = time.monotonic(), 60.0
     assert in_flight.takes_in
-    in_flight._ended -= 1
+    in_flight._ended -= 60
     assert not in_flight.takes_in
     worker._decoding.drop(("t", 0))
     begun: list[bool] = []

@@ -49,7 +49,7 @@ def busy_until(condition: Callable[[], bool], what: str, *consumers: FrameConsum
         time.sleep(BUSY_S)
         return condition()
 
-    wait_until(look_in, what, timeout_s=20)
+    wait_until(look_in, what)
 
 
 @pytest.mark.parametrize("assignment", ["range", "cooperative-sticky"])

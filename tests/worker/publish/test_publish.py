@@ -16,6 +16,7 @@ from schemas.prediction import PREDICTION_TYPE
 from schemas.update import UpdateEvent, seal
 from tests.chaos.proxy import FlakyProxy
 from tests.conftest import Topic
+from tests.servers import wait_until
 from worker.control import retire
 from worker.embedded import free_port, start_broker
 from worker.kafka.client import create_topics
@@ -176,7 +177,7 @@ def test_an_outage_is_waited_out_with_the_membership_kept(
     port = free_port()
     broker = start_broker(port=free_port(), advertised=port)
     proxy = FlakyProxy(broker.port, port)
-    settings = Kafka(bootstrap=f"127.0.0.1:{port}", connect_timeout_s=10)
+    settings = Kafka(bootstrap=f"127.0.0.1:{port}", connect_timeout_s=60)
     create_topics(settings, 1)
     errors: list[str] = []
     publisher = Publisher(settings, "w", stop, errors.append)
@@ -212,7 +213,7 @@ def test_an_outage_is_waited_out_with_the_membership_kept(
     publisher.close()
     proxy.close()
     broker.child.stop(0)
-    assert threading.active_count() <= threads
+    wait_until(lambda: threading.active_count() <= threads, "the end of all threads")
 
 
 def test_the_event_of_a_deletion_that_the_broker_refuses_ends_the_command(
@@ -245,6 +246,6 @@ def test_the_event_of_a_deletion_that_the_broker_refuses_ends_the_command(
 
     command = threading.Thread(target=attempt, daemon=True)
     command.start()
-    command.join(30)
+    command.join(120)
     assert not command.is_alive()
     assert "stream 'cam' is deleted, 'driftkeel streams delete -- cam' sends its last event" in str(failed[0])
