@@ -98,10 +98,10 @@ def kafka_settings(bootstrap: str) -> Iterator[Kafka]:
             commands=f"commands-{tag}",
             dead_letters=f"frames-{tag}.dlq",
         ),
-        session_timeout_ms=2_000,
+        session_timeout_ms=30_000,  # of a machine that stands still for seconds nobody is thrown out
         heartbeat_interval_ms=300,
         fetch_max_wait_ms=20,
-        connect_timeout_s=10,
+        connect_timeout_s=60,
     )
     create_topics(settings, 3)
     yield settings
@@ -115,7 +115,7 @@ def kafka_settings(bootstrap: str) -> Iterator[Kafka]:
 def store_settings(store_url: str) -> Iterator[Store]:
     """A key space of its own."""
     prefix = f"test-{uuid.uuid4().hex[:8]}"
-    yield Store(url=store_url, prefix=prefix, connect_timeout_s=5)
+    yield Store(url=store_url, prefix=prefix, connect_timeout_s=60)
     client = redis.Redis.from_url(store_url)
     for key in client.scan_iter(f"{prefix}:*"):
         client.delete(key)
@@ -157,11 +157,11 @@ class Topic:
         futures = [
             producer.send(topic, value, key, headers, None if key else 0, sent_ms) for key, value, headers in records
         ]
-        positions = [future.get(timeout=20) for future in futures]
+        positions = [future.get(timeout=120) for future in futures]
         producer.close()
         return positions
 
-    def read(self, topic: str, until: Callable[[list[Any]], bool], timeout_s: float = 60) -> list[Any]:
+    def read(self, topic: str, until: Callable[[list[Any]], bool], timeout_s: float = 120) -> list[Any]:
         """All records from the beginning, once `until` holds for them."""
         records = self.read_quiet(topic, until, timeout_s)
         assert until(records), f"{topic}: {len(records)} records after {timeout_s} s, and not what was waited for"

@@ -34,7 +34,7 @@ PARTITIONS = 4
 SESSION_S = 2.0
 CLUSTER_SESSION_S = 6.0  # its coordinator waits for members for a second less, and forgets those that wait longer
 FRAMES_PER_SECOND = 40
-SETTLE_S = 180.0
+SETTLE_S = 600.0
 JOIN_S = 60.0
 WRITE_INTERVALS_MS = [0, 400]
 BrokerKind = Literal["own", "embedded", "cluster"]
@@ -330,7 +330,7 @@ def _settle(chaos: Chaos, sent: dict[str, list[str]]) -> None:
     for worker in chaos.workers:
         worker.process.terminate()
     for worker in chaos.workers:
-        worker.process.wait(60)
+        worker.process.wait(120)
 
 
 def _own_broker(folder: Path, port: int, advertised: int) -> Broker:

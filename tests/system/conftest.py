@@ -64,7 +64,7 @@ class WorkerProcess:
     def stop(self) -> int:
         """SIGTERM, and the exit code."""
         self.process.terminate()
-        return self.process.wait(30)
+        return self.process.wait(120)
 
     def kill(self) -> None:
         self.process.kill()
@@ -75,21 +75,21 @@ class WorkerProcess:
         return "\n".join(f"--- {path.name}\n{path.read_text()}" for path in logs)
 
     def metrics(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=60) as answer:
             return answer.read().decode()
 
     def ready(self) -> bool:
         """What /readyz says; /healthz is well all the while."""
         base = f"http://127.0.0.1:{self.port}"
-        with urllib.request.urlopen(f"{base}/healthz", timeout=5):
+        with urllib.request.urlopen(f"{base}/healthz", timeout=60):
             pass
         try:
-            with urllib.request.urlopen(f"{base}/readyz", timeout=10):
+            with urllib.request.urlopen(f"{base}/readyz", timeout=60):
                 return True
         except urllib.error.HTTPError:
             return False
 
-    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 240) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None, f"the worker ended:\n{self.log.read_text()}"
@@ -108,10 +108,18 @@ class Site:
         self.running: list[WorkerProcess] = []
         self.config: dict[str, Any] = {
             "kafka": kafka.model_dump(mode="json", exclude_none=True),
-            "store": {"url": store.url.get_secret_value(), "prefix": store.prefix, "connect_timeout_s": 5},
+            "store": {"url": store.url.get_secret_value(), "prefix": store.prefix, "connect_timeout_s": 60},
             "bundle": {"path": str(bundle)},
             "batch": {"max_batch": 8, "max_wait_ms": 50, "min_adapt": 4, "max_hold_ms": 300},
         }
+
+    def fill_batches(self) -> None:
+        """Eight frames make a micro-batch, however busy the machine is."""
+        self.config["batch"] = {**self.config["batch"], "max_wait_ms": 30_000}
+
+    def expect_deaths(self) -> None:
+        """Of workers that start from now on: what one had that ends without a word soon goes to others."""
+        self.config["kafka"] = {**self.config["kafka"], "session_timeout_ms": 2_000}
 
     def start(self, **sections: Any) -> WorkerProcess:
         self._workers += 1
@@ -126,7 +134,7 @@ class Site:
         sent = self.topic.send(self.kafka.topics.frames, records)
         return [f"{m.topic}/{m.partition}/{m.offset}" for m in sent]
 
-    def predictions(self, ids: list[str], timeout_s: float = 90) -> dict[str, list[Prediction]]:
+    def predictions(self, ids: list[str], timeout_s: float = 240) -> dict[str, list[Prediction]]:
         """All predictions, by id, once every id has one."""
         wanted = set(ids)
         records = self.topic.read(
@@ -205,7 +213,7 @@ def site_file(site: Site, tmp_path: Path) -> str:
     return str(path)
 
 
-def run_cli(*arguments: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_cli(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
     """`driftkeel ...` to its end; nobody is there to answer what it asks."""
     with tempfile.TemporaryDirectory() as scratch:
         output, errors = Path(scratch, "output"), Path(scratch, "errors")
@@ -260,7 +268,7 @@ def make_worker() -> Iterator[MakeWorker]:
 
 
 def turn_until(worker: Worker, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline
         worker._turn()

@@ -23,6 +23,7 @@ def audit(*arguments: str, code: int = 0) -> str:
 
 def test_the_topic_alone_tells_the_history(site: Site, site_file: str, tmp_path: Path) -> None:
     streams = ["cam-1", "cam-2"]
+    site.expect_deaths()
     worker = site.start()
     site.send([(stream, picture(i)) for i in range(40) for stream in streams])
     site.wait_folded(worker, dict.fromkeys(streams, 40))
@@ -31,7 +32,7 @@ def test_the_topic_alone_tells_the_history(site: Site, site_file: str, tmp_path:
         Command(stream="cam-1", action="policy", policy=PolicyChange(mode="shadow")),
         Command(stream="cam-2", action="freeze"),
     ):
-        assert len(list(send_command(site.kafka, command, 20))) == 1
+        assert len(list(send_command(site.kafka, command, 120))) == 1
     site.send([(stream, picture(i)) for i in range(40) for stream in streams])
     worker.kill()  # In the middle: the next one publishes again what may not have reached the topic.
     second = site.start()

@@ -14,6 +14,12 @@ def test_the_config_names_every_baseline_but_the_oracle() -> None:
     assert set(get_args(Method)) == {"mgg", *BASELINES} - {"oracle"}
 
 
+@pytest.fixture(autouse=True)
+def full_batches(request: pytest.FixtureRequest) -> None:
+    if "site" in request.fixturenames:
+        request.getfixturevalue("site").fill_batches()
+
+
 def test_tent_through_the_worker_and_back_to_the_generator(site: Site) -> None:
     worker = site.start(adapt={"method": "tent"})
     ids = site.send([(f"cam-{i % 2}", picture(i)) for i in range(64)])

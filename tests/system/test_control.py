@@ -6,7 +6,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -20,14 +20,15 @@ from tests.conftest import picture
 from tests.system.conftest import Site, run_cli
 from worker.control.send import send_command
 
+PATIENT = ["--wait", "120"]  # with a worker that has more to do than obey
+
 
 @pytest.fixture(autouse=True)
 def full_batches(site: Site) -> None:
-    """Eight frames make a micro-batch, however busy the machine is."""
-    site.config["batch"] = {**site.config["batch"], "max_wait_ms": 5_000}
+    site.fill_batches()
 
 
-def tell(site: Site, stream: str, action: str, wait: float = 20, **more) -> list[UpdateEvent]:
+def tell(site: Site, stream: str, action: str, wait: float = 120, **more) -> list[UpdateEvent]:
     return list(send_command(site.kafka, Command(stream=stream, action=action, **more), wait))
 
 
@@ -49,7 +50,8 @@ def test_commands_while_a_worker_runs(site: Site, site_file: str) -> None:
     assert site.header("cam").step == 5
 
     def command(*arguments: str) -> str:
-        result = run_cli("command", arguments[0], "cam", *arguments[1:], "--config", site_file, "--by", "kim")
+        options = ["--config", site_file, "--by", "kim", *PATIENT]
+        result = run_cli("command", arguments[0], "cam", *arguments[1:], *options)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -71,7 +73,7 @@ def test_commands_while_a_worker_runs(site: Site, site_file: str) -> None:
         "policy", "--mode", "shadow", "--quiet-hours", "22:00-06:00"
     )
     assert "the configuration's policy again" in command("policy", "--clear")
-    refused = run_cli("command", "rollback", "cam", "9", "--config", site_file)
+    refused = run_cli("command", "rollback", "cam", "9", "--config", site_file, *PATIENT)
     assert refused.returncode == 1
     assert "skipped, now at step 1: cannot rollback: stream 'cam' has 2 snapshots" in refused.stdout
 
@@ -110,6 +112,7 @@ def test_an_update_under_way_does_not_overwrite_a_command(site: Site, site_file:
 
 
 def test_commands_reach_streams_that_nobody_holds_once_whoever_restarts(site: Site) -> None:
+    site.expect_deaths()
     first = site.start()
     for stream in ("cam-1", "cam-2"):
         site.feed(first, stream, 16)
@@ -137,14 +140,16 @@ def test_commands_reach_streams_that_nobody_holds_once_whoever_restarts(site: Si
     assert decisions == {"cam-1": ["reset", "frozen"], "cam-2": ["frozen"], "cam-3": ["frozen"]}
 
 
-def test_every_stream_of_several_workers_obeys_once(site: Site) -> None:
+def test_every_stream_of_several_workers_obeys_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.control.send.QUIET_S", 120.0)
     workers = [site.start() for _ in range(2)]
     streams = [f"cam-{i}" for i in range(8)]
     for worker in workers:
         worker.wait_until(lambda w=worker: "assigned partitions: [" in w.log.read_text(), "an assignment")
     site.send([(stream, picture(i)) for stream in streams for i in range(16)])
     site.wait_folded(workers[0], dict.fromkeys(streams, 16))
-    events = tell(site, EVERY_STREAM, "policy", policy=PolicyChange(mode="shadow"), reason="pilot")
+    command = Command(stream=EVERY_STREAM, action="policy", policy=PolicyChange(mode="shadow"), reason="pilot")
+    events = list(islice(send_command(site.kafka, command, 120), len(streams)))
     assert sorted(e.stream for e in events) == streams
     assert {e.parameters for e in events} == {"source"}
     ids = site.send([(stream, picture(i)) for stream in streams for i in range(8)])
@@ -258,7 +263,8 @@ def test_every_command_of_the_documentation_does_what_it_says(
     assert site_file == str(tmp_path / "site.yaml")
     root = str(page.parents[1])
     for _, *arguments in lines:
-        result = run_cli(*arguments, PYTHONPATH=root)
+        patience = PATIENT if arguments[0] == "command" and "--wait" not in arguments else []
+        result = run_cli(*arguments, *patience, PYTHONPATH=root)
         assert result.returncode == 0, (arguments, result.stdout, result.stderr)
         assert result.stdout
     assert site.header("cam-7").policy == PolicyChange(frozen=False)

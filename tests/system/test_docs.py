@@ -166,11 +166,9 @@ def running_site(site: Site, tmp_path: Path) -> tuple[Path, dict[str, str]]:
     for number, image in enumerate(images[:12]):
         Image.fromarray(image).save(folder / "pictures" / f"{number}.png")
         Image.fromarray(image).save(folder / "pictures" / f"{number}.jpg")
-    fast = {"heartbeat_interval_ms": 300, "session_timeout_ms": 2_000}
     worker = site.start(
         bundle={"path": str(SHIPPED_BUNDLE)},
         store={**site.config["store"], "snapshot_every": 1},
-        kafka={**site.config["kafka"], **fast},
     )
     topics = site.kafka.topics.model_dump()
     environment = {
@@ -204,7 +202,7 @@ def test_the_page_s_commands_run(page: Path, request: pytest.FixtureRequest, tmp
             start_new_session=True,
         )
         try:
-            code = process.wait(150)
+            code = process.wait(600)
         finally:
             os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
     assert code == 0, log.read_text()

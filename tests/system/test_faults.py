@@ -22,7 +22,14 @@ from worker.store.store import StateStore
 
 STREAMS = [f"cam-{i}" for i in range(6)]
 FRAMES = [(STREAMS[i % 6], picture(i)) for i in range(300)]
+DISK_S = 120.0  # for a store to write down what it has; a disk may be slow
 COUNTS = dict.fromkeys(STREAMS, 50)
+
+
+@pytest.fixture(autouse=True)
+def deaths(request: pytest.FixtureRequest) -> None:
+    if "site" in request.fixturenames:
+        request.getfixturevalue("site").expect_deaths()
 
 
 def folded(site: Site) -> int:
@@ -92,8 +99,7 @@ def test_store_restart(site: Site, tmp_path: Path) -> None:
     worker = site.start(store={"url": url, "prefix": site.store.prefix})
     ids = site.send(FRAMES[:60])
     site.wait_folded(worker, dict.fromkeys(STREAMS, 10))
-    time.sleep(0.01)  # the append-only file is written every second at the latest; a clean stop flushes it
-    store.child.stop()
+    store.child.stop(DISK_S)
     ids += site.send(FRAMES[60:])
     worker.wait_until(lambda: "does not answer" in worker.log.read_text(), "noticing the outage")
     assert "driftkeel_store_errors_total 0.0" not in worker.metrics()
@@ -145,7 +151,7 @@ def test_a_stream_in_two_partitions_of_two_workers(site: Site) -> None:
     futures = [
         producer.send(site.kafka.topics.frames, key=b"cam", value=picture(i), partition=i % 3) for i in range(120)
     ]
-    ids = [f"{m.topic}/{m.partition}/{m.offset}" for m in (future.get(20) for future in futures)]
+    ids = [f"{m.topic}/{m.partition}/{m.offset}" for m in (future.get(120) for future in futures)]
     producer.close()
     workers[0].wait_until(lambda: (h := site.header("cam")) is not None and h.frames >= 120, "folding")
     assert set(site.predictions(ids)) == set(ids)
@@ -223,7 +229,7 @@ def test_a_store_that_fell_behind_is_brought_up_to_date(site: Site, tmp_path: Pa
     ids = site.send(FRAMES[:120])
     site.wait_folded(worker, dict.fromkeys(STREAMS, 20))
     worker.wait_until(lambda: committed(site) == 120, "the commit")
-    store.child.stop()
+    store.child.stop(DISK_S)
     shutil.copytree(tmp_path / "data", tmp_path / "backup")
     store = start_store(tmp_path / "data", port=store.port)
     ids += site.send(FRAMES[120:240])

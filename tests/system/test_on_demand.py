@@ -16,7 +16,7 @@ def test_a_settled_stream_is_predicted_only_and_stays_settled_over_a_restart(sit
     settled = [e for e in events if e.reason.startswith("settled")]
     assert settled
     assert all(e.decision == "skipped" for e in settled)
-    assert events[0].decision == "applied"
+    assert "applied" in {e.decision for e in events[: events.index(settled[0])]}
     assert f'driftkeel_adaptations_left_out_total{{reason="settled"}} {len(settled)}.0' in first.metrics()
     assert first.stop() == 0
     before = site.header("cam").drift
@@ -34,7 +34,7 @@ def test_late_frames_are_predicted_only_and_every_one_is_counted(site: Site) -> 
     before = int(1000 * (time.time() - 40))
     sent = site.topic.send(site.kafka.topics.frames, records, before)
     ids = [f"{m.topic}/{m.partition}/{m.offset}" for m in sent]
-    budget = {**site.config["batch"], "latency_budget_ms": 60_000}
+    budget = {**site.config["batch"], "latency_budget_ms": 60_000, "max_wait_ms": 5_000}
     worker = site.start(batch=budget)
     assert set(site.predictions(ids)) == set(ids)
     grouped = ids_by_stream(frames, ids)

@@ -22,6 +22,12 @@ from worker.site.doctor import examine, kept
 from worker.store.store import StateStore, Write
 
 
+@pytest.fixture(autouse=True)
+def full_batches(request: pytest.FixtureRequest) -> None:
+    if "site" in request.fixturenames:
+        request.getfixturevalue("site").fill_batches()
+
+
 def streams(config: str, *arguments: str) -> str:
     result = run_cli("streams", arguments[0], "--config", config, *arguments[1:])
     assert result.returncode == 0, result.stderr

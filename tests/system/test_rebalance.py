@@ -37,7 +37,7 @@ class Sender:
             where = {"key": STREAMS[stream].encode(), "partition": stream % PARTITIONS}
             sent.append((STREAMS[stream], producer.send(self._site.kafka.topics.frames, value=picture(index), **where)))
         for name, future in sent:
-            found = future.get(20)
+            found = future.get(120)
             self.ids[name].append(f"{found.topic}/{found.partition}/{found.offset}")
         producer.close()
 
@@ -92,6 +92,7 @@ def test_cooperative_rebalancing_moves_only_what_must_move(site: Site) -> None:
 
 
 def test_a_killed_worker_is_replaced_after_its_session(site: Site) -> None:
+    site.expect_deaths()
     first, second = site.start(), site.start()
     for worker in (first, second):
         worker.wait_until(lambda w=worker: bool(given(w)), "a partition")

@@ -132,7 +132,7 @@ def test_another_bundle_takes_streams_over_and_says_so(site: Site, tmp_path, on_
     previous = [] if on_change == "reset" else [str(old)]
     second = site.start(
         bundle={"path": str(folder), "on_change": on_change, "previous": previous, "shadow_frames": 8},
-        batch={"max_batch": 8, "max_wait_ms": 2_000, "min_adapt": 8},
+        batch={"max_batch": 8, "max_wait_ms": 30_000, "min_adapt": 8},
     )
     after = site.send(frames)
     site.wait_folded(second, {"cam": 32})
@@ -207,7 +207,7 @@ def test_interrupt_stops_cleanly_too(site: Site) -> None:
     worker = site.start()
     worker.wait_until(lambda: "assigned partitions" in worker.log.read_text(), "the assignment")
     worker.signal(signal.SIGINT)
-    assert worker.process.wait(30) == 0
+    assert worker.process.wait(120) == 0
 
 
 def test_a_worker_that_still_waits_for_its_broker_is_not_ready_and_stops_cleanly(site: Site) -> None:
