@@ -24,7 +24,7 @@ from worker.embedded import Child, EmbeddedStore, free_port, start_child, start_
 SLOTS = 16_384
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen in {timeout_s} s"
@@ -120,11 +120,11 @@ class TlsProxy:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self._ready.wait(5)
+        assert self._ready.wait(120)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5)
+        self._thread.join(120)
 
     def _run(self) -> None:
         server = self._loop.run_until_complete(

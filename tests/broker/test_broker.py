@@ -282,7 +282,7 @@ def test_everything_acknowledged_survives_a_kill(tmp_path: Path) -> None:
     broker.child.process.wait()
     again = start_own_broker(tmp_path, port=port)
     futures = [producer.send("t", value) for value in values[50:]]
-    assert all(future.get(20).offset >= 0 for future in futures)
+    assert all(future.get(120).offset >= 0 for future in futures)
     assert read(consumer, 50) == values[50:]
     consumer.commit()
     assert consumer.group_metadata() == member
@@ -308,7 +308,7 @@ def test_retries_over_cut_connections_neither_lose_nor_double(tmp_path: Path) ->
         futures.append(producer.send("t", b"%d" % number))
         if number % 50 == 25:
             proxy.cut()
-    offsets = [future.get(20).offset for future in futures]
+    offsets = [future.get(120).offset for future in futures]
     assert offsets == list(range(300))
     partition = TopicPartition("t", 0)
     consumer = consumer_of(broker, group_id=None)

@@ -185,7 +185,7 @@ def test_a_release_misses_workers_that_prometheus_does_not_know(
     }
     (tmp_path / "test.yml").write_text(yaml.safe_dump(tests))
     command = [prometheus_tool("promtool"), "test", "rules", str(tmp_path / "test.yml")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -39,7 +39,7 @@ def build(folder: Path, **content: object) -> torch.Tensor:
     return update.state["affine"]
 
 
-@pytest.mark.timeout(600)  # three whole builds: half a minute each where nothing else runs
+@pytest.mark.timeout(1_800)  # three whole builds: half a minute each where nothing else runs
 def test_ours_and_the_papers(tmp_path: Path) -> None:
     training = {"meta_steps": 2, "unroll": 2, "streams": 2}
     ours = build(tmp_path / "ours", training=training)

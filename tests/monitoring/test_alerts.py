@@ -31,7 +31,7 @@ ALERTS = [rule for rule in rules() if "alert" in rule]
     "command", [["check", "rules", str(RULES)], ["test", "rules", str(TESTS)]], ids=["check", "test"]
 )
 def test_promtool_is_content(command: list[str]) -> None:
-    result = subprocess.run([prometheus_tool("promtool"), *command], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([prometheus_tool("promtool"), *command], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -30,7 +30,7 @@ def test_small_demo(tmp_path: Path) -> None:
     result = run_cli(
         *("demo", "--frames", "600", "--seed", "3", "--no-view", "--bundle", str(SHIPPED_BUNDLE)),
         *("--report", str(report), "--html", str(page), "--picture", str(picture)),
-        timeout=240,
+        timeout=800,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     numbers = json.loads(report.read_text())
@@ -77,7 +77,7 @@ def test_interrupted_demo_stops_all_it_started(tmp_path: Path) -> None:
     children = [int(pid) for pid in Path(f"/proc/{demo.pid}/task/{demo.pid}/children").read_text().split()]
     assert len(children) == 4
     demo.send_signal(signal.SIGINT)
-    demo.communicate(timeout=60)
+    demo.communicate(timeout=120)
     assert demo.returncode == 130
     wait_for_end(children)
 

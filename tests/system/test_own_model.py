@@ -36,7 +36,7 @@ def test_from_a_checkpoint_to_adapted_predictions(site: Site, tmp_path: Path) ->
         "bundle",
         "create",
         *[str(part) for option in options.items() for part in (f"--{option[0]}", option[1])],
-        timeout=240,  # It computes for a quarter of a minute, and the machine may have more to do.
+        timeout=800,  # It computes for a quarter of a minute, and the machine may have more to do.
     )
     assert created.returncode == 0, created.stderr
     verdict = read_verdict(bundle)

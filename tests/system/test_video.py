@@ -46,7 +46,7 @@ def test_a_video_through_the_whole_chain(site: Site, tmp_path: Path) -> None:
     site.start(bundle={"path": str(SHIPPED_BUNDLE)})
     drawn = tmp_path / "drawn"
     options = ["--json", "--from-beginning", "--count", "96", "--stream", "belt-1", "--draw", str(drawn)]
-    watched = run_cli("watch", *options, timeout=120, **environment)
+    watched = run_cli("watch", *options, **environment)
     assert watched.returncode == 0, watched.stderr
     predictions = [Prediction.model_validate_json(line) for line in watched.stdout.splitlines()]
     assert len({p.id for p in predictions}) == 96

@@ -42,7 +42,7 @@ class Post:
         self.sent.append((record.offset, error.kind))
 
     def settle(self, keep_alive: Callable[[], object]) -> None:
-        assert self.open.wait(20)
+        assert self.open.wait(120)
 
     def close(self) -> None:
         self.closed.set()
@@ -80,10 +80,10 @@ class Loop:
 
     def turn(self) -> None:
         self.intake.hand_over(self.load)
-        wait(self.decoding.running, 10)
+        wait(self.decoding.running, 120)
         frames, bad = self.intake.take()
         self.frames += frames
-        self.intake.bury(bad, 20 if self.post.open.is_set() else 0)
+        self.intake.bury(bad, 120 if self.post.open.is_set() else 0)
 
     def next_offset(self) -> int | None:
         return self.offsets.next_offset(("frames", 0))
@@ -127,7 +127,7 @@ def test_good_frames_do_not_wait_for_dead_letters(loop: Loop, monkeypatch: pytes
     monkeypatch.setattr("worker.publish.letters.MAX_BYTES", 2 * len(b"camjunk") - 1)
     assert loop.intake.full
     loop.post.open.set()
-    loop.intake.bury([], 20)
+    loop.intake.bury([], 120)
     assert [offset for offset, _ in loop.post.sent] == [0, 2]
     assert (loop.next_offset(), loop.intake.full) == (4, False)
 
@@ -155,7 +155,7 @@ def test_letters_of_a_partition_that_went_finish_nothing(loop: Loop) -> None:
     while loop.decoding:
         loop.turn()
     loop.post.open.set()
-    loop.intake.bury([], 20)
+    loop.intake.bury([], 120)
     assert len(loop.post.sent) == 2  # the first were under way
     assert loop.next_offset() == 0
     loop.offsets.finished(frame.position for frame in loop.frames[:1])
@@ -169,7 +169,7 @@ def test_what_is_under_way_at_the_end_is_not_left_open(loop: Loop) -> None:
     loop.letters.close()
     assert not loop.post.closed.is_set()
     loop.post.open.set()
-    assert loop.post.closed.wait(20)
+    assert loop.post.closed.wait(120)
 
 
 def test_a_record_without_a_stream_loads_none(loop: Loop) -> None:
@@ -238,7 +238,7 @@ def test_offsets_that_are_read_again_are_decoded_again(monkeypatch: pytest.Monke
     sound = decode_frame
 
     def slow(frame: Frame, received: float, limits: Frames, preprocess: Preprocess) -> DecodedFrame | FrameError:
-        assert free.wait(20)
+        assert free.wait(120)
         return sound(frame, received, limits, preprocess)
 
     monkeypatch.setattr("tests.worker.test_intake.decode_frame", slow)

@@ -116,7 +116,7 @@ raise ValueError("at the end")
 
 
 def all_there_is(format: str) -> list[str]:
-    result = subprocess.run([sys.executable, "-c", ALL_THERE_IS, format], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", ALL_THERE_IS, format], capture_output=True, text=True, timeout=240)
     assert (result.returncode, result.stdout) == (1, "")
     return result.stderr.splitlines()
 

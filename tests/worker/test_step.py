@@ -36,7 +36,7 @@ class Held(Engine):
         self.go, self.error = threading.Event(), None
 
     def forward(self, gathered: Gathered) -> Pass:
-        self.go.wait(20)
+        self.go.wait(120)
         if self.error is not None:
             raise self.error
         return super().forward(gathered)
@@ -76,7 +76,7 @@ def test_a_finished_step_has_published(engine: Held, step: Step, topic, kafka_se
     """Also where prediction and update were done in the moment between two looks."""
     engine.go.set()
     flight = step.start([batch("a", 5, adapt=adapt)])
-    flight.adapted.result(20)
+    flight.adapted.result(120)
     assert step.finish(flight) == []
     assert engine.resident("a").header.frames == 5
     assert len(topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) == 5)) == 5
@@ -109,7 +109,7 @@ def test_of_frames_that_are_held_what_came_of_them_is_kept(engine: Held, step: S
     """For as long as the stream is the same."""
     engine.go.set()
     flight = step.start([replace(batch("a", 3, adapt=False), fold=False), batch("b", 5)])
-    flight.adapted.result(20)
+    flight.adapted.result(120)
     if given_up:
         engine.release(["a"])
         admit(engine, "a")
@@ -140,7 +140,7 @@ def test_a_pass_that_fails_is_not_waited_for(engine: Held, step: Step) -> None:
     engine.error = RuntimeError("broken")
     engine.go.set()
     flight = step.start([batch("a", 5)])
-    flight.adapted.exception(20)
+    flight.adapted.exception(120)
     with pytest.raises(RuntimeError, match="broken"):
         step.publish(flight)
     with pytest.raises(RuntimeError, match="broken"):
@@ -156,5 +156,5 @@ def test_passes_use_the_gpu_that_the_engine_is_on_and_no_other(
     with make_step(engine, kafka_settings, store_settings) as step:
         engine.device = CPU  # where the tensors are
         engine.go.set()
-        step.start([batch("a", 5)]).adapted.result(20)
+        step.start([batch("a", 5)]).adapted.result(120)
     assert used == [("pass_0", torch.device("cuda", 1))]

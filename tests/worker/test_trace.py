@@ -60,7 +60,7 @@ def test_a_step_is_a_trace_that_its_frames_lead_to(
 
 def finish(step: Step, micro) -> None:
     flight = step.start([micro])
-    flight.adapted.result(20)
+    flight.adapted.result(120)
     step.finish(flight)
 
 

@@ -69,7 +69,7 @@ def test_the_console_goes_on(kafka_settings: Kafka, pack: Pack, caplog: pytest.L
     reader.start()
     wait_until(lambda: _shown(fleet), "what can be read")
     stop.set()
-    reader.join(10)
+    reader.join(120)
     assert "6 records passed over so far" in caplog.text
 
 

@@ -18,7 +18,7 @@ def test_partitions_added_while_running_are_read_too(kafka_settings: Kafka, monk
     topic, bootstrap = kafka_settings.topics.commands, kafka_settings.bootstrap
     listed = CommandList()
     reader = CommandReader(kafka_settings, listed)
-    assert reader.caught_up.wait(20)
+    assert reader.caught_up.wait(120)
     admin = KafkaAdminClient(bootstrap_servers=bootstrap)
     admin.create_partitions({topic: 2})
     admin.close()
@@ -26,7 +26,7 @@ def test_partitions_added_while_running_are_read_too(kafka_settings: Kafka, monk
     sent = [Command(stream="cam", action=action) for action in ("freeze", "unfreeze")]
     for partition, command in enumerate(sent):
         content = command.model_dump_json(exclude_none=True).encode()
-        producer.send(topic, key=b"cam", value=content, partition=partition).get(timeout=20)
+        producer.send(topic, key=b"cam", value=content, partition=partition).get(timeout=120)
     producer.close()
     found: list[Command] = []
 

@@ -49,7 +49,7 @@ def all_of(decoding: Decoding, prepare: Callable[[list[Arrival]], None] = prepar
     taken = []
     while decoding:
         decoding.hand_over(prepare)
-        wait(decoding.running, 10)
+        wait(decoding.running, 120)
         taken += decoding.take()
     return taken
 
@@ -84,7 +84,7 @@ def test_small_pictures_do_not_wait_for_large_ones() -> None:
 
     def slow(frame: Any, received: float) -> Any:
         if frame.about.record.value == LARGE:
-            assert free.wait(20)
+            assert free.wait(120)
         return frame.about
 
     decoding = Decoding(slow, 1)
@@ -96,7 +96,7 @@ def test_small_pictures_do_not_wait_for_large_ones() -> None:
     taken: list[Arrival] = []
     while len(taken) < 50:
         decoding.hand_over(prepare)
-        assert wait(decoding.running, 10, "FIRST_COMPLETED").done
+        assert wait(decoding.running, 120, "FIRST_COMPLETED").done
         taken += decoding.take()
     # Those of a stream behind its own large picture do wait.
     assert {a.record.key for a in taken} == {b"small"}
@@ -121,7 +121,7 @@ def test_of_a_dropped_partition_nothing_more_is_decoded() -> None:
 
     def slow(frame: Any, received: float) -> Any:
         decoded.append(frame.about)
-        assert free.wait(20)
+        assert free.wait(120)
         return frame.about
 
     decoding = Decoding(slow, 1)
@@ -132,7 +132,7 @@ def test_of_a_dropped_partition_nothing_more_is_decoded() -> None:
     assert not decoding
     assert decoding.held == 0
     free.set()
-    wait(decoding.running, 10)
+    wait(decoding.running, 120)
     assert decoding.take() == []
     assert len(decoded) <= 1
     decoding.close()

@@ -35,7 +35,7 @@ def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
     port = free_port()
     broker = start_broker(port=free_port(), advertised=port)
     proxy = TlsProxy(broker.port, authority, port, client_certificate=True)
-    settings = Kafka(bootstrap=f"127.0.0.1:{port}", security_protocol="SSL", connect_timeout_s=3, **files)
+    settings = Kafka(bootstrap=f"127.0.0.1:{port}", security_protocol="SSL", **files)
     create_topics(settings, 2)
     require_topics(settings)
     publisher = Publisher(settings, "w", threading.Event())
@@ -43,7 +43,7 @@ def test_tls_with_a_client_certificate(tmp_path: Path) -> None:
     publisher.settle(lambda: None)
     publisher.close()
     with pytest.raises(UnreachableError):
-        require_topics(settings.model_copy(update={"ssl_cafile": None}))
+        require_topics(settings.model_copy(update={"ssl_cafile": None, "connect_timeout_s": 1}))
     proxy.close()
     broker.child.stop(0)
 
@@ -55,7 +55,7 @@ def test_a_producer_that_is_closed_sends_nothing_later(tmp_path: Path) -> None:
     settings = Kafka(bootstrap=broker.bootstrap)
     create_topics(settings, 1)
     producer = kafka_client.open_client(KafkaProducer, **connection(settings))
-    producer.send("frames", b"1").get(10)
+    producer.send("frames", b"1").get(120)
     broker.child.process.kill()
     broker.child.process.wait()
     given_up = producer.send("frames", b"2")
@@ -67,7 +67,7 @@ def test_a_producer_that_is_closed_sends_nothing_later(tmp_path: Path) -> None:
     gc.collect()  # The tests fail if its finalizer raises.
     again = start_own_broker(tmp_path, port=port)
     producer = kafka_client.open_client(KafkaProducer, **connection(settings))
-    assert producer.send("frames", b"3").get(10).offset == 1
+    assert producer.send("frames", b"3").get(120).offset == 1
     assert kafka_client.close_producer(producer, 10)
     again.child.stop(0)
 
@@ -120,7 +120,6 @@ def kafka_with_users(tmp_path: Path) -> Iterator[Kafka]:
         sasl_username="worker",
         sasl_password="geheim",
         ssl_cafile=files["ssl_cafile"],
-        connect_timeout_s=1,
     )
     broker.child.stop(0)
 
@@ -149,7 +148,7 @@ def test_topics_that_come_a_moment_later_are_waited_for(bootstrap: str, caplog: 
     """`driftkeel produce` beside a `driftkeel local` that has only begun."""
     tag = uuid.uuid4().hex[:8]
     names = {field: f"{field}-{tag}" for field in Topics.model_fields}
-    settings = Kafka(bootstrap=bootstrap, topics=Topics(**names), connect_timeout_s=30)
+    settings = Kafka(bootstrap=bootstrap, topics=Topics(**names), connect_timeout_s=120)
 
     class Creator(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

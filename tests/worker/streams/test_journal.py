@@ -52,7 +52,7 @@ class Life:
         for frame in one.frames:
             self.offsets.received(frame.position)
         flight = self._step.start([one])
-        flight.adapted.result(20)
+        flight.adapted.result(120)
         return self._step.finish(flight)
 
     def end(self) -> None:
