@@ -38,6 +38,7 @@ from worker.store.store import StateStore, Write
 PARTITIONS = 4
 SAMPLE_S = 0.25
 STALLED_S = 60.0
+STARTING_S = 240.0  # on a busy machine torch alone takes a minute to be imported
 Window = tuple[float, float]  # shares of all frames between which throughput is taken
 WINDOW: Window = (0.15, 0.95)  # no start, no end
 TICK_S = 0.005
@@ -244,7 +245,7 @@ def scrape(config: WorkerConfig, *only: str) -> dict[str, float]:
 
 def _wait_ready(pods: Sequence[Pod]) -> None:
     """Until every worker has its share of the partitions, and all partitions have a worker."""
-    deadline = time.monotonic() + STALLED_S
+    deadline = time.monotonic() + STARTING_S
     while time.monotonic() < deadline and all(pod.child.process.poll() is None for pod in pods):
         shares = [scrape(pod.config, ASSIGNED).get(ASSIGNED, 0.0) for pod in pods]
         if min(shares) > 0 and sum(shares) == PARTITIONS and all(_is_ready(pod.config) for pod in pods):
