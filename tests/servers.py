@@ -45,7 +45,7 @@ def _alive(pid: int) -> bool:
 
 
 def cluster_node(folder: Path, port: int | None = None) -> EmbeddedStore:
-    options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000", "--cluster-require-full-coverage", "yes"]
+    options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "30000", "--cluster-require-full-coverage", "yes"]
     options += ["--cluster-port", str(free_port())]  # where nodes talk to each other; else 10,000 higher, free or not
     return start_store(folder, port=port, options=options)
 
@@ -88,7 +88,7 @@ def store_with_sentinel(folder: Path) -> Iterator[tuple[EmbeddedStore, EmbeddedS
     config.write_text(
         f"port {port}\nbind 127.0.0.1\ndir {folder}\n"
         f"sentinel monitor driftkeel 127.0.0.1 {primary.port} 1\n"
-        "sentinel down-after-milliseconds driftkeel 500\n"
+        "sentinel down-after-milliseconds driftkeel 60000\n"  # a busy primary is none that is down
         "sentinel failover-timeout driftkeel 5000\n"
     )
     sentinel: Child = start_child("a sentinel", [str(get_binary_path()), str(config), "--sentinel"])

@@ -28,6 +28,7 @@ from worker.store.client import connect
 from worker.store.store import StateStore, Write
 
 OpenStore = Callable[[Store], StateStore]
+DISK_S = 120.0  # for a store to write down what it has; a disk may be slow
 STREAMS = [f"cam-{i}" for i in range(40)]
 
 
@@ -87,7 +88,7 @@ def test_a_cluster_of_three_nodes(tmp_path: Path, open_store: OpenStore) -> None
         for client in watching:
             client.close()
         # One node is away: an error that the worker heals from, and no other.
-        nodes[1].child.stop()
+        nodes[1].child.stop(DISK_S)
         with pytest.raises(UnreachableError):
             store.claim(STREAMS, "w3")
         nodes[1] = cluster_node(tmp_path / "1", nodes[1].port)
@@ -141,6 +142,8 @@ def test_a_failover_by_sentinel(tmp_path: Path, open_store: OpenStore) -> None:
         link = redis.Redis(port=replica.port)
         offset = redis.Redis(port=primary.port).info("replication")["master_repl_offset"]
         wait_until(lambda: link.info("replication")["slave_repl_offset"] >= offset, "the replica catching up")
+        with redis.Redis(port=port) as sentinel:
+            sentinel.execute_command("SENTINEL", "SET", "driftkeel", "down-after-milliseconds", "500")
         primary.child.stop(0)
         wait_until(lambda: _claims(store), "the failover")
         assert link.role()[0] == b"master"
@@ -263,7 +266,7 @@ def test_a_store_that_loads_its_data_may_heal(tmp_path: Path, open_store: OpenSt
         pipeline.execute()
         client.bgrewriteaof()
         wait_until(lambda: client.info("persistence")["aof_base_size"] > 100_000, "the data in one piece")
-    server.child.stop()
+    server.child.stop(DISK_S)
     # A millisecond a key. It answers once in some dozens of them.
     slowly = ["--key-load-delay", "1000", "--loading-process-events-interval-bytes", "1024"]
     server = start_store(tmp_path, options=slowly)
