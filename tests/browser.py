@@ -28,6 +28,6 @@ def browser() -> Iterator[Any]:
     if options["executable_path"] is None:
         pytest.skip("no Chromium: apt-get install chromium, or name one with DRIFTKEEL_TEST_BROWSER")
     with driver.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(**options)
+        chromium = playwright.chromium.launch(**options, timeout=120_000)
         yield chromium
         chromium.close()

@@ -44,5 +44,5 @@ def test_a_store_that_is_away_has_not_answered_and_the_broker_is_not_asked(tiny_
 
 def test_a_broker_that_is_away_has_not_answered(store_settings: Store, tiny_bundle_path: Path) -> None:
     store_s, broker_s = last_answers(away(), store_settings, tiny_bundle_path)
-    assert store_s == pytest.approx(time.time(), abs=30)
+    assert store_s == pytest.approx(time.time(), abs=120)
     assert broker_s == 0
