@@ -41,6 +41,7 @@ from worker.guard.answer import Policies
 from worker.kafka.client import create_topics
 from worker.kafka.sockets import close_failed_connects
 from worker.publish.publisher import Publisher
+from worker.store import client as store_client
 from worker.store.store import StateStore
 from worker.streams.streams import Streams
 from worker.streams.upgrade import Upgrade
@@ -49,6 +50,8 @@ PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 torch.set_num_threads(1)
 close_failed_connects()  # Of clients that tests open themselves, too: a warning would come in whichever test is next.
+# A store on a slow disk, or a machine that stood still, may answer late; here that is no outage.
+store_client.TIMEOUT_S = 120
 # As in a worker: on a busy machine the client says that its own threads are slow.
 logging.getLogger("kafka").setLevel(logging.CRITICAL)
 # Ports that nobody else takes between the look and the bind: no other process of this run, and nothing that a command
@@ -116,10 +119,10 @@ def store_settings(store_url: str) -> Iterator[Store]:
     """A key space of its own."""
     prefix = f"test-{uuid.uuid4().hex[:8]}"
     yield Store(url=store_url, prefix=prefix, connect_timeout_s=60)
-    client = redis.Redis.from_url(store_url)
-    for key in client.scan_iter(f"{prefix}:*"):
-        client.delete(key)
-    client.close()
+    admin = redis.Redis.from_url(store_url, socket_timeout=120)
+    for key in admin.scan_iter(f"{prefix}:*"):
+        admin.delete(key)
+    admin.close()
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def cluster_node(folder: Path, port: int | None = None) -> EmbeddedStore:
 def store_cluster(folder: Path) -> Iterator[list[EmbeddedStore]]:
     """A Cluster of three nodes without replicas, each with a third of the slots."""
     nodes = [cluster_node(folder / str(i)) for i in range(3)]
-    clients = [redis.Redis(port=node.port) for node in nodes]
+    clients = [redis.Redis(port=node.port, socket_timeout=120) for node in nodes]
     among_themselves = clients[0].config_get("cluster-port")["cluster-port"]
     for i, client in enumerate(clients):
         client.execute_command("CLUSTER", "ADDSLOTSRANGE", SLOTS * i // 3, SLOTS * (i + 1) // 3 - 1)
@@ -71,7 +71,7 @@ def store_with_replica(folder: Path) -> tuple[EmbeddedStore, EmbeddedStore]:
     """A primary, and its replica that has all it has."""
     primary = start_store(folder / "primary", options=["--repl-diskless-sync-delay", "0"])  # no wait for a second one
     replica = start_store(folder / "replica", options=["--replicaof", "127.0.0.1", str(primary.port)])
-    with redis.Redis(port=primary.port) as client:
+    with redis.Redis(port=primary.port, socket_timeout=120) as client:
         wait_until(lambda: client.info("replication").get("slave0", {}).get("state") == "online", "the replica")
     return primary, replica
 
@@ -92,7 +92,7 @@ def store_with_sentinel(folder: Path) -> Iterator[tuple[EmbeddedStore, EmbeddedS
         "sentinel failover-timeout driftkeel 5000\n"
     )
     sentinel: Child = start_child("a sentinel", [str(get_binary_path()), str(config), "--sentinel"])
-    client = redis.Redis(port=port)
+    client = redis.Redis(port=port, socket_timeout=120)
 
     def sees_replica() -> bool:
         with contextlib.suppress(redis.ConnectionError):

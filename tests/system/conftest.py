@@ -157,7 +157,7 @@ class Site:
 
     def header(self, stream: str) -> StreamHeader | None:
         """What the store says of a stream."""
-        client = redis.Redis.from_url(self.store.url.get_secret_value())
+        client = redis.Redis.from_url(self.store.url.get_secret_value(), socket_timeout=120)
         content = client.hget(StateStore(self.store).keys(stream)[0], "header")
         client.close()
         return decode_header(content) if content else None

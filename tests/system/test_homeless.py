@@ -35,7 +35,7 @@ def partition_of(stream: str) -> int:
 
 @pytest.fixture
 def client(store_url: str) -> Iterator[Any]:
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     yield client
     client.close()
 

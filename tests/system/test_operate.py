@@ -200,7 +200,7 @@ def test_expired_states_restart_from_source_and_say_so(site: Site, site_file: st
     first = site.start()
     ids = site.feed(first, "cam", 16)
     assert first.stop() == 0
-    client = redis.Redis.from_url(site.store.url.get_secret_value())
+    client = redis.Redis.from_url(site.store.url.get_secret_value(), socket_timeout=120)
     client.delete(StateStore(site.store).keys("cam")[1])
     client.close()
     assert re.search(r"cam +16 +2 +0 expired +worker-1", streams(site_file, "list"))
@@ -268,7 +268,7 @@ def test_doctor_says_whose_password_is_wrong(tiny_bundle_path: Path, tmp_path: P
 
 def test_doctor_sees_a_store_that_is_nearly_full(kafka_settings: Kafka, tiny_bundle_path: Path, tmp_path: Path) -> None:
     store = start_store(tmp_path)
-    client = redis.Redis(port=store.port)
+    client = redis.Redis(port=store.port, socket_timeout=120)
     config = WorkerConfig(kafka=kafka_settings, store=Store(url=store.url), bundle=Bundle(path=tiny_bundle_path))
 
     def warnings() -> list[str]:

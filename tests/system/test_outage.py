@@ -181,7 +181,7 @@ def test_a_store_that_lost_its_last_second_is_compared_before_anything_is_noted(
 ) -> None:
     """Also where a commit is the first to meet it, because no frame has come since."""
     topic, frames, group = Topic(config.kafka.bootstrap), config.kafka.topics.frames, config.kafka.group
-    store = redis.Redis(port=store_proxy.target)
+    store = redis.Redis(port=store_proxy.target, socket_timeout=120)
     header, mark = worker._store.keys("cam")[0], worker._store._mark_key(group, (frames, 0))
 
     def folded() -> int:
@@ -240,7 +240,9 @@ def test_a_worker_that_is_told_to_stop_waits_seconds_for_a_broker_that_is_away(
     """And what it did not get acknowledged is neither stored nor committed, but read again."""
     topic, frames, header = Topic(config.kafka.bootstrap), config.kafka.topics.frames, worker._store.keys("cam")[0]
     topic.send(frames, [(b"cam", picture(i), []) for i in range(8)])
-    store = redis.Redis(port=int(str(config.store.url.get_secret_value()).rsplit(":", 1)[1].split("/")[0]))
+    store = redis.Redis(
+        port=int(str(config.store.url.get_secret_value()).rsplit(":", 1)[1].split("/")[0]), socket_timeout=120
+    )
 
     def folded() -> int:
         content = store.hget(header, "header")

@@ -188,7 +188,7 @@ def test_a_damaged_state_restarts_from_source_and_says_so(site: Site, field: str
     site.send([("cam", picture(i)) for i in range(16)])
     site.wait_folded(first, {"cam": 16})
     assert first.stop() == 0
-    client = redis.Redis.from_url(site.store.url.get_secret_value())
+    client = redis.Redis.from_url(site.store.url.get_secret_value(), socket_timeout=120)
     meta, tensors, *_ = StateStore(site.store).keys("cam")
     if field == "header":
         client.hset(meta, field, b"\x80\x04damaged")

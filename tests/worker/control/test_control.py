@@ -217,7 +217,7 @@ def test_a_deletion_publishes_no_event_of_another_stream(
     worker.control.listen()
     worker.control.run(())
     assert worker.streams.write([change_nothing(worker, "a")]) == [True]
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(store.keys("a")[0], "event", client.hget(store.keys("b")[0], "event"))
     client.close()
     assert [(one.event.id, one.event.decision) for one in retire.delete(store, "a", "gone", "operator")] == [
@@ -246,7 +246,7 @@ def test_a_stream_whose_header_was_lost_does_not_obey_again_what_passes(
     """Which commands it has obeyed is not known: as after a way back from a version with another format."""
     for offset, action in enumerate(("approve", "freeze", "rollback")):
         tell(commands, offset, "cam", action)
-    client = redis.Redis.from_url(store_settings.url.get_secret_value())
+    client = redis.Redis.from_url(store_settings.url.get_secret_value(), socket_timeout=120)
     client.hset(store.keys("cam")[0], mapping={"token": 1, "header": b'{"version":2}'})
     client.close()
     worker.control.met(worker.streams.ensure(["cam"]))
@@ -321,7 +321,7 @@ def test_one_damaged_snapshot_does_not_hide_the_others(
     about = Snapshot(time=datetime.now(UTC), reason="due", header=header)
     entry = Entry(header, (), worker.streams.engine.tensors("a"), snapshot=about)
     assert worker.streams.write([entry]) == [True]
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.lpush(store.keys("a")[2], b"x")
     client.close()
     operator = Operator(WorkerConfig(store=store_settings), store, Engine(tiny_bundle), "operator")

@@ -47,7 +47,7 @@ RIGHTS, OF_A_CLUSTER, OF_A_SENTINEL = map(documented, ("-@all +@read", "+cluster
 
 def admit(port: int, rights: str) -> None:
     """Let a user `worker` in, who may do so much, and nobody else."""
-    admin = redis.Redis(port=port)
+    admin = redis.Redis(port=port, socket_timeout=120)
     line = f"on >geheim resetkeys ~driftkeel:* resetchannels {rights}"
     admin.execute_command("ACL", "SETUSER", "worker", *line.split())
     admin.execute_command("ACL", "SETUSER", "default", "off")
@@ -77,7 +77,7 @@ def exercise(store: StateStore) -> None:
 
 def test_a_cluster_of_three_nodes(tmp_path: Path, open_store: OpenStore) -> None:
     with store_cluster(tmp_path) as nodes:
-        watching = [redis.Redis(port=node.port, single_connection_client=True) for node in nodes]
+        watching = [redis.Redis(port=node.port, single_connection_client=True, socket_timeout=120) for node in nodes]
         for node in nodes:
             admit(node.port, f"{RIGHTS} {OF_A_CLUSTER}")
         url = f"redis+cluster://worker:geheim@127.0.0.1:{nodes[0].port},127.0.0.1:{nodes[1].port}"
@@ -113,7 +113,7 @@ def test_a_cluster_that_does_not_tell_its_layout(tmp_path: Path, open_store: Ope
 
 def test_sentinels_with_a_password_of_their_own(tmp_path: Path, open_store: OpenStore) -> None:
     with store_with_sentinel(tmp_path) as (_, _, port):
-        admin = redis.Redis(port=port)
+        admin = redis.Redis(port=port, socket_timeout=120)
         admin.execute_command("ACL", "SETUSER", "asks", "on", ">sesam", *OF_A_SENTINEL.split())
         admin.execute_command("ACL", "SETUSER", "default", "resetpass", ">geheim")
         admin.close()
@@ -139,10 +139,10 @@ def test_a_failover_by_sentinel(tmp_path: Path, open_store: OpenStore) -> None:
         store = open_store(Store(url=f"redis+sentinel://127.0.0.1:{port}/driftkeel/0"))
         exercise(store)
         store.reconnected()
-        link = redis.Redis(port=replica.port)
-        offset = redis.Redis(port=primary.port).info("replication")["master_repl_offset"]
+        link = redis.Redis(port=replica.port, socket_timeout=120)
+        offset = redis.Redis(port=primary.port, socket_timeout=120).info("replication")["master_repl_offset"]
         wait_until(lambda: link.info("replication")["slave_repl_offset"] >= offset, "the replica catching up")
-        with redis.Redis(port=port) as sentinel:
+        with redis.Redis(port=port, socket_timeout=120) as sentinel:
             sentinel.execute_command("SENTINEL", "SET", "driftkeel", "down-after-milliseconds", "500")
         primary.child.stop(0)
         wait_until(lambda: _claims(store), "the failover")
@@ -159,7 +159,10 @@ def test_a_planned_failover_behind_one_address(tmp_path: Path, open_store: OpenS
     store = open_store(Store(url=f"redis://127.0.0.1:{proxy.port}/0"))
     exercise(store)
     store.reconnected()
-    with redis.Redis(port=primary.port) as admin, redis.Redis(port=replica.port) as successor:
+    with (
+        redis.Redis(port=primary.port, socket_timeout=120) as admin,
+        redis.Redis(port=replica.port, socket_timeout=120) as successor,
+    ):
         admin.execute_command("FAILOVER", "TO", "127.0.0.1", replica.port)
         wait_until(lambda: successor.role()[0] == b"master", "the failover")
     with pytest.raises(UnreachableError, match="read only replica"):
@@ -213,7 +216,7 @@ def test_tls_to_sentinel_and_cluster_uses_the_same_files(tmp_path: Path) -> None
 
 def test_a_full_store_is_named_as_the_cause_without_the_script(tmp_path: Path, open_store: OpenStore) -> None:
     server = start_store(tmp_path)
-    admin = redis.Redis(port=server.port)
+    admin = redis.Redis(port=server.port, socket_timeout=120)
     store = open_store(Store(url=f"redis://127.0.0.1:{server.port}/0"))
     store.claim(["cam"], "w")
     admin.config_set("maxmemory", 1)
@@ -260,7 +263,7 @@ def assert_may_heal(store: StateStore, said: str) -> None:
 
 def test_a_store_that_loads_its_data_may_heal(tmp_path: Path, open_store: OpenStore) -> None:
     server = start_store(tmp_path)
-    with redis.Redis(port=server.port) as client, client.pipeline(transaction=False) as pipeline:
+    with redis.Redis(port=server.port, socket_timeout=120) as client, client.pipeline(transaction=False) as pipeline:
         for i in range(40_000):
             pipeline.set(f"key-{i}", "x")
         pipeline.execute()

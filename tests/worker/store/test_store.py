@@ -59,7 +59,7 @@ def test_a_number_that_none_wrote_refuses_the_write_and_goes_with_the_next_claim
     store: StateStore, store_url: str
 ) -> None:
     store.claim(["cam", "other"], "w")
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(store.keys("cam")[0], "written", "none")
     client.close()
     assert store.write([write("cam", 1), write("other", 1)]) == [False, True]
@@ -71,7 +71,7 @@ def test_a_number_that_another_wrote_is_no_write(store: StateStore, store_url: s
     """The worker took its state for stored, and went on to commit the frames in it."""
     store.claim(["cam"], "w")
     assert store.write([write("cam", 1)]) == [True]
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(store.keys("cam")[0], "written", 2)
     client.close()
     second = Write("cam", 1, 2, b"header 2", b"event 2", None)
@@ -91,7 +91,7 @@ def test_a_mark_that_another_has_moved_on_is_left(store: StateStore) -> None:
 def test_a_mark_that_is_no_offset_is_none(store: StateStore, store_settings: Store, mark: str) -> None:
     partitions = [("frames", 0), ("frames", 1)]
     store.mark("group", dict.fromkeys(partitions, 7))
-    client = redis.Redis.from_url(store_settings.url.get_secret_value())
+    client = redis.Redis.from_url(store_settings.url.get_secret_value(), socket_timeout=120)
     client.set(store._mark_key("group", partitions[0]), mark)
     client.close()
     assert store.marks("group", partitions) == {partitions[1]: 7}
@@ -99,14 +99,14 @@ def test_a_mark_that_is_no_offset_is_none(store: StateStore, store_settings: Sto
 
 def test_a_lost_key_refuses_the_old_token(store: StateStore, store_url: str) -> None:
     store.claim(["cam"], "w")
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.delete(store.keys("cam")[0])
     assert store.write([write("cam", 1)]) == [False]
     client.close()
 
 
 def test_a_deleted_stream_leaves_nothing_and_its_workers_stay_refused(store: StateStore, store_url: str) -> None:
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     store.claim(["cam", "cam"], "paused")
     assert store.write([Write("cam", 2, 1, b"h", b"e", b"t", snapshot=b"s", approved=b"a")]) == [True]
     assert client.exists(*store.keys("cam")) == 4
@@ -129,7 +129,7 @@ def test_a_deleted_stream_leaves_nothing_and_its_workers_stay_refused(store: Sta
 
 
 def test_what_an_earlier_version_left_of_a_deleted_stream_still_counts(store: StateStore, store_url: str) -> None:
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.set(store._all_keys("cam")[-1], 7, ex=100)
     assert store.deleted("cam") == b""
     (claimed,) = store.claim(["cam"], "next")
@@ -139,7 +139,7 @@ def test_what_an_earlier_version_left_of_a_deleted_stream_still_counts(store: St
 
 @pytest.mark.parametrize("part", range(4))
 def test_a_key_of_another_type_is_not_touched(store: StateStore, store_url: str, part: int) -> None:
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     store.claim(["cam", "other"], "w")
     key = store.keys("cam")[part]
     client.delete(key)
@@ -162,7 +162,7 @@ def test_a_key_of_another_type_is_not_touched(store: StateStore, store_url: str,
 
 @pytest.mark.parametrize("token", [10**15, 2**63 - 1, 10**20, "007"])
 def test_a_token_that_cannot_be_raised_is_nobody_s(store: StateStore, store_url: str, token: int | str) -> None:
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     key = store.keys("cam")[0]
     client.hset(key, "token", token)
     claims = store.claim(["cam", "other"], "w")
@@ -208,7 +208,7 @@ def test_a_key_that_no_stream_would_have_is_no_stream(
 ) -> None:
     """One such key was a stream of the full store, and ended `driftkeel streams list`."""
     store.claim(["a b"], "w")
-    client = redis.Redis.from_url(store_settings.url.get_secret_value())
+    client = redis.Redis.from_url(store_settings.url.get_secret_value(), socket_timeout=120)
     client.set(store_settings.prefix.encode() + b":{" + inside + b"}", "x")
     client.close()
     assert (list(store.streams()), store.count()) == (["a b"], 1)
@@ -253,7 +253,7 @@ def test_no_more_of_a_state_is_read_than_it_may_have(
     assert len(packed) > len(noise)
     store.claim(["cam", "other"], "w")
     assert store.write([replace(write(s, 1), tensors=packed, approved=packed) for s in ("cam", "other")]) == [True] * 2
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     for key in (store.keys("cam")[1], store.keys("cam")[3]):
         client.setrange(key, 300_000, b"x")
     client.close()
@@ -282,7 +282,7 @@ def test_what_is_longer_than_it_may_be_is_not_fetched(
     store = open_store(store_settings.model_copy(update={"max_state_bytes": 1 << 20}))
     store.claim(["cam", "other"], "w")
     assert store.write([replace(write(s, 1), snapshot=b"s") for s in ("cam", "other")]) == [True, True]
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     PUT[what](client, store.keys("cam"))
     client.close()
     tracemalloc.start()
@@ -305,7 +305,7 @@ def test_what_is_longer_than_it_may_be_is_not_fetched(
 
 
 def test_a_mark_without_end_is_not_fetched(store: StateStore, store_url: str) -> None:
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.set(store._mark_key("group", ("frames", 0)), b"7" * LONG)
     client.close()
     tracemalloc.start()
@@ -317,7 +317,7 @@ def test_a_mark_without_end_is_not_fetched(store: StateStore, store_url: str) ->
 
 
 def test_tokens_go_on_behind_a_last_event_that_is_too_long(store: StateStore, store_url: str) -> None:
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.set(store._all_keys("cam")[-1], b"7\n" + bytes(LONG))
     client.close()
     (claimed,) = store.claim(["cam"], "next")
@@ -349,7 +349,7 @@ def test_idle_tensors_expire_and_the_header_stays(open_store: OpenStore, store_s
     store = open_store(store_settings.model_copy(update={"idle_ttl_s": 100}))
     store.claim(["cam"], "w")
     store.write([write("cam", 1)])
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     meta, tensors, *_ = store.keys("cam")
     assert 0 < client.ttl(tensors) <= 100
     assert client.ttl(meta) == -1
@@ -371,7 +371,7 @@ def test_ends_are_headers_and_events_of_all(store: StateStore, store_url: str, m
     streams = [f"cam-{number}" for number in range(40)]
     store.claim(streams, "w")
     store.write([write(stream, 1) for stream in streams[1:]])
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.set(store.keys("foreign")[0], "theirs")
     client.close()
     nothing = [("cam-0", None, b""), ("foreign", None, b"")]
@@ -392,7 +392,7 @@ def test_what_rests_on_approved_parameters_is_not_written_without_them(
     store: StateStore, store_url: str, tensors: bytes | None
 ) -> None:
     store.claim(["cam"], "w")
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     resting = Write("cam", 1, 2, b"h2", b"e2", tensors, keeps_approved=True)
     assert store.write([Write("cam", 1, 1, b"h1", b"e1", b"t", approved=b"a"), resting]) == [True, True]
     client.delete(store.keys("cam")[3])

@@ -16,7 +16,7 @@ MOST = 1 << 20
 
 def test_what_an_earlier_version_left_is_found(store: StateStore, store_settings: Store) -> None:
     base, said, packed = f"{store_settings.prefix}:{{cam%207}}", golden("snapshot.json"), golden("tensors.deflate")
-    client = redis.Redis.from_url(store_settings.url.get_secret_value())
+    client = redis.Redis.from_url(store_settings.url.get_secret_value(), socket_timeout=120)
     values = {"token": 4, "owner": "line-1-a", "header": golden("header.json"), "event": golden("event.json")}
     client.hset(base, mapping={**values, "written": 14})
     client.set(f"{base}:tensors", packed)
@@ -48,7 +48,7 @@ def test_what_is_written_lies_where_an_earlier_version_looks(store: StateStore, 
     store.claim(["cam 7"], "w")
     assert store.write([Write("cam 7", 1, 3, b"header", b"event", b"tensors", b"said", b"approved")]) == [True]
     store.mark("line/1", {("frames", 3): 8})
-    client = redis.Redis.from_url(store_settings.url.get_secret_value())
+    client = redis.Redis.from_url(store_settings.url.get_secret_value(), socket_timeout=120)
     written = {b"token": b"1", b"owner": b"w", b"header": b"header", b"event": b"event", b"written": b"3"}
     assert client.hgetall(base) == written
     assert client.get(f"{base}:tensors") == b"tensors"

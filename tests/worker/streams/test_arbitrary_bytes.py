@@ -59,7 +59,7 @@ class Site:
 
     def __init__(self, bundle: Bundle, kafka: Kafka, settings: Store, store: StateStore) -> None:
         self.store, self._settings = store, settings
-        self.client = redis.Redis.from_url(settings.url.get_secret_value())
+        self.client = redis.Redis.from_url(settings.url.get_secret_value(), socket_timeout=120)
         self._engine, self._publisher = Engine(bundle), Publisher(kafka, "w", threading.Event())
         self.operator = Operator(WorkerConfig(store=settings), store, Engine(bundle), "operator")
         writer = self.worker()

@@ -81,11 +81,11 @@ def full(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, 
     """A store's URL, and clients of its servers."""
     if request.param == "Cluster":
         with store_cluster(tmp_path) as nodes:
-            clients = [redis.Redis(port=node.port) for node in nodes]
+            clients = [redis.Redis(port=node.port, socket_timeout=120) for node in nodes]
             yield f"redis+cluster://127.0.0.1:{nodes[0].port}", clients
     else:
         server = start_store(tmp_path)
-        clients = [redis.Redis(port=server.port)]
+        clients = [redis.Redis(port=server.port, socket_timeout=120)]
         yield server.url, clients
         server.child.stop()
     for client in clients:

@@ -93,7 +93,7 @@ def test_a_stored_event_that_no_broker_takes_is_not_tried_for_ever(site: Site, s
     entry = change(first, "freeze")
     assert first.write([entry]) == [True]
     large = seal(entry.events[0].event.model_copy(update={"reason": "x" * 2_000_000}))
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(site.store.keys("cam")[0], "event", large.content)
     client.close()
     second = site.worker("second")
@@ -119,7 +119,7 @@ def test_an_event_that_is_none_of_the_streams_own_is_neither_published_nor_follo
     entry = change(first, "freeze")
     assert first.write([entry]) == [True]
     strange = seal(entry.events[0].event.model_copy(update=changes))
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(site.store.keys("cam")[0], mapping={"event": strange.content, "header": b"damaged"})
     client.close()
     second = site.worker("second")
@@ -139,7 +139,7 @@ def test_a_header_and_events_that_are_too_long_cost_their_own_stream_alone(
     entry = change(first, "freeze")
     others = [Entry(first.engine.resident(s).header.model_copy(update={"events": 7}), ()) for s in ("long", "other")]
     assert first.write([entry, *others]) == [True] * 3
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(site.store.keys("cam")[0], mapping={"header": b"{" * 400_000, "event": b"{" * (20 << 20)})
     client.hset(site.store.keys("long")[0], "event", b"{" * (20 << 20))
     client.hset(site.store.keys("other")[0], "event", entry.events[0].content)
@@ -168,7 +168,7 @@ def test_a_snapshot_that_is_too_large_is_named_and_another_can_be_had(site: Site
         entry = replace(change(first, "freeze"), tensors=tensors)
         about = Snapshot(time=datetime.now(UTC), reason=str(number), header=entry.header)
         assert first.write([replace(entry, snapshot=about)]) == [True]
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     key = site.store.keys("cam")[2]
     client.lset(key, 0, client.lindex(key, 0) + bytes(400_000))
     client.close()
@@ -203,7 +203,7 @@ def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
     entry.header.drift = DriftWatch(adapting=False)
     entry.header.proxies = RunningProxies(frames=128, confidence=0.9, shadowed=64, accuracy=0.9, source_accuracy=0.3)
     assert first.write([entry]) == [True]
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     meta, tensors, *_ = site.store.keys("cam")
     if lost == "tensors":
         client.delete(tensors)
@@ -256,7 +256,7 @@ def test_what_a_later_version_wrote_is_read_but_for_fields_that_it_added(site: S
     content = entry.events[0].content.replace(b'"flipped":', b'"added":{"to":"it"},"flipped":')
     entry.header.last_event = digest(content)
     assert later.write([entry]) == [True]
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(site.store.keys("cam")[0], "event", content)
     stored = encode_header(entry.header)
     for part, added in (
@@ -344,7 +344,7 @@ def test_approved_parameters_that_were_evicted_are_written_again_by_who_has_them
 ) -> None:
     """Also where the tensors are all there, or come along."""
     first, tensors = approving(site)
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.delete(site.store.keys("cam")[3])
     client.close()
     entry = change(first, "freeze")
@@ -376,7 +376,7 @@ def test_approved_parameters_survive_their_worker_and_go_with_their_bundle(site:
 def test_a_store_that_lost_the_last_write_gets_the_next_one_whole(site: Site, store_url: str, lost: str) -> None:
     """A header that changes alone would lie beside older tensors, and the next owner would start from source."""
     first, tensors = approving(site)
-    client = redis.Redis.from_url(store_url)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
     before = {key: content for key in site.store.keys("cam") if (content := client.dump(key))}
     if lost == "tensors":
         moving = change(first, "freeze")
