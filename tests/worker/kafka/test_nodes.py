@@ -16,7 +16,7 @@ from schemas.config import Kafka
 from tests.cluster import NODES, Cluster, told
 from worker.kafka.client import connection, open_client
 
-PATIENCE_S = 90
+PATIENCE_S = 240
 
 
 @pytest.fixture
