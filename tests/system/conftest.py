@@ -115,7 +115,7 @@ class Site:
 
     def fill_batches(self) -> None:
         """Eight frames make a micro-batch, however busy the machine is."""
-        self.config["batch"] = {**self.config["batch"], "max_wait_ms": 30_000}
+        self.config["batch"] = {**self.config["batch"], "max_wait_ms": 10_000}
 
     def expect_deaths(self) -> None:
         """Of workers that start from now on: what one had that ends without a word soon goes to others."""

@@ -132,7 +132,7 @@ def test_another_bundle_takes_streams_over_and_says_so(site: Site, tmp_path, on_
     previous = [] if on_change == "reset" else [str(old)]
     second = site.start(
         bundle={"path": str(folder), "on_change": on_change, "previous": previous, "shadow_frames": 8},
-        batch={"max_batch": 8, "max_wait_ms": 30_000, "min_adapt": 8},
+        batch={"max_batch": 8, "max_wait_ms": 10_000, "min_adapt": 8},
     )
     after = site.send(frames)
     site.wait_folded(second, {"cam": 32})
