@@ -34,6 +34,7 @@ PARTITIONS = 4
 SESSION_S = 2.0
 CLUSTER_SESSION_S = 6.0  # its coordinator waits for members for a second less, and forgets those that wait longer
 FRAMES_PER_SECOND = 40
+FRAMES_A_FAULT = 30  # at least; a busy machine sends fewer while the faults happen
 SETTLE_S = 600.0
 JOIN_S = 60.0
 WRITE_INTERVALS_MS = [0, 400]
@@ -262,6 +263,7 @@ class Feeder:
 
     def __init__(self, kafka: Kafka, seed: int) -> None:
         self._kafka, self._seed = kafka, seed
+        self.sent = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -274,7 +276,8 @@ class Feeder:
             # Each another picture: the guard lets repeated ones teach nothing.
             image = picture(self._seed * 1_000_000 + index)
             producer.send(self._kafka.topics.frames, key=STREAMS[index % len(STREAMS)].encode(), value=image)
-        producer.flush(timeout=60)
+            self.sent = index + 1
+        producer.flush(timeout=240)
         producer.close()
 
     def stop(self) -> None:
@@ -302,6 +305,8 @@ def run(
             chaos.pause(chaos.random.uniform(0.1, 1.5))
             name = chaos.inject()
             say(f"fault {number}/{faults}: {name}, {len(chaos.workers)} workers")
+        while feeder.sent < FRAMES_A_FAULT * faults:
+            chaos.pause(0.1)
         feeder.stop()
         chaos.pause(SESSION_S + 4)
         say("settling")
