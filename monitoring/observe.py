@@ -81,7 +81,7 @@ def decided(metrics: WorkerMetrics, event: UpdateEvent, header: StreamHeader | N
     metrics.updates.labels(event.decision, reason_kind(event)).inc()
     if header is not None:
         before = metrics.streams.get(event.stream)
-        metrics.streams.put(event.stream, next_view(before, event, header, time.time(), blind))
+        metrics.streams.put(event.stream, next_view(before, event, header, time.monotonic(), blind))
 
 
 def took(metrics: WorkerMetrics, **stages: float) -> None:

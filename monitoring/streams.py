@@ -13,7 +13,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from itertools import accumulate
-from time import time
+from time import monotonic, time
 from typing import NamedTuple, get_args
 
 from prometheus_client.core import GaugeHistogramMetricFamily, GaugeMetricFamily
@@ -33,10 +33,12 @@ TROUBLED_S = 300.0  # and as in trouble for so long after the last refused or un
 EVIDENCE = -math.log(Guard().false_alarm)  # at which the guard's bet is won, with the default of that setting
 DRIFTING = 0.5  # of the drift score, which is 1 at the alarm
 RATIOS = tuple(i / 20 for i in range(1, 20))
+STEP_S = 1.0  # by which a clock is set anew; what it is slowed down or hastened by is less
 
 
 class StreamView(NamedTuple):
-    """What is shown of a stream; None is not shown. Times are seconds since the epoch."""
+    """What is shown of a stream; None is not shown. Times are monotonic seconds: ages stay what they are when somebody
+    sets the clock."""
 
     first_seen: float
     last_decision: float
@@ -108,6 +110,7 @@ GAUGES = (
     ("last_update", "last_update_timestamp_seconds", "When this worker last applied an update to the stream."),
     ("troubled", "last_trouble_timestamp_seconds", "When an update of the stream was last refused or undone."),
 )
+_TIMES = frozenset({"last_decision", "last_update", "troubled"})
 _BACK = ("rolled_back", "reset", "imported", "carried")
 
 
@@ -115,7 +118,7 @@ def next_view(
     before: StreamView | None, event: UpdateEvent, header: StreamHeader, now: float, blind: bool | None = None
 ) -> StreamView:
     """The view after one more event. What an event does not say of its gradients stays as it was, and so does what an
-    event without frames does not say of the camera: whether it is `blind`, or held back."""
+    event without frames does not say of the camera: whether it is `blind`, or held back. `now` is monotonic seconds."""
     if before is None:
         before = StreamView(now, now, 0.0, 0.0, 0.0, 0.0)
     kept: dict[str, float | None] = {
@@ -181,6 +184,7 @@ class StreamSeries(Collector):
         self._views: dict[str, StreamView] = {}
         self._chosen: set[str] = set()
         self._chosen_at = -math.inf
+        self._epoch = time() - monotonic()
 
     def get(self, stream: str) -> StreamView | None:
         return self._views.get(stream)
@@ -200,14 +204,14 @@ class StreamSeries(Collector):
         yield _condition_family()
 
     def collect(self) -> Iterable[Metric]:
-        now, views = time(), dict(self._views)
+        now, views, epoch = monotonic(), dict(self._views), self._began()
         chosen = self._choice(views, now)
         for field, name, text in GAUGES:
             family = GaugeMetricFamily(f"driftkeel_stream_{name}", text, labels=["stream"])
             for stream, view in chosen:
                 value = getattr(view, field)
                 if value is not None:
-                    family.add_metric([stream], value)
+                    family.add_metric([stream], value + epoch if field in _TIMES else value)
             yield family
         yield _distribution(
             "accuracy",
@@ -220,6 +224,13 @@ class StreamSeries(Collector):
             [v.source_accuracy for v in views.values() if v.source_accuracy is not None],
         )
         yield self._conditions(views, len(chosen), now)
+
+    def _began(self) -> float:
+        """What the clock says of when monotonic seconds began; the same at each scrape, until it is set anew."""
+        epoch = time() - monotonic()
+        if abs(epoch - self._epoch) > STEP_S:
+            self._epoch = epoch
+        return self._epoch
 
     def _choice(self, views: dict[str, StreamView], now: float) -> list[tuple[str, StreamView]]:
         self._chosen &= set(views)

@@ -91,7 +91,8 @@ class Fleet:
             stream.events.append(event)
             stream.event_count += 1
             stream.points.add(event, was_refused(event))
-            stream.last = max(stream.last, event.time.timestamp())
+            # The clock of the worker may be ahead: its stream would seem to go on long after its last frame.
+            stream.last = max(stream.last, min(event.time.timestamp(), time.time()))
             self._touch(stream)
             if event.command is not None:
                 self._results.append((self._version, event))

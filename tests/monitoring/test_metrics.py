@@ -3,6 +3,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from unittest import mock
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -111,12 +112,12 @@ def test_streams_in_need_are_shown_first(monkeypatch) -> None:
     moving = DriftWatch(adapting=False, mean=[1.0], variance=[1.0], rise=[5.0], fall=[0.0])
     observe.decided(metrics, event("cam-3", after=proxies(0.9)), header("cam-3", drift=moving))
     assert shown(metrics) == {"cam-0", "cam-1"}  # a choice stands for a while
-    later = time.time() + 40
-    monkeypatch.setattr("monitoring.streams.time", lambda: later)
+    later = time.monotonic() + 40
+    monkeypatch.setattr("monitoring.streams.monotonic", lambda: later)
     assert shown(metrics) == {"cam-3", "cam-4"}
     assert value(metrics, "fleet_streams", condition="in_trouble") == 1
     assert value(metrics, "fleet_streams", condition="drifting") == 1
-    monkeypatch.setattr("monitoring.streams.time", lambda: later + 400)
+    monkeypatch.setattr("monitoring.streams.monotonic", lambda: later + 400)
     assert shown(metrics) == {"cam-3", "cam-0"}  # trouble has passed
 
 
@@ -150,26 +151,52 @@ def test_a_stream_shows_what_its_event_says_and_nothing_for_none() -> None:
 
 
 def test_a_command_is_no_sign_of_frames(monkeypatch) -> None:
-    metrics = WorkerMetrics(5)
+    metrics, began = WorkerMetrics(5), time.time() - time.monotonic()
     for moment, frames in ((1_000.0, ["f/0/1"]), (2_000.0, [])):
-        monkeypatch.setattr("monitoring.observe.time.time", lambda moment=moment: moment)
+        monkeypatch.setattr("monitoring.observe.time.monotonic", lambda moment=moment: moment)
         observe.decided(metrics, event("a", decision="applied" if frames else "frozen", frames=frames), header("a"))
-    assert value(metrics, "stream_last_decision_timestamp_seconds", stream="a") == 1_000.0
+    assert value(metrics, "stream_last_decision_timestamp_seconds", stream="a") == pytest.approx(began + 1_000, abs=1)
 
 
 def test_a_stream_without_frames_is_silent_until_one_comes(monkeypatch) -> None:
     metrics = WorkerMetrics(0, silent_after_s=60.0)
-    now = time.time()
+    now = time.monotonic()
     decide(metrics, "a")
     decide(metrics, "b")
     assert value(metrics, "fleet_streams", condition="silent") == 0
-    monkeypatch.setattr("monitoring.observe.time.time", lambda: now + 61)
-    monkeypatch.setattr("monitoring.streams.time", lambda: now + 62)
+    monkeypatch.setattr("monitoring.observe.time.monotonic", lambda: now + 61)
+    monkeypatch.setattr("monitoring.streams.monotonic", lambda: now + 62)
     decide(metrics, "a")
     decide(metrics, "b", decision="frozen", frames=[])  # a command is no frame
     assert value(metrics, "fleet_streams", condition="silent") == 1
     decide(metrics, "b")
     assert value(metrics, "fleet_streams", condition="silent") == 0
+
+
+@pytest.mark.parametrize("step", [-86_400, -3_600, 3_600, 86_400])
+def test_ages_stay_what_they_are_when_the_clock_is_set(monkeypatch, step: int) -> None:
+    metrics, now = WorkerMetrics(1, silent_after_s=60.0), time.monotonic()
+    refused = {"decision": "skipped", "reason": "gradient norm 9 above its limit 4"}
+    decide(metrics, "a", **refused)
+    decide(metrics, "b")
+
+    def conditions() -> list[float | None]:
+        return [value(metrics, "fleet_streams", condition=name) for name in ("in_trouble", "silent")]
+
+    before = value(metrics, "stream_last_trouble_timestamp_seconds", stream="a")
+    assert conditions() == [1, 0]
+    monkeypatch.setattr("monitoring.streams.time", lambda: time.time() + step)
+    assert conditions() == [1, 0]
+    # Ages are by this clock, which is now another: see docs/monitoring.md.
+    moved = value(metrics, "stream_last_trouble_timestamp_seconds", stream="a")
+    assert moved == pytest.approx(before + step, abs=1)
+    assert value(metrics, "stream_last_trouble_timestamp_seconds", stream="a") == moved
+    decide(metrics, "b", **refused)
+    monkeypatch.setattr("monitoring.streams.monotonic", lambda: now + 290)
+    decide(metrics, "a", decision="applied")
+    assert conditions() == [2, 2]
+    monkeypatch.setattr("monitoring.streams.monotonic", lambda: now + 400)
+    assert conditions() == [0, 2]
 
 
 views = st.builds(
@@ -192,7 +219,7 @@ def test_who_is_shown_needs_it_no_less_than_who_is_not(streams: dict[str, Stream
     metrics, now = WorkerMetrics(most), 10_000.0
     for stream, view in streams.items():
         metrics.streams.put(stream, view)
-    with mock.patch("monitoring.streams.time", return_value=now):
+    with mock.patch("monitoring.streams.monotonic", return_value=now):
         seen = shown(metrics)
     assert len(seen) == min(most, len(streams))
 

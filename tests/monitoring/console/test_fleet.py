@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -77,6 +79,16 @@ def test_health(changes: dict[str, Any], level: str, words: str) -> None:
     health = judge(evidence(**changes), NOW)
     assert health.level == level
     assert words in health.reason
+
+
+def test_a_stream_whose_worker_has_a_clock_that_is_ahead_falls_silent_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fleet, now = Fleet(10), time.time()
+    fleet.take_update(event("s", 1, time=datetime.fromtimestamp(now + 86_400, UTC)))
+    assert [tile["level"] for tile in fleet.changes(0)["tiles"]] == ["good"]
+    monkeypatch.setattr("monitoring.console.fleet.time.time", lambda: now + SILENT_S + 60)
+    assert [tile["level"] for tile in fleet.changes(0)["tiles"]] == ["silent"]
 
 
 def test_a_level_holds_a_little_longer_than_it_took_to_reach() -> None:
