@@ -156,8 +156,13 @@ class Publisher:
         return failed, reason
 
     def _outcome(self, future: Any, since: float) -> KafkaError | None:
-        """Wait for an answer. `since`: when the wait for the first of them began."""
-        until = time.monotonic() + ACKNOWLEDGE_TIMEOUT_S
+        """Wait for an answer. `since`: when the wait for the first of them began.
+
+        By then the client has given up on all of them, unless it is kafka-python 3.0.12 and has lost its producer id:
+        that takes one away with a record that was sent and not answered in time, fetches no other, and leaves what it
+        still has unanswered for ever. So all of them together are waited for as long as one.
+        """
+        until = since + ACKNOWLEDGE_TIMEOUT_S
         while not (future.is_done or time.monotonic() > until or self._gives_up(since)):
             with contextlib.suppress(KafkaError):
                 future.get(timeout=LOOK_S)

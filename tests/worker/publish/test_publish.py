@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from kafka.errors import KafkaTimeoutError, TopicAuthorizationFailedError
+from kafka.producer.future import FutureRecordMetadata
 
 from schemas.config import Kafka
 from schemas.errors import FrameError, UnreachableError
@@ -108,6 +109,29 @@ def test_predictions_that_cannot_be_sent_wait_like_all_records(
     publisher.settle(nothing)
     found = topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) == 2)
     assert [r.value for r in found] == [b"1", b"1"]
+
+
+def test_all_that_the_client_leaves_unanswered_is_waited_for_as_long_as_one(
+    make: Callable[..., Publisher], kafka_settings: Kafka, topic: Topic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, looks = make(), list[float]()
+    publisher.predictions(b"cam", [Answer("frames/0/0", "2026-01-01", b"first", None)])
+    publisher.settle(nothing)
+    # As the client itself does after an outage, with a record whose time was over before its answer came.
+    publisher._producer._transaction_manager.reset_producer_id()
+    publisher.predictions(b"cam", [Answer("frames/0/1", "2026-01-01", b"%d" % i, None) for i in range(40)])
+    look, patience = FutureRecordMetadata.get, publish.ACKNOWLEDGE_TIMEOUT_S
+    monkeypatch.setattr(FutureRecordMetadata, "get", lambda self, timeout: looks.append(timeout) or look(self, timeout))
+    monkeypatch.setattr(publish, "ACKNOWLEDGE_TIMEOUT_S", 1.0)
+
+    def before_the_next_producer() -> None:
+        monkeypatch.undo()
+        assert publish.ACKNOWLEDGE_TIMEOUT_S == patience
+
+    publisher.settle(before_the_next_producer)
+    found = topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) == 41)
+    assert [r.value for r in found] == [b"first", *(b"%d" % i for i in range(40))]
+    assert sum(looks) <= 1.0 + publish.LOOK_S
 
 
 def test_a_record_without_key_and_value_is_a_dead_letter_too(
