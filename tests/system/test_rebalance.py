@@ -8,11 +8,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 from kafka import KafkaProducer
+from kafka.admin import KafkaAdminClient, NewPartitions
 
+from schemas.config import WorkerConfig
+from schemas.state import decode_header
 from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.conftest import picture
-from tests.system.conftest import Site, WorkerProcess
+from tests.system.conftest import MakeWorker, Site, WorkerProcess, turn_until
+from worker.store.store import StateStore
 
 STREAMS = [f"cam-{i}" for i in range(6)]
 PARTITIONS = 3
@@ -120,3 +125,32 @@ def test_a_static_member_returns_without_a_rebalance(site: Site) -> None:
     assert len(assignments(stays)) == seen
     for worker in (back, stays):
         assert worker.stop() == 0
+
+
+def test_partitions_that_are_added_are_read_from_their_first_frame_and_states_go_on(
+    config: WorkerConfig, make_worker: MakeWorker, store: StateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.consume.consumer.METADATA_MAX_AGE_MS", 200)
+    frames = config.kafka.topics.frames
+    worker = make_worker(config)
+
+    def send(partition: int) -> None:
+        producer = KafkaProducer(bootstrap_servers=config.kafka.bootstrap)
+        sent = [
+            producer.send(frames, key=b"cam", value=picture(10 * partition + i), partition=partition) for i in range(5)
+        ]
+        assert [future.get(20).offset for future in sent] == list(range(5))
+        producer.close()
+
+    def positions() -> dict[str, int]:
+        header = store.read("cam").header
+        return decode_header(header).positions if header else {}
+
+    send(0)
+    turn_until(worker, lambda: positions() == {f"{frames}/0": 4})
+    admin = KafkaAdminClient(bootstrap_servers=config.kafka.bootstrap)
+    admin.create_partitions({frames: NewPartitions(4)})
+    admin.close()
+    send(3)  # long before any worker knows of it
+    turn_until(worker, lambda: positions() == {f"{frames}/0": 4, f"{frames}/3": 4})
+    assert decode_header(store.read("cam").header or b"").frames == 10
