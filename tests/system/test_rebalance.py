@@ -127,6 +127,20 @@ def test_a_static_member_returns_without_a_rebalance(site: Site) -> None:
         assert worker.stop() == 0
 
 
+def test_who_has_lost_its_name_to_another_ends_and_says_so(site: Site) -> None:
+    kafka = site.config["kafka"] | {"static_member": "hall-1"}
+    first = site.start(kafka=kafka)
+    first.wait_until(lambda: bool(given(first)), "all partitions")
+    with frames_all_the_while(site):
+        site.wait_folded(first, dict.fromkeys(STREAMS, 5))
+        second = site.start(kafka=kafka)
+        second.wait_until(lambda: bool(given(second)), "the place of the first")
+        assert first.process.wait(60) == 1
+    assert "has the place of this one; give each a name of its own" in first.log.read_text().splitlines()[-1]
+    assert "kafka.static_member hall-1" in first.log.read_text()
+    assert second.stop() == 0
+
+
 def test_partitions_that_are_added_are_read_from_their_first_frame_and_states_go_on(
     config: WorkerConfig, make_worker: MakeWorker, store: StateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.errors import (
     CommitFailedError,
+    FencedInstanceIdError,
     IllegalGenerationError,
     InconsistentGroupProtocolError,
     KafkaError,
@@ -133,9 +134,9 @@ class FrameConsumer:
         Some of the latter may have come back at once: the client then goes on behind the records it has handed
         out, but those in hand are given up with the revocation. They are read again, from the oldest, and newer
         records of the same poll are passed over until then. Never raises for an unreachable broker or store; raises
-        ConfigError for records in a compression that is not installed, and where members of the group share partitions
-        in no way that this one offers. A record's value is `Unreadable` where it stands for records that nobody can
-        read.
+        ConfigError for records in a compression that is not installed, where members of the group share partitions
+        in no way that this one offers, and where another has taken its name. A record's value is `Unreadable` where it
+        stands for records that nobody can read.
         """
         try:
             timeout_s = poll_timeout(self.consumer, timeout_s)
@@ -149,6 +150,12 @@ class FrameConsumer:
                 f"group {self._settings.group} at {self._settings.bootstrap} has members that share no partitions with "
                 f"kafka.assignment {self._settings.assignment}: older workers, or other programs; stop those first, or "
                 "correct kafka.group"
+            ) from error
+        except FencedInstanceIdError as error:
+            raise ConfigError(
+                f"another worker has joined group {self._settings.group} at {self._settings.bootstrap} as "
+                f"kafka.static_member {self._settings.static_member}, and has the place of this one; give each a name "
+                "of its own"
             ) from error
         except KafkaError as error:
             if not error.retriable:

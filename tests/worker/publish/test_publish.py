@@ -126,7 +126,7 @@ def test_all_that_the_client_leaves_unanswered_is_waited_for_as_long_as_one(
 
     def before_the_next_producer() -> None:
         monkeypatch.undo()
-        assert publish.ACKNOWLEDGE_TIMEOUT_S == patience
+        assert patience == publish.ACKNOWLEDGE_TIMEOUT_S
 
     publisher.settle(before_the_next_producer)
     found = topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) == 41)
