@@ -21,7 +21,10 @@ parser.add_argument(
     default="own",
     help="tests/broker, the demo's, or the three nodes of tests/cluster",
 )
+parser.add_argument("--threads", type=int, default=1, help="of each worker")
+parser.add_argument("--mode", choices=["always", "on_demand"], default="always", help="adapt.mode of the workers")
 arguments = parser.parse_args()
+chosen = {"kind": arguments.broker, "threads": arguments.threads, "mode": arguments.mode}
 
 with tempfile.TemporaryDirectory(prefix="driftkeel-chaos-") as scratch:
     folder = Path(scratch)
@@ -29,7 +32,7 @@ with tempfile.TemporaryDirectory(prefix="driftkeel-chaos-") as scratch:
     make_tiny_bundle(bundle)
     outcome = None
     try:
-        outcome = run(arguments.faults, arguments.seed, bundle, folder, kind=arguments.broker)
+        outcome = run(arguments.faults, arguments.seed, bundle, folder, **chosen)
     finally:
         if outcome is None or not outcome.sound:
             for log in sorted(folder.glob("*.log")):
@@ -39,5 +42,5 @@ print(text)
 if arguments.report:
     arguments.report.write_text(text + "\n")
 if not outcome.sound:
-    print(f"not sound; 'make chaos ARGS=\"--faults {arguments.faults} --seed {arguments.seed}\"' draws the same faults")
+    print(f"not sound; 'make chaos ARGS=\"{' '.join(sys.argv[1:])}\"' draws the same faults")
     sys.exit(1)

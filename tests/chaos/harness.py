@@ -293,10 +293,17 @@ def run(
     say: Any = print,
     longest_outage_s: float = 60,
     kind: BrokerKind = "own",
+    threads: int = 1,
+    mode: Literal["always", "on_demand"] = "always",
 ) -> Outcome:
-    """Inject `faults` faults, let everything settle, and check. Deterministic in its choices by `seed`."""
+    """Inject `faults` faults, let everything settle, and check. Deterministic in its choices by `seed`.
+
+    `threads` of each worker, and its `adapt.mode`.
+    """
     began = time.monotonic()
     with _site(bundle, folder, seed, kind) as (chaos, direct):
+        chaos.site.config["threads"] = threads
+        chaos.site.config["adapt"] |= {"mode": mode}
         chaos.longest_outage_s = longest_outage_s
         feeder = Feeder(direct, seed)
         for _ in range(1 if kind == "cluster" else 2):
