@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 COORDINATOR, *OTHERS = NODES
 
 
-def set_up(cluster: Cluster, kafka: Kafka, frame_partitions: int) -> None:
+def set_up(cluster: Cluster, kafka: Kafka, partitions: int) -> None:
     """Create the topics, and name the group's coordinator."""
-    for topic, partitions in _partitions(kafka.topics, frame_partitions).items():
-        cluster.create(topic, partitions)
+    for topic, count in _partitions(kafka.topics, partitions).items():
+        cluster.create(topic, count)
     cluster.coordinate(kafka.group, COORDINATOR)
 
 
@@ -65,10 +65,14 @@ def node_slow(chaos: Chaos) -> None:
     chaos.cluster.delay(node, 0)
 
 
-def _partitions(topics: Topics, frame_partitions: int) -> dict[str, int]:
-    return {**dict.fromkeys(topics.model_dump().values(), 1), topics.frames: frame_partitions}
+def _partitions(topics: Topics, count: int) -> dict[str, int]:
+    # Of a partition this cluster keeps 5 MiB, which is six thousand predictions.
+    return {
+        **dict.fromkeys(topics.model_dump().values(), 1),
+        **dict.fromkeys((topics.frames, topics.predictions), count),
+    }
 
 
 def _all(chaos: Chaos) -> list[tuple[str, int]]:
-    partitions = _partitions(chaos.site.kafka.topics, chaos.frame_partitions)
+    partitions = _partitions(chaos.site.kafka.topics, chaos.partitions)
     return [(topic, partition) for topic, count in partitions.items() for partition in range(count)]
