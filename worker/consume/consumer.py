@@ -14,10 +14,12 @@ from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
 from kafka.errors import (
     CommitFailedError,
     FencedInstanceIdError,
+    GroupAuthorizationFailedError,
     IllegalGenerationError,
     InconsistentGroupProtocolError,
     KafkaError,
     RebalanceInProgressError,
+    TopicAuthorizationFailedError,
     UnknownMemberIdError,
 )
 from kafka.structs import OffsetAndMetadata
@@ -135,8 +137,8 @@ class FrameConsumer:
         out, but those in hand are given up with the revocation. They are read again, from the oldest, and newer
         records of the same poll are passed over until then. Never raises for an unreachable broker or store; raises
         ConfigError for records in a compression that is not installed, where members of the group share partitions
-        in no way that this one offers, and where another has taken its name. A record's value is `Unreadable` where it
-        stands for records that nobody can read.
+        in no way that this one offers, where another has taken its name, and where the user has no permission to read.
+        A record's value is `Unreadable` where it stands for records that nobody can read.
         """
         try:
             timeout_s = poll_timeout(self.consumer, timeout_s)
@@ -150,6 +152,11 @@ class FrameConsumer:
                 f"group {self._settings.group} at {self._settings.bootstrap} has members that share no partitions with "
                 f"kafka.assignment {self._settings.assignment}: older workers, or other programs; stop those first, or "
                 "correct kafka.group"
+            ) from error
+        except (GroupAuthorizationFailedError, TopicAuthorizationFailedError) as error:
+            raise ConfigError(
+                f"the broker at {self._settings.bootstrap} does not let this user read: {error}; give it the "
+                "permissions that docs/secure.md lists, or correct kafka.group and kafka.topics"
             ) from error
         except FencedInstanceIdError as error:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,10 +14,15 @@ from kafka.net.manager import KafkaConnectionManager
 from kafka.protocol.metadata import FindCoordinatorRequest
 
 from schemas.config import Kafka
-from tests.cluster import NODES, Cluster, told
+from schemas.errors import ConfigError
+from tests.cluster import FIND_COORDINATOR, NODES, Cluster, told
+from tests.worker.consume.test_consume import Notes
+from worker.consume.consumer import FrameConsumer
+from worker.consume.offsets import Offsets
 from worker.kafka.client import connection, open_client
 
 PATIENCE_S = 240
+GROUP_AUTHORIZATION_FAILED = 30
 
 
 @pytest.fixture
@@ -71,6 +77,16 @@ def test_a_node_that_nobody_knows_is_asked_for_later(cluster: Cluster) -> None:
         manager.get_connection(99)
     assert manager.connection_delay(99) > 0
     consumer.close(autocommit=False)
+
+
+def test_a_user_without_permission_is_told_of_it(cluster: Cluster) -> None:
+    settings = Kafka(bootstrap=cluster.bootstrap, group="group")
+    consumer = FrameConsumer(settings, Offsets(), Notes(), threading.Event())
+    cluster.answer(FIND_COORDINATOR, [GROUP_AUTHORIZATION_FAILED] * 9)
+    with pytest.raises(ConfigError, match="does not let this user read") as caught:
+        consumer.poll(PATIENCE_S)
+    assert "GroupAuthorizationFailedError: group; give it the permissions" in str(caught.value)
+    consumer.close()
 
 
 def test_a_coordinator_that_is_away_is_asked_for_now_and_then(
