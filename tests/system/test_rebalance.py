@@ -135,7 +135,7 @@ def test_who_has_lost_its_name_to_another_ends_and_says_so(site: Site) -> None:
         site.wait_folded(first, dict.fromkeys(STREAMS, 5))
         second = site.start(kafka=kafka)
         second.wait_until(lambda: bool(given(second)), "the place of the first")
-        assert first.process.wait(60) == 1
+        assert first.process.wait(120) == 1
     assert "has the place of this one; give each a name of its own" in first.log.read_text().splitlines()[-1]
     assert "kafka.static_member hall-1" in first.log.read_text()
     assert second.stop() == 0
@@ -153,7 +153,7 @@ def test_partitions_that_are_added_are_read_from_their_first_frame_and_states_go
         sent = [
             producer.send(frames, key=b"cam", value=picture(10 * partition + i), partition=partition) for i in range(5)
         ]
-        assert [future.get(20).offset for future in sent] == list(range(5))
+        assert [future.get(120).offset for future in sent] == list(range(5))
         producer.close()
 
     def positions() -> dict[str, int]:
