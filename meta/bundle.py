@@ -8,9 +8,7 @@ Nothing in it is executed, and nothing is used before its hash has been checked.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from meta.baselines import Baseline, Setup, build
+from meta.bundle_folder import LABELS, VERDICT, checked_file, read_labels, read_manifest, rewrite_manifest
 from meta.correction import Correction
 from meta.generator import MetaGradientGenerator
 from meta.learned import GeneratorSettings, LearnedOptimizer
@@ -35,12 +34,8 @@ from schemas.bundle import FileEntry, Limits, Manifest
 from schemas.errors import BundleError, first_mistake
 from schemas.verdict import Verdict
 
-MANIFEST = "manifest.json"
-VERDICT = "verdict.json"
 CORRECTION = "correction.safetensors"
 MGG_NAME = "mgg"
-MAX_MANIFEST_BYTES = 1 << 20
-MAX_FILE_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ def write_bundle(
         f"{stem}.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in sorted(content.items())})
         for stem, content in tensors.items()
     }
-    contents["labels.txt"] = "".join(f"{label}\n" for label in labels).encode()
+    contents[LABELS] = "".join(f"{label}\n" for label in labels).encode()
     if verdict is not None:
         contents[VERDICT] = (verdict.model_dump_json(indent=2) + "\n").encode()
     entries = {
@@ -102,34 +97,6 @@ def write_bundle(
     return manifest
 
 
-def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
-    """Give a bundle another manifest; its files stay."""
-    # What says nothing is left out: a worker of before refuses what it does not know.
-    unsaid = {name for name in ("norm_order", "norm_layouts") if not getattr(manifest.model, name)}
-    text = json.dumps(manifest.model_dump(mode="json", exclude={"model": unsaid}), indent=2)
-    partial = folder / f".{MANIFEST}"
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(folder / MANIFEST)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The checked manifest. Raises BundleError."""
-    path = folder / MANIFEST
-    try:
-        if _size(path) > MAX_MANIFEST_BYTES:
-            raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
-        return Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise BundleError(
-            f"no bundle at {folder.absolute()}: {MANIFEST} is missing; "
-            "name a bundle's folder (a worker's is bundle.path)"
-        ) from error
-    except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValidationError as error:
-        raise BundleError(f"{path} is no valid manifest: {first_mistake(error)}") from error
-
-
 def load_bundle(
     folder: Path, factories: Iterable[str] = (), method: str = MGG_NAME, device: torch.device = CPU
 ) -> Bundle:
@@ -141,11 +108,8 @@ def load_bundle(
     Raises BundleError where anything is missing, altered, or does not fit together.
     """
     manifest = read_manifest(folder)
-    contents = {name: _checked_file(folder, name, entry) for name, entry in manifest.files.items()}
-    try:
-        labels = _part(contents, folder, "labels.txt").decode("utf-8").split("\n")[:-1]
-    except UnicodeDecodeError as error:
-        raise BundleError(f"{folder / 'labels.txt'} is no text in UTF-8: {error}") from error
+    contents = {name: checked_file(folder, name, entry) for name, entry in manifest.files.items()}
+    labels = read_labels(folder, manifest)
     network = build_network(manifest.model.architecture, manifest.model.arguments, factories).float()
     _load_weights(network, _tensors(contents, folder, "model.safetensors"), "model.safetensors")
     model = AdaptableModel(network, manifest.model.norm_order, manifest.model.norm_layouts)
@@ -184,9 +148,7 @@ def _paper(
 
 def model_weights(folder: Path) -> dict[str, Tensor]:
     """The source model's weights alone, checked. Raises BundleError."""
-    name = "model.safetensors"
-    files = read_manifest(folder).files
-    return _tensors({name: _checked_file(folder, name, files[name])} if name in files else {}, folder, name)
+    return _tensors_alone(folder, "model.safetensors", read_manifest(folder))
 
 
 def portable_rule(folder: Path) -> tuple[GeneratorSettings, dict[str, Tensor]]:
@@ -197,8 +159,7 @@ def portable_rule(folder: Path) -> tuple[GeneratorSettings, dict[str, Tensor]]:
     name, manifest = "generator.safetensors", read_manifest(folder)
     if manifest.method.name != MGG_NAME:
         raise BundleError(f"{folder} has the generator {manifest.method.name!r}, which serves its own model only")
-    entries = {name: manifest.files[name]} if name in manifest.files else {}
-    tensors = _tensors({key: _checked_file(folder, key, entry) for key, entry in entries.items()}, folder, name)
+    tensors = _tensors_alone(folder, name, manifest)
     try:
         settings = GeneratorSettings.model_validate(manifest.method.settings)
     except ValidationError as error:
@@ -206,46 +167,11 @@ def portable_rule(folder: Path) -> tuple[GeneratorSettings, dict[str, Tensor]]:
     return settings, {key: tensor for key, tensor in tensors.items() if not key.startswith("anchor.")}
 
 
-def read_verdict(folder: Path) -> Verdict | None:
-    """What was measured when the bundle was made, checked; None where it has no such file. Raises BundleError."""
-    entry = read_manifest(folder).files.get(VERDICT)
-    if entry is None:
-        return None
-    try:
-        return Verdict.model_validate_json(_checked_file(folder, VERDICT, entry))
-    except ValidationError as error:
-        raise BundleError(f"{folder / VERDICT} is no valid verdict: {first_mistake(error)}") from error
-
-
 def _baseline(name: str, manifest: Manifest, model: AdaptableModel, source: SourceStatistics, classes: int) -> Baseline:
     preprocess = manifest.preprocess
     shape = (preprocess.channels, preprocess.height, preprocess.width)
     mean, std = (torch.tensor(values, device=model.device) for values in (preprocess.mean, preprocess.std))
     return build(name, Setup(model, source, classes, mean, std, frame_shape=shape))
-
-
-def _checked_file(folder: Path, name: str, entry: FileEntry) -> bytes:
-    path = folder / name
-    try:
-        if entry.size > MAX_FILE_BYTES or _size(path) != entry.size:
-            raise BundleError(
-                f"{path} does not have the {entry.size} bytes that the manifest says; get the bundle again"
-            )
-        content = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror or error}; get the bundle again") from error
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise BundleError(f"{path} was altered: its SHA-256 is not the manifest's; get the bundle again")
-    return content
-
-
-def _size(path: Path) -> int:
-    """Of a plain file, in bytes. Raises BundleError for what a link may lead to instead: a device, or a pipe that
-    nobody writes, has no end. Raises OSError."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise BundleError(f"{path} is no plain file; get the bundle again")
-    return found.st_size
 
 
 def _part(contents: dict[str, bytes], folder: Path, name: str) -> bytes:
@@ -259,6 +185,11 @@ def _tensors(contents: dict[str, bytes], folder: Path, name: str) -> dict[str, T
         return safetensors.torch.load(_part(contents, folder, name))
     except (safetensors.SafetensorError, KeyError) as error:  # a type of numbers that this torch does not know
         raise BundleError(f"{folder / name} is no safetensors file: {error}") from error
+
+
+def _tensors_alone(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]:
+    entries = {name: manifest.files[name]} if name in manifest.files else {}
+    return _tensors({key: checked_file(folder, key, entry) for key, entry in entries.items()}, folder, name)
 
 
 def _load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], name: str) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from meta import data
 from meta.baselines import Baseline
 from meta.benchmark import corruptions
-from meta.bundle import Bundle, load_bundle, model_weights, read_manifest, rewrite_manifest, write_bundle
+from meta.bundle import Bundle, load_bundle, model_weights, write_bundle
+from meta.bundle_folder import read_manifest, rewrite_manifest
 from meta.calibrate import calibrate, source_statistics
 from meta.correction import fit_correction
 from meta.generator import MetaGradientGenerator

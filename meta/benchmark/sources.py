@@ -18,7 +18,8 @@ from meta import data
 from meta.baselines import Setup
 from meta.benchmark.controls import train_on_shifts
 from meta.benchmark.datasets import DataSet
-from meta.bundle import Bundle, load_bundle, model_weights, read_manifest
+from meta.bundle import Bundle, load_bundle, model_weights
+from meta.bundle_folder import read_manifest
 from meta.calibrate import source_statistics
 from meta.data import LabelledImages
 from meta.learned import transplant

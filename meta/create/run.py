@@ -16,7 +16,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from meta.bundle import load_bundle, portable_rule, read_manifest, write_bundle
+from meta.bundle import load_bundle, portable_rule, write_bundle
+from meta.bundle_folder import read_manifest
 from meta.calibrate import calibrate, source_statistics
 from meta.correction import Correction, fit_correction
 from meta.create import images as data

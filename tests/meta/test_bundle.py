@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from meta.bundle import load_bundle, model_weights, portable_rule, read_verdict, rewrite_manifest, write_bundle
+from meta.bundle import load_bundle, model_weights, portable_rule, write_bundle
+from meta.bundle_folder import read_verdict, rewrite_manifest
 from meta.correction import Correction
 from meta.models import groupnorm_cnn
 from schemas.errors import BundleError

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import meta.create.run
 import tests.foreign
-from meta.bundle import load_bundle, read_verdict
+from meta.bundle import load_bundle
+from meta.bundle_folder import read_verdict
 from meta.create.images import Images, common_size, read_files, read_labels, read_npz, split, without_duplicates
 from meta.create.measure import measure, recommend
 from meta.create.network import adaptable, load_weights, read_weights

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from meta.bundle import read_manifest
+from meta.bundle_folder import read_manifest
 from meta.data import LabelledImages
 from schemas.config import Frames
 from tests.conftest import SHIPPED_BUNDLE

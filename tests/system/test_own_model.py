@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
-from meta.bundle import read_verdict
+from meta.bundle_folder import read_verdict
 from tests.foreign import LABELS, batchnorm_net, pictures, trained, write_folder
 from tests.system.conftest import Site, run_cli
 

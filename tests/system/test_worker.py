@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from kafka import KafkaAdminClient
 
-from meta.bundle import read_manifest
+from meta.bundle_folder import read_manifest
 from tests.conftest import picture
 from tests.system.conftest import Site, ids_by_stream
 from worker.embedded import free_port

@@ -31,7 +31,8 @@ def bundle_show(
     ] = False,
 ) -> None:
     """Check every hash of a bundle; say what it is, with its verdict where it has one."""
-    from meta.bundle import load_bundle, read_verdict
+    from meta.bundle import load_bundle
+    from meta.bundle_folder import read_verdict
     from meta.imports import import_from
     from worker.cli.bundle_show import show
     from worker.terminal import terminal
@@ -100,7 +101,7 @@ def bundle_create(
 
     Broken off, the same command goes on with the stage that was not finished.
     """
-    from meta.bundle import read_verdict
+    from meta.bundle_folder import read_verdict
     from meta.create.piecewise import frames_in_pass
     from meta.create.run import CreateSettings, create_bundle
     from meta.imports import import_from

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 import uvicorn
 from pydantic import ValidationError
 
+from meta.bundle_folder import read_manifest
 from monitoring.console.app import make_app
 from monitoring.console.fleet import Fleet
 from monitoring.console.security import is_loopback
-from schemas.bundle import Manifest
 from schemas.config import Console, WorkerConfig
-from schemas.errors import ConfigError, UnreachableError, mistakes
+from schemas.errors import BundleError, ConfigError, UnreachableError, mistakes
 from worker.console.backend import Outside
 from worker.console.connections import Impatient
 from worker.console.site import Site
@@ -116,15 +116,9 @@ def _listen(host: str, port: int) -> socket.socket:
 def _clean_accuracy(config: WorkerConfig) -> float | None:
     """What the bundle promises on clean frames; a console may run where the bundle is not."""
     try:
-        # Not by meta.bundle, which would load torch for this one number.
-        content = (config.bundle.path / "manifest.json").read_bytes()
-        return Manifest.model_validate_json(content).model.clean_accuracy
-    except (OSError, ValidationError) as error:
-        log.warning(
-            "no bundle can be read at %s (%s); the console cannot say how far below clean frames a stream is",
-            config.bundle.path,
-            type(error).__name__,
-        )
+        return read_manifest(config.bundle.path).model.clean_accuracy
+    except BundleError as error:
+        log.warning("%s; the console cannot say how far below clean frames a stream is", error)
         return None
 
 

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import ValidationError
 
-from schemas.bundle import Manifest
+from meta.bundle_folder import read_manifest
 from schemas.config import Kafka, WorkerConfig
 from schemas.errors import ConfigError, DriftkeelError, mistakes
 from worker.embedded import start_broker, start_store
@@ -137,16 +137,11 @@ def write_site(
 
 
 def _factory(bundle: Path) -> str:
-    """The `module:function` that a bundle's model is built by. Raises ConfigError."""
-    try:
-        manifest = Manifest.model_validate_json((bundle / "manifest.json").read_bytes())
-    except (OSError, ValidationError) as error:
-        raise ConfigError(f"{bundle} is no bundle: its manifest.json cannot be read") from error
-    if ":" not in manifest.model.architecture:
-        raise ConfigError(
-            f"{bundle} needs no code: its model {manifest.model.architecture} is built in; leave --code out"
-        )
-    return manifest.model.architecture
+    """The `module:function` that a bundle's model is built by. Raises ConfigError or BundleError."""
+    architecture = read_manifest(bundle).model.architecture
+    if ":" not in architecture:
+        raise ConfigError(f"{bundle} needs no code: its model {architecture} is built in; leave --code out")
+    return architecture
 
 
 @contextmanager

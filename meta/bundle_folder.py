@@ -1,0 +1,94 @@
+"""A bundle's folder: its manifest, and files that are what the manifest says. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from schemas.bundle import FileEntry, Manifest
+from schemas.errors import BundleError, first_mistake
+from schemas.verdict import Verdict
+
+MANIFEST = "manifest.json"
+LABELS = "labels.txt"
+VERDICT = "verdict.json"
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILE_BYTES = 8 << 30
+
+
+def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
+    """Give a bundle another manifest; its files stay."""
+    # What says nothing is left out: a worker of before refuses what it does not know.
+    unsaid = {name for name in ("norm_order", "norm_layouts") if not getattr(manifest.model, name)}
+    text = json.dumps(manifest.model_dump(mode="json", exclude={"model": unsaid}), indent=2)
+    partial = folder / f".{MANIFEST}"
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The checked manifest. Raises BundleError."""
+    path = folder / MANIFEST
+    try:
+        if _size(path) > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
+        return Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(
+            f"no bundle at {folder.absolute()}: {MANIFEST} is missing; "
+            "name a bundle's folder (a worker's is bundle.path)"
+        ) from error
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise BundleError(f"{path} is no valid manifest: {first_mistake(error)}") from error
+
+
+def read_labels(folder: Path, manifest: Manifest) -> list[str]:
+    """The classes, in the order of the model's outputs, checked. Raises BundleError."""
+    if LABELS not in manifest.files:
+        raise BundleError(f"the manifest in {folder} does not list {LABELS}")
+    try:
+        return checked_file(folder, LABELS, manifest.files[LABELS]).decode("utf-8").split("\n")[:-1]
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{folder / LABELS} is no text in UTF-8: {error}") from error
+
+
+def read_verdict(folder: Path) -> Verdict | None:
+    """What was measured when the bundle was made, checked; None where it has no such file. Raises BundleError."""
+    entry = read_manifest(folder).files.get(VERDICT)
+    if entry is None:
+        return None
+    try:
+        return Verdict.model_validate_json(checked_file(folder, VERDICT, entry))
+    except ValidationError as error:
+        raise BundleError(f"{folder / VERDICT} is no valid verdict: {first_mistake(error)}") from error
+
+
+def checked_file(folder: Path, name: str, entry: FileEntry) -> bytes:
+    """What a bundle's file holds. Raises BundleError where that is not what the manifest says."""
+    path = folder / name
+    try:
+        if entry.size > MAX_FILE_BYTES or _size(path) != entry.size:
+            raise BundleError(
+                f"{path} does not have the {entry.size} bytes that the manifest says; get the bundle again"
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror or error}; get the bundle again") from error
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise BundleError(f"{path} was altered: its SHA-256 is not the manifest's; get the bundle again")
+    return content
+
+
+def _size(path: Path) -> int:
+    """Of a plain file, in bytes. Raises BundleError for what a link may lead to instead: a device, or a pipe that
+    nobody writes, has no end. Raises OSError."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise BundleError(f"{path} is no plain file; get the bundle again")
+    return found.st_size
