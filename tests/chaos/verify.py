@@ -18,7 +18,7 @@ from meta.mgg import as_served
 from schemas.command import EVERY_STREAM, Command
 from schemas.config import Frames, Kafka
 from schemas.prediction import Prediction
-from schemas.state import StreamState, decode_state
+from schemas.state_tensors import StreamState, decode_state
 from schemas.update import UpdateEvent
 from tests.system.conftest import Site
 from worker.audit.read import read_topic

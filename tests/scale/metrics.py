@@ -27,7 +27,8 @@ from monitoring import observe
 from monitoring.http import serve_metrics
 from monitoring.metrics import WorkerMetrics
 from schemas.frame import Position
-from schemas.state import DriftWatch, StreamHeader, StreamState
+from schemas.state import DriftWatch, StreamHeader
+from schemas.state_tensors import StreamState
 from schemas.update import Proxies, UpdateEvent
 from tests.conftest import SHIPPED_BUNDLE
 from worker.batch.batcher import MicroBatch

@@ -16,7 +16,7 @@ import torch
 
 from meta.bundle import load_bundle
 from schemas.config import Store
-from schemas.state import encode_tensors
+from schemas.state_tensors import encode_tensors
 from tests.conftest import SHIPPED_BUNDLE
 from worker.embedded import start_store
 from worker.store.compress import Compression, pack

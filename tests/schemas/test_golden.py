@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from schemas.bundle import Manifest
 from schemas.command import Command
 from schemas.prediction import Prediction
-from schemas.state import Snapshot, StreamHeader, decode_file, decode_header, decode_state, read_snapshot
+from schemas.state import Snapshot, StreamHeader, decode_header, read_snapshot
+from schemas.state_tensors import decode_file, decode_state
 from schemas.update import UpdateEvent, digest
 from schemas.verdict import Verdict
 

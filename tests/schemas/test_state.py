@@ -8,15 +8,8 @@ from hypothesis import strategies as st
 
 from schemas.errors import StateError
 from schemas.frame import Position
-from schemas.state import (
-    StreamHeader,
-    decode_file,
-    decode_header,
-    decode_state,
-    decode_tensors,
-    encode_header,
-    encode_tensors,
-)
+from schemas.state import StreamHeader, decode_header, encode_header
+from schemas.state_tensors import decode_file, decode_state, decode_tensors, encode_tensors
 
 LIMIT = 1 << 20
 LIKE = {"affine": torch.zeros(5), "memory": torch.zeros(2, 3), "age": torch.zeros(())}

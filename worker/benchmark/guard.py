@@ -32,7 +32,8 @@ from meta.proxies import Observed
 from schemas.config import Guard as GuardSettings
 from schemas.frame import Position
 from schemas.policy import Policy
-from schemas.state import StreamHeader, StreamState
+from schemas.state import StreamHeader
+from schemas.state_tensors import StreamState
 from worker.batch.batcher import MicroBatch
 from worker.benchmark.guard_attacks import ATTACKS, NAN_MARK, other_images
 from worker.decode.image import DecodedFrame

@@ -19,7 +19,8 @@ from meta.bundle import Bundle
 from meta.method import State
 from schemas.config import Guard as GuardSettings
 from schemas.frame import Position
-from schemas.state import StreamHeader, StreamState
+from schemas.state import StreamHeader
+from schemas.state_tensors import StreamState
 from worker.batch.batcher import MicroBatch
 from worker.decode.image import DecodedFrame
 from worker.decode.pixels import normalise_pixels

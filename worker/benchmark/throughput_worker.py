@@ -28,7 +28,8 @@ from pydantic import SecretStr
 from meta.bundle import load_bundle
 from schemas.config import Kafka, Log, Metrics, Store, Topics, WorkerConfig
 from schemas.errors import DriftkeelError
-from schemas.state import encode_header, encode_tensors
+from schemas.state import encode_header
+from schemas.state_tensors import encode_tensors
 from worker.benchmark.throughput_engine import grown_header
 from worker.embedded import Broker, Child, EmbeddedStore, free_port, start_child
 from worker.kafka.client import close_producer, connection, create_topics

@@ -177,7 +177,7 @@ def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
     from schemas.state import StreamHeader, decode_header
     from worker.audit.read import Record
     from worker.store.store import StateStore
-    from worker.streams.restore import after_last_event, lines_beside
+    from worker.streams.last_events import after_last_event, lines_beside
 
     client = StateStore(load_config(config).store)
     headers: dict[str, StreamHeader] = {}

@@ -16,7 +16,8 @@ from worker.cli.options import ConfigOption, ReasonOption
 if TYPE_CHECKING:
     from schemas.state import Snapshot
     from schemas.update import UpdateEvent
-    from worker.control.operate import Listed, Operator
+    from worker.control.operate import Operator
+    from worker.control.stored import Listed
 
 streams_app = typer.Typer(help="Look at stored streams, and change them while workers run.", no_args_is_help=True)
 
@@ -39,11 +40,13 @@ def _operator(config: Path | None) -> Operator:
 @streams_app.command("list")
 def list_streams(config: ConfigOption = None) -> None:
     """One line per stream: frames, updates, state bytes, whether a worker could use it, who has it."""
+    from worker.control.stored import listed
+    from worker.store.store import StateStore
     from worker.terminal import printable
 
-    listed = _operator(config).listed()
+    streams = listed(StateStore(load_config(config).store))
     print(f"{'stream':32s} {'frames':>9s} {'step':>7s} {'bytes':>9s} {'state':8s} owner")
-    for found in listed:
+    for found in streams:
         frames, step = (found.header.frames, found.header.step) if found.header else ("-", "-")
         counts = f"{frames!s:>9s} {step!s:>7s} {found.tensor_bytes:9d}"
         print(printable(f"{found.stream:32s} {counts} {found.condition:8s} {found.owner}"))
@@ -57,15 +60,18 @@ def show(
 ) -> None:
     """Who answers for a stream, how it does, and the snapshots that it can go back to."""
     from worker.cli.streams_show import show as show_stream
+    from worker.control.stored import judged, listed_one, snapshots
+    from worker.store.store import StateStore
     from worker.terminal import terminal
 
-    operator = _operator(config)
-    (found,) = operator.listed([stream])
-    kept = [] if found.foreign else operator.snapshots(stream)
+    settings = load_config(config)
+    store = StateStore(settings.store)
+    found = listed_one(store, stream)
+    kept = [] if found.foreign else snapshots(store, stream)
     if as_json:
         print(json.dumps(_plain(found, kept), indent=2))
     else:
-        show_stream(terminal(), found, kept, *operator.seen(found))
+        show_stream(terminal(), found, kept, *judged(settings, found))
 
 
 @streams_app.command()

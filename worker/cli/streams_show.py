@@ -11,7 +11,7 @@ from rich.text import Text
 from schemas.policy import Policy
 from schemas.state import Snapshot, StreamHeader
 from schemas.update import Proxies
-from worker.control.operate import Listed
+from worker.control.stored import Listed
 from worker.guard.answer import answering, named
 from worker.terminal import printable
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from monitoring.console.app import Picture
 from schemas.command import COMMAND_TYPE, Command, encode_command
 from schemas.config import WorkerConfig
-from schemas.errors import UnreachableError
+from schemas.errors import StateError, UnreachableError
 from schemas.prediction import Prediction
+from schemas.state import decode_header
 from worker.console.site import Site
 from worker.console.thumbnails import Thumbnails
 from worker.console.topics import TopicReader
@@ -24,24 +24,6 @@ from worker.kafka.client import close_producer, connection, open_client
 from worker.store.store import StateStore
 
 SEND_TIMEOUT_S = 10.0
-
-
-class _Watch(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    adapting: bool = True
-
-
-class _Header(BaseModel):
-    """What the console shows of a stored header. The whole of it is `schemas.state`, which needs torch: seconds."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    frames: int | None = None
-    step: int | None = None
-    method: str | None = None
-    bundle: str | None = None
-    drift: _Watch | None = None
 
 
 class Outside:
@@ -121,14 +103,15 @@ class Outside:
             (found,) = self._store.overview([stream])
         if not found.token:
             return None
-        header = _Header()
-        with contextlib.suppress(ValidationError):  # A damaged header is the worker's to mend; the rest can be shown.
-            header = _Header.model_validate_json(found.header or b"{}")
+        header = None
+        with contextlib.suppress(StateError):  # A damaged header is the worker's to mend; the rest can be shown.
+            header = decode_header(found.header or b"")
+        drift = header and header.drift
         return {
             "owner": found.owner,
             "token": found.token,
             "bytes": found.tensor_bytes,
             "snapshots": found.snapshots,
-            "drift": None if header.drift is None else "moving" if header.drift.adapting else "settled",
-            **header.model_dump(exclude={"drift"}),
+            "drift": drift and ("moving" if drift.adapting else "settled"),
+            **{name: header and getattr(header, name) for name in ("frames", "step", "method", "bundle")},
         }

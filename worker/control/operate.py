@@ -7,79 +7,33 @@ goes on from what was written here: no worker has to be stopped, and no frame is
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from meta.method import State
 from schemas.command import Command
 from schemas.config import WorkerConfig
 from schemas.errors import StateError
-from schemas.policy import Policy
-from schemas.state import (
-    MAX_EVENTS_BYTES,
-    Snapshot,
-    StreamHeader,
-    StreamState,
-    decode_file,
-    decode_header,
-    decode_state,
-    encode_file,
-    read_snapshot,
-)
-from schemas.update import Proxies, UpdateEvent
+from schemas.state import MAX_EVENTS_BYTES, Snapshot, StreamHeader, decode_header
+from schemas.state_tensors import StreamState, decode_file, decode_state, encode_file
+from schemas.update import UpdateEvent
+from worker.control.stored import unknown
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies
-from worker.store.store import Claimed, Overview, StateStore
+from worker.store.store import Claimed, StateStore
+from worker.streams.last_events import after_last_event
 from worker.streams.obey import Entry, Place, Subject, imported, obey
-from worker.streams.restore import after_last_event, chosen_snapshot
+from worker.streams.restore import chosen_snapshot
 from worker.streams.streams import as_write
 
 
-@dataclass(frozen=True)
-class Listed:
-    """A stream as `streams list` shows it; `header` is None where it cannot be read."""
-
-    stream: str
-    owner: str
-    token: int
-    header: StreamHeader | None
-    tensor_bytes: int
-    snapshots: int
-    foreign: str = ""
-
-    @property
-    def condition(self) -> str:
-        """In a word: what a worker would find."""
-        if self.foreign:
-            return "foreign"
-        if self.header is None:
-            return "damaged"
-        return "expired" if self.header.step and not self.tensor_bytes else "ok"
-
-
 class Operator:
-    """Reads and changes stored streams; `engine` has none of them, and knows what they look like."""
+    """Changes stored streams; `engine` has none of them, and knows what they look like."""
 
     def __init__(self, config: WorkerConfig, store: StateStore, engine: Engine, name: str) -> None:
         self._limit, self._compression = config.store.max_state_bytes, config.store.compression
         self._store, self._engine, self._name = store, engine, name
         self._bundle, self._like = engine.bundle_hash, engine.like
-        self._policies = Policies(config.policy, config.streams)
-        self._place = Place.of(engine, self._policies, name)
-
-    def listed(self, streams: list[str] | None = None) -> list[Listed]:
-        """These streams, or all, by name. Raises StateError for an unknown one."""
-        if streams is not None:
-            require_known(self._store, streams)
-        return listed(self._store, streams)
-
-    def seen(self, found: Listed) -> tuple[Policy, Proxies]:
-        """The policy that holds for a stream, and what its state says of its accuracy."""
-        header = found.header or StreamHeader(stream=found.stream, bundle="", method="")
-        return self._policies.of(header), self._engine.estimate(header)
-
-    def snapshots(self, stream: str) -> list[Snapshot | None]:
-        """What is kept for rollback, newest first; None for what cannot be read."""
-        return [_snapshot(said) for said in self._store.snapshots(stream)]
+        self._place = Place.of(engine, Policies(config.policy, config.streams), name)
 
     def export(self, stream: str) -> bytes:
         """The stream's state as one file."""
@@ -162,45 +116,6 @@ class Operator:
         return chosen_snapshot(self._store, stream, back, self._like, self._bundle, self._limit)
 
 
-def _snapshot(said: bytes) -> Snapshot | None:
-    try:
-        return read_snapshot(said)
-    except StateError:
-        return None
-
-
-def listed(store: StateStore, streams: list[str] | None = None) -> list[Listed]:
-    """What is stored of these streams, or of all, by name; those of which nothing is, are left out."""
-    names = sorted(set(store.streams())) if streams is None else streams
-    # One that was deleted since the names were asked for is none of them any more.
-    known = [one for one in zip(names, store.overview(names), strict=True) if one[1].token or one[1].foreign]
-    return [_as_listed(name, overview) for name, overview in known]
-
-
-def _as_listed(stream: str, found: Overview) -> Listed:
-    try:
-        header = decode_header(found.header) if found.header else StreamHeader(stream=stream, bundle="", method="")
-    except StateError:
-        header = None
-    return Listed(stream, found.owner, found.token, header, found.tensor_bytes, found.snapshots, found.foreign)
-
-
-def require_known(store: StateStore, streams: list[str]) -> list[Overview]:
-    """What is stored of these, in order. Raises StateError for an unknown one."""
-    found = store.overview(streams)
-    for stream, overview in zip(streams, found, strict=True):
-        if not overview.token and not overview.foreign:
-            raise unknown(store, stream)
-    return found
-
-
 def _refuse_foreign(stream: str, foreign: str) -> None:
     if foreign:
         raise StateError(f"stream {stream!r} cannot be stored: {foreign}")
-
-
-def unknown(store: StateStore, stream: str) -> StateError:
-    """The error for a stream of which nothing is stored."""
-    if store.deleted(stream) is not None:
-        return StateError(f"stream {stream!r} was deleted; 'driftkeel audit show --stream' says when and by whom")
-    return StateError(f"stream {stream!r} has no stored state; 'driftkeel streams list' shows those that have")

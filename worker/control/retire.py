@@ -15,10 +15,10 @@ from schemas.config import Kafka
 from schemas.errors import StateError, UnreachableError
 from schemas.state import StreamHeader, decode_header
 from schemas.update import SealedEvent, UpdateEvent, seal
-from worker.control.operate import listed, unknown
+from worker.control.stored import listed, unknown
 from worker.publish.publisher import ACKNOWLEDGE_TIMEOUT_S, Publisher
 from worker.store.store import Claimed, Overview, StateStore
-from worker.streams.restore import after_last_event, events_beside
+from worker.streams.last_events import after_last_event, events_beside
 
 
 def delete(store: StateStore, stream: str, reason: str, name: str) -> list[SealedEvent]:

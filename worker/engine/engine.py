@@ -18,7 +18,8 @@ from meta.outputs import Known
 from meta.proxies import Observer
 from meta.threads import one_thread
 from monitoring.proxies import estimate
-from schemas.state import StreamHeader, StreamState
+from schemas.state import StreamHeader
+from schemas.state_tensors import StreamState
 from schemas.update import Proxies
 from worker.batch.batcher import MicroBatch
 from worker.decode.pixels import blank_frames, normalise_pixels

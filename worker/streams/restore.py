@@ -5,30 +5,19 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 
-from pydantic import ValidationError
-
 from meta.method import State
 from schemas.errors import StateError
-from schemas.state import (
-    MAX_COUNT,
-    Snapshot,
-    StreamHeader,
-    StreamState,
-    decode_header,
-    decode_snapshot,
-    decode_state,
-    decode_tensors,
-)
-from schemas.update import Decision, SealedEvent, UpdateEvent
+from schemas.state import Snapshot, StreamHeader, decode_header
+from schemas.state_tensors import StreamState, decode_snapshot, decode_state, decode_tensors
+from schemas.update import Decision
 from worker.engine.engine import Engine
 from worker.store.compress import unpack
 from worker.store.store import Claimed, StateStore
+from worker.streams.last_events import after_last_event
 from worker.streams.obey import moved
 from worker.streams.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
-MAX_EVENT_BYTES = 1_000_000  # a larger one is none of a worker's, and brokers refuse it for ever
-MAX_EVENTS = 1 << 14  # in as many bytes as they may have beside a state; none has 256 bytes or fewer
 
 
 @dataclass(frozen=True)
@@ -131,32 +120,3 @@ def chosen_snapshot(
         elsewhere = "roll back to another, or reset the stream to the source model"
         raise StateError(f"snapshot {back} of stream {stream!r} cannot be used: {error}; {elsewhere}") from error
     return snapshot, state.tensors
-
-
-def after_last_event(header: StreamHeader, content: bytes | None) -> StreamHeader:
-    """A header that is lost still has its last event beside it: the numbers and the chain go on from there."""
-    events = events_beside(header.stream, content)
-    if not events:
-        return header
-    return header.model_copy(update={"events": events[-1].event.number, "last_event": events[-1].digest})
-
-
-def events_beside(stream: str, content: bytes | None) -> list[SealedEvent]:
-    """The events that lie beside the state of a stream, one a line, or in its place. What no worker wrote there is left
-    out: another stream's, one that no broker takes, or a number that no header has room for."""
-    found = []
-    for line in lines_beside(content):
-        if len(line) > MAX_EVENT_BYTES:
-            continue
-        try:
-            event = UpdateEvent.model_validate_json(line)
-        except ValidationError:
-            continue
-        if event.stream == stream and event.id == f"{stream}@{event.number}" and event.number < MAX_COUNT:
-            found.append(SealedEvent(event, line))
-    return found
-
-
-def lines_beside(content: bytes | None) -> list[bytes]:
-    """What lies beside a state, one event a line. Where there are more than can be, the last line has the rest."""
-    return content.split(b"\n", MAX_EVENTS) if content else []

@@ -15,7 +15,8 @@ from monitoring.observe import decided
 from schemas.config import Adapt
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
-from schemas.state import MAX_EVENTS_BYTES, Snapshot, StreamHeader, decode_header, encode_header, encode_tensors
+from schemas.state import MAX_EVENTS_BYTES, Snapshot, StreamHeader, decode_header, encode_header
+from schemas.state_tensors import encode_tensors
 from schemas.update import UpdateEvent, seal
 from worker.consume.short_logs import cure
 from worker.engine.engine import Engine
@@ -24,9 +25,10 @@ from worker.guard.answer import Policies, answering, named
 from worker.publish.publisher import Publisher
 from worker.store.compress import Compression, pack
 from worker.store.store import Overview, StateStore, Which, Write
+from worker.streams.last_events import events_beside, lines_beside
 from worker.streams.newcomers import Newcomers
 from worker.streams.obey import Entry
-from worker.streams.restore import Restored, Restorer, chosen_snapshot, events_beside, lines_beside
+from worker.streams.restore import Restored, Restorer, chosen_snapshot
 from worker.streams.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")

@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from meta.bundle import MGG_NAME, read_manifest
+from meta.bundle import MGG_NAME
+from meta.bundle_folder import read_manifest
 from meta.method import State
 from schemas.bundle import Manifest
 from schemas.config import Bundle as BundleSettings
 from schemas.errors import BundleError, StateError
-from schemas.state import GuardState, RunningProxies, StreamHeader, decode_matching, decode_tensors
+from schemas.state import GuardState, RunningProxies, StreamHeader
+from schemas.state_tensors import decode_matching, decode_tensors
 from worker.engine.engine import Engine
 
 # Of the state of `mgg`: what only the generator that wrote it can read, and gradients in that generator's units.

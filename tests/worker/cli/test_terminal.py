@@ -16,7 +16,7 @@ from schemas.state import DriftWatch, GuardState, Snapshot, StreamHeader
 from schemas.update import Proxies
 from tests.monitoring.console.records import prediction
 from worker.cli.streams_show import show
-from worker.control.operate import Listed
+from worker.control.stored import Listed
 from worker.demo.score import Scoreboard
 from worker.demo.view import open_view
 from worker.watch import Board

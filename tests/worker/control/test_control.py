@@ -23,14 +23,15 @@ from tests.conftest import make_streams
 from worker.control import retire
 from worker.control.commands import CommandList
 from worker.control.control import AT_ONCE, Control
-from worker.control.operate import Operator, require_known
+from worker.control.operate import Operator
+from worker.control.stored import listed_one, snapshots
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies
 from worker.publish.publisher import Publisher
 from worker.store import store as store_module
 from worker.store.store import StateStore
+from worker.streams.last_events import events_beside
 from worker.streams.obey import Entry
-from worker.streams.restore import events_beside
 
 
 class Worker:
@@ -198,7 +199,7 @@ def test_a_stream_that_was_deleted_begins_like_any_other(
     (frozen,) = retire.delete(store, "a", "gone", "operator")[:-1]
     worker.streams.release(["a"])
     with pytest.raises(StateError, match="stream 'a' was deleted; 'driftkeel audit show"):
-        require_known(store, ["a"])
+        listed_one(store, "a")
     assert retire.delete(store, "a", "gone", "operator")[0].event.previous == frozen.digest
     worker.control.met(worker.streams.ensure(["a"]))
     header = worker.streams.engine.resident("a").header
@@ -313,9 +314,7 @@ def test_a_stream_that_comes_back_from_its_file_is_not_told_again_what_it_has_do
     assert (headers["b"].commands, headers["b"].policy) == ({}, None)
 
 
-def test_one_damaged_snapshot_does_not_hide_the_others(
-    worker: Worker, store: StateStore, store_settings: Store, store_url: str, tiny_bundle: Bundle
-) -> None:
+def test_one_damaged_snapshot_does_not_hide_the_others(worker: Worker, store: StateStore, store_url: str) -> None:
     worker.streams.ensure(["a"])
     header = worker.streams.engine.resident("a").header
     about = Snapshot(time=datetime.now(UTC), reason="due", header=header)
@@ -324,8 +323,7 @@ def test_one_damaged_snapshot_does_not_hide_the_others(
     client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.lpush(store.keys("a")[2], b"x")
     client.close()
-    operator = Operator(WorkerConfig(store=store_settings), store, Engine(tiny_bundle), "operator")
-    assert operator.snapshots("a") == [None, about]
+    assert snapshots(store, "a") == [None, about]
 
 
 def test_a_stream_that_another_claims_is_let_go(worker: Worker, commands: CommandList, store: StateStore) -> None:

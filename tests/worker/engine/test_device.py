@@ -17,7 +17,8 @@ from meta.bundle import CPU, Bundle, load_bundle
 from schemas.config import Guard as GuardSettings
 from schemas.config import Method
 from schemas.frame import Position
-from schemas.state import StreamHeader, StreamState, decode_tensors, encode_tensors
+from schemas.state import StreamHeader
+from schemas.state_tensors import StreamState, decode_tensors, encode_tensors
 from tests.placement import DEVICE, Placed, pretended_cuda, waited
 from worker.batch.batcher import MicroBatch
 from worker.decode.image import DecodedFrame

@@ -9,7 +9,8 @@ from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.proxies import SIGNALS
 from schemas.frame import Position
-from schemas.state import RunningProxies, StreamHeader, StreamState
+from schemas.state import RunningProxies, StreamHeader
+from schemas.state_tensors import StreamState
 from worker.batch.batcher import MicroBatch
 from worker.decode.image import DecodedFrame
 from worker.decode.pixels import blank_frames, normalise_pixels

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from schemas.frame import Position
-from schemas.state import StreamHeader, StreamState
+from schemas.state import StreamHeader
+from schemas.state_tensors import StreamState
 from worker.batch.batcher import MicroBatch
 from worker.decode.image import DecodedFrame
 from worker.engine.engine import Engine

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from meta.bundle import load_bundle
 from schemas.config import Frames, Store
-from schemas.state import StreamHeader, encode_header, encode_tensors
+from schemas.state import StreamHeader, encode_header
+from schemas.state_tensors import encode_tensors
 from tests.conftest import SHIPPED_BUNDLE, picture
 from worker.decode.image import decode_image
 from worker.decode.pixels import normalise_pixels

@@ -7,12 +7,10 @@ from dataclasses import replace
 import pytest
 import redis
 
-from meta.bundle import Bundle
-from schemas.config import Store, WorkerConfig
+from schemas.config import Store
 from schemas.errors import StateError, UnreachableError
-from worker.control.operate import Operator
+from worker.control.stored import listed
 from worker.embedded import free_port
-from worker.engine.engine import Engine
 from worker.store.compress import pack
 from worker.store.store import Overview, StateStore, Write
 
@@ -203,26 +201,22 @@ def test_any_stream_id_has_a_key_and_hash_tag_of_its_own(store: StateStore, stre
 
 
 @pytest.mark.parametrize("inside", [b"a b", b"cam%ff", b"x:y", b"cam}:x", b"\xff", b"x" * 1_001])
-def test_a_key_that_no_stream_would_have_is_no_stream(
-    store: StateStore, store_settings: Store, tiny_bundle: Bundle, inside: bytes
-) -> None:
+def test_a_key_that_no_stream_would_have_is_no_stream(store: StateStore, store_settings: Store, inside: bytes) -> None:
     """One such key was a stream of the full store, and ended `driftkeel streams list`."""
     store.claim(["a b"], "w")
     client = redis.Redis.from_url(store_settings.url.get_secret_value(), socket_timeout=120)
     client.set(store_settings.prefix.encode() + b":{" + inside + b"}", "x")
     client.close()
     assert (list(store.streams()), store.count()) == (["a b"], 1)
-    operator = Operator(WorkerConfig(store=store_settings), store, Engine(tiny_bundle), "w")
-    assert [found.stream for found in operator.listed()] == ["a b"]
+    assert [found.stream for found in listed(store)] == ["a b"]
 
 
 def test_a_stream_that_goes_while_all_are_listed_is_left_out(
-    store: StateStore, store_settings: Store, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    store: StateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.claim(["cam"], "w")
     monkeypatch.setattr(store, "streams", lambda: iter(["cam", "gone"]))
-    operator = Operator(WorkerConfig(store=store_settings), store, Engine(tiny_bundle), "w")
-    assert [found.stream for found in operator.listed()] == ["cam"]
+    assert [found.stream for found in listed(store)] == ["cam"]
 
 
 def test_states_that_inflate_are_not_all_in_memory_at_once(store: StateStore, store_settings: Store) -> None:

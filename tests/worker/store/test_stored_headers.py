@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from meta.bundle import read_manifest
+from meta.bundle_folder import read_manifest
 from meta.estimator import AccuracyModel
 from meta.proxies import OWN, SHADOW, Observed
 from monitoring.drift import wants_update

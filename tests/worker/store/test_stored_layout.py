@@ -6,7 +6,7 @@ import redis
 import torch
 
 from schemas.config import Store
-from schemas.state import decode_snapshot, decode_state, decode_tensors
+from schemas.state_tensors import decode_snapshot, decode_state, decode_tensors
 from tests.schemas.test_golden import TENSORS, golden
 from worker.store.compress import unpack
 from worker.store.store import StateStore, Write

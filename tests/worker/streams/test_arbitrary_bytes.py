@@ -23,12 +23,13 @@ from schemas.policy import Policy
 from schemas.state import Snapshot, StreamHeader
 from tests.conftest import make_streams
 from worker.control.operate import Operator
+from worker.control.stored import listed, snapshots
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies
 from worker.publish.publisher import Publisher
 from worker.store.store import StateStore
+from worker.streams.last_events import after_last_event
 from worker.streams.obey import Place, Subject, obey
-from worker.streams.restore import after_last_event
 from worker.streams.streams import Streams
 
 FIELDS = ["token", "owner", "header", "event", "written"]
@@ -150,9 +151,9 @@ def test_no_bytes_in_one_entry_break_more_than_their_stream(site: Site, where: s
 def read_all(site: Site) -> None:
     """All that workers and operators read of a stream; what they may raise is StateError."""
     worker = site.worker()
-    site.operator.listed()
+    listed(site.store)
     with contextlib.suppress(StateError):
-        site.operator.snapshots("cam")
+        snapshots(site.store, "cam")
     with contextlib.suppress(StateError):
         site.operator.export("cam")
     for name, _, event in site.store.ends():

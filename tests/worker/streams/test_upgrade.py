@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from meta.bundle import Bundle, load_bundle, model_weights, read_manifest, write_bundle
+from meta.bundle import Bundle, load_bundle, model_weights, write_bundle
+from meta.bundle_folder import read_manifest
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from schemas.config import Bundle as BundleSettings
 from schemas.config import WorkerConfig
 from schemas.errors import BundleError
 from schemas.frame import Position
 from schemas.policy import Policy
-from schemas.state import GuardState, StreamHeader, encode_tensors
+from schemas.state import GuardState, StreamHeader
+from schemas.state_tensors import encode_tensors
 from tests.worker.engine.test_engine import admit, batch, step
 from worker.engine.engine import Engine
 from worker.engine.header import next_header

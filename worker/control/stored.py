@@ -1,0 +1,90 @@
+"""What is stored of streams, as an operator sees it: all but the tensors, so that nothing here waits for torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meta.bundle_folder import read_labels, read_manifest
+from monitoring.proxies import estimate
+from schemas.config import WorkerConfig
+from schemas.errors import StateError
+from schemas.policy import Policy
+from schemas.state import Snapshot, StreamHeader, decode_header, read_snapshot
+from schemas.update import Proxies
+from worker.guard.answer import Policies
+from worker.store.store import Overview, StateStore
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A stream as `streams list` shows it; `header` is None where it cannot be read."""
+
+    stream: str
+    owner: str
+    token: int
+    header: StreamHeader | None
+    tensor_bytes: int
+    snapshots: int
+    foreign: str = ""
+
+    @property
+    def condition(self) -> str:
+        """In a word: what a worker would find."""
+        if self.foreign:
+            return "foreign"
+        if self.header is None:
+            return "damaged"
+        return "expired" if self.header.step and not self.tensor_bytes else "ok"
+
+
+def listed(store: StateStore, streams: list[str] | None = None) -> list[Listed]:
+    """What is stored of these streams, or of all, by name; those of which nothing is, are left out."""
+    names = sorted(set(store.streams())) if streams is None else streams
+    # One that was deleted since the names were asked for is none of them any more.
+    known = [one for one in zip(names, store.overview(names), strict=True) if one[1].token or one[1].foreign]
+    return [_as_listed(name, overview) for name, overview in known]
+
+
+def _as_listed(stream: str, found: Overview) -> Listed:
+    try:
+        header = decode_header(found.header) if found.header else StreamHeader(stream=stream, bundle="", method="")
+    except StateError:
+        header = None
+    return Listed(stream, found.owner, found.token, header, found.tensor_bytes, found.snapshots, found.foreign)
+
+
+def listed_one(store: StateStore, stream: str) -> Listed:
+    """What is stored of a stream. Raises StateError where that is nothing."""
+    found = listed(store, [stream])
+    if not found:
+        raise unknown(store, stream)
+    return found[0]
+
+
+def snapshots(store: StateStore, stream: str) -> list[Snapshot | None]:
+    """What is kept for rollback, newest first; None for what cannot be read."""
+    return [_snapshot(said) for said in store.snapshots(stream)]
+
+
+def _snapshot(said: bytes) -> Snapshot | None:
+    try:
+        return read_snapshot(said)
+    except StateError:
+        return None
+
+
+def judged(config: WorkerConfig, found: Listed) -> tuple[Policy, Proxies]:
+    """The policy that holds for a stream, and what its state says of its accuracy under the site's bundle. Raises
+    BundleError."""
+    header = found.header or StreamHeader(stream=found.stream, bundle="", method="")
+    manifest = read_manifest(config.bundle.path)
+    classes = len(read_labels(config.bundle.path, manifest))
+    proxies = estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy, classes)
+    return Policies(config.policy, config.streams).of(header), proxies
+
+
+def unknown(store: StateStore, stream: str) -> StateError:
+    """The error for a stream of which nothing is stored."""
+    if store.deleted(stream) is not None:
+        return StateError(f"stream {stream!r} was deleted; 'driftkeel audit show --stream' says when and by whom")
+    return StateError(f"stream {stream!r} has no stored state; 'driftkeel streams list' shows those that have")
