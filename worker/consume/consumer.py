@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
@@ -27,9 +27,9 @@ from kafka.structs import OffsetAndMetadata
 from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
 from worker.consume.assignors import ASSIGNORS
+from worker.consume.comparison import Comparison, Marks
 from worker.consume.ends import Ends
 from worker.consume.offsets import Offsets, Partition
-from worker.consume.short_logs import ShortLog, ShortLogs, without_end
 from worker.kafka.answer import last_answer
 from worker.kafka.client import connection, open_client, until_reached
 from worker.kafka.join import poll_timeout
@@ -37,7 +37,6 @@ from worker.kafka.join import poll_timeout
 log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
 ASK_AGAIN_S = 0.5
-OFFSETS_TIMEOUT_MS = 5_000
 LAST_CALL_MS, SILENT_S, BRIEF_MS = 5_000, 5.0, 500  # at the end; a broker that was silent before has half a second
 FETCH_BYTES = 256 << 10  # of a partition at a time: what is fetched is served before the other partitions' next frames
 METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
@@ -68,17 +67,6 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
         self._owner.note_gone((p.topic, p.partition) for p in lost)
 
 
-class Marks(Protocol):
-    """Up to where the store has folded each partition. Methods raise UnreachableError."""
-
-    def mark(self, group: str, offsets: dict[Partition, int], seen: Mapping[Partition, int]) -> None:
-        """Note that all frames before these offsets are in the states, or need not be. A mark further on is left,
-        unless it is as it was `seen`."""
-
-    def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
-        """What was noted."""
-
-
 class FrameConsumer:
     """The consumer. Only the worker's loop calls it, but for `note_gone`."""
 
@@ -95,11 +83,7 @@ class FrameConsumer:
         """`failed` hears of every call that the broker did not answer or refused, `store_failed` of the store's, and
         `expired` how many records are lost because the topic no longer has them, to count them."""
         self._settings, self._failed, self._store_failed = settings, failed, store_failed
-        self._expired = expired
-        self.offsets, self._marks, self._stop = offsets, marks, stop
-        self._compared: set[Partition] = set()
-        self._seen: dict[Partition, int] = {}  # marks, as they were read or written last
-        self._short = ShortLogs()
+        self.offsets, self._stop = offsets, stop
         self._gone: deque[Partition] = deque()
         self._last_commit = 0.0
         self._paused = False
@@ -126,6 +110,8 @@ class FrameConsumer:
         what, topic = f"the broker at {settings.bootstrap}", settings.topics.frames
         self.consumer = until_reached(make, what, settings.connect_timeout_s, stop)
         self._ends = Ends(self.consumer)
+        self._comparison = Comparison(settings, self.consumer, marks, expired)
+        self._short = self._comparison.short
         self.consumer.subscribe([topic], listener=_Listener(self))
         # A member that joins before it has heard of the topic's partitions has none, and as leader has none to give.
         until_reached(lambda: self.consumer.partitions_for_topic(topic), what, settings.connect_timeout_s, stop)
@@ -140,13 +126,35 @@ class FrameConsumer:
         in no way that this one offers, where another has taken its name, and where the user has no permission to read.
         A record's value is `Unreadable` where it stands for records that nobody can read.
         """
+        arrived = self._polled(timeout_s)
+        gone: set[Partition] = set()
+        while self._gone:
+            gone.add(self._gone.popleft())
+        gone |= self._cut({p: part[0].offset for p, part in arrived.items() if p not in gone})
+        self._skipped({p: part[0].offset for p, part in arrived.items() if p not in gone})
+        for lost in gone:
+            self._short.unfounded.pop(lost, None)
+            passed_over = arrived.pop(lost, [])
+            self.rewind(lost, passed_over[0].offset if passed_over else None)
+        for partition in self._leave_short():
+            arrived.pop(partition, None)
+        behind = self._behind({p: part[0].offset for p, part in arrived.items() if p not in self._comparison.compared})
+        for partition, offset in behind.items():
+            del arrived[partition]
+            self.consumer.seek(TopicPartition(*partition), offset)
+        for partition in self._short.waiting:
+            arrived.pop(partition, None)
+        return [record for part in arrived.values() for record in part], gone
+
+    def _polled(self, timeout_s: float) -> dict[Partition, list[Any]]:
+        """What the client has; nothing where that failed and it can be asked again."""
         try:
             timeout_s = poll_timeout(self.consumer, timeout_s)
             polled = self.consumer.poll(timeout_ms=max(0, int(timeout_s * 1000)))
+            return {(p.topic, p.partition): part for p, part in polled.items()}
         except LOST_MEMBERSHIP as error:
             self._failed("poll")
             log.warning("lost the consumer group (%s); joining again", error)
-            polled = {}
         except InconsistentGroupProtocolError as error:
             raise ConfigError(
                 f"group {self._settings.group} at {self._settings.bootstrap} has members that share no partitions with "
@@ -169,90 +177,18 @@ class FrameConsumer:
                 raise UnreachableError(f"the broker at {self._settings.bootstrap} refuses to go on: {error}") from error
             self._failed("poll")
             log.warning("polling the broker at %s failed (%s); trying again", self._settings.bootstrap, error)
-            polled = {}
-        gone: set[Partition] = set()
-        while self._gone:
-            gone.add(self._gone.popleft())
-        arrived = {(p.topic, p.partition): part for p, part in polled.items()}
-        gone |= self._cut({p: part[0].offset for p, part in arrived.items() if p not in gone})
-        self._skipped({p: part[0].offset for p, part in arrived.items() if p not in gone})
-        for lost in gone:
-            self._short.unfounded.pop(lost, None)
-            passed_over = arrived.pop(lost, [])
-            self.rewind(lost, passed_over[0].offset if passed_over else None)
-        for partition in self._leave_short():
-            arrived.pop(partition, None)
-        behind = self._behind({p: part[0].offset for p, part in arrived.items() if p not in self._compared})
-        for partition, offset in behind.items():
-            del arrived[partition]
-            self.consumer.seek(TopicPartition(*partition), offset)
-        for partition in self._short.waiting:
-            arrived.pop(partition, None)
-        return [record for part in arrived.values() for record in part], gone
+        return {}
 
     def _behind(self, first: dict[Partition, int]) -> dict[Partition, int]:
-        """Compare where partitions begin with what the store has folded; where to read them from instead.
-
-        Once after each assignment, and after each rewind. The offset that Kafka has may be ahead of the store, by
-        the second between two commits, or because the store has lost what it knew: from a crash, or a backup.
-        """
-        if not first:
-            return {}
+        """Where to read partitions from instead, by what the store has folded. While that is not known they wait: they
+        are read again from where they are."""
         try:
-            marks = self._marks.marks(self._settings.group, list(first))
-            self._seen |= marks
-            unknown = {partition: offset for partition, offset in first.items() if partition not in marks}
-            if unknown:
-                self._note(unknown)
-            older = [TopicPartition(*p) for p, mark in marks.items() if mark < first[p]]
-            asked = self.consumer.beginning_offsets(older, timeout_ms=OFFSETS_TIMEOUT_MS) if older else {}
-            beginnings = {(where.topic, where.partition): beginning for where, beginning in asked.items()}
-            expired = {p: beginning for p, beginning in beginnings.items() if beginning > marks[p]}
-            if expired:  # Noted, so that the same records are not told of again when the partition is compared again.
-                self._note(expired)
-                for partition, beginning in expired.items():
-                    self._lost(partition, marks[partition], beginning)
-            short = self._too_short(first, marks)
+            return self._comparison.behind(first)
         except (KafkaError, UnreachableError) as error:
             self._count("poll", error)
             log.warning("partitions %s wait: %s", sorted(number for _, number in first), error)
             self._stop.wait(ASK_AGAIN_S)
             return first
-        for (_, number), offset in unknown.items():
-            if offset > 0:
-                log.warning(
-                    "partition %d begins at %d, and the store knows nothing of it: a new group or store, or its data "
-                    "is lost and streams restart from source",
-                    number,
-                    offset,
-                )
-        self._short.found(short)
-        self._compared |= set(first) - set(short)
-        for partition in set(first) - set(short):
-            self._short.forget(partition)
-        behind = {p: max(beginning, marks[p]) for p, beginning in beginnings.items()}
-        return {partition: offset for partition, offset in behind.items() if offset < first[partition]}
-
-    def _too_short(self, first: dict[Partition, int], marks: dict[Partition, int]) -> dict[Partition, ShortLog]:
-        """Partitions whose log ends before what is said to be folded of it. Their marks stay as they are."""
-        said = {p: self._short.doubts.get(p, set()) | {marks.get(p, 0)} for p in first}
-        reach = {p: max(offsets) for p, offsets in said.items()}
-        asked = [TopicPartition(*p) for p, offset in reach.items() if offset > first[p] and not self.reaches(p, offset)]
-        found = self.consumer.end_offsets(asked, timeout_ms=OFFSETS_TIMEOUT_MS) if asked else {}
-        ends = {(where.topic, where.partition): end for where, end in found.items()}
-        # Where a record is not there, none is behind it.
-        lowest = {p: [offset for offset in said[p] if offset > end] for p, end in ends.items()}
-        short = {p: ShortLog(first[p], ends[p], min(offsets)) for p, offsets in lowest.items() if offsets}
-        short = without_end(self._settings, short)
-        for partition in [p for p, one in short.items() if marks.get(p, 0) <= one.end and self._knows(p, one.end)]:
-            self._short.overrule(partition, lowest[partition])
-            del short[partition]
-        return {p: ShortLog(one.first, one.end, reach[p]) for p, one in short.items()}
-
-    def _knows(self, partition: Partition, end: int) -> bool:
-        """Whether the group has committed an offset to this broker that the log has. Raises KafkaError."""
-        offset = self.consumer.committed(TopicPartition(*partition), timeout_ms=OFFSETS_TIMEOUT_MS)
-        return offset is not None and 0 < offset <= end
 
     def _leave_short(self) -> set[Partition]:
         """Partitions of short logs, of which nothing is taken from this poll. Those that have grown are read again."""
@@ -274,36 +210,19 @@ class FrameConsumer:
         return cut
 
     def _skipped(self, first: dict[Partition, int]) -> None:
-        """Where records go on behind those that were read, whether the topic has thrown away what was between: then the
-        client begins anew, without a word. One offset is skipped by a marker of a transaction, too."""
+        """Where records go on behind those that were read, what is lost of those between. One offset is skipped by a
+        marker of a transaction, too."""
         reached = {p: newest + 1 for p in first if (newest := self.offsets.newest(p)) is not None}
-        ahead = [TopicPartition(*p) for p, offset in reached.items() if first[p] > offset + 1]
+        reached = {p: offset for p, offset in reached.items() if first[p] > offset + 1}
         try:
-            beginnings = self.consumer.beginning_offsets(ahead, timeout_ms=OFFSETS_TIMEOUT_MS) if ahead else {}
+            self._comparison.skipped(reached, first)
         except KafkaError as error:
             self._failed("poll")
-            log.warning("partitions %s go on behind what was read (%s)", sorted(p.partition for p in ahead), error)
-            return
-        for where, beginning in beginnings.items():
-            partition = (where.topic, where.partition)
-            if beginning > reached[partition]:
-                self._lost(partition, reached[partition], min(beginning, first[partition]))
-
-    def _lost(self, partition: Partition, reached: int, beginning: int) -> None:
-        log.error(
-            "partition %d begins at %d now, and was read up to %d: %d records are lost; the topic's retention is "
-            "shorter than the lag was: see docs/runbooks/lag.md",
-            partition[1],
-            beginning,
-            reached,
-            beginning - reached,
-        )
-        self._expired(beginning - reached)
+            log.warning("partitions %s go on behind what was read (%s)", sorted(n for _, n in reached), error)
 
     def reaches(self, partition: Partition, offset: int) -> bool:
         """Whether the log of an assigned partition ends at `offset` or later, as far as the last fetch knew."""
-        end = self.consumer.highwater(TopicPartition(*partition))
-        return end is not None and end >= offset
+        return self._comparison.reaches(partition, offset)
 
     def doubt(self, partition: Partition, folded: set[int]) -> None:
         """Streams say that they have folded this partition up to these offsets, and its log seems to end before them.
@@ -346,8 +265,7 @@ class FrameConsumer:
         """
         offset = self.offsets.next_offset(partition)
         self.offsets.forget([partition])
-        self._compared.discard(partition)
-        short = self._short.forget(partition)
+        short = self._comparison.forget(partition)
         otherwise = short.first if short else otherwise
         offset = otherwise if offset is None else offset
         where = TopicPartition(*partition)
@@ -368,7 +286,7 @@ class FrameConsumer:
         if not offsets:
             return
         try:
-            self._note(offsets)
+            self._comparison.note(offsets)
             if now:
                 self.consumer.commit(_with_metadata(offsets), timeout_ms=self._last_call_ms)
                 self.offsets.committed(offsets)
@@ -377,11 +295,6 @@ class FrameConsumer:
         except (KafkaError, UnreachableError) as error:
             self._count("commit", error)
             log.warning("offsets not committed (%s); their frames may be read again", error)
-
-    def _note(self, offsets: dict[Partition, int]) -> None:
-        """Raises UnreachableError."""
-        self._marks.mark(self._settings.group, offsets, self._seen)
-        self._seen |= offsets
 
     def _committed(self, offsets: dict[TopicPartition, OffsetAndMetadata], answer: Any) -> None:
         if isinstance(answer, Exception):

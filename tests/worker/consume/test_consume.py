@@ -178,7 +178,7 @@ def test_what_the_store_does_not_answer_is_no_error_of_the_broker(
 def test_a_broker_that_hangs_when_asked_where_a_partition_begins_holds_up_the_loop_for_a_moment(
     notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.consume.consumer.OFFSETS_TIMEOUT_MS", 500)
+    monkeypatch.setattr("worker.consume.comparison.OFFSETS_TIMEOUT_MS", 500)
     with flaky_broker() as broker:
         kafka = Kafka(bootstrap=f"127.0.0.1:{broker.port}")
         create_topics(kafka, 1)

@@ -48,7 +48,7 @@ def test_what_expired_while_no_worker_ran_is_counted(
     kafka_settings: Kafka, consumer: FrameConsumer, lost: list[int], topic: Topic
 ) -> None:
     send(topic, kafka_settings, 10)
-    consumer._note({(kafka_settings.topics.frames, 0): 2})
+    consumer._comparison.note({(kafka_settings.topics.frames, 0): 2})
     expire(kafka_settings, 7)
     assert take(consumer, 9) == [7, 8, 9]
     consumer.rewind((kafka_settings.topics.frames, 0))

@@ -1,0 +1,132 @@
+"""Partitions as the broker has them beside what the store has folded of them: where to read from, and what is lost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from kafka import TopicPartition
+
+from schemas.config import Kafka
+from worker.consume.offsets import Partition
+from worker.consume.short_logs import ShortLog, ShortLogs, without_end
+
+log = logging.getLogger("driftkeel.consume")
+OFFSETS_TIMEOUT_MS = 5_000
+
+
+class Marks(Protocol):
+    """Up to where the store has folded each partition. Methods raise UnreachableError."""
+
+    def mark(self, group: str, offsets: dict[Partition, int], seen: Mapping[Partition, int]) -> None:
+        """Note that all frames before these offsets are in the states, or need not be. A mark further on is left,
+        unless it is as it was `seen`."""
+
+    def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
+        """What was noted."""
+
+
+class Comparison:
+    """Compares a partition once after each assignment, and after each rewind. Belongs to the worker's loop."""
+
+    def __init__(self, settings: Kafka, consumer: Any, marks: Marks, expired: Callable[[int], object]) -> None:
+        """`expired` hears how many records are lost because the topic no longer has them."""
+        self._settings, self._consumer, self._marks, self._expired = settings, consumer, marks, expired
+        self.compared: set[Partition] = set()
+        self._seen: dict[Partition, int] = {}  # marks, as they were read or written last
+        self.short = ShortLogs()
+
+    def note(self, offsets: dict[Partition, int]) -> None:
+        """Mark these as folded. Raises UnreachableError."""
+        self._marks.mark(self._settings.group, offsets, self._seen)
+        self._seen |= offsets
+
+    def forget(self, partition: Partition) -> ShortLog | None:
+        """It is compared again, or somebody else's; returns what was known of its log where that is short."""
+        self.compared.discard(partition)
+        return self.short.forget(partition)
+
+    def behind(self, first: dict[Partition, int]) -> dict[Partition, int]:
+        """Compare where partitions begin with what the store has folded; where to read them from instead.
+
+        The offset that Kafka has may be ahead of the store, by the second between two commits, or because the store has
+        lost what it knew: from a crash, or a backup. Raises KafkaError and UnreachableError.
+        """
+        if not first:
+            return {}
+        marks = self._marks.marks(self._settings.group, list(first))
+        self._seen |= marks
+        unknown = {partition: offset for partition, offset in first.items() if partition not in marks}
+        if unknown:
+            self.note(unknown)
+        beginnings = self._beginnings([p for p, mark in marks.items() if mark < first[p]])
+        expired = {p: beginning for p, beginning in beginnings.items() if beginning > marks[p]}
+        if expired:  # Noted, so that the same records are not told of again when the partition is compared again.
+            self.note(expired)
+            for partition, beginning in expired.items():
+                self._lost(partition, marks[partition], beginning)
+        short = self._too_short(first, marks)
+        for (_, number), offset in unknown.items():
+            if offset > 0:
+                log.warning(
+                    "partition %d begins at %d, and the store knows nothing of it: a new group or store, or its data "
+                    "is lost and streams restart from source",
+                    number,
+                    offset,
+                )
+        self.short.found(short)
+        self.compared |= set(first) - set(short)
+        for partition in set(first) - set(short):
+            self.short.forget(partition)
+        behind = {p: max(beginning, marks[p]) for p, beginning in beginnings.items()}
+        return {partition: offset for partition, offset in behind.items() if offset < first[partition]}
+
+    def skipped(self, reached: dict[Partition, int], first: dict[Partition, int]) -> None:
+        """Records go on at `first`, behind what was `reached`: count what the topic has thrown away between. The client
+        then begins anew, without a word. Raises KafkaError."""
+        for partition, beginning in self._beginnings(list(reached)).items():
+            if beginning > reached[partition]:
+                self._lost(partition, reached[partition], min(beginning, first[partition]))
+
+    def reaches(self, partition: Partition, offset: int) -> bool:
+        """Whether the log of an assigned partition ends at `offset` or later, as far as the last fetch knew."""
+        end = self._consumer.highwater(TopicPartition(*partition))
+        return end is not None and end >= offset
+
+    def _too_short(self, first: dict[Partition, int], marks: dict[Partition, int]) -> dict[Partition, ShortLog]:
+        """Partitions whose log ends before what is said to be folded of it. Their marks stay as they are."""
+        said = {p: self.short.doubts.get(p, set()) | {marks.get(p, 0)} for p in first}
+        reach = {p: max(offsets) for p, offsets in said.items()}
+        asked = [TopicPartition(*p) for p, offset in reach.items() if offset > first[p] and not self.reaches(p, offset)]
+        found = self._consumer.end_offsets(asked, timeout_ms=OFFSETS_TIMEOUT_MS) if asked else {}
+        ends = {(where.topic, where.partition): end for where, end in found.items()}
+        # Where a record is not there, none is behind it.
+        lowest = {p: [offset for offset in said[p] if offset > end] for p, end in ends.items()}
+        short = {p: ShortLog(first[p], ends[p], min(offsets)) for p, offsets in lowest.items() if offsets}
+        short = without_end(self._settings, short)
+        for partition in [p for p, one in short.items() if marks.get(p, 0) <= one.end and self._knows(p, one.end)]:
+            self.short.overrule(partition, lowest[partition])
+            del short[partition]
+        return {p: ShortLog(one.first, one.end, reach[p]) for p, one in short.items()}
+
+    def _knows(self, partition: Partition, end: int) -> bool:
+        """Whether the group has committed an offset to this broker that the log has. Raises KafkaError."""
+        offset = self._consumer.committed(TopicPartition(*partition), timeout_ms=OFFSETS_TIMEOUT_MS)
+        return offset is not None and 0 < offset <= end
+
+    def _beginnings(self, partitions: list[Partition]) -> dict[Partition, int]:
+        where = [TopicPartition(*partition) for partition in partitions]
+        found = self._consumer.beginning_offsets(where, timeout_ms=OFFSETS_TIMEOUT_MS) if where else {}
+        return {(p.topic, p.partition): beginning for p, beginning in found.items()}
+
+    def _lost(self, partition: Partition, reached: int, beginning: int) -> None:
+        log.error(
+            "partition %d begins at %d now, and was read up to %d: %d records are lost; the topic's retention is "
+            "shorter than the lag was: see docs/runbooks/lag.md",
+            partition[1],
+            beginning,
+            reached,
+            beginning - reached,
+        )
+        self._expired(beginning - reached)
