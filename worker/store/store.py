@@ -27,7 +27,6 @@ Where one of a stream's keys is of another type, somebody else put it there. No 
 from __future__ import annotations
 
 import logging
-import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -36,17 +35,17 @@ from itertools import chain
 from typing import Any, Literal, TypeVar
 from urllib.parse import quote, unquote
 
-import redis
 import redis.exceptions
 
 from schemas.config import Store as StoreSettings
-from schemas.errors import LoginError, StateError, UnreachableError
+from schemas.errors import StateError, UnreachableError
 from schemas.frame import MAX_STREAM_BYTES
 from schemas.state import MAX_HEADER_BYTES
 from worker.consume.offsets import Partition
-from worker.store import scripts as scripts
+from worker.store import scripts
 from worker.store.client import connect
 from worker.store.compress import unpack
+from worker.store.refusals import as_unreachable
 
 log = logging.getLogger("driftkeel.store")
 Result = TypeVar("Result")
@@ -337,56 +336,16 @@ class StateStore:
         self._opened += 1
 
     def _reach(self, action: Callable[[Any], Result]) -> Result:
-        address = self._settings.address
         try:
             if self._client is None:
                 self._client = connect(self._settings, self._count_connection)
             return action(self._client)
-        except redis.exceptions.AuthenticationError as error:
-            raise _refusal(address, error) from error
-        except redis.exceptions.ResponseError as error:
+        except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
             if isinstance(error, redis.exceptions.ReadOnlyError):
                 # A planned failover makes a replica of a primary and leaves its connections open. Where one address
                 # leads to whichever is primary, only a new connection does.
                 self.close()
-            # Loading its data, out of memory, read only after a failover: all may heal, and all are somebody's to mend.
-            raise UnreachableError(f"the store at {address} refuses a command: {_cause(error)}") from error
-        except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
-            raise _silence(address, error) from error
-
-
-def _refusal(address: str, error: BaseException) -> LoginError:
-    said = str(error).rstrip(".")
-    return LoginError(f"the store at {address} refuses the login: {said}; correct user and password in store.url")
-
-
-def _silence(address: str, error: Exception) -> UnreachableError:
-    """What redis-py takes for a store that does not answer, in a line; it need not be one."""
-    # Where a Cluster does not tell its layout, redis-py says that it cannot be reached, or that the node is in none.
-    if denied := _reason(error, redis.exceptions.NoPermissionError):
-        return UnreachableError(f"the store at {address} refuses a command: {denied}")
-    if refused := _reason(error, redis.exceptions.AuthenticationError):
-        return _refusal(address, refused)
-    # Of each Sentinel that does not help, it describes the whole client.
-    said = re.sub(r"<redis\..*?> - (?=\w)", "", str(error))
-    if "AuthenticationError" in said:
-        settings = "store.sentinel_username and store.sentinel_password"
-        return LoginError(f"a Sentinel of the store at {address} refuses the login; correct {settings}")
-    return UnreachableError(f"the store at {address} does not answer: {said}")
-
-
-def _reason(error: BaseException, kind: type[BaseException]) -> BaseException | None:
-    """The error of this kind that led to `error`."""
-    found: BaseException | None = error
-    while found is not None and not isinstance(found, kind):
-        found = found.__cause__ or found.__context__
-    return found
-
-
-def _cause(error: Exception) -> str:
-    """What the store says, without the script around it, of which redis-py and the store quote a part."""
-    said = str(error).rpartition(" of pipeline caused error: ")[2]
-    return re.sub(r" script: ([0-9a-f]{40},? )?on @user_script.*", "", said, flags=re.DOTALL)
+            raise as_unreachable(self._settings.address, error) from error
 
 
 def _is_name(stream: str, written: str) -> bool:
