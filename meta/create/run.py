@@ -6,96 +6,32 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor, nn
 
 from meta.bundle import load_bundle, portable_rule, write_bundle
 from meta.bundle_folder import read_manifest
 from meta.calibrate import calibrate, source_statistics
 from meta.correction import Correction, fit_correction
-from meta.create import images as data
-from meta.create.images import Decode, Images
+from meta.create.images import Decode
 from meta.create.measure import BATCH, measure, recommend, total_gain
-from meta.create.network import adaptable, built_again, load_weights, read_weights
 from meta.create.piecewise import PiecewiseMGG, frames_in_pass
+from meta.create.subject import CreateSettings, Say, Subject, answers, first_logits, prepare
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.mgg import MGG
-from meta.models import build_network
-from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics
-from meta.source import as_frames
-from meta.train import Preprocessing, Problem, TrainingSettings, meta_train
-from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart, Preprocess
-from schemas.errors import BundleError, ConfigError, DataError, mistakes
+from meta.train import Problem, TrainingSettings, meta_train
+from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart
+from schemas.errors import BundleError, ConfigError
 from schemas.verdict import Verdict
 
-Say = Callable[[str], None]
 LEAST_PER_CLASS_STATISTICS = 10
 CORRECTION_DRAWS, CORRECTION_PASSES = 200, 4
-SHOWN = 8  # images that a network is tried with
-ROUGH = 1_000  # images below which the numbers are rough
 # After training less is changed where little is unusual, and the correction of single frames follows the dose: cameras
 # with nothing wrong, as most are most of the time, must not lose by it (docs/science.md).
 HELD_BACK: dict[str, float] = {"dose_shift": -2.0, "correction_start": -0.4, "correction_slope": 3.0}
-
-
-class CreateSettings(BaseModel):
-    """What a bundle is made from. `architecture` is a built-in name, `module:function`, `timm:NAME` or
-    `torchvision:NAME`; width, height and mode default to those that all images share."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    architecture: str
-    arguments: dict[str, Any] = Field(default_factory=dict)
-    weights: Path
-    data: Path
-    labels: Path | None = None
-    generator: Path | None = Field(None, description="bundle whose generator's rule is taken over")
-    width: int | None = Field(None, ge=1, le=4_096)
-    height: int | None = Field(None, ge=1, le=4_096)
-    mode: Literal["L", "RGB"] | None = None
-    mean: list[float]
-    std: list[float]
-    steps: int | None = Field(None, ge=0, description="of meta-training; 300, or 0 with a generator")
-    calibration_windows: int = Field(12, ge=2)
-    # Of the first micro-batch source answers: with no second one nothing would be measured.
-    frames: int = Field(320, ge=2 * BATCH, description="a camera shows in the measurement")
-    repeats: int = Field(2, ge=1, description="cameras for each setting of the measurement")
-    max_images: int = Field(10_000, ge=data.LEAST_IMAGES)
-    seed: int = 0
-
-    @property
-    def meta_steps(self) -> int:
-        if self.steps is not None:
-            return self.steps
-        return 300 if self.generator is None else 0
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """What all stages share."""
-
-    settings: CreateSettings
-    preprocess: Preprocess
-    preprocessing: Preprocessing
-    labels: list[str]
-    weights: dict[str, Tensor]
-    model: AdaptableModel
-    parts: dict[str, Images]
-    truth: Literal["labels", "source"]
-
-    def part(self, name: str) -> tuple[Tensor, Tensor]:
-        found = self.parts[name]
-        if found.labels is None:
-            raise DataError("images must be labelled before they are divided")
-        return found.images, found.labels
 
 
 def create_bundle(
@@ -115,7 +51,7 @@ def create_bundle(
         notes.append(text)
         say(text)
 
-    subject = _prepare(settings, decode, note)
+    subject = prepare(settings, decode, note)
     work = output.parent / f"{output.name}.work" / _digest(subject)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -156,94 +92,7 @@ def create_bundle(
     return manifest
 
 
-# --- the stages ----------------------------------------------------------------------------------------------------
-
-
-def _prepare(settings: CreateSettings, decode: Decode, say: Say) -> _Subject:
-    torch.manual_seed(settings.seed)
-    labels = data.read_labels(settings.labels, settings.data)
-    images, preprocess = _images(settings, labels, decode, say)
-    images = data.without_duplicates(images, say)
-    preprocessing = Preprocessing(torch.tensor(preprocess.mean), torch.tensor(preprocess.std))
-    network = _network(settings)
-    weights = load_weights(network, read_weights(settings.weights, say), settings.weights, say)
-    shown = as_frames(images.images[:SHOWN].float() / 255, preprocessing.mean, preprocessing.std)
-    model = adaptable(network, shown, len(labels), say)
-    built_again(_network(settings), weights, model, shown)
-    truth: Literal["labels", "source"] = "labels"
-    if images.labels is None:
-        truth = "source"
-        images = Images(images.images, _answers(model, images.images, preprocessing))
-        say("data: no labels, so right means what the source model says of the undisturbed image; accuracy is unknown")
-    parts = data.split(images, len(labels), settings.seed, say, by_class=truth == "labels")
-    _check_accuracy(model, parts["generator"], preprocessing, len(labels), say)
-    if len(images) < ROUGH:
-        say(f"data: {len(images)} images make rough estimates; {ROUGH} or more are better")
-    return _Subject(settings, preprocess, preprocessing, labels, weights, model, parts, truth)
-
-
-def _network(settings: CreateSettings) -> nn.Module:
-    return build_network(settings.architecture, settings.arguments, [settings.architecture])
-
-
-def _images(settings: CreateSettings, labels: list[str], decode: Decode, say: Say) -> tuple[Images, Preprocess]:
-    """The images, and how they become the network's input."""
-    given = (settings.width, settings.height)
-    if settings.data.suffix == ".npz":
-        images = data.read_npz(settings.data, settings.max_images, settings.seed)
-        mode, height, width = "L" if images.images.shape[1] == 1 else "RGB", *images.images.shape[2:]
-        if settings.mode not in (None, mode) or given not in ((None, None), (width, height)):
-            raise DataError(f"{settings.data} holds {mode} images of {width}x{height}; --size and --mode say otherwise")
-        return images, _preprocess(settings, mode, width, height)
-    paths, classes = data.image_files(settings.data, labels)
-    if not paths:
-        raise DataError(f"no image under {settings.data}; files must end with {', '.join(data.SUFFIXES)}")
-    width, height = (settings.width, settings.height) if None not in given else data.common_size(paths)
-    preprocess = _preprocess(settings, settings.mode or data.common_mode(paths), width, height)
-    read = data.read_files(paths, classes, preprocess, decode, settings.max_images, settings.seed, say)
-    return read, preprocess
-
-
-def _preprocess(settings: CreateSettings, mode: str, width: int | None, height: int | None) -> Preprocess:
-    channels = 1 if mode == "L" else 3
-    mean, std = (given * channels if len(given) == 1 else given for given in (settings.mean, settings.std))
-    try:
-        return Preprocess.model_validate({"mode": mode, "width": width, "height": height, "mean": mean, "std": std})
-    except ValidationError as error:
-        raise ConfigError(f"--size, --mode, --mean, --std: {mistakes(error)[0][1]}") from error
-
-
-@torch.no_grad()
-def _logits(subject: _Subject) -> Tensor:
-    """Of the first images for the generator."""
-    preprocessing, images = subject.preprocessing, subject.parts["generator"].images[:SHOWN]
-    return subject.model(as_frames(images.float() / 255, preprocessing.mean, preprocessing.std))
-
-
-@torch.inference_mode()
-def _answers(model: AdaptableModel, images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """The source model's classes (N,) of images uint8 (N, ch, h, w)."""
-    found = [
-        model(as_frames(part.float() / 255, preprocessing.mean, preprocessing.std)).argmax(1)
-        for part in images.split(frames_in_pass(*images.shape[2:]))
-    ]
-    return torch.cat(found).clone()
-
-
-def _check_accuracy(
-    model: AdaptableModel, images: Images, preprocessing: Preprocessing, classes: int, say: Say
-) -> None:
-    """A network that is wrong on clean images was given other pixels or labels than in its training."""
-    right = float((_answers(model, images.images, preprocessing) == images.labels).float().mean())
-    if right < 2 / (classes + 1):
-        raise BundleError(
-            f"the network is right on {right:.1%} of the images, about as chance has it: check --mean, --std, --size, "
-            "--mode and the order of --labels; all must be as in its training"
-        )
-    say(f"network: right on {right:.1%} of the images for the generator")
-
-
-def _digest(subject: _Subject) -> str:
+def _digest(subject: Subject) -> str:
     """Changes with every input that the stages see. The network's code is one, and shows in what it answers."""
     digest = hashlib.sha256(torch.__version__.encode())
     digest.update(subject.settings.model_dump_json(exclude={"weights", "data", "labels", "generator"}).encode())
@@ -260,13 +109,13 @@ def _digest(subject: _Subject) -> str:
     for name in subject.parts:
         for tensor in subject.part(name):
             digest.update(tensor.numpy().tobytes())
-    digest.update(_logits(subject).numpy().tobytes())
+    digest.update(first_logits(subject).numpy().tobytes())
     if subject.settings.generator is not None:
         digest.update(read_manifest(subject.settings.generator).content_hash.encode())
     return digest.hexdigest()[:16]
 
 
-def _statistics(subject: _Subject, work: Path, say: Say) -> SourceStatistics:
+def _statistics(subject: Subject, work: Path, say: Say) -> SourceStatistics:
     images, labels = subject.part("generator")
     fewest = int(torch.bincount(labels, minlength=len(subject.labels)).min())
     by_class = fewest >= LEAST_PER_CLASS_STATISTICS
@@ -280,7 +129,7 @@ def _statistics(subject: _Subject, work: Path, say: Say) -> SourceStatistics:
     return SourceStatistics(**safetensors.torch.load_file(path))
 
 
-def _correction(subject: _Subject, work: Path, say: Say) -> Correction:
+def _correction(subject: Subject, work: Path, say: Say) -> Correction:
     """The model's correction of single frames; from here on its method uses it."""
     path = work / "correction.safetensors"
     if not path.exists():
@@ -305,7 +154,7 @@ def _correction(subject: _Subject, work: Path, say: Say) -> Correction:
     return subject.model.correction
 
 
-def _generator(subject: _Subject, source: SourceStatistics, work: Path, say: Say) -> tuple[LearnedOptimizer, str]:
+def _generator(subject: Subject, source: SourceStatistics, work: Path, say: Say) -> tuple[LearnedOptimizer, str]:
     """The generator, and how it was made."""
     settings, steps = subject.settings, subject.settings.meta_steps
     torch.manual_seed(settings.seed)
@@ -336,7 +185,7 @@ def _generator(subject: _Subject, source: SourceStatistics, work: Path, say: Say
     return learned.requires_grad_(False).eval(), made
 
 
-def _train(subject: _Subject, source: SourceStatistics, learned: LearnedOptimizer, say: Say) -> None:
+def _train(subject: Subject, source: SourceStatistics, learned: LearnedOptimizer, say: Say) -> None:
     """Measure the model's gradients, and train where there are steps to train."""
     images, labels = subject.part("generator")
     steps, seed = subject.settings.meta_steps, subject.settings.seed
@@ -355,7 +204,7 @@ def _train(subject: _Subject, source: SourceStatistics, learned: LearnedOptimize
     meta_train([problem], training, say)
 
 
-def _calibration(subject: _Subject, method: MGG, work: Path, say: Say) -> tuple[Calibration, Limits]:
+def _calibration(subject: Subject, method: MGG, work: Path, say: Say) -> tuple[Calibration, Limits]:
     path = work / "calibration.json"
     if not path.exists():
         images, labels = subject.part("calibration")
@@ -369,13 +218,13 @@ def _calibration(subject: _Subject, method: MGG, work: Path, say: Say) -> tuple[
     return Calibration.model_validate(calibration), Limits.model_validate(limits)
 
 
-def _verdict(subject: _Subject, method: PiecewiseMGG, made: str, notes: list[str], work: Path, say: Say) -> Verdict:
+def _verdict(subject: Subject, method: PiecewiseMGG, made: str, notes: list[str], work: Path, say: Say) -> Verdict:
     path = work / "verdict.json"
     if path.exists():
         return Verdict.model_validate_json(path.read_bytes())
     settings, held_out = subject.settings, subject.parts["measurement"]
     images, labels = subject.part("measurement")
-    clean = float((_answers(subject.model, images, subject.preprocessing) == labels).float().mean())
+    clean = float((answers(subject.model, images, subject.preprocessing) == labels).float().mean())
     measured = measure(
         method, held_out, subject.preprocessing, settings.frames, settings.repeats, settings.seed + 2, say
     )

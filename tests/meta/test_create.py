@@ -24,7 +24,8 @@ from meta.create.images import Images, common_size, read_files, read_labels, rea
 from meta.create.measure import measure, recommend
 from meta.create.network import adaptable, load_weights, read_weights
 from meta.create.piecewise import PiecewiseMGG
-from meta.create.run import HELD_BACK, CreateSettings, create_bundle
+from meta.create.run import HELD_BACK, create_bundle
+from meta.create.subject import CreateSettings
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.mgg import MGG
 from meta.models import build_network

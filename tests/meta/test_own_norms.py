@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from meta.bundle import load_bundle
 from meta.create.network import adaptable
-from meta.create.run import CreateSettings, create_bundle
+from meta.create.run import create_bundle
+from meta.create.subject import CreateSettings
 from meta.norms import AdaptableModel
 from meta.own_norms import find_own_norms
 from schemas.config import Frames

@@ -103,7 +103,8 @@ def bundle_create(
     """
     from meta.bundle_folder import read_verdict
     from meta.create.piecewise import frames_in_pass
-    from meta.create.run import CreateSettings, create_bundle
+    from meta.create.run import create_bundle
+    from meta.create.subject import CreateSettings
     from meta.imports import import_from
     from worker.decode.image import decode_image
     from worker.process import keep_freed_memory
