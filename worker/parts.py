@@ -102,22 +102,30 @@ def connect(
     publisher = Publisher(config.kafka, name, stop, metrics.broker_error)
     letters = Letters(Publisher(config.kafka, name, stop, metrics.broker_error))
     offsets = Offsets()
-    heard = metrics.broker_error, metrics.store_errors.inc, metrics.expired.inc
-    consumer = FrameConsumer(config.kafka, offsets, store, stop, *heard)
+    consumer = FrameConsumer(
+        config.kafka,
+        offsets,
+        store,
+        stop,
+        failed=metrics.broker_error,
+        store_failed=metrics.store_errors.inc,
+        expired=metrics.expired.inc,
+    )
     decode = partial(decode_frame, limits=config.frames, preprocess=bundle.manifest.preprocess)
     decoding = Decoding(decode, config.frames.decode_threads)
     batcher, lateness = MicroBatcher(config.batch, adapt.enabled), Lateness(config.batch)
     policies = Policies(config.policy, config.streams)
     engine = Engine(bundle, adapt.step_scale, adapt.enabled, config.guard.source_share)
     upgrade = Upgrade(config.bundle, engine)
-    shared = metrics, name, adapt, config.store, heal, policies, upgrade, consumer.beyond
-    streams = Streams(engine, store, publisher, *shared)
+    streams = Streams(
+        engine, store, publisher, metrics, name, adapt, config.store, heal, policies, upgrade, consumer.beyond
+    )
     if adapt.enabled:
         warm_up(engine, bundle.manifest.preprocess)
     journal = Journal(streams, publisher, offsets, metrics, config.store.write_interval_ms, keep_alive)
     guard = Guard(config.guard, bundle.limits)
-    watch = config.batch.max_batch if adapt.mode == "on_demand" else 0
-    step = Step(streams, batcher, guard, publisher, journal, metrics, name, keep_alive, lanes, watch, trace)
+    drift_frames = config.batch.max_batch if adapt.mode == "on_demand" else 0
+    step = Step(streams, batcher, guard, publisher, journal, metrics, name, keep_alive, lanes, drift_frames, trace)
     listed = CommandList()
     commands = CommandReader(config.kafka, listed)
     control = Control(listed, streams, store, metrics, policies, name, heal, journal.flush)

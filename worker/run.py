@@ -141,7 +141,7 @@ class Worker:
         self._obey()
         if not self._flights.takes_in:
             self._flights.begin()
-        self._refused(self._journal.flush_due() + self._streams.returned())
+        self._give_way(self._journal.flush_due() + self._streams.returned())
         if self._store.reconnected():
             self._partitions.begin_again()
         self._trim()
@@ -173,9 +173,9 @@ class Worker:
 
     def _move_on(self, others: Sequence[Future[Any]] = ()) -> None:
         for fenced, span in self._flights.move_on(others):
-            self._refused(fenced, span)
+            self._give_way(fenced, span)
 
-    def _refused(self, fenced: list[str], span: float = 0.0) -> None:
+    def _give_way(self, fenced: list[str], span: float = 0.0) -> None:
         """Another worker has claimed these streams; `span` is how long the step took that found out."""
         if fenced:
             self._partitions.rewind(fenced)
@@ -186,7 +186,7 @@ class Worker:
 
     def _trim(self) -> None:
         if self._streams.crowded:
-            self._refused(self._journal.flush())
+            self._give_way(self._journal.flush())
             busy = self._batcher.streams | self._decoding.streams | self._flights.streams
             self._partitions.forget(self._streams.trim(busy))
 

@@ -69,7 +69,7 @@ class Flight:
 class Step:
     """Runs micro-batches through engine, guard, store and topics: `start`, `publish` or, here, `adapt`, and `finish`.
 
-    `watch`: frames of a signal of drift detection; 0 where nothing is watched.
+    `drift_frames`: of a signal of drift detection; 0 where nothing is watched.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class Step:
         worker: str,
         keep_alive: Callable[[], object],
         lanes: int,
-        watch: int = 0,
+        drift_frames: int = 0,
         trace: Trace | None = None,
     ) -> None:
         self._streams, self._batcher, self._guard = streams, batcher, guard
         self._publisher, self._journal, self._metrics = publisher, journal, metrics
         self._worker, self._keep_alive = worker, keep_alive
         self._engine = engine = streams.engine
-        self._watch, self._trace = watch, trace
+        self._drift_frames, self._trace = drift_frames, trace
         self._writer = PredictionWriter(engine.bundle.labels, engine.bundle_hash, worker)
         self._threads = ThreadPoolExecutor(lanes, "pass", use, (engine.device,))
 
@@ -216,7 +216,7 @@ class Step:
                 continue
             proposal = proposed.get(id(outlook))
             newest = self._streams.newest
-            judgement = judge(self._engine, self._guard, outlook, proposals, proposal, self._watch, newest)
+            judgement = judge(self._engine, self._guard, outlook, proposals, proposal, self._drift_frames, newest)
             verdict, header = judgement.verdict, judgement.header
             if verdict.apply:
                 header.lately = header.lately.and_one(time.time())
@@ -226,13 +226,18 @@ class Step:
             snapshot = self._streams.snapshot(resident.header, header, event)
             sealed = seal(event)
             header.last_event = sealed.digest
-            positions = [frame.position for frame in batch.frames]
-            moved = judgement.kept is not None
-            entropy, answered = outlook.mean_entropy, outlook.parameters
-            patient = not batch.adapt
             folded.append(
                 Folded(
-                    resident, header, sealed, moved, positions, entropy, answered, snapshot, patient, judgement.blind
+                    resident,
+                    header,
+                    sealed,
+                    moved=judgement.kept is not None,
+                    positions=[frame.position for frame in batch.frames],
+                    mean_entropy=outlook.mean_entropy,
+                    answered=outlook.parameters,
+                    snapshot=snapshot,
+                    patient=not batch.adapt,
+                    blind=judgement.blind,
                 )
             )
             if judgement.kept is not None:

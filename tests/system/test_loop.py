@@ -45,7 +45,7 @@ def test_a_refusal_after_a_long_outage_does_not_stop_the_loop(
     longest: list[float] = []
     monkeypatch.setattr("worker.run.random.uniform", lambda least, most: longest.append(most) or 0.0)
     worker = make_worker(config)
-    worker._refused(["cam"], span=300.0)  # a step that waited for the store
+    worker._give_way(["cam"], span=300.0)  # a step that waited for the store
     assert 0 < longest[0] < STUCK_AFTER_S / 2
 
 

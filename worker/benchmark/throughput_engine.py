@@ -204,7 +204,7 @@ def _known_header(bundle: Bundle) -> StreamHeader:
         passed = engine.predict([batch])
         proposals = engine.adapt(passed)
         (proposal,) = proposals.proposals
-        judgement = judge(engine, guard, proposal.outlook, proposals, proposal, watch=len(batch.frames))
+        judgement = judge(engine, guard, proposal.outlook, proposals, proposal, drift_frames=len(batch.frames))
         engine.resident(batch.stream).header = judgement.header
     return engine.resident(batch.stream).header
 

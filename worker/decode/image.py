@@ -81,7 +81,7 @@ def decode_image(content: bytes, limits: Frames, preprocess: Preprocess) -> Pixe
         return np.frombuffer(converted.tobytes(), np.uint8).reshape(shape)
     except FrameError:
         raise
-    except Exception as error:  # As above: a damaged image may fail anywhere between its first and last byte.
+    except Exception as error:  # A damaged image may fail anywhere between its first and last byte.
         raise FrameError("damaged", f"the image cannot be decoded: {error}") from error
 
 

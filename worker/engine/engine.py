@@ -32,18 +32,14 @@ from worker.guard.guard import watched
 FIRST_SLOTS = 16
 SOURCE_SHARE = 1 / 16
 MOST_ASKED = 1 / 3  # of a pass's frames, that source answers in the same pass; more get one of their own, for memory
-FIXED = (
-    "affine",
-    "norm_mean",
-    "norm_variance",
-    "correction",
-)  # what of a state makes the model; the rest is for updates
+# What of a state makes the model, and so can answer; the rest is for updates.
+PARAMETERS = ("affine", "norm_mean", "norm_variance", "correction")
 
 
 class Engine:
     """Holds the resident streams' tensors, row by row, where the bundle's model is, and runs passes over them.
 
-    What others give and get, `like`, `fixed` and the tensors of a stream, is on the CPU.
+    What others give and get, `like`, `source` (its parameters) and the tensors of a stream, is on the CPU.
 
     `gather` and `accept` touch these tensors and belong to the worker's loop; `forward` and `adapt` work on what was
     gathered, so that another thread may run them meanwhile. A stream must not be in two passes at once.
@@ -80,7 +76,7 @@ class Engine:
         fresh = self._method.fresh(1)
         self._fresh = on_cpu({name: tensor[0].clone() for name, tensor in fresh.items()})
         self._free: list[int] = []
-        self.fixed = {name: tensor for name, tensor in self._fresh.items() if name in FIXED}
+        self.source = {name: tensor for name, tensor in self._fresh.items() if name in PARAMETERS}
         places = bundle.model.places
         self._layers = [place.layer for place in places]
         sizes = torch.tensor([place.end - place.scale for place in places])
@@ -226,7 +222,7 @@ class Engine:
     def _hurry(self, part: Part) -> list[Outlook]:
         """One forward of the bare model under the parameters that answer: no class filter, no question to source."""
         frames, looks = self._frames(part)
-        parameters = {name: part.state[name] for name in FIXED if name in part.state}
+        parameters = {name: part.state[name] for name in PARAMETERS if name in part.state}
         if part.fixed is not None:
             rows = part.stream.index_select(0, part.fixed.frames)
             for name, own in part.fixed.parameters.items():
@@ -340,8 +336,8 @@ class Engine:
         place[rows] = torch.arange(len(rows))
         place = place.index_select(0, stream)
         frames = (place >= 0).nonzero().flatten()
-        own = [_answering(batches[row], residents[row], self.fixed) for row in rows]
-        parameters = {name: self._there(torch.stack([state[name] for state in own])) for name in self.fixed}
+        own = [_answering(batches[row], residents[row], self.source) for row in rows]
+        parameters = {name: self._there(torch.stack([state[name] for state in own])) for name in self.source}
         return Fixed(self._there(frames), self._there(place.index_select(0, frames)), parameters)
 
     def _frames(self, part: Part) -> tuple[Tensor, list[Look]]:

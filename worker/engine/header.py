@@ -18,36 +18,37 @@ def next_header(
     header: StreamHeader,
     outlook: Outlook,
     applied: bool,
-    watch: int = 0,
+    drift_frames: int = 0,
     proxies: RunningProxies | None = None,
     guard: GuardState | None = None,
 ) -> StreamHeader:
     """The header after these frames have been folded in, with or without an update.
 
-    `proxies` and `guard` are what is known after them; as before where None. `watch`: frames of a signal of drift
+    `proxies` and `guard` are what is known after them; as before where None. `drift_frames`: of a signal of drift
     detection; 0 where nothing is watched.
     """
     frames = outlook.batch.frames
-    positions, folded = dict(header.positions), header.folded
+    positions, chain = dict(header.positions), header.folded
     for frame in frames:
         positions[frame.position.log] = frame.position.offset
-        folded = hashlib.sha256(f"{folded}{frame.position}".encode()).hexdigest()
+        chain = hashlib.sha256(f"{chain}{frame.position}".encode()).hexdigest()
+    watches = drift_frames > 0 and not outlook.batch.hurried
     return header.model_copy(
         update={
             "positions": positions,
-            "folded": folded,
+            "folded": chain,
             "frames": header.frames + len(frames),
             "step": header.step + applied,
             "events": header.events + 1,
             "proxies": proxies or header.proxies,
             "guard": guard or header.guard,
-            "drift": _seen(header.drift, outlook, watch) if watch and not outlook.batch.hurried else header.drift,
+            "drift": _next_watch(header.drift, outlook, drift_frames) if watches else header.drift,
             "probation": max(0, header.probation - len(frames)),
         }
     )
 
 
-def _seen(drift: DriftWatch | None, outlook: Outlook, frames: int) -> DriftWatch | None:
+def _next_watch(drift: DriftWatch | None, outlook: Outlook, frames: int) -> DriftWatch | None:
     """The watch after this micro-batch: a larger one gives several signals, each of about so many frames, because the
     fewer frames there are, the more a mean spreads."""
     total = len(outlook.batch.frames)

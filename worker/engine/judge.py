@@ -13,10 +13,10 @@ from worker.engine.header import next_header, next_proxies
 from worker.engine.passes import Outlook, Proposal, Proposals
 from worker.guard.guard import Guard, Verdict
 
-Restored = tuple[Snapshot, State]
+Earlier = tuple[Snapshot, State]
 
 
-def no_snapshot(stream: str) -> Restored | None:
+def no_snapshot(stream: str) -> Earlier | None:
     """Where none are kept."""
     return None
 
@@ -31,7 +31,7 @@ class Judgement:
     verdict: Verdict
     header: StreamHeader
     kept: Proposal | None
-    went_back_to: Restored | None = None
+    went_back_to: Earlier | None = None
     blind: bool = False
 
 
@@ -41,13 +41,13 @@ def judge(
     outlook: Outlook,
     proposals: Proposals,
     proposal: Proposal | None,
-    watch: int = 0,
-    newest: Callable[[str], Restored | None] = no_snapshot,
+    drift_frames: int = 0,
+    newest: Callable[[str], Earlier | None] = no_snapshot,
 ) -> Judgement:
     """Judge one micro-batch. Where less than the whole update is accepted, its row in `proposals` changes.
 
     A verdict that says `rolled_back` leads to the `newest` snapshot of the stream, and to source where it has none.
-    `watch`: frames of a signal of drift detection; 0 where nothing is watched.
+    `drift_frames`: of a signal of drift detection; 0 where nothing is watched.
     """
     before = outlook.resident.header
     update = proposal is not None and proposal.update
@@ -58,21 +58,21 @@ def judge(
         proxies = next_proxies(before.proxies, outlook, signals, engine.accuracy_model)
     state = guard.observe(before.guard, outlook.sight, proxies)
     blind = bool(guard.blinded(before.guard, outlook.sight))
-    verdict, restored = Verdict("skipped", outlook.batch.reason), None
+    verdict, earlier = Verdict("skipped", outlook.batch.reason), None
     if proposal is not None and update:
         verdict = guard.judge(before.guard, state, outlook.sight, proxies, signals, proposal.finite)
         if verdict.back:
-            restored = newest(outlook.batch.stream) if verdict.decision == "rolled_back" else None
-            if restored is None:
+            earlier = newest(outlook.batch.stream) if verdict.decision == "rolled_back" else None
+            if earlier is None:
                 verdict = replace(verdict, decision="reset")
-            proposals.replace(proposal, restored[1] if restored else engine.like)
+            proposals.replace(proposal, earlier[1] if earlier else engine.like)
             proxies = as_source(proxies)
         elif verdict.share < 1:
             proposals.shrink(proposal, verdict.share)
     # A stream that rests after going back would settle, and then not learn when it may again.
-    header = next_header(before, outlook, verdict.apply, 0 if state.rest else watch, proxies, state)
+    header = next_header(before, outlook, verdict.apply, 0 if state.rest else drift_frames, proxies, state)
     if verdict.back:
-        header.step = header.snapshot = restored[0].header.step if restored else 0
+        header.step = header.snapshot = earlier[0].header.step if earlier else 0
         header.drift = None  # It was learned under the parameters that are gone.
     taken = verdict.apply or verdict.back if update else proposal is not None and proposal.finite
-    return Judgement(verdict, header, proposal if taken else None, restored, blind)
+    return Judgement(verdict, header, proposal if taken else None, earlier, blind)

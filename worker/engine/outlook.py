@@ -112,7 +112,7 @@ def answer_fixed(model: AdaptableModel, frames: Tensor, fixed: Fixed) -> Tensor:
 
 @torch.inference_mode()
 def answer_barely(model: AdaptableModel, frames: Tensor, stream: Tensor, parameters: State) -> Tensor:
-    """Logits (B, classes) of frames (B, ch, h, w), each under its row `stream` (B,) of the parameters in `FIXED`."""
+    """Logits (B, classes) of frames (B, ch, h, w), each under its row `stream` (B,) of the parameters."""
     moments = correction = None
     if "correction" in parameters and model.correction is not None:
         correction = model.correction.under(parameters["correction"].index_select(0, stream))

@@ -37,9 +37,8 @@ class Part:
     """Micro-batches gathered for one forward: pixels, each frame's row in `state`, and a copy of the streams' rows.
 
     `shadow` (n,) are the places of the frames that the source model is asked for too, and `by_source` (m,) the places
-    in `shadow` of those for which it answers. `headers` are the residents' as they
-    were when this was gathered, which another thread may read. `known` is of held frames that the model has seen;
-    `keep`: some of these are to be held.
+    in `shadow` of those for which it answers. `headers` are the residents' as they were when this was gathered, which
+    another thread may read. `known` is of held frames that the model has seen; `keep`: some of these are to be held.
     """
 
     batches: list[MicroBatch]

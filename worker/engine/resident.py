@@ -25,10 +25,10 @@ class Resident:
     `stored` says whether the store has these tensors; what is fresh or was reset is not there yet. A stream that
     was released and admitted again has another object, by which what was begun before is known to be void. `approved`
     are the parameters that a person approved, of those that make the model. `seen` is what the model has put out for
-    frames that are held. A token of 0 is no claim: the store cannot
-    keep the stream. `written` is the number of the last write under the token; 0: none yet. `lost` is when the place of
-    a stored header was taken that could not be read (monotonic seconds); 0: it could. `contested`: another worker
-    claimed the stream before this one could write, and nothing has been written since.
+    frames that are held. A token of 0 is no claim: the store cannot keep the stream. `written` is the number of the
+    last write under the token; 0: none yet. `lost` is when the place of a stored header was taken that could not be
+    read (monotonic seconds); 0: it could. `contested`: another worker claimed the stream before this one could write,
+    and nothing has been written since.
     """
 
     __slots__ = ("_headers", "approved", "contested", "lost", "packed", "seen", "slot", "stored", "token", "written")

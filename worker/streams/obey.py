@@ -49,10 +49,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Place:
-    """Where commands are obeyed: source tensors, which of them make the model, and the words for the event."""
+    """Where commands are obeyed: the tensors of a fresh stream, which of them are the model's parameters, and the words
+    for the event."""
 
-    source: State
-    fixed: Collection[str]
+    fresh: State
+    parameters: Collection[str]
     distances: Distances
     policies: Policies
     bundle: str
@@ -61,7 +62,7 @@ class Place:
     @classmethod
     def of(cls, engine: Engine, policies: Policies, worker: str) -> Place:
         """With the bundle that the engine runs."""
-        return cls(engine.like, tuple(engine.fixed), engine.distances, policies, engine.bundle_hash, worker)
+        return cls(engine.like, tuple(engine.source), engine.distances, policies, engine.bundle_hash, worker)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def obey(command: Command, subject: Subject, place: Place, token: int) -> Entry:
 
 def imported(tensors: State, step: int, reason: str, subject: Subject, place: Place, token: int) -> Entry:
     """The stream with tensors that somebody brought."""
-    change = _Change("imported", moved(subject.header, step), reason, tensors)
+    change = _Change("imported", with_other_parameters(subject.header, step), reason, tensors)
     return explained(change, None, subject, place, token)
 
 
@@ -102,7 +103,7 @@ def explained(change: _Change, command: Command | None, subject: Subject, place:
         reason="; ".join(filter(None, (change.reason, *_said(command)))),
         frames=[],
         step=header.step,
-        source_distance=float((affine - place.source["affine"]).norm()),
+        source_distance=float((affine - place.fresh["affine"]).norm()),
         layers=layers,
         parameters=named(answering(place.policies.of(header), header, header.guard.trusted), header),
         command=command.id if command else None,
@@ -133,19 +134,19 @@ def _policy(command: Command, subject: Subject, place: Place) -> _Change:
 
 
 def _reset(command: Command, subject: Subject, place: Place) -> _Change:
-    header = moved(subject.header, 0).model_copy(update={"approved": None})
-    return _Change("reset", header, tensors=place.source)
+    header = with_other_parameters(subject.header, 0).model_copy(update={"approved": None})
+    return _Change("reset", header, tensors=place.fresh)
 
 
 def _rollback(command: Command, subject: Subject, place: Place) -> _Change:
     snapshot, tensors = subject.snapshot(command.snapshot)
     reason = f"to snapshot {command.snapshot}, step {snapshot.header.step}, {snapshot.time:%Y-%m-%d %H:%M:%S} UTC"
-    return _Change("rolled_back", moved(subject.header, snapshot.header.step), reason, tensors)
+    return _Change("rolled_back", with_other_parameters(subject.header, snapshot.header.step), reason, tensors)
 
 
 def _approve(command: Command, subject: Subject, place: Place) -> _Change:
     header = subject.header.model_copy(update={"approved": subject.header.step})
-    approved = {name: subject.tensors[name].clone() for name in place.fixed}
+    approved = {name: subject.tensors[name].clone() for name in place.parameters}
     return _Change("approved", header, f"step {header.step}", approved=approved)
 
 
@@ -169,8 +170,9 @@ def _under(header: StreamHeader, change: PolicyChange) -> StreamHeader:
     return header.model_copy(update={"policy": said})
 
 
-def moved(header: StreamHeader, step: int) -> StreamHeader:
-    """The header of other parameters: what guard and drift detection knew of the old ones is void; positions stay."""
+def with_other_parameters(header: StreamHeader, step: int) -> StreamHeader:
+    """The header once a stream has the parameters of another step: what guard and drift detection knew of the old ones
+    is void; positions stay."""
     proxies = as_source(header.proxies)
     return header.model_copy(
         update={"step": step, "snapshot": step, "drift": None, "guard": GuardState(), "proxies": proxies}

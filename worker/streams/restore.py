@@ -14,7 +14,7 @@ from worker.engine.engine import Engine
 from worker.store.compress import unpack
 from worker.store.store import Claimed, StateStore
 from worker.streams.last_events import after_last_event
-from worker.streams.obey import moved
+from worker.streams.obey import with_other_parameters
 from worker.streams.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
@@ -55,7 +55,7 @@ class Restorer:
             return replace(self._from_source(after_last_event(fresh, claimed.event), str(error)), lost=True)
         if (old.bundle, old.method) != (bundle, method):
             return self._moved(old, claimed)
-        fresh = moved(old, 0)
+        fresh = with_other_parameters(old, 0)
         approved = self._approved(old, claimed.approved)
         fresh.approved = old.approved if approved else None
         try:
@@ -95,7 +95,7 @@ class Restorer:
         try:
             if content is None:
                 raise StateError("they are not in the store")
-            return decode_tensors(content, header.approved, self._engine.fixed)
+            return decode_tensors(content, header.approved, self._engine.source)
         except StateError as error:
             log.error("approved parameters of stream %s cannot be used, source answers: %s", header.stream, error)
             return None

@@ -83,7 +83,7 @@ def story(bundle: Bundle) -> Iterator[Any]:
     warm_up(engine, bundle.manifest.preprocess)
     for stream in STREAMS:
         admit(engine, stream)
-    approved = {name: engine.tensors("adapts")[name].clone() for name in engine.fixed}
+    approved = {name: engine.tensors("adapts")[name].clone() for name in engine.source}
     for turn, count in enumerate((1, 6, 6)):  # single frames: with a graph; more: some run again for the gradient
         engine.resident("approved").approved = approved if turn else None
         batches = [
@@ -108,7 +108,7 @@ def story(bundle: Bundle) -> Iterator[Any]:
             proposals.replace(moving[0], engine.like)
         engine.accept(proposals, [proposal for proposal in proposals.proposals if proposal.finite])
         yield [stored(engine, stream) for stream in STREAMS]
-        approved = {name: engine.tensors("by-source")[name].clone() for name in engine.fixed}
+        approved = {name: engine.tensors("by-source")[name].clone() for name in engine.source}
     yield from back_and_forth(engine, approved)
     yield from without_source(bundle)
 

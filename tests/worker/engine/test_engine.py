@@ -312,7 +312,7 @@ def test_a_large_micro_batch_gives_drift_detection_several_signals(engine: Engin
     """A mean over 64 frames spreads half as far as one over 16, and would hide what it is compared with."""
     large = replace(batch("a", 40), adapt=False)
     (outlook,) = engine.predict([large]).outlooks
-    drift = next_header(engine.resident("a").header, outlook, applied=False, watch=8).drift
+    drift = next_header(engine.resident("a").header, outlook, applied=False, drift_frames=8).drift
     assert drift is not None
     assert (drift.seen, drift.rested) == (5, 5)
     assert drift.variance[0] > 0

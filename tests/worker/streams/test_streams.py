@@ -365,7 +365,7 @@ def test_approved_parameters_survive_their_worker_and_go_with_their_bundle(site:
     resident = second.engine.resident("cam")
     assert resident.header.approved == 0
     assert torch.equal(resident.approved["affine"], tensors["affine"])
-    assert set(resident.approved) == set(second.engine.fixed)
+    assert set(resident.approved) == set(second.engine.source)
     third = site.worker("third")
     third.engine.bundle_hash = "another"
     third.ensure(["cam"])
