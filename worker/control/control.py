@@ -26,7 +26,8 @@ from worker.engine.engine import Engine
 from worker.engine.resident import Resident
 from worker.guard.answer import Policies
 from worker.store.store import StateStore
-from worker.streams.obey import Entry, Place, Subject, obey
+from worker.streams.entry import Entry
+from worker.streams.obey import Place, Subject, obey
 from worker.streams.streams import Heal, Streams
 
 log = logging.getLogger("driftkeel.control")

@@ -20,10 +20,10 @@ from worker.control.stored import unknown
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies
 from worker.store.store import Claimed, StateStore
+from worker.streams.entry import Entry, as_write
 from worker.streams.last_events import after_last_event
-from worker.streams.obey import Entry, Place, Subject, imported, obey
+from worker.streams.obey import Place, Subject, imported, obey
 from worker.streams.restore import chosen_snapshot
-from worker.streams.streams import as_write
 
 
 class Operator:

@@ -26,7 +26,7 @@ from schemas.update import SealedEvent, UpdateEvent
 from worker.consume.offsets import Offsets
 from worker.engine.resident import Resident
 from worker.publish.publisher import Publisher
-from worker.streams.obey import Entry
+from worker.streams.entry import Entry
 from worker.streams.streams import Streams
 
 log = logging.getLogger("driftkeel.journal")

@@ -14,28 +14,13 @@ from schemas.command import Action, Command
 from schemas.errors import StateError
 from schemas.policy import PolicyChange
 from schemas.state import GuardState, Snapshot, StreamHeader
-from schemas.update import Decision, SealedEvent, UpdateEvent, seal
+from schemas.update import Decision, UpdateEvent, seal
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies, answering, named
+from worker.streams.entry import Entry
 
 Distances = Callable[[Tensor, Tensor], list[dict[str, float]]]
 NO_CHANGE = PolicyChange()
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A stream's next header, the events that explain it, and its tensors where they change.
-
-    `approved`: parameters that a person has just approved; `snapshot`: what to say of the tensors when they are kept;
-    `waiting`: earlier events as they lie beside the state, one a line, which may not be in the topic yet.
-    """
-
-    header: StreamHeader
-    events: tuple[SealedEvent, ...]
-    tensors: State | None = None
-    approved: State | None = None
-    snapshot: Snapshot | None = None
-    waiting: bytes = b""
 
 
 @dataclass(frozen=True)

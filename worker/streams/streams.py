@@ -15,19 +15,17 @@ from monitoring.observe import decided
 from schemas.config import Adapt
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
-from schemas.state import MAX_EVENTS_BYTES, Snapshot, StreamHeader, decode_header, encode_header
-from schemas.state_tensors import encode_tensors
+from schemas.state import MAX_EVENTS_BYTES, Snapshot, StreamHeader, decode_header
 from schemas.update import UpdateEvent, seal
 from worker.consume.short_logs import cure
 from worker.engine.engine import Engine
 from worker.engine.resident import Resident
 from worker.guard.answer import Policies, answering, named
 from worker.publish.publisher import Publisher
-from worker.store.compress import Compression, pack
 from worker.store.store import Overview, StateStore, Which, Write
+from worker.streams.entry import Entry, as_write
 from worker.streams.last_events import events_beside, lines_beside
 from worker.streams.newcomers import Newcomers
-from worker.streams.obey import Entry
 from worker.streams.restore import Restored, Restorer, chosen_snapshot
 from worker.streams.upgrade import Upgrade
 
@@ -308,21 +306,6 @@ class Streams:
 def _of(stream: str) -> dict[str, str]:
     """What a log line of a stream can be found by."""
     return {"stream": stream}
-
-
-def as_write(entry: Entry, token: int, compression: Compression) -> Write:
-    """The bytes for the store."""
-    header, tensors, approved = entry.header, entry.tensors, entry.approved
-    return Write(
-        header.stream,
-        token,
-        header.events,
-        encode_header(header),
-        b"\n".join(filter(None, (entry.waiting, *(sealed.content for sealed in entry.events)))),
-        pack(encode_tensors(tensors, header.step), compression) if tensors is not None else None,
-        entry.snapshot.model_dump_json().encode() if entry.snapshot else None,
-        pack(encode_tensors(approved, header.approved or 0), compression) if approved is not None else None,
-    )
 
 
 def _does_well(header: StreamHeader, event: UpdateEvent) -> bool:

@@ -30,8 +30,8 @@ from worker.guard.answer import Policies
 from worker.publish.publisher import Publisher
 from worker.store import store as store_module
 from worker.store.store import StateStore
+from worker.streams.entry import Entry
 from worker.streams.last_events import events_beside
-from worker.streams.obey import Entry
 
 
 class Worker:

@@ -27,8 +27,9 @@ from worker.engine.engine import Engine
 from worker.guard.answer import Policies
 from worker.publish.publisher import Publisher
 from worker.store.store import Claimed, StateStore, Write
+from worker.streams.entry import Entry
 from worker.streams.last_events import events_beside
-from worker.streams.obey import Entry, Place, Subject, obey
+from worker.streams.obey import Place, Subject, obey
 from worker.streams.streams import Streams
 
 
