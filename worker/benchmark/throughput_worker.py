@@ -53,7 +53,6 @@ Sent = tuple[str, bytes]  # stream, image
 class Sample:
     """What could be seen of the worker at one moment."""
 
-    moment: float
     predictions: float
     cpu_seconds: float
 
@@ -275,7 +274,7 @@ def _watch(pods: Sequence[Pod], frames: int) -> list[Sample]:
         if done > before:
             last_news = time.monotonic()
         predictions = seen.get(PREDICTIONS, 0.0)
-        samples.append(Sample(time.monotonic(), predictions, sum(_cpu_seconds(pod.child) for pod in pods)))
+        samples.append(Sample(predictions, sum(_cpu_seconds(pod.child) for pod in pods)))
         gone = any(pod.child.process.poll() is not None for pod in pods)
         if gone or time.monotonic() - last_news > STALLED_S:
             raise DriftkeelError(f"the worker stopped at {done:.0f} of {frames} frames")
