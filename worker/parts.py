@@ -92,13 +92,7 @@ def connect(
     """Wait for broker and store, and make the parts. `lanes` passes run at a time; `heal` and `keep_alive` are the
     loop's, for parts that wait. Raises UnreachableError, or ConfigError where a topic is missing or a login refused."""
     adapt, name = config.adapt, config.worker
-    store = StateStore(config.store)
-    metrics.store_answered.set(0)
-    until_reached(store.ping, f"the store at {config.store.address}", config.store.connect_timeout_s, stop)
-    metrics.store_answered.set_to_current_time()
-    metrics.broker_answered.set(0)
-    require_topics(config.kafka, stop)
-    metrics.broker_answered.set_to_current_time()
+    store = _within_reach(config, metrics, stop)
     publisher = Publisher(config.kafka, name, stop, metrics.broker_error)
     letters = Letters(Publisher(config.kafka, name, stop, metrics.broker_error))
     offsets = Offsets()
@@ -148,3 +142,15 @@ def connect(
         control,
         letters,
     )
+
+
+def _within_reach(config: WorkerConfig, metrics: WorkerMetrics, stop: threading.Event) -> StateStore:
+    """Wait for the store, which it returns, and for the broker with its topics."""
+    store = StateStore(config.store)
+    metrics.store_answered.set(0)
+    until_reached(store.ping, f"the store at {config.store.address}", config.store.connect_timeout_s, stop)
+    metrics.store_answered.set_to_current_time()
+    metrics.broker_answered.set(0)
+    require_topics(config.kafka, stop)
+    metrics.broker_answered.set_to_current_time()
+    return store

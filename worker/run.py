@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from meta.bundle import Bundle
 from monitoring.http import MetricsServer, serve_metrics
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
@@ -41,39 +42,30 @@ class Worker:
     """One worker process. `run` returns when `stop` is set."""
 
     def __init__(self, config: WorkerConfig, stop: threading.Event) -> None:
-        self.config, self._stop = config, stop
-        # A pass per thread rather than all threads in one pass: small layers gain little from being divided.
+        self._stop = stop
         keep_freed_memory()
-        # More than two would only wait for the interpreter; more workers is the way to use more processors.
+        # A pass per thread rather than all threads in one pass: small layers gain little from being divided. More than
+        # two passes would only wait for the interpreter; more workers is the way to use more processors.
         lanes = config.threads or min(2, torch.get_num_threads())
         torch.set_num_threads(1)
         check_checksum_speed()
         device = site_device(config.device)
         bundle = site_bundle(config, device)
-        preprocess = bundle.manifest.preprocess
-        frame_bytes = preprocess.channels * preprocess.height * preprocess.width
-        room = within_memory(config.batch, frame_bytes, lanes)
-        batch = within_method(room, config.adapt.enabled, bundle.method)
-        if batch.max_batch < config.batch.max_batch:
-            log.info("batch.max_batch is %d: more at a time teach %s no more", batch.max_batch, bundle.method_name)
-        self.config = config = config.model_copy(update={"batch": batch})
+        self.config = config = _fitted(config, bundle, lanes)
         where = config.bundle.path, described(device)
         log.info("bundle %s (%s) from %s, computed on %s", bundle.hash, bundle.manifest.name, *where)
         if device.type != "cpu":
             log.warning("device %s is %s", config.device, EXPERIMENTAL)
-        self.metrics = WorkerMetrics(config.metrics.max_stream_labels, config.metrics.silent_after_s)
-        about = {"version": installed_version(), "bundle": bundle.hash, "worker": config.worker}
-        self.metrics.build.info({**about, "group": config.kafka.group})
-        self.metrics.clean_accuracy.set(bundle.manifest.model.clean_accuracy)
+        self.metrics = _metrics(config, bundle)
         self._trace = open_trace(config.traces, config.worker)
         self._healthy_store = True
         self._joined = False
         self._refusing = False
         self._progress = time.monotonic()
-        self.metrics.last_progress.set_to_current_time()  # a start is no standstill since 1970
         self._server = self._serve()
-        waiting = self._heal, self._keep_alive
-        self._parts = parts = connect(config, bundle, self.metrics, self._trace, lanes, stop, *waiting)
+        self._parts = parts = connect(
+            config, bundle, self.metrics, self._trace, lanes, stop, self._heal, self._keep_alive
+        )
         self._store = parts.store
         self._consumer = parts.consumer
         self._reach = Reach(config, self.metrics, self._consumer.answered, lambda: self._healthy_store)
@@ -236,6 +228,27 @@ class Worker:
                 stack.callback(self._trace.close)
             stack.callback(self._reach.close)
             stack.callback(self._parts.close)
+
+
+def _fitted(config: WorkerConfig, bundle: Bundle, lanes: int) -> WorkerConfig:
+    """With micro-batches as there is memory for, and as the method had best learn from."""
+    preprocess = bundle.manifest.preprocess
+    frame_bytes = preprocess.channels * preprocess.height * preprocess.width
+    room = within_memory(config.batch, frame_bytes, lanes)
+    batch = within_method(room, config.adapt.enabled, bundle.method)
+    if batch.max_batch < config.batch.max_batch:
+        log.info("batch.max_batch is %d: more at a time teach %s no more", batch.max_batch, bundle.method_name)
+    return config.model_copy(update={"batch": batch})
+
+
+def _metrics(config: WorkerConfig, bundle: Bundle) -> WorkerMetrics:
+    """What is known before the first frame."""
+    metrics = WorkerMetrics(config.metrics.max_stream_labels, config.metrics.silent_after_s)
+    about = {"version": installed_version(), "bundle": bundle.hash, "worker": config.worker}
+    metrics.build.info({**about, "group": config.kafka.group})
+    metrics.clean_accuracy.set(bundle.manifest.model.clean_accuracy)
+    metrics.last_progress.set_to_current_time()  # a start is no standstill since 1970
+    return metrics
 
 
 def run_worker(config: WorkerConfig) -> None:
