@@ -101,7 +101,8 @@ def kafka_settings(bootstrap: str) -> Iterator[Kafka]:
             commands=f"commands-{tag}",
             dead_letters=f"frames-{tag}.dlq",
         ),
-        session_timeout_ms=30_000,  # of a machine that stands still for seconds nobody is thrown out
+        # Where a machine stands still for seconds nobody is thrown out. The embedded broker has joiners wait for half.
+        session_timeout_ms=6_000,
         heartbeat_interval_ms=300,
         fetch_max_wait_ms=20,
         connect_timeout_s=60,

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import redis
 import yaml
+from kafka import KafkaAdminClient
 
 from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
 from schemas.prediction import Prediction
@@ -170,6 +171,13 @@ class Site:
             return all(h is not None and h.frames >= counts[s] for s, h in headers.items())
 
         worker.wait_until(done, f"folding {counts}")
+
+    def committed(self) -> int:
+        """Offsets that the group has committed, summed over partitions."""
+        admin = KafkaAdminClient(bootstrap_servers=self.kafka.bootstrap)
+        found = admin.list_group_offsets([self.kafka.group])[self.kafka.group]
+        admin.close()
+        return sum(max(0, meta.offset) for meta in found.values())
 
     def feed(self, worker: WorkerProcess, stream: str, frames: int) -> list[str]:
         """Send frames, wait until all of them are folded, and return their ids."""

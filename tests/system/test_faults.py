@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kafka import KafkaAdminClient, KafkaProducer
+from kafka import KafkaProducer
 from pydantic import SecretStr
 
 from schemas.config import Batch, WorkerConfig
@@ -228,13 +228,13 @@ def test_a_store_that_fell_behind_is_brought_up_to_date(site: Site, tmp_path: Pa
     worker = site.start()
     ids = site.send(FRAMES[:120])
     site.wait_folded(worker, dict.fromkeys(STREAMS, 20))
-    worker.wait_until(lambda: committed(site) == 120, "the commit")
+    worker.wait_until(lambda: site.committed() == 120, "the commit")
     store.child.stop(DISK_S)
     shutil.copytree(tmp_path / "data", tmp_path / "backup")
     store = start_store(tmp_path / "data", port=store.port)
     ids += site.send(FRAMES[120:240])
     site.wait_folded(worker, dict.fromkeys(STREAMS, 40))
-    worker.wait_until(lambda: committed(site) == 240, "the commit")
+    worker.wait_until(lambda: site.committed() == 240, "the commit")
     if not while_running:
         assert worker.stop() == 0
     store.child.stop(0)
@@ -246,7 +246,7 @@ def test_a_store_that_fell_behind_is_brought_up_to_date(site: Site, tmp_path: Pa
     busy = [(stream, image) for stream, image in FRAMES[240:] if stream in STREAMS[:3]]
     ids += site.send(busy)
     site.wait_folded(worker, dict.fromkeys(STREAMS[:3], 50))
-    worker.wait_until(lambda: committed(site) == 270, "the commit")
+    worker.wait_until(lambda: site.committed() == 270, "the commit")
     worker.kill()
     last = site.start()
     idle = [(stream, image) for stream, image in FRAMES[240:] if stream in STREAMS[3:]]
@@ -263,7 +263,7 @@ def test_an_empty_store_is_noticed(site: Site, tmp_path: Path) -> None:
     worker = site.start()
     site.send(FRAMES[:60])
     site.wait_folded(worker, dict.fromkeys(STREAMS, 10))
-    worker.wait_until(lambda: committed(site) == 60, "the commit")
+    worker.wait_until(lambda: site.committed() == 60, "the commit")
     store.child.stop()
     store = start_store(tmp_path / "empty", port=store.port)
     site.send(FRAMES[60:120])
@@ -284,12 +284,4 @@ def test_what_is_too_late_is_dropped_where_that_is_asked_for(site: Site) -> None
     site.assert_folded_once({"cam": ids})
     assert "driftkeel_frames_dropped_total 20.0" in worker.metrics()
     assert worker.stop() == 0
-    assert committed(site) == len(old) + 8
-
-
-def committed(site: Site) -> int:
-    """Offsets that the group has committed, summed over partitions."""
-    admin = KafkaAdminClient(bootstrap_servers=site.kafka.bootstrap)
-    found = admin.list_group_offsets([site.kafka.group])[site.kafka.group]
-    admin.close()
-    return sum(max(0, meta.offset) for meta in found.values())
+    assert site.committed() == len(old) + 8

@@ -37,6 +37,7 @@ def streams(config: str, *arguments: str) -> str:
 def test_delete_while_a_worker_runs(site: Site, site_file: str) -> None:
     worker = site.start()
     site.feed(worker, "cam", 24)
+    worker.wait_until(lambda: site.committed() == 24, "the commit")  # What is not yet, begins the stream anew.
     result = run_cli("streams", "delete", "cam", "--config", site_file)  # nobody there to answer
     assert result.returncode == 1
     assert "last with worker-1" in result.stdout
