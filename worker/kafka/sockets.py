@@ -1,7 +1,8 @@
-"""Connects that fail: kafka-python 3.0 leaves their sockets open until the next full garbage collection.
+"""Sockets that kafka-python 3.0 leaves open until the next full garbage collection.
 
-A client tries again for as long as its broker is away, so that a long outage, or a certificate that does not fit, could
-cost a worker its file descriptors.
+Those of connects that fail: a client tries again for as long as its broker is away, so that a long outage, or a
+certificate that does not fit, could cost a worker its file descriptors. And those of connections that are closed with
+something still to send, as each begins: they wait for that to be sent, and a client that is closed sends nothing more.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from contextlib import ExitStack
 from typing import Any
 
 from kafka.net.inet import KafkaNetSocket
-from kafka.net.transport import KafkaSSLTransport
+from kafka.net.transport import KafkaSSLTransport, KafkaTCPTransport
 
 
 def close_failed_connects() -> None:
     """From here on, in this process. Again does nothing."""
-    connect, shake = KafkaNetSocket.sock_connect, KafkaSSLTransport.handshake
+    connect, shake, close = KafkaNetSocket.sock_connect, KafkaSSLTransport.handshake, KafkaTCPTransport.close
     if getattr(connect, "closing", False):
         return
 
@@ -33,5 +34,10 @@ def close_failed_connects() -> None:
             await shake(transport)
             failed.pop_all()
 
+    def close_at_once(transport: Any) -> None:
+        transport._write_buffer.clear()  # Whoever wants an answer has waited for it before.
+        close(transport)
+
     sock_connect.closing = True  # type: ignore[attr-defined]
     KafkaNetSocket.sock_connect, KafkaSSLTransport.handshake = sock_connect, handshake
+    KafkaTCPTransport.close = close_at_once

@@ -1,4 +1,4 @@
-"""No failed connect leaves its socket open."""
+"""No failed connect leaves its socket open, nor does a connection that is closed as it begins."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ import trustme
 from kafka import KafkaAdminClient
 from kafka.errors import KafkaError
 from kafka.net.inet import KafkaNetSocket
+from kafka.net.selector import NetworkSelector
+from kafka.net.transport import KafkaTCPTransport
 
 from tests.servers import TlsProxy
 from worker.embedded import free_port
 from worker.kafka.client import open_client
+from worker.kafka.sockets import close_failed_connects
 
 HURRIED = {"bootstrap_timeout_ms": 400, "reconnect_backoff_ms": 20, "reconnect_backoff_max_ms": 20}
 
@@ -92,3 +95,15 @@ def test_where_the_certificate_is_not_trusted(listener: socket.socket) -> None:
         assert not fail_to_open(proxy.port, security_protocol="SSL", ssl_context=context)
     finally:
         proxy.close()
+
+
+def test_a_connection_that_is_closed_before_it_has_sent_leaves_no_socket() -> None:
+    ours, theirs = socket.socketpair()
+    close_failed_connects()
+    net = NetworkSelector()
+    transport = KafkaTCPTransport(net, ours)
+    transport._write_buffer.append(b"not sent yet")
+    transport.close()
+    assert ours.fileno() == -1
+    theirs.close()
+    net.close()
