@@ -39,7 +39,7 @@ from worker.embedded import start_broker, start_store
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies
 from worker.kafka.client import create_topics
-from worker.kafka.sockets import close_failed_connects
+from worker.kafka.sockets import leave_no_sockets
 from worker.publish.publisher import Publisher
 from worker.store import client as store_client
 from worker.store.store import StateStore
@@ -49,7 +49,7 @@ from worker.streams.upgrade import Upgrade
 PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 torch.set_num_threads(1)
-close_failed_connects()  # Of clients that tests open themselves, too: a warning would come in whichever test is next.
+leave_no_sockets()  # Of clients that tests open themselves, too: a warning would come in whichever test is next.
 # A store on a slow disk, or a machine that stood still, may answer late; here that is no outage.
 store_client.TIMEOUT_S = 120
 # As in a worker: on a busy machine the client says that its own threads are slow.

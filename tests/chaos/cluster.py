@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from schemas.config import Kafka, Topics
+from schemas.config import Kafka
 from tests.cluster import NODES, PASSING_ERRORS, Cluster
 
 if TYPE_CHECKING:
@@ -20,8 +20,9 @@ COORDINATOR, *OTHERS = NODES
 
 def set_up(cluster: Cluster, kafka: Kafka, partitions: int) -> None:
     """Create the topics, and name the group's coordinator."""
-    for topic, count in _partitions(kafka.topics, partitions).items():
-        cluster.create(topic, count)
+    many = (kafka.topics.frames, kafka.topics.predictions)  # of a partition this cluster keeps 5 MiB: 6,000 predictions
+    for topic in kafka.topics.model_dump().values():
+        cluster.create(topic, partitions if topic in many else 1)
     cluster.coordinate(kafka.group, COORDINATOR)
 
 
@@ -65,14 +66,5 @@ def node_slow(chaos: Chaos) -> None:
     chaos.cluster.delay(node, 0)
 
 
-def _partitions(topics: Topics, count: int) -> dict[str, int]:
-    # Of a partition this cluster keeps 5 MiB, which is six thousand predictions.
-    return {
-        **dict.fromkeys(topics.model_dump().values(), 1),
-        **dict.fromkeys((topics.frames, topics.predictions), count),
-    }
-
-
 def _all(chaos: Chaos) -> list[tuple[str, int]]:
-    partitions = _partitions(chaos.site.kafka.topics, chaos.partitions)
-    return [(topic, partition) for topic, count in partitions.items() for partition in range(count)]
+    return [(topic, partition) for topic, count in chaos.cluster.topics.items() for partition in range(count)]

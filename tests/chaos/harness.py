@@ -59,7 +59,6 @@ class Chaos:
     longest_outage_s: float = 60
     kind: BrokerKind = "own"
     cluster: Cluster | None = None
-    partitions: int = PARTITIONS  # of frames
     assignments: dict[int, int] = field(default_factory=dict)  # by worker's process id, when membership last changed
 
     def add_worker(self) -> None:

@@ -52,10 +52,12 @@ class Cluster:
         configuration = ctypes.c_void_p(self._library.rd_kafka_conf_new())
         self._client = ctypes.c_void_p(self._library.rd_kafka_new(_PRODUCER, configuration, said, ctypes.sizeof(said)))
         self._cluster = ctypes.c_void_p(self._library.rd_kafka_mock_cluster_new(self._client, len(NODES)))
+        self.topics: dict[str, int] = {}  # their partitions
         self.bootstrap: str = self._library.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
 
     def create(self, topic: str, partitions: int, copies: int = len(NODES)) -> None:
         self._call("topic_create", topic.encode(), partitions, copies)
+        self.topics[topic] = partitions
 
     def lead(self, topic: str, partition: int, node: int) -> None:
         """From now on this node leads the partition."""

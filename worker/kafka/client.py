@@ -19,7 +19,7 @@ from schemas.errors import ConfigError, LoginError, UnreachableError
 from worker.kafka.batches import pass_over_unreadable
 from worker.kafka.nodes import wait_for_gone_nodes
 from worker.kafka.records import forgive_header_names
-from worker.kafka.sockets import close_failed_connects
+from worker.kafka.sockets import leave_no_sockets
 from worker.kafka.unpack import bound_unpacking
 
 log = logging.getLogger("driftkeel.kafka")
@@ -76,7 +76,7 @@ def open_client(kind: Any, **arguments: Any) -> Any:
     """
     forgive_header_names()
     bound_unpacking()
-    close_failed_connects()
+    leave_no_sockets()
     wait_for_gone_nodes()
     opened: list[Any] = []
 

@@ -14,7 +14,7 @@ from kafka.net.inet import KafkaNetSocket
 from kafka.net.transport import KafkaSSLTransport, KafkaTCPTransport
 
 
-def close_failed_connects() -> None:
+def leave_no_sockets() -> None:
     """From here on, in this process. Again does nothing."""
     connect, shake, close = KafkaNetSocket.sock_connect, KafkaSSLTransport.handshake, KafkaTCPTransport.close
     if getattr(connect, "closing", False):

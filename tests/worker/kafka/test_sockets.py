@@ -22,7 +22,7 @@ from kafka.net.transport import KafkaTCPTransport
 from tests.servers import TlsProxy
 from worker.embedded import free_port
 from worker.kafka.client import open_client
-from worker.kafka.sockets import close_failed_connects
+from worker.kafka.sockets import leave_no_sockets
 
 HURRIED = {"bootstrap_timeout_ms": 400, "reconnect_backoff_ms": 20, "reconnect_backoff_max_ms": 20}
 
@@ -99,7 +99,7 @@ def test_where_the_certificate_is_not_trusted(listener: socket.socket) -> None:
 
 def test_a_connection_that_is_closed_before_it_has_sent_leaves_no_socket() -> None:
     ours, theirs = socket.socketpair()
-    close_failed_connects()
+    leave_no_sockets()
     net = NetworkSelector()
     transport = KafkaTCPTransport(net, ours)
     transport._write_buffer.append(b"not sent yet")
