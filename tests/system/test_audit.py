@@ -57,6 +57,9 @@ def test_the_topic_alone_tells_the_history(site: Site, site_file: str, tmp_path:
     assert any(moved.layers.values())
 
     assert "sound: 2 streams" in audit("verify", "--config", site_file, "--store", "--complete")
+    heads = tmp_path / "heads.json"
+    assert f"{heads}: 2 streams" in audit("heads", "--config", site_file, "--output", str(heads))
+    assert "sound: 2 streams" in audit("verify", "--config", site_file, "--heads", str(heads))
     shown = audit("show", "--config", site_file, "--stream", "cam-1")
     for text in ("rolled_back", "looked odd; by kim", "mode=shadow", "applied", "→"):
         assert text in shown

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from schemas.errors import ConfigError, StateError
+from schemas.heads import Head, Heads
 from schemas.update import UpdateEvent
 from worker.audit.read import Record
 
@@ -62,6 +65,14 @@ def write_parquet(columns: dict[str, list[Any]], path: Path) -> None:
         raise ConfigError("Parquet needs the package pyarrow: pip install 'driftkeel[parquet]'") from error
     with _open(path, "wb") as file:
         parquet.write_table(arrow.table(columns), file)
+
+
+def write_heads(heads: dict[str, Head], path: Path) -> str:
+    """What `driftkeel audit verify --heads` reads; returns the file's SHA-256."""
+    content = Heads(time=datetime.now(UTC), streams=heads).model_dump_json(indent=1).encode() + b"\n"
+    with _open(path, "wb") as file:
+        file.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def _cell(value: Any) -> Any:

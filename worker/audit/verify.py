@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
+from schemas.heads import Head
 from schemas.state import StreamHeader
 from schemas.update import UpdateEvent, digest
 from worker.audit.read import Record
@@ -32,6 +33,7 @@ class Verdict:
     events: int = 0
     copies: int = 0
     findings: list[Finding] = field(default_factory=list)
+    heads: dict[str, Head] = field(default_factory=dict)  # of streams with events here, the newest
 
     @property
     def sound(self) -> bool:
@@ -55,13 +57,15 @@ def verify(
     stored: Mapping[str, StreamHeader] | None = None,
     beside: Iterable[Record] = (),
     now: Callable[[], Mapping[str, StreamHeader]] | None = None,
+    heads: Mapping[str, Head] | None = None,
 ) -> Verdict:
     """Check all records, in the order in which they lie in the topic or the file.
 
     The chain cannot tell what is wrong with a stream's last events, as none follows them: `stored`, the headers in
     the store, can. `beside` are the events that lie there beside the states: one that is not in the topic yet comes
     with the stream's next worker, and is a link of the chain all the same. `now`: the headers once the records are
-    read, as workers may have written more since `stored` was; where None, they have not.
+    read, as workers may have written more since `stored` was; where None, they have not. `heads`: what the trail ended
+    with at some time before, kept where nobody could change it.
     """
     verdict, streams = Verdict(), dict[str, _Stream]()
     for record in records:
@@ -74,8 +78,13 @@ def verify(
     for name, stream in sorted(streams.items()):
         verdict.findings += _links(name, stream)
         verdict.findings += _order(name, stream.order)
+        verdict.heads[name] = _head(stream)
     for name, header in sorted((stored or {}).items()):
-        verdict.findings += _end(name, streams.get(name, _Stream()), header)
+        if header.events:
+            stream, what = streams.get(name, _Stream()), "the newest in the store"
+            verdict.findings += _end(name, stream, header.events, header.last_event, what)
+    for name, head in sorted((heads or {}).items()):
+        verdict.findings += _since(name, streams, head)
     if stored is not None:
         newest = stored if now is None else now()
         for name, stream in sorted(streams.items()):
@@ -145,16 +154,37 @@ def _order(name: str, order: list[int]) -> list[Finding]:
     return findings
 
 
-def _end(name: str, stream: _Stream, header: StreamHeader) -> list[Finding]:
-    """Compare with what the store says was the last event."""
-    if not header.events:
-        return []
-    last = f"{name}@{header.events}"
-    if header.events not in stream.contents:
-        return [Finding("missing", last, "is the newest in the store")]
-    if header.last_event not in {digest(content) for content, _, _ in stream.contents[header.events]}:
-        return [Finding("altered", last, "is not what the store has the hash of")]
+def _head(stream: _Stream) -> Head:
+    content, event, _ = stream.contents[max(stream.contents)][-1]
+    return Head(event=event.number, time=event.time, hash=digest(content))
+
+
+def _end(name: str, stream: _Stream, number: int, expected: str, what: str) -> list[Finding]:
+    """Compare with what somebody else says was the last event."""
+    last = f"{name}@{number}"
+    if number not in stream.contents:
+        return [Finding("missing", last, f"is {what}")]
+    if expected not in {digest(content) for content, _, _ in stream.contents[number]}:
+        return [Finding("altered", last, f"does not have the hash of {what}")]
     return []
+
+
+def _since(name: str, streams: Mapping[str, _Stream], head: Head) -> list[Finding]:
+    """Compare with what was the last event once. Where that is older than what the topic keeps, nothing follows from
+    it."""
+    stream = streams.get(name, _Stream())
+    if _older(head, stream, streams.values()):
+        return [
+            Finding("beginning", f"{name}@{head.event}", f"is the stream's head of {head.time}, older than all here")
+        ]
+    return _end(name, stream, head.event, head.hash, "the stream's head")
+
+
+def _older(head: Head, stream: _Stream, streams: Iterable[_Stream]) -> bool:
+    if stream.contents:
+        return head.event < min(stream.contents)
+    kept = (event.time for other in streams for versions in other.contents.values() for _, event, _ in versions)
+    return head.time < min(kept, default=head.time)
 
 
 def _beyond(name: str, stream: _Stream, newest: int) -> list[Finding]:

@@ -113,19 +113,41 @@ def verify(
     complete: Annotated[
         bool, typer.Option("--complete", help="Streams must begin with their first event, however old.")
     ] = False,
+    known: Annotated[
+        Path | None, typer.Option("--heads", help="What 'audit heads' wrote: the trail must have just these events.")
+    ] = None,
 ) -> None:
     """Name every event that is missing, altered, reordered or forked; exit code 1 where there is one."""
+    from schemas.heads import read_heads
     from worker.audit.verify import verify as examine
     from worker.terminal import printable
 
+    heads = read_heads(known).streams if known is not None else None
     headers, beside = _ends(config) if store else (None, [])
-    verdict = examine(_records(config, file), headers, beside, lambda: _ends(config)[0])
+    verdict = examine(_records(config, file), headers, beside, lambda: _ends(config)[0], heads)
     for finding in verdict.findings:
         print(printable(f"{finding.kind:10s} {finding.event} {finding.text}"))
     sound = verdict.sound and (verdict.complete or not complete)
     copies = f", {verdict.copies} published again with the same bytes" if verdict.copies else ""
     print(f"{'sound' if sound else 'NOT SOUND'}: {verdict.streams} streams, {verdict.events} events{copies}")
     raise typer.Exit(int(not sound))
+
+
+@audit_app.command()
+def heads(
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
+    config: ConfigOption = None,
+    file: FileOption = None,
+) -> None:
+    """Every stream's newest event and its hash, for verify --heads. Keep the file where nobody can write who can write
+    to topic and store."""
+    from worker.audit.export import write_heads
+    from worker.audit.verify import verify as examine
+
+    verdict = examine(_records(config, file))
+    if not verdict.sound:
+        raise StateError("the trail is not sound, and no heads are written: 'driftkeel audit verify' says why")
+    print(f"{output}: {len(verdict.heads)} streams, SHA-256 {write_heads(verdict.heads, output)}")
 
 
 def _records(config: Path | None, file: Path | None) -> Iterator[Record]:
