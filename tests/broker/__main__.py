@@ -18,6 +18,7 @@ parser.add_argument("--advertised", type=int, help="the port that clients are to
 parser.add_argument("--data", type=Path, help="where everything is kept over a restart; without it, in memory only")
 parser.add_argument("--user", action="append", default=[], metavar="NAME:PASSWORD", help="ask who clients are")
 parser.add_argument("--certificate", type=Path, help="speak TLS: a PEM file with certificate and key")
+parser.add_argument("--reading", type=int, default=0, metavar="MS", help="how long a fetch must be ready to wait")
 arguments = parser.parse_args()
 
 
@@ -26,7 +27,7 @@ async def main() -> None:
     if arguments.certificate:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(arguments.certificate)
-    broker = Broker(Data(arguments.data), "127.0.0.1", arguments.advertised or arguments.port)
+    broker = Broker(Data(arguments.data), "127.0.0.1", arguments.advertised or arguments.port, arguments.reading)
     users = dict(user.split(":", 1) for user in arguments.user)
     await Server(broker, users).serve(arguments.port, tls)
 

@@ -20,12 +20,14 @@ def start_own_broker(
     advertised: int | None = None,
     users: Mapping[str, str] | None = None,
     certificate: Path | None = None,
+    reading_ms: int = 0,
 ) -> Broker:
     """A broker with the topics, records and groups of `data`, none by default. Raises EmbeddedError."""
     port = port or free_port()
     command = [sys.executable, "-m", "tests.broker", "--port", str(port), "--advertised", str(advertised or port)]
     command += ["--data", str(data)] if data else []
     command += ["--certificate", str(certificate)] if certificate else []
+    command += ["--reading", str(reading_ms)]
     for name, password in (users or {}).items():
         command += ["--user", f"{name}:{password}"]
     child = start_child("the broker of the tests", command, log)

@@ -18,6 +18,7 @@ from schemas.config import Kafka
 from schemas.errors import ConfigError, LoginError, UnreachableError
 from worker.kafka.batches import pass_over_unreadable
 from worker.kafka.nodes import wait_for_gone_nodes
+from worker.kafka.reading import wait_while_read
 from worker.kafka.records import forgive_header_names
 from worker.kafka.sockets import leave_no_sockets
 from worker.kafka.unpack import bound_unpacking
@@ -89,6 +90,7 @@ def open_client(kind: Any, **arguments: Any) -> Any:
             client = kind(kafka_client=remember, **arguments)
             if isinstance(client, KafkaConsumer):
                 pass_over_unreadable(client)
+                wait_while_read(client)
             return client
         except (KafkaError, OSError) as error:
             for connections in opened:
