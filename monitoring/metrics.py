@@ -166,6 +166,11 @@ class WorkerMetrics:
             "Partitions that the worker has and does not read: the store knows of more frames than their log has.",
             registry=r,
         )
+        self.stuck_partitions = Gauge(
+            "driftkeel_stuck_partitions",
+            "Partitions of which nothing has come for a minute although they have more.",
+            registry=r,
+        )
         self.buffered = Gauge("driftkeel_buffered_frames", "Decoded frames that wait for their pass.", registry=r)
         self.resident = Gauge("driftkeel_resident_streams", "Streams whose state is in memory.", registry=r)
         self.homeless = Gauge(

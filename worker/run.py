@@ -142,8 +142,9 @@ class Worker:
             self._partitions.rewind(fenced)
         self._consumer.commit()
         self._joined = self._consumer.joined
-        self._refusing = self._consumer.refused > 0
+        self._refusing = self._consumer.refused > 0 or self._consumer.stuck > 0
         self.metrics.refused_partitions.set(self._consumer.refused)
+        self.metrics.stuck_partitions.set(self._consumer.stuck)
         self.metrics.buffered.set(len(self._batcher))
         self._show_progress()
         if not self._polling.stocked:

@@ -30,6 +30,7 @@ from worker.consume.assignors import ASSIGNORS
 from worker.consume.comparison import Comparison, Marks
 from worker.consume.ends import Ends
 from worker.consume.offsets import Offsets, Partition
+from worker.consume.standstill import Standstill
 from worker.kafka.answer import last_answer
 from worker.kafka.client import connection, open_client, until_reached
 from worker.kafka.join import poll_timeout
@@ -109,7 +110,7 @@ class FrameConsumer:
 
         what, topic = f"the broker at {settings.bootstrap}", settings.topics.frames
         self.consumer = until_reached(make, what, settings.connect_timeout_s, stop)
-        self._ends = Ends(self.consumer)
+        self._ends, self._standstill = Ends(self.consumer), Standstill(self.consumer)
         self._comparison = Comparison(settings, self.consumer, marks, expired)
         self._short = self._comparison.short
         self.consumer.subscribe([topic], listener=_Listener(self))
@@ -127,6 +128,7 @@ class FrameConsumer:
         A record's value is `Unreadable` where it stands for records that nobody can read.
         """
         arrived = self._polled(timeout_s)
+        self._standstill.polled(arrived, self._short.waiting)
         gone: set[Partition] = set()
         while self._gone:
             gone.add(self._gone.popleft())
@@ -242,6 +244,11 @@ class FrameConsumer:
     def refused(self) -> int:
         """Partitions that are ours and not read, because the store knows more of them than their log has."""
         return len(self._short.waiting)
+
+    @property
+    def stuck(self) -> int:
+        """Partitions of which nothing has come for a minute although they have more."""
+        return len(self._standstill.stuck)
 
     def note_gone(self, partitions: Iterable[Partition]) -> None:
         """Partitions were taken away. Called on the client's thread, while the loop waits inside poll."""

@@ -1,0 +1,48 @@
+"""Partitions of which nothing comes although they have more. To whoever polls, a client that is stuck looks like one
+without records."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Container, Iterable, Set
+from typing import Any
+
+from worker.consume.offsets import Partition
+
+log = logging.getLogger("driftkeel.consume")
+STUCK_AFTER_S = 60.0
+
+
+class Standstill:
+    """Since when nothing has come of each. For the thread that polls."""
+
+    def __init__(self, consumer: Any) -> None:
+        self._consumer = consumer
+        self._since: dict[Partition, float] = {}
+        self.stuck: Set[Partition] = frozenset()  # of which nothing has come for STUCK_AFTER_S
+
+    def polled(self, arrived: Container[Partition], passed_over: Iterable[Partition]) -> None:
+        """After a poll that brought records of `arrived`; those `passed_over` are not read on purpose."""
+        now = time.monotonic()
+        unread = self._unread().difference(passed_over)
+        self._since = {p: now if p in arrived else self._since.get(p, now) for p in unread}
+        stuck = {p for p, since in self._since.items() if now - since >= STUCK_AFTER_S}
+        for topic, number in sorted(stuck - self.stuck):
+            log.error(
+                "nothing has come of partition %d of %s for %.0f s, and that is not its end; "
+                "if the broker is well, restart this worker",
+                *(number, topic, STUCK_AFTER_S),
+            )
+        self.stuck = stuck
+
+    def _unread(self) -> set[Partition]:
+        """Partitions that are fetched and, as far as the last fetch knew, go on behind what was taken of them."""
+        assigned = self._consumer._subscription.assignment.copy()  # the client's own thread changes it
+        return {(where.topic, where.partition) for where, state in assigned.items() if _goes_on(state)}
+
+
+def _goes_on(state: Any) -> bool:
+    if state.paused or state.position is None:
+        return False
+    return state.highwater is None or state.highwater > state.position.offset
