@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from monitoring.console.health import Evidence, Health, judge, was_refused
+from monitoring.console.health import RECENT, Evidence, Health, judge, was_refused
 from monitoring.console.series import Series
 from schemas.prediction import Prediction
-from schemas.update import UpdateEvent
+from schemas.update import Proxies, UpdateEvent
 
-EVENTS = 200  # of a stream, kept for its timeline
+EVENTS = 200  # of a stream, kept for its timeline, as text: an event's object takes ten times as much
 SPARK = 60  # points of a tile's line
 UNSEEN = Health("silent", "no frames yet", 0.5)
 STEADY = 12  # estimates that count for the health
@@ -32,17 +33,24 @@ class Stream:
     frames: int = 0
     last: float = 0.0
     points: Series = field(default_factory=Series)
-    events: deque[UpdateEvent] = field(default_factory=lambda: deque(maxlen=EVENTS))
+    recent: deque[UpdateEvent] = field(default_factory=lambda: deque(maxlen=RECENT))
+    timeline: deque[bytes] = field(default_factory=lambda: deque(maxlen=EVENTS))
+    known: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=EVENTS))  # events: number, time
     event_count: int = 0
+    proxies: Proxies | None = None  # the newest that an event had
     health: Health = UNSEEN
 
     @property
     def accuracy(self) -> float | None:
         """The newest estimate: of the last event, or of the last prediction where no event has one."""
-        for event in reversed(self.events):
-            if event.after is not None:
-                return event.after.estimated_accuracy
+        if self.proxies is not None:
+            return self.proxies.estimated_accuracy
         return self.prediction.estimated_accuracy if self.prediction else None
+
+    @property
+    def newest(self) -> UpdateEvent | None:
+        """The newest event."""
+        return self.recent[-1] if self.recent else None
 
     @property
     def steady_accuracy(self) -> float | None:
@@ -86,10 +94,13 @@ class Fleet:
                     self._forget(self._streams[event.stream])
                 return
             stream = self._stream(event.stream)
-            if any(event.id == known.id and event.time == known.time for known in stream.events):
+            if (mark := (event.number, event.time.timestamp())) in stream.known:
                 return
-            stream.events.append(event)
+            stream.known.append(mark)
+            stream.recent.append(event)
+            stream.timeline.append(json.dumps(_line(event)).encode())
             stream.event_count += 1
+            stream.proxies = event.after or stream.proxies
             stream.points.add(event, was_refused(event))
             # The clock of the worker may be ahead: its stream would seem to go on long after its last frame.
             stream.last = max(stream.last, min(event.time.timestamp(), time.time()))
@@ -127,18 +138,18 @@ class Fleet:
             stream = self._by_index.get(index)
             if stream is None:
                 return None
-            events = list(stream.events)
-            fresh = events[max(0, len(events) - (stream.event_count - event)) :] if event < stream.event_count else []
+            lines, wanted = list(stream.timeline), max(0, stream.event_count - event)
+            fresh = lines[max(0, len(lines) - wanted) :] if wanted else []
             return {
                 "index": index,
                 "clean": self.clean,
                 "points": stream.points.since(point),
                 "next_point": stream.points.count,
-                "events": [_line(e) for e in fresh],
+                "events": [json.loads(line) for line in fresh],
                 "next_event": stream.event_count,
                 "prediction": stream.prediction.model_dump(mode="json") if stream.prediction else None,
                 "compared": stream.compared.model_dump(mode="json") if stream.compared else None,
-                "proxies": _newest_proxies(events),
+                "proxies": stream.proxies.model_dump(mode="json") if stream.proxies else None,
             }
 
     def _stream(self, name: str) -> Stream:
@@ -169,20 +180,19 @@ class Fleet:
             stream.health = health
 
     def _judge(self, stream: Stream, now: float) -> Health:
-        prediction = stream.prediction
-        newest = _newest_proxies(list(stream.events)[-1:]) or {}
+        prediction, event = stream.prediction, stream.newest
         evidence = Evidence(
             accuracy=stream.steady_accuracy,
-            source=newest.get("source_accuracy"),
+            source=event.after.source_accuracy if event and event.after else None,
             clean=self.clean,
             parameters=prediction.parameters if prediction else None,
-            events=stream.events,
+            events=stream.recent,
             last=stream.last,
         )
         return judge(evidence, now, stream.health.level)
 
     def _tile(self, stream: Stream) -> dict[str, Any]:
-        prediction, event = stream.prediction, stream.events[-1] if stream.events else None
+        prediction, event = stream.prediction, stream.newest
         proxies = event.after if event and event.after else None
         return {
             "i": stream.index,
@@ -204,13 +214,6 @@ class Fleet:
 
 def _word(event: UpdateEvent) -> str:
     return "refused" if was_refused(event) else event.decision
-
-
-def _newest_proxies(events: list[UpdateEvent]) -> dict[str, Any] | None:
-    for event in reversed(events):
-        if event.after is not None:
-            return event.after.model_dump(mode="json")
-    return None
 
 
 def _line(event: UpdateEvent) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+import tracemalloc
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pytest
 
-from monitoring.console.fleet import Fleet
+from monitoring.console.fleet import EVENTS, Fleet
 from monitoring.console.health import REFUSED, SILENT_S, Evidence, judge
 from monitoring.console.series import CAPACITY, Series
 from tests.monitoring.console.records import event, prediction
@@ -40,7 +41,7 @@ def test_a_deleted_stream_is_shown_no_more() -> None:
     assert fleet.named("s") is None
     assert fleet.changes(1)["gone"] == [index]
     fleet.take_update(event("s", 3))
-    assert len(fleet.named("s").events) == 1
+    assert fleet.named("s").event_count == 1
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,23 @@ def test_detail_goes_on_where_the_page_is() -> None:
     points = fresh["points"]
     assert (points["accuracy"], points["source"], points["low"], points["high"]) == ([0.7], [0.6], [0.65], [0.75])
     assert points["cosine"] == [None]
+
+
+def test_a_stream_takes_what_the_documentation_says() -> None:
+    """Two tenths of a megabyte, however many events there have been: two thousand are a default."""
+    fleet = Fleet(10)
+    frames = [f"frames/0/{number}" for number in range(10_000, 10_016)]
+    layers = {f"block{number}.norm": 0.125 for number in range(8)}
+    tracemalloc.start()
+    for number in range(1, 2 * CAPACITY):
+        fleet.take_update(event("s", number, frames=frames.copy(), layers=layers.copy()))
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert size < 250_000
+    detail = fleet.detail(fleet.named("s").index, 0, 0)
+    assert [line["id"] for line in detail["events"]] == [
+        f"s@{number}" for number in range(2 * CAPACITY - EVENTS, 2 * CAPACITY)
+    ]
 
 
 def test_the_outcome_of_a_command_is_told_once() -> None:
