@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,13 @@ def write_lines(records: Iterable[Record], path: Path) -> int:
     return count
 
 
-def table(events: Sequence[UpdateEvent]) -> dict[str, list[Any]]:
-    """Column by column; the layers that events name have a column each."""
+def layers_of(histories: Iterable[Iterable[UpdateEvent]]) -> list[str]:
+    """All layers that events name, in the order in which they do."""
+    return list(dict.fromkeys(layer for events in histories for event in events for layer in event.layers))
+
+
+def table(events: Sequence[UpdateEvent], layers: Sequence[str]) -> dict[str, list[Any]]:
+    """Column by column; each of the layers has one."""
     columns: dict[str, list[Any]] = {"number": [event.number for event in events]}
     columns |= {name: [getattr(event, name) for event in events] for name in PLAIN}
     columns["frames"] = [len(event.frames) for event in events]
@@ -42,29 +47,34 @@ def table(events: Sequence[UpdateEvent]) -> dict[str, list[Any]]:
     for moment in ("before", "after"):
         for name in PROXIES:
             columns[f"{moment}_{name}"] = [getattr(getattr(event, moment), name, None) for event in events]
-    for layer in dict.fromkeys(layer for event in events for layer in event.layers):
+    for layer in layers:
         columns[f"layer_{layer}"] = [event.layers.get(layer) for event in events]
     return columns
 
 
-def write_csv(columns: dict[str, list[Any]], path: Path) -> None:
-    """With a header line; times in ISO 8601, what is not known left empty."""
+def write_csv(histories: Collection[Iterable[UpdateEvent]], path: Path) -> int:
+    """Stream by stream, with a header line; times in ISO 8601, what is not known left empty. Returns the columns."""
+    layers = layers_of(histories)
     with _open(path, "w") as file:
         writer = csv.writer(file)
-        writer.writerow(columns)
-        for row in zip(*columns.values(), strict=True):
-            writer.writerow([_cell(value) for value in row])
+        writer.writerow(header := list(table([], layers)))
+        for events in histories:
+            for row in zip(*table(list(events), layers).values(), strict=True):
+                writer.writerow([_cell(value) for value in row])
+    return len(header)
 
 
-def write_parquet(columns: dict[str, list[Any]], path: Path) -> None:
-    """Raises ConfigError where pyarrow is not installed."""
+def write_parquet(histories: Collection[Iterable[UpdateEvent]], path: Path) -> int:
+    """All in memory at a time. Returns the columns. Raises ConfigError where pyarrow is not installed."""
     try:
         import pyarrow as arrow
         from pyarrow import parquet
     except ImportError as error:
         raise ConfigError("Parquet needs the package pyarrow: pip install 'driftkeel[parquet]'") from error
+    columns = table([event for events in histories for event in events], layers_of(histories))
     with _open(path, "wb") as file:
         parquet.write_table(arrow.table(columns), file)
+    return len(columns)
 
 
 def write_heads(heads: dict[str, Head], path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -48,6 +48,69 @@ class Span:
         return [(layer, moved) for layer, moved in self.layers.most_common(count) if moved > 0]
 
 
+class Numbers:
+    """Which numbers there were, in little memory where nearly all follow each other."""
+
+    def __init__(self) -> None:
+        self._first = self._last = 0  # all from the first to the last were there
+        self._others: set[int] = set()
+
+    def add(self, number: int) -> bool:
+        """Whether it was not there before."""
+        if self._first <= number <= self._last or number in self._others:
+            return False
+        if not self._first:
+            self._first = self._last = number
+            return True
+        self._others.add(number)
+        while self._last + 1 in self._others:
+            self._others.remove(self._last + 1)
+            self._last += 1
+        while self._first - 1 in self._others:
+            self._others.remove(self._first - 1)
+            self._first -= 1
+        return True
+
+
+@dataclass
+class Summary:
+    """A stream's events in short, in whatever order they come, each counted once."""
+
+    decisions: Counter[Decision] = field(default_factory=Counter)
+    commands: int = 0
+    begun: UpdateEvent | None = None  # the first that has estimates of before
+    last: UpdateEvent | None = None
+    judged: UpdateEvent | None = None  # the last that has estimates of after
+    measured: UpdateEvent | None = None  # the last that has a distance
+    numbers: Numbers = field(default_factory=Numbers)
+
+    def add(self, event: UpdateEvent) -> None:
+        """One more; nothing where it came before."""
+        if not self.numbers.add(event.number):
+            return
+        self.decisions[event.decision] += 1
+        self.commands += event.command is not None
+        self.last = _later(self.last, event)
+        if event.before is not None and (self.begun is None or event.number < self.begun.number):
+            self.begun = event
+        if event.after is not None:
+            self.judged = _later(self.judged, event)
+        if event.source_distance is not None:
+            self.measured = _later(self.measured, event)
+
+
+def _later(known: UpdateEvent | None, event: UpdateEvent) -> UpdateEvent:
+    return event if known is None or event.number > known.number else known
+
+
+def summaries(events: Iterable[UpdateEvent]) -> dict[str, Summary]:
+    """Of every stream, by name."""
+    found: dict[str, Summary] = {}
+    for event in events:
+        found.setdefault(event.stream, Summary()).add(event)
+    return dict(sorted(found.items()))
+
+
 def spans(events: Iterable[UpdateEvent]) -> list[Span]:
     """A stream's events in order, those of one kind together; what people and the guard undid stands alone."""
     found: list[Span] = []
@@ -70,15 +133,3 @@ def spans(events: Iterable[UpdateEvent]) -> list[Span]:
 def kind(reason: str) -> str:
     """A reason without its numbers."""
     return "".join(letter for letter in reason if not letter.isdigit() and letter not in ".,%-+e")
-
-
-def within(
-    histories: dict[str, list[UpdateEvent]], streams: Sequence[str], since: datetime | None, until: datetime | None
-) -> dict[str, list[UpdateEvent]]:
-    """Only these streams (all where none is named), and only this time."""
-    chosen = {stream: events for stream, events in histories.items() if not streams or stream in streams}
-    return {
-        stream: kept
-        for stream, events in chosen.items()
-        if (kept := [e for e in events if (not since or e.time >= since) and (not until or e.time < until)])
-    }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from pydantic import ValidationError
 
@@ -16,6 +18,7 @@ from worker.kafka.batches import Unreadable
 from worker.kafka.topic import records_now
 
 MAX_LINE_BYTES = 4 << 20
+SENT_EARLIER = timedelta(hours=1)  # than it says: clocks are set, and an event may be sent again by another worker
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,14 @@ class Record:
             return None
 
 
-def read_topic(settings: Kafka) -> Iterator[Record]:
-    """All records that are in the updates topic now, each partition in its order; also what cannot be read of it.
+def read_topic(settings: Kafka, since: datetime | None = None) -> Iterator[Record]:
+    """All records that are in the updates topic now, each partition in its order; also what cannot be read of it. With
+    `since`, events of that time and later are among them, and not all of the earlier ones.
 
     Raises ConfigError where there is no such topic, UnreachableError where the broker is away.
     """
-    yield from map(_found, records_now(settings, settings.topics.updates))
+    sent = None if since is None else since - SENT_EARLIER
+    yield from map(_found, records_now(settings, settings.topics.updates, sent))
 
 
 def _found(record: Any) -> Record:
@@ -69,16 +74,91 @@ def read_file(path: Path) -> Iterator[Record]:
         raise StateError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def histories(records: Iterable[Record], strays: list[str] | None = None) -> dict[str, list[UpdateEvent]]:
-    """The events of every stream, in order, each once; what is no event is left out, and its place added to `strays`.
+@dataclass(frozen=True)
+class Wanted:
+    """Which events are asked for; all where nothing is said."""
+
+    streams: Set[str] = frozenset()
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def takes(self, event: UpdateEvent) -> bool:
+        """Whether this is one of them."""
+        return (
+            (not self.streams or event.stream in self.streams)
+            and (self.since is None or event.time >= self.since)
+            and (self.until is None or event.time < self.until)
+        )
+
+    def may_take(self, content: bytes) -> bool:
+        """Whether these can be the bytes of one of them: cheaper than to read them, of one camera among many."""
+        return not self._needles or any(needle in content for needle in self._needles)
+
+    @cached_property
+    def _needles(self) -> tuple[bytes, ...]:
+        """What an event of the streams has in it; nothing where JSON may write a name in another way."""
+        plain = all(name.isascii() and name.isprintable() and not {'"', "\\"} & set(name) for name in self.streams)
+        return tuple(name.encode() for name in self.streams) if plain else ()
+
+
+EVERYTHING = Wanted()
+
+
+@dataclass
+class Met:
+    """What a reading has met that is not among its results."""
+
+    events: int = 0
+    strays: int = 0  # records that are no events
+    first_stray: str = ""  # where it was
+
+
+class History(Sequence[UpdateEvent]):
+    """A stream's events in order, each once. They are kept as bytes, and read anew whenever they are looked at: the
+    objects take six times as much."""
+
+    def __init__(self, contents: Mapping[int, bytes]) -> None:
+        self._contents = [contents[number] for number in sorted(contents)]
+
+    def __len__(self) -> int:
+        return len(self._contents)
+
+    def __iter__(self) -> Iterator[UpdateEvent]:
+        return map(UpdateEvent.model_validate_json, self._contents)
+
+    @overload
+    def __getitem__(self, place: int) -> UpdateEvent: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[UpdateEvent]: ...
+    def __getitem__(self, place: int | slice) -> UpdateEvent | list[UpdateEvent]:
+        found = self._contents[place]
+        if isinstance(found, bytes):
+            return UpdateEvent.model_validate_json(found)
+        return [UpdateEvent.model_validate_json(content) for content in found]
+
+
+def histories(records: Iterable[Record], wanted: Wanted = EVERYTHING, met: Met | None = None) -> dict[str, History]:
+    """The events that are wanted of every stream; what is no event is left out.
 
     Where a number has several contents, because the store had fallen behind, the last one counts.
     """
-    found: dict[str, dict[int, UpdateEvent]] = {}
+    found: dict[str, dict[int, bytes]] = {}
+    for event, content in events_of(records, wanted, met):
+        found.setdefault(event.stream, {})[event.number] = content
+    return {stream: History(contents) for stream, contents in sorted(found.items())}
+
+
+def events_of(records: Iterable[Record], wanted: Wanted, met: Met | None = None) -> Iterator[tuple[UpdateEvent, bytes]]:
+    """The events that are wanted, as they come, with their bytes."""
+    met = met or Met()
     for record in records:
+        if not wanted.may_take(record.content):
+            continue
         event = record.event
-        if event is not None:
-            found.setdefault(event.stream, {})[event.number] = event
-        elif strays is not None:
-            strays.append(record.where)
-    return {stream: [events[n] for n in sorted(events)] for stream, events in sorted(found.items())}
+        if event is None:
+            met.strays += 1
+            met.first_stray = met.first_stray or record.where
+        elif wanted.takes(event):
+            yield event, record.content
+        else:
+            met.events += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import io
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ lines: undone by the guard or a person. Violet lines: other commands. All times 
 """
 
 
-def write_report(path: Path, histories: dict[str, list[UpdateEvent]], chain: str) -> None:
+def write_report(path: Path, histories: Mapping[str, Sequence[UpdateEvent]], chain: str) -> None:
     """Write the page; `chain` is what verification found, in words. Raises StateError where it cannot be written."""
     order = sorted(histories, key=lambda stream: (-_trouble(histories[stream]), stream))
     shown, left_out = order[:MAX_STREAMS], len(order) - MAX_STREAMS
@@ -62,7 +62,7 @@ def write_report(path: Path, histories: dict[str, list[UpdateEvent]], chain: str
     page = _PAGE.format(
         headline=html.escape(f"{len(histories)} streams, {sum(decisions.values()):,} update events: {said or 'none'}."),
         chain=f"<p>{html.escape(chain)}</p>" if chain else "",
-        sections="\n".join(_section(stream, histories[stream]) for stream in shown),
+        sections="\n".join(_section(stream, list(histories[stream])) for stream in shown),
         footer=html.escape(footer),
     )
     try:

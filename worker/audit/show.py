@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from schemas.update import Proxies, UpdateEvent
-from worker.audit.history import Span, spans
+from schemas.update import Decision, Proxies, UpdateEvent
+from worker.audit.history import Span, Summary, spans
 from worker.terminal import printable
 
 STREAMS_FIT, SPANS_FIT = 120, 150  # columns below which a table's words would break
 COUNTS = ("events", "applied", "partial", "skipped", "undone", "commands")
 COLUMNS = (*COUNTS, "step", "distance", "estimated accuracy", "answers")
-BACK = ("rolled_back", "reset")
+BACK: tuple[Decision, ...] = ("rolled_back", "reset")
 COLOURS = {
     **{"applied": "green", "partial": "yellow", "skipped": "dim"},
     **{"rolled_back": "red", "reset": "red", "deleted": "red"},
 }
 
 
-def show_streams(console: Console, histories: dict[str, list[UpdateEvent]]) -> None:
+def show_streams(console: Console, found: Mapping[str, Summary]) -> None:
     """One line per stream; on a narrow terminal three."""
-    rows = [_summary(stream, events) for stream, events in histories.items()]
+    rows = [_cells_of(stream, summary) for stream, summary in found.items()]
     if console.width < STREAMS_FIT:
         for stream, *cells in rows:
             console.print(Text(printable(stream), style="bold"))
@@ -49,22 +48,18 @@ def _indented(console: Console, named: Iterable[tuple[str, str]]) -> None:
         console.print(Padding(Text(printable(text)), (0, 0, 0, 2)))
 
 
-def _summary(stream: str, events: Sequence[UpdateEvent]) -> list[str]:
-    decisions = Counter[str](event.decision for event in events)
-    last = events[-1]
-    distance = next((e.source_distance for e in reversed(events) if e.source_distance is not None), None)
-    first = next((e.before for e in events if e.before is not None), None)
-    newest = next((e.after for e in reversed(events) if e.after is not None), None)
+def _cells_of(stream: str, summary: Summary) -> list[str]:
+    decisions, last, measured = summary.decisions, summary.last, summary.measured
     return [
         stream,
-        str(len(events)),
+        str(decisions.total()),
         *(str(decisions[name]) for name in ("applied", "partial", "skipped")),
         str(sum(decisions[name] for name in BACK)),
-        str(sum(event.command is not None for event in events)),
-        str(last.step),
-        number(distance),
-        change(first, newest),
-        last.parameters,
+        str(summary.commands),
+        str(last.step) if last else "-",
+        number(measured.source_distance if measured else None),
+        change(summary.begun.before if summary.begun else None, summary.judged.after if summary.judged else None),
+        last.parameters if last else "-",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import pairwise
 from typing import Literal
 
@@ -12,6 +13,7 @@ from schemas.state import StreamHeader
 from schemas.update import UpdateEvent, digest
 from worker.audit.read import Record
 
+HASH_BYTES = 32  # SHA-256
 Kind = Literal["unreadable", "altered", "missing", "forked", "reordered", "beginning", "waiting", "unstored"]
 
 
@@ -48,8 +50,32 @@ class Verdict:
 
 @dataclass
 class _Stream:
-    contents: dict[int, list[tuple[bytes, UpdateEvent, str]]] = field(default_factory=dict)
-    order: list[int] = field(default_factory=list)
+    """What is kept of a stream's events: hashes, as a trail may have millions of them."""
+
+    hashes: dict[int, bytes] = field(
+        default_factory=dict
+    )  # by number; several in a row where there are several contents
+    unlinked: dict[int, list[bytes]] = field(
+        default_factory=dict
+    )  # what events carry whose previous one lacks that hash
+    newest: UpdateEvent | None = None
+    misplaced: list[Finding] = field(default_factory=list)
+    last: int = 0  # the highest number so far
+
+    def knows(self, number: int, hash: bytes) -> bool:
+        """Whether the event has a content with this hash."""
+        found = self.hashes.get(number, b"")
+        return any(found[i : i + HASH_BYTES] == hash for i in range(0, len(found), HASH_BYTES))
+
+    def add(self, event: UpdateEvent, hash: bytes) -> None:
+        """A content that the event did not have so far."""
+        number, previous = event.number, _raw(event.previous)
+        self.hashes[number] = self.hashes.get(number, b"") + hash
+        # The previous event, or the content of it that is meant, may still come.
+        if not self.knows(number - 1, previous):
+            self.unlinked.setdefault(number, []).append(previous)
+        if self.newest is None or number >= self.newest.number:
+            self.newest = event
 
 
 def verify(
@@ -68,23 +94,27 @@ def verify(
     with at some time before, kept where nobody could change it.
     """
     verdict, streams = Verdict(), dict[str, _Stream]()
+    oldest: datetime | None = None
     for record in records:
         if (event := _event(record, verdict)) is not None:
             _collect(streams.setdefault(event.stream, _Stream()), event, record, verdict)
+            oldest = event.time if oldest is None else min(oldest, event.time)
     for record in beside:
         if (event := _event(record, verdict)) is not None:
             _add_waiting(streams.setdefault(event.stream, _Stream()), event, record, verdict)
     verdict.streams = len(streams)
     for name, stream in sorted(streams.items()):
         verdict.findings += _links(name, stream)
-        verdict.findings += _order(name, stream.order)
-        verdict.heads[name] = _head(stream)
+        verdict.findings += stream.misplaced
+        if stream.newest is not None:
+            hash = stream.hashes[stream.newest.number][-HASH_BYTES:].hex()
+            verdict.heads[name] = Head(event=stream.newest.number, time=stream.newest.time, hash=hash)
     for name, header in sorted((stored or {}).items()):
         if header.events:
             stream, what = streams.get(name, _Stream()), "the newest in the store"
             verdict.findings += _end(name, stream, header.events, header.last_event, what)
     for name, head in sorted((heads or {}).items()):
-        verdict.findings += _since(name, streams, head)
+        verdict.findings += _since(name, streams.get(name, _Stream()), head, oldest)
     if stored is not None:
         newest = stored if now is None else now()
         for name, stream in sorted(streams.items()):
@@ -103,93 +133,79 @@ def _event(record: Record, verdict: Verdict) -> UpdateEvent | None:
 
 
 def _add_waiting(stream: _Stream, event: UpdateEvent, record: Record, verdict: Verdict) -> None:
-    if event.number not in stream.contents:
+    if event.number not in stream.hashes:
         text = f"is {record.where}; the stream's next worker publishes it"
         verdict.findings.append(Finding("waiting", event.id, text))
-        stream.contents[event.number] = [(record.content, event, record.where)]
+        stream.add(event, _raw(digest(record.content)))
 
 
 def _collect(stream: _Stream, event: UpdateEvent, record: Record, verdict: Verdict) -> None:
-    versions = stream.contents.setdefault(event.number, [])
-    if any(content == record.content for content, _, _ in versions):
+    number, hash = event.number, _raw(digest(record.content))
+    if stream.knows(number, hash):
         verdict.copies += 1  # Published again after a crash.
         return
-    if not versions:
-        verdict.events += 1
-        stream.order.append(event.number)
+    if number in stream.hashes:
+        verdict.findings.append(Finding("forked", event.id, f"has another content at {record.where} than before"))
     else:
-        places = ", ".join(where for _, _, where in versions)
-        text = f"another content at {record.where} than at {places}"
-        verdict.findings.append(Finding("forked", event.id, text))
-    versions.append((record.content, event, record.where))
+        verdict.events += 1
+        if number < stream.last:
+            text = f"comes after {event.stream}@{stream.last}"
+            stream.misplaced.append(Finding("reordered", event.id, text))
+        stream.last = max(stream.last, number)
+    stream.add(event, hash)
+
+
+def _raw(hash: str) -> bytes:
+    """Half as long as it is written; what is no hash is like none."""
+    try:
+        return bytes.fromhex(hash)
+    except ValueError:
+        return b"no hash"
 
 
 def _links(name: str, stream: _Stream) -> list[Finding]:
     """Gaps in the numbers, and events that do not carry the hash of the one before them."""
     findings = []
-    numbers = sorted(stream.contents)
+    numbers = sorted(stream.hashes)
     if numbers[0] > 1:
         text = f"is the oldest here; {numbers[0] - 1} before it are not"
         findings.append(Finding("beginning", f"{name}@{numbers[0]}", text))
-    elif any(event.previous for _, event, _ in stream.contents[1]):
+    elif any(stream.unlinked.get(1, ())):
         findings.append(Finding("altered", f"{name}@1", "is the first, and names a previous one"))
     for before, after in pairwise(numbers):
         if after > before + 1:
             last = f" to {name}@{after - 1}" if after > before + 2 else ""
             findings.append(Finding("missing", f"{name}@{before + 1}{last}", f"between {name}@{before} and @{after}"))
-            continue
-        known = {digest(content) for content, _, _ in stream.contents[before]}
-        if any(event.previous not in known for _, event, _ in stream.contents[after]):
+        elif any(not stream.knows(before, previous) for previous in stream.unlinked.get(after, ())):
             text = f"does not have the hash that {name}@{after} carries: one of the two was altered"
             findings.append(Finding("altered", f"{name}@{before}", text))
     return findings
 
 
-def _order(name: str, order: list[int]) -> list[Finding]:
-    findings, newest = [], 0
-    for number in order:
-        if number < newest:
-            findings.append(Finding("reordered", f"{name}@{number}", f"comes after {name}@{newest}"))
-        newest = max(newest, number)
-    return findings
-
-
-def _head(stream: _Stream) -> Head:
-    content, event, _ = stream.contents[max(stream.contents)][-1]
-    return Head(event=event.number, time=event.time, hash=digest(content))
-
-
 def _end(name: str, stream: _Stream, number: int, expected: str, what: str) -> list[Finding]:
     """Compare with what somebody else says was the last event."""
     last = f"{name}@{number}"
-    if number not in stream.contents:
+    if number not in stream.hashes:
         return [Finding("missing", last, f"is {what}")]
-    if expected not in {digest(content) for content, _, _ in stream.contents[number]}:
+    if not stream.knows(number, _raw(expected)):
         return [Finding("altered", last, f"does not have the hash of {what}")]
     return []
 
 
-def _since(name: str, streams: Mapping[str, _Stream], head: Head) -> list[Finding]:
+def _since(name: str, stream: _Stream, head: Head, oldest: datetime | None) -> list[Finding]:
     """Compare with what was the last event once. Where that is older than what the topic keeps, nothing follows from
     it."""
-    stream = streams.get(name, _Stream())
-    if _older(head, stream, streams.values()):
+    older = head.event < min(stream.hashes) if stream.hashes else oldest is not None and head.time < oldest
+    if older:
         return [
             Finding("beginning", f"{name}@{head.event}", f"is the stream's head of {head.time}, older than all here")
         ]
     return _end(name, stream, head.event, head.hash, "the stream's head")
 
 
-def _older(head: Head, stream: _Stream, streams: Iterable[_Stream]) -> bool:
-    if stream.contents:
-        return head.event < min(stream.contents)
-    kept = (event.time for other in streams for versions in other.contents.values() for _, event, _ in versions)
-    return head.time < min(kept, default=head.time)
-
-
 def _beyond(name: str, stream: _Stream, newest: int) -> list[Finding]:
     """Events that come after the newest in the store, where each is before it is published."""
-    found = sorted(number for number in stream.contents if number > newest)
+    found = sorted(number for number in stream.hashes if number > newest)
     if not found:
         return []
     last = f" to {name}@{found[-1]}" if len(found) > 1 else ""

@@ -16,8 +16,7 @@ from worker.cli.options import ConfigOption, as_utc
 
 if TYPE_CHECKING:
     from schemas.state import StreamHeader
-    from schemas.update import UpdateEvent
-    from worker.audit.read import Record
+    from worker.audit.read import History, Met, Record, Wanted
 
 audit_app = typer.Typer(help="What changed, when, by how much and why; from the topic or a file.", no_args_is_help=True)
 
@@ -39,14 +38,19 @@ def show(
     last: Annotated[int, typer.Option(min=1, help="Newest spans to show of each stream.")] = 50,
 ) -> None:
     """A line per stream; with --stream what happened to it over time."""
+    from worker.audit.history import summaries
+    from worker.audit.read import Met, events_of
     from worker.audit.show import show_stream, show_streams
     from worker.terminal import terminal
 
-    console = terminal()
-    found = _histories(config, file, stream, since, until)
+    console, wanted = terminal(), _wanted(stream, since, until)
     if not stream:
+        met = Met()
+        found = summaries(event for event, _ in events_of(_readable(_records(config, file, wanted.since)), wanted, met))
+        _explain(met, set(found), wanted)
         show_streams(console, found)
-    for name, events in found.items() if stream else ():
+        return
+    for name, events in _histories(config, file, wanted).items():
         show_stream(console, name, events, last)
 
 
@@ -70,7 +74,7 @@ def report(
     chain = "The record is whole: every event has the hash that the next one carries."
     if not verdict.sound:
         chain = f"The record is not whole: {len(verdict.findings)} findings; 'driftkeel audit verify' names them."
-    found = _histories(config, file, stream, since, until)
+    found = _histories(config, file, _wanted(stream, since, until))
     write_report(output, found, chain)
     print(f"{output}: {len(found)} streams, {sum(map(len, found.values()))} events")
 
@@ -88,7 +92,7 @@ def export(
     until: UntilOption = None,
 ) -> None:
     """The events as a file: as published, or as a table."""
-    from worker.audit.export import table, write_csv, write_lines, write_parquet
+    from worker.audit.export import write_csv, write_lines, write_parquet
 
     if format == "jsonl":
         if stream or since or until:
@@ -97,10 +101,9 @@ def export(
             )
         print(f"{output}: {write_lines(_readable(_records(config, file)), output)} records")
         return
-    found = _histories(config, file, stream, since, until)
-    columns = table([event for events in found.values() for event in events])
-    (write_csv if format == "csv" else write_parquet)(columns, output)
-    print(f"{output}: {len(columns['id'])} events, {len(columns)} columns")
+    found = _histories(config, file, _wanted(stream, since, until))
+    columns = (write_csv if format == "csv" else write_parquet)(found.values(), output)
+    print(f"{output}: {sum(map(len, found.values()))} events, {columns} columns")
 
 
 @audit_app.command()
@@ -150,10 +153,10 @@ def heads(
     print(f"{output}: {len(verdict.heads)} streams, SHA-256 {write_heads(verdict.heads, output)}")
 
 
-def _records(config: Path | None, file: Path | None) -> Iterator[Record]:
+def _records(config: Path | None, file: Path | None, since: datetime | None = None) -> Iterator[Record]:
     from worker.audit.read import read_file, read_topic
 
-    return read_file(file) if file is not None else read_topic(load_config(config).kafka)
+    return read_file(file) if file is not None else read_topic(load_config(config).kafka, since)
 
 
 def _readable(records: Iterable[Record]) -> Iterator[Record]:
@@ -171,27 +174,35 @@ def _readable(records: Iterable[Record]) -> Iterator[Record]:
         print(f"driftkeel: {missing} left out; {damaged[0].damage}", file=sys.stderr)
 
 
-def _histories(
-    config: Path | None,
-    file: Path | None,
-    streams: list[str] | None,
-    since: datetime | None,
-    until: datetime | None,
-) -> dict[str, list[UpdateEvent]]:
-    from worker.audit.history import within
-    from worker.audit.read import histories
+def _wanted(streams: list[str] | None, since: datetime | None, until: datetime | None) -> Wanted:
+    from worker.audit.read import Wanted
+
+    return Wanted(frozenset(streams or ()), as_utc(since), as_utc(until))
+
+
+def _histories(config: Path | None, file: Path | None, wanted: Wanted) -> dict[str, History]:
+    from worker.audit.read import Met, histories
+
+    met = Met()
+    found = histories(_readable(_records(config, file, wanted.since)), wanted, met)
+    _explain(met, set(found), wanted)
+    return found
+
+
+def _explain(met: Met, found: set[str], wanted: Wanted) -> None:
+    """What else was there than was wanted. Raises StateError where that is all, or a stream is missing."""
     from worker.kafka.batches import counted
 
-    strays: list[str] = []
-    events = histories(_readable(_records(config, file)), strays)
-    if strays and not events:
-        raise StateError(f"{strays[0]} is no update event, nor is anything else there; --file wants an export as jsonl")
-    if strays:
-        print(f"driftkeel: {counted(len(strays))} left out, as no update events; first {strays[0]}", file=sys.stderr)
-    found = within(events, streams or [], as_utc(since), as_utc(until))
-    if missing := [stream for stream in streams or [] if stream not in found]:
+    if met.strays and not (met.events or found):
+        raise StateError(
+            f"{met.first_stray} is no update event, nor is anything else there; --file wants an export as jsonl"
+        )
+    if met.strays:
+        print(
+            f"driftkeel: {counted(met.strays)} left out, as no update events; first {met.first_stray}", file=sys.stderr
+        )
+    if missing := sorted(wanted.streams - found):
         raise StateError(f"no events of stream {missing[0]!r} there; without --stream all are shown")
-    return found
 
 
 def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
@@ -15,8 +16,9 @@ from worker.kafka.client import connection, open_client, require_topics
 PATIENCE_MS = 10_000  # for a broker that has records and does not send them
 
 
-def records_now(settings: Kafka, topic: str) -> Iterator[Any]:
-    """All records of the topic, each partition in its order. What cannot be read has an `Unreadable` value.
+def records_now(settings: Kafka, topic: str, since: datetime | None = None) -> Iterator[Any]:
+    """All records of the topic, each partition in its order; with `since`, from the first on that was sent then or
+    later. What cannot be read has an `Unreadable` value.
 
     Raises ConfigError where there is no such topic, UnreachableError where the broker is away.
     """
@@ -27,17 +29,21 @@ def records_now(settings: Kafka, topic: str) -> Iterator[Any]:
         )
         try:
             for number in sorted(consumer.partitions_for_topic(topic) or ()):
-                yield from _partition(consumer, TopicPartition(topic, number))
+                yield from _partition(consumer, TopicPartition(topic, number), since)
         finally:
             consumer.close(autocommit=False)
     except KafkaError as error:
         raise UnreachableError(f"the broker at {settings.bootstrap} does not send {topic}: {error}") from error
 
 
-def _partition(consumer: KafkaConsumer, partition: TopicPartition) -> Iterator[Any]:
+def _partition(consumer: KafkaConsumer, partition: TopicPartition, since: datetime | None) -> Iterator[Any]:
     consumer.assign([partition])
     end = consumer.end_offsets([partition])[partition]
-    consumer.seek_to_beginning(partition)
+    if since is None:
+        consumer.seek_to_beginning(partition)
+    else:
+        first = consumer.offsets_for_times({partition: max(0, int(1000 * since.timestamp()))})[partition]
+        consumer.seek(partition, end if first is None else first.offset)
     while consumer.position(partition) < end:
         records = consumer.poll(timeout_ms=PATIENCE_MS).get(partition)
         if not records:

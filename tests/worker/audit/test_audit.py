@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tracemalloc
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from schemas.errors import StateError
 from schemas.state import StreamHeader, encode_header
 from schemas.update import Proxies, SealedEvent, UpdateEvent, seal
 from tests.outline import rebuilt
-from worker.audit.export import table, write_csv, write_lines
-from worker.audit.history import spans, within
-from worker.audit.read import Record, histories, read_file
+from worker.audit.export import write_csv, write_lines
+from worker.audit.history import Numbers, spans, summaries
+from worker.audit.read import Met, Record, Wanted, events_of, histories, read_file
 from worker.audit.show import show_stream, show_streams
 from worker.audit.verify import verify
 from worker.cli.audit import _ends
@@ -256,8 +257,56 @@ def test_events_of_one_kind_make_a_span() -> None:
     ]
     assert found[0].most_moved(1) == [("norm2", 1.5)]
     assert (found[0].flipped, found[0].frames, found[0].distance, found[0].step) == (6, 24, 0.3, 3)
-    only = within({"cam": events, "x": events}, ["cam"], BEGIN + timedelta(seconds=4), BEGIN + timedelta(seconds=6))
+    wanted = Wanted(frozenset(["cam"]), BEGIN + timedelta(seconds=4), BEGIN + timedelta(seconds=6))
+    only = histories(records(chain("cam", 9), chain("x", 9)), wanted)
     assert {s: [e.number for e in es] for s, es in only.items()} == {"cam": [4, 5]}
+
+
+@given(numbers=st.lists(st.integers(1, 12), max_size=40))
+def test_numbers_are_new_once(numbers: list[int]) -> None:
+    known, plain = Numbers(), set[int]()
+    for number in numbers:
+        assert known.add(number) == (number not in plain)
+        plain.add(number)
+
+
+@given(order=st.permutations(range(9)), copies=st.lists(st.integers(0, 8), max_size=5))
+def test_a_summary_does_not_depend_on_the_order_nor_on_copies(order: list[int], copies: list[int]) -> None:
+    events = [sealed.event for sealed in chain("cam", 9)]
+    events[1] = events[1].model_copy(update={"command": "c", "decision": "reset", "before": None})
+    found = summaries(events[i] for i in [*order, *copies])["cam"]
+    assert dict(found.decisions) == {"applied": 6, "skipped": 2, "reset": 1}
+    assert (found.commands, found.begun, found.last) == (1, events[0], events[8])
+    assert found.judged is found.measured is found.last
+
+
+@given(name=st.text(min_size=1, max_size=12), other=st.sampled_from(["cam", "x"]))
+def test_no_event_of_a_named_stream_is_passed_over_by_its_bytes(name: str, other: str) -> None:
+    """Whatever JSON makes of the name."""
+    try:
+        sealed = chain(name, 2)
+    except ValidationError:
+        return
+    met = Met()
+    found = list(events_of(records(sealed, chain(other, 3)), Wanted(frozenset([name])), met))
+    assert len(found) == (5 if name == other else 2)
+
+
+def test_a_history_reads_as_a_list_does() -> None:
+    history = histories(records(chain("cam", 5)))["cam"]
+    assert (len(history), history[0].number, history[-1].number) == (5, 1, 5)
+    assert [event.number for event in history[1:3]] == [2, 3]
+    assert [event.number for event in reversed(history)] == [5, 4, 3, 2, 1]
+
+
+def test_a_long_trail_takes_little_memory() -> None:
+    """Of each event a hash is kept: a site of hundreds of cameras has millions in a day."""
+    sealed = chain("cam", 5_000)
+    tracemalloc.start()
+    assert verify(Record(one.content, "here") for one in sealed).sound
+    kept = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert kept < 5_000 * 500
 
 
 def test_files_keep_the_bytes(tmp_path: Path) -> None:
@@ -273,9 +322,12 @@ def test_files_keep_the_bytes(tmp_path: Path) -> None:
 
 
 def test_tables_have_a_column_a_layer_and_no_formulas(tmp_path: Path) -> None:
-    events = [sealed.event for sealed in chain("=cmd()", 4, reason="+1")]
-    write_csv(table(events), tmp_path / "t.csv")
-    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+    events, path = [sealed.event for sealed in chain("=cmd()", 4, reason="+1")], tmp_path / "t.csv"
+    assert write_csv([events, [event.model_copy(update={"layers": {"last": 1}}) for event in events]], path) == 41
+    with path.open(newline="", encoding="utf-8") as file:
+        assert [row["layer_last"] for row in csv.DictReader(file)] == [""] * 4 + ["1"] * 4
+    write_csv([events], path)
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["layer_norm1"] for row in rows] == ["0.01", "0.02", "0.03", ""]
     assert {row["stream"] for row in rows} == {"'=cmd()"}
@@ -289,7 +341,7 @@ def test_parquet_has_the_same_table(tmp_path: Path) -> None:
     from worker.audit.export import write_parquet
 
     events = [sealed.event for sealed in chain("cam", 4)]
-    write_parquet(table(events), tmp_path / "t.parquet")
+    write_parquet([events], tmp_path / "t.parquet")
     read = parquet.read_table(tmp_path / "t.parquet").to_pydict()
     assert read["id"] == [e.id for e in events]
     assert read["layer_norm1"] == [0.01, 0.02, 0.03, None]
@@ -344,7 +396,7 @@ def test_names_do_not_steer_the_terminal() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=200)
     name = "\x1b[2Jcam\u202e"
     events = [sealed.event for sealed in chain(name, 3, reason="\x1b]0;x\x07")]
-    show_streams(console, {name: events})
+    show_streams(console, summaries(events))
     show_stream(console, name, events, 10)
     shown = console.file.getvalue()
     assert "cam" in shown
@@ -357,7 +409,7 @@ def test_no_word_breaks_at_the_width_of_the_terminal(width: int) -> None:
     events = [sealed.event for sealed in chain("line-3/camera", 9, layers={"layer1.0.norm": 0.5, "stem.1": 0.25})]
     undone = events[-1].model_copy(update={"id": "line-3/camera@1234", "decision": "rolled_back", "reason": "collapse"})
     events.append(undone.model_copy(update={"step": 12_345, "source_distance": 1234.0}))
-    show_streams(console, {"line-3/camera": events})
+    show_streams(console, summaries(events))
     show_stream(console, "line-3/camera", events, 10)
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= width

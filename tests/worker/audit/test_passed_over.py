@@ -75,7 +75,7 @@ def test_the_console_goes_on(kafka_settings: Kafka, pack: Pack, caplog: pytest.L
 
 def _shown(fleet: Fleet) -> bool:
     stream: Any = fleet.named("cam")
-    return stream is not None and stream.prediction is not None and len(stream.events) == 2
+    return stream is not None and stream.prediction is not None and stream.event_count == 2
 
 
 def test_the_audit_names_what_it_cannot_read(kafka_settings: Kafka, pack: Pack, tmp_path: Path) -> None:
