@@ -59,6 +59,9 @@ class Kafka(Section):
     heartbeat_interval_ms: int = Field(1_000, ge=100)
     fetch_max_wait_ms: int = Field(50, ge=1, description="how long the broker may hold a fetch that has no data")
     max_poll_records: int = Field(500, ge=1, description="frames taken over from the client at a time")
+    compression: Literal["none", "lz4", "zstd", "gzip", "snappy"] = Field(
+        "none", description="of what the worker sends; all who read its topics must know it"
+    )
     assignment: Literal["range", "cooperative-sticky"] = Field(
         "range", description="cooperative-sticky moves only the partitions that must move, once all workers have it"
     )

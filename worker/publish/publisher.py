@@ -91,6 +91,7 @@ class Publisher:
             acks="all",
             enable_idempotence=True,
             linger_ms=2,
+            compression_type=None if self._settings.compression == "none" else self._settings.compression,
             batch_size=64 << 10,
             max_request_size=MAX_REQUEST_BYTES,
             delivery_timeout_ms=int(ACKNOWLEDGE_TIMEOUT_S * 1000),

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from schemas.config import Kafka
 from schemas.errors import FrameError, UnreachableError
 from schemas.prediction import PREDICTION_TYPE
 from schemas.update import UpdateEvent, seal
+from tests.broker.process import start_own_broker
 from tests.chaos.proxy import FlakyProxy
 from tests.conftest import Topic
 from tests.servers import wait_until
@@ -98,6 +100,24 @@ def test_predictions_follow_their_first_into_its_partition(
     assert all(len(partitions) == 1 for partitions in places.values())
     for stream in places:  # in order
         assert [r.value for r in found if r.key == stream] == [b"0", b"1", b"2", b"3", b"checked"]
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4", "zstd", "gzip", "snappy"])
+def test_what_is_sent_is_compressed(compression: str, tmp_path: Path, stop: threading.Event) -> None:
+    broker = start_own_broker(tmp_path)
+    settings = Kafka(bootstrap=broker.bootstrap, compression=compression)
+    create_topics(settings, 1)
+    publisher = Publisher(settings, "w", stop)
+    word, topic = b"as it was sent " * 100, settings.topics.predictions
+    for _ in range(10):
+        publisher.send(Message(topic, b"cam", word, []))
+    publisher.settle(nothing)
+    publisher.close()
+    arrived = Topic(broker.bootstrap).read(topic, lambda records: len(records) == 10)
+    broker.child.stop(0)
+    assert {record.value for record in arrived} == {word}
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert (word in kept) == (compression == "none")
 
 
 def test_predictions_that_cannot_be_sent_wait_like_all_records(
