@@ -50,17 +50,17 @@ class Verdict:
 
 @dataclass
 class _Stream:
-    """What is kept of a stream's events: hashes, as a trail may have millions of them."""
+    """What is kept of a stream's events: hashes, as a trail may have millions of them.
 
-    hashes: dict[int, bytes] = field(
-        default_factory=dict
-    )  # by number; several in a row where there are several contents
-    unlinked: dict[int, list[bytes]] = field(
-        default_factory=dict
-    )  # what events carry whose previous one lacks that hash
+    `hashes` by number, one behind the other where an event has several contents. `unlinked`: what events carry whose
+    previous one was not there with that hash when they came. `last`: the highest number in the trail so far.
+    """
+
+    hashes: dict[int, bytes] = field(default_factory=dict)
+    unlinked: dict[int, list[bytes]] = field(default_factory=dict)
     newest: UpdateEvent | None = None
     misplaced: list[Finding] = field(default_factory=list)
-    last: int = 0  # the highest number so far
+    last: int = 0
 
     def knows(self, number: int, hash: bytes) -> bool:
         """Whether the event has a content with this hash."""
