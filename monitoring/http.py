@@ -74,20 +74,21 @@ class _Silent(WSGIRequestHandler):
 
 
 def serve_metrics(
-    registry: CollectorRegistry, host: str, port: int, alive: Callable[[], bool], ready: Callable[[], bool]
+    registry: CollectorRegistry, host: str, port: int, alive: Callable[[], bool], unready: Callable[[], str]
 ) -> MetricsServer:
-    """Serve in a thread. Raises OSError where the port is taken."""
+    """Serve in a thread. `unready` says why not, in a line; nothing where it is ready. Raises OSError where the port is
+    taken."""
     metrics = make_wsgi_app(registry)
-    probes = {"/healthz": alive, "/readyz": ready}
+    probes = {"/healthz": lambda: "" if alive() else "the loop stands still", "/readyz": unready}
 
     def app(environ: dict, start_response: Callable) -> Iterable[bytes]:  # type: ignore[type-arg]
         path = environ.get("PATH_INFO", "")
         if path == "/metrics":
             return metrics(environ, start_response)
         if path in probes:
-            good = probes[path]()
-            start_response("200 OK" if good else "503 Service Unavailable", [("Content-Type", "text/plain")])
-            return [b"ok\n" if good else b"not ok\n"]
+            wrong = probes[path]()
+            start_response("503 Service Unavailable" if wrong else "200 OK", [("Content-Type", "text/plain")])
+            return [f"not ok: {wrong}\n".encode() if wrong else b"ok\n"]
         start_response("404 Not Found", [("Content-Type", "text/plain")])
         return [b"/metrics, /healthz or /readyz\n"]
 

@@ -1,4 +1,5 @@
-"""Whether broker and store answer, watched by a thread of its own: the loop may wait for either, or have no frames."""
+"""Whether broker and store answer, and the broker takes what is published, watched by a thread of its own: the loop may
+wait for either, or have no frames."""
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ from worker.store.store import StateStore
 
 log = logging.getLogger("driftkeel.reach")
 LOOK_S = 2.0
-SILENT_S = 30.0  # a broker that answers nothing for so long is away; an idle worker's asks many times in between
+# A broker that answers nothing for so long is away; an idle worker's asks many times in between. One that answers, and
+# for so long takes no record, refuses them: a worker that cannot publish stores and commits nothing.
+SILENT_S = 30.0
 SAY_AGAIN_S = 300.0
 
 
 class Reach:
-    """Sets when each last answered in the metrics, and says so in the log where the broker does not.
+    """Sets when each last answered in the metrics, and says so in the log where the broker does not, or takes nothing.
 
     Nobody else would: the client's calls find nothing to read while it tries again.
     """
@@ -29,23 +32,28 @@ class Reach:
         config: WorkerConfig,
         metrics: WorkerMetrics,
         broker_answered: Callable[[], float],
+        untaken: Callable[[], tuple[float, str]],
         store_serves: Callable[[], bool],
     ) -> None:
-        """`broker_answered`: when, in monotonic seconds; `store_serves`: whether it did what the loop last asked for.
-        Both are called from another thread."""
-        self._bootstrap, self._metrics = config.kafka.bootstrap, metrics
-        self._broker_answered, self._store_serves = broker_answered, store_serves
+        """`broker_answered`: when, in monotonic seconds; `untaken`: for how long the broker has not taken what is
+        published, and why; `store_serves`: whether it did what the loop last asked for. They are called from other
+        threads."""
+        self._bootstrap, self._address, self._metrics = config.kafka.bootstrap, config.store.address, metrics
+        self._broker_answered, self._untaken, self._store_serves = broker_answered, untaken, store_serves
         self._store = StateStore(config.store)
         self._say_after = SILENT_S
-        self.store_answers = True
+        self._refuses = False
+        self._store_answers = True
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="reach", daemon=True)
         self._thread.start()
 
-    @property
-    def broker_answers(self) -> bool:
-        """Whether it has lately."""
-        return self._silence < SILENT_S
+    def trouble(self) -> list[str]:
+        """What is wrong with broker or store, if anything."""
+        silence = self._silence
+        away = f"the broker at {self._bootstrap} has not answered for {silence:.0f} s" if silence >= SILENT_S else ""
+        store = "" if self._store_answers else f"the store at {self._address} does not answer"
+        return [text for text in (away or self._refusal(), store) if text]
 
     def close(self) -> None:
         """Stop looking; a call to a store that hangs is not waited for."""
@@ -56,10 +64,19 @@ class Reach:
     def _silence(self) -> float:
         return time.monotonic() - self._broker_answered()
 
+    def _refusal(self) -> str:
+        """What is wrong with a broker that does not take what is published; empty where it does."""
+        seconds, reason = self._untaken()
+        if seconds < SILENT_S:
+            return ""
+        said = f": {reason}" if reason else ""
+        return f"the broker at {self._bootstrap} has not taken what is published for {seconds:.0f} s{said}"
+
     def _watch(self) -> None:
         try:
             while not self._done.is_set():
                 self._look_at_broker()
+                self._look_at_publishing()
                 self._look_at_store()
                 self._done.wait(LOOK_S)
         finally:
@@ -76,11 +93,19 @@ class Reach:
             log.warning("the broker at %s has not answered for %.0f s; trying again", self._bootstrap, silence)
             self._say_after = silence + min(silence, SAY_AGAIN_S)
 
+    def _look_at_publishing(self) -> None:
+        refusal, refused = self._refusal(), self._refuses
+        self._refuses = bool(refusal)
+        if refusal and not refused:
+            log.warning("%s; not ready until it does", refusal)
+        elif refused and not refusal:
+            log.info("the broker at %s takes records again", self._bootstrap)
+
     def _look_at_store(self) -> None:
         try:
             self._store.ping()
-            self.store_answers = self._store_serves()
+            self._store_answers = self._store_serves()
         except UnreachableError:
-            self.store_answers = False
-        if self.store_answers:
+            self._store_answers = False
+        if self._store_answers:
             self._metrics.store_answered.set_to_current_time()

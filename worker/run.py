@@ -60,7 +60,7 @@ class Worker:
         self._trace = open_trace(config.traces, config.worker)
         self._healthy_store = True
         self._joined = False
-        self._refusing = False
+        self._refused = self._stuck = 0
         self._progress = time.monotonic()
         self._server = self._serve()
         self._parts = parts = connect(
@@ -68,7 +68,9 @@ class Worker:
         )
         self._store = parts.store
         self._consumer = parts.consumer
-        self._reach = Reach(config, self.metrics, self._consumer.answered, lambda: self._healthy_store)
+        self._reach = Reach(
+            config, self.metrics, self._consumer.answered, parts.publisher.untaken, lambda: self._healthy_store
+        )
         self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
         self._streams, self._journal, self._control = parts.streams, parts.journal, parts.control
         self._flights = Flights(config, parts, self.metrics, lanes, stop)
@@ -89,7 +91,7 @@ class Worker:
     def _serve(self) -> MetricsServer:
         registry, settings = self.metrics.registry, self.config.metrics
         try:
-            return serve_metrics(registry, settings.host, settings.port, self.alive, self.ready)
+            return serve_metrics(registry, settings.host, settings.port, self.alive, self.unready)
         except OSError as error:
             raise ConfigError(
                 f"metrics.port {settings.port} on {settings.host} cannot be bound: {error.strerror}; "
@@ -100,15 +102,24 @@ class Worker:
         """Whether the loop has turned lately."""
         return time.monotonic() - self._progress < STUCK_AFTER_S
 
-    def ready(self) -> bool:
-        """Whether the worker is in its group, reads each of its partitions, and broker and store answer.
+    def unready(self) -> str:
+        """Why the worker is not ready; empty where it is: in its group, it reads each of its partitions, broker and
+        store answer, and the broker takes what is published.
 
         One without partitions is: it takes over as soon as another goes, and a rollout must not wait for it for ever.
         """
         if not self._joined:  # Probes come from the start on, when there is nothing yet to ask further.
-            return False
-        answers = self._reach.broker_answers and self._reach.store_answers
-        return not self._refusing and self._healthy_store and answers
+            return f"not in group {self.config.kafka.group} yet"
+        trouble = self._reach.trouble()
+        if not (trouble or self._healthy_store):
+            trouble = [f"the store at {self.config.store.address} does not answer"]
+        if self._refused:
+            trouble.append(
+                f"{self._refused} partitions are not read: their log is shorter than what the store has of it"
+            )
+        if self._stuck:
+            trouble.append(f"nothing comes of {self._stuck} partitions although they have more")
+        return "; ".join(trouble)
 
     def run(self) -> None:
         """Turn the loop until told to stop, then finish the step in hand, commit and leave the group."""
@@ -142,9 +153,9 @@ class Worker:
             self._partitions.rewind(fenced)
         self._consumer.commit()
         self._joined = self._consumer.joined
-        self._refusing = self._consumer.refused > 0 or self._consumer.stuck > 0
-        self.metrics.refused_partitions.set(self._consumer.refused)
-        self.metrics.stuck_partitions.set(self._consumer.stuck)
+        self._refused, self._stuck = self._consumer.refused, self._consumer.stuck
+        self.metrics.refused_partitions.set(self._refused)
+        self.metrics.stuck_partitions.set(self._stuck)
         self.metrics.buffered.set(len(self._batcher))
         self._show_progress()
         if not self._polling.stocked:

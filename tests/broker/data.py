@@ -62,6 +62,13 @@ class Data:
             topic.partitions.append(Log(path))
         self._note(topic=name, partitions=partitions, configs=topic.configs)
 
+    def configure_topic(self, name: str, changes: dict[str, str | None]) -> None:
+        """None takes a setting away. Raises RefusedError."""
+        topic = self._topic(name)
+        after = {**topic.configs, **changes}
+        topic.configs = {setting: value for setting, value in after.items() if value is not None}
+        self._note(topic=name, partitions=len(topic.partitions), configs=topic.configs)
+
     def delete_topic(self, name: str) -> None:
         """Raises RefusedError."""
         for log in self._topic(name).partitions:

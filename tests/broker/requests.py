@@ -19,8 +19,14 @@ from tests.broker.log import Log, RefusedError
 NODE = 1
 CLUSTER = "driftkeel-tests"
 TOPIC_RESOURCE = 2
-DEFAULTS = {"max.message.bytes": "1048588", "cleanup.policy": "delete", "retention.ms": "604800000"}
+DEFAULTS = {
+    "max.message.bytes": "1048588",
+    "min.insync.replicas": "1",
+    "cleanup.policy": "delete",
+    "retention.ms": "604800000",
+}
 LATEST, EARLIEST, MAX_TIMESTAMP = -1, -2, -3
+ALL = -1  # acks of a producer
 RESPONSES_END = 1 << 30  # of a Fetch without a limit of its own
 
 
@@ -164,13 +170,24 @@ def describe_configs(call: Call) -> Answer:
     return {"results": results}
 
 
+def alter_configs(call: Call) -> Answer:
+    """Of topics: settings are given a value, or taken away."""
+    found = []
+    for resource in call.request.resources:
+        changes = {config.name: config.value for config in resource.configs}
+        code = _code(lambda r=resource, c=changes: call.data.configure_topic(r.resource_name, c))
+        about = {"resource_type": resource.resource_type, "resource_name": resource.resource_name}
+        found.append({"error_code": code, "error_message": None} | about)
+    return {"responses": found}
+
+
 # --- records -------------------------------------------------------------------------------------------------------
 
 
 def produce(call: Call) -> Answer:
     def one(topic: str, partition: Any) -> Answer:
         try:
-            base = _append(call.data, topic, partition)
+            base = _append(call.data, topic, partition, call.request.acks)
         except RefusedError as error:
             return {"index": partition.index, "error_code": error.code, "base_offset": -1}
         return {"index": partition.index, "error_code": 0, "base_offset": base, "log_start_offset": 0}
@@ -179,11 +196,13 @@ def produce(call: Call) -> Answer:
     return {"responses": _records(found, "name", "partition_responses")}
 
 
-def _append(data: Data, topic: str, partition: Any) -> int:
+def _append(data: Data, topic: str, partition: Any, acks: int) -> int:
     log = data.partition(topic, partition.index)
-    content = bytes(partition.records or b"")
-    if len(content) > int((DEFAULTS | data.topics[topic].configs)["max.message.bytes"]):
+    content, configs = bytes(partition.records or b""), DEFAULTS | data.topics[topic].configs
+    if len(content) > int(configs["max.message.bytes"]):
         raise RefusedError(errors.MESSAGE_TOO_LARGE)
+    if acks == ALL and int(configs["min.insync.replicas"]) > 1:  # There is one: this node.
+        raise RefusedError(errors.NOT_ENOUGH_REPLICAS)
     return log.append(content)
 
 
@@ -417,6 +436,7 @@ HANDLERS: list[tuple[Any, Any, int, int, Handler]] = [
     (admin.DeleteTopicsRequest, admin.DeleteTopicsResponse, 1, 5, delete_topics),
     (admin.DeleteRecordsRequest, admin.DeleteRecordsResponse, 0, 2, delete_records),
     (admin.DescribeConfigsRequest, admin.DescribeConfigsResponse, 1, 4, describe_configs),
+    (admin.IncrementalAlterConfigsRequest, admin.IncrementalAlterConfigsResponse, 0, 1, alter_configs),
     (admin.DescribeClusterRequest, admin.DescribeClusterResponse, 0, 0, describe_cluster),
     (admin.ListGroupsRequest, admin.ListGroupsResponse, 0, 4, list_groups),
     (admin.DescribeGroupsRequest, admin.DescribeGroupsResponse, 0, 5, describe_groups),

@@ -22,18 +22,19 @@ def get(port: int, path: str) -> tuple[int, str]:
 
 
 def test_metrics_and_probes() -> None:
-    state = {"ready": False}
+    state = {"alive": False, "unready": "the store is away"}
     metrics = WorkerMetrics(1)
     metrics.predictions.inc(3)
-    server = serve_metrics(metrics.registry, "127.0.0.1", 0, lambda: True, lambda: state["ready"])
+    server = serve_metrics(metrics.registry, "127.0.0.1", 0, lambda: state["alive"], lambda: state["unready"])
     try:
         status, text = get(server.port, "/metrics")
         assert status == 200
         assert "driftkeel_predictions_total 3.0" in text
-        assert get(server.port, "/healthz")[0] == 200
-        assert get(server.port, "/readyz")[0] == 503
-        state["ready"] = True
-        assert get(server.port, "/readyz")[0] == 200
+        assert get(server.port, "/healthz") == (503, "not ok: the loop stands still\n")
+        assert get(server.port, "/readyz") == (503, "not ok: the store is away\n")
+        state.update(alive=True, unready="")
+        assert get(server.port, "/healthz") == (200, "ok\n")
+        assert get(server.port, "/readyz") == (200, "ok\n")
         assert get(server.port, "/etc/passwd")[0] == 404
     finally:
         server.close()
@@ -47,7 +48,7 @@ def test_a_probe_that_fails_is_an_error_in_the_log(
     def fails() -> bool:
         raise RuntimeError("nobody knows")
 
-    server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, fails, lambda: True)
+    server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, fails, lambda: "")
     try:
         assert get(server.port, "/healthz") == (500, "an error: see the log\n")
         assert get(server.port, "/readyz")[0] == 200
@@ -63,7 +64,7 @@ def test_a_connection_that_asks_nothing_is_closed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("monitoring.http._Silent.timeout", 0.1)
-    server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: True)
+    server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: "")
     try:
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as idle:
             assert idle.recv(1) == b""
@@ -74,7 +75,7 @@ def test_a_connection_that_asks_nothing_is_closed(
 
 def test_slow_connections_take_no_more_than_some_threads_and_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("monitoring.http._Silent.timeout", 600)  # None ends by itself.
-    server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: True)
+    server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: "")
     before = threading.active_count()
     try:
         with contextlib.ExitStack() as slow:
@@ -93,4 +94,4 @@ def test_taken_port() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(OSError, match="in use"):
-            serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", taken.getsockname()[1], lambda: True, lambda: True)
+            serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", taken.getsockname()[1], lambda: True, lambda: "")

@@ -81,7 +81,7 @@ def scrapes(streams: int, shown: int, accept: str) -> dict[str, Any]:
     for i in range(streams):
         stream = f"plant-7/line-{i % 20}/camera-{i}"
         observe.decided(metrics, event(stream, random), header(stream))
-    server = serve_metrics(metrics.registry, "127.0.0.1", 0, lambda: True, lambda: True)
+    server = serve_metrics(metrics.registry, "127.0.0.1", 0, lambda: True, lambda: "")
     request = urllib.request.Request(f"http://127.0.0.1:{server.port}/metrics", headers={"Accept": accept})
     seconds, size = [], 0
     for _ in range(20):

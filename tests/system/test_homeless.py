@@ -159,7 +159,7 @@ def test_a_position_beyond_the_end_of_a_log_is_its_stream_s_alone(
     with running(config) as worker:
         send(topic, kafka_settings, worker, *names)
         assert (metric(worker, "refused_partitions"), metric(worker, "homeless_streams")) == (0, 1)
-        assert worker.ready()
+        assert not worker.unready()
         found = answers(topic, kafka_settings, 8 * FRAMES)
         assert {p.parameters for p in found[odd][-FRAMES:]} == {"source"}
         assert [decode_header(client.hget(store.keys(s)[0], "header")).frames for s in others] == [2 * FRAMES] * 3

@@ -33,9 +33,9 @@ def test_a_worker_is_ready_once_it_has_joined_with_partitions_or_without(
     config: WorkerConfig, monkeypatch: pytest.MonkeyPatch, make_worker: MakeWorker
 ) -> None:
     worker = make_worker(config)
-    assert not worker.ready()
+    assert worker.unready()
     monkeypatch.setattr(worker._consumer, "assignment", set)
-    turn_until(worker, worker.ready)
+    turn_until(worker, lambda: not worker.unready())
     assert worker.metrics.registry.get_sample_value("driftkeel_assigned_partitions") == 0
 
 

@@ -67,7 +67,7 @@ def test_another_broker_is_noticed(
     send(moved, 4)
     with running(moved) as worker:
         turn_until(worker, lambda: metric(worker, "refused_partitions") == 1)
-        assert not worker.ready()
+        assert worker.unready().startswith("1 partitions are not read")
         turn_until(worker, lambda: sum(worker._consumer.lag().values()) == 4)
         assert metric(worker, "frames_again_total") == 0
         assert (positions(moved)[0][0], len(positions(moved))) == ("failed", 1)

@@ -30,9 +30,9 @@ def test_a_worker_that_gets_nothing_of_what_there_is_is_not_ready(
 ) -> None:
     monkeypatch.setattr(standstill, "STUCK_AFTER_S", 0.1)
     with running(silent) as worker:
-        turn_until(worker, worker.ready)
+        turn_until(worker, lambda: not worker.unready())
         Topic(silent.kafka.bootstrap).send(silent.kafka.topics.frames, [(b"cam", picture(1), [])])
         turn_until(worker, lambda: metric(worker, "stuck_partitions") == 1)
-        assert not worker.ready()
+        assert worker.unready().startswith("nothing comes of 1 partition")
         assert worker.alive()
     assert "nothing has come of partition" in caplog.text

@@ -80,6 +80,7 @@ class Publisher:
         self._prediction_headers = self._event_headers(PREDICTION_TYPE)
         self._update_headers = self._event_headers(UPDATE_TYPE)
         self._away: KafkaError | None = None
+        self._untaken: tuple[float, str] | None = None
         self._impatient_until = 0.0
         what = f"the broker at {settings.bootstrap}"
         self._producer = until_reached(self._make, what, settings.connect_timeout_s, stop)
@@ -111,33 +112,44 @@ class Publisher:
         the log: the record itself is still in its topic. For some minutes further ones are given up sooner. Raises
         UnreachableError only once the worker is to stop.
         """
-        pause, rounds = FIRST_PAUSE_S, 0
+        since, refusal, pause, rounds = time.monotonic(), "", FIRST_PAUSE_S, 0
         while self._waiting:
+            self._untaken = since, refusal
             rounds += 1
             most = PATIENT_ROUNDS if time.monotonic() > self._impatient_until else IMPATIENT_ROUNDS
-            failed, reason = self._unacknowledged(patient=rounds < most)
+            failed, refusal = self._unacknowledged(patient=rounds < most)
             if not failed:
-                return
+                break
             self._failed("publish")
             if self._stop.is_set():
                 self._gave_up = True
-                raise UnreachableError(f"the broker at {self._settings.bootstrap} did not answer: {reason}")
+                raise UnreachableError(f"the broker at {self._settings.bootstrap} did not answer: {refusal}")
             log.warning(
                 "%d records not acknowledged by the broker at %s (%s); sending again",
                 len(failed),
                 self._settings.bootstrap,
-                reason,
+                refusal,
             )
+            self._untaken = since, refusal
             self._wait(pause, keep_alive)
             pause = min(2 * pause, LONGEST_PAUSE_S)
             self._renew(keep_alive)
             for message in failed:
                 self.send(message)
+        self._untaken = None
 
-    def _unacknowledged(self, patient: bool) -> tuple[list[Message], KafkaError | None]:
+    def untaken(self) -> tuple[float, str]:
+        """For how many seconds it has been waited until the broker takes what it was sent, and what came of the last
+        try. From any thread."""
+        if (untaken := self._untaken) is None:
+            return 0.0, ""
+        since, refusal = untaken
+        return time.monotonic() - since, refusal
+
+    def _unacknowledged(self, patient: bool) -> tuple[list[Message], str]:
         """Wait for every answer; what has to be sent again, and one reason why."""
         failed: list[Message] = []
-        reason: KafkaError | None = None
+        reason = ""
         since = time.monotonic()
         for message, future in self._waiting:
             error = future if isinstance(future, KafkaError) else self._outcome(future, since)
@@ -152,7 +164,7 @@ class Publisher:
                     self._impatient_until = time.monotonic() + IMPATIENT_S
                 continue
             failed.append(message)
-            reason = error
+            reason = f"topic {message.topic}: {' '.join(str(error).split())}"
         self._waiting = []
         return failed, reason
 
