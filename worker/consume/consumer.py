@@ -33,6 +33,7 @@ from worker.consume.offsets import Offsets, Partition
 from worker.consume.standstill import Standstill
 from worker.kafka.answer import last_answer
 from worker.kafka.client import connection, open_client, until_reached
+from worker.kafka.fenced import raise_when_fenced
 from worker.kafka.join import poll_timeout
 
 log = logging.getLogger("driftkeel.consume")
@@ -110,6 +111,7 @@ class FrameConsumer:
 
         what, topic = f"the broker at {settings.bootstrap}", settings.topics.frames
         self.consumer = until_reached(make, what, settings.connect_timeout_s, stop)
+        raise_when_fenced(self.consumer)
         self._ends, self._standstill = Ends(self.consumer), Standstill(self.consumer)
         self._comparison = Comparison(settings, self.consumer, marks, expired)
         self._short = self._comparison.short

@@ -30,8 +30,8 @@ def make(kafka_settings: Kafka, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
     monkeypatch.setattr(consume, "METADATA_MAX_AGE_MS", 300)
     made: list[FrameConsumer] = []
 
-    def build(assignment: str) -> FrameConsumer:
-        settings = kafka_settings.model_copy(update={"assignment": assignment})
+    def build(assignment: str, **changes: str) -> FrameConsumer:
+        settings = kafka_settings.model_copy(update={"assignment": assignment, **changes})
         made.append(FrameConsumer(settings, Offsets(), Notes(), threading.Event()))
         return made[-1]
 
@@ -117,6 +117,19 @@ def test_a_group_of_another_program_is_named(make: Callable[..., FrameConsumer],
     ):
         busy_until(lambda: False, "the refusal", make("range"))
     other.close()
+
+
+def test_who_has_lost_its_name_to_another_hears_of_it_with_nothing_to_commit(
+    make: Callable[..., FrameConsumer], kafka_settings: Kafka
+) -> None:
+    first = make("range", static_member="hall-1")
+    busy_until(lambda: len(first.assignment()) == 3, "all partitions", first)
+    second = make("range", static_member="hall-1")
+    busy_until(lambda: len(second.assignment()) == 3, "the place of the first", second)
+    with pytest.raises(ConfigError, match=r"another worker has joined group .* as kafka\.static_member hall-1"):
+        busy_until(lambda: False, "the end of the first", first, second)
+    second.poll(0.0)
+    assert len(second.assignment()) == 3
 
 
 @pytest.mark.parametrize("assignment", ["range", "cooperative-sticky"])
