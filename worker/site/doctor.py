@@ -1,4 +1,8 @@
-"""`driftkeel doctor`: what a worker with this configuration would meet, and what to do about it."""
+"""`driftkeel doctor`: what a worker with this configuration would meet, and what to do about it.
+
+Torch, which takes seconds and two hundred megabytes to load, is loaded for the last check alone: whether what is in the
+bundle fits together. A GPU and `bundle.previous` ask for it sooner.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +17,15 @@ import redis.exceptions
 from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError
 
+from meta.bundle_folder import checked_file, read_labels, read_manifest
 from schemas.config import WorkerConfig
 from schemas.errors import DriftkeelError, LoginError
 from worker.consume.short_logs import REMEDY, cure
-from worker.engine.device import EXPERIMENTAL, described, site_device
 from worker.kafka.client import REFUSALS, connection, open_client
-from worker.site.bundle import site_bundle
 from worker.site.folder import LOOPBACK
 from worker.site.positions import short_logs
 from worker.store.client import connect
 from worker.store.store import StateStore, Write
-from worker.streams.upgrade import identified
 
 Level = Literal["ok", "warning", "failed"]
 NEARLY_FULL = 0.9
@@ -43,13 +45,17 @@ class Finding:
 
 
 def examine(config: WorkerConfig) -> Iterator[Finding]:
-    """All checks, in the order in which a worker would need them."""
-    for check in (_versions, _device, _bundle, _store, _broker, _folded):
+    """All checks, in the order in which a worker would need them; but what takes longest is the last."""
+    failed: set[Callable[..., object]] = set()
+    for subject, check in CHECKS:
+        if check is _model and _bundle in failed:
+            continue  # For the same reason.
         try:
             yield from check(config)
         except (DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError) as error:
+            failed.add(check)
             text = " ".join(str(error).split()) or type(error).__name__
-            yield Finding(check.__name__.strip("_"), "failed", f"{text.rstrip('.')}{_remedy(check, error, config)}")
+            yield Finding(subject, "failed", f"{text.rstrip('.')}{_remedy(check, error, config)}")
 
 
 def _remedy(check: Callable[..., object], error: Exception, config: WorkerConfig) -> str:
@@ -86,17 +92,34 @@ def _versions(config: WorkerConfig) -> Iterator[Finding]:
 
 def _device(config: WorkerConfig) -> Iterator[Finding]:
     if config.device != "cpu":
+        from worker.engine.device import EXPERIMENTAL, described, site_device
+
         device = site_device(config.device)
         yield Finding("device", "warning", f"{described(device)}: {EXPERIMENTAL}")
 
 
 def _bundle(config: WorkerConfig) -> Iterator[Finding]:
-    bundle = site_bundle(config)
-    text = f"{bundle.manifest.name} {bundle.hash}, {len(bundle.labels)} labels, every hash matches"
-    yield Finding("bundle", "ok", text)
+    folder = config.bundle.path
+    manifest = read_manifest(folder)
+    for name, entry in manifest.files.items():
+        checked_file(folder, name, entry)
+    labels = read_labels(folder, manifest)
+    yield Finding("bundle", "ok", f"{manifest.name} {manifest.content_hash}, {len(labels)} labels, every hash matches")
+
+
+def _previous(config: WorkerConfig) -> Iterator[Finding]:
     for folder in config.bundle.previous:
+        from worker.streams.upgrade import identified
+
         found, _ = identified(folder)
         yield Finding("bundle", "ok", f"streams of {found} may be carried over")
+
+
+def _model(config: WorkerConfig) -> Iterator[Finding]:
+    from worker.site.bundle import site_bundle
+
+    bundle = site_bundle(config)
+    yield Finding("bundle", "ok", f"its model and {bundle.method_name} fit together")
 
 
 def _store(config: WorkerConfig) -> Iterator[Finding]:
@@ -231,3 +254,15 @@ def _partitions(kafka: Any, topic: str) -> Finding:
         consumer.close(autocommit=False)
     text = f"topic {topic} has {count} partition{'s' if count != 1 else ''}: at most {count} workers share it"
     return Finding("broker", "ok" if count > 1 else "warning", text)
+
+
+CHECKS: tuple[tuple[str, Callable[[WorkerConfig], Iterator[Finding]]], ...] = (
+    ("versions", _versions),
+    ("device", _device),
+    ("bundle", _bundle),
+    ("bundle", _previous),
+    ("store", _store),
+    ("broker", _broker),
+    ("positions", _folded),
+    ("bundle", _model),
+)

@@ -22,6 +22,7 @@ LIGHT = (
     "worker.compare",
     "worker.console.run",
     "worker.produce.produce",
+    "worker.site.doctor",
     "worker.site.folder",
     "worker.watch",
     "monitoring.dashboards.__main__",
@@ -62,6 +63,23 @@ def site_file(kafka_settings: Kafka, store: StateStore, store_settings: Store, t
     }
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def test_the_doctor_loads_torch_for_a_sound_bundle_alone_and_last(
+    site_file: Path, without_torch: dict[str, str], tmp_path: Path
+) -> None:
+    def doctor(**bundle: str) -> tuple[list[str], str]:
+        run = [sys.executable, "-m", "worker", "doctor", "--config", str(site_file)]
+        environment = {**without_torch, **{f"DRIFTKEEL__BUNDLE__{name}": value for name, value in bundle.items()}}
+        result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
+        return [line.split()[1] for line in result.stdout.splitlines() if line.startswith("ok ")], result.stderr
+
+    found, said = doctor()
+    assert dict.fromkeys(found) == dict.fromkeys(["versions", "bundle", "store", "broker", "positions"])
+    assert "torch is loaded" in said
+    found, said = doctor(PATH=str(tmp_path))
+    assert dict.fromkeys(found) == dict.fromkeys(["versions", "store", "broker", "positions"])
+    assert said == ""
 
 
 @pytest.mark.parametrize(
