@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from schemas.cloud_event import Headers, cloud_event
 from schemas.policy import AskedChange
 
 COMMAND_TYPE = "io.driftkeel.command.v1"
@@ -41,3 +42,8 @@ def encode_command(command: Command) -> bytes:
     """The command's bytes for the topic, without what it does not say: workers of an earlier version refuse a field
     that they do not know, also where it is null."""
     return command.model_dump_json(exclude_none=True).encode()
+
+
+def command_headers(command: Command, sender: str) -> Headers:
+    """What its record says beside it; `sender` is the program that a person used."""
+    return cloud_event(COMMAND_TYPE, f"driftkeel/{sender}", command.id, command.time)

@@ -12,7 +12,7 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
 from monitoring.console.app import Picture
-from schemas.command import COMMAND_TYPE, Command, encode_command
+from schemas.command import Command, command_headers, encode_command
 from schemas.config import WorkerConfig
 from schemas.errors import StateError, UnreachableError
 from schemas.prediction import Prediction
@@ -69,13 +69,6 @@ class Outside:
     def _send(self, command: Command) -> None:
         """Acknowledged by the broker, or an error."""
         kafka = self._config.kafka
-        headers = [
-            ("ce_specversion", b"1.0"),
-            ("ce_type", COMMAND_TYPE.encode()),
-            ("ce_source", b"driftkeel/console"),
-            ("ce_id", command.id.encode()),
-            ("content-type", b"application/json"),
-        ]
         try:
             with self._producer_lock:
                 if self._producer is None:
@@ -90,7 +83,7 @@ class Outside:
                     kafka.topics.commands,
                     key=command.stream.encode(),
                     value=encode_command(command),
-                    headers=headers,
+                    headers=command_headers(command, "console"),
                 )
             future.get(timeout=SEND_TIMEOUT_S)
         except (KafkaError, OSError) as error:

@@ -10,7 +10,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import KafkaError
 from pydantic import ValidationError
 
-from schemas.command import COMMAND_TYPE, EVERY_STREAM, Command, encode_command
+from schemas.command import EVERY_STREAM, Command, command_headers, encode_command
 from schemas.config import Kafka
 from schemas.errors import UnreachableError
 from schemas.update import UpdateEvent
@@ -45,16 +45,8 @@ def send_command(
 def put_command(settings: Kafka, command: Command) -> None:
     """Send the command, and wait until the broker has it. Raises KafkaError."""
     producer = open_client(KafkaProducer, **connection(settings), acks="all", allow_auto_create_topics=False)
-    headers = [
-        ("ce_specversion", b"1.0"),
-        ("ce_type", COMMAND_TYPE.encode()),
-        ("ce_source", b"driftkeel/command"),
-        ("ce_id", command.id.encode()),
-        ("ce_time", command.time.isoformat().encode()),
-        ("content-type", b"application/json"),
-    ]
+    content, headers = encode_command(command), command_headers(command, "command")
     try:
-        content = encode_command(command)
         sent = producer.send(settings.topics.commands, key=command.stream.encode(), value=content, headers=headers)
         sent.get(timeout=30)
     finally:

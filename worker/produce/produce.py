@@ -15,6 +15,7 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 from kafka.partitioner.default import murmur2
 
+from schemas.cloud_event import cloud_event
 from schemas.config import Kafka, WorkerConfig
 from schemas.errors import DriftkeelError, SourceError
 from schemas.frame import FRAME_TYPE
@@ -118,20 +119,13 @@ class Sender:
                 f"{self._max_bytes:,} that workers accept; raise it in their configuration, or make frames smaller "
                 "with --size or --quality"
             )
-        headers = [
-            ("ce_specversion", b"1.0"),
-            ("ce_type", FRAME_TYPE.encode()),
-            ("ce_source", item.encode("ascii", "replace")),
-            ("ce_id", number.encode()),
-            ("ce_time", taken.isoformat().encode()),
-            ("content-type", picture.content_type.encode()),
-        ]
+        source = item.encode("ascii", "replace").decode()
         try:
             future = self._producer.send(
                 self._kafka.topics.frames,
                 key=stream.encode(),
                 value=picture.content,
-                headers=headers,
+                headers=cloud_event(FRAME_TYPE, source, number, taken, picture.content_type),
                 partition=self.partition(stream),
             )
         except KafkaError as error:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
+from schemas.cloud_event import of_kind, of_one
 from schemas.config import Kafka
 from schemas.errors import FrameError, UnreachableError
 from schemas.prediction import PREDICTION_TYPE
@@ -77,8 +78,8 @@ class Publisher:
         self._settings, self._worker, self._stop, self._failed = settings, worker, stop, failed
         self._stop_patience_s, self._gave_up = stop_patience_s, False
         self._waiting: list[tuple[Message, Any]] = []
-        self._prediction_headers = self._event_headers(PREDICTION_TYPE)
-        self._update_headers = self._event_headers(UPDATE_TYPE)
+        self._prediction_headers = of_kind(PREDICTION_TYPE, f"driftkeel/{worker}")
+        self._update_headers = of_kind(UPDATE_TYPE, f"driftkeel/{worker}")
         self._away: KafkaError | None = None
         self._untaken: tuple[float, str] | None = None
         self._impatient_until = 0.0
@@ -223,7 +224,7 @@ class Publisher:
         """Answers for frames of one stream."""
         topic, first = self._settings.topics.predictions, None
         for answer in answers:
-            about = [("ce_id", answer.frame_id.encode()), ("ce_time", answer.time.encode())]
+            about = of_one(answer.frame_id, answer.time)
             if answer.traceparent:
                 about.append(("traceparent", answer.traceparent.encode()))
             message = Message(topic, stream, answer.content, self._prediction_headers + about)
@@ -234,7 +235,7 @@ class Publisher:
     def update(self, sealed: SealedEvent) -> None:
         """An update event, as sealed for the audit chain."""
         event = sealed.event
-        headers = [*self._update_headers, ("ce_id", event.id.encode()), ("ce_time", event.time.isoformat().encode())]
+        headers = [*self._update_headers, *of_one(event.id, event.time.isoformat())]
         self.send(Message(self._settings.topics.updates, event.stream.encode(), sealed.content, headers))
 
     def dead_letter(self, record: Any, error: FrameError) -> None:
@@ -273,12 +274,3 @@ class Publisher:
             return error
         except KafkaError as error:
             return error
-
-    def _event_headers(self, kind: str) -> list[tuple[str, bytes]]:
-        """CloudEvents 1.0, Kafka binding, binary mode: what all events of a kind share."""
-        return [
-            ("ce_specversion", b"1.0"),
-            ("ce_type", kind.encode()),
-            ("ce_source", f"driftkeel/{self._worker}".encode()),
-            ("content-type", b"application/json"),
-        ]
