@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.chaos.brokers import BROKERS
 from tests.chaos.harness import run
 from tests.conftest import make_tiny_bundle
 
@@ -17,14 +18,14 @@ parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--report", type=Path)
 parser.add_argument(
     *("--broker",),
-    choices=["own", "embedded", "cluster"],
+    choices=list(BROKERS),
     default="own",
     help="tests/broker, the demo's, or the three nodes of tests/cluster",
 )
 parser.add_argument("--threads", type=int, default=1, help="of each worker")
 parser.add_argument("--mode", choices=["always", "on_demand"], default="always", help="adapt.mode of the workers")
 arguments = parser.parse_args()
-chosen = {"kind": arguments.broker, "threads": arguments.threads, "mode": arguments.mode}
+chosen = {"open_broker": BROKERS[arguments.broker], "threads": arguments.threads, "mode": arguments.mode}
 
 with tempfile.TemporaryDirectory(prefix="driftkeel-chaos-") as scratch:
     folder = Path(scratch)

@@ -18,38 +18,31 @@ from kafka import KafkaProducer
 from schemas.command import EVERY_STREAM, Command
 from schemas.config import Kafka, Store
 from schemas.policy import PolicyChange
-from tests.broker.process import start_own_broker
-from tests.chaos import cluster as clusters
+from tests.chaos.broker import Broker
 from tests.chaos.proxy import FlakyProxy
 from tests.chaos.verify import STEP_SCALE, Outcome, frames_in_topic, verify
-from tests.cluster import Cluster, told
 from tests.conftest import Topic, picture
 from tests.system.conftest import Site, WorkerProcess
 from worker.control.send import put_command
-from worker.embedded import Broker, EmbeddedStore, free_port, start_broker, start_store
-from worker.kafka.client import create_topics
+from worker.embedded import EmbeddedStore, free_port, start_store
 
 STREAMS = [f"cam-{i}" for i in range(8)]
 PARTITIONS = 4
-SESSION_S = 2.0
-CLUSTER_SESSION_S = 6.0  # its coordinator waits for members for a second less, and forgets those that wait longer
 FRAMES_PER_SECOND = 40
 FRAMES_A_FAULT = 30  # at least; a busy machine sends fewer while the faults happen
 SETTLE_S = 600.0
 JOIN_S = 60.0
 WRITE_INTERVALS_MS = [0, 400]
-BrokerKind = Literal["own", "embedded", "cluster"]
 
 
 @dataclass
 class Chaos:
-    """A running site, whose workers reach broker and store through proxies only; but for the nodes of a cluster."""
+    """A running site, and what happens to it whichever broker it has."""
 
     site: Site
-    broker: Broker | None
+    broker: Broker
     store: EmbeddedStore
     folder: Path
-    to_broker: FlakyProxy | None
     to_store: FlakyProxy
     random: random.Random
     workers: list[WorkerProcess] = field(default_factory=list)
@@ -57,8 +50,6 @@ class Chaos:
     counts: dict[str, int] = field(default_factory=dict)
     commands: list[Command] = field(default_factory=list)
     longest_outage_s: float = 60
-    kind: BrokerKind = "own"
-    cluster: Cluster | None = None
     assignments: dict[int, int] = field(default_factory=dict)  # by worker's process id, when membership last changed
 
     def add_worker(self) -> None:
@@ -67,12 +58,9 @@ class Chaos:
         self.workers.append(self.site.start(store=store))
 
     def await_group(self) -> None:
-        """Wait until all workers that run have been assigned partitions since the last of them came or went.
-
-        Not with our own broker: others may wait for ever for a member that dies while the group forms
-        (docs/guarantees.md), so that members come and go one change at a time.
-        """
-        if self.kind == "own":
+        """Where a broker needs that, wait until all workers that run have been assigned partitions since the last of
+        them came or went."""
+        if not self.broker.waits_for_the_dead:
             return
         deadline = time.monotonic() + JOIN_S
         while not all(
@@ -105,7 +93,7 @@ class Chaos:
         self.group_changes()
         self._forget(victim)
         victim.kill()
-        self.pause(self.random.choice([0.0, SESSION_S + 0.5]))
+        self.pause(self.random.choice([0.0, self.broker.session_s + 0.5]))
         self.add_worker()
 
     def zombie(self) -> None:
@@ -114,7 +102,7 @@ class Chaos:
         victim = self.pick()
         self.group_changes()
         victim.signal(signal.SIGSTOP)
-        self.stopped.append((victim, time.monotonic() + SESSION_S + self.random.uniform(0.5, 3)))
+        self.stopped.append((victim, time.monotonic() + self.broker.session_s + self.random.uniform(0.5, 3)))
         if len(self.workers) == len(self.stopped):
             self.add_worker()
 
@@ -122,7 +110,7 @@ class Chaos:
         """SIGSTOP for less than the session."""
         victim = self.pick()
         victim.signal(signal.SIGSTOP)
-        self.pause(self.random.uniform(0.1, SESSION_S / 2))
+        self.pause(self.random.uniform(0.1, self.broker.session_s / 2))
         if not self._is_stopped(victim):
             victim.signal(signal.SIGCONT)
 
@@ -159,35 +147,14 @@ class Chaos:
     def cut_store(self) -> None:
         self.to_store.cut()
 
-    def cut_broker(self) -> None:
-        self.to_broker.cut()
-
     def store_away(self) -> None:
-        self._away(self.to_store, self.random.uniform(0.2, 4))
-
-    def broker_away(self) -> None:
-        """Mostly for seconds, rarely for a minute."""
-        seconds = self.random.choice([0.5, 1, 1, 2, 2, 4, 4, 8, 8, 60])
-        self._away(self.to_broker, min(seconds, self.longest_outage_s))
-
-    def restart_broker(self) -> None:
-        """kill -9 of the broker; it comes back with its data."""
-        self.broker.child.stop(0)
-        self.pause(self.random.uniform(0.1, 3))
-        self.broker = _own_broker(self.folder, self.broker.port, self.to_broker.port)
+        self.away(self.to_store, self.random.uniform(0.2, 4))
 
     def store_hangs(self) -> None:
         """Longer than a command may take: workers give up on commands that arrive all the same, later."""
         self.to_store.hold(True)
         self.pause(self.random.uniform(0.5, 7))
         self.to_store.hold(False)
-
-    def slow(self) -> None:
-        """Every read through one proxy takes longer."""
-        proxy = self.random.choice([self.to_broker, self.to_store])
-        proxy.delay_s = self.random.uniform(0.002, 0.02)
-        self.pause(self.random.uniform(0.5, 2))
-        proxy.delay_s = 0.0
 
     def command(self) -> None:
         """Tell a stream, or all of them, what shall become of it."""
@@ -200,7 +167,7 @@ class Chaos:
 
     # -----------------------------------------------------------------------------------------------------
 
-    def _away(self, proxy: FlakyProxy, seconds: float) -> None:
+    def away(self, proxy: FlakyProxy, seconds: float) -> None:
         proxy.down(True)
         self.pause(seconds)
         proxy.down(False)
@@ -227,7 +194,7 @@ class Chaos:
 
     def inject(self) -> str:
         """One fault, drawn by the seed; its name."""
-        fault = self.random.choice(FAULTS[self.kind])
+        fault = self.random.choice(self.broker.faults)
         fault(self)
         self.counts[fault.__name__] = self.counts.get(fault.__name__, 0) + 1
         for worker in list(self.workers):
@@ -246,15 +213,6 @@ def _assignments(worker: WorkerProcess) -> int:
 WORKER_FAULTS = [Chaos.kill, Chaos.kill, Chaos.zombie, Chaos.zombie, Chaos.blink, Chaos.restart_worker, Chaos.scale]
 STORE_FAULTS = [Chaos.store_hangs, Chaos.restart_store, Chaos.store_away, Chaos.cut_store]
 COMMANDS = [Chaos.command, Chaos.command]
-ONE_BROKER = [*WORKER_FAULTS, *STORE_FAULTS, Chaos.cut_broker, Chaos.broker_away, Chaos.slow, *COMMANDS]
-FAULTS: dict[BrokerKind, list[Callable[[Chaos], None]]] = {
-    "own": [*ONE_BROKER, Chaos.restart_broker],
-    "embedded": ONE_BROKER,  # It has no data to come back with.
-    "cluster": [
-        *(clusters.leaders_move, clusters.node_away, clusters.node_replaced, clusters.errors_pass) * 3,
-        *(clusters.node_slow, Chaos.restart_worker, Chaos.cut_store, Chaos.command),
-    ],
-}
 
 
 class Feeder:
@@ -289,23 +247,23 @@ def run(
     seed: int,
     bundle: Path,
     folder: Path,
+    open_broker: Callable[[Path], Broker],
     say: Any = print,
     longest_outage_s: float = 60,
-    kind: BrokerKind = "own",
     threads: int = 1,
     mode: Literal["always", "on_demand"] = "always",
 ) -> Outcome:
     """Inject `faults` faults, let everything settle, and check. Deterministic in its choices by `seed`.
 
-    `threads` of each worker, and its `adapt.mode`.
+    `open_broker` is one of `tests.chaos.brokers`; `threads` of each worker, and its `adapt.mode`.
     """
     began = time.monotonic()
-    with _site(bundle, folder, seed, kind) as (chaos, direct):
+    with _site(bundle, folder, seed, open_broker) as (chaos, direct):
         chaos.site.config["threads"] = threads
         chaos.site.config["adapt"] |= {"mode": mode}
         chaos.longest_outage_s = longest_outage_s
         feeder = Feeder(direct, seed)
-        for _ in range(1 if kind == "cluster" else 2):
+        for _ in range(chaos.broker.first_workers):
             chaos.add_worker()
         for number in range(1, faults + 1):
             chaos.pause(chaos.random.uniform(0.1, 1.5))
@@ -314,12 +272,13 @@ def run(
         while feeder.sent < FRAMES_A_FAULT * faults:
             chaos.pause(0.1)
         feeder.stop()
-        chaos.pause(SESSION_S + 4)
+        chaos.pause(chaos.broker.session_s + 4)
         say("settling")
         sent, images = frames_in_topic(chaos.site, direct)
         _settle(chaos, sent)
         outcome = verify(chaos.site, direct, sent, images, bundle, chaos.commands)
-    outcome.faults, outcome.by_kind, outcome.seed, outcome.broker = faults, chaos.counts, seed, kind
+        outcome.broker = chaos.broker.name
+    outcome.faults, outcome.by_kind, outcome.seed = faults, chaos.counts, seed
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -344,64 +303,40 @@ def _settle(chaos: Chaos, sent: dict[str, list[str]]) -> None:
         worker.process.wait(120)
 
 
-def _own_broker(folder: Path, port: int, advertised: int) -> Broker:
-    return start_own_broker(folder / "broker", folder / "broker.log", port, advertised)
-
-
 @contextlib.contextmanager
-def _site(bundle: Path, folder: Path, seed: int, kind: BrokerKind) -> Iterator[tuple[Chaos, Kafka]]:
-    """Broker and store, and a site whose workers see only proxies of these, or a cluster."""
-    store = start_store(folder / "store")
-    to_store = FlakyProxy(store.port, free_port())
-    with _one_broker(folder, kind) if kind != "cluster" else _cluster() as (broker, to_broker, cluster, bootstrap):
+def _site(
+    bundle: Path, folder: Path, seed: int, open_broker: Callable[[Path], Broker]
+) -> Iterator[tuple[Chaos, Kafka]]:
+    """Broker and store, and a site whose workers reach the store through a proxy only."""
+    with contextlib.ExitStack() as opened:
+        store = start_store(folder / "store")
+        to_store = FlakyProxy(store.port, free_port())
+        broker = open_broker(folder)
+        opened.callback(broker.close)
         kafka = Kafka(
-            bootstrap=bootstrap,
+            bootstrap=broker.bootstrap,
             group="chaos",
-            session_timeout_ms=int(1000 * (SESSION_S if kind != "cluster" else CLUSTER_SESSION_S)),
+            session_timeout_ms=int(1000 * broker.session_s),
             heartbeat_interval_ms=300,
             fetch_max_wait_ms=20,
         )
-        if cluster is None:
-            create_topics(kafka, PARTITIONS)
-        else:
-            clusters.set_up(cluster, kafka, PARTITIONS)
-        # The checks read the store past its proxy. A single broker sends every client to its proxy, the feeder too.
-        site = Site(kafka, Store(url=store.url), bundle, folder, Topic(bootstrap))
-        site.module = "worker" if cluster is None else "tests.cluster"
+        broker.create_topics(kafka, PARTITIONS)
+        # The checks read the store past its proxy.
+        site = Site(kafka, Store(url=store.url), bundle, folder, Topic(broker.bootstrap))
+        site.module = broker.worker_module
         site.config["store"] = {"url": f"redis://127.0.0.1:{to_store.port}/0", "snapshot_every": 3}
         site.config["kafka"]["connect_timeout_s"] = 60
         site.config["store"]["connect_timeout_s"] = 60
         site.config["adapt"] = {"step_scale": STEP_SCALE}
-        chaos = Chaos(site, broker, store, folder, to_broker, to_store, random.Random(seed), kind=kind, cluster=cluster)
-        try:
-            yield chaos, kafka
-        finally:
-            for worker in site.running:
-                if worker.process.poll() is None:
-                    worker.signal(signal.SIGCONT)
-                    worker.kill()
-            to_store.close()
-            if chaos.broker is not None:
-                chaos.broker.child.stop(0)
-            chaos.store.child.stop()
+        chaos = Chaos(site, broker, store, folder, to_store, random.Random(seed))
+        opened.callback(lambda: chaos.store.child.stop())
+        opened.callback(to_store.close)
+        opened.callback(_kill_all, site)
+        yield chaos, kafka
 
 
-@contextlib.contextmanager
-def _one_broker(folder: Path, kind: BrokerKind) -> Iterator[tuple[Broker, FlakyProxy, None, str]]:
-    port = free_port()
-    broker = _own_broker(folder, free_port(), port) if kind == "own" else start_broker(advertised=port)
-    to_broker = FlakyProxy(broker.port, port)
-    try:
-        yield broker, to_broker, None, f"127.0.0.1:{port}"
-    finally:
-        to_broker.close()
-
-
-@contextlib.contextmanager
-def _cluster() -> Iterator[tuple[None, None, Cluster, str]]:
-    cluster = Cluster()
-    with told():
-        try:
-            yield None, None, cluster, cluster.bootstrap
-        finally:
-            cluster.close()
+def _kill_all(site: Site) -> None:
+    for worker in site.running:
+        if worker.process.poll() is None:
+            worker.signal(signal.SIGCONT)
+            worker.kill()
