@@ -20,6 +20,7 @@ from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, entropy, feature_statistics
 from meta.paper import PaperMGG
 from meta.proxies import Observer
+from meta.shifts import Shift
 from meta.source import as_frames, frames_at_once
 from meta.train import Preprocessing
 from meta.watch import WINDOW_STEPS, Watched, cameras, watch
@@ -73,10 +74,7 @@ def calibrate(
     """
     threshold, entropies = _clean(method.model, images, labels, preprocessing)
     observer = Observer(method.model, method.source, threshold, entropies)
-    names = list(CALIBRATION)
-    # So that no round has all of a kind.
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    shifts = [{names[i]: CALIBRATION[names[i]] for i in order[number::ROUNDS]} for number in range(ROUNDS)]
+    shifts = _shares(seed)
 
     def play(number: int, wanted: Callable[[], bool]) -> Round:
         def seen(adapt: bool) -> Watched:
@@ -107,6 +105,13 @@ def calibrate(
         estimator=estimator,
     )
     return calibration, _limits(adapted, guess, truth)
+
+
+def _shares(seed: int) -> list[dict[str, Shift]]:
+    """Each round's part of the shifts; shuffled, so that none has all of a kind."""
+    names = list(CALIBRATION)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [{names[i]: CALIBRATION[names[i]] for i in order[number::ROUNDS]} for number in range(ROUNDS)]
 
 
 def _side_by_side(play: Callable[[int, Callable[[], bool]], Round], say: Callable[[str], None]) -> list[Round]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from meta.estimator import AccuracyModel, Table
 from meta.method import Method, State
 from meta.mgg import as_served
-from meta.objective import per_stream_mean
 from meta.proxies import SIGNALS, WINDOW, Observer, fold
 from meta.shifts import Shift
 from meta.simulate import SimulatedStream
@@ -82,9 +81,7 @@ def watch(
     state = {name: tensor.detach() for name, tensor in method.fresh(len(streams)).items()}
     # As in a worker: where there will be no update, nothing is kept for one.
     seen, predict = Watched(), as_served(method) if adapt else method.predict
-    proxies = [RunningProxies() for _ in streams]
-    truth, halves, visits = np.zeros((len(streams), 2)), np.zeros((len(streams), 2)), np.zeros(len(streams), int)
-    other_half = torch.cat([torch.arange(FRAMES) // camera.repeat % 2 for camera in streams])
+    proxies, truth, visits = [RunningProxies() for _ in streams], _Truth(streams), np.zeros(len(streams), int)
     for step in range(steps):
         if not wanted():
             break
@@ -107,17 +104,12 @@ def watch(
         state = {name: tensor.detach() for name, tensor in state.items()}
         with torch.inference_mode():
             plain = observer.model(frames)
-        weight = 1 / min(step + 1, WINDOW_STEPS)
-        hits = torch.stack([forward.answer.argmax(1) == labels, plain.argmax(1) == labels], 1).float()
-        truth = truth + weight * (per_stream_mean(hits, stream, forward.counts).numpy() - truth)
-        own = hits[:, 0].split(FRAMES), other_half.split(FRAMES)
-        parts = [[float(right[half == i].mean()) for i in (0, 1)] for right, half in zip(*own, strict=True)]
-        halves = halves + weight * (np.array(parts) - halves)
+        truth.take(torch.stack([forward.answer.argmax(1) == labels, plain.argmax(1) == labels], 1).float())
         rows = [{name: float(values[i]) for name, values in signals.items()} for i in range(len(streams))]
         proxies = [fold(before, one, row, model) for before, one, row in zip(proxies, observed, rows, strict=True)]
         seen.proxies.append(proxies)
-        seen.truth.append(truth)
-        seen.halves.append(halves)
+        seen.truth.append(truth.lately)
+        seen.halves.append(truth.halves)
         seen.visits.append(visits.copy())
         seen.answers.append(forward.answer)
         seen.plain.append(plain.clone())
@@ -125,3 +117,23 @@ def watch(
         if signals:
             seen.signals.append({name: values.detach() for name, values in signals.items()})
     return seen
+
+
+class _Truth:
+    """How often answers were right lately, for `Watched`: `lately` is its `truth`."""
+
+    def __init__(self, streams: list[SimulatedStream]) -> None:
+        self.lately, self.halves = np.zeros((len(streams), 2)), np.zeros((len(streams), 2))
+        self._half = [torch.arange(FRAMES) // camera.repeat % 2 for camera in streams]
+        self._steps = 0
+
+    def take(self, hits: Tensor) -> None:
+        """One micro-batch of every stream, in their order. hits (S x b, 2): of the adapted answers, and of source's."""
+        self._steps += 1
+        weight = 1 / min(self._steps, WINDOW_STEPS)
+        own = hits.split(FRAMES)
+        self.lately = self.lately + weight * (torch.stack([part.mean(0) for part in own]).numpy() - self.lately)
+        halves = [
+            [float(part[half == i, 0].mean()) for i in (0, 1)] for part, half in zip(own, self._half, strict=True)
+        ]
+        self.halves = self.halves + weight * (np.array(halves) - self.halves)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+from collections import Counter
 from collections.abc import Callable, Collection, Container
 from itertools import zip_longest
 from pathlib import Path
@@ -116,20 +117,7 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
     """
     _one_input(network)
     network.float().eval()
-    before = _logits(network, frames, classes)
-    if not torch.equal(before, _logits(network, frames, classes)):
-        raise BundleError(
-            "the network answers the same frames differently in eval mode: something in it is random, such as dropout "
-            "with training=True; make it depend on self.training"
-        )
-    # Of all frames together: the logits of one may sum to 1 by chance.
-    if bool((before >= 0).all()) and bool(((before.sum(1) - 1).abs() < ROUNDING).all()):
-        raise BundleError(
-            "the network returns probabilities, not logits: each row sums to 1; leave its softmax out, or wrap it in a "
-            "module that returns their logarithm"
-        )
-    alone = torch.cat([_logits(network, frame, classes) for frame in frames.split(1)])
-    _same(before, alone, "a frame's answer depends on the others in its batch, so cameras would mix")
+    before = _sound_logits(network, frames, classes)
     swapped = _own_norms(network)
     own = find_own_norms(network, frames)
     for kind, count in sorted(own.others.items()):
@@ -138,7 +126,37 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
             "hold a weight, and no more than a bias besides, of one value per channel; use one of torch's instead"
         )
     model = AdaptableModel(network, _order(network, frames, own.layouts), own.layouts)
-    doubt = f"; suspect: {', '.join(swapped)}" if swapped else ""
+    _predicts_as_before(model, frames, before, f"; suspect: {', '.join(swapped)}" if swapped else "")
+    kinds = Counter(type(layer.norm).__name__ for layer in model.layers)
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    say(f"network: {found} with {model.coordinates} scales and shifts to adapt; predictions reproduce")
+    if model.memory_format is torch.contiguous_format:
+        say("network: runs with frames laid out channel by channel only (it uses view); reshape would be faster")
+    return model
+
+
+def _sound_logits(network: nn.Module, frames: Tensor, classes: int) -> Tensor:
+    """What the network says of frames, proven to be logits, and the same whenever and with whichever others asked."""
+    logits = _logits(network, frames, classes)
+    if not torch.equal(logits, _logits(network, frames, classes)):
+        raise BundleError(
+            "the network answers the same frames differently in eval mode: something in it is random, such as dropout "
+            "with training=True; make it depend on self.training"
+        )
+    # Of all frames together: the logits of one may sum to 1 by chance.
+    if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < ROUNDING).all()):
+        raise BundleError(
+            "the network returns probabilities, not logits: each row sums to 1; leave its softmax out, or wrap it in a "
+            "module that returns their logarithm"
+        )
+    alone = torch.cat([_logits(network, frame, classes) for frame in frames.split(1)])
+    _same(logits, alone, "a frame's answer depends on the others in its batch, so cameras would mix")
+    return logits
+
+
+def _predicts_as_before(model: AdaptableModel, frames: Tensor, before: Tensor, doubt: str) -> None:
+    """Prove that swapping its norm layers has left the network as it was, and that gradients reach these; `doubt` is
+    for where that fails."""
     try:
         model.fit_layout(frames)
         rows = model.source_affine.expand(len(frames), -1).clone().requires_grad_()
@@ -152,14 +170,6 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
         ) from error
     _same(before, after.detach(), f"with its norm layers swapped the network does not predict what it did{doubt}")
     _has_gradient(after, rows)
-    kinds = {type(layer.norm).__name__: 0 for layer in model.layers}
-    for layer in model.layers:
-        kinds[type(layer.norm).__name__] += 1
-    found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    say(f"network: {found} with {model.coordinates} scales and shifts to adapt; predictions reproduce")
-    if model.memory_format is torch.contiguous_format:
-        say("network: runs with frames laid out channel by channel only (it uses view); reshape would be faster")
-    return model
 
 
 def built_again(again: nn.Module, weights: dict[str, Tensor], model: AdaptableModel, frames: Tensor) -> None:

@@ -52,11 +52,7 @@ def create_bundle(
         say(text)
 
     subject = prepare(settings, decode, note)
-    work = output.parent / f"{output.name}.work" / _digest(subject)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}; name another --output") from error
+    work = _work_folder(output, subject)
     source = _statistics(subject, work, note)
     correction = _correction(subject, work, say)
     learned, made = _generator(subject, source, work, say)
@@ -90,6 +86,16 @@ def create_bundle(
     load_bundle(output, [settings.architecture])
     shutil.rmtree(work.parent)
     return manifest
+
+
+def _work_folder(output: Path, subject: Subject) -> Path:
+    """Where finished stages lie. Raises ConfigError."""
+    work = output.parent / f"{output.name}.work" / _digest(subject)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{output} cannot be written: {error.strerror}; name another --output") from error
+    return work
 
 
 def _digest(subject: Subject) -> str:
