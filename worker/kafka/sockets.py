@@ -3,20 +3,28 @@
 Those of connects that fail: a client tries again for as long as its broker is away, so that a long outage, or a
 certificate that does not fit, could cost a worker its file descriptors. And those of connections that are closed with
 something still to send, as each begins: they wait for that to be sent, and a client that is closed sends nothing more.
+
+And those of TLS handshakes that nobody answers, which it waits for without an end: a node that hangs, or a port without
+TLS. Whatever is to go to that node would wait as long.
 """
 
 from __future__ import annotations
 
+import ssl
+import time
 from contextlib import ExitStack
 from typing import Any
 
+from kafka.errors import KafkaTimeoutError
 from kafka.net.inet import KafkaNetSocket
 from kafka.net.transport import KafkaSSLTransport, KafkaTCPTransport
+
+HANDSHAKE_S = 10.0  # as long as the client waits for a connection without TLS
 
 
 def leave_no_sockets() -> None:
     """From here on, in this process. Again does nothing."""
-    connect, shake, close = KafkaNetSocket.sock_connect, KafkaSSLTransport.handshake, KafkaTCPTransport.close
+    connect, close = KafkaNetSocket.sock_connect, KafkaTCPTransport.close
     if getattr(connect, "closing", False):
         return
 
@@ -31,7 +39,7 @@ def leave_no_sockets() -> None:
     async def handshake(transport: Any) -> None:
         with ExitStack() as failed:
             failed.callback(transport._sock.close)
-            await shake(transport)
+            await _shake(transport._net, transport._sock)
             failed.pop_all()
 
     def close_at_once(transport: Any) -> None:
@@ -41,3 +49,20 @@ def leave_no_sockets() -> None:
     sock_connect.closing = True  # type: ignore[attr-defined]
     KafkaNetSocket.sock_connect, KafkaSSLTransport.handshake = sock_connect, handshake
     KafkaTCPTransport.close = close_at_once
+
+
+async def _shake(net: Any, sock: ssl.SSLSocket) -> None:
+    """Raises TimeoutError."""
+    until = time.monotonic() + HANDSHAKE_S
+    try:
+        while True:
+            try:
+                sock.do_handshake()
+            except ssl.SSLWantReadError:
+                await net.wait_read(sock, timeout_at=until)
+            except ssl.SSLWantWriteError:
+                await net.wait_write(sock, timeout_at=until)
+            else:
+                return
+    except KafkaTimeoutError as error:
+        raise TimeoutError(f"no answer in TLS for {HANDSHAKE_S:g} s") from error

@@ -1,4 +1,4 @@
-"""No failed connect leaves its socket open, nor does a connection that is closed as it begins."""
+"""No failed connect leaves its socket open, nor does a connection that is closed as it begins; and each ends."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from kafka.net.transport import KafkaTCPTransport
 
 from tests.servers import TlsProxy
 from worker.embedded import free_port
+from worker.kafka import sockets
 from worker.kafka.client import open_client
 from worker.kafka.sockets import leave_no_sockets
 
@@ -95,6 +96,13 @@ def test_where_the_certificate_is_not_trusted(listener: socket.socket) -> None:
         assert not fail_to_open(proxy.port, security_protocol="SSL", ssl_context=context)
     finally:
         proxy.close()
+
+
+def test_where_nobody_answers_in_tls(listener: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that hangs, or a port that takes what comes for the beginning of a long request."""
+    monkeypatch.setattr(sockets, "HANDSHAKE_S", 0.1)
+    context = ssl.create_default_context()
+    assert not fail_to_open(listener.getsockname()[1], security_protocol="SSL", ssl_context=context)
 
 
 def test_a_connection_that_is_closed_before_it_has_sent_leaves_no_socket() -> None:
