@@ -85,7 +85,7 @@ def open_client(kind: Any, **arguments: Any) -> Any:
         opened.append(kind.DEFAULT_CONFIG["kafka_client"](**options))
         return opened[-1]
 
-    with _listening() as refusals:
+    with _listening() as heard:
         try:
             client = kind(kafka_client=remember, **arguments)
             if isinstance(client, KafkaConsumer):
@@ -95,12 +95,19 @@ def open_client(kind: Any, **arguments: Any) -> Any:
         except (KafkaError, OSError) as error:
             for connections in opened:
                 connections.close()
-            if refusals:
+            if refusals := [reason for reason in heard if isinstance(reason, REFUSALS)]:
                 raise refusals[-1] from error
-            if isinstance(error, KafkaTimeoutError) and "sasl_mechanism" in arguments:
-                # The client may see the end of the connection before the answer that comes with it.
-                raise KafkaTimeoutError(f"{error}, or the login is refused") from error
+            if isinstance(error, KafkaTimeoutError):
+                raise KafkaTimeoutError(_unreached(error, heard, "sasl_mechanism" in arguments)) from error
             raise
+
+
+def _unreached(error: KafkaError, heard: list[KafkaError], login: bool) -> str:
+    """Why a client gave up; its error says only that it did."""
+    reasons = [reason for reason in heard if reason != error]
+    text = ": ".join(str(part) for reason in [error, *reasons[-1:]] for part in reason.args[:1])
+    # The client may see the end of the connection before the answer that comes with it.
+    return f"{text}, or the login is refused" if login else text
 
 
 def close_producer(producer: Any, patience_s: float) -> bool:
@@ -121,12 +128,12 @@ def close_producer(producer: Any, patience_s: float) -> bool:
 
 @contextlib.contextmanager
 def _listening() -> Iterator[list[KafkaError]]:
-    """Why the client was not let in. It tries again until its time is over, and raises only that it is; the log has
-    the errors."""
+    """Why the client did not get on. It tries again until its time is over, and raises only that it is; the log has the
+    errors."""
     found: list[KafkaError] = []
 
     def note(record: logging.LogRecord) -> bool:
-        found.extend(part for part in record.args or () if isinstance(part, REFUSALS))
+        found.extend(part for part in record.args or () if isinstance(part, KafkaError))
         return record.levelno >= level
 
     level = _speak()

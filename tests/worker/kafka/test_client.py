@@ -144,6 +144,19 @@ def test_a_wrong_password_is_told_in_one_line(kafka_with_users: Kafka) -> None:
     assert "falsch" not in str(told.value)
 
 
+def test_why_nobody_is_reached_is_told_in_one_line(kafka_with_users: Kafka) -> None:
+    nobody, no_tls = Kafka(bootstrap=f"127.0.0.1:{free_port()}"), {"security_protocol": "SASL_PLAINTEXT"}
+    for settings, reason in (
+        (nobody, "ECONNREFUSED"),
+        (kafka_with_users.model_copy(update={"ssl_cafile": None}), "CERTIFICATE_VERIFY_FAILED"),
+        (kafka_with_users.model_copy(update=no_tls), "socket disconnected"),
+    ):
+        with pytest.raises(UnreachableError, match=reason) as told:
+            require_topics(settings.model_copy(update={"connect_timeout_s": 0}))
+        assert str(told.value).count("Unable to bootstrap") == 1
+        assert "\n" not in str(told.value)
+
+
 def test_topics_that_come_a_moment_later_are_waited_for(bootstrap: str, caplog: pytest.LogCaptureFixture) -> None:
     """`driftkeel produce` beside a `driftkeel local` that has only begun."""
     tag = uuid.uuid4().hex[:8]
