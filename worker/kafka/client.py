@@ -70,6 +70,9 @@ def _tls(settings: Kafka) -> ssl.SSLContext:
 def open_client(kind: Any, **arguments: Any) -> Any:
     """A client of class `kind`. One that cannot reach its broker would leave its thread and sockets behind.
 
+    It asks for no topic to be created: kafka-python 3.0.12 does so whenever it looks for one, whatever it is told, and
+    most brokers obey. A topic that is deleted would come back at once, with as many partitions as the broker likes.
+
     A consumer has `worker.kafka.batches.Unreadable` values in place of what cannot be read; its poll raises ConfigError
     for records in a compression that is not installed.
 
@@ -83,6 +86,7 @@ def open_client(kind: Any, **arguments: Any) -> Any:
 
     def remember(**options: Any) -> Any:
         opened.append(kind.DEFAULT_CONFIG["kafka_client"](**options))
+        opened[-1].cluster.config["allow_auto_create_topics"] = False
         return opened[-1]
 
     with _listening() as heard:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from kafka import KafkaAdminClient, KafkaProducer
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.errors import SaslAuthenticationFailedError
 from pydantic import SecretStr
 
@@ -155,6 +155,21 @@ def test_why_nobody_is_reached_is_told_in_one_line(kafka_with_users: Kafka) -> N
             require_topics(settings.model_copy(update={"connect_timeout_s": 0}))
         assert str(told.value).count("Unable to bootstrap") == 1
         assert "\n" not in str(told.value)
+
+
+def test_nobody_of_ours_has_topics_created(bootstrap: str) -> None:
+    """The embedded broker creates those that somebody asks for, as Kafka does by default."""
+    missing = f"frames-{uuid.uuid4().hex[:8]}"
+    settings = Kafka(bootstrap=bootstrap, connect_timeout_s=60)
+    publisher = Publisher(settings, "w", threading.Event())
+    publisher.send(Message(missing, b"cam", b"1", [], expendable=True))
+    consumer = kafka_client.open_client(KafkaConsumer, **connection(settings))
+    consumer.subscribe([missing])
+    consumer.poll(100)
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap)
+    assert missing not in admin.list_topics()
+    for client in (admin, consumer, publisher):
+        client.close()
 
 
 def test_topics_that_come_a_moment_later_are_waited_for(bootstrap: str, caplog: pytest.LogCaptureFixture) -> None:
