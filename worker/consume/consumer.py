@@ -27,6 +27,7 @@ from kafka.structs import OffsetAndMetadata
 from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
 from worker.consume.assignors import ASSIGNORS
+from worker.consume.beyond import Beyond
 from worker.consume.comparison import Comparison, Marks
 from worker.consume.ends import Ends
 from worker.consume.offsets import Offsets, Partition
@@ -113,6 +114,7 @@ class FrameConsumer:
         self.consumer = until_reached(make, what, settings.connect_timeout_s, stop)
         raise_when_fenced(self.consumer)
         self._ends, self._standstill = Ends(self.consumer), Standstill(self.consumer)
+        self._beyond = Beyond(settings, self.consumer)
         self._comparison = Comparison(settings, self.consumer, marks, expired)
         self._short = self._comparison.short
         self.consumer.subscribe([topic], listener=_Listener(self))
@@ -135,6 +137,7 @@ class FrameConsumer:
         while self._gone:
             gone.add(self._gone.popleft())
         gone |= self._cut({p: part[0].offset for p, part in arrived.items() if p not in gone})
+        gone |= self._begin_anew()
         self._skipped({p: part[0].offset for p, part in arrived.items() if p not in gone})
         for lost in gone:
             self._short.unfounded.pop(lost, None)
@@ -212,6 +215,25 @@ class FrameConsumer:
             log.warning("partition %d goes on at %d, which was read before", partition[1], first[partition])
         self.offsets.forget(cut)
         return cut
+
+    def _begin_anew(self) -> set[Partition]:
+        """Partitions whose log ends before where they are read from. As where the broker says so: all that is known of
+        them is forgotten, and they are compared again."""
+        try:
+            beyond = self._beyond.found(self._short.waiting)
+        except (KafkaError, OSError) as error:
+            self._failed("poll")
+            log.warning("the broker at %s does not say where its logs end (%s)", self._settings.bootstrap, error)
+            return set()
+        for (topic, number), short in beyond.items():
+            log.warning("partition %d ends at %d, and was read up to %d before", number, short.end, short.reach)
+            where = TopicPartition(topic, number)
+            if self._settings.offset_reset == "earliest":
+                self.consumer.seek_to_beginning(where)
+            else:
+                self.consumer.seek_to_end(where)
+        self.offsets.forget(beyond)
+        return set(beyond)
 
     def _skipped(self, first: dict[Partition, int]) -> None:
         """Where records go on behind those that were read, what is lost of those between. One offset is skipped by a
