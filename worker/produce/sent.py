@@ -23,6 +23,7 @@ from schemas.errors import SourceError, UnreachableError
 from schemas.frame import FRAME_TYPE
 from worker.kafka.client import connection, open_client
 
+LOCKED_S = 60.0  # a run for each camera share the file: on a slow disk one waits for its turn longer than the usual 5 s
 _TABLES = """
 CREATE TABLE IF NOT EXISTS items (
     topic TEXT, stream TEXT, item TEXT, frames INTEGER NOT NULL, done INTEGER NOT NULL,
@@ -67,7 +68,7 @@ class Sent:
         self._broker, self._path, self._lock = broker, path, threading.Lock()
         with self._using():
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = sqlite3.connect(path, check_same_thread=False)
+            self._file = sqlite3.connect(path, LOCKED_S, check_same_thread=False)
             self._file.executescript(_TABLES)
 
     def frames(self, topic: str, stream: str, item: str) -> tuple[int, bool]:

@@ -21,6 +21,7 @@ from tests.conftest import Topic, picture
 from tests.videos import make_video
 from worker.embedded import free_port
 from worker.produce.produce import MAX_ON_THE_WAY, Player, Sender, Tally, Wishes, explained, produce
+from worker.produce.sent import Sent
 from worker.produce.sources import Item, Picture, Style, find
 
 FAST = Wishes(fast=True)
@@ -212,6 +213,13 @@ def test_a_state_file_that_cannot_be_written_any_more_is_an_error(site: Site, tm
     (tmp_path / "b.png").write_bytes(picture(1))
     with pytest.raises(SourceError, match=r"produce.sqlite cannot be used to remember what was sent: disk full"):
         site.play(tmp_path / "b.png")
+
+
+def test_runs_that_share_a_state_file_have_a_minute_to_wait_for_each_other(tmp_path: Path) -> None:
+    """Where writing is slow, that of several runs takes longer than the five seconds that SQLite waits by itself."""
+    sent = Sent(tmp_path / "produce.sqlite", "broker:9092")
+    assert sent._file.execute("PRAGMA busy_timeout").fetchone() == (60_000,)
+    sent.close()
 
 
 def test_whatever_ends_a_stream_shows(site: Site) -> None:
