@@ -26,9 +26,10 @@ ROUNDS = 2
 CONSUMER = """
 import json, sys, time
 from kafka import KafkaConsumer
-from worker.kafka.join import poll_timeout
+from worker.kafka.join import keep_joins, poll_timeout
 consumer = KafkaConsumer(sys.argv[4], bootstrap_servers=sys.argv[1], group_id=sys.argv[2],
     session_timeout_ms=int(sys.argv[3]), heartbeat_interval_ms=500, fetch_max_wait_ms=20, enable_auto_commit=False)
+keep_joins(consumer)
 last = None
 while True:
     consumer.poll(timeout_ms=1000 * poll_timeout(consumer, 0.02))

@@ -35,7 +35,7 @@ from worker.consume.standstill import Standstill
 from worker.kafka.answer import last_answer
 from worker.kafka.client import connection, open_client, until_reached
 from worker.kafka.fenced import raise_when_fenced
-from worker.kafka.join import poll_timeout
+from worker.kafka.join import keep_joins, poll_timeout
 
 log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
@@ -113,6 +113,7 @@ class FrameConsumer:
         what, topic = f"the broker at {settings.bootstrap}", settings.topics.frames
         self.consumer = until_reached(make, what, settings.connect_timeout_s, stop)
         raise_when_fenced(self.consumer)
+        keep_joins(self.consumer)
         self._ends, self._standstill = Ends(self.consumer), Standstill(self.consumer)
         self._beyond = Beyond(settings, self.consumer)
         self._comparison = Comparison(settings, self.consumer, marks, expired)

@@ -11,7 +11,27 @@ from __future__ import annotations
 from typing import Any
 
 PATIENCE_S = 0.1  # in poll, at least, while the group forms
-DELAY_S = PATIENCE_S / 2  # long enough for poll to ask, short enough for it to wait
+
+
+def keep_joins(consumer: Any) -> None:
+    """Have a `KafkaConsumer` find what came of a join that nobody has collected, rather than join once more."""
+    coordinator = consumer._coordinator
+    join, complete = coordinator._do_join_and_sync_async, coordinator._on_join_complete_async
+    left: tuple[Any, Any] | None = None
+
+    async def join_once() -> Any:
+        nonlocal left
+        if left is None or left[0] is not coordinator._generation:  # Or that membership is over.
+            assignment = await join()
+            left = coordinator._generation, assignment
+        return left[1]
+
+    async def collected(*arguments: Any) -> None:
+        nonlocal left
+        left = None
+        await complete(*arguments)
+
+    coordinator._do_join_and_sync_async, coordinator._on_join_complete_async = join_once, collected
 
 
 def poll_timeout(consumer: Any, timeout_s: float) -> float:
@@ -23,12 +43,4 @@ def poll_timeout(consumer: Any, timeout_s: float) -> float:
     if coordinator is None or not coordinator.rejoining:
         return timeout_s
     coordinator.request_rejoin()
-    joined, loop = coordinator._join_task, coordinator._net
-    if joined is not None and joined.succeeded():
-
-        async def once_more() -> Any:
-            await loop.sleep(DELAY_S)
-            return joined.value
-
-        coordinator._join_task = loop.call_soon_with_future(once_more)
     return max(timeout_s, PATIENCE_S)

@@ -21,6 +21,7 @@ from worker.consume import consumer as consume
 from worker.consume.assignors import GivesUpFirst
 from worker.consume.consumer import FrameConsumer
 from worker.consume.offsets import Offsets
+from worker.kafka.join import poll_timeout
 
 BUSY_S = 0.03  # longer than a broker needs to answer
 
@@ -58,6 +59,32 @@ def test_busy_members_share_partitions(make: Callable[..., FrameConsumer], assig
     busy_until(lambda: len(first.assignment()) == 3, "all partitions", first)
     busy_until(lambda: {len(first.assignment()), len(second.assignment())} == {1, 2}, "shared", first, second)
     assert not first.assignment() & second.assignment()
+
+
+def test_a_join_that_is_over_as_a_poll_begins_is_not_begun_again(
+    make: Callable[..., FrameConsumer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = make("range")
+    coordinator = consumer.consumer._coordinator
+    assert coordinator.ensure_coordinator_ready(timeout_ms=120_000)
+    coordinator.rejoining = True
+
+    def join() -> bool:
+        """As a poll leaves it that is over before. The first only says what name to join by."""
+        coordinator._join_task = coordinator._manager.call_soon(coordinator._do_join_and_sync_async)
+        wait_until(lambda: coordinator._join_task.is_done, "the answer to a join")
+        return bool(coordinator._join_task.succeeded())
+
+    def late(client: KafkaConsumer, timeout_s: float) -> float:
+        timeout_s = poll_timeout(client, timeout_s)
+        if joining := coordinator._join_task:
+            wait_until(lambda: joining.is_done, "the end of the join")
+        return timeout_s
+
+    wait_until(join, "a join")
+    monkeypatch.setattr(consume, "poll_timeout", late)
+    busy_until(lambda: len(consumer.assignment()) == 3, "all partitions", consumer)
+    assert consumer.consumer.group_metadata().generation_id == 1
 
 
 @pytest.mark.parametrize("assignment", ["range", "cooperative-sticky"])
