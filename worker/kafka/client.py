@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaError, KafkaTimeoutError, SaslAuthenticationFailedError, UnsupportedSaslMechanismError
 
-from schemas.config import Kafka
+from schemas.config import Kafka, Topics
 from schemas.errors import ConfigError, LoginError, UnreachableError
 from worker.kafka.batches import pass_over_unreadable
 from worker.kafka.nodes import wait_for_gone_nodes
@@ -222,7 +222,7 @@ def require_topics(settings: Kafka, stop: threading.Event | None = None, only: S
             if left <= 0:
                 raise ConfigError(
                     f"{what} has no topic {', '.join(missing)}; create them first "
-                    f"(kafka-topics.sh --create --topic {missing[0]} --partitions 12), or correct kafka.topics"
+                    f"(kafka-topics.sh --create --topic {_creation(missing[0], topics)}), or correct kafka.topics"
                 )
             if pause == FIRST_PAUSE_S:  # Once.
                 log.warning("%s has no topic %s yet; waiting %.0f s for it", what, ", ".join(missing), left)
@@ -230,6 +230,15 @@ def require_topics(settings: Kafka, stop: threading.Event | None = None, only: S
             pause = min(2 * pause, LONGEST_PAUSE_S)
     finally:
         admin.close()
+
+
+def _creation(missing: str, topics: Topics) -> str:
+    """As docs/deploy.md has it."""
+    settings = {
+        topics.frames: "--partitions 12",
+        topics.commands: "--partitions 1 --config retention.ms=-1",
+    }
+    return f"{missing} {settings.get(missing, '--partitions 1')}"
 
 
 def _missing(

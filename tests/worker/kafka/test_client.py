@@ -197,6 +197,13 @@ def test_topics_that_never_come_are_named_in_the_end(bootstrap: str) -> None:
         require_topics(settings, only=["nowhere"])
 
 
+def test_a_topic_of_commands_is_to_have_one_partition_and_to_keep_all(bootstrap: str) -> None:
+    commands = f"commands-{uuid.uuid4().hex[:8]}"
+    settings = Kafka(bootstrap=bootstrap, topics=Topics(commands=commands), connect_timeout_s=0.5)
+    with pytest.raises(ConfigError, match=f"--topic {commands} --partitions 1 --config retention.ms=-1"):
+        require_topics(settings, only=[commands])
+
+
 def test_who_is_told_to_stop_waits_for_no_topics(bootstrap: str) -> None:
     stop = threading.Event()
     stop.set()
