@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_WAIT_POLICY"] = "passive"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as the command line has it
 
 import contextlib
 import io

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -43,3 +44,16 @@ def test_sigterm_while_torch_loads_ends_it_with_nothing_to_finish() -> None:
     assert terminated != INTERRUPTED
     result = subprocess.run([sys.executable, "-c", terminated, "torch"], capture_output=True, text=True, timeout=240)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_numpy_has_no_threads_of_its_own_unless_somebody_says_so() -> None:
+    """They spin: equations of two hundred unknowns took thirty times as long where other processes ran as well."""
+    threads = "import worker.cli, numpy, pathlib; print(len(list(pathlib.Path('/proc/self/task').iterdir())))"
+
+    def found(**given: str) -> int:
+        environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"} | given
+        command = [sys.executable, "-c", threads]
+        return int(subprocess.run(command, env=environment, capture_output=True, check=True, timeout=240).stdout)
+
+    assert found() == 1
+    assert found(OPENBLAS_NUM_THREADS="2") == min(2, len(os.sched_getaffinity(0)))
