@@ -17,7 +17,7 @@ from schemas.config import WorkerConfig
 from schemas.policy import PolicyChange
 from schemas.update import UpdateEvent, seal
 from tests.conftest import picture
-from tests.system.conftest import Site, run_cli
+from tests.system.conftest import Site, ids_by_stream, run_cli
 from worker.control.send import send_command
 
 PATIENT = ["--wait", "120"]  # with a worker that has more to do than obey
@@ -169,12 +169,19 @@ def test_policies_say_who_answers_and_when_there_are_updates(site: Site) -> None
         },
     )
     streams = ["auto", "shadow", "approve", "none", "all", "quiet"]
-    for stream in streams:
-        site.feed(worker, stream, 16)
+
+    def feed(before: int, frames: int) -> dict[str, list[str]]:
+        """All at once: those without an update wait for larger micro-batches."""
+        sent = [(stream, picture(before + i)) for stream in streams for i in range(frames)]
+        ids = ids_by_stream(sent, site.send(sent))
+        site.wait_folded(worker, dict.fromkeys(streams, before + frames))
+        return ids
+
+    feed(0, 16)
     assert {s: site.header(s).step for s in streams} == {**dict.fromkeys(streams, 2), "quiet": 0}
     (approval,) = tell(site, "approve", "approve")
     assert (approval.decision, approval.step, approval.parameters) == ("approved", 2, "approved")
-    ids = {stream: site.feed(worker, stream, 24) for stream in streams}
+    ids = feed(16, 24)
     for stream in ("quiet", "auto"):  # by its hours; and by the updates of this hour
         line = f'driftkeel_stream_held_back{{stream="{stream}"}} 1.0'
         worker.wait_until(lambda line=line: line in worker.metrics(), line)
@@ -229,7 +236,8 @@ def test_a_worker_runs_without_the_topic(site: Site, tmp_path: Path) -> None:
     found = run_cli("doctor", "--config", str(path))
     assert found.returncode == 0
     assert "topic nowhere is missing: workers run, and take no commands" in found.stdout
-    sent = run_cli("command", "freeze", "cam", "--config", str(path))
+    patience = {"DRIFTKEEL__KAFKA__CONNECT_TIMEOUT_S": "2"}  # for a topic that may yet be made
+    sent = run_cli("command", "freeze", "cam", "--config", str(path), **patience)
     assert sent.returncode == 1
     assert "no topic nowhere" in sent.stderr
     assert " sent" not in sent.stderr
