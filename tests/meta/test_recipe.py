@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import yaml
 
 from meta.bundle import load_bundle
+from meta.bundle_folder import read_manifest
 from meta.mgg import MGG
 from meta.paper import PaperMGG
 from meta.recipe import Recipe, build_bundle, calibrate_bundle, read_recipe
@@ -18,14 +20,23 @@ from tests.conftest import SHIPPED_BUNDLE
 SOURCE = {"bundle": str(SHIPPED_BUNDLE)}
 
 
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A build takes as many threads as its recipe says, and leaves them to whatever comes next."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def build(folder: Path, **content: object) -> torch.Tensor:
     recipe = Recipe.model_validate(
         {
             "name": "small",
             "data": "fashion-mnist",
             "source": SOURCE,
+            "correction_draws": 20,
             "calibration_windows": 2,
-            "calibration_streams": 2,
+            "calibration_streams": 1,
             **content,
         }
     )
@@ -45,6 +56,7 @@ def test_ours_and_the_papers(tmp_path: Path) -> None:
     ours = build(tmp_path / "ours", training=training)
     again = build(tmp_path / "again", training=training)
     assert torch.equal(ours, again)
+    assert read_manifest(tmp_path / "ours") == read_manifest(tmp_path / "again")
     paper = build(tmp_path / "paper", paper={"images": 8, "epochs": 1})
     source = load_bundle(SHIPPED_BUNDLE).model.source_affine
     assert (paper - source).abs().max() <= 1e-3 + 1e-6
