@@ -15,11 +15,12 @@ from kafka.protocol.metadata import FindCoordinatorRequest
 
 from schemas.config import Kafka
 from schemas.errors import ConfigError
+from tests.chaos.proxy import FlakyProxy, flaky_broker
 from tests.cluster import FIND_COORDINATOR, NODES, Cluster, told
 from tests.worker.consume.test_consume import Notes
 from worker.consume.consumer import FrameConsumer
 from worker.consume.offsets import Offsets
-from worker.kafka.client import connection, open_client
+from worker.kafka.client import connection, create_topics, open_client
 
 PATIENCE_S = 240
 GROUP_AUTHORIZATION_FAILED = 30
@@ -87,6 +88,35 @@ def test_a_user_without_permission_is_told_of_it(cluster: Cluster) -> None:
         consumer.poll(PATIENCE_S)
     assert "GroupAuthorizationFailedError: group; give it the permissions" in str(caught.value)
     consumer.close()
+
+
+def test_a_way_to_a_broker_that_is_away_is_tried_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As through a load balancer, which takes every connection and ends it."""
+    tries, accept = [], FlakyProxy._accept
+
+    def count(proxy: FlakyProxy) -> None:
+        tries.append(proxy._down)
+        accept(proxy)
+
+    monkeypatch.setattr(FlakyProxy, "_accept", count)
+    with flaky_broker() as broker:
+        settings = Kafka(bootstrap=f"127.0.0.1:{broker.port}")
+        create_topics(settings, 1)
+        consumer = open_client(KafkaConsumer, **connection(settings))
+        consumer.assign([TopicPartition(settings.topics.frames, 0)])
+        consumer.position(TopicPartition(settings.topics.frames, 0))
+        consumer.poll(500)
+        broker.down(True)
+        deadline = time.monotonic() + PATIENCE_S
+        while sum(tries) < 5 and time.monotonic() < deadline:
+            consumer.poll(50)
+        for _ in range(20):
+            consumer.poll(50)
+        broker.down(False)
+        while not consumer.topics() and time.monotonic() < deadline:
+            pass
+        consumer.close(autocommit=False)
+    assert 5 <= sum(tries) < 50
 
 
 def test_a_coordinator_that_is_away_is_asked_for_now_and_then(
