@@ -112,7 +112,8 @@ def fit_correction(
     passes: int | None = None,
     shifts: dict[str, Shift] | None = None,
 ) -> Correction:
-    """Fit the estimator on clean images uint8 (N, ch, h, w) under simulated shifts; mean and std (ch,) standardise.
+    """Fit the estimator on clean images uint8 (N, ch, h, w), in no order of classes, under simulated shifts; mean and
+    std (ch,) standardise.
 
     `draws` shifts with `frames` images each. One pass over all of them per layer, in the order of the model: what a
     layer sees depends on how those before it have been corrected. With fewer `passes`, neighbouring layers share one.

@@ -186,7 +186,7 @@ def without_duplicates(images: Images, say: Say) -> Images:
 
 def split(images: Images, classes: int, seed: int, say: Say, by_class: bool = True) -> dict[str, Images]:
     """Generator, calibration and measurement: three parts without a common image, `by_class` each with every class
-    there is.
+    there is, in no order: what looks at the first images of a part must not see some classes alone.
 
     Raises DataError for too few images.
     """
@@ -212,4 +212,8 @@ def split(images: Images, classes: int, seed: int, say: Say, by_class: bool = Tr
         own = [max(1, round(SHARES[name] * len(group))) for name in ("calibration", "measurement")]
         for name, index in zip(SHARES, shuffled.split([len(group) - sum(own), *own]), strict=True):
             parts[name].append(index)
-    return {name: images.take(torch.cat(index)) for name, index in parts.items()}
+    return {name: images.take(_shuffled(torch.cat(index), random)) for name, index in parts.items()}
+
+
+def _shuffled(index: Tensor, random: torch.Generator) -> Tensor:
+    return index[torch.randperm(len(index), generator=random)]

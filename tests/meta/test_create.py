@@ -550,6 +550,16 @@ def test_parts_share_no_image_and_have_every_class() -> None:
         assert set(part.labels.tolist()) == {0, 1, 2}
 
 
+def test_parts_are_in_no_order_of_classes() -> None:
+    """The correction of single frames takes the first images of a part for all: sorted, they were of one class."""
+    images, labels = pictures(300, 0)
+    order = np.argsort(labels, kind="stable")
+    parts = split(Images(torch.from_numpy(images[order]).unsqueeze(1), torch.from_numpy(labels[order])), 3, 0, quiet)
+    for part in parts.values():
+        assert part.labels is not None
+        assert set(part.labels[: len(part) // 3].tolist()) == {0, 1, 2}
+
+
 def test_too_few_images() -> None:
     images, labels = pictures(90, 0)
     with pytest.raises(DataError, match="there are 90; 100 are needed"):
