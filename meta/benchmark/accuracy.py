@@ -19,6 +19,7 @@ from meta.baselines.own import Oracle
 from meta.benchmark.controls import without_memory
 from meta.benchmark.corruptions import TEST, TUNING
 from meta.benchmark.datasets import DataSet, Pool, open_dataset
+from meta.benchmark.own import check_own
 from meta.benchmark.plan import MGG_NAME, BenchmarkConfig, Cell, cells_of
 from meta.benchmark.report import Journal, Record, commit, records_of, write_report
 from meta.benchmark.run import Frames, load_frames, relative_cost, run_streams, source_hits
@@ -143,6 +144,7 @@ class _Bench:
 
     def run(self, cell: Cell, journal: Journal, done: int, cells: int) -> None:
         """Run a cell and enter it into the journal."""
+        self._check(cell)
         chosen, tried = self._options(cell, journal)
         streams = [s for setting in cell.settings for seed in cell.seeds for s in self._streams(setting, seed)]
         frames = sum(map(len, streams))
@@ -167,6 +169,17 @@ class _Bench:
         ours, theirs = (float(np.mean([r[k] for r in records])) for k in ("accuracy", "source_accuracy"))
         cost = attempts[0].cost
         self.progress.say(f"{cell.name}: {ours:.3f} (source {theirs:.3f}), cost {cost:.1f}, {seconds:.0f} s")
+
+    def _check(self, cell: Cell) -> None:
+        """Whether a method of the user's keeps streams apart. Raises ConfigError."""
+        frames = self.source.setup.source_frames
+        if cell.method not in self.config.own_methods or frames is None:
+            return
+        if not check_own(cell.method, configured(self.config.kinds[cell.method], self.source.setup), frames):
+            self.progress.say(
+                f"{cell.name}: the same frames give something else each time, so nothing shows whether its streams "
+                "stay apart; draw with meta.baselines.base.uniforms, and keep what it remembers in the state"
+            )
 
     def _attempt(self, cell: Cell, options: Options, streams: list[Stream]) -> _Attempt:
         method = self._method(cell, options)

@@ -8,10 +8,16 @@ import inspect
 from pathlib import Path
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from meta.baselines import Baseline
 from meta.imports import import_from, imported
+from meta.method import State
 from meta.models import COLLECTIONS
 from schemas.errors import ConfigError
+
+APART = 0.25  # share of what a state moves by that rounding alone does not explain
 
 
 def own_method(name: str) -> type[Baseline]:
@@ -39,3 +45,51 @@ def code_digest(of: type[Baseline] | ModuleType) -> str:
     except (OSError, TypeError) as error:
         raise ConfigError(f"no file has the code of {of.__name__!r}: {error}") from error
     return hashlib.sha256(code).hexdigest()
+
+
+def check_own(name: str, method: Baseline, frames: Tensor) -> bool:
+    """Whether a stream of the user's method gets what it gets alone; standardised frames (B, ch, h, w), a few.
+
+    The benchmark runs many streams in one pass, so that a mean over all of its frames gives wrong results and no error.
+    False where the same again gives something else: then it cannot be told. Raises ConfigError.
+    """
+    parts = [part for part in frames[:12].tensor_split([2, 8]) if len(part)]
+    before = method.fresh(len(parts))
+    for of, tensor in before.items():
+        if tensor.dim() == 0 or len(tensor) != len(parts):
+            raise ConfigError(
+                f"own_methods: {name!r}: {of!r} of its state is {tuple(tensor.shape)} for {len(parts)} streams; its "
+                "first dimension must be the stream"
+            )
+    together = _advanced(name, method, parts)
+    for row, part in enumerate(parts):
+        alone, again = _advanced(name, method, [part]), _advanced(name, method, [part])
+        for of, tensor in alone.items():
+            moved = float((tensor[0] - before[of][row]).float().norm())
+            least = APART * moved + 1e-4 * (1 + float(tensor[0].float().norm()))
+            if float((tensor[0] - again[of][0]).float().norm()) > least:
+                return False
+            if float((tensor[0] - together[of][row]).float().norm()) > least:
+                raise ConfigError(
+                    f"own_methods: {name!r}: what a stream gets depends on who shares its pass ({of!r} of its state "
+                    "does); take means over each stream's own frames, as meta.objective.per_stream_mean does"
+                )
+    return True
+
+
+def _advanced(name: str, method: Baseline, parts: list[Tensor]) -> State:
+    """The state of new streams after two updates from their parts of the frames."""
+    stream = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    state = method.fresh(len(parts))
+    for _ in range(2):
+        forward = method.predict(torch.cat(parts), stream, state)
+        if type(method).update is Baseline.update:
+            with torch.enable_grad():
+                loss, active, _ = method.loss(forward)
+            if not loss.shape == active.shape == forward.counts.shape:
+                raise ConfigError(
+                    f"own_methods: {name!r}: of {len(parts)} streams its loss is {tuple(loss.shape)} and which take a "
+                    f"step {tuple(active.shape)}; both must be ({len(parts)},), one for each stream"
+                )
+        state = {of: tensor.detach() for of, tensor in method.update(forward).state.items()}
+    return state

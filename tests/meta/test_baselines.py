@@ -13,6 +13,7 @@ from meta.baselines.base import Adam, Sgd, position_in_stream, uniforms
 from meta.baselines.entropy import shuffle_patches
 from meta.baselines.own import Oracle
 from meta.baselines.roid import soft_likelihood_ratio
+from meta.benchmark.own import check_own
 from meta.method import State, finite_rows
 from meta.models import batchnorm_cnn, groupnorm_cnn
 from meta.norms import AdaptableModel
@@ -94,6 +95,11 @@ def test_company_changes_nothing(key: tuple[str, str], sizes: list[int], seed: i
         torch.testing.assert_close(logits[mine], expected, rtol=1e-3, atol=2e-3)
         for name, tensor in alone.items():
             torch.testing.assert_close(together[name][s : s + 1], tensor, rtol=1e-2, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("key", [key for key in METHODS if key[0] != "oracle"], ids="-".join)
+def test_the_check_of_users_own_methods_lets_them_pass(key: tuple[str, str]) -> None:
+    assert check_own(key[0], METHODS[key], drawn(12, 6))
 
 
 @pytest.mark.parametrize("key", METHODS, ids="-".join)

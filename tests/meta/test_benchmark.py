@@ -393,6 +393,8 @@ def test_mistakes_in_the_file_of_a_plan(tmp_path: Path) -> None:
 
 
 OWN = """
+import torch
+
 from meta.baselines import Baseline
 from meta.baselines.plain import Source
 from meta.method import Update
@@ -419,6 +421,35 @@ class Signs(Mine):
         affine = forward.state["affine"] - self.step_size * gradient.sign()
         new = forward.state | {"affine": affine}
         return Update(new, self.signals(forward, loss, gradient, gradient.sign(), new))
+
+class Mixing(Mine):
+    # more even answers, over whoever shares the pass
+    name = "mixing"
+
+    def loss(self, forward):
+        loss, active, memory = super().loss(forward)
+        even = forward.logits.softmax(1).mean(0)
+        return loss + 10 * (even * even.log()).sum(), active, memory
+
+class Scalar(Mine):
+    name = "scalar"
+
+    def loss(self, forward):
+        return entropy(forward.logits).mean(), forward.counts > 0, {}
+
+class Rowless(Mine):
+    name = "rowless"
+
+    def memory(self, streams):
+        return {"usual": torch.zeros(self.classes)}
+
+class Drawn(Mine):
+    # by chance, as torch draws
+    name = "drawn"
+
+    def loss(self, forward):
+        loss, active, memory = super().loss(forward)
+        return loss * torch.rand(()) * torch.randn_like(loss), active, memory
 
 nothing = 1
 """
@@ -538,6 +569,32 @@ def test_a_method_of_the_users_own_from_data_to_report(own_module: Path, blob_da
     assert driver.run_accuracy(plan, report, "test", driver.Progress([].append)) == 0
     found = {(r["method"], r["variant"]) for r in json.loads(report.read_text())}
     assert found == {("source", ""), ("mine", "published"), ("mine", "tuned")}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mixing", "what a stream gets depends on who shares its pass"),
+        ("scalar", r"its loss is \(\) and which take a step \(3,\); both must be \(3,\)"),
+        ("rowless", r"'usual' of its state is \(4,\) for 3 streams"),
+    ],
+)
+def test_a_method_that_mixes_streams_is_refused(
+    own_module: Path, blob_data: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    """Many streams share a pass: a mean over all frames in it would give wrong results and no error."""
+    blobs_at = {"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}}
+    plan = own_plan(name).model_copy(update={"threads": 1, "data": small_plan(data=blobs_at).data})
+    with pytest.raises(ConfigError, match=f"own_methods: '{name}': .*(?:{message})"):
+        driver.run_accuracy(plan, tmp_path / "out.json", "test", driver.Progress([].append), only=name)
+
+
+def test_a_method_that_draws_as_it_likes_is_told_so(own_module: Path, blob_data: Path, tmp_path: Path) -> None:
+    blobs_at = {"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}}
+    plan = own_plan("drawn").model_copy(update={"threads": 1, "data": small_plan(data=blobs_at).data})
+    said: list[str] = []
+    assert driver.run_accuracy(plan, tmp_path / "out.json", "test", driver.Progress(said.append), only="drawn-pub") == 0
+    assert any("drawn-published: the same frames give something else each time" in line for line in said)
 
 
 def test_a_step_of_the_users_own_is_tuned(own_module: Path, blob_data: Path, tmp_path: Path) -> None:
