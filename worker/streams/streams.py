@@ -36,6 +36,8 @@ LOST_EVENTS = (
     "the events beside the state of stream %s are empty or have more than %d bytes, and none of them is published; "
     "'driftkeel audit verify --store' says whether one is missing"
 )
+FORGOTTEN = "the stored state is gone, and all else that the store knew of the stream"
+MOST_KNOWN = 100_000  # streams; of others it is not noticed that the store has lost them
 CLAIM_BYTES = 16 << 20  # of states that one answer of the store brings, where none is larger
 
 
@@ -76,6 +78,7 @@ class Streams:
         self._newcomers = Newcomers(settings.max_streams, lambda: heal(store.count))
         self._homeless: set[str] = set()
         self._contested: set[str] = set()
+        self._known: dict[str, tuple[int, str]] = {}  # events, and the last one's hash, of streams that the store has had
         self._looked = 0.0
 
     def ensure(self, wanted: Iterable[str]) -> list[str]:
@@ -116,7 +119,7 @@ class Streams:
                 new.append(stream)
                 continue
             self._publish_again(stream, claimed.event)
-            restored = self._restorer.restored(stream, claimed)
+            restored = self._remembered(claimed, self._restorer.restored(stream, claimed))
             if wrong := self._beyond(restored.state.header.positions):
                 self._take_in_homeless(stream, f"{wrong}; {cure(stream)}")
                 continue
@@ -132,6 +135,24 @@ class Streams:
                 changed.append(replace(self._changed(restored, restored.change), waiting=claimed.event or b""))
         self._explain(changed)
         return new
+
+    def _remembered(self, claimed: Claimed, restored: Restored) -> Restored:
+        """The same; but where the store knows nothing of a stream that it had, its numbers and chain go on, and an
+        event says so. One that was deleted has left its last event."""
+        header = restored.state.header
+        if claimed.header is not None or claimed.event is not None:
+            self._remember(header)
+        elif header.stream in self._known:
+            events, last = self._known[header.stream]
+            header = header.model_copy(update={"events": events, "last_event": last})
+            state = restored.state.model_copy(update={"header": header})
+            return replace(restored, state=state, change=FORGOTTEN, lost=True)
+        return restored
+
+    def _remember(self, header: StreamHeader) -> None:
+        self._known[header.stream] = header.events, header.last_event
+        if len(self._known) > MOST_KNOWN:
+            del self._known[next(iter(self._known))]
 
     def _take_in_homeless(self, stream: str, why: str) -> None:
         log.error("stream %s is answered by source, and nothing of it is kept: %s", stream, why, extra=_of(stream))
@@ -203,6 +224,7 @@ class Streams:
                 resident.header, resident.stored, resident.written = entry.header, True, entry.header.events
                 resident.approved = entry.approved or resident.approved
                 resident.contested = False
+                self._remember(entry.header)
             if write.tensors:
                 self._metrics.state_bytes.observe(len(write.tensors))
         return accepted

@@ -15,6 +15,7 @@ import torch
 
 from meta.bundle import Bundle
 from meta.method import State
+from monitoring.reasons import reason_kind
 from schemas.command import Command
 from schemas.config import Kafka, Store
 from schemas.errors import StateError
@@ -224,6 +225,49 @@ def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
     # What was known of the parameters that are lost says nothing of source.
     assert (header.guard, header.drift) == (GuardState(), None)
     assert header.proxies.accuracy == (0.3 if lost == "tensors" else None)
+
+
+def test_a_stream_that_the_store_has_forgotten_says_so_and_its_trail_goes_on(
+    site: Site, topic, store_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who had it says so: to others it is a new one."""
+    first = site.worker("first")
+    first.ensure(["cam", "silent"])
+    entry = change(first, "freeze")
+    assert first.write([entry]) == [True]
+    first.publish(entry)
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
+    client.delete(*site.store.keys("cam"))
+    client.close()
+    assert first.write([change(first, "unfreeze")]) == [False]
+    first.release(["cam"])
+    first.ensure(["cam"])
+    site.settle()
+    read = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 2)
+    events = [UpdateEvent.model_validate_json(r.value) for r in read]
+    assert [(e.id, e.decision, reason_kind(e)) for e in events[1:]] == [("cam@2", "reset", "stored_state")]
+    assert events[1].previous == entry.events[0].digest
+    assert "stream cam restarts from source: the stored state is gone" in caplog.text
+    # What it has obeyed is lost, too: of old commands only those hold that stand.
+    assert first.engine.resident("cam").stored
+    assert first.engine.resident("cam").lost > 0
+    # It is said once, and not of a stream that was never written.
+    caplog.clear()
+    first.release(["cam", "silent"])
+    first.ensure(["cam", "silent"])
+    assert "restarts" not in caplog.text
+
+
+def test_a_stream_that_was_deleted_is_not_forgotten(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    first = site.worker("first")
+    first.ensure(["cam"])
+    entry = change(first, "freeze")
+    assert first.write([entry]) == [True]
+    assert site.store.delete("cam", first.engine.resident("cam").token, entry.events[0].content)
+    first.release(["cam"])
+    first.ensure(["cam"])
+    assert first.engine.resident("cam").header.events == 1
+    assert "restarts" not in caplog.text
 
 
 def test_a_restart_from_source_does_not_replace_an_event_that_nobody_published(
