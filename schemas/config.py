@@ -6,7 +6,7 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -32,14 +32,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+# What Kafka takes: others would be waited for, as topics that are still to come.
+TopicName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
+
+
 class Topics(Section):
     """Topic names."""
 
-    frames: str = Field("frames", description="frames in; key = stream id, value = image bytes")
-    predictions: str = Field("predictions", description="one prediction per frame out")
-    updates: str = Field("updates", description="one update event per guard decision out")
-    commands: str = Field("commands", description="commands in; key = stream id or *")
-    dead_letters: str = Field("frames.dlq", description="records that could not become frames, with the reason")
+    frames: TopicName = Field("frames", description="frames in; key = stream id, value = image bytes")
+    predictions: TopicName = Field("predictions", description="one prediction per frame out")
+    updates: TopicName = Field("updates", description="one update event per guard decision out")
+    commands: TopicName = Field("commands", description="commands in; key = stream id or *")
+    dead_letters: TopicName = Field("frames.dlq", description="records that could not become frames, with the reason")
 
     @model_validator(mode="after")
     def _each_its_own(self) -> Topics:
@@ -53,7 +57,7 @@ class Kafka(Section):
     """The broker, and how the worker consumes from it."""
 
     bootstrap: str = Field("127.0.0.1:9092", description="host:port, several separated by commas")
-    group: str = Field("driftkeel", description="consumer group; all workers of one site share it")
+    group: str = Field("driftkeel", min_length=1, description="consumer group; all workers of one site share it")
     topics: Topics = Topics()
     session_timeout_ms: int = Field(10_000, ge=1_000, description="a worker silent for so long loses its partitions")
     heartbeat_interval_ms: int = Field(1_000, ge=100)
@@ -338,7 +342,9 @@ class WorkerConfig(BaseSettings):
         extra="forbid", frozen=True, env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__", case_sensitive=False
     )
 
-    worker: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", description="name in records")
+    worker: str = Field(
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", min_length=1, description="name in records"
+    )
     threads: int = Field(
         0,
         ge=0,

@@ -46,6 +46,11 @@ def test_example_lists_every_option_with_its_default() -> None:
         ("kafka: {topics: {dead_letters: frames}}", "kafka.topics: two of these are the same: frames, predictions"),
         ("kafka: {bootstrap: ''}", "kafka.bootstrap: '' is no host:port"),
         ("kafka: {bootstrap: 'a:1,b:kafka'}", "'b:kafka' is no host:port"),
+        ("kafka: {group: ''}", "kafka.group: string should have at least 1 character"),
+        ("worker: ''", "worker: string should have at least 1 character"),
+        ("kafka: {topics: {frames: line 3}}", "kafka.topics.frames: string should match pattern"),
+        ("kafka: {group: a}\nbatch: {}\nkafka: {}", "is not YAML, line 3: 'kafka' is there a second time"),
+        ("streams:\n  cam-7: {mode: shadow}\n  cam-7: {}", "is not YAML, line 3: 'cam-7' is there a second time"),
         ("- a\n- b", "expected sections"),
         ("a: [", "is not YAML, line 1: expected the node content"),
         ("a:\n\tb: 1", "is not YAML, line 2: found character '\\t'"),
@@ -98,6 +103,13 @@ def test_what_looks_like_a_date_or_a_number_and_is_none(content: str, tmp_path: 
     path.write_text(content)
     with pytest.raises(ConfigError, match=r"site\.yaml is not YAML: "):
         load_config(path)
+
+
+def test_sections_may_share_what_they_have_in_common(tmp_path: Path) -> None:
+    """With anchors, of which the section's own keys say otherwise."""
+    shared = "streams: {cam-7: &pilot {mode: shadow, frozen: true}, cam-8: {<<: *pilot, frozen: false}}"
+    found = load_config(write(tmp_path, shared)).streams["cam-8"]
+    assert (found.mode, found.frozen) == ("shadow", False)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def _connect(settings: Store, opened: Callable[[], None] | None) -> Any:
     if opened is not None:
         options["redis_connect_func"] = _shake_hands(opened, alone=kind != "cluster")
     if not kind:
+        if scheme != "unix":
+            int(parts.path.strip("/") or 0)  # The client takes database 0 where it is no number.
         client: Any = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options, **tls)
         client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)  # knows all options?
         return client

@@ -319,6 +319,8 @@ def test_new_connections_are_noticed(store_url: str, store_settings: Store, open
         ("redis://:pa/ss@a:1", "percent-encoded"),
         ("redis://a:1/0?db=x", "an option behind"),
         ("redis://a:1/0?unknown=x", "an option behind"),
+        ("redis://a:1/zero", "its database"),
+        ("rediss://a:1/1/2", "its database"),
         ("redis+sentinel://a:1/service/x", "its database"),
     ],
 )
