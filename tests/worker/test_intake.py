@@ -22,7 +22,7 @@ from worker.batch.lateness import Lateness
 from worker.consume.offsets import Offsets
 from worker.decode.decoding import Decoding
 from worker.decode.image import DecodedFrame, decode_frame
-from worker.intake import Intake
+from worker.intake import LINES, Intake
 from worker.publish.letters import Letters
 from worker.publish.publisher import Publisher
 
@@ -113,6 +113,30 @@ def test_good_frames_come_in_order_and_bad_ones_are_dead_letters_in_order(loop: 
     assert loop.next_offset() == 0
     loop.offsets.finished(frame.position for frame in loop.frames)
     assert loop.next_offset() == 60
+
+
+def test_a_sender_of_nothing_but_junk_does_not_fill_the_log(
+    loop: Loop, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dead letters themselves, and the metric, have all of them."""
+    loop.receive([(b"cam", b"junk")] * 500 + [(b"other", b"")])
+    while loop.decoding:
+        loop.turn()
+    assert caplog.text.count("is a dead letter: the bytes are none of") == LINES
+    assert caplog.text.count("is a dead letter: the record has no value") == 1
+    assert len(loop.post.sent) == 501
+    assert loop.metrics.registry.get_sample_value("driftkeel_bad_frames_total", {"kind": "not_an_image"}) == 500
+    loop.turn()
+    assert "more frames" not in caplog.text
+    monkeypatch.setattr("worker.intake.LINES_S", 0.0)
+    loop.turn()
+    assert [r.getMessage() for r in caplog.records if "more" in r.getMessage()] == [
+        f"{500 - LINES} more frames became dead letters of class not_an_image since then, without a line each"
+    ]
+    loop.receive([(b"cam", b"junk")], 501)
+    while loop.decoding:
+        loop.turn()
+    assert caplog.text.count("is a dead letter: the bytes are none of") == LINES + 1
 
 
 def test_good_frames_do_not_wait_for_dead_letters(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
