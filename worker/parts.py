@@ -15,6 +15,7 @@ from schemas.config import WorkerConfig
 from schemas.errors import UnreachableError
 from worker.batch.batcher import MicroBatcher
 from worker.batch.lateness import Lateness
+from worker.consume.cluster import require_cluster
 from worker.consume.consumer import FrameConsumer
 from worker.consume.offsets import Offsets
 from worker.control.commands import CommandList, CommandReader
@@ -105,6 +106,10 @@ def connect(
         store_failed=metrics.store_errors.inc,
         expired=metrics.expired.inc,
     )
+    frames, cluster = config.kafka.topics.frames, consumer.cluster
+    found = partial(store.cluster, frames, cluster)
+    noted = until_reached(found, f"the store at {config.store.address}", config.store.connect_timeout_s, stop)
+    require_cluster(config, cluster, noted, store.cluster_key(frames))
     decode = partial(decode_frame, limits=config.frames, preprocess=bundle.manifest.preprocess)
     decoding = Decoding(decode, config.frames.decode_threads)
     batcher, lateness = MicroBatcher(config.batch, adapt.enabled), Lateness(config.batch)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import redis
 from kafka import KafkaAdminClient
 from kafka.admin import NewTopic
 
 from schemas.command import Command
 from schemas.config import Topics, WorkerConfig
+from schemas.errors import ConfigError
 from schemas.state import StreamHeader, encode_header
 from tests.broker.process import start_own_broker
 from tests.conftest import Topic, picture
 from tests.system.conftest import metric, running, turn_until
 from worker.control.send import put_command
 from worker.kafka.client import create_topics
+from worker.run import Worker
 from worker.site.doctor import examine
 from worker.store.store import StateStore, Write
 
@@ -24,8 +28,15 @@ FRAMES = 12
 
 
 @pytest.fixture
-def moved(config: WorkerConfig) -> Iterator[WorkerConfig]:
-    """The same site at a broker that is new and empty."""
+def moved(elsewhere: WorkerConfig, monkeypatch: pytest.MonkeyPatch) -> WorkerConfig:
+    """The same site at a broker that is new and empty, and does not say so: as one whose topics were made again."""
+    monkeypatch.setattr("worker.consume.cluster.differ", lambda cluster, noted: False)
+    return elsewhere
+
+
+@pytest.fixture
+def elsewhere(config: WorkerConfig) -> Iterator[WorkerConfig]:
+    """The same site at a broker of another cluster."""
     broker = start_own_broker()
     kafka = config.kafka.model_copy(update={"bootstrap": broker.bootstrap})
     create_topics(kafka, 3)
@@ -109,3 +120,24 @@ def test_a_doctor_passes_over_headers_that_are_none(config: WorkerConfig, store:
         (claimed,) = store.claim([stream], "w")
         store.write([Write(stream, claimed.token, 1, header, b"", b"tensors")])
     assert [level for level, _ in positions(config)] == ["ok"]
+
+
+def test_two_sites_with_a_kafka_each_do_not_share_a_prefix(
+    config: WorkerConfig, elsewhere: WorkerConfig, store: StateStore, store_url: str
+) -> None:
+    """Frames of one would seem to be folded as far as the other has come."""
+    fold(config)
+    send(elsewhere, 2 * FRAMES)
+    topic = config.kafka.topics.frames
+    first = store.cluster(topic)
+    with pytest.raises(ConfigError, match=f"in Kafka cluster {first}, and .* give each site a store.prefix"):
+        Worker(elsewhere, threading.Event())
+    assert [level for level, _ in positions(config)] == ["ok"]
+    assert [level for level, text in positions(elsewhere) if "give each site" in text] == ["failed"]
+    # The way out that the runbook names.
+    client = redis.Redis.from_url(store_url, socket_timeout=120)
+    client.delete(store.cluster_key(topic))
+    client.close()
+    with running(elsewhere) as worker:
+        turn_until(worker, worker.ready)
+    assert store.cluster(topic) not in {"", first}

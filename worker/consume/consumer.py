@@ -28,6 +28,7 @@ from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
 from worker.consume.assignors import ASSIGNORS
 from worker.consume.beyond import Beyond
+from worker.consume.cluster import cluster_of
 from worker.consume.comparison import Comparison, Marks
 from worker.consume.ends import Ends
 from worker.consume.offsets import Offsets, Partition
@@ -345,6 +346,11 @@ class FrameConsumer:
     def assignment(self) -> set[Partition]:
         """The partitions that are ours now."""
         return {(p.topic, p.partition) for p in self.consumer.assignment()}
+
+    @property
+    def cluster(self) -> str:
+        """The id of the broker's cluster; empty where it tells none."""
+        return cluster_of(self.consumer)
 
     @property
     def joined(self) -> bool:

@@ -19,11 +19,11 @@ from kafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError
 
 from meta.bundle_folder import checked_file, read_labels, read_manifest
 from schemas.config import WorkerConfig
-from schemas.errors import DriftkeelError, LoginError
+from schemas.errors import ConfigError, DriftkeelError, LoginError
 from worker.consume.short_logs import REMEDY, cure
 from worker.kafka.client import REFUSALS, connection, open_client
 from worker.site.folder import LOOPBACK
-from worker.site.positions import short_logs
+from worker.site.positions import check_cluster, short_logs
 from worker.store.client import connect
 from worker.store.store import StateStore, Write
 
@@ -237,6 +237,10 @@ def _folded(config: WorkerConfig) -> Iterator[Finding]:
     """Whether broker and store belong together. Nothing is said where one of them is away: that was said before."""
     store = StateStore(config.store)
     with contextlib.suppress(DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError):
+        try:
+            check_cluster(config, store)
+        except ConfigError as error:
+            yield Finding("positions", "failed", str(error))
         short = short_logs(config.kafka, store)
         for partition, found in sorted(short.items()):
             alone = f"; where that stream alone says so, {cure(found.stream)}" if found.stream else ""

@@ -6,15 +6,25 @@ from itertools import islice
 
 from kafka import KafkaConsumer, TopicPartition
 
-from schemas.config import Kafka
+from schemas.config import Kafka, WorkerConfig
 from schemas.errors import StateError
 from schemas.state import decode_header
+from worker.consume.cluster import cluster_of, require_cluster
 from worker.consume.offsets import Partition
 from worker.consume.short_logs import ShortLog, without_end
 from worker.kafka.client import connection, open_client
 from worker.store.store import StateStore
 
 PIECES = 4  # of the store's streams: one that is wrong is seldom alone
+
+
+def check_cluster(config: WorkerConfig, store: StateStore) -> None:
+    """Raises ConfigError where the store's positions are of another Kafka cluster, UnreachableError and KafkaError."""
+    consumer = open_client(KafkaConsumer, **connection(config.kafka))
+    cluster = cluster_of(consumer)
+    consumer.close(autocommit=False)
+    topic = config.kafka.topics.frames
+    require_cluster(config, cluster, store.cluster(topic), store.cluster_key(topic))
 
 
 def short_logs(kafka: Kafka, store: StateStore) -> dict[Partition, ShortLog]:

@@ -181,6 +181,15 @@ return 1
 """
 
 # Nothing where something else is there.
+# KEYS: a topic's cluster. ARGV: the cluster to note where none is, or ''; how many bytes it may have. Empty where none is
+# noted, or something else is there.
+CLUSTER = """
+local length = redis.pcall('STRLEN', KEYS[1])
+if type(length) == 'table' or length > tonumber(ARGV[2]) then return '' end
+if length == 0 and ARGV[1] ~= '' then redis.call('SET', KEYS[1], ARGV[1]) end
+return redis.call('GET', KEYS[1]) or ''
+"""
+
 END = (
     _WITHIN
     + """

@@ -11,7 +11,8 @@ A stream that was deleted leaves {prefix}:{stream}:deleted, its last token and i
 events go on from there.
 
 A partition has one, {prefix}:mark:{group}/{topic}/{partition}: all of its frames before this offset are in the states.
-Where Kafka's committed offset is further, the store has lost what it knew, by a crash or from a backup.
+Where Kafka's committed offset is further, the store has lost what it knew, by a crash or from a backup. A topic of
+frames has {prefix}:cluster:{topic}, the id of the Kafka cluster that these offsets are of.
 
 A claim raises the token; a write is taken only with the newest token. A worker that was paused while another took its
 streams over (a zombie) is so refused. Writes under one token are numbered: one that comes twice, because its answer was
@@ -52,6 +53,7 @@ Result = TypeVar("Result")
 Which = Literal["any", "known", "last"]
 KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
 MOST_SNAPSHOTS = 100  # that any configuration keeps of a stream
+CLUSTER_BYTES = 1_000
 OFFSET_DIGITS = 18  # of any offset that a broker will ever give
 NOTHING: Mapping[Partition, int] = {}
 
@@ -286,6 +288,17 @@ class StateStore:
         return marks
 
     def close(self) -> None:
+    def cluster(self, topic: str, cluster: str = "") -> str:
+        """The Kafka cluster whose topic the positions of streams are of; `cluster` is noted where none is. Empty where
+        none is known."""
+        key = self.cluster_key(topic)
+        (found,) = self._scripts(scripts.CLUSTER, [([key], [cluster, CLUSTER_BYTES])])
+        return str(found.decode("utf-8", "replace"))
+
+    def cluster_key(self, topic: str) -> str:
+        """Where `cluster` is noted."""
+        return f"{self._settings.prefix}:cluster:{topic}"
+
         """Let go of all connections; the next call opens others."""
         if self._client is not None:
             self._client.close()
