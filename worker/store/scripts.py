@@ -48,7 +48,7 @@ CLAIM = (
     + _WITHIN
     + """
 if strange then return strange end
-if ARGV[2] ~= 'any' and redis.call('EXISTS', KEYS[1]) == 0 then return {0, false, false, false, false} end
+if ARGV[2] ~= 'any' and redis.call('EXISTS', KEYS[1]) == 0 then return {0, false, false, false, false, false} end
 if ARGV[2] == 'last' then redis.call('HDEL', KEYS[1], 'written') end
 if redis.call('EXISTS', KEYS[1]) == 0 then
   local last = within(KEYS[5], most_of['event'])
@@ -58,10 +58,11 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
   if event and event ~= '' then redis.call('HSET', KEYS[1], 'event', event) end
   redis.call('DEL', KEYS[5])
 end
+local before = field('owner')
 local token = redis.call('HINCRBY', KEYS[1], 'token', 1)
 redis.call('HSET', KEYS[1], 'owner', ARGV[1])
 redis.call('HDEL', KEYS[1], 'written')
-return {token, field('header'), within(KEYS[2], ARGV[3]), field('event'), within(KEYS[4], ARGV[3])}
+return {token, field('header'), within(KEYS[2], ARGV[3]), field('event'), within(KEYS[4], ARGV[3]), before}
 """
 )
 
@@ -72,7 +73,7 @@ READ = (
     + """
 if strange then return strange end
 local token = tonumber(redis.call('HGET', KEYS[1], 'token')) or 0
-return {token, field('header'), within(KEYS[2], ARGV[1]), field('event'), within(KEYS[4], ARGV[1])}
+return {token, field('header'), within(KEYS[2], ARGV[1]), field('event'), within(KEYS[4], ARGV[1]), field('owner')}
 """
 )
 
@@ -180,9 +181,8 @@ redis.call('SET', KEYS[1], ARGV[1])
 return 1
 """
 
-# Nothing where something else is there.
-# KEYS: a topic's cluster. ARGV: the cluster to note where none is, or ''; how many bytes it may have. Empty where none is
-# noted, or something else is there.
+# KEYS: a topic's cluster. ARGV: the cluster to note where none is, or ''; how many bytes it may have. Empty where none
+# is noted, or something else is there.
 CLUSTER = """
 local length = redis.pcall('STRLEN', KEYS[1])
 if type(length) == 'table' or length > tonumber(ARGV[2]) then return '' end
@@ -190,6 +190,7 @@ if length == 0 and ARGV[1] ~= '' then redis.call('SET', KEYS[1], ARGV[1]) end
 return redis.call('GET', KEYS[1]) or ''
 """
 
+# Nothing where something else is there.
 END = (
     _WITHIN
     + """

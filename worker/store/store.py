@@ -64,7 +64,7 @@ class Claimed:
     expired one. Header, event and tensors are empty where they have more bytes than may be: nobody reads those.
 
     `foreign` says what lies under one of the stream's keys that no worker wrote; then nothing is claimed, token is 0.
-    So it is for a new stream where only known ones were to be claimed.
+    So it is for a new stream where only known ones were to be claimed. `before`: who claimed it last; empty for nobody.
 
     Tensors are unpacked where they are asked for, and not kept: a small value may become `max_bytes`, and those of
     many streams that are claimed at once would fill the memory.
@@ -77,6 +77,7 @@ class Claimed:
     packed_approved: bytes | None = None
     foreign: str = ""
     max_bytes: int = 0
+    before: str = ""
 
     @property
     def tensors(self) -> bytes | None:
@@ -202,7 +203,7 @@ class StateStore:
         return [
             Overview(0, "", None, 0, 0, said)
             if (said := self._foreign(row))
-            else Overview(row[0], (row[1] or b"").decode(errors="replace"), *row[2:])
+            else Overview(row[0], _text(row[1]), *row[2:])
             for row in rows
         ]
 
@@ -287,7 +288,6 @@ class StateStore:
                 log.warning("key %s in the store is no mark and is written anew", key)
         return marks
 
-    def close(self) -> None:
     def cluster(self, topic: str, cluster: str = "") -> str:
         """The Kafka cluster whose topic the positions of streams are of; `cluster` is noted where none is. Empty where
         none is known."""
@@ -299,6 +299,7 @@ class StateStore:
         """Where `cluster` is noted."""
         return f"{self._settings.prefix}:cluster:{topic}"
 
+    def close(self) -> None:
         """Let go of all connections; the next call opens others."""
         if self._client is not None:
             self._client.close()
@@ -308,7 +309,7 @@ class StateStore:
         return [
             Claimed(0, None, None, None, foreign=said)
             if (said := self._foreign(row))
-            else Claimed(row[0], row[1], row[2], row[3], row[4], max_bytes=self._settings.max_state_bytes)
+            else Claimed(row[0], row[1], row[2], row[3], row[4], "", self._settings.max_state_bytes, _text(row[5]))
             for row in self._scripts(script, calls)
         ]
 
@@ -380,6 +381,10 @@ def _split(content: bytes) -> tuple[bytes, bytes]:
         return b"", b""
     (length,) = struct.unpack_from("<I", content)
     return content[4 : 4 + length], content[4 + length :]
+
+
+def _text(owner: bytes | None) -> str:
+    return (owner or b"").decode(errors="replace")
 
 
 def _no_snapshots(key: str) -> StateError:

@@ -22,7 +22,7 @@ from worker.engine.engine import Engine
 from worker.engine.resident import Resident
 from worker.guard.answer import Policies, answering, named
 from worker.publish.publisher import Publisher
-from worker.store.store import Overview, StateStore, Which, Write
+from worker.store.store import Claimed, Overview, StateStore, Which, Write
 from worker.streams.entry import Entry, as_write
 from worker.streams.last_events import events_beside, lines_beside
 from worker.streams.newcomers import Newcomers
@@ -78,7 +78,9 @@ class Streams:
         self._newcomers = Newcomers(settings.max_streams, lambda: heal(store.count))
         self._homeless: set[str] = set()
         self._contested: set[str] = set()
-        self._known: dict[str, tuple[int, str]] = {}  # events, and the last one's hash, of streams that the store has had
+        self._known: dict[
+            str, tuple[int, str]
+        ] = {}  # events, and the last one's hash, of streams that the store has had
         self._looked = 0.0
 
     def ensure(self, wanted: Iterable[str]) -> list[str]:
@@ -111,6 +113,7 @@ class Streams:
         with self._metrics.store_seconds.labels("claim").time():
             claims = self._heal(lambda: self._store.claim(streams, self._worker, which))
         changed, new = [], []
+        self._name_rivals(dict(zip(streams, claims, strict=True)))
         for stream, claimed in zip(streams, claims, strict=True):
             if claimed.foreign:
                 self._take_in_homeless(stream, claimed.foreign)
@@ -135,6 +138,16 @@ class Streams:
                 changed.append(replace(self._changed(restored, restored.change), waiting=claimed.event or b""))
         self._explain(changed)
         return new
+
+    def _name_rivals(self, claims: Mapping[str, Claimed]) -> None:
+        """Who had claimed streams of ours. Once it is a rebalance; without end, two sites that share a prefix."""
+        by: dict[str, list[str]] = {}
+        for stream in claims.keys() & self._contested:
+            if owner := claims[stream].before:
+                by.setdefault(owner, []).append(stream)
+        for owner, taken in by.items():
+            who = "another worker of this name" if owner == self._worker else f"worker {owner}"
+            log.warning("%s had claimed %d of our streams, such as %s", who, len(taken), min(taken))
 
     def _remembered(self, claimed: Claimed, restored: Restored) -> Restored:
         """The same; but where the store knows nothing of a stream that it had, its numbers and chain go on, and an

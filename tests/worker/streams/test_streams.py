@@ -258,6 +258,24 @@ def test_a_stream_that_the_store_has_forgotten_says_so_and_its_trail_goes_on(
     assert "restarts" not in caplog.text
 
 
+def test_who_claims_streams_of_another_is_named(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    """So that two sites which share a prefix by mistake are found; not where a stream has moved as it should."""
+    first, second = site.worker("line-1"), site.worker("line-2")
+    first.ensure(["a", "b", "c"])
+    second.ensure(["a", "b", "c"])
+    assert "had claimed" not in caplog.text
+    first.contest(["b", "a"])
+    first.release(["a", "b", "c"])
+    first.ensure(["c", "b", "a"])
+    assert [r.getMessage() for r in caplog.records] == ["worker line-2 had claimed 2 of our streams, such as a"]
+    namesake = site.worker("line-1")
+    namesake.ensure(["a"])
+    first.contest(["a"])
+    first.release(["a"])
+    first.ensure(["a"])
+    assert caplog.messages[-1] == "another worker of this name had claimed 1 of our streams, such as a"
+
+
 def test_a_stream_that_was_deleted_is_not_forgotten(site: Site, caplog: pytest.LogCaptureFixture) -> None:
     first = site.worker("first")
     first.ensure(["cam"])
