@@ -115,14 +115,14 @@ def connect(
     batcher, lateness = MicroBatcher(config.batch, adapt.enabled), Lateness(config.batch)
     policies = Policies(config.policy, config.streams)
     engine = Engine(bundle, adapt.step_scale, adapt.enabled, config.guard.source_share)
-    upgrade = Upgrade(config.bundle, engine)
+    guard = Guard(config.guard, bundle.limits)
+    upgrade = Upgrade(config.bundle, engine, guard.max_distance)
     streams = Streams(
         engine, store, publisher, metrics, name, adapt, config.store, heal, policies, upgrade, consumer.beyond
     )
     if adapt.enabled:
         warm_up(engine, bundle.manifest.preprocess)
     journal = Journal(streams, publisher, offsets, metrics, config.store.write_interval_ms, keep_alive)
-    guard = Guard(config.guard, bundle.limits)
     drift_frames = config.batch.max_batch if adapt.mode == "on_demand" else 0
     step = Step(streams, batcher, guard, publisher, journal, metrics, name, keep_alive, lanes, drift_frames, trace)
     listed = CommandList()

@@ -73,7 +73,7 @@ class Guard:
     def __init__(self, settings: GuardSettings, limits: Limits) -> None:
         self.settings, self._limits = settings, limits
         self._max_gradient = settings.max_gradient_factor * limits.raw_gradient_norm
-        self._max_distance = settings.max_distance_factor * limits.source_distance
+        self.max_distance = settings.max_distance_factor * limits.source_distance
 
     def observe(self, before: GuardState, sight: Sight, proxies: RunningProxies) -> GuardState:
         """What is known after a micro-batch, whether it makes an update or not. `proxies` are those after it."""
@@ -111,8 +111,8 @@ class Guard:
         gradient, distance = signals["raw_gradient_norm"], signals["source_distance"]
         if gradient > self._max_gradient:
             return Verdict("skipped", f"gradient norm {gradient:.3g} above its limit {self._max_gradient:.3g}")
-        if distance > self._max_distance:
-            return Verdict("skipped", f"distance from source {distance:.3g} above its limit {self._max_distance:.3g}")
+        if distance > self.max_distance:
+            return Verdict("skipped", f"distance from source {distance:.3g} above its limit {self.max_distance:.3g}")
         return self._measured(state, signals)
 
     def blinded(self, before: GuardState, sight: Sight) -> str:

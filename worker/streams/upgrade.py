@@ -7,6 +7,7 @@ calibrated is new. `shadow` carries where that is possible and resets elsewhere,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +35,13 @@ class Moved:
 
 
 class Upgrade:
-    """Moves states to the bundle that `engine` runs. `settings` name the bundles that states may come from."""
+    """Moves states to the bundle that `engine` runs. `settings` name the bundles that states may come from.
 
-    def __init__(self, settings: BundleSettings, engine: Engine) -> None:
+    `max_distance` from source is what the guard allows. What is beyond could not be updated again, ever.
+    """
+
+    def __init__(self, settings: BundleSettings, engine: Engine, max_distance: float = math.inf) -> None:
+        self._max_distance = max_distance
         self._mode, self._shadow_frames, self._engine = settings.on_change, settings.shadow_frames, engine
         self._previous = dict(identified(path) for path in settings.previous)
 
@@ -59,6 +64,7 @@ class Upgrade:
         if self._mode != "reset":
             try:
                 tensors, how = self._carried(old, blob)
+                self._require_near(tensors)
                 return Moved(header, tensors, f"carried over from bundle {old.bundle} to {bundle}: {how}")
             except StateError as error:
                 why = f"{why}, and cannot be carried over: {error}"
@@ -83,6 +89,14 @@ class Upgrade:
         if "affine" not in found:
             raise StateError("the norm affines differ")
         return {**engine.like, **found}, "the same model; another generator, whose memory starts empty"
+
+    def _require_near(self, tensors: State) -> None:
+        distance = float((tensors["affine"] - self._engine.like["affine"]).norm())
+        if distance > self._max_distance:
+            raise StateError(
+                f"it is {distance:.3g} from source, and this bundle's limit with guard.max_distance_factor is "
+                f"{self._max_distance:.3g}"
+            )
 
 
 def identified(folder: Path) -> tuple[str, Manifest]:

@@ -128,6 +128,23 @@ def test_what_means_something_else_starts_from_source(lived, tiny_bundle_path, t
     assert expected.get(change, "") in state.why
 
 
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_parameters_that_the_new_limits_would_hold_for_ever_are_not_carried(
+    lived, tiny_bundle_path, tmp_path, tiny_bundle, factor: float
+) -> None:
+    """Every update of a stream beyond the limit is skipped."""
+    path = variant(tiny_bundle, tiny_bundle_path, tmp_path)
+    header, tensors = lived
+    engine = Engine(load_bundle(path))
+    distance = float((tensors["affine"] - engine.like["affine"]).norm())
+    settings = BundleSettings(path=path, on_change="carry", previous=[tiny_bundle_path])
+    state = Upgrade(settings, engine, factor * distance).moved(header, encode_tensors(tensors, 2))
+    assert (state.tensors is None) == (factor < 1)
+    assert (state.header.step, f"cannot be carried over: it is {distance:.3g} from source" in state.why) == (
+        (0, True) if factor < 1 else (2, False)
+    )
+
+
 def test_source_answers_while_the_carried_parameters_are_on_probation(lived, tiny_bundle_path, tmp_path, tiny_bundle):
     _, state = moved(lived, variant(tiny_bundle, tiny_bundle_path, tmp_path), tiny_bundle_path, "shadow")
     header = state.header
