@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 
 from schemas.config import Batch
 
+log = logging.getLogger("driftkeel.worker")
 HURRIED_AFTER = 0.5  # of the budget; the rest is for the pass, and for what follows it
 SPARE = 0.05  # of the budget, by which a pass may take longer than those before it
 HALF_LIFE_S = 3.0  # of what is known of the longest pass
@@ -20,6 +22,13 @@ class Lateness:
         self._budget = settings.latency_budget_ms / 1000
         # Midway between when frames go anyway and when they are hurried, so that the next ones need not be.
         hurried_ms = HURRIED_AFTER * settings.latency_budget_ms
+        if 0 < hurried_ms <= settings.max_wait_ms:
+            log.warning(
+                "batch.max_wait_ms %d is half of batch.latency_budget_ms %d or more: frames that wait so long are only "
+                "predicted, and teach nothing, however idle the worker is; lower max_wait_ms, or raise the budget",
+                settings.max_wait_ms,
+                settings.latency_budget_ms,
+            )
         self.spared_after_ms = round((hurried_ms + min(settings.max_wait_ms, hurried_ms)) / 2)
         self._pass, self._ended = 0.0, 0.0
 

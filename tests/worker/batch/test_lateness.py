@@ -46,6 +46,15 @@ def test_updates_are_spared_midway_between_the_usual_wait_and_half_of_the_budget
     assert not Lateness(Batch(max_wait_ms=wait)).spared(100.0, now, 1e9)
 
 
+@pytest.mark.parametrize(("budget", "told"), [(0, False), (200, True), (201, False), (20, True)])
+def test_a_budget_that_no_waiting_frame_can_keep_is_told(
+    budget: int, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each micro-batch would be called overload."""
+    Lateness(Batch(latency_budget_ms=budget, max_wait_ms=100))
+    assert ("lower max_wait_ms" in caplog.text) == told
+
+
 def test_a_long_pass_is_forgotten_even_if_no_other_follows() -> None:
     """All frames come with six tenths of the budget used, so that one long pass drops them all."""
     lateness = Lateness(Batch(latency_budget_ms=1_000, drop_late=True))
