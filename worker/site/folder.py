@@ -168,6 +168,15 @@ def _local_port(key: str, address: str) -> int:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", int(port))) == 0:
             raise ConfigError(f"{key}: something listens on port {port} already; stop it, or configure another port")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, after others that have just ended
+        try:
+            probe.bind(("127.0.0.1", int(port)))
+        except OSError as error:  # The embedded broker ends without a word.
+            raise ConfigError(
+                f"{key}: port {port} cannot be had: {error.strerror}; an outgoing connection may use it, "
+                "so configure another"
+            ) from error
     return int(port)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,12 @@ def test_local_services_are_local_and_disturb_nobody(bootstrap: str) -> None:
     config = WorkerConfig()
     elsewhere = config.model_copy(update={"kafka": config.kafka.model_copy(update={"bootstrap": "kafka-1:9092"})})
     taken = config.model_copy(update={"kafka": config.kafka.model_copy(update={"bootstrap": bootstrap})})
+    with socket.socket() as outgoing:
+        outgoing.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{outgoing.getsockname()[1]}"
+        in_use = config.model_copy(update={"kafka": config.kafka.model_copy(update={"bootstrap": address})})
+        with pytest.raises(ConfigError, match="cannot be had: Address already in use"), local_services(in_use):
+            pass
     for wrong, message in ((elsewhere, "a local one needs 127.0.0.1:PORT"), (taken, "something listens on port")):
         with pytest.raises(ConfigError, match=message), local_services(wrong):
             pass
