@@ -143,11 +143,9 @@ class Streams:
         """Who had claimed streams of ours. Once it is a rebalance; without end, two sites that share a prefix."""
         by: dict[str, list[str]] = {}
         for stream in claims.keys() & self._contested:
-            if owner := claims[stream].before:
-                by.setdefault(owner, []).append(stream)
-        for owner, taken in by.items():
-            who = "another worker of this name" if owner == self._worker else f"worker {owner}"
-            log.warning("%s had claimed %d of our streams, such as %s", who, len(taken), min(taken))
+            by.setdefault(claims[stream].before, []).append(stream)
+        for owner in by.keys() - {"", self._worker}:  # A store that has lost the last claim names who had it before.
+            log.warning("worker %s had claimed %d of our streams, such as %s", owner, len(by[owner]), min(by[owner]))
 
     def _remembered(self, claimed: Claimed, restored: Restored) -> Restored:
         """The same; but where the store knows nothing of a stream that it had, its numbers and chain go on, and an
