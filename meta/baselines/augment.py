@@ -1,9 +1,14 @@
-"""The augmentations of CoTTA, which RoTTA and ROID use too: colour jitter, a small affine move, a mirror.
+"""The augmentations of CoTTA, for RoTTA and ROID too: colour jitter, a small affine move, a mirror.
 
 After Wang et al., CVPR 2022: brightness 0.6-1.4, contrast 0.7-1.3, saturation 0.5-1.5, gamma 0.7-1.3, rotation up to
-15 degrees, displacement up to 1/16, scale 0.9-1.1, mirrored half of the time. The published code pads pictures to twice
-their side before it moves them by 1/16, which is 1/8 of the picture. Hue, blur up to 0.5 pixels and noise of 0.005 are
-left out. What either would do to CoTTA, RoTTA and ROID was not measured.
+15 degrees, displacement up to 1/16, scale 0.9-1.1, mirrored half of the time. What differs from the published codes:
+
+- They pad pictures to twice their side before they move them by 1/16, which is 1/8 of the picture.
+- Hue is left out, and of CoTTA's and RoTTA's also blur up to 0.5 pixels and noise of 0.005. ROID's has neither.
+- They jitter in an order of chance; here brightness comes first, then contrast, saturation and gamma.
+- ROID's reflects pictures at their border. Here pixels there are repeated, as CoTTA's and RoTTA's do.
+
+What any of it would do to the three was not measured.
 """
 
 from __future__ import annotations

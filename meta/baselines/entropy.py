@@ -103,7 +103,8 @@ class Sar(Baseline):
     with radius 0.05 over SGD 1e-3, momentum 0.9; a running mean of the loss below e_m resets the stream. e_m is
     0.2 nats for 1,000 classes; it is scaled with ln C here, because in ten classes 0.2 resets at nearly every step.
     The paper leaves the last stage of deep nets alone; our nets have three stages, and all adapt. Its code scales the
-    step with the batch below 32 frames; published is not scaled here, tuned finds out.
+    step with the batch below 32 frames; published is not scaled here, tuned finds out. A reset also begins the running
+    mean anew; in its code the low mean goes on, and resets the model at each update until it has risen.
     """
 
     name = "sar"

@@ -25,8 +25,8 @@ class Cotta(Baseline):
 
     Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022: teacher decay 0.999; 32 augmentations where the
     source model's mean confidence on the batch is below 0.92; each coordinate restored with probability 0.01; Adam
-    1e-3. The teacher predicts. The paper adapts every weight; here, as for all methods, scale and shift only. Of its
-    augmentations three are left out (`meta.baselines.augment`), as for RoTTA and ROID.
+    1e-3. The teacher predicts. The paper adapts every weight; here, as for all methods, scale and shift only. Its
+    augmentations are not quite the published ones (`meta.baselines.augment`), nor are those of RoTTA and ROID.
     `affine` is the teacher's, `student` the student's.
     """
 
