@@ -139,5 +139,5 @@ def test_two_sites_with_a_kafka_each_do_not_share_a_prefix(
     client.delete(store.cluster_key(topic))
     client.close()
     with running(elsewhere) as worker:
-        turn_until(worker, worker.ready)
+        turn_until(worker, lambda: not worker.unready())
     assert store.cluster(topic) not in {"", first}
