@@ -101,7 +101,7 @@ class Wanted:
         return tuple(name.encode() for name in self.streams) if plain else ()
 
 
-EVERYTHING = Wanted()
+ALL_EVENTS = Wanted()
 
 
 @dataclass
@@ -137,7 +137,7 @@ class History(Sequence[UpdateEvent]):
         return [UpdateEvent.model_validate_json(content) for content in found]
 
 
-def histories(records: Iterable[Record], wanted: Wanted = EVERYTHING, met: Met | None = None) -> dict[str, History]:
+def histories(records: Iterable[Record], wanted: Wanted = ALL_EVENTS, met: Met | None = None) -> dict[str, History]:
     """The events that are wanted of every stream; what is no event is left out.
 
     Where a number has several contents, because the store had fallen behind, the last one counts.

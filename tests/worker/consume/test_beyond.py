@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +10,7 @@ from kafka import TopicPartition
 
 from schemas.config import Kafka
 from tests.conftest import Topic
-from tests.worker.consume.test_consume import Notes, read, send, take
+from tests.worker.consume.test_consume import Notes, read, send, take, until_refused
 from tests.worker.consume.test_consume import notes as notes  # a fixture
 from worker.consume import beyond
 from worker.consume.consumer import FrameConsumer
@@ -36,13 +35,7 @@ def begun(kafka_settings: Kafka, notes: Notes, topic: Topic, monkeypatch: pytest
 
 def test_what_the_store_knows_more_of_is_not_read(begun: Begun, notes: Notes) -> None:
     consumer, partition = begun
-    gone: set[Partition] = set()
-    deadline = time.monotonic() + 120
-    while not consumer.refused:
-        assert time.monotonic() < deadline
-        records, lost = consumer.poll(0.05)
-        gone |= lost
-        assert records == []
+    gone = until_refused(consumer)
     consumer.commit(now=True)
     assert gone == {partition}  # what is in memory of it has to go
     assert notes.kept[partition] == 100

@@ -25,6 +25,18 @@ from worker.kafka.client import create_topics
 from worker.store.store import StateStore
 
 
+def until_refused(consumer: FrameConsumer) -> set[Partition]:
+    """Poll until a partition is not read; returns those that were taken away. No record comes meanwhile."""
+    gone: set[Partition] = set()
+    deadline = time.monotonic() + 120
+    while not consumer.refused:
+        assert time.monotonic() < deadline
+        records, lost = consumer.poll(0.05)
+        gone |= lost
+        assert records == []
+    return gone
+
+
 class Notes:
     """A store's notes in memory; away while `away`."""
 

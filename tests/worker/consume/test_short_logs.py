@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,10 +11,9 @@ from kafka import KafkaAdminClient, KafkaProducer
 from kafka.admin import NewTopic
 
 from schemas.config import Kafka
-from schemas.frame import Position
 from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.conftest import Topic
-from tests.worker.consume.test_consume import Notes, committed, poll_until, read, send, take, wait_for
+from tests.worker.consume.test_consume import Notes, committed, poll_until, read, send, take, until_refused, wait_for
 from tests.worker.consume.test_consume import notes as notes  # a fixture
 from worker.consume.consumer import FrameConsumer
 from worker.consume.offsets import Offsets
@@ -119,15 +117,7 @@ def test_a_topic_that_is_created_again_under_a_running_consumer(
     admin.create_topics([NewTopic(name=name, num_partitions=3, replication_factor=1)])
     admin.close()
     send(topic, kafka_settings, 4)
-    gone: set[tuple[str, int]] = set()
-    deadline = time.monotonic() + 120
-    while not consumer.refused:
-        assert time.monotonic() < deadline
-        records, lost = consumer.poll(0.05)
-        gone |= lost
-        assert records == []
-        for record in records:
-            consumer.offsets.received(Position(record.topic, record.partition, record.offset))
+    gone = until_refused(consumer)
     consumer.commit(now=True)
     assert gone == {(name, 0)}  # what is in memory of it has to go
     assert notes.kept[name, 0] == 10
