@@ -97,16 +97,16 @@ def rectified_mean(x: Tensor, positions: tuple[int, ...], rectified: bool = Fals
     if not positions:
         return torch.relu(x)
     # A sum, because `mean` over the positions of a channels-last tensor takes half as long again.
-    return (x if rectified else torch.relu(x)).sum(positions) / math.prod(x.shape[dim] for dim in positions)
+    total = (x if rectified else torch.relu(x)).sum(positions)
+    return total.div_(math.prod([x.shape[dim] for dim in positions]))
 
 
 def _through_mean(
     of_out: Tensor | None, of_pooled: Tensor, out: Tensor, positions: tuple[int, ...], rectify: bool
 ) -> Tensor:
     """The gradient of what lies before the rectifier; where `rectify`, that of `out` has to pass it as well."""
-    share = of_pooled / math.prod(out.shape[dim] for dim in positions)
-    for dim in positions:
-        share = share.unsqueeze(dim)
+    shape = [1 if dim in positions else size for dim, size in enumerate(out.shape)]
+    share = (of_pooled / math.prod([out.shape[dim] for dim in positions])).view(shape)
     if of_out is not None and rectify:
         total = of_out + share
         return torch.ops.aten.threshold_backward.grad_input(total, out, 0, grad_input=total)
@@ -122,7 +122,7 @@ def _through_groups(
     of gradient * x_hat over positions; `room` is overwritten."""
     frames, groups = inverse.shape
     grouped = (frames, groups, x_hat.shape[1] // groups)
-    factor = (scale.expand_as(total).reshape(grouped) * inverse.unsqueeze(2)).view_as(total)
+    factor = (scale.reshape(len(scale), groups, -1) * inverse.unsqueeze(2)).view_as(total)
     own = (torch.stack([total, along]) * factor).view(2, *grouped)
     means = own.sum(3, keepdim=True) / -(math.prod(x_hat.shape[1:]) // groups)
     constant, slope = means.expand_as(own).reshape(2, *total.shape).unbind()

@@ -9,6 +9,9 @@ contiguous numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +19,53 @@ from torch import Tensor, nn
 LAYER_NORM_EPSILON = 1e-6
 
 
+@lru_cache
+def _epsilon(device: torch.device) -> Tensor:
+    """As a tensor, which torch else makes of the number each time. For a stream of its own the time goes into starting
+    operations, not into numbers; hence also the sums below, as `mean` takes twice as long."""
+    return torch.tensor(LAYER_NORM_EPSILON, device=device)
+
+
+def _centred(x: Tensor) -> Tensor:
+    """x less its mean over dimension 1."""
+    return torch.add(x, x.sum(1, keepdim=True), alpha=-1 / x.shape[1])
+
+
 def _standardised(x: Tensor) -> tuple[Tensor, Tensor]:
     """Zero mean and unit variance over dimension 1; also 1 / deviation."""
-    centred = x - x.mean(1, keepdim=True)
-    inverse = torch.rsqrt((centred * centred).mean(1, keepdim=True) + LAYER_NORM_EPSILON)
+    centred = _centred(x)
+    squares = (centred * centred).sum(1, keepdim=True)
+    inverse = torch.rsqrt(torch.add(_epsilon(x.device), squares, alpha=1 / x.shape[1]))
     return centred * inverse, inverse
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """rows (S, h, P) times one (h, h) matrix per coordinate, weight (S, h, h, P), plus bias: (S, h, P)."""
-    total = bias
-    for row, column in zip(rows.split(1, 1), weight.unbind(1), strict=True):
-        total = torch.addcmul(total, row, column)
-    return total
+    return (rows.unsqueeze(2) * weight).sum(1) + bias
 
 
 def _column(parameter: Tensor) -> Tensor:
     return parameter.view(1, -1, 1)
+
+
+class MemoryWeights(NamedTuple):
+    """What a step of the gradient memory needs of its learned numbers: `projections` (r, d) make query, key, target
+    and rate of the inputs, and whatever else is wanted of them, in one product, as most of its cost is to go over the
+    inputs; `scale` and `shift` (1, h, 1)."""
+
+    projections: Tensor
+    scale: Tensor
+    shift: Tensor
+    rate_bias: Tensor
+    rate_scale: Tensor
+
+
+class RuleWeights(NamedTuple):
+    """The same of an update rule: `output` (1, 3, h) and `bias` (1, 3, 1) of what is read from the memory."""
+
+    memory: MemoryWeights
+    output: Tensor
+    bias: Tensor
 
 
 class GradientMemory(nn.Module):
@@ -43,7 +76,7 @@ class GradientMemory(nn.Module):
 
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
-        self.hidden = hidden
+        self.hidden, self.sizes = hidden, [hidden, hidden, hidden, 1]
         self.query = nn.Parameter(torch.randn(hidden, inputs) * 0.5 / inputs**0.5)
         self.key = nn.Parameter(torch.randn(hidden, inputs) * 0.5 / inputs**0.5)
         self.value = nn.Parameter(torch.randn(hidden, inputs) * 0.5 / inputs**0.5)
@@ -66,15 +99,30 @@ class GradientMemory(nn.Module):
         The inner loss is l = 1/2 ||LN(k W + b) - (v - k)||^2; its gradient D with respect to z = k W + b is in
         closed form, and W <- W - eta k^T D, b <- b - eta D.
         """
-        scale, shift = _column(self.norm_scale), _column(self.norm_shift)
-        # In one product, as most of its cost is to go over x.
-        projections = torch.cat([self.query, self.key, self.value - self.key, self.rate_weight.unsqueeze(0)])
-        query, key, target, rate = (projections @ x).split([self.hidden, self.hidden, self.hidden, 1], 1)
+        weights = self.weights()
+        return self.step(weights, (weights.projections @ x).split(self.sizes, 1), weight, bias)
+
+    def weights(self, *beside: Tensor) -> MemoryWeights:
+        """With projections (n, d) that are wanted `beside` its own. The numbers of rows of these are `sizes`."""
+        return MemoryWeights(
+            torch.cat([self.query, self.key, self.value - self.key, self.rate_weight.unsqueeze(0), *beside]),
+            _column(self.norm_scale),
+            _column(self.norm_shift),
+            self.rate_bias,
+            (1 + self.token_scale).clamp_min(0) / self.hidden,
+        )
+
+    def step(
+        self, weights: MemoryWeights, projected: Sequence[Tensor], weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward`, from what the projections make of x, (S, h, P) three times and (S, 1, P)."""
+        query, key, target, rate = projected
+        _, scale, shift, rate_bias, rate_scale = weights
         z_hat, inverse = _standardised(_linear(key, weight, bias))
         pulled = scale * torch.addcmul(shift - target, scale, z_hat)
-        along = (pulled * z_hat).mean(1, keepdim=True)
-        slope = inverse * torch.addcmul(pulled - pulled.mean(1, keepdim=True), z_hat, along, value=-1)
-        rate = torch.sigmoid(rate + self.rate_bias) * ((1 + self.token_scale).clamp_min(0) / self.hidden)
+        along = (pulled * z_hat).sum(1, keepdim=True)
+        slope = inverse * torch.addcmul(_centred(pulled), z_hat, along, value=-1 / self.hidden)
+        rate = torch.sigmoid(rate + rate_bias) * rate_scale
         weight = torch.addcmul(weight, (rate * key).unsqueeze(2), slope.unsqueeze(1), value=-1)
         bias = torch.addcmul(bias, rate, slope, value=-1)
         read, _ = _standardised(_linear(query, weight, bias))
@@ -115,18 +163,29 @@ class UpdateRule(nn.Module):
         self.post_shift = nn.Parameter(torch.zeros(hidden))
         self.output = nn.Parameter(torch.randn(3, hidden) * 0.01)
         self.shortcut = nn.Parameter(torch.zeros(3, inputs))
+        self.sizes = [*self.memory.sizes, len(self.shortcut)]
         self.bias = nn.Parameter(torch.zeros(3))
         self.pull_logit = nn.Parameter(torch.tensor(math.log(0.01 / 0.99)))
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def weights(self) -> RuleWeights:
+        """What `forward` needs of the learned numbers, which a site works out but once."""
+        output, bias = self.output * self.post_scale, self.output @ self.post_shift + self.bias
+        return RuleWeights(self.memory.weights(self.shortcut), output.unsqueeze(0), _column(bias))
+
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor, weights: RuleWeights | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x (S, d, P) and fast weights to gate, push and pull (S, P) and new fast weights."""
-        out, weight, bias = self.memory(x, weight, bias)
+        streams, known = len(x), self.weights() if weights is None else weights
+        projections = known.memory.projections.expand(streams, -1, -1)
+        *projected, shortcut = torch.bmm(projections, x).split(self.sizes, 1)
+        out, weight, bias = self.memory.step(known.memory, projected, weight, bias)
         post, _ = _standardised(out)
-        read = (self.output * self.post_scale) @ post + _column(self.output @ self.post_shift + self.bias)
-        heads = torch.tanh(read + self.shortcut @ x)
-        gate = torch.exp(2 * heads[:, 0])
-        pull = torch.sigmoid(self.pull_logit + 3 * heads[:, 2])
-        return gate, heads[:, 1], pull, weight, bias
+        read = torch.baddbmm(shortcut + known.bias, known.output.expand(streams, -1, -1), post)
+        gate, push, pull = torch.tanh(read).unbind(1)
+        gate = torch.exp(gate + gate)
+        pull = torch.sigmoid(torch.add(self.pull_logit, pull, alpha=3))
+        return gate, push, pull, weight, bias
 
 
 class Anchor(nn.Module):

@@ -16,10 +16,11 @@ Input = Literal[
     *("momentum", "gradient", "agreement", "offset", "size", "raw", "gap_mean", "gap_std", "kind", "depth"),
     *("norm", "entropy", "discrepancy", "age", "batch"),
 ]
-ALL_INPUTS: tuple[Input, ...] = (
+A_COORDINATE: tuple[Input, ...] = (
     *("momentum", "gradient", "agreement", "offset", "size", "raw", "gap_mean", "gap_std", "kind", "depth"),
-    *("norm", "entropy", "discrepancy", "age", "batch"),
 )
+A_STREAM: tuple[Input, ...] = ("norm", "entropy", "discrepancy", "age", "batch")
+ALL_INPUTS = A_COORDINATE + A_STREAM
 TINY = 1e-8
 
 
@@ -29,14 +30,21 @@ class Inputs:
     def __init__(
         self, model: AdaptableModel, names: Sequence[Input], decays: tuple[float, float], classes: int
     ) -> None:
-        self._names, self._decays, self._classes = names, decays, classes
+        self._decays, self._classes = decays, classes
+        self._coordinate = [name for name in names if name in A_COORDINATE]
+        self._stream = [name for name in names if name in A_STREAM]
+        made = [*self._coordinate, *self._stream]
+        self._order = torch.tensor([made.index(name) for name in names], device=model.device)
+        self._ordered = made == list(names)
         self._kind = 2 * model.is_scale - 1
+        self._root = model.coordinates**0.5
         self._channel, self._depth = _layout(model)
 
     def of(
         self,
         counts: Tensor,
         gradient: Tensor,
+        norm: Tensor,
         power: Tensor,
         moments: tuple[Tensor, Tensor],
         age: Tensor,
@@ -45,18 +53,14 @@ class Inputs:
     ) -> Tensor:
         """Inputs (S, d, P), in the order of the names; per-stream ones are spread over P.
 
-        counts and age (S,), the rest (S, P): gradient, the sum of the frames' squared ones, running moments, and how
-        far the stream is from source. `signals` are those of `MGG.objective`.
+        counts, the gradient's norm and age (S,), the rest (S, P): gradient, the sum of the frames' squared ones,
+        running moments, and how far the stream is from source. `signals` are those of `MGG.objective`.
         """
         (first, second), (b1, b2) = moments, self._decays
         steps = age.unsqueeze(1)
         root = (second / _bias_correction(b2, steps)).sqrt() + TINY
         counts = counts.clamp_min(1)
-
-        def spread(values: Tensor) -> Tensor:
-            return values.unsqueeze(1).expand_as(gradient)
-
-        made: dict[str, Callable[[], Tensor]] = {
+        coordinate: dict[str, Callable[[], Tensor]] = {
             "momentum": lambda: first / _bias_correction(b1, steps) / root,
             "gradient": lambda: gradient / root,
             # Of the frames' own gradients: +-1 where all agree, near 0 where they cancel out.
@@ -68,13 +72,22 @@ class Inputs:
             "gap_std": lambda: signals["gap_std"].index_select(1, self._channel),
             "kind": lambda: self._kind.expand_as(gradient),
             "depth": lambda: self._depth.expand_as(gradient),
-            "norm": lambda: spread(((gradient**2).mean(1).sqrt() + TINY).log10().clamp(-3, 3)),
-            "entropy": lambda: spread(signals["entropy"] / math.log(self._classes)),
-            "discrepancy": lambda: spread(torch.log1p(signals["discrepancy"]).clamp(max=5)),
-            "age": lambda: spread(age.rsqrt()),
-            "batch": lambda: spread(counts.log2() / 6),
         }
-        return torch.stack([made[name]() for name in self._names], 1)
+        stream: dict[str, Callable[[], Tensor]] = {
+            "norm": lambda: (norm / self._root + TINY).log10().clamp(-3, 3),
+            "entropy": lambda: signals["entropy"] / math.log(self._classes),
+            "discrepancy": lambda: torch.log1p(signals["discrepancy"]).clamp(max=5),
+            "age": age.rsqrt,
+            "batch": lambda: counts.log2() / 6,
+        }
+        parts = []
+        if self._coordinate:
+            parts.append(torch.stack([coordinate[name]() for name in self._coordinate], 1))
+        if self._stream:
+            numbers = torch.stack([stream[name]() for name in self._stream], 1)
+            parts.append(numbers.unsqueeze(2).expand(-1, -1, gradient.shape[1]))
+        inputs = torch.cat(parts, 1)
+        return inputs if self._ordered else inputs.index_select(1, self._order)
 
 
 def _bias_correction(decay: float, steps: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from meta.generator import Anchor, UpdateRule
+from meta.generator import Anchor, RuleWeights, UpdateRule
 from meta.inputs import ALL_INPUTS, Input
 from meta.norms import AdaptableModel
 
@@ -56,6 +56,15 @@ class GeneratorSettings(BaseModel):
         return self.model_copy(update={name: type(self).model_fields[name].default for name in AFTER_TRAINING})
 
 
+class LearnedWeights(NamedTuple):
+    """What an update needs of the learned numbers: the rule's, the step `rate` in units of its limit, the bias of the
+    dose."""
+
+    rule: RuleWeights
+    rate: Tensor
+    dose_bias: Tensor
+
+
 class LearnedOptimizer(nn.Module):
     """All that meta-training trains: the rule, which serves any model, and the anchor of one model.
 
@@ -75,6 +84,11 @@ class LearnedOptimizer(nn.Module):
         self.dose_weight = nn.Parameter(torch.tensor([0.5, 0.0, 0.0]))
         self.dose_bias = nn.Parameter(torch.tensor(4.0))
         self.register_buffer("gradient_scale", torch.tensor(1.0))
+
+    def weights(self) -> LearnedWeights:
+        """As they are now; differentiable."""
+        rate = self.rate.exp() / self.settings.step_limit
+        return LearnedWeights(self.rule.weights(), rate, self.dose_bias + self.settings.dose_shift)
 
 
 def transplant(learned: LearnedOptimizer, model: AdaptableModel) -> LearnedOptimizer:

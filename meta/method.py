@@ -59,7 +59,8 @@ class Forward:
 
 @dataclass(frozen=True)
 class Update:
-    """The state that a method proposes, and per-stream signals (S,) for guard, metrics and audit."""
+    """The state that a method proposes, and per-stream signals (S,) for guard, metrics and audit. Its tensors may be
+    torch's inference tensors: whoever changes them in place does so in inference mode."""
 
     state: State
     signals: dict[str, Tensor]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from meta.inputs import Inputs
-from meta.learned import LearnedOptimizer
+from meta.learned import LearnedOptimizer, LearnedWeights
 from meta.method import Forward, Method, State, Update, where_seen
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
@@ -67,14 +67,18 @@ class MGG:
         )
         self.classes = classes
         self.step_scale, self.gradient_share = 1.0, GRADIENT_SHARE
+        self._weights: LearnedWeights | None = None
         decays = self.settings.momentum_decay, self.settings.square_decay
         self._inputs = Inputs(model, self.settings.inputs, decays, classes)
 
-    def with_step_scale(self, factor: float) -> MGG:
-        """The same method with every change of the affine multiplied, but for the pull."""
-        scaled = copy.copy(self)
-        scaled.step_scale = factor
-        return scaled
+    def for_site(self, step_scale: float) -> MGG:
+        """The same method with every change of the affine multiplied, but for the pull. What it has learned by now is
+        worked out for all updates to come."""
+        site = copy.copy(self)
+        site.step_scale = step_scale
+        with torch.no_grad():
+            site._weights = self.learned.weights()
+        return site
 
     def with_gradient_share(self, share: int) -> MGG:
         """The same method, whose updates take their gradient from one of so many frames as served; 1: from all."""
@@ -146,14 +150,15 @@ class MGG:
         they give a gradient. `keep`: what comes of the pass may be known to a later one; as where an update follows,
         the features have those of the first layer's input.
         """
-        counts = torch.bincount(stream, minlength=len(state["affine"])).float()
-        chosen, given, few = self._giving(stream, counts, adapts)
+        with torch.inference_mode():
+            counts = torch.bincount(stream, minlength=len(state["affine"])).float()
+            chosen, given, few = self._giving(stream, counts, adapts)
         if len(chosen) == len(stream):
             return self.predict(frames, stream, state)
-        parts = [] if known is None else [known.but(chosen)]
-        elsewhere = [part.places for part in parts] + ([chosen] if len(chosen) else [])
-        rest = all_but(len(stream), elsewhere) if elsewhere and not self.mixes else None
         with torch.inference_mode():
+            parts = [] if known is None else [known.but(chosen)]
+            elsewhere = [part.places for part in parts] + ([chosen] if len(chosen) else [])
+            rest = all_but(len(stream), elsewhere) if elsewhere and not self.mixes else None
             ran = self._run(frames, stream, state, rest, counts, keep or bool(elsewhere), asked)
         giving = None
         if len(chosen):
@@ -164,7 +169,7 @@ class MGG:
         with torch.inference_mode():
             if rest is not None:
                 ran = replace(ran, output=assembled(len(stream), [Known(rest, ran.output), *parts]))
-            return replace(self._forward(ran, frames, stream, counts, state), giving=giving)
+            return self._forward(ran, frames, stream, counts, state, giving)
 
     def update(self, forward: Forward) -> Update:
         """One update per stream. Of frames that were served some give the gradient; all count in the statistics."""
@@ -174,7 +179,7 @@ class MGG:
                 raise ValueError("no frame has a graph: what was predicted in inference mode cannot be updated from")
             some, whole = replace(forward.giving, state=forward.state, kept=forward.kept), forward
         frame_gradient, statistics, signals = self.gradient(some, whole=whole)
-        with torch.no_grad(), one_thread():
+        with torch.inference_mode(), one_thread():
             update = self.generate(some, frame_gradient, statistics, signals)
             state = where_seen(forward, self._at_rest(update.state))
         return Update(state, update.signals | {"frames": forward.counts})
@@ -223,7 +228,7 @@ class MGG:
             head = None  # a layer that sees something else than frames
         output, shadow = Output(logits, features, head), None
         if len(frames) > count:
-            output, shadow = output.of(slice(count)), output.of(slice(count, None))
+            output, shadow = output.of(0, count), output.of(count, len(frames))
         return _Ran(output, rows if rows.requires_grad else None, moments, shadow)
 
     def _and_source(self, state: State) -> State:
@@ -246,10 +251,18 @@ class MGG:
             kept |= belief
         return kept
 
-    def _forward(self, ran: _Ran, frames: Tensor, stream: Tensor, counts: Tensor, state: State) -> Forward:
+    def _forward(
+        self,
+        ran: _Ran,
+        frames: Tensor,
+        stream: Tensor,
+        counts: Tensor,
+        state: State,
+        giving: Forward | None = None,
+    ) -> Forward:
         logits, features, head = ran.output.logits, ran.output.features, ran.output.head
         kept = self._kept(logits.detach(), stream, counts, state, ran.moments)
-        return Forward(logits, features, ran.rows, stream, counts, state, frames, kept, shadow=ran.shadow, head=head)
+        return Forward(logits, features, ran.rows, stream, counts, state, frames, kept, giving, ran.shadow, head)
 
     def thinned(self, forward: Forward) -> tuple[Forward, Tensor]:
         """Those frames of a forward with a graph that give the gradient as served, and their places in it (b,)."""
@@ -263,11 +276,12 @@ class MGG:
         """The places of the frames that give a gradient (b,), their streams (b,), and how many each has (S,)."""
         if adapts is not None and not any(adapts):
             return stream[:0], stream[:0], torch.zeros_like(counts)
-        few = (counts / self.gradient_share).ceil()
+        had = [int(count) for count in counts.tolist()]
+        wanted = [-(-count // self.gradient_share) for count in had]
         if adapts is not None:
-            few = few * torch.tensor(adapts, device=few.device)
-        chosen = evenly(stream, counts, few)
-        return chosen, stream.index_select(0, chosen), few
+            wanted = [few if adapting else 0 for few, adapting in zip(wanted, adapts, strict=True)]
+        chosen = evenly(stream, had, wanted)
+        return chosen, stream.index_select(0, chosen), counts.new_tensor(wanted)
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -318,14 +332,17 @@ class MGG:
         second = torch.lerp(gradient**2, state["second_moment"], settings.square_decay)
         source = self.model.source_affine
         offset = state["offset"]
-        inputs = self._inputs.of(forward.counts, gradient, power, (first, second), age, offset, signals)
+        raw_norm = torch.linalg.vector_norm(gradient, dim=1)
+        inputs = self._inputs.of(forward.counts, gradient, raw_norm, power, (first, second), age, offset, signals)
+        weights = learned.weights() if self._weights is None else self._weights
         gate, push, pull, weight, bias = learned.rule(
-            inputs, state["memory_weight"].float(), state["memory_bias"].float()
+            inputs, state["memory_weight"].float(), state["memory_bias"].float(), weights.rule
         )
-        step = settings.step_limit * torch.tanh(learned.rate.exp() * gate * gradient / settings.step_limit)
-        change = self.step_scale * (step + settings.push_limit * push)
+        step = torch.tanh(gate * gradient * weights.rate)
+        change = torch.add(settings.step_limit * step, push, alpha=settings.push_limit)
+        held = torch.addcmul(offset, pull, offset, value=-1)
         moved = {
-            "offset": (1 - pull) * offset - change,
+            "offset": torch.add(held, change, alpha=-self.step_scale),
             "first_moment": first,
             "second_moment": second,
             "memory_weight": weight,
@@ -335,14 +352,15 @@ class MGG:
         wanted = moved["offset"]
         if learned.anchor is not None:
             gaps = torch.cat([signals["gap_mean"] / 2, signals["gap_std"]], 1)
-            wanted = wanted + self.step_scale * learned.anchor(gaps)
-        dose = self._dose(signals)
+            wanted = torch.add(wanted, learned.anchor(gaps), alpha=self.step_scale)
+        dose = self._dose(signals, weights.dose_bias)
         if self.model.correction is not None:
             strength = settings.correction_start + settings.correction_slope * dose.detach()
             moved["correction"] = strength.clamp(0, 1)
-        affine = source + dose.unsqueeze(1) * wanted
+        away = dose.unsqueeze(1) * wanted
+        affine = source + away
         generated = (state["affine"] - affine).detach()
-        raw_norm, generated_norm = gradient.norm(dim=1), generated.norm(dim=1)
+        generated_norm = torch.linalg.vector_norm(generated, dim=1)
         return Update(
             state={"affine": affine, **moved, **statistics, **self._carried(forward)},
             signals={
@@ -350,21 +368,20 @@ class MGG:
                 "raw_gradient_norm": raw_norm,
                 "generated_gradient_norm": generated_norm,
                 "cosine": (gradient * generated).sum(1) / (raw_norm * generated_norm).clamp_min(TINY),
-                "source_distance": (affine - source).detach().norm(dim=1),
+                "source_distance": torch.linalg.vector_norm(away.detach(), dim=1),
                 "dose": dose.detach(),
                 "frames": forward.counts,
             },
         )
 
-    def _dose(self, signals: State) -> Tensor:
+    def _dose(self, signals: State, bias: Tensor) -> Tensor:
         """How much of the way from source is gone, (S,)."""
         unusual = [
             (signals["novelty"] + TINY).log(),
             (signals["discrepancy"] + TINY).log(),
             signals["entropy"] / math.log(self.classes),
         ]
-        weighted = torch.stack(unusual, 1).clamp(-12, 12) @ self.learned.dose_weight
-        return torch.sigmoid(self.learned.dose_bias + self.settings.dose_shift + weighted)
+        return torch.sigmoid(torch.addmv(bias, torch.stack(unusual, 1).clamp(-12, 12), self.learned.dose_weight))
 
 
 def as_served(method: Method) -> Callable[[Tensor, Tensor, State], Forward]:
@@ -377,10 +394,10 @@ def frames_an_update(method: Method, wanted: int) -> int:
     return min(wanted, MOST_FRAMES) if isinstance(method, MGG) else wanted
 
 
-def evenly(stream: Tensor, counts: Tensor, wanted: Tensor) -> Tensor:
-    """Places of so many `wanted` (S,) frames of each stream, evenly spread; stream (B,), counts (S,)."""
+def evenly(stream: Tensor, counts: Sequence[int], wanted: Sequence[int]) -> Tensor:
+    """Places of so many `wanted` frames of each stream, evenly spread; stream (B,), counts and wanted S numbers."""
     chosen, start = [], 0
-    for count, few in torch.stack([counts, wanted], 1).long().tolist():
+    for count, few in zip(counts, wanted, strict=True):
         chosen += [start + (2 * i + 1) * count // (2 * few) for i in range(few)]
         start += count
     return stream.argsort(stable=True).index_select(0, torch.tensor(chosen, dtype=torch.long, device=stream.device))

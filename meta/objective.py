@@ -12,6 +12,7 @@ nothing wrong, and should not be pulled towards shirts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,9 +78,13 @@ def running(old: Tensor, new: Tensor, counts: Tensor, window: int) -> Tensor:
 
     The value is the running mean; the gradient is that of `new`, undamped.
     """
-    keep = (1 - 1 / window) ** counts.unsqueeze(1)
-    value = keep * old + (1 - keep) * new.detach()
+    value = torch.lerp(new.detach(), old, _kept(counts, window))
     return value + (new - new.detach())
+
+
+def _kept(counts: Tensor, window: int) -> Tensor:
+    """How much of a running mean over about `window` frames is left after `counts` (S,) more frames, (S, 1)."""
+    return (1 - 1 / window) ** counts.unsqueeze(1)
 
 
 def deviation(mean: Tensor, square: Tensor) -> Tensor:
@@ -122,6 +127,17 @@ class Objective:
     window: int
     class_share: float
 
+    @cached_property
+    def _scale(self) -> Tensor:
+        return self.source.scale
+
+    @cached_property
+    def _usual(self) -> Tensor:
+        """What the gap of a feature (F + F1,) counts for in the slope: nothing for those outside of the distance."""
+        usual = 2 * self.discrepancy_weight / self.features / self._scale
+        usual[self.features :] = 0
+        return usual
+
     @torch.no_grad()
     def __call__(self, forward: Forward, whole: Forward | None = None) -> tuple[tuple[Tensor, Tensor], State, State]:
         """The gradient of the streams' losses with respect to logits (B, K) and features (B, F + F1), the moved
@@ -133,20 +149,22 @@ class Objective:
         frames, features = forward.counts.clamp_min(1), forward.features.detach()
         log_p, p, frame_entropy = _uncertainty(forward.logits)
         if whole is None:
-            counted, means = frames, _means(forward, p, frame_entropy)
+            counted, means = frames, _means(forward, frames, p, frame_entropy)
         else:
-            counted, means = whole.counts.clamp_min(1), _means(whole, *_uncertainty(whole.logits)[1:])
+            counted = whole.counts.clamp_min(1)
+            means = _means(whole, counted, *_uncertainty(whole.logits)[1:])
         mean_entropy = means.pop().squeeze(1)
 
         names = ("feature_mean", "feature_square", "feature_classes")
         # See `MGG.observe`: large micro-batches must not replace the whole window either.
-        counts = counted.clamp(max=self.window / 2)
+        kept = _kept(counted.clamp(max=self.window / 2), self.window)
         old = [state[name] for name in names]
-        mean, square, classes = (running(*both, counts, self.window) for both in zip(old, means, strict=True))
-        share = self.class_share
-        expected, expected_std = source.expected(share * classes + (1 - share) / classes.shape[1])
-        std = deviation(mean, square)
-        mean_gap, std_gap = (mean - expected) / source.scale, (std - expected_std) / source.scale
+        mean, square, classes = (torch.lerp(new, before, kept) for new, before in zip(means, old, strict=True))
+        even = (1 - self.class_share) / classes.shape[1]
+        expected, expected_std = source.expected(self.class_share * classes + even)
+        variance = square - mean.square()
+        std = variance.clamp_min(EPSILON).sqrt()
+        mean_gap, std_gap = (mean - expected) / self._scale, (std - expected_std) / self._scale
         squared = mean_gap.square() + std_gap.square()
         distance, novelty = squared[:, : self.features].mean(1), squared[:, self.features :].mean(1)
         signals = {
@@ -160,11 +178,9 @@ class Objective:
 
         each = frames.unsqueeze(1)
         of_logits = p * (log_p + frame_entropy) * (-self.entropy_weight / each).index_select(0, stream)
-        # d distance / d feature = a + b * (feature - mean), the newest frames counting as the whole window. The first
-        # layer's features under the source affine are outside of the distance.
-        usual = 2 * self.discrepancy_weight / self.features / (each * source.scale)
-        usual[:, self.features :] = 0
-        slope = torch.where(square - mean.square() > EPSILON, usual * std_gap / std, 0)  # else `deviation` is clamped
+        # d distance / d feature = a + b * (feature - mean), the newest frames counting as the whole window.
+        usual = self._usual / each
+        slope = torch.where(variance > EPSILON, usual * std_gap / std, 0)  # else the deviation is clamped
         constant = usual * mean_gap - slope * mean
         rows = torch.stack([constant, slope]).index_select(1, stream)
         of_features = torch.addcmul(rows[0], rows[1], features)
@@ -178,11 +194,11 @@ def _uncertainty(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return log_p, p, (p * log_p).sum(1, keepdim=True).neg()
 
 
-def _means(forward: Forward, p: Tensor, frame_entropy: Tensor) -> list[Tensor]:
-    """Of each stream's frames: features and their squares (S, F or F + F1), class probabilities (S, K) and entropy
-    (S, 1)."""
+def _means(forward: Forward, counts: Tensor, p: Tensor, frame_entropy: Tensor) -> list[Tensor]:
+    """Of each stream's frames, of which it has `counts` (S,): features and their squares (S, F or F + F1), class
+    probabilities (S, K) and entropy (S, 1)."""
     features, probability = forward.features.detach(), forward.kept.get("probability", p)
     joined = torch.cat([features, features.square(), probability, frame_entropy], 1)
     width = features.shape[1]
-    means = per_stream_mean(joined, forward.stream, forward.counts.clamp_min(1))
+    means = per_stream_mean(joined, forward.stream, counts)
     return list(means.split([width, width, p.shape[1], 1], 1))

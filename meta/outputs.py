@@ -18,9 +18,15 @@ class Output:
     features: Tensor
     head: Tensor | None
 
-    def of(self, rows: Tensor | slice) -> Output:
-        """Some of its frames (m,)."""
+    def of(self, start: int, end: int) -> Output:
+        """Its frames from `start` to before `end`."""
+        rows = slice(start, end)
         return Output(self.logits[rows], self.features[rows], None if self.head is None else self.head[rows])
+
+    def at(self, places: Tensor) -> Output:
+        """Its frames at the places (m,)."""
+        logits, features = self.logits.index_select(0, places), self.features.index_select(0, places)
+        return Output(logits, features, None if self.head is None else self.head.index_select(0, places))
 
     def copied(self) -> Output:
         """The same in memory of its own."""
@@ -38,7 +44,7 @@ class Known:
     def but(self, places: Tensor) -> Known:
         """Without the frames at these places (m,)."""
         rows = torch.isin(self.places, places, invert=True).nonzero().flatten()
-        return Known(self.places[rows], self.output.of(rows))
+        return Known(self.places[rows], self.output.at(rows))
 
 
 def joined(parts: Sequence[Output]) -> Output:
@@ -55,7 +61,7 @@ def assembled(count: int, parts: Sequence[Known]) -> Output:
     """All `count` frames of a pass in order, from parts that have each of them, some perhaps twice; without a graph."""
     places = torch.cat([part.places for part in parts])
     rows = places.new_empty(count).index_copy_(0, places, torch.arange(len(places), device=places.device))
-    return joined([part.output for part in parts]).of(rows)
+    return joined([part.output for part in parts]).at(rows)
 
 
 def all_but(count: int, known: Sequence[Tensor]) -> Tensor:

@@ -70,11 +70,11 @@ class PaperMGG:
         self.settings = settings or PaperSettings(hidden=generator.memory.hidden)
         self.step_size = self.settings.step_size
 
-    def with_step_scale(self, factor: float) -> PaperMGG:
+    def for_site(self, step_scale: float) -> PaperMGG:
         """The same method with its step size multiplied."""
-        scaled = copy.copy(self)
-        scaled.step_size = self.step_size * factor
-        return scaled
+        site = copy.copy(self)
+        site.step_size = self.step_size * step_scale
+        return site
 
     def fresh(self, streams: int) -> State:
         """Affine (S, P), moments (S, P), memory (S, h, h, P) and (S, h, P), age (S)."""

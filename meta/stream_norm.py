@@ -104,7 +104,9 @@ class StreamNorm(nn.Module):
         # Where this layer's running statistics lie in those of all BatchNorm layers; empty where it has none.
         self.channels = slice(channel, channel + (size if isinstance(norm, BATCH_NORM) else 0))
         self.own_features = slice(0, 0)  # of those of all layers joined
-        self.groups = norm.num_groups if type(norm).forward is nn.GroupNorm.forward else 0
+        self.groups, self.epsilon = 0, 0.0
+        if type(norm).forward is nn.GroupNorm.forward:
+            self.groups, self.epsilon = norm.num_groups, norm.eps
         self.rectify = False  # whether it does the work of the ReLU behind it
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,8 +116,7 @@ class StreamNorm(nn.Module):
         scale, shift = self._source_rows(x) if rows is None else self._frame_rows(x, rows)
         inverse = None
         if self.groups and at.correction is None:
-            with torch.no_grad():
-                x_hat, inverse = _group_normalised(x, self.groups, self.norm.eps)
+            x_hat, inverse = _group_normalised(x.detach(), self.groups, self.epsilon)
         else:
             x = self._normalised(x)
             x_hat = x.detach()
@@ -123,9 +124,8 @@ class StreamNorm(nn.Module):
             scale, shift = self._corrected(x, scale, shift, at.correction)
         positions = self._positions(x) if at.features is not None else None
         if at.first and self.place.scale == 0 and rows is not None:
-            with torch.no_grad():
-                as_source = scaled(x_hat, *self._source_rows(x_hat)).relu_()
-                at.first_features = rectified_mean(as_source, self._positions(x), rectified=True)
+            as_source = scaled(x_hat, *self._source_rows(x_hat)).relu_()
+            at.first_features = rectified_mean(as_source, self._positions(x), rectified=True)
         # Inference mode keeps nothing, also where gradients are enabled within it.
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             out, pooled = Affine.apply(x, x_hat, inverse, scale, shift, self.rectify, positions)
@@ -161,7 +161,7 @@ class StreamNorm(nn.Module):
     def _as_source(self, x: Tensor) -> Tensor:
         """What the trained layer puts out, as fast as that."""
         if self.groups:
-            out = nn.functional.group_norm(x, self.groups, self.scale, self.shift, self.norm.eps)
+            out = nn.functional.group_norm(x, self.groups, self.scale, self.shift, self.epsilon)
         else:
             out = scaled(self._normalised(x), *self._source_rows(x))
         if self.rectify:
@@ -196,7 +196,7 @@ class StreamNorm(nn.Module):
 
     def _shaped(self, rows: Tensor, x: Tensor) -> Tensor:
         if self.channels_first:
-            return rows.view(*rows.shape, *([1] * (x.dim() - 2)))
+            return rows.view(rows.shape + (1,) * (x.dim() - 2))
         lead = x.dim() - 1 - len(self.shape)
         return rows.view(rows.shape[0], *([1] * lead), *self.shape)
 

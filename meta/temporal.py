@@ -70,11 +70,13 @@ def filter_classes(logits: Tensor, stream: Tensor, counts: Tensor, belief: State
     given = {name: tensor.numpy() for name, tensor in on_cpu(known).items()}
     number, place = given["logits"], given["stream"]
     sound = np.isfinite(number).all(1)
-    plain = _softmax(np.where(sound[:, None], number, 0) / SHARPEN) * (1 - UNSURE) + UNSURE / number.shape[1]
+    whole = bool(sound.all())
+    usable = number if whole else np.where(sound[:, None], number, 0)
+    plain = _softmax(usable / SHARPEN) * (1 - UNSURE) + UNSURE / number.shape[1]
     before = {name: given[name] for name in BELIEF}
     filtered = _one_by_one if len(counts) <= FEW else _side_by_side
     answer, after = filtered(plain, place, given["counts"].astype(np.int64), sound, before)
-    if not sound.all():
+    if not whole:
         answer[~sound] = logits.softmax(1).cpu().numpy()[~sound]
     moved = {name: torch.from_numpy(values).to(belief[name], non_blocking=True) for name, values in after.items()}
     return torch.from_numpy(answer).to(logits, non_blocking=True), moved

@@ -75,7 +75,7 @@ def untrained(network: nn.Module, frames: Tensor) -> MGG:
     model = AdaptableModel(network)
     with torch.no_grad():
         source = feature_statistics(model.forward_with_features(frames)[1])
-    return MGG(model, source, LearnedOptimizer(GeneratorSettings(), model).eval(), 1000)
+    return MGG(model, source, LearnedOptimizer(GeneratorSettings(), model).eval(), 1000).for_site(1.0)
 
 
 def parts(method: MGG, frames: Tensor, streams: int) -> dict[str, Callable[[], Any]]:
@@ -94,7 +94,7 @@ def parts(method: MGG, frames: Tensor, streams: int) -> dict[str, Callable[[], A
         torch.autograd.grad(entropy(logits).sum(), affine)
 
     def generate() -> None:
-        with torch.no_grad():
+        with torch.inference_mode():
             method.generate(forward, gradient, moved, signals)
 
     def step() -> None:
@@ -127,8 +127,9 @@ def main(report: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     keep_freed_memory()
-    example = load_bundle(Path("bundles/fashion-mnist")).method
-    assert isinstance(example, MGG)  # noqa: S101 - its manifest says so
+    bundle = load_bundle(Path("bundles/fashion-mnist"))
+    assert isinstance(bundle.method, MGG)  # noqa: S101 - its manifest says so
+    example = bundle.method.for_site(1.0)
     large = untrained(resnet18(), torch.randn(4, 3, 224, 224))
     found: dict[str, Any] = {"commit": commit()}
     for name, (streams, each, rounds) in CASES.items():

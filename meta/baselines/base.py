@@ -118,11 +118,11 @@ class Baseline:
             return steps
         return steps + [{**step, "statistics": "running", "amount": 64.0} for step in steps]
 
-    def with_step_scale(self, factor: float) -> Baseline:
+    def for_site(self, step_scale: float) -> Baseline:
         """The same method with its step size multiplied."""
-        scaled = copy.copy(self)
-        scaled.step_size = self.step_size * factor
-        return scaled
+        site = copy.copy(self)
+        site.step_size = self.step_size * step_scale
+        return site
 
     # --- the interface of meta.method.Method ---
 

@@ -200,7 +200,7 @@ def _replay(history: list[UpdateEvent], images: dict[str, bytes], bundle: Bundle
 
     Relative to how far the stream is from its source.
     """
-    method, preprocess = bundle.method.with_step_scale(STEP_SCALE), bundle.manifest.preprocess
+    method, preprocess = bundle.method.for_site(STEP_SCALE), bundle.manifest.preprocess
     state = method.fresh(1)
     at_step: dict[int, State] = {}
     for event in history:

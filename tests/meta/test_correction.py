@@ -154,7 +154,7 @@ def test_a_stream_is_corrected_from_its_first_update_on(method) -> None:
     forward = method.predict(frames, stream, fresh)
     torch.testing.assert_close(forward.logits, method.model(frames))
     assert float(method.observe(forward)["correction"]) == 0
-    moved = method.with_step_scale(0.0).update(forward).state
+    moved = method.for_site(0.0).update(forward).state
     assert "norm_mean" not in moved
     after = method.predict(frames, stream, moved).logits
     torch.testing.assert_close(after, method.model(frames, correction=method.model.correction.under(torch.ones(8))))

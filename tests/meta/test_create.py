@@ -742,7 +742,7 @@ def test_a_method_that_does_nothing_gains_nothing() -> None:
 
 
 def test_a_few_streams_at_a_time_give_what_all_at_once_give() -> None:
-    model, source, learned = a_method()
+    model, source, learned = a_method(memory_precision="float32")
     whole, pieces = MGG(model, source, learned, 3), PiecewiseMGG(model, source, learned, 3, 8)
     state, other = whole.fresh(5), pieces.fresh(5)
     stream = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 3, 4, 4])
@@ -755,7 +755,10 @@ def test_a_few_streams_at_a_time_give_what_all_at_once_give() -> None:
         update, joined = whole.update(forward), pieces.update(piecewise)
         torch.testing.assert_close(joined.signals, update.signals)
         state, other = update.state, joined.state
-        torch.testing.assert_close(other, state)
+        for name, tensor in state.items():
+            # As many streams, as the products round.
+            rounding = {"rtol": 1e-4, "atol": 1e-5} if name.startswith("memory_") else {}
+            torch.testing.assert_close(other[name], tensor, **rounding)
 
 
 def test_an_altered_verdict_is_refused(made: tuple[Path, Manifest], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meta.affine import Affine
+from meta.inputs import Input, Inputs
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.method import finite_rows, narrowed
 from meta.mgg import GRADIENT_SHARE, MGG, evenly
@@ -183,8 +184,8 @@ def test_single_frames_are_served_with_their_graph() -> None:
 
 def test_the_gradient_comes_from_frames_that_are_spread_evenly() -> None:
     stream = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0, 0, 0])
-    assert evenly(stream, torch.tensor([8.0, 2.0]), torch.tensor([4.0, 2.0])).tolist() == [2, 5, 7, 9, 0, 3]
-    assert evenly(stream, torch.tensor([8.0, 2.0]), torch.tensor([2.0, 1.0])).tolist() == [4, 8, 3]
+    assert evenly(stream, [8, 2], [4, 2]).tolist() == [2, 5, 7, 9, 0, 3]
+    assert evenly(stream, [8, 2], [2, 1]).tolist() == [4, 8, 3]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 16, 64])
@@ -376,9 +377,33 @@ def test_step_scale_scales_the_step() -> None:
     frames, stream, state = torch.randn(4, 1, 12, 12), torch.zeros(4, dtype=torch.long), METHOD.fresh(1)
     full = METHOD.update(METHOD.predict(frames, stream, state)).state["affine"] - METHOD.model.source_affine
     assert full.abs().max() > 0
-    half_method = METHOD.with_step_scale(0.5)
+    half_method = METHOD.for_site(0.5)
     half = half_method.update(half_method.predict(frames, stream, state)).state["affine"] - METHOD.model.source_affine
     torch.testing.assert_close(half, full / 2, rtol=1e-3, atol=1e-7)
+
+
+def test_what_is_worked_out_for_a_site_changes_nothing() -> None:
+    state = lived_in(3, seed=4)
+    frames, stream = torch.randn(12, 1, 12, 12), torch.arange(3).repeat_interleave(4)
+    site = METHOD.for_site(1.0)
+    own, known = (method.update(method.serve(frames, stream, state)) for method in (METHOD, site))
+    torch.testing.assert_close(known.state, own.state, rtol=0, atol=0)
+    torch.testing.assert_close(known.signals, own.signals, rtol=0, atol=0)
+
+
+def test_inputs_come_in_the_order_of_their_names() -> None:
+    model, size = METHOD.model, METHOD.model.coordinates
+    counts, norm, age = torch.tensor([4.0, 2.0]), torch.rand(2), torch.tensor([3.0, 9.0])
+    gradient, power, first, offset = (torch.randn(2, size) for _ in range(4))
+    gaps = {name: torch.randn(2, METHOD.source.mean.numel()) for name in ("gap_mean", "gap_std")}
+    signals = {"entropy": torch.rand(2), "discrepancy": torch.rand(2), **gaps}
+    given = counts, gradient, norm, power.abs(), (first, first.abs()), age, offset, signals
+    names: tuple[Input, ...] = ("age", "raw", "entropy", "kind", "batch", "offset")
+    together = Inputs(model, names, (0.9, 0.99), 5).of(*given)
+    for row, name in enumerate(names):
+        torch.testing.assert_close(together[:, row : row + 1], Inputs(model, (name,), (0.9, 0.99), 5).of(*given))
+    torch.testing.assert_close(together[:, 0], age.rsqrt().unsqueeze(1).expand(-1, size))
+    torch.testing.assert_close(together[:, 1], gradient.clamp(-3, 3))
 
 
 def test_entropy_is_that_of_torch() -> None:

@@ -67,7 +67,7 @@ class Engine:
         self.accuracy_model = AccuracyModel(calibration.estimator) if calibration.estimator else None
         self._shadow_every = round(1 / source_share) if source_share else 0
         self.bundle_hash = bundle.hash
-        self._method = bundle.method.with_step_scale(step_scale)
+        self._method = bundle.method.for_site(step_scale)
         # Not where what the model says of a frame depends on the others of its pass.
         self._keeps = isinstance(self._method, MGG) and not self._method.mixes
         self.device = bundle.model.device

@@ -52,7 +52,7 @@ def kept(batches: Sequence[MicroBatch], headers: Sequence[StreamHeader], output:
     start = 0
     for batch, header in zip(batches, headers, strict=True):
         end = start + len(batch.frames)
-        own = None if batch.fold else output.of(slice(start, end)).copied()
+        own = None if batch.fold else output.of(start, end).copied()
         found.append(None if own is None else Seen(batch.frames, own, header.events))
         start = end
     return found

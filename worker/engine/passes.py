@@ -132,6 +132,7 @@ class Proposals:
     state: State
     observed: State
 
+    @torch.inference_mode()
     def shrink(self, proposal: Proposal, share: float) -> None:
         """Go only so much of the way from the parameters that the stream had. All of it is where the pass was: the
         loop must not wait for a GPU."""
@@ -139,6 +140,7 @@ class Proposals:
             row = self.state[name][proposal.row]
             row.copy_(torch.lerp(self.before[name][proposal.row], row, share))
 
+    @torch.inference_mode()
     def replace(self, proposal: Proposal, state: State) -> None:
         """Propose this state instead."""
         for name, tensor in state.items():
