@@ -46,6 +46,8 @@ class AdaptableModel(nn.Module):
     running statistics and would so mix the streams of a pass, or where `order` or `layouts` name other layers.
     """
 
+    source_affine: Tensor
+
     def __init__(
         self, network: nn.Module, order: Sequence[str] = (), layouts: Mapping[str, Layout] = MappingProxyType({})
     ) -> None:

@@ -245,7 +245,9 @@ class Guard(Section):
     max_gradient_factor: float = Field(
         4.0, gt=0, description="raw gradient norms above factor x bundle limit are skipped"
     )
-    max_distance_factor: float = Field(2.0, gt=0, description="updates that lead further from source are skipped")
+    max_distance_factor: float = Field(
+        2.0, gt=0, description="updates that lead further from source are skipped; beyond, those that lead back pass"
+    )
     max_jump: float = Field(
         8.0, gt=0, description="deviations above the stream's own level at which an update is shrunk to that limit"
     )

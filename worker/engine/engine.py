@@ -240,7 +240,9 @@ class Engine:
             state = update.state
             with one_thread():
                 finite, layers = finite_rows(state).tolist(), self.distances(before["affine"], state["affine"])
-            signals = {name: values.tolist() for name, values in on_cpu(update.signals).items()}
+                present = (before["affine"] - self.bundle.model.source_affine).norm(dim=1)
+            told = on_cpu(update.signals | {"present_distance": present})
+            signals = {name: values.tolist() for name, values in told.items()}
             for row, outlook in enumerate(passed.adapting):
                 own = {name: values[row] for name, values in signals.items()}
                 proposals.append(Proposal(outlook, row, True, own, finite[row], layers[row]))

@@ -101,7 +101,7 @@ class Guard:
         finite: bool,
     ) -> Verdict:
         """`state` is what `observe` made of `before`; its levels move here. `signals` of the stream as the method
-        reports them; `finite`: all numbers of the proposed state are."""
+        reports them, and the `present_distance` from source; `finite`: all numbers of the proposed state are."""
         if not finite or not all(math.isfinite(value) for value in signals.values()):
             return Verdict("skipped", "not finite")
         if reason := self._teaches_nothing(before, state, sight):
@@ -111,8 +111,13 @@ class Guard:
         gradient, distance = signals["raw_gradient_norm"], signals["source_distance"]
         if gradient > self._max_gradient:
             return Verdict("skipped", f"gradient norm {gradient:.3g} above its limit {self._max_gradient:.3g}")
-        if distance > self.max_distance:
-            return Verdict("skipped", f"distance from source {distance:.3g} above its limit {self.max_distance:.3g}")
+        # A state may be beyond the limit already, which was lowered since, or which it was imported past. Its way back
+        # is open: no update leads further out, and an update that is shrunk ends between two points that are allowed.
+        present = signals.get("present_distance", 0.0)
+        if distance > max(self.max_distance, present):
+            reason = f"distance from source {distance:.3g} above its limit {self.max_distance:.3g}"
+            beyond = f" and the present {present:.3g}" if present > self.max_distance else ""
+            return Verdict("skipped", reason + beyond)
         return self._measured(state, signals)
 
     def blinded(self, before: GuardState, sight: Sight) -> str:

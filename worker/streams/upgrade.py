@@ -37,7 +37,7 @@ class Moved:
 class Upgrade:
     """Moves states to the bundle that `engine` runs. `settings` name the bundles that states may come from.
 
-    `max_distance` from source is what the guard allows. What is beyond could not be updated again, ever.
+    `max_distance` from source is what the guard allows. What is beyond could go back only, while its shift may last.
     """
 
     def __init__(self, settings: BundleSettings, engine: Engine, max_distance: float = math.inf) -> None:

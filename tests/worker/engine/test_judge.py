@@ -109,6 +109,21 @@ def test_going_back_leads_to_source_and_nobody_else_moves(engine: Engine, decisi
     assert (signals["flips"], signals["distance"]) == (0, 0)
 
 
+def test_of_one_pass_the_stream_beyond_the_distance_limit_comes_back_and_others_are_held(tiny_bundle) -> None:
+    engine = Engine(tiny_bundle)
+    admit(engine, "far", "near")
+    engine.replace("far", {**engine.like, "affine": engine.like["affine"] + 1})
+    guard = Guard(GuardSettings(), Limits(raw_gradient_norm=1e9, source_distance=1e-9))
+    passed = engine.predict([batch("far", 6, 1), batch("near", 6, 2)])
+    proposals = engine.adapt(passed)
+    decided = {p.outlook.batch.stream: judge(engine, guard, p.outlook, proposals, p) for p in proposals.proposals}
+    assert {stream: one.verdict.decision for stream, one in decided.items()} == {"far": "applied", "near": "skipped"}
+    before = float((engine.tensors("far")["affine"] - engine.like["affine"]).norm())
+    engine.accept(proposals, [one.kept for one in decided.values() if one.kept is not None])
+    assert float((engine.tensors("far")["affine"] - engine.like["affine"]).norm()) < before
+    assert torch.equal(engine.tensors("near")["affine"], engine.like["affine"])
+
+
 def test_a_rollback_leads_to_the_newest_snapshot_and_a_reset_does_not(engine: Engine) -> None:
     good = {name: tensor.clone() for name, tensor in engine.tensors("a").items()}
     header = engine.resident("a").header

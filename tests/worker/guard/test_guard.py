@@ -48,11 +48,23 @@ def test_ordinary_updates_pass() -> None:
         ({"loss": math.inf}, True, "not finite"),
         ({"raw_gradient_norm": 40.1}, True, "gradient norm 40.1 above its limit 40"),
         ({"source_distance": 6.1}, True, "distance from source 6.1 above its limit 6"),
+        ({"source_distance": 6.1, "present_distance": 5.9}, True, "distance from source 6.1 above its limit 6"),
+        (
+            {"source_distance": 9.1, "present_distance": 9.0},
+            True,
+            "distance from source 9.1 above its limit 6 and the present 9",
+        ),
     ],
 )
 def test_others_are_skipped_with_the_reason(changes: dict, finite: bool, reason: str) -> None:
     verdict, _ = judged(GuardState(), sight(), shown(), changes, finite)
     assert (verdict.decision, verdict.reason) == ("skipped", reason)
+
+
+@pytest.mark.parametrize("distance", [8.9, 9.0])
+def test_a_stream_beyond_the_distance_limit_may_come_back(distance: float) -> None:
+    verdict, _ = judged(GuardState(), sight(), shown(), {"source_distance": distance, "present_distance": 9.0})
+    assert verdict.decision == "applied"
 
 
 def test_an_update_far_above_the_streams_own_level_is_shrunk_to_its_limit() -> None:
