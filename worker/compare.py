@@ -81,7 +81,7 @@ def must_be_comparable(first: WorkerConfig, second: WorkerConfig) -> None:
 def answers(config: WorkerConfig, since: datetime | None = None, until: datetime | None = None) -> Iterator[Answer]:
     """Of the predictions that a site's topic has now; what is none is passed over. `since` and `until` are times of
     frames. Raises ConfigError where there is no such topic, UnreachableError where the broker is away."""
-    records = records_now(config.kafka, config.kafka.topics.predictions)
+    records = records_now(config.kafka, config.kafka.topics.predictions, since)
     for record in PassedOver().readable(records):
         found = parsed(record.value)
         if found and (since is None or since <= found.event_time) and (until is None or found.event_time < until):

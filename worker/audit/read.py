@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -18,7 +18,6 @@ from worker.kafka.batches import Unreadable
 from worker.kafka.topic import records_now
 
 MAX_LINE_BYTES = 4 << 20
-SENT_EARLIER = timedelta(hours=1)  # than it says: clocks are set, and an event may be sent again by another worker
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,7 @@ def read_topic(settings: Kafka, since: datetime | None = None) -> Iterator[Recor
 
     Raises ConfigError where there is no such topic, UnreachableError where the broker is away.
     """
-    sent = None if since is None else since - SENT_EARLIER
-    yield from map(_found, records_now(settings, settings.topics.updates, sent))
+    yield from map(_found, records_now(settings, settings.topics.updates, since))
 
 
 def _found(record: Any) -> Record:

@@ -14,11 +14,13 @@ from schemas.errors import UnreachableError
 from worker.kafka.client import connection, open_client, require_topics
 
 PATIENCE_MS = 10_000  # for a broker that has records and does not send them
+SENT_EARLIER_S = 3_600  # than it says: clocks are set, and differ
 
 
 def records_now(settings: Kafka, topic: str, since: datetime | None = None) -> Iterator[Any]:
-    """All records of the topic, each partition in its order; with `since`, from the first on that was sent then or
-    later. What cannot be read has an `Unreadable` value.
+    """All records of the topic, each partition in its order. With `since`, those that are about that time and later are
+    among them, and not all of the earlier ones: from the first on that was sent an hour before. What cannot be read has
+    an `Unreadable` value.
 
     Raises ConfigError where there is no such topic, UnreachableError where the broker is away.
     """
@@ -42,7 +44,8 @@ def _partition(consumer: KafkaConsumer, partition: TopicPartition, since: dateti
     if since is None:
         consumer.seek_to_beginning(partition)
     else:
-        first = consumer.offsets_for_times({partition: max(0, int(1000 * since.timestamp()))})[partition]
+        sent_ms = max(0, int(1000 * (since.timestamp() - SENT_EARLIER_S)))
+        first = consumer.offsets_for_times({partition: sent_ms})[partition]
         consumer.seek(partition, end if first is None else first.offset)
     while consumer.position(partition) < end:
         records = consumer.poll(timeout_ms=PATIENCE_MS).get(partition)
