@@ -18,7 +18,7 @@ class Measured(BaseModel):
     frames: int = Field(ge=1)
     source: float = Field(ge=0, le=1, description="accuracy of the source model")
     adapted: float = Field(ge=0, le=1, description="accuracy of the adapted model, each frame before its own update")
-    error: float = Field(ge=0, description="standard error of the difference")
+    error: float = Field(ge=0, description="standard error of the difference, over images and cameras drawn")
 
     @property
     def gain(self) -> float:
@@ -38,7 +38,7 @@ class Verdict(BaseModel):
     )
     clean_accuracy: float = Field(ge=0, le=1, description="of the source model on held-out images, by their labels")
     gain: float
-    gain_error: float = Field(ge=0)
+    gain_error: float = Field(ge=0, description="standard error of `gain`, over images and cameras, not over shifts")
     settings: list[Measured]
     generator: str = Field(description="how the generator was made")
     images: dict[str, int] = Field(description="how many served what; no image served two purposes")

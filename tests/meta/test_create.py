@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ import tests.foreign
 from meta.bundle import load_bundle
 from meta.bundle_folder import read_verdict
 from meta.create.images import Images, common_size, read_files, read_labels, read_npz, split, without_duplicates
-from meta.create.measure import measure, recommend
+from meta.create.measure import measure, recommend, standard_error
 from meta.create.network import adaptable, load_weights, read_weights
 from meta.create.piecewise import PiecewiseMGG
 from meta.create.run import HELD_BACK, create_bundle
@@ -737,8 +738,19 @@ def test_a_method_that_does_nothing_gains_nothing() -> None:
     found = measure(method, held_out, Preprocessing(torch.tensor([0.3]), torch.tensor([0.2])), 48, 1, 0, quiet)
     assert [(m.gain, m.error) for m in found] == [(0.0, 0.0)] * 7
     method.step_scale = 10.0
-    found = measure(method, held_out, Preprocessing(torch.tensor([0.3]), torch.tensor([0.2])), 48, 1, 0, quiet)
+    found = measure(method, held_out, Preprocessing(torch.tensor([0.3]), torch.tensor([0.2])), 48, 2, 0, quiet)
     assert any(m.gain for m in found)
+    assert [m.frames for m in found] == [2 * 48] * 7
+
+
+def test_cameras_that_differ_more_than_their_frames_explain_make_the_error_larger() -> None:
+    mixed = torch.tensor([[1.0, 0.0] * 50] * 2)  # cameras alike
+    apart = torch.tensor([[1.0] * 100, [0.0] * 100])  # the same frames, all that gain from one camera
+    of_frames = math.sqrt(0.25 / 200)
+    assert standard_error(mixed, 1_000) == pytest.approx(of_frames)
+    assert standard_error(apart, 1_000) == pytest.approx(math.sqrt(of_frames**2 + 0.5 / 2))
+    assert standard_error(mixed, 50) == pytest.approx(2 * of_frames)  # each image is seen four times
+    assert standard_error(mixed[:1], 1_000) == pytest.approx(math.sqrt(0.25 / 100))
 
 
 def test_a_few_streams_at_a_time_give_what_all_at_once_give() -> None:
