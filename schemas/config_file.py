@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +17,11 @@ from pydantic_settings import SettingsError
 from schemas.config import ENVIRONMENT_PREFIX, WorkerConfig
 from schemas.errors import ConfigError, mistakes
 from schemas.yaml_file import yaml_content
+
+OTHERS = {"DRIFTKEEL_CONSOLE_TOKEN"}  # named as an option but for an underscore: the compose file hands it on
+OF_KUBERNETES = re.compile(
+    "(tcp|udp|sctp)://"
+)  # DRIFTKEEL_CONSOLE_PORT, beside a service of the name driftkeel-console
 
 
 def load_config(path: Path | None) -> WorkerConfig:
@@ -118,11 +124,33 @@ def dotted_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _refuse_unknown_environment() -> None:
-    valid = set(dotted_keys(WorkerConfig))
-    for variable in _environment():
-        key = variable[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
-        if key not in valid:
-            raise ConfigError(f"environment variable {variable}: unknown key '{key}'{_nearest(key.split('.'))}")
+    """What is meant for an option and names none, so that nobody reads it: also where underscores alone are wrong."""
+    valid = dotted_keys(WorkerConfig)
+    options = {key.replace(".", "_"): key for key in valid if not any(other.startswith(f"{key}.") for other in valid)}
+    for variable in os.environ:
+        read, key = _as_key(variable)
+        if key is None or (read and key in valid):
+            continue
+        meant = options.get(re.sub(r"[._]+", "_", key).strip("_"))
+        right = f"{ENVIRONMENT_PREFIX}{meant.replace('.', '__').upper()}" if meant else ""
+        if not read and (_is_of_others(variable, right) or not (meant or "." in key)):
+            continue
+        nearest = f"; did you mean {right}?" if meant else _nearest(key.split("."))
+        raise ConfigError(f"environment variable {variable} names no option{nearest}")
+
+
+def _as_key(variable: str) -> tuple[bool, str | None]:
+    """Whether the variable is read, and the key that it names or seems to; None where it is nothing of ours."""
+    for prefix in (ENVIRONMENT_PREFIX, ENVIRONMENT_PREFIX.removesuffix("_")):
+        if variable.upper().startswith(prefix):
+            return prefix == ENVIRONMENT_PREFIX, variable[len(prefix) :].lower().replace("__", ".")
+    return False, None
+
+
+def _is_of_others(variable: str, right: str) -> bool:
+    """Whether a variable is not read on purpose: that with the `right` name may be made of it, and is there."""
+    others = variable.upper() in OTHERS or OF_KUBERNETES.match(os.environ[variable])
+    return bool(others) or right in map(str.upper, _environment())
 
 
 def effective_yaml(config: WorkerConfig) -> str:

@@ -163,10 +163,45 @@ def test_a_rule_of_a_section_may_be_broken_by_both(tmp_path: Path, monkeypatch: 
         load_config(write(tmp_path, "batch: {max_batch: 8}"))
 
 
-def test_unknown_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DRIFTKEEL__BATCH__MAX_BACH", "32")
-    with pytest.raises(ConfigError, match=r"did you mean 'batch.max_batch'"):
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("DRIFTKEEL__BATCH__MAX_BACH", "'batch.max_batch'"),
+        ("DRIFTKEEL__BATCH__MAX__BATCH", "DRIFTKEEL__BATCH__MAX_BATCH"),
+        ("DRIFTKEEL__BATCH_MAX_BATCH", "DRIFTKEEL__BATCH__MAX_BATCH"),
+        ("DRIFTKEEL_BATCH__MAX_BATCH", "DRIFTKEEL__BATCH__MAX_BATCH"),
+        ("DRIFTKEEL_BATCH__MAX_BACH", "'batch.max_batch'"),
+        ("DRIFTKEEL_BATCH_MAX_BATCH", "DRIFTKEEL__BATCH__MAX_BATCH"),
+        ("driftkeel_batch_max_batch", "DRIFTKEEL__BATCH__MAX_BATCH"),
+        ("DRIFTKEEL___BATCH__MAX_BATCH", "DRIFTKEEL__BATCH__MAX_BATCH"),
+        ("DRIFTKEEL_THREADS", "DRIFTKEEL__THREADS"),
+    ],
+)
+def test_a_variable_that_is_meant_for_an_option_and_names_none(
+    variable: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "32")
+    with pytest.raises(ConfigError) as caught:
         load_config(None)
+    assert str(caught.value) == f"environment variable {variable} names no option; did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        dict.fromkeys(("DRIFTKEEL_CONFIG", "DRIFTKEEL_CACHE", "DRIFTKEEL_CIFAR10", "DRIFTKEEL_TEST_BOOTSTRAP"), "x"),
+        {"DRIFTKEEL_CONSOLE_TOKEN": "sixteen-of-them."},  # the compose file makes an option of it
+        {"DRIFTKEEL_STORE_URL": "redis://h:1", "DRIFTKEEL__STORE__URL": "redis://h:1"},  # and so do others
+        # What Kubernetes gives all pods beside a service of the name driftkeel-console.
+        {"DRIFTKEEL_CONSOLE_PORT": "tcp://10.0.0.7:8464", "DRIFTKEEL_CONSOLE_SERVICE_HOST": "10.0.0.7"},
+        {"DRIFTKEEL_CONSOLE_PORT_8464_TCP_ADDR": "10.0.0.7", "DRIFTKEEL_CONSOLE_SERVICE_PORT": "8464"},
+        {"DRIFTKEEL_VERSION": "1"},
+    ],
+)
+def test_variables_of_others_are_left_alone(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, content in variables.items():
+        monkeypatch.setenv(name, content)
+    load_config(None)
 
 
 @pytest.mark.parametrize(
