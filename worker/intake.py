@@ -19,10 +19,10 @@ from worker.consume.offsets import Offsets, Partition
 from worker.decode.decoding import Arrival, Decoding
 from worker.decode.image import DecodedFrame
 from worker.kafka.batches import Unreadable
+from worker.log import Lines
 from worker.publish.letters import Bad, Letters, position_of
 
 log = logging.getLogger("driftkeel.intake")
-LINES, LINES_S = 10, 60.0  # of one kind of dead letters: a sender of nothing else would fill a disk with them
 Load = Callable[[list[str]], Callable[[Frame], bool]]
 
 
@@ -40,7 +40,7 @@ class Intake:
     ) -> None:
         self._limits, self._lateness, self._decoding, self._offsets = limits, lateness, decoding, offsets
         self._letters, self._metrics = letters, metrics
-        self._buried: dict[str, tuple[float, int]] = {}  # by kind: since when, and how many since then
+        self._lines = Lines()
 
     def hand_over(self, load: Load) -> None:
         """Have decoded what there are threads for.
@@ -82,9 +82,7 @@ class Intake:
         """To the dead letters. Records whose letter is there are finished; with patience, after a wait for all."""
         self._sum_up()
         for record, error in bad:
-            since, before = self._buried.get(error.kind, (time.monotonic(), 0))
-            self._buried[error.kind] = since, before + 1
-            if before < LINES:
+            if self._lines.one_more(error.kind):
                 log.warning("frame %s is a dead letter: %s", position_of(record), error, extra=_about(record, error))
             self._metrics.bad_frames.labels(error.kind).inc()
         self._letters.send(bad)
@@ -92,12 +90,9 @@ class Intake:
 
     def _sum_up(self) -> None:
         """Say of how many dead letters there was no line."""
-        now = time.monotonic()
-        for kind in [kind for kind, (since, _) in self._buried.items() if now - since >= LINES_S]:
-            more = self._buried.pop(kind)[1] - LINES
-            if more > 0:
-                text = "%d more frames became dead letters of class %s since then, without a line each"
-                log.warning(text, more, kind, extra={"kind": kind})
+        for kind, more in self._lines.left_out():
+            text = "%d more frames became dead letters of class %s since then, without a line each"
+            log.warning(text, more, kind, extra={"kind": kind})
 
     def _prepare(self, load: Load, arrivals: list[Arrival]) -> None:
         self._metrics.frames.inc(len(arrivals))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import threading
+import time
 from datetime import UTC, datetime
 
 from schemas.config import Log
@@ -17,6 +19,8 @@ from schemas.errors import DriftkeelError
 from worker.terminal import printable
 
 log = logging.getLogger("driftkeel")
+SAY_AGAIN_S = 300.0  # of trouble that goes on
+LINES, LINES_S = 10, 60.0  # of one kind: what somebody sends without end would fill a disk with them
 _PLAIN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -40,6 +44,47 @@ class _Text(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(record.message)
         return super().formatMessage(record)
+
+
+class Trouble:
+    """What is tried again until it succeeds: said where it begins, where its reason is another, now and then while it
+    goes on, and where it is over. Not at every try."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log, self._kind, self._said = log, "", 0.0
+
+    def goes_on(self, reason: str, text: str, *arguments: object) -> None:
+        """Another try has failed. A reason with other numbers in it is the same."""
+        now, kind = time.monotonic(), re.sub(r"\d+", "", reason) or "unknown"
+        if kind != self._kind or now - self._said >= SAY_AGAIN_S:
+            self._kind, self._said = kind, now
+            self._log.warning(text, *arguments)
+
+    def is_over(self, text: str, *arguments: object) -> None:
+        """A try has succeeded, perhaps the first."""
+        if self._kind:
+            self._log.info(text, *arguments)
+        self._kind = ""
+
+
+class Lines:
+    """Counts lines of each kind, so that a minute has some of them, and then one that says how many more there were."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, tuple[float, int]] = {}  # since when, and how many since then
+
+    def one_more(self, kind: str) -> bool:
+        """Whether this one is to be written."""
+        since, before = self._of.get(kind, (time.monotonic(), 0))
+        self._of[kind] = since, before + 1
+        return before < LINES
+
+    def left_out(self) -> list[tuple[str, int]]:
+        """The kinds whose minute is over, and how many lines each had that were not written, where there were some."""
+        now = time.monotonic()
+        over = [kind for kind, (since, _) in self._of.items() if now - since >= LINES_S]
+        counts = [(kind, self._of.pop(kind)[1] - LINES) for kind in over]
+        return [(kind, more) for kind, more in counts if more > 0]
 
 
 def set_up_logging(settings: Log) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import UnreachableError
+from worker.log import SAY_AGAIN_S
 from worker.store.store import StateStore
 
 log = logging.getLogger("driftkeel.reach")
@@ -18,7 +19,6 @@ LOOK_S = 2.0
 # A broker that answers nothing for so long is away; an idle worker's asks many times in between. One that answers, and
 # for so long takes no record, refuses them: a worker that cannot publish stores and commits nothing.
 SILENT_S = 30.0
-SAY_AGAIN_S = 300.0
 
 
 class Reach:

@@ -22,7 +22,8 @@ from worker.batch.lateness import Lateness
 from worker.consume.offsets import Offsets
 from worker.decode.decoding import Decoding
 from worker.decode.image import DecodedFrame, decode_frame
-from worker.intake import LINES, Intake
+from worker.intake import Intake
+from worker.log import LINES
 from worker.publish.letters import Letters
 from worker.publish.publisher import Publisher
 
@@ -128,7 +129,7 @@ def test_a_sender_of_nothing_but_junk_does_not_fill_the_log(
     assert loop.metrics.registry.get_sample_value("driftkeel_bad_frames_total", {"kind": "not_an_image"}) == 500
     loop.turn()
     assert "more frames" not in caplog.text
-    monkeypatch.setattr("worker.intake.LINES_S", 0.0)
+    monkeypatch.setattr("worker.log.LINES_S", 0.0)
     loop.turn()
     assert [r.getMessage() for r in caplog.records if "more" in r.getMessage()] == [
         f"{500 - LINES} more frames became dead letters of class not_an_image since then, without a line each"

@@ -13,7 +13,7 @@ import pytest
 
 from schemas.config import Log
 from schemas.update import UpdateEvent
-from worker.log import set_up_logging
+from worker.log import Trouble, set_up_logging
 from worker.streams.journal import _say
 
 
@@ -48,6 +48,33 @@ def lines(capsys: pytest.CaptureFixture[str], **settings: str) -> list[str]:
     for decision in ("applied", "rolled_back"):
         _say(event(decision))
     return capsys.readouterr().err.splitlines()
+
+
+def test_trouble_is_said_when_it_is_news(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    trouble = Trouble(logging.getLogger("driftkeel.test"))
+    caplog.set_level(logging.INFO, "driftkeel.test")
+
+    def said(*reasons: str) -> list[str]:
+        caplog.clear()
+        for reason in reasons:
+            trouble.goes_on(reason, "away: %s", reason)
+        return [record.getMessage() for record in caplog.records]
+
+    def over() -> list[str]:
+        caplog.clear()
+        trouble.is_over("back")
+        return [record.getMessage() for record in caplog.records]
+
+    assert over() == []
+    assert said("refused", "refused", "refused") == ["away: refused"]
+    assert said("3 of 4 expired", "1 of 7 expired", "refused") == ["away: 3 of 4 expired", "away: refused"]
+    assert over() == ["back"]
+    assert over() == []
+    assert said("", "", "refused") == ["away: ", "away: refused"]
+    assert over() == ["back"]
+    assert said("refused") == ["away: refused"]
+    monkeypatch.setattr("worker.log.SAY_AGAIN_S", 0.0)
+    assert said("refused") == ["away: refused"]
 
 
 def test_what_took_a_stream_back_is_found_by_its_newest_frame(capsys: pytest.CaptureFixture[str]) -> None:

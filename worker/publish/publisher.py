@@ -27,6 +27,7 @@ from worker.kafka.client import (
     until_reached,
 )
 from worker.kafka.send import can_follow, follow
+from worker.log import Lines, Trouble
 
 log = logging.getLogger("driftkeel.publish")
 ACKNOWLEDGE_TIMEOUT_S = 30.0
@@ -83,6 +84,7 @@ class Publisher:
         self._away: KafkaError | None = None
         self._untaken: tuple[float, str] | None = None
         self._impatient_until = 0.0
+        self._refused, self._unreached, self._lines = Trouble(log), Trouble(log), Lines()
         what = f"the broker at {settings.bootstrap}"
         self._producer = until_reached(self._make, what, settings.connect_timeout_s, stop)
 
@@ -114,23 +116,22 @@ class Publisher:
         UnreachableError only once the worker is to stop.
         """
         since, refusal, pause, rounds = time.monotonic(), "", FIRST_PAUSE_S, 0
+        self._sum_up()
         while self._waiting:
             self._untaken = since, refusal
             rounds += 1
             most = PATIENT_ROUNDS if time.monotonic() > self._impatient_until else IMPATIENT_ROUNDS
-            failed, refusal = self._unacknowledged(patient=rounds < most)
+            failed, given_up, refusal = self._unacknowledged(patient=rounds < most)
             if not failed:
+                if not given_up:
+                    self._refused.is_over("the broker at %s has acknowledged all records", self._settings.bootstrap)
                 break
             self._failed("publish")
             if self._stop.is_set():
                 self._gave_up = True
                 raise UnreachableError(f"the broker at {self._settings.bootstrap} did not answer: {refusal}")
-            log.warning(
-                "%d records not acknowledged by the broker at %s (%s); sending again",
-                len(failed),
-                self._settings.bootstrap,
-                refusal,
-            )
+            text = "%d records not acknowledged by the broker at %s (%s); sending again"
+            self._refused.goes_on(refusal, text, len(failed), self._settings.bootstrap, refusal)
             self._untaken = since, refusal
             self._wait(pause, keep_alive)
             pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -147,10 +148,10 @@ class Publisher:
         since, refusal = untaken
         return time.monotonic() - since, refusal
 
-    def _unacknowledged(self, patient: bool) -> tuple[list[Message], str]:
-        """Wait for every answer; what has to be sent again, and one reason why."""
+    def _unacknowledged(self, patient: bool) -> tuple[list[Message], int, str]:
+        """Wait for every answer; what has to be sent again, how much is given up, and one reason for the former."""
         failed: list[Message] = []
-        reason = ""
+        reason, given_up = "", 0
         since = time.monotonic()
         for message, future in self._waiting:
             error = future if isinstance(future, KafkaError) else self._outcome(future, since)
@@ -159,15 +160,22 @@ class Publisher:
             if message.expendable and message.value and isinstance(error, MessageSizeTooLargeError):
                 message = message.without_value
             elif message.expendable and not (error.retriable and patient):
-                origin = [text for name, text in message.headers if name.startswith("driftkeel-")]
-                log.error("a dead letter is given up, the broker does not take it (%s); it was %s", error, origin)
+                given_up += 1
+                if self._lines.one_more("given up"):
+                    origin = [text for name, text in message.headers if name.startswith("driftkeel-")]
+                    log.error("a dead letter is given up, the broker does not take it (%s); it was %s", error, origin)
                 if error.retriable:
                     self._impatient_until = time.monotonic() + IMPATIENT_S
                 continue
             failed.append(message)
             reason = f"topic {message.topic}: {' '.join(str(error).split())}"
         self._waiting = []
-        return failed, reason
+        return failed, given_up, reason
+
+    def _sum_up(self) -> None:
+        """Say of how many dead letters that were given up there was no line."""
+        for _, more in self._lines.left_out():
+            log.error("%d more dead letters were given up since then, without a line each", more)
 
     def _outcome(self, future: Any, since: float) -> KafkaError | None:
         """Wait for an answer. `since`: when the wait for the first of them began.
@@ -207,12 +215,12 @@ class Publisher:
                 self._failed("publish")
                 if self._stop.is_set():
                     raise UnreachableError(f"the broker at {bootstrap} did not answer: {error}") from error
-                log.warning("the broker at %s does not answer (%s); trying again in %.1f s", bootstrap, error, pause)
+                text = "the broker at %s does not answer (%s); trying again"
+                self._unreached.goes_on(str(error), text, bootstrap, error)
             self._wait(pause, keep_alive)
             pause = min(2 * pause, LONGEST_PAUSE_S)
         self._away = None
-        if pause > FIRST_PAUSE_S:
-            log.info("the broker at %s answers again", bootstrap)
+        self._unreached.is_over("the broker at %s answers again", bootstrap)
 
     def _wait(self, seconds: float, keep_alive: Callable[[], object]) -> None:
         resume = time.monotonic() + seconds

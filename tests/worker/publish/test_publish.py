@@ -23,6 +23,7 @@ from tests.servers import wait_until
 from worker.control import retire
 from worker.embedded import free_port, start_broker
 from worker.kafka.client import create_topics
+from worker.log import LINES
 from worker.publish import publisher as publish
 from worker.publish.publisher import Answer, Message, Publisher
 
@@ -57,11 +58,11 @@ def nothing() -> None:
 class Forbidding:
     """A producer without permission for one topic: the embedded broker knows no permissions."""
 
-    def __init__(self, producer: Any) -> None:
-        self._producer = producer
+    def __init__(self, producer: Any, topic: str = "forbidden") -> None:
+        self._producer, self._topic = producer, topic
 
     def send(self, topic: str, **record: Any) -> Any:
-        if topic == "forbidden":
+        if topic == self._topic:
             raise TopicAuthorizationFailedError(topic)
         return self._producer.send(topic, **record)
 
@@ -197,6 +198,50 @@ def test_a_dead_letter_that_cannot_arrive_is_given_up_and_the_rest_goes_on(
     assert values == {b"before", b"after"}
 
 
+def test_a_topic_that_refuses_for_long_does_not_fill_the_log(
+    make: Callable[..., Publisher],
+    kafka_settings: Kafka,
+    topic: Topic,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO, "driftkeel.publish")
+    publisher, rounds, make_one = make(), list[str](), Publisher._make
+    predictions = kafka_settings.topics.predictions
+
+    def again(self: Publisher) -> Any:
+        return make_one(self) if len(rounds) == 20 else Forbidding(make_one(self), predictions)
+
+    monkeypatch.setattr(Publisher, "_make", again)
+    monkeypatch.setattr(publisher, "_failed", rounds.append)
+    monkeypatch.setattr(publisher, "_wait", lambda seconds, keep_alive: None)
+    publisher._producer = Forbidding(publisher._producer, predictions)
+    publisher.send(Message(predictions, b"cam", b"at last", []))
+    publisher.settle(nothing)
+    assert [one.value for one in topic.read(predictions, lambda rs: len(rs) == 1)] == [b"at last"]
+    what = f"acknowledged by the broker at {kafka_settings.bootstrap}"
+    said = [record.getMessage() for record in caplog.records if record.name == "driftkeel.publish"]
+    assert len(rounds) == 20
+    assert [line.split(" (")[0] for line in said] == [
+        f"1 records not {what}",
+        f"the broker at {kafka_settings.bootstrap} has acknowledged all records",
+    ]
+
+
+def test_dead_letters_that_are_given_up_do_not_fill_the_log(
+    make: Callable[..., Publisher], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = make(dead_letters="forbidden")
+    publisher._producer = Forbidding(publisher._producer)
+    for _ in range(500):
+        publisher.dead_letter(record(b"cam", b"x"), BAD)
+    publisher.settle(nothing)
+    assert caplog.text.count("a dead letter is given up") == LINES
+    monkeypatch.setattr("worker.log.LINES_S", 0.0)
+    publisher.settle(nothing)
+    assert f"{500 - LINES} more dead letters were given up since then" in caplog.text
+
+
 def test_after_a_dead_letter_was_given_up_the_next_are_sooner(
     make: Callable[..., Publisher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +261,7 @@ def test_after_a_dead_letter_was_given_up_the_next_are_sooner(
 def test_an_outage_is_waited_out_with_the_membership_kept(
     stop: threading.Event, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And is heard of all the while: each try that fails counts, and is in the log, as is its end."""
+    """And is heard of all the while: each try that fails counts; the log has its beginning and its end."""
     threads = threading.active_count()
     port = free_port()
     broker = start_broker(port=free_port(), advertised=port)
@@ -241,11 +286,13 @@ def test_an_outage_is_waited_out_with_the_membership_kept(
     with caplog.at_level(logging.INFO, "driftkeel.publish"):
         publisher.settle(keep_alive)
     said = [r.getMessage() for r in caplog.records if r.name == "driftkeel.publish"]
-    assert [text.partition(f"the broker at {settings.bootstrap} ")[2].split(" (")[0] for text in said[-3:]] == [
-        "does not answer",
-        "does not answer",
-        "answers again",
-    ]
+    what = f"the broker at {settings.bootstrap}"
+    assert errors == ["publish"] * 3
+    assert said[0].startswith(f"38 records not acknowledged by {what} (")
+    reasons = [text.removeprefix(f"{what} does not answer (") for text in said[1:-2]]
+    assert reasons  # One line for both tries, unless they have failed for different reasons.
+    assert len(set(reasons)) == len(reasons)
+    assert said[-2:] == [f"{what} answers again", f"{what} has acknowledged all records"]
     found = Topic(f"127.0.0.1:{broker.port}").read("updates", lambda rs: len({r.value for r in rs}) >= 39)
     assert {r.value for r in found} == {str(i).encode() for i in range(1, 40)}
     proxy.down(True)
