@@ -38,7 +38,7 @@ def update_event(
         raw_gradient_norm=signal("raw_gradient_norm"),
         generated_gradient_norm=signal("generated_gradient_norm"),
         cosine=signal("cosine"),
-        source_distance=signal("source_distance") if verdict.apply else None,
+        source_distance=_distance(judgement, proposal),
         layers=_moved(judgement, proposal),
         flipped=outlook.observed.flipped if outlook.observed is not None else None,
         parameters=named(outlook.batch.answer if after.guard.trusted else "source", after),
@@ -50,6 +50,19 @@ def update_event(
         worker=worker,
     )
     return event.model_copy(update=_way_back(engine, judgement)) if verdict.back else event
+
+
+def _distance(judgement: Judgement, proposal: Proposal | None) -> float | None:
+    """From source after an update that was accepted, whole or in part: of the point that lies `share` of the way from
+    where the stream was to where the update leads, by the lengths of that triangle's sides."""
+    share = judgement.verdict.share
+    if proposal is None or not judgement.verdict.apply:
+        return None
+    whole, present = proposal.signals["source_distance"], proposal.signals["present_distance"]
+    if share == 1:
+        return whole
+    way = sum(moved**2 for moved in proposal.layers.values())
+    return math.sqrt(max(0.0, (1 - share) * present**2 + share * whole**2 - share * (1 - share) * way))
 
 
 def _moved(judgement: Judgement, proposal: Proposal | None) -> dict[str, float]:

@@ -17,6 +17,7 @@ from tests.worker.engine.test_engine import admit, batch
 from worker.engine.engine import Engine
 from worker.engine.judge import Judgement, judge, no_snapshot
 from worker.guard.guard import COSINE_SEEN, Guard, Verdict
+from worker.publish.event import update_event
 
 LIMITS = Limits(raw_gradient_norm=1e9, source_distance=1e9)
 
@@ -77,6 +78,19 @@ def test_a_partial_update_goes_part_of_the_way(engine: Engine) -> None:
     part = engine.tensors("a")
     torch.testing.assert_close(part["affine"], torch.lerp(before, whole["affine"], 0.25))
     assert torch.equal(part["second_moment"], whole["second_moment"])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_the_event_says_how_far_the_stream_is_after_the_decision(engine: Engine, share: float) -> None:
+    passed = engine.predict([batch("a", 6, 2)])
+    proposals = engine.adapt(passed)
+    (outlook,), (proposal,) = passed.outlooks, proposals.proposals
+    decision = "applied" if share == 1 else "partial"
+    judgement = judge(engine, Fixed(Verdict(decision, "", share)), outlook, proposals, proposal)
+    event = update_event(engine, "w", outlook, judgement, proposal)
+    engine.accept(proposals, [proposal])
+    distance = (engine.tensors("a")["affine"] - engine.like["affine"]).norm()
+    assert event.source_distance == pytest.approx(float(distance), rel=1e-3)
 
 
 @pytest.mark.parametrize("decision", ["rolled_back", "reset"])
