@@ -65,16 +65,21 @@ def obey(command: Command, subject: Subject, place: Place, token: int) -> Entry:
         change = _ACTIONS[command.action](command, subject, place)
     except StateError as error:
         change = _Change("skipped", subject.header, f"cannot {command.action}: {error}")
-    return explained(change, command, subject, place, token)
+    return _explained(change, command, subject, place, token)
 
 
 def imported(tensors: State, step: int, reason: str, subject: Subject, place: Place, token: int) -> Entry:
     """The stream with tensors that somebody brought."""
     change = _Change("imported", with_other_parameters(subject.header, step), reason, tensors)
-    return explained(change, None, subject, place, token)
+    return _explained(change, None, subject, place, token)
 
 
-def explained(change: _Change, command: Command | None, subject: Subject, place: Place, token: int) -> Entry:
+def taken_in(decision: Decision, reason: str, subject: Subject, place: Place, token: int) -> Entry:
+    """The stream as a worker takes it in, where that is not what was stored."""
+    return _explained(_Change(decision, subject.header, reason), None, subject, place, token)
+
+
+def _explained(change: _Change, command: Command | None, subject: Subject, place: Place, token: int) -> Entry:
     """The change with its event; it counts as the stream's next, and goes on its chain."""
     before, stream = subject.header, subject.header.stream
     header = change.header.model_copy(update={"events": before.events + 1, "bundle": place.bundle})

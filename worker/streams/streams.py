@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
-from datetime import UTC, datetime
+from functools import partial
 from typing import Protocol, TypeVar
 
 from meta.method import State
@@ -16,16 +16,17 @@ from schemas.config import Adapt
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError
 from schemas.state import MAX_EVENTS_BYTES, Snapshot, StreamHeader, decode_header
-from schemas.update import UpdateEvent, seal
+from schemas.update import UpdateEvent
 from worker.consume.short_logs import cure
 from worker.engine.engine import Engine
 from worker.engine.resident import Resident
-from worker.guard.answer import Policies, answering, named
+from worker.guard.answer import Policies
 from worker.publish.publisher import Publisher
 from worker.store.store import Claimed, Overview, StateStore, Which, Write
 from worker.streams.entry import Entry, as_write
 from worker.streams.last_events import events_beside, lines_beside
 from worker.streams.newcomers import Newcomers
+from worker.streams.obey import Place, Subject, taken_in
 from worker.streams.restore import Restored, Restorer, chosen_snapshot
 from worker.streams.upgrade import Upgrade
 
@@ -78,9 +79,8 @@ class Streams:
         self._newcomers = Newcomers(settings.max_streams, lambda: heal(store.count))
         self._homeless: set[str] = set()
         self._contested: set[str] = set()
-        self._known: dict[
-            str, tuple[int, str]
-        ] = {}  # events, and the last one's hash, of streams that the store has had
+        # Of streams that the store has had: events, and the last one's hash.
+        self._known: dict[str, tuple[int, str]] = {}
         self._looked = 0.0
 
     def ensure(self, wanted: Iterable[str]) -> list[str]:
@@ -285,30 +285,14 @@ class Streams:
 
     def _changed(self, restored: Restored, reason: str) -> Entry:
         """What restarts from source or goes on under another bundle, and says so."""
-        header, affine = restored.state.header, restored.state.tensors["affine"]
+        header = restored.state.header
         if restored.decision == "reset":
             log.warning("stream %s restarts from source: %s", header.stream, reason, extra=_of(header.stream))
         else:
             log.info("stream %s: %s", header.stream, reason, extra=_of(header.stream))
-        header = header.model_copy(update={"events": header.events + 1})
-        event = UpdateEvent(
-            id=f"{header.stream}@{header.events}",
-            stream=header.stream,
-            time=datetime.now(UTC),
-            decision=restored.decision,
-            reason=reason,
-            frames=[],
-            step=header.step,
-            source_distance=float((affine - self.engine.like["affine"]).norm()),
-            parameters=named(answering(self._policies.of(header), header), header),
-            previous=header.last_event,
-            token=self.engine.resident(header.stream).token,
-            bundle=self.engine.bundle_hash,
-            worker=self._worker,
-        )
-        sealed = seal(event)
-        header.last_event = sealed.digest
-        return Entry(header, (sealed,))
+        subject = Subject(header, restored.state.tensors, partial(self.kept, header.stream))
+        place, token = Place.of(self.engine, self._policies, self._worker), self.engine.resident(header.stream).token
+        return taken_in(restored.decision, reason, subject, place, token)
 
     def _explain(self, entries: list[Entry]) -> None:
         """Stored before they are published, like all events: a crash between must not make two different ones."""
