@@ -164,15 +164,17 @@ def start_store(
 
 
 @contextlib.contextmanager
-def embedded_services() -> Iterator[tuple[Broker, EmbeddedStore, Path]]:
+def embedded_services(
+    broker_port: int | None = None, store_port: int | None = None
+) -> Iterator[tuple[Broker, EmbeddedStore, Path]]:
     """Broker, store, and a scratch folder with their logs; all gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="driftkeel-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         with contextlib.ExitStack() as stack:
-            broker = start_broker(folder / "broker.log")
+            broker = start_broker(folder / "broker.log", broker_port)
             # It takes seconds to act on a polite request, and has nothing to lose.
             stack.callback(broker.child.stop, 0)
-            store = start_store(folder / "store", folder / "store.log")
+            store = start_store(folder / "store", folder / "store.log", store_port)
             stack.callback(store.child.stop)
             yield broker, store, folder
 

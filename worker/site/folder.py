@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic import ValidationError
 from meta.bundle_folder import read_manifest
 from schemas.config import Kafka, WorkerConfig
 from schemas.errors import ConfigError, DriftkeelError, mistakes
-from worker.embedded import start_broker, start_store
+from worker.embedded import embedded_services
 from worker.kafka.client import create_topics
 
 EXAMPLE_BUNDLE = "bundles/fashion-mnist"
@@ -150,15 +149,9 @@ def local_services(config: WorkerConfig) -> Iterator[None]:
     broker_port = _local_port("kafka.bootstrap", config.kafka.bootstrap)
     address = urlsplit(config.store.url.get_secret_value())
     store_port = _local_port("store.url", f"{address.hostname}:{address.port or 6379}")
-    with tempfile.TemporaryDirectory(prefix="driftkeel-", ignore_cleanup_errors=True) as scratch:
-        broker = start_broker(Path(scratch) / "broker.log", broker_port)
-        store = start_store(Path(scratch) / "store", Path(scratch) / "store.log", store_port)
-        try:
-            create_topics(_plain(config.kafka), LOCAL_PARTITIONS)
-            yield
-        finally:
-            broker.child.stop(0)  # it takes seconds to act on a polite request, and has nothing to lose
-            store.child.stop()
+    with embedded_services(broker_port, store_port):
+        create_topics(_plain(config.kafka), LOCAL_PARTITIONS)
+        yield
 
 
 def _local_port(key: str, address: str) -> int:
