@@ -1,7 +1,7 @@
-"""A broker and a store as child processes on loopback, for the demo, for tests and for a first look.
+"""A broker, a store and workers as child processes on loopback, for the demo, for tests and for a first look.
 
-Both are binaries from the package index (the extra `embedded`): Tansu speaks the Kafka protocol and keeps its data
-in memory, Valkey speaks the Redis protocol. In production give the worker the addresses of real ones.
+The first two are binaries from the package index (the extra `embedded`): Tansu speaks the Kafka protocol and keeps its
+data in memory, Valkey speaks the Redis protocol. In production give the worker the addresses of real ones.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
+from schemas.config import WorkerConfig
 from schemas.errors import DriftkeelError
 
 START_TIMEOUT_S = 60.0  # of a machine that is busy; one that cannot start ends long before
@@ -54,7 +57,7 @@ class Child:
                 self.process.wait()
 
 
-def start_child(name: str, command: Sequence[str], log: Path | None = None, env: dict[str, str] | None = None) -> Child:
+def start_child(name: str, command: Sequence[str], log: Path | None = None) -> Child:
     """Start a process that dies with this one: by signal on Linux even when this one is killed, else at exit."""
     output = log.open("ab") if log else subprocess.DEVNULL
     try:
@@ -63,7 +66,6 @@ def start_child(name: str, command: Sequence[str], log: Path | None = None, env:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=env,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
     except OSError as error:
@@ -177,6 +179,20 @@ def embedded_services(
             store = start_store(folder / "store", folder / "store.log", store_port)
             stack.callback(store.child.stop)
             yield broker, store, folder
+
+
+@contextlib.contextmanager
+def worker_process(config: WorkerConfig, folder: Path) -> Iterator[Child]:
+    """A worker, told by a file as any other: `folder` gets NAME.yaml and NAME.log, after the worker's name."""
+    path, content = folder / f"{config.worker}.yaml", config.model_dump(mode="json", exclude_none=True)
+    content["store"]["url"] = config.store.url.get_secret_value()
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    command = [sys.executable, "-m", "worker", "worker", "--config", str(path)]
+    child = start_child("the worker", command, folder / f"{config.worker}.log")
+    try:
+        yield child
+    finally:
+        child.stop(20)
 
 
 def _binary(package: str, *parts: str) -> Path:

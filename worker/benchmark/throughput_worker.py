@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from pydantic import SecretStr
 
@@ -31,7 +29,7 @@ from schemas.errors import DriftkeelError
 from schemas.state import encode_header
 from schemas.state_tensors import encode_tensors
 from worker.benchmark.throughput_engine import grown_header
-from worker.embedded import Broker, Child, EmbeddedStore, free_port, start_child
+from worker.embedded import Broker, Child, EmbeddedStore, free_port, worker_process
 from worker.kafka.client import close_producer, connection, create_topics
 from worker.store.compress import pack
 from worker.store.store import StateStore, Write
@@ -59,7 +57,7 @@ class Sample:
 
 @dataclass
 class Observed:
-    """One run. `predictions` are (stream, offset in its partition, parsed JSON, milliseconds since the frame)."""
+    """One run. `predictions` as parsed, by the frame's id."""
 
     frames: int
     frames_per_second: float
@@ -114,7 +112,7 @@ class Bench:
             send(config.kafka, frames)
         configs = [_pod(config, number) for number in range(pods)]
         with contextlib.ExitStack() as stack, self._explained(configs):
-            running = [Pod(stack.enter_context(self._worker(one)), one) for one in configs]
+            running = [Pod(stack.enter_context(worker_process(one, self._folder)), one) for one in configs]
             _wait_ready(running)
             with ThreadPoolExecutor(1) as sender:  # Beside it, so that what the workers do meanwhile is seen.
                 sending = None if waiting else sender.submit(send, config.kafka, frames, pace)
@@ -153,29 +151,12 @@ class Bench:
         )
 
     @contextlib.contextmanager
-    def _worker(self, config: WorkerConfig) -> Iterator[Child]:
-        path = self._folder / f"{config.worker}.yaml"
-        content = config.model_dump(mode="json", exclude_none=True)
-        content["store"]["url"] = config.store.url.get_secret_value()
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        log = self._log(config)
-        command = [sys.executable, "-m", "worker", "worker", "--config", str(path)]
-        child = start_child("the worker", command, log, {**os.environ, "OMP_WAIT_POLICY": "passive"})
-        try:
-            yield child
-        finally:
-            child.stop(20)
-
-    def _log(self, config: WorkerConfig) -> Path:
-        return self._folder / f"{config.worker}.log"
-
-    @contextlib.contextmanager
     def _explained(self, configs: Sequence[WorkerConfig]) -> Iterator[None]:
         """An error from within also says what each worker said last."""
         try:
             yield
         except DriftkeelError as error:
-            logs = {one.worker: self._log(one) for one in configs}
+            logs = {one.worker: self._folder / f"{one.worker}.log" for one in configs}
             said = {
                 name: log.read_text(errors="replace").splitlines()[-8:] for name, log in logs.items() if log.exists()
             }
@@ -290,10 +271,9 @@ def _observed(
         prediction = json.loads(record.value)
         if prediction["id"] in predictions:
             continue
-        prediction["latency_ms"] = record.timestamp - sent[prediction["id"]]
         predictions[prediction["id"]] = prediction
         moments.append(record.timestamp)
-        latencies.append(float(prediction["latency_ms"]))
+        latencies.append(float(record.timestamp - sent[prediction["id"]]))
     moments.sort()
     first, last = (int(share * (len(moments) - 1)) for share in window)
     inside = [s for s in samples if window[0] * len(predictions) <= s.predictions]

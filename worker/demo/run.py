@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
 import socket
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from pydantic import SecretStr
 from rich.console import Console
@@ -33,7 +31,7 @@ from worker.decode.pixels import normalise_pixels
 from worker.demo.cameras import CAMERAS, Reel, film
 from worker.demo.score import CameraScore, Scoreboard
 from worker.demo.view import open_view, table
-from worker.embedded import Broker, Child, EmbeddedStore, embedded_services, free_port, start_child
+from worker.embedded import Broker, Child, EmbeddedStore, embedded_services, free_port, start_child, worker_process
 from worker.kafka.client import close_producer, connection, create_topics
 
 PARTITIONS = 4
@@ -64,12 +62,12 @@ def run_demo(
             console.print(f"broker {broker.bootstrap}, store {store.url}", highlight=False)
             console.print(f"worker metrics: http://127.0.0.1:{config.metrics.port}/metrics", highlight=False)
             with (
-                _worker(config, folder) as child,
+                worker_process(config, folder) as child,
                 _page(config, folder, page, console),
                 open_view(view, console) as screen,
             ):
                 started = time.monotonic()
-                _replay(config.kafka, board, child, folder / "worker.log", screen, unwind)
+                _replay(config.kafka, board, child, folder / f"{config.worker}.log", screen, unwind)
                 board.seconds = time.monotonic() - started
     except KeyboardInterrupt:
         console.print("stopped; broker, store and worker are gone")
@@ -139,28 +137,12 @@ def _usual_port() -> int:
 
 
 @contextmanager
-def _worker(config: WorkerConfig, folder: Path) -> Iterator[Child]:
-    """The worker as a process of its own, told by a file as any other."""
-    path = folder / "worker.yaml"
-    content = config.model_dump(mode="json", exclude_none=True)
-    content["store"]["url"] = config.store.url.get_secret_value()
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    command = [sys.executable, "-m", "worker", "worker", "--config", str(path)]
-    child = start_child("the worker", command, folder / "worker.log", environment)
-    try:
-        yield child
-    finally:
-        child.stop(20)
-
-
-@contextmanager
 def _page(config: WorkerConfig, folder: Path, wanted: bool, console: Console) -> Iterator[None]:
     """The web console, where it is wanted and its packages are there. The demo does not depend on it."""
     if not wanted or importlib.util.find_spec("uvicorn") is None:
         yield
         return
-    command = [sys.executable, "-m", "worker", "console", "--config", str(folder / "worker.yaml")]
+    command = [sys.executable, "-m", "worker", "console", "--config", str(folder / f"{config.worker}.yaml")]
     child = start_child("the console", command, folder / "console.log")
     console.print(f"console: http://127.0.0.1:{config.console.port}/", highlight=False)
     try:
