@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaProducer
 from pydantic import SecretStr
 
 from meta.bundle import load_bundle
@@ -31,6 +31,7 @@ from schemas.state_tensors import encode_tensors
 from worker.benchmark.throughput_engine import grown_header
 from worker.embedded import Broker, Child, EmbeddedStore, free_port, worker_process
 from worker.kafka.client import close_producer, connection, create_topics
+from worker.kafka.topic import records_now
 from worker.store.compress import pack
 from worker.store.store import StateStore, Write
 
@@ -265,9 +266,9 @@ def _watch(pods: Sequence[Pod], frames: int) -> list[Sample]:
 def _observed(
     kafka: Kafka, frames: int, samples: list[Sample], peak: int, metrics: dict[str, float], window: Window
 ) -> Observed:
-    sent = {f"{r.topic}/{r.partition}/{r.offset}": r.timestamp for r in _read(kafka, kafka.topics.frames, PARTITIONS)}
+    sent = {f"{r.topic}/{r.partition}/{r.offset}": r.timestamp for r in records_now(kafka, kafka.topics.frames)}
     predictions, moments, latencies = {}, [], []
-    for record in _read(kafka, kafka.topics.predictions, 1):
+    for record in records_now(kafka, kafka.topics.predictions):
         prediction = json.loads(record.value)
         if prediction["id"] in predictions:
             continue
@@ -287,24 +288,6 @@ def _observed(
         metrics=metrics,
         predictions=predictions,
     )
-
-
-def _read(kafka: Kafka, topic: str, partitions: int) -> Iterator[Any]:
-    """All records that a topic has now. Raises DriftkeelError where the broker stops giving them."""
-    consumer = KafkaConsumer(**connection(kafka), auto_offset_reset="earliest", enable_auto_commit=False)
-    places = [TopicPartition(topic, number) for number in range(partitions)]
-    consumer.assign(places)
-    ends = consumer.end_offsets(places)
-    consumer.seek_to_beginning()
-    last_news = time.monotonic()
-    while any(consumer.position(place) < ends[place] for place in places):
-        polled = consumer.poll(timeout_ms=500, max_records=5_000)
-        last_news = time.monotonic() if polled else last_news
-        if time.monotonic() - last_news > STALLED_S:
-            raise DriftkeelError(f"the broker has stopped giving the records of {topic}")
-        for records in polled.values():
-            yield from records
-    consumer.close(autocommit=False)
 
 
 def _cpu_seconds(child: Child) -> float:
