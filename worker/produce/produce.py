@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kafka import KafkaProducer
 from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
 from kafka.partitioner.default import murmur2
 
@@ -19,18 +19,10 @@ from schemas.cloud_event import cloud_event
 from schemas.config import Kafka, WorkerConfig
 from schemas.errors import DriftkeelError, SourceError
 from schemas.frame import FRAME_TYPE
-from worker.kafka.client import (
-    FIRST_PAUSE_S,
-    LONGEST_PAUSE_S,
-    close_producer,
-    connection,
-    open_client,
-    require_topics,
-    until_reached,
-)
+from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, close_producer, require_topics, until_reached
 from worker.produce.sent import News, Sent, read_back
 from worker.produce.sources import Item, Picture, Style
-from worker.publish.publisher import MAX_REQUEST_BYTES
+from worker.publish.publisher import open_producer
 
 log = logging.getLogger("driftkeel.produce")
 MAX_ON_THE_WAY = 32 << 20  # bytes not acknowledged yet, of all streams
@@ -77,22 +69,9 @@ class Sender:
         self.error: DriftkeelError | None = None
         require_topics(self._kafka, stop, [self._kafka.topics.frames])
         what = f"the broker at {self._kafka.bootstrap}"
-        self._producer = until_reached(self._make, what, self._kafka.connect_timeout_s, stop)
+        make = partial(open_producer, self._kafka, ACKNOWLEDGE_TIMEOUT_S)
+        self._producer = until_reached(make, what, self._kafka.connect_timeout_s, stop)
         self._partitions = sorted(self._producer.partitions_for(self._kafka.topics.frames))
-
-    def _make(self) -> Any:
-        return open_client(
-            KafkaProducer,
-            **connection(self._kafka),
-            acks="all",
-            enable_idempotence=True,
-            linger_ms=2,
-            max_request_size=MAX_REQUEST_BYTES,
-            delivery_timeout_ms=int(ACKNOWLEDGE_TIMEOUT_S * 1000),
-            request_timeout_ms=10_000,
-            max_block_ms=10_000,
-            allow_auto_create_topics=False,
-        )
 
     def partition(self, stream: str) -> int:
         """Where a stream's frames go: as Kafka's own producers have it."""

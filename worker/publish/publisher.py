@@ -64,6 +64,23 @@ class Answer(NamedTuple):
     traceparent: str | None
 
 
+def open_producer(settings: Kafka, acknowledge_s: float, **more: Any) -> Any:
+    """An idempotent producer, which gives up a record that is not acknowledged in time. Raises as `open_client`."""
+    return open_client(
+        KafkaProducer,
+        **connection(settings),
+        acks="all",
+        enable_idempotence=True,
+        linger_ms=2,
+        max_request_size=MAX_REQUEST_BYTES,
+        delivery_timeout_ms=int(acknowledge_s * 1000),
+        request_timeout_ms=10_000,
+        max_block_ms=MAX_BLOCK_MS,
+        allow_auto_create_topics=False,
+        **more,
+    )
+
+
 class Publisher:
     """An idempotent producer. `send` returns at once; `settle` waits until everything sent is acknowledged."""
 
@@ -89,20 +106,8 @@ class Publisher:
         self._producer = until_reached(self._make, what, settings.connect_timeout_s, stop)
 
     def _make(self) -> Any:
-        return open_client(
-            KafkaProducer,
-            **connection(self._settings),
-            acks="all",
-            enable_idempotence=True,
-            linger_ms=2,
-            compression_type=None if self._settings.compression == "none" else self._settings.compression,
-            batch_size=64 << 10,
-            max_request_size=MAX_REQUEST_BYTES,
-            delivery_timeout_ms=int(ACKNOWLEDGE_TIMEOUT_S * 1000),
-            request_timeout_ms=10_000,
-            max_block_ms=MAX_BLOCK_MS,
-            allow_auto_create_topics=False,
-        )
+        compression = None if self._settings.compression == "none" else self._settings.compression
+        return open_producer(self._settings, ACKNOWLEDGE_TIMEOUT_S, compression_type=compression, batch_size=64 << 10)
 
     def send(self, message: Message) -> None:
         """Hand a message to the client."""
