@@ -12,6 +12,7 @@ from schemas.errors import FrameError
 FRAME_TYPE = "io.driftkeel.frame.v1"
 Headers = Sequence[tuple[str, bytes]]
 MAX_STREAM_BYTES = 1_000  # of a stream id, whatever frames.max_stream_id_bytes says
+OFFSET_DIGITS = 18  # of any that a broker will ever give
 YEARS = 2, 9_998  # every zone has a name for their moments
 LATEST_MS = 253_370_764_800_000  # the beginning of year 9999
 
@@ -26,6 +27,14 @@ class Position:
 
     def __str__(self) -> str:
         return f"{self.topic}/{self.partition}/{self.offset}"
+
+    @staticmethod
+    def read(text: str) -> Position | None:
+        """What `str` made of one; None where the text, which may come from anywhere, is no place in Kafka."""
+        topic, partition, offset = ["", "", *text.rsplit("/", 2)][-3:]
+        if not (partition.isdecimal() and offset.isdecimal()) or max(len(partition), len(offset)) > OFFSET_DIGITS:
+            return None
+        return Position(topic, int(partition), int(offset))
 
     @property
     def log(self) -> str:

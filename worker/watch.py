@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
 import time
@@ -21,8 +20,9 @@ from rich.text import Text
 
 from schemas.config import Kafka, WorkerConfig
 from schemas.errors import SourceError
+from schemas.frame import Position
 from schemas.prediction import Prediction
-from worker.decode.image import FORMATS
+from worker.decode.image import open_image
 from worker.kafka.answer import last_answer
 from worker.kafka.batches import PassedOver
 from worker.kafka.client import connection, open_client, require_topics, until_reached
@@ -184,20 +184,17 @@ class Drawer:
         self._consumer.close(autocommit=False)
 
     def _frame(self, frame_id: str) -> bytes | None:
-        topic, partition, offset = (["", "", *frame_id.rsplit("/", 2)])[-3:]
-        if topic != self._topic or not (partition.isdigit() and offset.isdigit()):
+        position = Position.read(frame_id)
+        if position is None or position.topic != self._topic:
             return None
-        place = TopicPartition(topic, int(partition))
+        place = TopicPartition(position.topic, position.partition)
         self._consumer.assign([place])
-        self._consumer.seek(place, int(offset))
+        self._consumer.seek(place, position.offset)
         records = self._consumer.poll(timeout_ms=PATIENCE_MS, max_records=1).get(place, [])
-        return records[0].value if records and records[0].offset == int(offset) else None
+        return records[0].value if records and records[0].offset == position.offset else None
 
     def _decoded(self, content: bytes) -> Image.Image | None:
         try:
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-            if max(image.size) > self._limits.max_side or image.width * image.height > self._limits.max_pixels:
-                return None
-            return image.convert("RGB")
+            return open_image(content, self._limits).convert("RGB")
         except Exception:  # noqa: BLE001 - decoders fail on hostile bytes in ways that no list of exceptions covers
             return None

@@ -15,6 +15,22 @@ def parse(key: bytes | None = b"cam-1", value: bytes | None = b"x", headers: lis
     return parse_frame(POSITION, key, value, headers or [], ms, max_bytes=100, max_stream_id_bytes=20)
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (str(POSITION), POSITION),
+        ("a/b/2/17", Position("a/b", 2, 17)),
+        ("frames/-1/17", None),
+        ("frames/1/\N{SUPERSCRIPT TWO}", None),
+        ("frames/1", None),
+        ("", None),
+        ("frames/1/" + 30 * "9", None),
+    ],
+)
+def test_positions_from_records_are_checked(text: str, found: Position | None) -> None:
+    assert Position.read(text) == found
+
+
 def test_plain_record() -> None:
     frame = parse("kamera-größe".encode(), b"bytes", ms=1_500)
     assert (frame.stream, frame.image, str(frame.position)) == ("kamera-größe", b"bytes", "frames/2/77")

@@ -95,8 +95,8 @@ class Thumbnails:
             kept = self._kept.get((prediction.stream, large))
             if kept is not None and (_is_last(kept, prediction) or now - kept.made < EVERY_S):
                 continue
-            position = _position(prediction.id, self._kafka.topics.frames)
-            if position is not None:
+            position = Position.read(prediction.id)
+            if position is not None and position.topic == self._kafka.topics.frames:
                 missing.append((position, prediction))
         return missing
 
@@ -195,12 +195,3 @@ def _pick(
     left[partition] = [offset for offset in offsets if offset > newest]
     if left[partition] and left[partition][0] > newest + 1:
         seek(partition, left[partition][0])
-
-
-def _position(frame: str, topic: str) -> Position | None:
-    """A frame id as its position; None for one that is none, or of another topic."""
-    name, _, rest = frame.rpartition("/")
-    name, _, partition = name.rpartition("/")
-    if name != topic or not (partition.isdecimal() and rest.isdecimal()) or max(len(partition), len(rest)) > 18:
-        return None
-    return Position(name, int(partition), int(rest))

@@ -40,7 +40,7 @@ import redis.exceptions
 
 from schemas.config import Store as StoreSettings
 from schemas.errors import StateError, UnreachableError
-from schemas.frame import MAX_STREAM_BYTES
+from schemas.frame import MAX_STREAM_BYTES, OFFSET_DIGITS
 from schemas.state import MAX_HEADER_BYTES
 from worker.consume.offsets import Partition
 from worker.store import scripts
@@ -54,7 +54,6 @@ Which = Literal["any", "known", "last"]
 KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
 MOST_SNAPSHOTS = 100  # that any configuration keeps of a stream
 CLUSTER_BYTES = 1_000
-OFFSET_DIGITS = 18  # of any offset that a broker will ever give
 NOTHING: Mapping[Partition, int] = {}
 
 

@@ -22,7 +22,7 @@ from tests.monitoring.console.records import prediction
 from tests.servers import wait_until
 from worker.console import connections, thumbnails
 from worker.console.site import BAD, LAG, PREDICTIONS, every_address, read_sums
-from worker.console.thumbnails import SMALL, Thumbnails, _position, thumbnail
+from worker.console.thumbnails import SMALL, Thumbnails, thumbnail
 
 LIMITS = Frames()
 
@@ -78,22 +78,6 @@ def test_too_large_a_picture_is_refused_before_it_is_decoded() -> None:
         thumbnail(picture(0, (400, 300)), Frames(max_pixels=100_000), SMALL)
 
 
-@pytest.mark.parametrize(
-    ("frame", "found"),
-    [
-        ("frames/2/17", (2, 17)),
-        ("other/2/17", None),
-        ("frames/-1/17", None),
-        ("frames/1", None),
-        ("", None),
-        ("frames/1/" + 30 * "9", None),
-    ],
-)
-def test_positions_from_records_are_checked(frame: str, found: tuple[int, int] | None) -> None:
-    position = _position(frame, "frames")
-    assert (position and (position.partition, position.offset)) == found
-
-
 def test_frames_are_fetched_one_by_one(kafka_settings: Kafka, topic: Topic, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many streams, several partitions, one frame each from anywhere in the topic; what is not there is left out."""
     frames: list[tuple[bytes | None, bytes | None, list[Any]]] = [
@@ -125,7 +109,7 @@ def test_frames_are_fetched_one_by_one(kafka_settings: Kafka, topic: Topic, monk
 def test_a_frame_that_did_not_come_in_time_is_asked_for_again_but_not_for_ever(
     kafka_settings: Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its camera may send no other."""
+    """Its camera may send no other. What is no frame of the topic is never asked for."""
     monkeypatch.setattr(thumbnails, "EVERY_S", 0.0)
     made, asked = Thumbnails(kafka_settings, LIMITS), []
     found: dict[Position, bytes] = {}
@@ -136,11 +120,13 @@ def test_a_frame_that_did_not_come_in_time_is_asked_for_again_but_not_for_ever(
 
     monkeypatch.setattr(made._reader, "read", read)
     late, gone = (prediction(s, id=f"{kafka_settings.topics.frames}/0/{i}") for i, s in enumerate(("late", "gone")))
-    assert made.get([late, gone], large=False) == []
+    elsewhere = prediction("elsewhere", id="elsewhere/0/0")
+    assert made.get([late, gone, elsewhere], large=False) == []
     found[Position(kafka_settings.topics.frames, 0, 0)] = picture(1)
     for _ in range(20):
-        assert [p.prediction.stream for p in made.get([late, gone], large=False)] == ["late"]
+        assert [p.prediction.stream for p in made.get([late, gone, elsewhere], large=False)] == ["late"]
     assert [sum(where.offset == offset for where in asked) for offset in (0, 1)] == [2, thumbnails.TRIES]
+    assert {where.topic for where in asked} == {kafka_settings.topics.frames}
 
 
 async def _answers(app: Any, *sent: bytes) -> list[bytes]:
