@@ -110,6 +110,11 @@ GAUGES = (
     ("last_update", "last_update_timestamp_seconds", "When this worker last applied an update to the stream."),
     ("troubled", "last_trouble_timestamp_seconds", "When an update of the stream was last refused or undone."),
 )
+# Field of the view, name behind driftkeel_fleet_, help.
+DISTRIBUTIONS = (
+    ("accuracy", "estimated_accuracy_ratio", "Estimated accuracy of all streams of the worker now."),
+    ("source_accuracy", "source_accuracy_ratio", "The same for the source model."),
+)
 _TIMES = frozenset({"last_decision", "last_update", "troubled"})
 _BACK = ("rolled_back", "reset", "imported", "carried")
 
@@ -197,15 +202,16 @@ class StreamSeries(Collector):
         self._views.pop(stream, None)
 
     def describe(self) -> Iterable[Metric]:
-        for _, name, text in GAUGES:
-            yield GaugeMetricFamily(f"driftkeel_stream_{name}", text, labels=["stream"])
-        yield _distribution("accuracy", "Estimated accuracy of all streams of the worker now.", [])
-        yield _distribution("source_accuracy", "The same for the source model.", [])
-        yield _condition_family()
+        return self._families({}, [], 0.0)
 
     def collect(self) -> Iterable[Metric]:
-        now, views, epoch = monotonic(), dict(self._views), self._began()
-        chosen = self._choice(views, now)
+        now, views = monotonic(), dict(self._views)
+        return self._families(views, self._choice(views, now), now)
+
+    def _families(
+        self, views: dict[str, StreamView], chosen: list[tuple[str, StreamView]], now: float
+    ) -> Iterable[Metric]:
+        epoch = self._began()
         for field, name, text in GAUGES:
             family = GaugeMetricFamily(f"driftkeel_stream_{name}", text, labels=["stream"])
             for stream, view in chosen:
@@ -213,17 +219,10 @@ class StreamSeries(Collector):
                 if value is not None:
                     family.add_metric([stream], value + epoch if field in _TIMES else value)
             yield family
-        yield _distribution(
-            "accuracy",
-            "Estimated accuracy of all streams of the worker now.",
-            [v.accuracy for v in views.values() if v.accuracy is not None],
-        )
-        yield _distribution(
-            "source_accuracy",
-            "The same for the source model.",
-            [v.source_accuracy for v in views.values() if v.source_accuracy is not None],
-        )
-        yield self._conditions(views, len(chosen), now)
+        for field, name, text in DISTRIBUTIONS:
+            values = [value for view in views.values() if (value := getattr(view, field)) is not None]
+            yield _distribution(f"driftkeel_fleet_{name}", text, values)
+        yield self._conditions(list(views.values()), len(chosen), now)
 
     def _began(self) -> float:
         """What the clock says of when monotonic seconds began; the same at each scrape, until it is set anew."""
@@ -246,8 +245,7 @@ class StreamSeries(Collector):
         accuracy = 1.0 if view.accuracy is None else view.accuracy
         return view.in_trouble(now), view.drifting, new, STAY * (stream in self._chosen) - accuracy
 
-    def _conditions(self, views: dict[str, StreamView], shown: int, now: float) -> GaugeMetricFamily:
-        every = list(views.values())
+    def _conditions(self, every: list[StreamView], shown: int, now: float) -> GaugeMetricFamily:
         counts = {
             "any": len(every),
             "shown": shown,
@@ -259,22 +257,17 @@ class StreamSeries(Collector):
             "frozen": sum(view.frozen == 1.0 for view in every),
             "silent": sum(now - view.last_decision > self._silent_after_s for view in every),
         }
-        family = _condition_family()
+        text = "Streams of the worker by condition; any: all, shown: with series of their own, silent: no frames."
+        family = GaugeMetricFamily("driftkeel_fleet_streams", text, labels=["condition"])
         for condition, count in counts.items():
             family.add_metric([condition], count)
         return family
 
 
-def _condition_family() -> GaugeMetricFamily:
-    text = "Streams of the worker by condition; any: all, shown: with series of their own, silent: no frames."
-    return GaugeMetricFamily("driftkeel_fleet_streams", text, labels=["condition"])
-
-
-def _distribution(kind: str, text: str, values: list[float]) -> GaugeHistogramMetricFamily:
+def _distribution(name: str, text: str, values: list[float]) -> GaugeHistogramMetricFamily:
     counts = [0] * (len(RATIOS) + 1)
     for value in values:
         counts[bisect_left(RATIOS, value)] += 1
     labels = [*map(str, RATIOS), "+Inf"]
     buckets = list(zip(labels, map(float, accumulate(counts)), strict=True))
-    name = {"accuracy": "estimated_accuracy", "source_accuracy": "source_accuracy"}[kind]
-    return GaugeHistogramMetricFamily(f"driftkeel_fleet_{name}_ratio", text, buckets=buckets, gsum_value=sum(values))
+    return GaugeHistogramMetricFamily(name, text, buckets=buckets, gsum_value=sum(values))
