@@ -160,7 +160,6 @@ def lines(
     limits: Steps = (),
     least: float | None = 0.0,
     most: float | None = None,
-    exemplars: bool = False,
 ) -> timeseries.Panel:
     """Curves over time. `limits` are drawn as dashed lines; `least` and `most` bound the axis where given."""
     panel = (
@@ -168,7 +167,7 @@ def lines(
         .title(title)
         .description(description)
         .datasource(SOURCE)
-        .targets([_target(expr, legend, i, exemplars) for i, (expr, legend) in enumerate(queries)])
+        .targets([_target(expr, legend, i) for i, (expr, legend) in enumerate(queries)])
         .unit(unit)
         .span(width)
         .height(8)
