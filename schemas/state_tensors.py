@@ -28,20 +28,14 @@ class StreamState(BaseModel):
     tensors: dict[str, Tensor]
 
 
-def encode_tensors(tensors: dict[str, Tensor], step: int) -> bytes:
+def encode_tensors(tensors: dict[str, Tensor], step: int, **more: str) -> bytes:
     """The tensors' bytes for the store; they change only when `step` does, so they are written only then."""
-    metadata = {"version": str(FORMAT_VERSION), "step": str(step)}
-    return write_tensors(tensors, metadata)
+    return write_tensors(tensors, {"version": str(FORMAT_VERSION), "step": str(step), **more})
 
 
 def encode_file(state: StreamState) -> bytes:
     """A whole state as one safetensors file, to carry it elsewhere."""
-    metadata = {
-        "version": str(FORMAT_VERSION),
-        "step": str(state.header.step),
-        "header": state.header.model_dump_json(),
-    }
-    return write_tensors(state.tensors, metadata)
+    return encode_tensors(state.tensors, state.header.step, header=state.header.model_dump_json())
 
 
 def decode_file(content: bytes, like: dict[str, Tensor], max_bytes: int) -> StreamState:
@@ -64,13 +58,14 @@ def decode_state(header: bytes, blob: bytes, like: dict[str, Tensor], max_bytes:
     return StreamState(header=parsed, tensors=decode_tensors(blob, parsed.step, like))
 
 
-def decode_snapshot(content: bytes, blob: bytes, like: dict[str, Tensor], bundle: str) -> tuple[Snapshot, StreamState]:
-    """A kept snapshot of a stream under `bundle`, checked like a state. Raises StateError."""
+def decode_snapshot(
+    content: bytes, blob: bytes, like: dict[str, Tensor], bundle: str
+) -> tuple[Snapshot, dict[str, Tensor]]:
+    """A kept snapshot of a stream under `bundle` and its tensors, checked like a state. Raises StateError."""
     snapshot = read_snapshot(content)
     if snapshot.header.bundle != bundle:
         raise StateError(f"the snapshot belongs to bundle {snapshot.header.bundle}, this site runs {bundle}")
-    tensors = decode_tensors(blob, snapshot.header.step, like)
-    return snapshot, StreamState(header=snapshot.header, tensors=tensors)
+    return snapshot, decode_tensors(blob, snapshot.header.step, like)
 
 
 def decode_tensors(blob: bytes, expected_step: int, like: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -115,8 +115,7 @@ def chosen_snapshot(
     try:
         if not said:
             raise StateError(f"it is damaged, or has more than store.max_state_bytes = {max_bytes}")
-        snapshot, state = decode_snapshot(said, unpack(packed, max_bytes), like, bundle)
+        return decode_snapshot(said, unpack(packed, max_bytes), like, bundle)
     except StateError as error:
         elsewhere = "roll back to another, or reset the stream to the source model"
         raise StateError(f"snapshot {back} of stream {stream!r} cannot be used: {error}; {elsewhere}") from error
-    return snapshot, state.tensors
