@@ -11,7 +11,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -87,7 +87,7 @@ def find(source: str) -> tuple[str | None, Iterable[Item]]:
             )
         return path.resolve().name, [PictureFile(p) for p in sorted(pictures, key=_natural)]
     if path.exists():
-        return (path.resolve().parent.name, [PictureFile(path)]) if _is_picture(path) else (path.stem, [Video(path)])
+        return path.resolve().parent.name if _is_picture(path) else path.stem, [_file(path)]
     matches = sorted((Path(match) for match in glob.glob(source, recursive=True)), key=_natural)
     if not matches:
         raise SourceError(f"{source} is no file, folder, URL or device, and as a pattern it matches nothing")
@@ -166,13 +166,7 @@ class Video:
         with _opened(str(self._path), None) as container:
             began = _recorded(container, self._path)
             for picture in _frames(container, style, skip, str(self._path)):
-                yield Picture(
-                    picture.content,
-                    picture.content_type,
-                    picture.index,
-                    picture.at,
-                    began + timedelta(seconds=picture.at or 0),
-                )
+                yield replace(picture, time=began + timedelta(seconds=picture.at or 0))
 
 
 class Camera:
