@@ -10,7 +10,6 @@ from schemas.command import EVERY_STREAM
 from schemas.errors import FrameError
 
 FRAME_TYPE = "io.driftkeel.frame.v1"
-Headers = Sequence[tuple[str, bytes]]
 MAX_STREAM_BYTES = 1_000  # of a stream id, whatever frames.max_stream_id_bytes says
 OFFSET_DIGITS = 18  # of any that a broker will ever give
 YEARS = 2, 9_998  # every zone has a name for their moments
@@ -58,7 +57,7 @@ def parse_frame(
     position: Position,
     key: bytes | None,
     value: bytes | None,
-    headers: Headers,
+    headers: Sequence[tuple[str, bytes]],
     timestamp_ms: int,
     max_bytes: int,
     max_stream_id_bytes: int,

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 
 from schemas.errors import StateError
 from schemas.update import UpdateEvent
+from worker.audit.export import layers_of
 from worker.audit.history import ROUTINE, Span, spans
 from worker.audit.show import BACK, change, number
 
@@ -119,7 +120,7 @@ def _line(axes: Axes, times: npt.NDArray[np.float64], values: Sequence[float | N
 
 def _layers(axes: Axes, times: npt.NDArray[np.float64], events: Sequence[UpdateEvent]) -> None:
     """How far each layer moved in each span of time, the first layer of the model on top."""
-    names = list(dict.fromkeys(layer for event in events for layer in event.layers))
+    names = layers_of([events])
     if not names:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no layer moved", transform=axes.transAxes, ha="center")
