@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 WIDE = 200  # columns, where the output is no terminal
 
@@ -16,3 +20,13 @@ def terminal() -> Console:
 def printable(text: str) -> str:
     """Names, labels and reasons come from outside: nothing in them may steer the terminal."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names, and beside each what there is to say."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows:
+        table.add_row(name, Text(printable(text)))
+    return table

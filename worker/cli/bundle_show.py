@@ -5,24 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from meta.bundle import Bundle
 from schemas.bundle import Manifest
-from worker.terminal import printable
+from worker.terminal import facts
 
 MOST_LABELS = 12
 
 
 def show(console: Console, bundle: Bundle) -> None:
     """A screenful; the manifest has all of it."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in _rows(bundle):
-        table.add_row(name, Text(printable(text)))
-    console.print(table)
+    console.print(facts(_rows(bundle)))
 
 
 def _rows(bundle: Bundle) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from schemas.state import Snapshot, StreamHeader
 from schemas.update import Proxies
 from worker.control.stored import Listed
 from worker.guard.answer import answering, named
-from worker.terminal import printable
+from worker.terminal import facts, printable
 
 COLOURS = {"ok": "green", "expired": "yellow"}
 MEANING = {
@@ -30,12 +30,7 @@ def show(
     colour = COLOURS.get(found.condition, "red")
     meaning = f": {found.foreign}" if found.foreign else MEANING[found.condition]
     console.print(Text.assemble((printable(found.stream), "bold"), "  ", (found.condition + meaning, colour)))
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in _rows(found, policy, proxies):
-        table.add_row(name, Text(printable(text)))
-    console.print(table)
+    console.print(facts(_rows(found, policy, proxies)))
     if snapshots:
         console.print(_snapshots(snapshots))
 
