@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from schemas.update import UpdateEvent, seal
@@ -20,6 +20,13 @@ class Outline:
     last_event: str
 
 
+def chained(frames: Iterable[str], before: str = "") -> str:
+    """The hash that a header has of these positions, folded in one after the other."""
+    for position in frames:
+        before = hashlib.sha256(f"{before}{position}".encode()).hexdigest()
+    return before
+
+
 def rebuilt(events: Sequence[UpdateEvent]) -> Outline:
     """Of a stream whose events are all there, in order."""
     folded, frames = "", 0
@@ -27,7 +34,6 @@ def rebuilt(events: Sequence[UpdateEvent]) -> Outline:
         if event.decision == "deleted":
             folded, frames = "", 0
         frames += len(event.frames)
-        for position in event.frames:
-            folded = hashlib.sha256(f"{folded}{position}".encode()).hexdigest()
+        folded = chained(event.frames, folded)
     last = events[-1]
     return Outline(last.step, last.number, frames, folded, seal(last).digest)

@@ -1,4 +1,5 @@
-"""Servers that only tests need: a store as Cluster, Sentinels, and TLS in front of a server that speaks none."""
+"""Servers that only tests need: a store as Cluster, Sentinels, and TLS in front of a server that speaks none; and what
+tests ask of servers."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import ssl
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,16 @@ def _alive(pid: int) -> bool:
         return False
     status = Path(f"/proc/{pid}/stat")
     return not (status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] == "Z")
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    """Status and text of an answer on loopback, whatever it is."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
 
 
 def cluster_node(folder: Path, port: int | None = None) -> EmbeddedStore:

@@ -331,12 +331,5 @@ def _site(
         chaos = Chaos(site, broker, store, folder, to_store, random.Random(seed))
         opened.callback(lambda: chaos.store.child.stop())
         opened.callback(to_store.close)
-        opened.callback(_kill_all, site)
+        opened.callback(site.kill_all)
         yield chaos, kafka
-
-
-def _kill_all(site: Site) -> None:
-    for worker in site.running:
-        if worker.process.poll() is None:
-            worker.signal(signal.SIGCONT)
-            worker.kill()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from schemas.config import Frames, Kafka
 from schemas.prediction import Prediction
 from schemas.state_tensors import StreamState, decode_state
 from schemas.update import UpdateEvent
+from tests.outline import chained
 from tests.system.conftest import Site
 from worker.audit.read import read_topic
 from worker.audit.verify import verify as verify_chain
@@ -152,16 +152,13 @@ def _check_stream(
     like = {name: tensor[0] for name, tensor in bundle.method.fresh(1).items()}
     state = decode_state(stored.header or b"", stored.tensors or b"", like, LIMIT)
     header = state.header
-    folded = ""
-    for frame_id in ids:
-        folded = hashlib.sha256(f"{folded}{frame_id}".encode()).hexdigest()
     outcome.not_folded += max(0, len(ids) - header.frames)
     outcome.folded_twice += max(0, header.frames - len(ids))
-    if header.folded != folded and header.frames == len(ids):
+    if header.folded != chained(ids) and header.frames == len(ids):
         outcome.folded_twice += 1
     outcome.updates += header.step
     # The last event of a stream may still lie beside its state: its worker died before it published.
-    known = {**events, **{int(e.id.rsplit("@", 1)[1]): e for e in _outbox(stored.event)}}
+    known = {**events, **{e.number: e for e in _outbox(stored.event)}}
     outcome.events_missing += len(set(range(1, header.events + 1)) - set(known))
     history = [known[n] for n in sorted(known) if n <= header.events]
     for event in history:

@@ -2,23 +2,12 @@ import contextlib
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 
 import pytest
 
 from monitoring.http import MAX_OPEN, serve_metrics
 from monitoring.metrics import WorkerMetrics
-from tests.servers import wait_until
-
-
-def get(port: int, path: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
+from tests.servers import get, wait_until
 
 
 def test_metrics_and_probes() -> None:

@@ -56,9 +56,7 @@ def a_site(broker: str) -> Iterator[Site]:
         try:
             yield site
         finally:
-            for worker in site.running:
-                if worker.process.poll() is None:
-                    worker.kill()
+            site.kill_all()
             store.child.stop()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from schemas.state import StreamHeader, decode_header
 from schemas.update import UpdateEvent
 from tests.conftest import Topic, picture
 from tests.forked import Forked
+from tests.outline import chained
 from worker.embedded import free_port
 from worker.run import Worker
 from worker.store.store import StateStore
@@ -192,11 +192,15 @@ class Site:
         for stream, ids in frames.items():
             header = self.header(stream)
             assert header is not None
-            folded = ""
-            for frame_id in ids:
-                folded = hashlib.sha256(f"{folded}{frame_id}".encode()).hexdigest()
             assert header.frames == len(ids), stream
-            assert header.folded == folded, stream
+            assert header.folded == chained(ids), stream
+
+    def kill_all(self) -> None:
+        """Whoever still runs, stopped ones too."""
+        for worker in self.running:
+            if worker.process.poll() is None:
+                worker.signal(signal.SIGCONT)
+                worker.kill()
 
 
 @pytest.fixture
@@ -206,10 +210,14 @@ def site(
     site = Site(kafka_settings, store_settings, tiny_bundle_path, tmp_path, topic)
     site.forked = True
     yield site
-    for worker in site.running:
-        if worker.process.poll() is None:
-            worker.signal(signal.SIGCONT)
-            worker.kill()
+    site.kill_all()
+
+
+@pytest.fixture
+def full_batches(request: pytest.FixtureRequest) -> None:
+    """For modules whose tests count updates, also those of their tests that have no site."""
+    if "site" in request.fixturenames:
+        request.getfixturevalue("site").fill_batches()
 
 
 @pytest.fixture

@@ -9,15 +9,11 @@ from schemas.config import Method
 from tests.conftest import picture
 from tests.system.conftest import Site
 
+pytestmark = pytest.mark.usefixtures("full_batches")
+
 
 def test_the_config_names_every_baseline_but_the_oracle() -> None:
     assert set(get_args(Method)) == {"mgg", *BASELINES} - {"oracle"}
-
-
-@pytest.fixture(autouse=True)
-def full_batches(request: pytest.FixtureRequest) -> None:
-    if "site" in request.fixturenames:
-        request.getfixturevalue("site").fill_batches()
 
 
 def test_tent_through_the_worker_and_back_to_the_generator(site: Site) -> None:

@@ -21,11 +21,7 @@ from worker.embedded import free_port, start_store
 from worker.site.doctor import examine, kept
 from worker.store.store import StateStore, Write
 
-
-@pytest.fixture(autouse=True)
-def full_batches(request: pytest.FixtureRequest) -> None:
-    if "site" in request.fixturenames:
-        request.getfixturevalue("site").fill_batches()
+pytestmark = pytest.mark.usefixtures("full_batches")
 
 
 def streams(config: str, *arguments: str) -> str:

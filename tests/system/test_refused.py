@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +13,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 from schemas.config import WorkerConfig
 from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.conftest import Topic, picture
-from tests.servers import wait_until
+from tests.servers import get, wait_until
 from tests.system.conftest import metric
 from worker.run import Worker
 
@@ -30,12 +28,7 @@ def configure(config: WorkerConfig, topic: str, **settings: str) -> None:
 
 
 def readiness(worker: Worker) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{worker._server.port}/readyz", timeout=60) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
+    return get(worker._server.port, "/readyz")
 
 
 @pytest.mark.parametrize(
