@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 from schemas.config import Traces
 from schemas.errors import ConfigError
@@ -20,18 +20,8 @@ EXPORT_TIMEOUT_S = 2.0  # a collector that is away must not hold up the end of a
 Span = tuple[float, float]  # begin and end, monotonic seconds
 
 
-class Trace(Protocol):
-    """Where a step's times go."""
-
-    def step(self, stages: Mapping[str, Span], traceparents: Iterable[str | None], about: Mapping[str, Any]) -> None:
-        """One step that is over: its stages, the frames' headers, and attributes."""
-
-    def close(self) -> None:
-        """Send what waits."""
-
-
-class StepTrace:
-    """Spans through a tracer provider of the OpenTelemetry SDK."""
+class Trace:
+    """Where a step's times go: spans through a tracer provider of the OpenTelemetry SDK."""
 
     def __init__(self, provider: Any) -> None:
         from opentelemetry.trace import SpanKind
@@ -41,6 +31,7 @@ class StepTrace:
         self._propagator, self._kind = TraceContextTextMapPropagator(), SpanKind.CONSUMER
 
     def step(self, stages: Mapping[str, Span], traceparents: Iterable[str | None], about: Mapping[str, Any]) -> None:
+        """One step that is over: its stages, the frames' headers, and attributes."""
         from opentelemetry.trace import set_span_in_context
 
         # Spans have the time of day; stages may have begun before the clock was set, so one moment is compared.
@@ -59,6 +50,7 @@ class StepTrace:
         whole.end(max(end for _, end in spans.values()))
 
     def close(self) -> None:
+        """Send what waits."""
         self._provider.shutdown()
 
     def _links(self, traceparents: Iterable[str | None]) -> list[Any]:
@@ -94,4 +86,4 @@ def open_trace(settings: Traces, worker: str) -> Trace | None:
     provider.add_span_processor(
         BatchSpanProcessor(OTLPSpanExporter(endpoint=settings.endpoint, timeout=EXPORT_TIMEOUT_S))
     )
-    return StepTrace(provider)
+    return Trace(provider)

@@ -12,7 +12,7 @@ from schemas.errors import ConfigError
 from tests.worker.engine.test_engine import batch
 from tests.worker.test_step import Held, make_step
 from worker.step import Step
-from worker.trace import StepTrace, open_trace
+from worker.trace import Trace, open_trace
 
 sdk = pytest.importorskip("opentelemetry.sdk.trace")
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -25,7 +25,7 @@ def spans():
 
     exporter, provider = InMemorySpanExporter(), sdk.TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    trace = StepTrace(provider)
+    trace = Trace(provider)
     yield trace, exporter
     trace.close()
 
