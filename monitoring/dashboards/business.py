@@ -15,6 +15,7 @@ from monitoring.dashboards.parts import (
     YELLOW,
     board,
     colored,
+    filled,
     lines,
     number,
 )
@@ -38,91 +39,75 @@ def build() -> Dashboard:
     saved = f"{correct('answered', RANGE)} - {correct('source', RANGE)}"
     gained = f"({correct('answered', RATE, 'rate')} - {correct('source', RATE, 'rate')})"
     helps = ((None, RED), (0, YELLOW), (0.001, GREEN))
-    return (
+    return filled(
         board(
             "Business",
             "business",
             "What is adaptation worth? All numbers rest on the estimate of accuracy without labels, for the source "
             "model and for what was answered, on the same frames.",
-        )
-        .time("now-24h", "now")
-        .with_panel(
-            number(
-                "Frames saved",
-                "Frames of the chosen time that were answered rightly, and that the source model would have got wrong; "
-                "less those the other way round.",
-                saved,
-                "short",
-                helps,
-                width=6,
-            )
-        )
-        .with_panel(
-            number(
-                "Accuracy as answered",
-                "Estimated share of right answers in the chosen time.",
-                accuracy("answered", RANGE),
-                "percentunit",
-                ACCURACY,
-                width=6,
-            )
-        )
-        .with_panel(
-            number(
-                "Accuracy of source",
-                "What the source model would have reached on the same frames.",
-                accuracy("source", RANGE),
-                "percentunit",
-                ACCURACY,
-                width=6,
-            )
-        )
-        .with_panel(
-            number(
-                "Errors avoided",
-                "Of the errors that the source model would have made, the share that was avoided.",
-                f"({saved}) / ({judged(RANGE)} - {correct('source', RANGE)})",
-                "percentunit",
-                helps,
-                width=6,
-            )
-        )
-        .with_panel(
-            colored(
-                lines(
-                    "Estimated accuracy",
-                    "As answered, and as the source model would have. The area between them is what adaptation is "
-                    "worth.",
-                    [
-                        (accuracy("answered", RATE, "rate"), "answered"),
-                        (accuracy("source", RATE, "rate"), "source"),
-                    ],
-                    "percentunit",
-                    width=24,
-                    most=1.0,
-                ),
-                {"answered": ADAPTED, "source": SOURCE_MODEL},
-            )
-        )
-        .with_panel(
+        ).time("now-24h", "now"),
+        number(
+            "Frames saved",
+            "Frames of the chosen time that were answered rightly, and that the source model would have got wrong; "
+            "less those the other way round.",
+            saved,
+            "short",
+            helps,
+            width=6,
+        ),
+        number(
+            "Accuracy as answered",
+            "Estimated share of right answers in the chosen time.",
+            accuracy("answered", RANGE),
+            "percentunit",
+            ACCURACY,
+            width=6,
+        ),
+        number(
+            "Accuracy of source",
+            "What the source model would have reached on the same frames.",
+            accuracy("source", RANGE),
+            "percentunit",
+            ACCURACY,
+            width=6,
+        ),
+        number(
+            "Errors avoided",
+            "Of the errors that the source model would have made, the share that was avoided.",
+            f"({saved}) / ({judged(RANGE)} - {correct('source', RANGE)})",
+            "percentunit",
+            helps,
+            width=6,
+        ),
+        colored(
             lines(
-                "Frames saved per hour",
-                "At the present pace; below 0 the source model would do better.",
-                [(f"3600 * {gained}", "saved per hour")],
-                "short",
-                least=None,
-                limits=((None, RED), (0, GREEN)),
-            )
-        )
-        .with_panel(
-            lines(
-                "Frames",
-                "Predicted per second, and those of them for which both accuracies are estimated.",
+                "Estimated accuracy",
+                "As answered, and as the source model would have. The area between them is what adaptation is worth.",
                 [
-                    (f"sum(rate(driftkeel_predictions_total{{{JOB}}}{RATE}))", "predicted"),
-                    (judged(RATE, "rate"), "with both estimates"),
+                    (accuracy("answered", RATE, "rate"), "answered"),
+                    (accuracy("source", RATE, "rate"), "source"),
                 ],
-                "reqps",
-            )
-        )
+                "percentunit",
+                width=24,
+                most=1.0,
+            ),
+            {"answered": ADAPTED, "source": SOURCE_MODEL},
+        ),
+        lines(
+            "Frames saved per hour",
+            "At the present pace; below 0 the source model would do better.",
+            [(f"3600 * {gained}", "saved per hour")],
+            "short",
+            least=None,
+            limits=((None, RED), (0, GREEN)),
+        ),
+        lines(
+            "Frames",
+            "Predicted per second, and those of them for which both accuracies are estimated.",
+            [
+                (f"sum(rate(driftkeel_predictions_total{{{JOB}}}{RATE}))", "predicted"),
+                (judged(RATE, "rate"), "with both estimates"),
+            ],
+            "reqps",
+        ),
     )

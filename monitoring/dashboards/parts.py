@@ -103,6 +103,13 @@ def board(title: str, uid: str, description: str) -> dashboard.Dashboard:
     )
 
 
+def filled(board: dashboard.Dashboard, *parts: Any) -> dashboard.Dashboard:
+    """The board with these panels, and rows between them that begin a chapter."""
+    for part in parts:
+        (board.with_row if isinstance(part, dashboard.Row) else board.with_panel)(part)
+    return board
+
+
 def variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
     return (
         dashboard.QueryVariable(name)

@@ -19,6 +19,7 @@ from monitoring.dashboards.parts import (
     band,
     board,
     colored,
+    filled,
     lines,
     number,
     states,
@@ -57,177 +58,148 @@ def newest(metric: str) -> str:
 
 def build() -> Dashboard:
     yes_no = {0.0: ("no", GREEN), 1.0: ("yes", YELLOW)}
-    return (
+    return filled(
         board("Stream", "stream", "One camera: how well is it predicted, what does adaptation do to it, and why?")
         .with_variable(variable("stream", "Stream", f"label_values(driftkeel_stream_step{{{JOB}}}, stream)"))
         .annotation(
             annotation("Refused or undone", f"changes({of('last_trouble_timestamp_seconds')}[$__interval]) > 0", RED)
         )
-        .annotation(annotation("Set back", f"resets({of('step')}[$__interval]) > 0", ORANGE))
-        .with_panel(
-            number(
-                "Estimated accuracy",
-                "Of the parameters that adapt, over recent frames, without labels.",
-                newest("estimated_accuracy_ratio"),
-                "percentunit",
-                ACCURACY,
-            )
-        )
-        .with_panel(
-            number(
-                "Source would have",
-                "The same estimate for the source model on the same frames.",
-                newest("source_accuracy_ratio"),
-                "percentunit",
-                ACCURACY,
-            )
-        )
-        .with_panel(
-            number(
-                "Who answers",
-                "Whose parameters answer now: source by policy, before the first update, or because it does better.",
-                newest("answers_source"),
-                names={0.0: ("adapted", BLUE), 1.0: ("source", SOURCE_MODEL)},
-            )
-        )
-        .with_panel(number("Frozen", "Whether somebody has frozen the stream.", newest("frozen"), names=yes_no))
-        .with_panel(number("Updates", "That its parameters have seen since the source model.", newest("step")))
-        .with_panel(
-            number(
-                "Last frames",
-                "How long ago its newest frames were judged. Long: the camera is silent, or its partition waits.",
-                stream_age("last_decision", OWN),
-                "s",
-                ((None, GREEN), (60, YELLOW), (600, RED)),
-            )
-        )
-        .with_row(Row("How well is it predicted?"))
-        .with_panel(
-            colored(
-                band(
-                    lines(
-                        "Estimated accuracy",
-                        "Of the adapted parameters with its 90% interval, and of source on the same frames. Where blue "
-                        "is above brown, adaptation helps.",
-                        [
-                            (newest("estimated_accuracy_ratio"), "adapted"),
-                            (newest("estimated_accuracy_low_ratio"), "low"),
-                            (newest("estimated_accuracy_high_ratio"), "high"),
-                            (newest("source_accuracy_ratio"), "source"),
-                        ],
-                        "percentunit",
-                        most=1.0,
-                    ),
-                    "low",
-                    "high",
+        .annotation(annotation("Set back", f"resets({of('step')}[$__interval]) > 0", ORANGE)),
+        number(
+            "Estimated accuracy",
+            "Of the parameters that adapt, over recent frames, without labels.",
+            newest("estimated_accuracy_ratio"),
+            "percentunit",
+            ACCURACY,
+        ),
+        number(
+            "Source would have",
+            "The same estimate for the source model on the same frames.",
+            newest("source_accuracy_ratio"),
+            "percentunit",
+            ACCURACY,
+        ),
+        number(
+            "Who answers",
+            "Whose parameters answer now: source by policy, before the first update, or because it does better.",
+            newest("answers_source"),
+            names={0.0: ("adapted", BLUE), 1.0: ("source", SOURCE_MODEL)},
+        ),
+        number("Frozen", "Whether somebody has frozen the stream.", newest("frozen"), names=yes_no),
+        number("Updates", "That its parameters have seen since the source model.", newest("step")),
+        number(
+            "Last frames",
+            "How long ago its newest frames were judged. Long: the camera is silent, or its partition waits.",
+            stream_age("last_decision", OWN),
+            "s",
+            ((None, GREEN), (60, YELLOW), (600, RED)),
+        ),
+        Row("How well is it predicted?"),
+        colored(
+            band(
+                lines(
+                    "Estimated accuracy",
+                    "Of the adapted parameters with its 90% interval, and of source on the same frames. Where blue "
+                    "is above brown, adaptation helps.",
+                    [
+                        (newest("estimated_accuracy_ratio"), "adapted"),
+                        (newest("estimated_accuracy_low_ratio"), "low"),
+                        (newest("estimated_accuracy_high_ratio"), "high"),
+                        (newest("source_accuracy_ratio"), "source"),
+                    ],
+                    "percentunit",
+                    most=1.0,
                 ),
-                {"adapted": ADAPTED, "source": SOURCE_MODEL},
-            )
-        )
-        .with_panel(
-            lines(
-                "Entropy",
-                "Of the predictions: high is unsure. Of their mean: near 0, one class is all the model says any more, "
-                "which is collapse unless the camera shows one class only.",
-                [(newest("entropy_nats"), "of predictions"), (newest("marginal_entropy_nats"), "of their mean")],
-                "none",
-            )
-        )
-        .with_panel(
-            lines(
-                "Confidence and difference from source",
-                "Mean calibrated confidence, and the share of recent predictions that source does not share.",
-                [(newest("confidence_ratio"), "confidence"), (newest("flip_ratio"), "differs from source")],
-                "percentunit",
-                most=1.0,
-            )
-        )
-        .with_panel(
-            lines(
-                "Drift score",
-                "How much drift detection has seen of a move; at 100% it alarms, and begins again.",
-                [(newest("drift_score"), "score")],
-                "percentunit",
-                limits=((None, GREEN), (0.5, YELLOW), (1, RED)),
-            )
-        )
-        .with_row(Row("What does adaptation do, and why?"))
-        .with_panel(
-            states(
-                "Decisions and state",
-                "The newest decision at each scrape; who answers; whether drift detection has the stream adapt; "
-                "whether it is frozen, held back by its policy, shifted, trusted by the guard, and sees.",
-                [
-                    (newest("decision"), "decision"),
-                    (newest("answers_source"), "answers"),
-                    (newest("adapting"), "adapting"),
-                    (newest("frozen"), "frozen"),
-                    (newest("held_back"), "policy"),
-                    (newest("shifted"), "frames"),
-                    (newest("trusted"), "guard"),
-                    (newest("blind"), "camera"),
-                ],
-                {
-                    "decision": {float(i): (name, COLORS[name]) for i, name in enumerate(DECISIONS)},
-                    "answers": {0.0: ("adapted", BLUE), 1.0: ("source", SOURCE_MODEL)},
-                    "adapting": {0.0: ("settled", GREEN), 1.0: ("adapting", BLUE)},
-                    "frozen": {0.0: ("no", GREY), 1.0: ("frozen", YELLOW)},
-                    "policy": {0.0: ("allows updates", GREY), 1.0: ("holds back", YELLOW)},
-                    "frames": {0.0: ("as source knows", GREEN), 1.0: ("shifted", ORANGE)},
-                    "guard": {0.0: ("doubts", RED), 1.0: ("trusts", GREEN)},
-                    "camera": {0.0: ("sees", GREEN), 1.0: ("blind", RED)},
-                },
-            )
-        )
-        .with_panel(
-            lines(
-                "Gradient norms",
-                "Of the unsupervised gradient, and of what the generator made of it. A raw norm that climbs tenfold "
-                "comes before divergence.",
-                [(newest("raw_gradient_norm"), "raw"), (newest("generated_gradient_norm"), "generated")],
-                "none",
-                width=8,
-                log_scale=True,
-            )
-        )
-        .with_panel(
-            lines(
-                "Cosine of raw and generated gradient",
-                "Near 1 the generator follows the raw gradient, near 0 it goes its own way, below 0 against it.",
-                [(newest("gradient_cosine"), "cosine")],
-                "none",
-                width=8,
-                least=-1.0,
-                most=1.0,
-            )
-        )
-        .with_panel(
-            lines(
-                "Distance from source",
-                "Of the norm affine. It grows while the stream moves and then levels off; a steady climb is "
-                "divergence.",
-                [(newest("source_distance"), "distance")],
-                "none",
-                width=8,
-            )
-        )
-        .with_panel(
-            lines(
-                "Updates",
-                "That its parameters have seen; a fall is a rollback or a reset.",
-                [(newest("step"), "updates")],
-                "short",
-            )
-        )
-        .with_panel(
-            lines(
-                "Since the last update and the last frames",
-                "Long since an update while frames come: frozen, settled, refused, or too few frames.",
-                [
-                    (stream_age("last_update", OWN), "update"),
-                    (stream_age("last_decision", OWN), "frames"),
-                ],
-                "s",
-            )
-        )
+                "low",
+                "high",
+            ),
+            {"adapted": ADAPTED, "source": SOURCE_MODEL},
+        ),
+        lines(
+            "Entropy",
+            "Of the predictions: high is unsure. Of their mean: near 0, one class is all the model says any more, "
+            "which is collapse unless the camera shows one class only.",
+            [(newest("entropy_nats"), "of predictions"), (newest("marginal_entropy_nats"), "of their mean")],
+            "none",
+        ),
+        lines(
+            "Confidence and difference from source",
+            "Mean calibrated confidence, and the share of recent predictions that source does not share.",
+            [(newest("confidence_ratio"), "confidence"), (newest("flip_ratio"), "differs from source")],
+            "percentunit",
+            most=1.0,
+        ),
+        lines(
+            "Drift score",
+            "How much drift detection has seen of a move; at 100% it alarms, and begins again.",
+            [(newest("drift_score"), "score")],
+            "percentunit",
+            limits=((None, GREEN), (0.5, YELLOW), (1, RED)),
+        ),
+        Row("What does adaptation do, and why?"),
+        states(
+            "Decisions and state",
+            "The newest decision at each scrape; who answers; whether drift detection has the stream adapt; "
+            "whether it is frozen, held back by its policy, shifted, trusted by the guard, and sees.",
+            [
+                (newest("decision"), "decision"),
+                (newest("answers_source"), "answers"),
+                (newest("adapting"), "adapting"),
+                (newest("frozen"), "frozen"),
+                (newest("held_back"), "policy"),
+                (newest("shifted"), "frames"),
+                (newest("trusted"), "guard"),
+                (newest("blind"), "camera"),
+            ],
+            {
+                "decision": {float(i): (name, COLORS[name]) for i, name in enumerate(DECISIONS)},
+                "answers": {0.0: ("adapted", BLUE), 1.0: ("source", SOURCE_MODEL)},
+                "adapting": {0.0: ("settled", GREEN), 1.0: ("adapting", BLUE)},
+                "frozen": {0.0: ("no", GREY), 1.0: ("frozen", YELLOW)},
+                "policy": {0.0: ("allows updates", GREY), 1.0: ("holds back", YELLOW)},
+                "frames": {0.0: ("as source knows", GREEN), 1.0: ("shifted", ORANGE)},
+                "guard": {0.0: ("doubts", RED), 1.0: ("trusts", GREEN)},
+                "camera": {0.0: ("sees", GREEN), 1.0: ("blind", RED)},
+            },
+        ),
+        lines(
+            "Gradient norms",
+            "Of the unsupervised gradient, and of what the generator made of it. A raw norm that climbs tenfold "
+            "comes before divergence.",
+            [(newest("raw_gradient_norm"), "raw"), (newest("generated_gradient_norm"), "generated")],
+            "none",
+            width=8,
+            log_scale=True,
+        ),
+        lines(
+            "Cosine of raw and generated gradient",
+            "Near 1 the generator follows the raw gradient, near 0 it goes its own way, below 0 against it.",
+            [(newest("gradient_cosine"), "cosine")],
+            "none",
+            width=8,
+            least=-1.0,
+            most=1.0,
+        ),
+        lines(
+            "Distance from source",
+            "Of the norm affine. It grows while the stream moves and then levels off; a steady climb is divergence.",
+            [(newest("source_distance"), "distance")],
+            "none",
+            width=8,
+        ),
+        lines(
+            "Updates",
+            "That its parameters have seen; a fall is a rollback or a reset.",
+            [(newest("step"), "updates")],
+            "short",
+        ),
+        lines(
+            "Since the last update and the last frames",
+            "Long since an update while frames come: frozen, settled, refused, or too few frames.",
+            [
+                (stream_age("last_update", OWN), "update"),
+                (stream_age("last_decision", OWN), "frames"),
+            ],
+            "s",
+        ),
     )
