@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from typing import get_args
 
 from prometheus_client import (
@@ -67,139 +68,111 @@ class WorkerMetrics:
     """
 
     def __init__(self, max_streams: int, silent_after_s: float = 600.0) -> None:
-        self.registry = CollectorRegistry()
-        r = self.registry
+        self.registry = r = CollectorRegistry()
+        counter, gauge = partial(Counter, registry=r), partial(Gauge, registry=r)
+        histogram = partial(Histogram, registry=r)
         self.build = Info("driftkeel_build", "Version of the worker, its group, and the bundle it runs.", registry=r)
-        self.clean_accuracy = Gauge(
-            "driftkeel_clean_accuracy_ratio", "Accuracy to expect without drift, of the bundle.", registry=r
+        self.clean_accuracy = gauge(
+            "driftkeel_clean_accuracy_ratio", "Accuracy to expect without drift, of the bundle."
         )
-        self.frames = Counter("driftkeel_frames", "Records taken from the frames topic.", registry=r)
-        self.bad_frames = Counter(
-            "driftkeel_bad_frames", "Records sent to the dead-letter topic, by reason.", ["kind"], registry=r
+        self.frames = counter("driftkeel_frames", "Records taken from the frames topic.")
+        self.bad_frames = counter("driftkeel_bad_frames", "Records sent to the dead-letter topic, by reason.", ["kind"])
+        self.frames_again = counter(
+            "driftkeel_frames_again", "Records read again whose stream state had folded them in already."
         )
-        self.frames_again = Counter(
-            "driftkeel_frames_again", "Records read again whose stream state had folded them in already.", registry=r
+        self.dropped = counter(
+            "driftkeel_frames_dropped", "Frames passed over as too late for a prediction (batch.drop_late)."
         )
-        self.dropped = Counter(
-            "driftkeel_frames_dropped",
-            "Frames passed over as too late for a prediction (batch.drop_late).",
-            registry=r,
-        )
-        self.expired = Counter(
+        self.expired = counter(
             "driftkeel_records_expired",
             "Records that were lost, as the topic no longer had them when their turn came: its retention.",
-            registry=r,
         )
-        self.predictions = Counter(
-            "driftkeel_predictions", "Predictions published; a frame that is read again counts again.", registry=r
+        self.predictions = counter(
+            "driftkeel_predictions", "Predictions published; a frame that is read again counts again."
         )
-        self.answers = Counter(
-            "driftkeel_answers", "Predictions, by the parameters that made them.", ["parameters"], registry=r
-        )
-        self.updates = Counter(
+        self.answers = counter("driftkeel_answers", "Predictions, by the parameters that made them.", ["parameters"])
+        self.updates = counter(
             "driftkeel_updates",
             "Update events: what the guard or a person decided, by kind of reason.",
             ["decision", "reason"],
-            registry=r,
         )
-        self.commands = Counter(
-            "driftkeel_commands",
-            "Commands taken from the topic, by action and outcome.",
-            ["action", "outcome"],
-            registry=r,
+        self.commands = counter(
+            "driftkeel_commands", "Commands taken from the topic, by action and outcome.", ["action", "outcome"]
         )
-        self.estimated_frames = Counter(
-            "driftkeel_estimated_frames", "Frames whose accuracy is estimated for answers and source both.", registry=r
+        self.estimated_frames = counter(
+            "driftkeel_estimated_frames", "Frames whose accuracy is estimated for answers and source both."
         )
-        self.correct = Counter(
+        self.correct = counter(
             "driftkeel_estimated_correct_frames",
             "Of these, frames that are right by estimate: as answered, and as source would have answered.",
             ["by"],
-            registry=r,
         )
-        self.left_out = Counter(
-            "driftkeel_adaptations_left_out", "Micro-batches folded in without an update.", ["reason"], registry=r
+        self.left_out = counter(
+            "driftkeel_adaptations_left_out", "Micro-batches folded in without an update.", ["reason"]
         )
-        self.fenced = Counter(
-            "driftkeel_fenced_writes", "State writes refused because another worker holds the stream.", registry=r
+        self.fenced = counter(
+            "driftkeel_fenced_writes", "State writes refused because another worker holds the stream."
         )
-        self.store_errors = Counter("driftkeel_store_errors", "Calls that the store did not answer.", registry=r)
-        self.broker_errors = Counter(
-            "driftkeel_broker_errors", "Calls that the broker did not answer or refused.", ["operation"], registry=r
+        self.store_errors = counter("driftkeel_store_errors", "Calls that the store did not answer.")
+        self.broker_errors = counter(
+            "driftkeel_broker_errors", "Calls that the broker did not answer or refused.", ["operation"]
         )
-        self.step_seconds = Histogram(
-            "driftkeel_step_seconds", "One step, by stage and in all.", ["stage"], buckets=SECONDS, registry=r
+        self.step_seconds = histogram(
+            "driftkeel_step_seconds", "One step, by stage and in all.", ["stage"], buckets=SECONDS
         )
-        self.store_seconds = Histogram(
-            "driftkeel_store_seconds", "Calls to the store.", ["operation"], buckets=SECONDS, registry=r
-        )
+        self.store_seconds = histogram("driftkeel_store_seconds", "Calls to the store.", ["operation"], buckets=SECONDS)
         self.wait_seconds = FrameHistogram(
             "driftkeel_frame_wait_seconds", "From the arrival of a frame to its prediction.", SECONDS, r
         )
         self.latency_seconds = FrameHistogram(
             "driftkeel_frame_latency_seconds", "From a record's timestamp to its prediction.", LATENCIES, r
         )
-        self.batch_frames = Histogram("driftkeel_batch_frames", "Frames of a micro-batch.", buckets=FRAMES, registry=r)
-        self.pass_streams = Histogram("driftkeel_pass_streams", "Streams in a pass.", buckets=FRAMES, registry=r)
-        self.raw_norm = Histogram(
-            "driftkeel_raw_gradient_norm", "Norm of the unsupervised gradient.", buckets=NORMS, registry=r
-        )
-        self.generated_norm = Histogram(
-            "driftkeel_generated_gradient_norm", "Norm of the generated gradient.", buckets=NORMS, registry=r
+        self.batch_frames = histogram("driftkeel_batch_frames", "Frames of a micro-batch.", buckets=FRAMES)
+        self.pass_streams = histogram("driftkeel_pass_streams", "Streams in a pass.", buckets=FRAMES)
+        self.raw_norm = histogram("driftkeel_raw_gradient_norm", "Norm of the unsupervised gradient.", buckets=NORMS)
+        self.generated_norm = histogram(
+            "driftkeel_generated_gradient_norm", "Norm of the generated gradient.", buckets=NORMS
         )
         self.confidence = FrameHistogram(
             "driftkeel_confidence_ratio", "Calibrated confidence of predictions.", RATIOS, r
         )
-        self.entropy = Histogram(
-            "driftkeel_entropy_nats", "Mean prediction entropy of micro-batches.", buckets=NATS, registry=r
+        self.entropy = histogram("driftkeel_entropy_nats", "Mean prediction entropy of micro-batches.", buckets=NATS)
+        self.state_bytes = histogram(
+            "driftkeel_state_bytes", "Bytes of a stream state written to the store.", buckets=BYTES
         )
-        self.state_bytes = Histogram(
-            "driftkeel_state_bytes", "Bytes of a stream state written to the store.", buckets=BYTES, registry=r
-        )
-        self.lag = Gauge(
-            "driftkeel_consumer_lag_records", "Records not finished yet.", ["topic", "partition"], registry=r
-        )
+        self.lag = gauge("driftkeel_consumer_lag_records", "Records not finished yet.", ["topic", "partition"])
         self._lagging: set[tuple[str, str]] = set()
-        self.partitions = Gauge("driftkeel_assigned_partitions", "Partitions that the worker reads.", registry=r)
-        self.refused_partitions = Gauge(
+        self.partitions = gauge("driftkeel_assigned_partitions", "Partitions that the worker reads.")
+        self.refused_partitions = gauge(
             "driftkeel_refused_partitions",
             "Partitions that the worker has and does not read: the store knows of more frames than their log has.",
-            registry=r,
         )
-        self.stuck_partitions = Gauge(
-            "driftkeel_stuck_partitions",
-            "Partitions of which nothing has come for a minute although they have more.",
-            registry=r,
+        self.stuck_partitions = gauge(
+            "driftkeel_stuck_partitions", "Partitions of which nothing has come for a minute although they have more."
         )
-        self.buffered = Gauge("driftkeel_buffered_frames", "Decoded frames that wait for their pass.", registry=r)
-        self.resident = Gauge("driftkeel_resident_streams", "Streams whose state is in memory.", registry=r)
-        self.homeless = Gauge(
+        self.buffered = gauge("driftkeel_buffered_frames", "Decoded frames that wait for their pass.")
+        self.resident = gauge("driftkeel_resident_streams", "Streams whose state is in memory.")
+        self.homeless = gauge(
             "driftkeel_homeless_streams",
             "Streams that source answers: something else is under their key in the store, or their position is wrong.",
-            registry=r,
         )
-        self.last_progress = Gauge(
+        self.last_progress = gauge(
             "driftkeel_last_progress_timestamp_seconds",
             "When the loop last turned: a step ended, there was nothing to do, or it waits for broker or store.",
-            registry=r,
         )
-        self.broker_answered = Gauge(
+        self.broker_answered = gauge(
             "driftkeel_broker_last_answer_timestamp_seconds",
             "When the broker last answered anything. 0: not since the worker started; NaN: not asked yet.",
-            registry=r,
         )
-        self.store_answered = Gauge(
+        self.store_answered = gauge(
             "driftkeel_store_last_answer_timestamp_seconds",
             "When the store last answered, and did what was asked of it. 0 and NaN as for the broker.",
-            registry=r,
         )
         # Not the present: a worker that starts again and again would seem to have just been answered.
         for answered in (self.broker_answered, self.store_answered):
             answered.set(math.nan)
-        self.clock = Gauge(
-            "driftkeel_clock_timestamp_seconds",
-            "What the worker's clock says, by which all its timestamps are.",
-            registry=r,
+        self.clock = gauge(
+            "driftkeel_clock_timestamp_seconds", "What the worker's clock says, by which all its timestamps are."
         )
         self.clock.set_function(time.time)
         ProcessCollector(registry=r)
