@@ -333,14 +333,11 @@ class StateStore:
         return f"{self._settings.prefix}:mark:{quote(group, safe='')}/{topic}/{number}"
 
     def _scripts(self, script: str, calls: list[tuple[list[str], list[Any]]]) -> list[Any]:
-        # EVAL rather than EVALSHA: a Cluster's pipeline takes only this, and the scripts are short.
-        return self._pipeline([("EVAL", script, len(keys), *keys, *arguments) for keys, arguments in calls])
-
-    def _pipeline(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         def run(client: Any) -> list[Any]:
             pipeline = client.pipeline(transaction=False)
-            for command in commands:
-                pipeline.execute_command(*command)
+            for keys, arguments in calls:
+                # EVAL rather than EVALSHA: a Cluster's pipeline takes only this, and the scripts are short.
+                pipeline.execute_command("EVAL", script, len(keys), *keys, *arguments)
             return list(pipeline.execute())
 
         return self._reach(run)
