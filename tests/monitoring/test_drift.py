@@ -98,29 +98,15 @@ def test_a_stream_that_has_moved_settles_sooner_and_knows_how_far_its_signals_sp
         assert (np.sqrt(watch.variance) < 1.5 * spread).all()
 
 
-def test_settled_streams_that_are_well_update_seldom() -> None:
-    watch, updates = settled(), 0
-    for _ in range(5 * CHECK):
-        adapts = wants_update(watch)
-        watch = observe(watch, watch.mean)
-        updates += adapts
-    assert updates == 5
-
-
-def test_settled_streams_that_are_unwell_update_now_and_then() -> None:
-    watch, updates = settled(), 0
-    for _ in range(5 * UPKEEP):
-        adapts = wants_update_at(watch, 0.7, 0.9)
-        watch = observe_it(watch, watch.mean, adapts)
-        updates += adapts
-    assert updates == 5
-
-
-@pytest.mark.parametrize(("accuracy", "every"), [(0.7, UPKEEP_JOINED), (0.9, CHECK_JOINED)])
-def test_settled_streams_update_sooner_beside_another(accuracy: float, every: int) -> None:
+@pytest.mark.parametrize(
+    ("accuracy", "company", "every"),
+    [(0.9, False, CHECK), (0.7, False, UPKEEP), (0.9, True, CHECK_JOINED), (0.7, True, UPKEEP_JOINED)],
+)
+def test_settled_streams_update_now_and_then(accuracy: float, company: bool, every: int) -> None:
+    """Those that are unwell more often, and all of them sooner beside another."""
     watch, updates = settled(), 0
     for _ in range(5 * every):
-        adapts = wants_update_at(watch, accuracy, 0.9, company=True)
+        adapts = wants_update_at(watch, accuracy, 0.9, company)
         watch = observe_it(watch, watch.mean, adapts)
         updates += adapts
     assert updates == 5
