@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -181,3 +182,11 @@ def prometheus_tool(name: str) -> str:
     if found is None:
         pytest.skip(f"{name} is not here: 'make prometheus', or install Debian's package prometheus")
     return found
+
+
+def promtool(*arguments: str | Path, content: str | None = None) -> str:
+    """What it has to complain of, having passed all; the test is skipped where there is none."""
+    command = [prometheus_tool("promtool"), *map(str, arguments)]
+    result = subprocess.run(command, input=content, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stderr
