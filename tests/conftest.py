@@ -128,6 +128,13 @@ def store_settings(store_url: str) -> Iterator[Store]:
 
 
 @pytest.fixture
+def client(store_url: str) -> Iterator[redis.Redis]:
+    """For what no worker would write, and to see what one has written."""
+    with redis.Redis.from_url(store_url, socket_timeout=120) as client:
+        yield client
+
+
+@pytest.fixture
 def open_store() -> Iterator[Callable[[Store], StateStore]]:
     """Opens stores, and closes them afterwards: a connection left to the garbage collector fails a later test."""
     with contextlib.ExitStack() as opened:

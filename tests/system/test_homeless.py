@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import redis
 from kafka.partitioner.default import murmur2
 
 from meta.bundle import load_bundle
@@ -31,13 +30,6 @@ FRAMES = 12
 def partition_of(stream: str) -> int:
     """Of the three of the topic of frames."""
     return int(murmur2(stream.encode()) & 0x7FFFFFFF) % 3
-
-
-@pytest.fixture
-def client(store_url: str) -> Iterator[Any]:
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
-    yield client
-    client.close()
 
 
 @pytest.fixture

@@ -193,13 +193,11 @@ def test_mistakes_change_nothing(site: Site, site_file: str, tmp_path: Path) -> 
         assert site.header("cam") == before, words
 
 
-def test_expired_states_restart_from_source_and_say_so(site: Site, site_file: str) -> None:
+def test_expired_states_restart_from_source_and_say_so(site: Site, site_file: str, client: redis.Redis) -> None:
     first = site.start()
     ids = site.feed(first, "cam", 16)
     assert first.stop() == 0
-    client = redis.Redis.from_url(site.store.url.get_secret_value(), socket_timeout=120)
     client.delete(StateStore(site.store).keys("cam")[1])
-    client.close()
     assert re.search(r"cam +16 +2 +0 expired +worker-1", streams(site_file, "list"))
     second = site.start()
     ids += site.feed(second, "cam", 16)

@@ -123,7 +123,7 @@ def test_a_doctor_passes_over_headers_that_are_none(config: WorkerConfig, store:
 
 
 def test_two_sites_with_a_kafka_each_do_not_share_a_prefix(
-    config: WorkerConfig, elsewhere: WorkerConfig, store: StateStore, store_url: str
+    config: WorkerConfig, elsewhere: WorkerConfig, store: StateStore, client: redis.Redis
 ) -> None:
     """Frames of one would seem to be folded as far as the other has come."""
     fold(config)
@@ -135,9 +135,7 @@ def test_two_sites_with_a_kafka_each_do_not_share_a_prefix(
     assert [level for level, _ in positions(config)] == ["ok"]
     assert [level for level, text in positions(elsewhere) if "give each site" in text] == ["failed"]
     # The way out that the runbook names.
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.delete(store.cluster_key(topic))
-    client.close()
     with running(elsewhere) as worker:
         turn_until(worker, lambda: not worker.unready())
     assert store.cluster(topic) not in {"", first}

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import redis
 from kafka import KafkaAdminClient
 
 from meta.bundle_folder import read_manifest
@@ -13,6 +14,7 @@ from tests.conftest import picture
 from tests.system.conftest import Site, ids_by_stream
 from worker.embedded import free_port
 from worker.kafka.client import connection, open_client
+from worker.store.store import StateStore
 
 
 def test_frames_in_predictions_updates_and_states_out(site: Site) -> None:
@@ -179,22 +181,16 @@ def test_a_stream_pinned_to_a_bundle_has_a_topic_and_a_group_of_its_own(site: Si
 
 
 @pytest.mark.parametrize("field", ["header", "tensors"])
-def test_a_damaged_state_restarts_from_source_and_says_so(site: Site, field: str) -> None:
-    import redis
-
-    from worker.store.store import StateStore
-
+def test_a_damaged_state_restarts_from_source_and_says_so(site: Site, field: str, client: redis.Redis) -> None:
     first = site.start()
     site.send([("cam", picture(i)) for i in range(16)])
     site.wait_folded(first, {"cam": 16})
     assert first.stop() == 0
-    client = redis.Redis.from_url(site.store.url.get_secret_value(), socket_timeout=120)
     meta, tensors, *_ = StateStore(site.store).keys("cam")
     if field == "header":
         client.hset(meta, field, b"\x80\x04damaged")
     else:
         client.set(tensors, b"\x80\x04damaged")
-    client.close()
     site.start()
     ids = site.send([("cam", picture(i)) for i in range(8)])
     assert site.predictions(ids)[ids[0]][0].step == 0

@@ -211,16 +211,14 @@ def test_a_stream_that_was_deleted_begins_like_any_other(
 
 
 def test_a_deletion_publishes_no_event_of_another_stream(
-    worker: Worker, commands: CommandList, store: StateStore, store_url: str
+    worker: Worker, commands: CommandList, store: StateStore, client: redis.Redis
 ) -> None:
     worker.control.met(worker.streams.ensure(["a", "b"]))
     tell(commands, 0, "b")
     worker.control.listen()
     worker.control.run(())
     assert worker.streams.write([change_nothing(worker, "a")]) == [True]
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(store.keys("a")[0], "event", client.hget(store.keys("b")[0], "event"))
-    client.close()
     assert [(one.event.id, one.event.decision) for one in retire.delete(store, "a", "gone", "operator")] == [
         ("a@1", "deleted")
     ]
@@ -242,14 +240,12 @@ def test_what_means_nothing_to_a_stream_that_begins_is_not_done_to_it_later(
 
 
 def test_a_stream_whose_header_was_lost_does_not_obey_again_what_passes(
-    worker: Worker, commands: CommandList, store: StateStore, store_settings: Store
+    worker: Worker, commands: CommandList, store: StateStore, client: redis.Redis
 ) -> None:
     """Which commands it has obeyed is not known: as after a way back from a version with another format."""
     for offset, action in enumerate(("approve", "freeze", "rollback")):
         tell(commands, offset, "cam", action)
-    client = redis.Redis.from_url(store_settings.url.get_secret_value(), socket_timeout=120)
     client.hset(store.keys("cam")[0], mapping={"token": 1, "header": b'{"version":2}'})
-    client.close()
     worker.control.met(worker.streams.ensure(["cam"]))
     assert worker.control.run(()) == []
     header = worker.streams.engine.resident("cam").header
@@ -314,15 +310,13 @@ def test_a_stream_that_comes_back_from_its_file_is_not_told_again_what_it_has_do
     assert (headers["b"].commands, headers["b"].policy) == ({}, None)
 
 
-def test_one_damaged_snapshot_does_not_hide_the_others(worker: Worker, store: StateStore, store_url: str) -> None:
+def test_one_damaged_snapshot_does_not_hide_the_others(worker: Worker, store: StateStore, client: redis.Redis) -> None:
     worker.streams.ensure(["a"])
     header = worker.streams.engine.resident("a").header
     about = Snapshot(time=datetime.now(UTC), reason="due", header=header)
     entry = Entry(header, (), worker.streams.engine.tensors("a"), snapshot=about)
     assert worker.streams.write([entry]) == [True]
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.lpush(store.keys("a")[2], b"x")
-    client.close()
     assert snapshots(store, "a") == [None, about]
 
 

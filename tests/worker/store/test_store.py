@@ -54,24 +54,20 @@ def test_a_write_that_comes_twice_counts_once_and_a_late_one_undoes_nothing(stor
 
 
 def test_a_number_that_none_wrote_refuses_the_write_and_goes_with_the_next_claim(
-    store: StateStore, store_url: str
+    store: StateStore, client: redis.Redis
 ) -> None:
     store.claim(["cam", "other"], "w")
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(store.keys("cam")[0], "written", "none")
-    client.close()
     assert store.write([write("cam", 1), write("other", 1)]) == [False, True]
     assert store.claim(["cam"], "w")[0].token == 2
     assert store.write([write("cam", 2)]) == [True]
 
 
-def test_a_number_that_another_wrote_is_no_write(store: StateStore, store_url: str) -> None:
+def test_a_number_that_another_wrote_is_no_write(store: StateStore, client: redis.Redis) -> None:
     """The worker took its state for stored, and went on to commit the frames in it."""
     store.claim(["cam"], "w")
     assert store.write([write("cam", 1)]) == [True]
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(store.keys("cam")[0], "written", 2)
-    client.close()
     second = Write("cam", 1, 2, b"header 2", b"event 2", None)
     assert store.write([second]) == [False]
     assert store.claim(["cam"], "w")[0].header == b"header"
@@ -86,25 +82,20 @@ def test_a_mark_that_another_has_moved_on_is_left(store: StateStore) -> None:
 
 
 @pytest.mark.parametrize("mark", ["", "-1", "1.5", "9" * 19, "9" * 5_000])
-def test_a_mark_that_is_no_offset_is_none(store: StateStore, store_settings: Store, mark: str) -> None:
+def test_a_mark_that_is_no_offset_is_none(store: StateStore, client: redis.Redis, mark: str) -> None:
     partitions = [("frames", 0), ("frames", 1)]
     store.mark("group", dict.fromkeys(partitions, 7))
-    client = redis.Redis.from_url(store_settings.url.get_secret_value(), socket_timeout=120)
     client.set(store._mark_key("group", partitions[0]), mark)
-    client.close()
     assert store.marks("group", partitions) == {partitions[1]: 7}
 
 
-def test_a_lost_key_refuses_the_old_token(store: StateStore, store_url: str) -> None:
+def test_a_lost_key_refuses_the_old_token(store: StateStore, client: redis.Redis) -> None:
     store.claim(["cam"], "w")
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.delete(store.keys("cam")[0])
     assert store.write([write("cam", 1)]) == [False]
-    client.close()
 
 
-def test_a_deleted_stream_leaves_nothing_and_its_workers_stay_refused(store: StateStore, store_url: str) -> None:
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
+def test_a_deleted_stream_leaves_nothing_and_its_workers_stay_refused(store: StateStore, client: redis.Redis) -> None:
     store.claim(["cam", "cam"], "paused")
     assert store.write([Write("cam", 2, 1, b"h", b"e", b"t", snapshot=b"s", approved=b"a")]) == [True]
     assert client.exists(*store.keys("cam")) == 4
@@ -123,21 +114,17 @@ def test_a_deleted_stream_leaves_nothing_and_its_workers_stay_refused(store: Sta
     assert claimed.event == b"last"
     assert store.deleted("cam") is None
     assert store.write([write("cam", 2, number=2), write("cam", 3)]) == [False, True]
-    client.close()
 
 
-def test_what_an_earlier_version_left_of_a_deleted_stream_still_counts(store: StateStore, store_url: str) -> None:
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
+def test_what_an_earlier_version_left_of_a_deleted_stream_still_counts(store: StateStore, client: redis.Redis) -> None:
     client.set(store._all_keys("cam")[-1], 7, ex=100)
     assert store.deleted("cam") == b""
     (claimed,) = store.claim(["cam"], "next")
     assert (claimed.token, claimed.header, claimed.event) == (8, None, None)
-    client.close()
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_a_key_of_another_type_is_not_touched(store: StateStore, store_url: str, part: int) -> None:
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
+def test_a_key_of_another_type_is_not_touched(store: StateStore, client: redis.Redis, part: int) -> None:
     store.claim(["cam", "other"], "w")
     key = store.keys("cam")[part]
     client.delete(key)
@@ -155,12 +142,10 @@ def test_a_key_of_another_type_is_not_touched(store: StateStore, store_url: str,
         assert store.snapshots("cam") == []
     with pytest.raises(StateError, match="no list of snapshots") if part == 2 else contextlib.nullcontext():
         assert store.snapshot("cam", 1) == (0, b"", b"")
-    client.close()
 
 
 @pytest.mark.parametrize("token", [10**15, 2**63 - 1, 10**20, "007"])
-def test_a_token_that_cannot_be_raised_is_nobody_s(store: StateStore, store_url: str, token: int | str) -> None:
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
+def test_a_token_that_cannot_be_raised_is_nobody_s(store: StateStore, client: redis.Redis, token: int | str) -> None:
     key = store.keys("cam")[0]
     client.hset(key, "token", token)
     claims = store.claim(["cam", "other"], "w")
@@ -170,7 +155,6 @@ def test_a_token_that_cannot_be_raised_is_nobody_s(store: StateStore, store_url:
     client.delete(key)
     client.set(store._all_keys("cam")[-1], f"{token}\nlast")
     assert store.claim(["cam"], "w")[0].token == 1
-    client.close()
 
 
 def test_header_alone_keeps_the_tensors(store: StateStore) -> None:
@@ -201,12 +185,12 @@ def test_any_stream_id_has_a_key_and_hash_tag_of_its_own(store: StateStore, stre
 
 
 @pytest.mark.parametrize("inside", [b"a b", b"cam%ff", b"x:y", b"cam}:x", b"\xff", b"x" * 1_001])
-def test_a_key_that_no_stream_would_have_is_no_stream(store: StateStore, store_settings: Store, inside: bytes) -> None:
+def test_a_key_that_no_stream_would_have_is_no_stream(
+    store: StateStore, store_settings: Store, inside: bytes, client: redis.Redis
+) -> None:
     """One such key was a stream of the full store, and ended `driftkeel streams list`."""
     store.claim(["a b"], "w")
-    client = redis.Redis.from_url(store_settings.url.get_secret_value(), socket_timeout=120)
     client.set(store_settings.prefix.encode() + b":{" + inside + b"}", "x")
-    client.close()
     assert (list(store.streams()), store.count()) == (["a b"], 1)
     assert [found.stream for found in listed(store)] == ["a b"]
 
@@ -238,7 +222,7 @@ def test_states_that_inflate_are_not_all_in_memory_at_once(store: StateStore, st
 
 
 def test_no_more_of_a_state_is_read_than_it_may_have(
-    open_store: OpenStore, store_settings: Store, store_url: str
+    open_store: OpenStore, store_settings: Store, client: redis.Redis
 ) -> None:
     """A value of hundreds of megabytes takes the store longer than a worker waits for it, again and again."""
     store = open_store(store_settings.model_copy(update={"max_state_bytes": 100_000}))
@@ -247,10 +231,8 @@ def test_no_more_of_a_state_is_read_than_it_may_have(
     assert len(packed) > len(noise)
     store.claim(["cam", "other"], "w")
     assert store.write([replace(write(s, 1), tensors=packed, approved=packed) for s in ("cam", "other")]) == [True] * 2
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     for key in (store.keys("cam")[1], store.keys("cam")[3]):
         client.setrange(key, 300_000, b"x")
-    client.close()
     for cam, other in (store.claim(["cam", "other"], "w"), (store.read("cam"), store.read("other"))):
         assert (cam.packed, cam.packed_approved, cam.header) == (b"", b"", b"header")
         assert other.tensors == other.approved == noise
@@ -270,15 +252,13 @@ PUT = {
 
 @pytest.mark.parametrize("what", PUT)
 def test_what_is_longer_than_it_may_be_is_not_fetched(
-    open_store: OpenStore, store_settings: Store, store_url: str, what: str
+    open_store: OpenStore, store_settings: Store, client: redis.Redis, what: str
 ) -> None:
     """Each of these was fetched whole, and the memory of every worker and command that met the stream grew by it."""
     store = open_store(store_settings.model_copy(update={"max_state_bytes": 1 << 20}))
     store.claim(["cam", "other"], "w")
     assert store.write([replace(write(s, 1), snapshot=b"s") for s in ("cam", "other")]) == [True, True]
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     PUT[what](client, store.keys("cam"))
-    client.close()
     tracemalloc.start()
     try:
         assert [found.owner for found in store.overview(["cam", "other"])] == ["" if what == "owner" else "w", "w"]
@@ -298,10 +278,8 @@ def test_what_is_longer_than_it_may_be_is_not_fetched(
         tracemalloc.stop()
 
 
-def test_a_mark_without_end_is_not_fetched(store: StateStore, store_url: str) -> None:
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
+def test_a_mark_without_end_is_not_fetched(store: StateStore, client: redis.Redis) -> None:
     client.set(store._mark_key("group", ("frames", 0)), b"7" * LONG)
-    client.close()
     tracemalloc.start()
     try:
         assert store.marks("group", [("frames", 0)]) == {}
@@ -310,10 +288,8 @@ def test_a_mark_without_end_is_not_fetched(store: StateStore, store_url: str) ->
         tracemalloc.stop()
 
 
-def test_tokens_go_on_behind_a_last_event_that_is_too_long(store: StateStore, store_url: str) -> None:
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
+def test_tokens_go_on_behind_a_last_event_that_is_too_long(store: StateStore, client: redis.Redis) -> None:
     client.set(store._all_keys("cam")[-1], b"7\n" + bytes(LONG))
-    client.close()
     (claimed,) = store.claim(["cam"], "next")
     assert (claimed.token, claimed.header) == (8, None)
     assert len(claimed.event or b"") < 16
@@ -339,11 +315,12 @@ def test_snapshots_are_kept_newest_first_and_bounded(open_store: OpenStore, stor
     assert store.snapshot("unknown", 1) == (0, b"", b"")
 
 
-def test_idle_tensors_expire_and_the_header_stays(open_store: OpenStore, store_settings: Store, store_url: str) -> None:
+def test_idle_tensors_expire_and_the_header_stays(
+    open_store: OpenStore, store_settings: Store, client: redis.Redis
+) -> None:
     store = open_store(store_settings.model_copy(update={"idle_ttl_s": 100}))
     store.claim(["cam"], "w")
     store.write([write("cam", 1)])
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     meta, tensors, *_ = store.keys("cam")
     assert 0 < client.ttl(tensors) <= 100
     assert client.ttl(meta) == -1
@@ -357,17 +334,16 @@ def test_idle_tensors_expire_and_the_header_stays(open_store: OpenStore, store_s
     assert store.read("cam").header == b"header"
     assert store.write([Write("cam", 1, 4, b"h4", b"e4", b"t4")]) == [True]
     assert store.write([Write("cam", 1, 4, b"h4", b"e4", None)]) == [True]
-    client.close()
 
 
-def test_ends_are_headers_and_events_of_all(store: StateStore, store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ends_are_headers_and_events_of_all(
+    store: StateStore, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("worker.store.store.KEYS_AT_ONCE", 3)
     streams = [f"cam-{number}" for number in range(40)]
     store.claim(streams, "w")
     store.write([write(stream, 1) for stream in streams[1:]])
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.set(store.keys("foreign")[0], "theirs")
-    client.close()
     nothing = [("cam-0", None, b""), ("foreign", None, b"")]
     assert sorted(set(store.ends())) == sorted([*nothing, *((stream, b"header", b"event") for stream in streams[1:])])
 
@@ -383,10 +359,9 @@ def test_approved_parameters_stay_until_others_are_approved(store: StateStore) -
 
 @pytest.mark.parametrize("tensors", [b"t", None])
 def test_what_rests_on_approved_parameters_is_not_written_without_them(
-    store: StateStore, store_url: str, tensors: bytes | None
+    store: StateStore, client: redis.Redis, tensors: bytes | None
 ) -> None:
     store.claim(["cam"], "w")
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     resting = Write("cam", 1, 2, b"h2", b"e2", tensors, keeps_approved=True)
     assert store.write([Write("cam", 1, 1, b"h1", b"e1", b"t", approved=b"a"), resting]) == [True, True]
     client.delete(store.keys("cam")[3])
@@ -395,7 +370,6 @@ def test_what_rests_on_approved_parameters_is_not_written_without_them(
     assert store.read("cam").header == b"h2"
     assert store.write([replace(again, approved=b"a", keeps_approved=False)]) == [True]
     assert (store.read("cam").header, store.read("cam").approved) == (b"h3", b"a")
-    client.close()
 
 
 def test_reading_claims_nothing(store: StateStore) -> None:

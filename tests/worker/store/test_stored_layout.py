@@ -14,9 +14,8 @@ from worker.store.store import StateStore, Write
 MOST = 1 << 20
 
 
-def test_what_an_earlier_version_left_is_found(store: StateStore, store_settings: Store) -> None:
+def test_what_an_earlier_version_left_is_found(store: StateStore, store_settings: Store, client: redis.Redis) -> None:
     base, said, packed = f"{store_settings.prefix}:{{cam%207}}", golden("snapshot.json"), golden("tensors.deflate")
-    client = redis.Redis.from_url(store_settings.url.get_secret_value(), socket_timeout=120)
     values = {"token": 4, "owner": "line-1-a", "header": golden("header.json"), "event": golden("event.json")}
     client.hset(base, mapping={**values, "written": 14})
     client.set(f"{base}:tensors", packed)
@@ -24,7 +23,6 @@ def test_what_an_earlier_version_left_is_found(store: StateStore, store_settings
     client.lpush(f"{base}:snapshots", len(said).to_bytes(4, "little") + said + packed)
     client.set(f"{store_settings.prefix}:{{gone}}:deleted", b"9\n" + golden("event.json"))
     client.set(f"{store_settings.prefix}:mark:line%2F1/frames/3", 8)
-    client.close()
 
     assert store.marks("line/1", [("frames", 3)]) == {("frames", 3): 8}
     assert list(store.streams()) == ["cam 7"]
@@ -43,12 +41,13 @@ def test_what_an_earlier_version_left_is_found(store: StateStore, store_settings
     assert snapshot.header == state.header
 
 
-def test_what_is_written_lies_where_an_earlier_version_looks(store: StateStore, store_settings: Store) -> None:
+def test_what_is_written_lies_where_an_earlier_version_looks(
+    store: StateStore, store_settings: Store, client: redis.Redis
+) -> None:
     base = f"{store_settings.prefix}:{{cam%207}}"
     store.claim(["cam 7"], "w")
     assert store.write([Write("cam 7", 1, 3, b"header", b"event", b"tensors", b"said", b"approved")]) == [True]
     store.mark("line/1", {("frames", 3): 8})
-    client = redis.Redis.from_url(store_settings.url.get_secret_value(), socket_timeout=120)
     written = {b"token": b"1", b"owner": b"w", b"header": b"header", b"event": b"event", b"written": b"3"}
     assert client.hgetall(base) == written
     assert client.get(f"{base}:tensors") == b"tensors"
@@ -58,4 +57,3 @@ def test_what_is_written_lies_where_an_earlier_version_looks(store: StateStore, 
     assert store.delete("cam 7", 1, b"last")
     assert client.get(f"{base}:deleted") == b"1\nlast"
     assert client.keys(f"{store_settings.prefix}:{{*") == [f"{base}:deleted".encode()]
-    client.close()

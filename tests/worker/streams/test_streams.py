@@ -89,15 +89,13 @@ def test_an_event_that_was_stored_and_not_published_comes_with_the_same_bytes(si
     assert [r.value for r in read] == [entry.events[0].content] * 2
 
 
-def test_a_stored_event_that_no_broker_takes_is_not_tried_for_ever(site: Site, store_url: str) -> None:
+def test_a_stored_event_that_no_broker_takes_is_not_tried_for_ever(site: Site, client: redis.Redis) -> None:
     first = site.worker("first")
     first.ensure(["cam"])
     entry = change(first, "freeze")
     assert first.write([entry]) == [True]
     large = seal(entry.events[0].event.model_copy(update={"reason": "x" * 2_000_000}))
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(site.store.keys("cam")[0], "event", large.content)
-    client.close()
     second = site.worker("second")
     second.ensure(["cam"])
     assert "cam" in second.engine
@@ -114,16 +112,14 @@ def test_a_stored_event_that_no_broker_takes_is_not_tried_for_ever(site: Site, s
     ],
 )
 def test_an_event_that_is_none_of_the_streams_own_is_neither_published_nor_followed(
-    site: Site, topic, store_url: str, changes: dict[str, str]
+    site: Site, topic, client: redis.Redis, changes: dict[str, str]
 ) -> None:
     first = site.worker("first")
     first.ensure(["cam"])
     entry = change(first, "freeze")
     assert first.write([entry]) == [True]
     strange = seal(entry.events[0].event.model_copy(update=changes))
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(site.store.keys("cam")[0], mapping={"event": strange.content, "header": b"damaged"})
-    client.close()
     second = site.worker("second")
     second.ensure(["cam"])
     assert len(site._publishers[-1]._waiting) == 1
@@ -134,18 +130,16 @@ def test_an_event_that_is_none_of_the_streams_own_is_neither_published_nor_follo
 
 
 def test_a_header_and_events_that_are_too_long_cost_their_own_stream_alone(
-    site: Site, topic, store_url: str, caplog: pytest.LogCaptureFixture
+    site: Site, topic, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = site.worker("first")
     first.ensure(["cam", "long", "other"])
     entry = change(first, "freeze")
     others = [Entry(first.engine.resident(s).header.model_copy(update={"events": 7}), ()) for s in ("long", "other")]
     assert first.write([entry, *others]) == [True] * 3
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(site.store.keys("cam")[0], mapping={"header": b"{" * 400_000, "event": b"{" * (20 << 20)})
     client.hset(site.store.keys("long")[0], "event", b"{" * (20 << 20))
     client.hset(site.store.keys("other")[0], "event", entry.events[0].content)
-    client.close()
     second = site.worker("second")
     second.ensure(["cam", "long", "other"])
     site.settle()
@@ -161,7 +155,7 @@ def test_a_header_and_events_that_are_too_long_cost_their_own_stream_alone(
     assert len(said) == 3
 
 
-def test_a_snapshot_that_is_too_large_is_named_and_another_can_be_had(site: Site, store_url: str) -> None:
+def test_a_snapshot_that_is_too_large_is_named_and_another_can_be_had(site: Site, client: redis.Redis) -> None:
     first = site.worker("first")
     first.ensure(["cam"])
     streams = site.worker("w", max_state_bytes=100_000)
@@ -170,10 +164,8 @@ def test_a_snapshot_that_is_too_large_is_named_and_another_can_be_had(site: Site
         entry = replace(change(first, "freeze"), tensors=tensors)
         about = Snapshot(time=datetime.now(UTC), reason=str(number), header=entry.header)
         assert first.write([replace(entry, snapshot=about)]) == [True]
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     key = site.store.keys("cam")[2]
     client.lset(key, 0, client.lindex(key, 0) + bytes(400_000))
-    client.close()
     with pytest.raises(
         StateError, match=r"snapshot 1 of stream 'cam' cannot be used: .*max_state_bytes = 100000; roll"
     ):
@@ -195,7 +187,7 @@ def test_lines_without_end_beside_a_state_are_not_taken_apart(site: Site) -> Non
 
 @pytest.mark.parametrize("lost", ["tensors", "header"])
 def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
-    site: Site, topic, store_url: str, lost: str
+    site: Site, topic, client: redis.Redis, lost: str
 ) -> None:
     first = site.worker("first")
     first.ensure(["cam"])
@@ -205,13 +197,11 @@ def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
     entry.header.drift = DriftWatch(adapting=False)
     entry.header.proxies = RunningProxies(frames=128, confidence=0.9, shadowed=64, accuracy=0.9, source_accuracy=0.3)
     assert first.write([entry]) == [True]
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     meta, tensors, *_ = site.store.keys("cam")
     if lost == "tensors":
         client.delete(tensors)
     else:
         client.hset(meta, "header", b"\xff damaged")
-    client.close()
     second = site.worker("second")
     second.ensure(["cam"])
     site.worker("third").ensure(["cam"])
@@ -228,7 +218,7 @@ def test_a_restart_from_source_is_the_next_link_and_is_stored_before_it_is_told(
 
 
 def test_a_stream_that_the_store_has_forgotten_says_so_and_its_trail_goes_on(
-    site: Site, topic, store_url: str, caplog: pytest.LogCaptureFixture
+    site: Site, topic, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Who had it says so: to others it is a new one."""
     first = site.worker("first")
@@ -236,9 +226,7 @@ def test_a_stream_that_the_store_has_forgotten_says_so_and_its_trail_goes_on(
     entry = change(first, "freeze")
     assert first.write([entry]) == [True]
     first.publish(entry)
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.delete(*site.store.keys("cam"))
-    client.close()
     assert first.write([change(first, "unfreeze")]) == [False]
     first.release(["cam"])
     first.ensure(["cam"])
@@ -304,7 +292,9 @@ def test_a_restart_from_source_does_not_replace_an_event_that_nobody_published(
     assert len((site.store.read("cam").event or b"").splitlines()) == 1
 
 
-def test_what_a_later_version_wrote_is_read_but_for_fields_that_it_added(site: Site, topic, store_url: str) -> None:
+def test_what_a_later_version_wrote_is_read_but_for_fields_that_it_added(
+    site: Site, topic, client: redis.Redis
+) -> None:
     """As while workers of two versions run, or after one went back: no stream restarts, and no event is withheld."""
     later = site.worker("later")
     later.ensure(["cam"])
@@ -313,7 +303,6 @@ def test_what_a_later_version_wrote_is_read_but_for_fields_that_it_added(site: S
     content = entry.events[0].content.replace(b'"flipped":', b'"added":{"to":"it"},"flipped":')
     entry.header.last_event = digest(content)
     assert later.write([entry]) == [True]
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.hset(site.store.keys("cam")[0], "event", content)
     stored = encode_header(entry.header)
     for part, added in (
@@ -324,7 +313,6 @@ def test_what_a_later_version_wrote_is_read_but_for_fields_that_it_added(site: S
         assert part in stored
         stored = stored.replace(part, added)
     client.hset(site.store.keys("cam")[0], "header", stored)
-    client.close()
     earlier = site.worker("earlier")
     earlier.ensure(["cam"])
     site.settle()
@@ -397,13 +385,11 @@ def approving(site: Site) -> tuple[Streams, State]:
 
 @pytest.mark.parametrize("moving", [True, False])
 def test_approved_parameters_that_were_evicted_are_written_again_by_who_has_them(
-    site: Site, store_url: str, moving: bool
+    site: Site, client: redis.Redis, moving: bool
 ) -> None:
     """Also where the tensors are all there, or come along."""
     first, tensors = approving(site)
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     client.delete(site.store.keys("cam")[3])
-    client.close()
     entry = change(first, "freeze")
     assert first.write([replace(entry, tensors=first.engine.like) if moving else entry]) == [True]
     second = site.worker("second")
@@ -430,10 +416,9 @@ def test_approved_parameters_survive_their_worker_and_go_with_their_bundle(site:
 
 
 @pytest.mark.parametrize("lost", ["tensors", "approved"])
-def test_a_store_that_lost_the_last_write_gets_the_next_one_whole(site: Site, store_url: str, lost: str) -> None:
+def test_a_store_that_lost_the_last_write_gets_the_next_one_whole(site: Site, client: redis.Redis, lost: str) -> None:
     """A header that changes alone would lie beside older tensors, and the next owner would start from source."""
     first, tensors = approving(site)
-    client = redis.Redis.from_url(store_url, socket_timeout=120)
     before = {key: content for key in site.store.keys("cam") if (content := client.dump(key))}
     if lost == "tensors":
         moving = change(first, "freeze")
@@ -447,7 +432,6 @@ def test_a_store_that_lost_the_last_write_gets_the_next_one_whole(site: Site, st
         assert first.write([replace(moving, tensors=tensors)]) == [True]
     for key, content in before.items():  # As after a crash, or on a replica that has taken over.
         client.restore(key, 0, content, replace=True)
-    client.close()
     assert first.write([change(first, "unfreeze")]) == [True]
     second = site.worker("second")
     second.ensure(["cam"])
