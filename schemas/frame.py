@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from schemas.command import EVERY_STREAM
 from schemas.errors import FrameError
@@ -26,6 +27,11 @@ class Position:
 
     def __str__(self) -> str:
         return f"{self.topic}/{self.partition}/{self.offset}"
+
+    @staticmethod
+    def of(record: Any) -> Position:
+        """Of what Kafka's clients call a record, or say of one that was sent."""
+        return Position(record.topic, record.partition, record.offset)
 
     @staticmethod
     def read(text: str) -> Position | None:

@@ -20,7 +20,7 @@ from worker.decode.decoding import Arrival, Decoding
 from worker.decode.image import DecodedFrame
 from worker.kafka.batches import Unreadable
 from worker.log import Lines
-from worker.publish.letters import Bad, Letters, position_of
+from worker.publish.letters import Bad, Letters
 
 log = logging.getLogger("driftkeel.intake")
 Load = Callable[[list[str]], Callable[[Frame], bool]]
@@ -83,7 +83,7 @@ class Intake:
         self._sum_up()
         for record, error in bad:
             if self._lines.one_more(error.kind):
-                log.warning("frame %s is a dead letter: %s", position_of(record), error, extra=_about(record, error))
+                log.warning("frame %s is a dead letter: %s", Position.of(record), error, extra=_about(record, error))
             self._metrics.bad_frames.labels(error.kind).inc()
         self._letters.send(bad)
         self._offsets.finished(self._letters.arrived(patience_s))
@@ -98,7 +98,7 @@ class Intake:
         self._metrics.frames.inc(len(arrivals))
         for arrival in arrivals:
             try:
-                arrival.frame = self._parsed(arrival.record, position_of(arrival.record))
+                arrival.frame = self._parsed(arrival.record, Position.of(arrival.record))
             except FrameError as error:
                 self._decoding.finish(arrival, error)
         is_folded = load([arrival.frame.stream for arrival in arrivals if arrival.frame])
@@ -113,7 +113,7 @@ class Intake:
             self._pass_over(late)
 
     def _pass_over(self, arrivals: list[Arrival]) -> None:
-        self._offsets.finished(position_of(arrival.record) for arrival in arrivals)
+        self._offsets.finished(Position.of(arrival.record) for arrival in arrivals)
         for arrival in arrivals:
             self._decoding.finish(arrival, None)
 
@@ -145,4 +145,4 @@ class Intake:
 def _about(record: Any, error: FrameError) -> dict[str, str]:
     """What a log line of a record can be found by."""
     stream = (record.key or b"")[:200].decode("utf-8", "replace")
-    return {"kind": error.kind, "frame": str(position_of(record)), "stream": stream}
+    return {"kind": error.kind, "frame": str(Position.of(record)), "stream": stream}

@@ -72,7 +72,7 @@ class Polling:
         for record in records:
             # Where a stream has moved, its other partitions are read again, too: nothing newer goes before that.
             if (record.topic, record.partition) not in dropped:
-                self._offsets.received(Position(record.topic, record.partition, record.offset))
+                self._offsets.received(Position.of(record))
                 # It came when it says, and not before the last poll: what came while the loop computed would all be due
                 # at once, in smaller micro-batches and more of them.
                 said = (record.timestamp or 0) / 1000

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from schemas.config import Kafka
 from schemas.errors import StateError
+from schemas.frame import Position
 from schemas.update import UpdateEvent
 from worker.kafka.batches import Unreadable
 from worker.kafka.topic import records_now
@@ -51,7 +52,7 @@ def read_topic(settings: Kafka, since: datetime | None = None) -> Iterator[Recor
 
 
 def _found(record: Any) -> Record:
-    where = f"{record.topic}/{record.partition}/{record.offset}"
+    where = str(Position.of(record))
     if isinstance(record.value, Unreadable):
         return Record(b"", where, record.value.reason, record.value.records)
     return Record(record.value or b"", where)

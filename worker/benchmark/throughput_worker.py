@@ -26,6 +26,7 @@ from pydantic import SecretStr
 from meta.bundle import load_bundle
 from schemas.config import Kafka, Log, Metrics, Store, Topics, WorkerConfig
 from schemas.errors import DriftkeelError
+from schemas.frame import Position
 from schemas.state import encode_header
 from schemas.state_tensors import encode_tensors
 from worker.benchmark.throughput_engine import grown_header
@@ -266,7 +267,7 @@ def _watch(pods: Sequence[Pod], frames: int) -> list[Sample]:
 def _observed(
     kafka: Kafka, frames: int, samples: list[Sample], peak: int, metrics: dict[str, float], window: Window
 ) -> Observed:
-    sent = {f"{r.topic}/{r.partition}/{r.offset}": r.timestamp for r in records_now(kafka, kafka.topics.frames)}
+    sent = {str(Position.of(r)): r.timestamp for r in records_now(kafka, kafka.topics.frames)}
     predictions, moments, latencies = {}, [], []
     for record in records_now(kafka, kafka.topics.predictions):
         prediction = json.loads(record.value)

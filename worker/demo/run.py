@@ -24,6 +24,7 @@ from schemas.config import Batch, Frames, Kafka, Log, Metrics, Store, WorkerConf
 from schemas.config import Bundle as BundleSettings
 from schemas.config import Console as ConsoleSettings
 from schemas.errors import DriftkeelError
+from schemas.frame import Position
 from schemas.prediction import Prediction
 from schemas.update import UpdateEvent
 from worker.decode.image import decode_image
@@ -225,7 +226,7 @@ def _send(producer: Any, topic: str, board: Scoreboard) -> None:
 
 
 def _note_position(board: Scoreboard, stream: str, index: int, metadata: Any) -> None:
-    board.sent(stream, index, f"{metadata.topic}/{metadata.partition}/{metadata.offset}")
+    board.sent(stream, index, str(Position.of(metadata)))
 
 
 def _collect(outputs: Any, kafka: Kafka, board: Scoreboard, timeout_ms: int = 50) -> int:

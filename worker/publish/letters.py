@@ -52,7 +52,7 @@ class Letters:
             if not self._sent.done() or (found and self._sent.exception()):
                 break  # The next call says why.
             self._sent.result()
-            found += [position_of(record) for record, _ in self._under_way]
+            found += [Position.of(record) for record, _ in self._under_way]
             self._bytes = _size(self._waiting)
             self._under_way, self._sent = [], None
             self._begin()
@@ -89,11 +89,6 @@ class Letters:
             sent.set_exception(error)
         else:
             sent.set_result(None)
-
-
-def position_of(record: Any) -> Position:
-    """Where a record of the client's lies."""
-    return Position(record.topic, record.partition, record.offset)
 
 
 def _size(bad: list[Bad]) -> int:
