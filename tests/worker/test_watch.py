@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.monitoring.console.records import prediction
 from tests.servers import wait_until
 from worker.kafka.answer import last_answer
 from worker.kafka.client import create_topics
-from worker.watch import Watcher
+from worker.watch import Drawer, Watcher
 
 
 @pytest.mark.parametrize("hangs", [False, True])
@@ -61,3 +62,11 @@ def test_a_broker_that_goes_away_is_said_once_and_that_it_is_back(
         thread.join()
         watcher.close()
     assert len(found) == 1
+
+
+def test_no_id_of_a_prediction_ends_the_drawing(kafka_settings: Kafka, tmp_path: Path) -> None:
+    """Whoever may write to the topic chooses them."""
+    drawer = Drawer(WorkerConfig(kafka=kafka_settings), tmp_path, threading.Event())
+    for end in ("0/\N{SUPERSCRIPT TWO}", f"0/{10**30}", "-1/0", "0", ""):
+        assert drawer.draw(prediction("cam", id=f"{kafka_settings.topics.frames}/{end}")) is None
+    drawer.close()
