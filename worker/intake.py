@@ -15,7 +15,7 @@ from schemas.errors import FrameError
 from schemas.frame import Frame, Position, parse_frame
 from worker.batch.batcher import MicroBatcher
 from worker.batch.lateness import Lateness
-from worker.consume.offsets import Offsets, Partition
+from worker.consume.offsets import Offsets
 from worker.decode.decoding import Arrival, Decoding
 from worker.decode.image import DecodedFrame
 from worker.kafka.batches import Unreadable
@@ -68,15 +68,6 @@ class Intake:
             late = batcher.expire(lambda frame: self._lateness.dropped(frame.sent, frame.received, now))
             self._metrics.dropped.inc(len(late))
             self._offsets.finished(frame.position for frame in late)
-
-    @property
-    def full(self) -> bool:
-        """Whether so many dead letters wait to be taken by their topic that no more records should be taken in."""
-        return self._letters.full
-
-    def forget(self, partition: Partition) -> None:
-        """Of a partition that goes, or is read again, no letter that is still to arrive finishes anything."""
-        self._letters.drop(partition)
 
     def bury(self, bad: list[Bad], patience_s: float = 0.0) -> None:
         """To the dead letters. Records whose letter is there are finished; with patience, after a wait for all."""

@@ -27,7 +27,7 @@ class Polling:
         """`drop` forgets a partition that was taken away, and returns all that go with it."""
         self._batch, self._flights, self._drop = batch, flights, drop
         self._consumer, self._offsets = parts.consumer, parts.offsets
-        self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
+        self._decoding, self._letters, self._batcher = parts.decoding, parts.letters, parts.batcher
         self._looked = time.monotonic()
         self._pause = min(PAUSE_S, half) if (half := batch.max_wait_ms / 2_000) >= FRESH_S else 0.0
 
@@ -49,7 +49,7 @@ class Polling:
     def look(self) -> None:
         """Take over what has come; where nothing else is to be done, wait for it, or until something is due."""
         # All partitions or none: the client loses sight of what it has fetched when only some of them are paused.
-        full = self.waiting >= self._batch.max_buffered or self._decoding.held > MAX_HELD or self._intake.full
+        full = self.waiting >= self._batch.max_buffered or self._decoding.held > MAX_HELD or self._letters.full
         self._consumer.pause(full)
         if not (full or self._busy) and (due := self._batcher.next_due()) is not None:
             # Frames that come meanwhile need not be taken over one by one. No wait for `stop`: whoever sets it may be a

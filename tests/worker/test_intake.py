@@ -148,13 +148,13 @@ def test_good_frames_do_not_wait_for_dead_letters(loop: Loop, monkeypatch: pytes
             loop.turn()
     assert [f.position.offset for f in loop.frames] == [1, 3]
     loop.offsets.finished(frame.position for frame in loop.frames)
-    assert (loop.next_offset(), loop.intake.full) == (0, False)
+    assert (loop.next_offset(), loop.letters.full) == (0, False)
     monkeypatch.setattr("worker.publish.letters.MAX_BYTES", 2 * len(b"camjunk") - 1)
-    assert loop.intake.full
+    assert loop.letters.full
     loop.post.open.set()
     loop.intake.bury([], 120)
     assert [offset for offset, _ in loop.post.sent] == [0, 2]
-    assert (loop.next_offset(), loop.intake.full) == (4, False)
+    assert (loop.next_offset(), loop.letters.full) == (4, False)
 
 
 @pytest.mark.parametrize(("records", "headers"), [(6, 0), (1, 100)])
@@ -165,7 +165,7 @@ def test_dead_letters_are_bounded_however_little_is_in_them(
     loop.post.open.clear()
     loop.receive([(b"cam", b"")] * records, headers=[("", None)] * headers)
     loop.turn()
-    assert loop.intake.full
+    assert loop.letters.full
 
 
 def test_letters_of_a_partition_that_went_finish_nothing(loop: Loop) -> None:
@@ -174,7 +174,7 @@ def test_letters_of_a_partition_that_went_finish_nothing(loop: Loop) -> None:
     loop.turn()
     loop.receive([(b"cam", b"junk")] * 2, first=2)
     loop.turn()
-    loop.intake.forget(("frames", 0))
+    loop.letters.drop(("frames", 0))
     loop.offsets.forget([("frames", 0)])
     loop.receive([(b"cam", picture())] * 4)  # another topic of the same name
     while loop.decoding:

@@ -59,7 +59,8 @@ class Letters:
         return found
 
     def drop(self, partition: Partition) -> None:
-        """Forget the records of a partition: if they are read again they are bad again."""
+        """Forget the records of a partition that goes or is read again: none of their letters that is still to arrive
+        finishes anything, and if they are read again they are bad again."""
         self._waiting, self._under_way = (
             [bad for bad in some if (bad[0].topic, bad[0].partition) != partition]
             for some in (self._waiting, self._under_way)
