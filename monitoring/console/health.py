@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -51,7 +51,8 @@ def judge(evidence: Evidence, now: float, before: Level = "good") -> Health:
         since = datetime.fromtimestamp(evidence.last, UTC).strftime("%H:%M:%S")
         reason = f"no frames since {since} UTC" if evidence.last else "no frames yet"
         return Health("silent", reason, 0.5)
-    for level, reason in _findings(evidence, drop, before):
+    if worst := next(_findings(evidence, drop, before), None):
+        level, reason = worst
         return Health(level, reason, (3.0 if level == "act" else 2.0) + drop)
     return Health("good", _praise(evidence), 1.0 + drop)
 
@@ -65,26 +66,25 @@ def _praise(evidence: Evidence) -> str:
     return "as on clean frames"
 
 
-def _findings(evidence: Evidence, drop: float, before: Level) -> list[tuple[Level, str]]:
+def _findings(evidence: Evidence, drop: float, before: Level) -> Iterator[tuple[Level, str]]:
+    """What is the matter, the worst first."""
     recent = list(evidence.events)[-RECENT:]
-    found: list[tuple[Level, str]] = []
     if drop >= ACT_DROP - (EASE if before == "act" else 0.0):
-        found.append(("act", f"drifted: {100 * drop:.0f} points below clean"))
+        yield "act", f"drifted: {100 * drop:.0f} points below clean"
     undone = [event for event in recent if event.decision in {"rolled_back", "reset"} and event.command is None]
     if undone:
-        found.append(("act", f"{undone[-1].decision.replace('_', ' ')}: {undone[-1].reason}"))
+        yield "act", f"{undone[-1].decision.replace('_', ' ')}: {undone[-1].reason}"
     refused = _refused_in_a_row(recent)
     if refused >= REFUSED:
-        found.append(("act", f"{refused} updates refused: {recent[-1].reason}"))
+        yield "act", f"{refused} updates refused: {recent[-1].reason}"
     if evidence.source is not None and evidence.accuracy is not None:
         ahead = evidence.source - evidence.accuracy
         if ahead >= SOURCE_POINTS and evidence.parameters != "source":
-            found.append(("act", f"source would do better by {100 * ahead:.0f} points"))
+            yield "act", f"source would do better by {100 * ahead:.0f} points"
         elif ahead >= SOURCE_POINTS:
-            found.append(("watch", "source answers: it does better"))
+            yield "watch", "source answers: it does better"
     if drop >= WATCH_DROP - (EASE if before in {"act", "watch"} else 0.0):
-        found.append(("watch", f"{100 * drop:.0f} points below clean"))
-    return found
+        yield "watch", f"{100 * drop:.0f} points below clean"
 
 
 def _drop(evidence: Evidence) -> float:
