@@ -24,6 +24,7 @@ from worker.batch.batcher import within_memory, within_method
 from worker.engine.device import EXPERIMENTAL, described, out_of_memory, site_device
 from worker.flights import Flights
 from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
+from worker.log import Trouble
 from worker.partitions import Partitions
 from worker.parts import connect
 from worker.polling import Polling
@@ -58,7 +59,7 @@ class Worker:
             log.warning("device %s is %s", config.device, EXPERIMENTAL)
         self.metrics = _metrics(config, bundle)
         self._trace = open_trace(config.traces, config.worker)
-        self._healthy_store = True
+        self._healthy_store, self._away = True, Trouble(log)
         self._joined = False
         self._refused = self._stuck = 0
         self._progress = time.monotonic()
@@ -215,14 +216,13 @@ class Worker:
         while True:
             try:
                 result = action()
-                if not self._healthy_store:
-                    log.info("the store at %s answers again", self.config.store.address)
+                self._away.is_over("the store at %s answers again", self.config.store.address)
                 self._healthy_store = True
                 return result
             except UnreachableError as error:
                 self._healthy_store = False
                 self.metrics.store_errors.inc()
-                log.warning("%s; trying again in %.1f s", error, pause)
+                self._away.goes_on(str(error), "%s; trying again until it answers", error)
             resume = time.monotonic() + pause
             while time.monotonic() < resume:
                 if self._stop.is_set():

@@ -116,6 +116,25 @@ def test_a_broker_that_is_away_shows_without_a_frame(
     turn_until(worker, lambda: time.time() - metric(worker, "broker_last_answer_timestamp_seconds") < SILENT_S)
 
 
+def test_a_store_that_is_away_is_said_once(
+    worker: Worker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.run.FIRST_PAUSE_S", 0.0)
+    tries = iter([False] * 5 + [True])
+
+    def action() -> bool:
+        if not (answers := next(tries)):
+            raise UnreachableError("the store refuses the connection")
+        return answers
+
+    with caplog.at_level(logging.INFO, "driftkeel.worker"):
+        assert worker._heal(action)
+        assert worker._heal(lambda: True)
+    assert len(caplog.messages) == 2
+    assert "refuses the connection" in caplog.messages[0]
+    assert "answers again" in caplog.messages[1]
+
+
 @pytest.mark.parametrize("paused", [False, True])
 def test_a_broker_that_answers_is_heard_of_all_the_while(worker: Worker, paused: bool) -> None:
     """By an idle worker, and by one that takes no records over."""
