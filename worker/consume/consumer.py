@@ -33,6 +33,7 @@ from worker.consume.comparison import Comparison, Marks
 from worker.consume.ends import Ends
 from worker.consume.offsets import Offsets, Partition
 from worker.consume.standstill import Standstill
+from worker.consume.topic import FramesTopic
 from worker.kafka.answer import last_answer
 from worker.kafka.client import connection, open_client, until_reached
 from worker.kafka.fenced import raise_when_fenced
@@ -116,7 +117,7 @@ class FrameConsumer:
         raise_when_fenced(self.consumer)
         keep_joins(self.consumer)
         self._ends, self._standstill = Ends(self.consumer), Standstill(self.consumer)
-        self._beyond = Beyond(settings, self.consumer)
+        self._beyond, self._topic = Beyond(settings, self.consumer), FramesTopic(settings, self.consumer)
         self._comparison = Comparison(settings, self.consumer, marks, expired)
         self._short = self._comparison.short
         self.consumer.subscribe([topic], listener=_Listener(self))
@@ -134,6 +135,7 @@ class FrameConsumer:
         A record's value is `Unreadable` where it stands for records that nobody can read.
         """
         arrived = self._polled(timeout_s)
+        self._topic.look()
         self._standstill.polled(arrived, self._short.waiting)
         gone: set[Partition] = set()
         while self._gone:
@@ -270,6 +272,11 @@ class FrameConsumer:
     def refused(self) -> int:
         """Partitions that are ours and not read, because the store knows more of them than their log has."""
         return len(self._short.waiting)
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the topic as a whole, if anything."""
+        return self._topic.trouble
 
     @property
     def stuck(self) -> int:
