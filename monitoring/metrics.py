@@ -145,7 +145,7 @@ class WorkerMetrics:
         self.partitions = gauge("driftkeel_assigned_partitions", "Partitions that the worker reads.")
         self.refused_partitions = gauge(
             "driftkeel_refused_partitions",
-            "Partitions that the worker has and does not read: the store knows of more frames than their log has.",
+            "Partitions that the worker has and does not read: their log is not the one whose frames the store has.",
         )
         self.stuck_partitions = gauge(
             "driftkeel_stuck_partitions", "Partitions of which nothing has come for a minute although they have more."

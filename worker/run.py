@@ -116,7 +116,7 @@ class Worker:
             trouble = [f"the store at {self.config.store.address} does not answer"]
         if self._consumer.trouble:
             trouble.append(self._consumer.trouble)
-        if self._refused:
+        elif self._refused:
             trouble.append(
                 f"{self._refused} partitions are not read: their log is shorter than what the store has of it"
             )

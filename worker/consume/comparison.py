@@ -11,12 +11,13 @@ from kafka import TopicPartition
 from schemas.config import Kafka
 from worker.consume.offsets import Partition
 from worker.consume.short_logs import ShortLog, ShortLogs, without_end
+from worker.consume.topic import Notes
 
 log = logging.getLogger("driftkeel.consume")
 OFFSETS_TIMEOUT_MS = 5_000
 
 
-class Marks(Protocol):
+class Marks(Notes, Protocol):
     """Up to where the store has folded each partition. Methods raise UnreachableError."""
 
     def mark(self, group: str, offsets: dict[Partition, int], seen: Mapping[Partition, int]) -> None:

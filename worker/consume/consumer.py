@@ -56,7 +56,7 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         partitions = [(p.topic, p.partition) for p in revoked]
-        offsets = self._owner.offsets.committable(partitions)
+        offsets = self._owner.committable(partitions)
         if offsets:
             try:
                 await self._owner.consumer.commit_async(_with_metadata(offsets))
@@ -117,7 +117,7 @@ class FrameConsumer:
         raise_when_fenced(self.consumer)
         keep_joins(self.consumer)
         self._ends, self._standstill = Ends(self.consumer), Standstill(self.consumer)
-        self._beyond, self._topic = Beyond(settings, self.consumer), FramesTopic(settings, self.consumer)
+        self._beyond, self._topic = Beyond(settings, self.consumer), FramesTopic(settings, self.consumer, marks)
         self._comparison = Comparison(settings, self.consumer, marks, expired)
         self._short = self._comparison.short
         self.consumer.subscribe([topic], listener=_Listener(self))
@@ -134,8 +134,8 @@ class FrameConsumer:
         in no way that this one offers, where another has taken its name, and where the user has no permission to read.
         A record's value is `Unreadable` where it stands for records that nobody can read.
         """
-        arrived = self._polled(timeout_s)
         self._topic.look()
+        arrived = self._known(self._polled(timeout_s))
         self._standstill.polled(arrived, self._short.waiting)
         gone: set[Partition] = set()
         while self._gone:
@@ -188,6 +188,22 @@ class FrameConsumer:
                 raise UnreachableError(f"the broker at {self._settings.bootstrap} refuses to go on: {error}") from error
             self._failed("poll")
             log.warning("polling the broker at %s failed (%s); trying again", self._settings.bootstrap, error)
+        return {}
+
+    def _known(self, arrived: dict[Partition, list[Any]]) -> dict[Partition, list[Any]]:
+        """Those of the topic that the store knows. Of another one nothing is taken, nor while it is not known."""
+        try:
+            self._topic.check(begins=any(p not in self._comparison.compared for p in arrived))
+            if not self._topic.other:
+                return arrived
+        except UnreachableError as error:
+            self._store_failed()
+            log.warning("partitions %s wait: %s", sorted(number for _, number in arrived), error)
+            self._stop.wait(ASK_AGAIN_S)
+        for where in self.consumer.assignment() & {TopicPartition(*p) for p in arrived}:
+            self.consumer.seek(where, arrived[where.topic, where.partition][0].offset)
+            if self._topic.other:
+                self.consumer.pause(where)
         return {}
 
     def _behind(self, first: dict[Partition, int]) -> dict[Partition, int]:
@@ -270,8 +286,8 @@ class FrameConsumer:
 
     @property
     def refused(self) -> int:
-        """Partitions that are ours and not read, because the store knows more of them than their log has."""
-        return len(self._short.waiting)
+        """Partitions that are ours and not read: the store knows more of them than their log has, or another topic."""
+        return len(self.consumer.assignment()) if self._topic.other else len(self._short.waiting)
 
     @property
     def trouble(self) -> str:
@@ -312,6 +328,10 @@ class FrameConsumer:
         if offset is not None and where in self.consumer.assignment():
             self.consumer.seek(where, offset)
 
+    def committable(self, partitions: Iterable[Partition] | None = None) -> dict[Partition, int]:
+        """Offsets to commit; none where the topic is another one than they are of."""
+        return {} if self._topic.other else self.offsets.committable(partitions)
+
     def commit(self, now: bool = False) -> None:
         """Commit finished offsets, at most once a second unless `now`.
 
@@ -322,7 +342,7 @@ class FrameConsumer:
         if not now and moment - self._last_commit < COMMIT_INTERVAL_S:
             return
         self._last_commit = moment
-        offsets = self.offsets.committable()
+        offsets = self.committable()
         if not offsets:
             return
         try:

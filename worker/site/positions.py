@@ -7,11 +7,12 @@ from itertools import islice
 from kafka import KafkaConsumer, TopicPartition
 
 from schemas.config import Kafka, WorkerConfig
-from schemas.errors import StateError
+from schemas.errors import ConfigError, StateError
 from schemas.state import decode_header
 from worker.consume.cluster import cluster_of, require_cluster
 from worker.consume.offsets import Partition
-from worker.consume.short_logs import ShortLog, without_end
+from worker.consume.short_logs import REMEDY, ShortLog, without_end
+from worker.consume.topic import another, topic_id
 from worker.kafka.client import connection, open_client
 from worker.store.store import StateStore
 
@@ -19,12 +20,21 @@ PIECES = 4  # of the store's streams: one that is wrong is seldom alone
 
 
 def check_cluster(config: WorkerConfig, store: StateStore) -> None:
-    """Raises ConfigError where the store's positions are of another Kafka cluster, UnreachableError and KafkaError."""
-    consumer = open_client(KafkaConsumer, **connection(config.kafka))
-    cluster = cluster_of(consumer)
-    consumer.close(autocommit=False)
+    """Raises ConfigError where the store's positions are of another Kafka cluster, or another topic of the same name;
+    UnreachableError and KafkaError."""
     topic = config.kafka.topics.frames
+    consumer = open_client(KafkaConsumer, **connection(config.kafka))
+    try:
+        there = consumer.partitions_for_topic(topic)
+        cluster, found = cluster_of(consumer), topic_id(consumer, topic)
+    finally:
+        consumer.close(autocommit=False)
     require_cluster(config, cluster, store.cluster(topic), store.cluster_key(topic))
+    noted = store.topic_id(topic)
+    if noted and not there:
+        raise ConfigError(f"what the store has was read of topic {topic}, which is gone; {REMEDY}")
+    if found and noted and found != noted:
+        raise ConfigError(f"{another(config.kafka, found, noted)}; {REMEDY}")
 
 
 def short_logs(kafka: Kafka, store: StateStore) -> dict[Partition, ShortLog]:

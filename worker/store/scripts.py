@@ -181,9 +181,9 @@ redis.call('SET', KEYS[1], ARGV[1])
 return 1
 """
 
-# KEYS: a topic's cluster. ARGV: the cluster to note where none is, or ''; how many bytes it may have. Empty where none
-# is noted, or something else is there.
-CLUSTER = """
+# KEYS: what a topic's positions are of. ARGV: what to note where nothing is, or ''; how many bytes it may have. Empty
+# where nothing is noted, or something else is there.
+NOTE_ONCE = """
 local length = redis.pcall('STRLEN', KEYS[1])
 if type(length) == 'table' or length > tonumber(ARGV[2]) then return '' end
 if length == 0 and ARGV[1] ~= '' then redis.call('SET', KEYS[1], ARGV[1]) end

@@ -12,7 +12,8 @@ events go on from there.
 
 A partition has one, {prefix}:mark:{group}/{topic}/{partition}: all of its frames before this offset are in the states.
 Where Kafka's committed offset is further, the store has lost what it knew, by a crash or from a backup. A topic of
-frames has {prefix}:cluster:{topic}, the id of the Kafka cluster that these offsets are of.
+frames has {prefix}:cluster:{topic}, the id of the Kafka cluster that these offsets are of, and {prefix}:topic:{topic},
+the id that the topic has there.
 
 A claim raises the token; a write is taken only with the newest token. A worker that was paused while another took its
 streams over (a zombie) is so refused. Writes under one token are numbered: one that comes twice, because its answer was
@@ -53,7 +54,7 @@ Result = TypeVar("Result")
 Which = Literal["any", "known", "last"]
 KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
 MOST_SNAPSHOTS = 100  # that any configuration keeps of a stream
-CLUSTER_BYTES = 1_000
+NOTE_BYTES = 1_000
 NOTHING: Mapping[Partition, int] = {}
 
 
@@ -290,13 +291,16 @@ class StateStore:
     def cluster(self, topic: str, cluster: str = "") -> str:
         """The Kafka cluster whose topic the positions of streams are of; `cluster` is noted where none is. Empty where
         none is known."""
-        key = self.cluster_key(topic)
-        (found,) = self._scripts(scripts.CLUSTER, [([key], [cluster, CLUSTER_BYTES])])
-        return str(found.decode("utf-8", "replace"))
+        return self._note_once(self.cluster_key(topic), cluster)
 
     def cluster_key(self, topic: str) -> str:
         """Where `cluster` is noted."""
         return f"{self._settings.prefix}:cluster:{topic}"
+
+    def topic_id(self, topic: str, found: str = "") -> str:
+        """The id of the topic of this name that positions are of; `found` is noted where none is. Empty where none is
+        known."""
+        return self._note_once(f"{self._settings.prefix}:topic:{topic}", found)
 
     def close(self) -> None:
         """Let go of all connections; the next call opens others."""
@@ -327,6 +331,10 @@ class StateStore:
             *(snapshot, settings.snapshots, write.number, write.approved or b"", int(write.keeps_approved)),
             "" if write.after is None else write.after,
         ]
+
+    def _note_once(self, key: str, note: str) -> str:
+        (found,) = self._scripts(scripts.NOTE_ONCE, [([key], [note, NOTE_BYTES])])
+        return str(found.decode("utf-8", "replace"))
 
     def _mark_key(self, group: str, partition: Partition) -> str:
         topic, number = partition

@@ -43,6 +43,10 @@ class Notes:
     def __init__(self) -> None:
         self.kept: dict[Partition, int] = {}
         self.away = False
+        self.topics: dict[str, str] = {}
+
+    def topic_id(self, topic: str, found: str = "") -> str:
+        return self.topics.setdefault(topic, found) if found else self.topics.get(topic, "")
 
     def mark(self, group: str, offsets: dict[Partition, int], seen: Mapping[Partition, int]) -> None:
         if self.away:
