@@ -102,16 +102,27 @@ def open_client(kind: Any, **arguments: Any) -> Any:
             if refusals := [reason for reason in heard if isinstance(reason, REFUSALS)]:
                 raise refusals[-1] from error
             if isinstance(error, KafkaTimeoutError):
-                raise KafkaTimeoutError(_unreached(error, heard, "sasl_mechanism" in arguments)) from error
+                raise KafkaTimeoutError(_unreached(error, heard, arguments)) from error
             raise
 
 
-def _unreached(error: KafkaError, heard: list[KafkaError], login: bool) -> str:
+def _unreached(error: KafkaError, heard: list[KafkaError], arguments: dict[str, Any]) -> str:
     """Why a client gave up; its error says only that it did."""
     reasons = [reason for reason in heard if reason != error]
     text = ": ".join(str(part) for reason in [error, *reasons[-1:]] for part in reason.args[:1])
+    text += _of_tls(text, arguments.get("security_protocol", "PLAINTEXT"))
     # The client may see the end of the connection before the answer that comes with it.
-    return f"{text}, or the login is refused" if login else text
+    return f"{text}, or the login is refused" if "sasl_mechanism" in arguments else text
+
+
+def _of_tls(text: str, protocol: str) -> str:
+    """What is likely where one side speaks TLS and the other does not, which nobody says outright."""
+    if protocol.endswith("SSL"):
+        alone = "Handshake failed" in text and not any(word in text.upper() for word in ("CERTIFICATE", "ALERT"))
+        return f": likely that listener is without TLS, and kafka.security_protocol is {protocol}" if alone else ""
+    if "socket disconnected" in text:
+        return f": likely that listener wants TLS, and kafka.security_protocol is {protocol}"
+    return ""
 
 
 def close_producer(producer: Any, patience_s: float) -> bool:

@@ -146,15 +146,21 @@ def test_a_wrong_password_is_told_in_one_line(kafka_with_users: Kafka) -> None:
 
 def test_why_nobody_is_reached_is_told_in_one_line(kafka_with_users: Kafka) -> None:
     nobody, no_tls = Kafka(bootstrap=f"127.0.0.1:{free_port()}"), {"security_protocol": "SASL_PLAINTEXT"}
-    for settings, reason in (
-        (nobody, "ECONNREFUSED"),
-        (kafka_with_users.model_copy(update={"ssl_cafile": None}), "CERTIFICATE_VERIFY_FAILED"),
-        (kafka_with_users.model_copy(update=no_tls), "socket disconnected"),
+    without = start_own_broker()
+    one_sided = kafka_with_users.model_copy(update={"bootstrap": without.bootstrap})
+    for settings, reason, likely in (
+        (nobody, "ECONNREFUSED", ""),
+        (kafka_with_users.model_copy(update={"ssl_cafile": None}), "CERTIFICATE_VERIFY_FAILED", ""),
+        (kafka_with_users.model_copy(update=no_tls), "socket disconnected", "listener wants TLS"),
+        (one_sided, "Handshake failed", "listener is without TLS, and kafka.security_protocol is SASL_SSL"),
     ):
         with pytest.raises(UnreachableError, match=reason) as told:
             require_topics(settings.model_copy(update={"connect_timeout_s": 0}))
         assert str(told.value).count("Unable to bootstrap") == 1
         assert "\n" not in str(told.value)
+        assert ("likely" in str(told.value)) == bool(likely)
+        assert likely in str(told.value)
+    without.child.stop(0)
 
 
 def test_nobody_of_ours_has_topics_created(bootstrap: str) -> None:
