@@ -70,6 +70,7 @@ def _connect(settings: Store, opened: Callable[[], None] | None) -> Any:
     asking = {
         "socket_timeout": TIMEOUT_S,
         "socket_connect_timeout": TIMEOUT_S,
+        "retry": Retry(NoBackoff(), 0),  # The client's own is ten times, before the next one is asked.
         "username": settings.sentinel_username,
         "password": secret and secret.get_secret_value(),
         **tls,

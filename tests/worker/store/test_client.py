@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,6 +130,27 @@ def test_sentinels_with_a_password_of_their_own(tmp_path: Path, open_store: Open
                 f"a Sentinel of the store at {url} refuses the login; correct store.sentinel_username and "
                 "store.sentinel_password"
             )
+
+
+def test_a_sentinel_that_is_away_is_asked_once(tmp_path: Path, open_store: OpenStore) -> None:
+    """One that hangs, as with the node of the old primary, would hold up a failover for a minute."""
+    asked = 0
+
+    def turn_away(server: socket.socket) -> None:
+        nonlocal asked
+        with contextlib.suppress(OSError):
+            while True:
+                server.accept()[0].close()
+                asked += 1
+
+    with store_with_sentinel(tmp_path) as (_, _, port), socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=turn_away, args=[server])
+        thread.start()
+        away = server.getsockname()[1]
+        open_store(Store(url=f"redis+sentinel://127.0.0.1:{away},127.0.0.1:{port}/driftkeel/0")).ping()
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert asked == 1
 
 
 def test_a_failover_by_sentinel(tmp_path: Path, open_store: OpenStore) -> None:
