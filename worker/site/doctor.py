@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from worker.store.client import connect
 from worker.store.store import StateStore, Write
 
 Level = Literal["ok", "warning", "failed"]
+Check = Callable[[WorkerConfig], Iterator["Finding"]]
 NEARLY_FULL = 0.9
 OLDEST_REDIS = (6, 2)
 PACKAGES = {"snappy": "python-snappy"}  # where the module has another name
@@ -45,20 +47,36 @@ class Finding:
 
 
 def examine(config: WorkerConfig) -> Iterator[Finding]:
-    """All checks, in the order in which a worker would need them; but what takes longest is the last."""
-    failed: set[Callable[..., object]] = set()
-    for subject, check in CHECKS:
-        if check is _model and _bundle in failed:
-            continue  # For the same reason.
-        try:
-            yield from check(config)
-        except (DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError) as error:
-            failed.add(check)
-            text = " ".join(str(error).split()) or type(error).__name__
-            yield Finding(subject, "failed", f"{text.rstrip('.')}{_remedy(check, error, config)}")
+    """All checks, in the order in which a worker would need them; but what takes longest is the last.
+
+    Store and broker are waited for at the same time: each may be away.
+    """
+    failed: set[Check] = set()
+    with ThreadPoolExecutor() as pool:
+        asked = {check: pool.submit(_findings, subject, check, config) for subject, check in CHECKS if check in REMOTE}
+        for subject, check in CHECKS:
+            if check is _model and _bundle in failed:
+                continue  # For the same reason.
+            found, complete = asked[check].result() if check in asked else _findings(subject, check, config)
+            yield from found
+            if not complete:
+                failed.add(check)
 
 
-def _remedy(check: Callable[..., object], error: Exception, config: WorkerConfig) -> str:
+def _findings(subject: str, check: Check, config: WorkerConfig) -> tuple[list[Finding], bool]:
+    """What a check found, and whether it came to its end."""
+    found: list[Finding] = []
+    try:
+        for one in check(config):
+            found.append(one)  # What came before an error counts.
+    except (DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        found.append(Finding(subject, "failed", f"{text.rstrip('.')}{_remedy(check, error, config)}"))
+        return found, False
+    return found, True
+
+
+def _remedy(check: Check, error: Exception, config: WorkerConfig) -> str:
     """What to do about somebody who does not answer; other errors say it themselves."""
     trial = _FOR_A_TRY if config.kafka.bootstrap.rpartition(":")[0] in LOOPBACK else ""
     if check is _broker and isinstance(error, KafkaConnectionError | KafkaTimeoutError):
@@ -260,7 +278,7 @@ def _partitions(kafka: Any, topic: str) -> Finding:
     return Finding("broker", "ok" if count > 1 else "warning", text)
 
 
-CHECKS: tuple[tuple[str, Callable[[WorkerConfig], Iterator[Finding]]], ...] = (
+CHECKS: tuple[tuple[str, Check], ...] = (
     ("versions", _versions),
     ("device", _device),
     ("bundle", _bundle),
@@ -270,3 +288,4 @@ CHECKS: tuple[tuple[str, Callable[[WorkerConfig], Iterator[Finding]]], ...] = (
     ("positions", _folded),
     ("bundle", _model),
 )
+REMOTE = (_store, _broker, _folded)
