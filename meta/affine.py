@@ -122,7 +122,7 @@ def _through_groups(
     of gradient * x_hat over positions; `room` is overwritten."""
     frames, groups = inverse.shape
     grouped = (frames, groups, x_hat.shape[1] // groups)
-    factor = (scale.reshape(len(scale), groups, -1) * inverse.unsqueeze(2)).view_as(total)
+    factor = (scale.reshape(len(scale), *grouped[1:]) * inverse.unsqueeze(2)).view_as(total)
     own = (torch.stack([total, along]) * factor).view(2, *grouped)
     means = own.sum(3, keepdim=True) / -(math.prod(x_hat.shape[1:]) // groups)
     constant, slope = means.expand_as(own).reshape(2, *total.shape).unbind()
