@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -24,6 +25,9 @@ Pixels = npt.NDArray[np.uint8]
 
 # Sizes are checked here against the configured limits, before any pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
+# Of EXIF alone it warns with as many texts as somebody cares to send. Python would write each of them to the log, and
+# remember each for ever.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(slots=True)

@@ -1,5 +1,7 @@
 import io
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 
@@ -156,6 +158,30 @@ def test_no_bytes_break_the_decoder(format: str, data: st.DataObject) -> None:
     except FrameError:
         return
     assert pixels.shape == (28, 28)
+
+
+def exif_of_nowhere(tags: range) -> bytes:
+    """A JPEG whose EXIF places each of its tags behind its end."""
+    entries = b"".join(struct.pack("<HHII", tag, 2, 1 << 20, 1 << 20) for tag in tags)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    whole = picture(format="JPEG")
+    return whole[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + whole[2:]
+
+
+READ_ALL = """
+import sys
+import PIL.TiffImagePlugin as plugin
+from tests.worker.decode.test_image import GREY, LIMITS, decode_image, exif_of_nowhere
+for first in range(1, 1_000, 100):
+    assert decode_image(exif_of_nowhere(range(first, first + 100)), LIMITS, GREY).shape == (28, 28)
+print(sorted(map(str, getattr(plugin, "__warningregistry__", {}).keys() - {"version"}))[:3])
+"""
+
+
+def test_nothing_is_said_or_remembered_of_damaged_exif() -> None:
+    # In a process of its own, with the warnings as Python has them.
+    done = subprocess.run([sys.executable, "-c", READ_ALL], capture_output=True, text=True, timeout=120)
+    assert (done.stderr, done.stdout.strip(), done.returncode) == ("", "[]", 0)
 
 
 def frame(offset: int, content: bytes) -> Frame:
