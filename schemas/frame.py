@@ -37,9 +37,8 @@ class Position:
     def read(text: str) -> Position | None:
         """What `str` made of one; None where the text, which may come from anywhere, is no place in Kafka."""
         topic, partition, offset = ["", "", *text.rsplit("/", 2)][-3:]
-        if not (partition.isdecimal() and offset.isdecimal()) or max(len(partition), len(offset)) > OFFSET_DIGITS:
-            return None
-        return Position(topic, int(partition), int(offset))
+        plain = all(part.isascii() and part.isdecimal() and len(part) <= OFFSET_DIGITS for part in (partition, offset))
+        return Position(topic, int(partition), int(offset)) if plain else None
 
     @property
     def log(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -33,6 +34,7 @@ log = logging.getLogger("driftkeel.watch")
 REMEMBERED_IDS = 100_000
 SILENT_S = 5.0  # a broker without news still answers every fetch
 BAR = 18  # height in pixels of the strip that a label stands in
+MAX_NAME = 200  # letters of a file's name that are a stream's; file systems take 255 bytes
 
 
 class Watcher:
@@ -166,16 +168,16 @@ class Drawer:
 
     def draw(self, prediction: Prediction) -> Path | None:
         """Where the picture is; None where the topic has dropped the frame, or it is no picture within the limits."""
-        content = self._frame(prediction.id)
+        position = Position.read(prediction.id)
+        content = self._frame(position) if position is not None and position.topic == self._topic else None
         picture = self._decoded(content) if content else None
-        if picture is None:
+        if position is None or picture is None:
             return None
         canvas = Image.new("RGB", (max(picture.width, 160), picture.height + BAR))
         canvas.paste(picture, (0, BAR))
         text = f"{printable(prediction.label)} {prediction.confidence:.0%} {prediction.parameters}"
         ImageDraw.Draw(canvas).text((3, 3), text.encode("latin-1", "replace").decode("latin-1"), fill="white")
-        partition, offset = prediction.id.split("/")[-2:]
-        path = self._folder / f"{quote(prediction.stream, safe='')}-{partition}-{offset}.jpg"
+        path = self._folder / f"{_file_name(prediction.stream)}-{position.partition}-{position.offset}.jpg"
         canvas.save(path, "JPEG", quality=90)
         return path
 
@@ -183,10 +185,7 @@ class Drawer:
         """Give the connections back."""
         self._consumer.close(autocommit=False)
 
-    def _frame(self, frame_id: str) -> bytes | None:
-        position = Position.read(frame_id)
-        if position is None or position.topic != self._topic:
-            return None
+    def _frame(self, position: Position) -> bytes | None:
         place = TopicPartition(position.topic, position.partition)
         self._consumer.assign([place])
         self._consumer.seek(place, position.offset)
@@ -198,3 +197,9 @@ class Drawer:
             return open_image(content, self._limits).convert("RGB")
         except Exception:  # noqa: BLE001 - decoders fail on hostile bytes in ways that no list of exceptions covers
             return None
+
+
+def _file_name(stream: str) -> str:
+    """The stream's name as part of a file's; of a long one the beginning, and a hash of all of it."""
+    name = quote(stream, safe="")
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -22,6 +22,7 @@ def parse(key: bytes | None = b"cam-1", value: bytes | None = b"x", headers: lis
         ("a/b/2/17", Position("a/b", 2, 17)),
         ("frames/-1/17", None),
         ("frames/1/\N{SUPERSCRIPT TWO}", None),
+        ("frames/1/\N{ARABIC-INDIC DIGIT TWO}", None),
         ("frames/1", None),
         ("", None),
         ("frames/1/" + 30 * "9", None),

@@ -1,4 +1,4 @@
-"""Watching a broker that goes away and comes back."""
+"""Watching a broker that goes away and comes back, and drawing what is watched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from schemas.config import Kafka, WorkerConfig
 from tests.chaos.proxy import flaky_broker
-from tests.conftest import Topic
+from tests.conftest import Topic, picture
 from tests.monitoring.console.records import prediction
 from tests.servers import wait_until
 from worker.kafka.answer import last_answer
@@ -64,9 +64,15 @@ def test_a_broker_that_goes_away_is_said_once_and_that_it_is_back(
     assert len(found) == 1
 
 
-def test_no_id_of_a_prediction_ends_the_drawing(kafka_settings: Kafka, tmp_path: Path) -> None:
-    """Whoever may write to the topic chooses them."""
+def test_whatever_a_stream_is_called_its_frames_are_drawn(kafka_settings: Kafka, topic: Topic, tmp_path: Path) -> None:
+    frames = kafka_settings.topics.frames
     drawer = Drawer(WorkerConfig(kafka=kafka_settings), tmp_path, threading.Event())
-    for end in ("0/\N{SUPERSCRIPT TWO}", f"0/{10**30}", "-1/0", "0", ""):
-        assert drawer.draw(prediction("cam", id=f"{kafka_settings.topics.frames}/{end}")) is None
+    names = ["../cam", "\N{GREEK SMALL LETTER ALPHA}" * 100, "\N{GREEK SMALL LETTER ALPHA}" * 99 + "b"]
+    for number, name in enumerate(names):
+        (sent,) = topic.send(frames, [(name.encode(), picture(number), [])])
+        drawn = drawer.draw(prediction(name, id=f"{frames}/{sent.partition}/{sent.offset}"))
+        assert drawn is not None and drawn.exists() and drawn.parent == tmp_path
+    assert len(list(tmp_path.iterdir())) == 3
+    for place in ("0/\N{SUPERSCRIPT TWO}", "0/" + "9" * 30, "9" * 30 + "/0", "../0"):
+        assert drawer.draw(prediction("cam", id=f"{frames}/{place}")) is None
     drawer.close()
