@@ -151,7 +151,8 @@ class Manifest(Part):
     @classmethod
     def _plain_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
-            if PurePosixPath(name).name != name or name in ("", ".", "..", "manifest.json"):
+            plain = PurePosixPath(name).name == name and name.isprintable()
+            if not plain or name in ("", ".", "..", "manifest.json"):
                 raise ValueError(f"file name {name!r} must be a plain name inside the bundle")
         return files
 

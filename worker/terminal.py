@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -30,3 +31,13 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     for name, text in rows:
         table.add_row(name, Text(printable(text)))
     return table
+
+
+def printable_lines(text: str) -> str:
+    """The same of a text of several lines, whose ends are ours."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def printable_json(text: str) -> str:
+    """JSON that says the same. By itself it escapes a part of what steers a terminal, and not U+0080 to U+009F."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text)

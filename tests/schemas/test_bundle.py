@@ -14,7 +14,7 @@ def test_content_hash_changes_with_any_file(tiny_bundle) -> None:
     assert other.content_hash != manifest.content_hash
 
 
-@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/b", "", "..", "manifest.json"])
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "a/b", "", "..", "manifest.json", "a\0b", "\x1b[2J"])
 def test_file_names_stay_inside_the_bundle(tiny_bundle, name: str) -> None:
     content = tiny_bundle.manifest.model_dump()
     content["files"] = {name: {"sha256": "0" * 64, "size": 1}}

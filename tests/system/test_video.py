@@ -97,7 +97,7 @@ def test_watching_survives_what_is_no_prediction(site: Site, topic: Topic) -> No
         "stream": "cam\x1b[2J",
         "event_time": "2026-01-01T00:00:00Z",
         "index": 0,
-        "label": "nut\x1b]0;x\x07",
+        "label": "nut\x1b]0;x\x07\x9b2J",
         "confidence": 0.5,
         "top": [],
         "bundle": "b",
@@ -115,7 +115,10 @@ def test_watching_survives_what_is_no_prediction(site: Site, topic: Topic) -> No
     shown = run_cli("watch", *options, **client_environment(site))
     assert shown.returncode == 0, shown.stderr
     assert len(shown.stdout.splitlines()) == 2  # the repeated one once, the others not at all
-    assert "\x1b" not in shown.stdout
+    assert not {"\x1b", "\x9b"} & set(shown.stdout)
+    as_json = run_cli("watch", "--json", *options[:3], **client_environment(site))
+    assert json.loads(as_json.stdout.splitlines()[0])["label"] == good["label"]
+    assert not {"\x1b", "\x9b"} & set(as_json.stdout)
     table = run_cli("watch", "--table", *options[:3], **client_environment(site))
     assert "cam\N{REPLACEMENT CHARACTER}" in table.stdout
     assert "confidence" in table.stdout  # a pipe has no edge at which to cut

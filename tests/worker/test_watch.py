@@ -71,7 +71,8 @@ def test_whatever_a_stream_is_called_its_frames_are_drawn(kafka_settings: Kafka,
     for number, name in enumerate(names):
         (sent,) = topic.send(frames, [(name.encode(), picture(number), [])])
         drawn = drawer.draw(prediction(name, id=f"{frames}/{sent.partition}/{sent.offset}"))
-        assert drawn is not None and drawn.exists() and drawn.parent == tmp_path
+        assert drawn is not None
+        assert (drawn.exists(), drawn.parent) == (True, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     for place in ("0/\N{SUPERSCRIPT TWO}", "0/" + "9" * 30, "9" * 30 + "/0", "../0"):
         assert drawer.draw(prediction("cam", id=f"{frames}/{place}")) is None

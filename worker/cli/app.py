@@ -137,11 +137,12 @@ def meta_train(
 def doctor(config: ConfigOption = None) -> None:
     """Check bundle, store, broker and topics as a worker would meet them; exit 1 if one of them fails."""
     from worker.site.doctor import examine
+    from worker.terminal import printable
 
     failed = False
     for finding in examine(load_config(config)):
         failed |= finding.level == "failed"
-        print(f"{finding.level:8s} {finding.subject:9s} {finding.text}")
+        print(printable(f"{finding.level:8s} {finding.subject:9s} {finding.text}"))
     raise typer.Exit(int(failed))
 
 
@@ -158,7 +159,8 @@ def run() -> None:
         app()
     except DriftkeelError as error:
         from worker.log import told_as_event
+        from worker.terminal import printable_lines
 
         if not told_as_event(error):
-            print(f"driftkeel: {error}", file=sys.stderr)
+            print(f"driftkeel: {printable_lines(str(error))}", file=sys.stderr)
         sys.exit(1)

@@ -35,18 +35,18 @@ def bundle_show(
     from meta.bundle_folder import read_verdict
     from meta.imports import import_from
     from worker.cli.bundle_show import show
-    from worker.terminal import terminal
+    from worker.terminal import printable_json, printable_lines, terminal
 
     if factory:
         import_from(code)
     bundle = load_bundle(path, factory or ())
     besides = sys.stderr if whole else sys.stdout
     if whole:
-        print(bundle.manifest.model_dump_json(indent=2))
+        print(printable_json(bundle.manifest.model_dump_json(indent=2)))
     else:
         show(terminal(), bundle)
     if (verdict := read_verdict(path)) is not None:
-        print(f"\n{_table(verdict)}\n", file=besides)
+        print(f"\n{printable_lines(_table(verdict))}\n", file=besides)
     print(f"sound: bundle {bundle.hash}", file=besides)
 
 

@@ -115,5 +115,7 @@ def _send(config: Path | None, wait: float, **fields: Any) -> None:
 
 
 def _say(event: UpdateEvent) -> str:
-    print(f"{event.id}: {event.decision}, now at step {event.step}: {event.reason}", flush=True)
+    from worker.terminal import printable
+
+    print(printable(f"{event.id}: {event.decision}, now at step {event.step}: {event.reason}"), flush=True)
     return event.decision

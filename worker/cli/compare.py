@@ -25,7 +25,7 @@ def compare(
 ) -> None:
     """Set the answers of two groups of workers to the same frames side by side, as before a new bundle is relied on."""
     from worker import compare as side_by_side
-    from worker.terminal import terminal
+    from worker.terminal import printable, terminal
 
     one, other = load_config(first), load_config(second)
     side_by_side.must_be_comparable(one, other)
@@ -45,6 +45,7 @@ def compare(
         for name, path, bundles, alone in zip(
             ("first", "second"), (first, second), found.bundles, found.alone, strict=True
         ):
-            print(f"{name}: {path}, bundle {', '.join(bundles)}; {alone:,} frames that the other has not answered")
+            words = f"{name}: {path}, bundle {', '.join(bundles)}; {alone:,} frames that the other has not answered"
+            print(printable(words))
     for pair in found.differing[-show:] if show else ():
         print(side_by_side.difference(*pair))

@@ -127,7 +127,7 @@ def _shown(watcher: Watcher, as_json: bool, table: bool, count: int | None) -> I
     """Print each prediction as it passes."""
     from rich.live import Live
 
-    from worker.terminal import terminal
+    from worker.terminal import printable_json, terminal
     from worker.watch import Board, line
 
     predictions = islice(watcher.predictions(), count)
@@ -140,7 +140,7 @@ def _shown(watcher: Watcher, as_json: bool, table: bool, count: int | None) -> I
                 yield prediction
         return
     for prediction in predictions:
-        print(prediction.model_dump_json() if as_json else line(prediction), flush=True)
+        print(printable_json(prediction.model_dump_json()) if as_json else line(prediction), flush=True)
         yield prediction
 
 

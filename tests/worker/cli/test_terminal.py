@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from meta.bundle_folder import read_manifest
 from schemas.policy import Policy, PolicyChange
 from schemas.prediction import Prediction
 from schemas.state import DriftWatch, GuardState, Snapshot, StreamHeader
 from schemas.update import Proxies
-from tests.monitoring.console.records import prediction
+from tests.monitoring.console.records import event, prediction
+from worker.cli.app import run
+from worker.cli.command import _say
 from worker.cli.streams_show import show
 from worker.control.stored import Listed
 from worker.demo.score import Scoreboard
 from worker.demo.view import open_view
+from worker.site import doctor
+from worker.terminal import printable_json
 from worker.watch import Board
 
 SEEN = Proxies(estimated_accuracy=0.912, low=0.85, high=0.95, source_accuracy=0.7, confidence=0.9, entropy=0.2)
@@ -134,3 +141,40 @@ def test_no_prediction_has_a_time_that_some_zone_has_no_name_for(time: str) -> N
     said = json.loads(prediction("cam").model_dump_json()) | {"event_time": time}
     with pytest.raises(ValidationError, match="event_time"):
         Prediction.model_validate_json(json.dumps(said))
+
+
+def test_json_for_the_terminal_says_the_same() -> None:
+    content = {"label": "Größe \N{GRINNING FACE} \x1b[2J\x9b2J\x7f\u202e\U000e0001"}
+    text = printable_json(json.dumps(content, ensure_ascii=False, indent=2))
+    assert json.loads(text) == content
+    assert all(letter.isprintable() for line in text.splitlines() for letter in line)
+    assert "Größe \N{GRINNING FACE}" in text
+
+
+def as_run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["driftkeel", *arguments])
+    with pytest.raises(SystemExit):
+        run()
+
+
+def test_a_bundle_from_outside_does_not_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_bundle_path: Path, tmp_path: Path
+) -> None:
+    manifest = read_manifest(tiny_bundle_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest.model_dump(mode="json"), HOSTILE: 1}))
+    as_run(monkeypatch, "bundle", "show", str(tmp_path))
+    said = capsys.readouterr().err
+    assert said.startswith("driftkeel: ")
+    assert "Extra inputs are not permitted" in said
+    assert "\x1b" not in said
+
+
+def test_what_others_say_does_not_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _say(event("cam", 3, reason=HOSTILE))
+    monkeypatch.setattr(doctor, "examine", lambda config: [doctor.Finding("topics", "ok", HOSTILE)])
+    as_run(monkeypatch, "doctor")
+    said = capsys.readouterr().out
+    assert said.count("[/red]") == 2
+    assert "\x1b" not in said
