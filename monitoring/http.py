@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import socket
 import sys
@@ -19,6 +20,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 log = logging.getLogger("driftkeel.http")
 TIMEOUT_S = 10.0
 MAX_OPEN = 64  # connections: a thread and a file descriptor each, which broker and store need, too
+MAX_HEAD_BYTES = 32 << 10  # of a request, without its last line; what scrapes and probes ask has some hundred
 
 
 @dataclass
@@ -61,8 +63,26 @@ class _Threads(ThreadingMixIn, WSGIServer):
         super().shutdown_request(request)
 
 
+class _Head(io.BufferedReader):
+    """A request, up to `MAX_HEAD_BYTES`: the library takes a hundred lines of 64 KB, and five times that to read them."""
+
+    _left = MAX_HEAD_BYTES
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        self._left -= len(line)
+        if self._left < 0:
+            raise ConnectionError("nobody who wants an answer has so much to say")
+        return line
+
+
 class _Silent(WSGIRequestHandler):
     timeout = TIMEOUT_S  # Each connection has a thread; one that asks nothing must not keep it.
+    rbufsize = 0
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile: io.BufferedReader = _Head(self.rfile)
 
     def handle(self) -> None:
         """Connections that break off or never ask are no news either."""

@@ -78,6 +78,22 @@ def test_slow_connections_take_no_more_than_some_threads_and_keep_nobody_out(mon
         server.close()
 
 
+def test_a_request_without_end_is_not_read(capsys: pytest.CaptureFixture) -> None:
+    server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: "")
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as endless:
+            endless.sendall(b"GET /metrics HTTP/1.1\r\n")
+            with contextlib.suppress(ConnectionError):
+                for _ in range(99):
+                    endless.sendall(b"name: " + 65_000 * b"a" + b"\r\n")
+                endless.sendall(b"\r\n")
+                assert not endless.recv(1)
+        assert get(server.port, "/healthz")[0] == 200
+    finally:
+        server.close()
+    assert capsys.readouterr().err == ""
+
+
 def test_taken_port() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
