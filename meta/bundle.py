@@ -26,7 +26,7 @@ from meta.generator import MetaGradientGenerator
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.method import CPU
 from meta.mgg import MGG
-from meta.models import build_network
+from meta.models import ARCHITECTURES, build_network
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics
 from meta.paper import PaperMGG, PaperSettings
@@ -110,8 +110,10 @@ def load_bundle(
     manifest = read_manifest(folder)
     contents = {name: checked_file(folder, name, entry) for name, entry in manifest.files.items()}
     labels = read_labels(folder, manifest)
+    weights = _tensors(contents, folder, "model.safetensors")
+    _check_size(manifest, weights, folder)
     network = build_network(manifest.model.architecture, manifest.model.arguments, factories).float()
-    _load_weights(network, _tensors(contents, folder, "model.safetensors"), "model.safetensors")
+    _load_weights(network, weights, "model.safetensors")
     model = AdaptableModel(network, manifest.model.norm_order, manifest.model.norm_layouts)
     source = _statistics(_tensors(contents, folder, "statistics.safetensors"), model, len(labels))
     generator = _tensors(contents, folder, "generator.safetensors")
@@ -190,6 +192,21 @@ def _tensors(contents: dict[str, bytes], folder: Path, name: str) -> dict[str, T
 def _tensors_alone(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]:
     entries = {name: manifest.files[name]} if name in manifest.files else {}
     return _tensors({key: checked_file(folder, key, entry) for key, entry in entries.items()}, folder, name)
+
+
+def _check_size(manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
+    """Before memory is taken: arguments may ask for any size of a network. Those of the site's own code are trusted."""
+    name = manifest.model.architecture
+    if name not in ARCHITECTURES:
+        return
+    with torch.device("meta"):
+        asked = sum(tensor.numel() for tensor in build_network(name, manifest.model.arguments).state_dict().values())
+    had = sum(tensor.numel() for tensor in weights.values())
+    if asked > had:
+        raise BundleError(
+            f"{folder}: model.safetensors does not fit its architecture: it has {had:,} numbers, and {name} with the "
+            f"manifest's arguments {asked:,}; get the bundle again"
+        )
 
 
 def _load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], name: str) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from meta.imports import imported
 from schemas.errors import BundleError
 
+MOST_STAGES = 200  # of a network of ours. A manifest has room for some hundred thousand, which take minutes to make.
+
 
 def groupnorm_cnn(
     classes: int = 10, channels: int = 1, widths: tuple[int, ...] = (16, 32, 64), group: int = 8
@@ -25,6 +27,7 @@ def groupnorm_cnn(
 
     Frames (B, channels, h, w) to logits (B, classes). `group` is the number of channels a group normalises over.
     """
+    _require_few(len(widths))
     layers: list[nn.Module] = []
     before = channels
     for stage, width in enumerate(widths):
@@ -59,6 +62,7 @@ def batchnorm_cnn(classes: int = 10, channels: int = 1, widths: tuple[int, ...] 
 
     Frames (B, channels, h, w) to logits (B, classes).
     """
+    _require_few(len(widths))
     stem = widths[0]
     layers: list[nn.Module] = [
         nn.Conv2d(channels, stem, 3, padding=1, bias=False),
@@ -124,7 +128,13 @@ def layernorm_vit(
 
     Frames (B, channels, side, side) to logits (B, classes); side must be a multiple of 4.
     """
+    _require_few(depth)
     return _SmallViT(classes, channels, side, width, depth, heads)
+
+
+def _require_few(stages: int) -> None:
+    if stages > MOST_STAGES:
+        raise ValueError(f"{stages} stages are more than {MOST_STAGES}")
 
 
 ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
@@ -165,7 +175,7 @@ def build_network(architecture: str, arguments: dict[str, Any], factories: Itera
         network = factory(**arguments)
     except Exception as error:  # Somebody else's code; whatever it raises, the site should read what was asked of it.
         raise BundleError(
-            f"architecture {architecture!r} does not take the bundle's arguments {arguments}: "
+            f"architecture {architecture!r} does not take the bundle's arguments {str(arguments)[:300]}: "
             f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(network, nn.Module):

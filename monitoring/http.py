@@ -64,7 +64,7 @@ class _Threads(ThreadingMixIn, WSGIServer):
 
 
 class _Head(io.BufferedReader):
-    """A request, up to `MAX_HEAD_BYTES`: the library takes a hundred lines of 64 KB, and five times that to read them."""
+    """A request, up to `MAX_HEAD_BYTES`: the library takes a hundred lines of 64 KB, and five times that to parse."""
 
     _left = MAX_HEAD_BYTES
 

@@ -101,6 +101,20 @@ def test_unsound_bundles(copy_of: Path, break_it, message: str) -> None:
         load_bundle(copy_of)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"widths": [8, 3_000]}, "it has 1,900 numbers, and groupnorm-cnn with the manifest's arguments 81,"),
+        ({"widths": [8] * 201}, "201 stages are more than 200"),
+    ],
+)
+def test_arguments_take_no_more_memory_than_the_weights(copy_of: Path, arguments: dict, message: str) -> None:
+    model = json.loads((copy_of / "manifest.json").read_text())["model"]
+    edit(copy_of, model=model | {"arguments": model["arguments"] | arguments})
+    with pytest.raises(BundleError, match=message):
+        load_bundle(copy_of)
+
+
 def settings_of(folder: Path, name: str, **settings: object) -> None:
     edit(folder, method={"name": name, "settings": settings})
 
