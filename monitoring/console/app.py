@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -104,7 +104,7 @@ class Pages:
         if self._session.blocked():
             return JSONResponse({"error": "too many wrong tokens; wait a minute"}, 429)
         try:
-            given = _Login.model_validate_json(await request.body())
+            given = _Login.model_validate_json(await _body(request))
         except ValidationError:
             return JSONResponse({"error": 'expected {"token": ...}'}, 400)
         cookie = self._session.login(given.token)
@@ -175,7 +175,7 @@ class Pages:
         if not self._session.allows(request):
             return _must_log_in() if not self._session.knows(request) else JSONResponse({"error": "reload"}, 403)
         try:
-            command = _Ask.model_validate_json(await request.body()).command()
+            command = _Ask.model_validate_json(await _body(request)).command()
         except ValidationError as error:
             where, words = mistakes(error)[0]
             return JSONResponse({"error": f"{where or 'command'}: {words}"}, 400)
@@ -241,6 +241,14 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+async def _body(request: Request) -> bytes:
+    """Empty where the connection ended before it: nobody waits for an answer."""
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        return b""
 
 
 def _must_log_in() -> Response:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -314,6 +315,22 @@ def test_requests_from_elsewhere_are_refused(site: Site, start: Callable[..., Co
         assert headers["x-content-type-options"] == "nosniff"
     for path in ("/static/../app.py", "/static/%2e%2e/app.py", "/static//etc/passwd"):
         assert console.ask("GET", path)[0] == 404
+
+
+def test_what_is_no_request_leaves_no_line_in_the_log(site: Site, start: Callable[..., ConsoleProcess]) -> None:
+    console = start()
+    before = console.log.read_text()
+    head = f"HTTP/1.1\r\nhost: 127.0.0.1:{console.port}\r\n"
+    cut = "content-type: application/json\r\ncontent-length: 99\r\n\r\n{"
+    upgrade = "connection: upgrade\r\nupgrade: websocket\r\n\r\n"
+    for said in (f"POST /api/login {head}{cut}", f"GET /healthz {head}{upgrade}", "\x16\x03\x01 nothing\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", console.port), timeout=120) as connection:
+            connection.sendall(said.encode("latin-1"))
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(65_536):
+                pass
+    assert console.ask("GET", "/healthz")[0] == 200
+    assert console.log.read_text() == before
 
 
 def test_bound_elsewhere_it_wants_a_token() -> None:

@@ -98,6 +98,8 @@ def _serve(fleet: Fleet, outside: Outside, config: WorkerConfig, listening: sock
             timeout_graceful_shutdown=3,
         )
     )
+    # It has a line or two for all that is no request, and whoever reaches the port may send that without end.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     host, port = listening.getsockname()[:2]
     print(f"console: http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)  # noqa: T201
     asyncio.run(server.serve(sockets=[listening]))
