@@ -100,6 +100,10 @@ class Decoding:
 
     def finish(self, arrival: Arrival, result: DecodedFrame | FrameError | None) -> None:
         """Where it was dropped, nothing comes of it."""
+        if isinstance(result, FrameError):
+            # Its traceback leads by way of frames to whatever holds it. Such a circle stays, with the record and what a
+            # decoder has made of it, until garbage is collected; and that counts objects, not their bytes.
+            result.__traceback__ = result.__cause__ = result.__context__ = None
         arrival.result, arrival.done = result, True
         self._touched[arrival.record.key] = None
 

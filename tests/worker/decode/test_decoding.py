@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from types import SimpleNamespace
@@ -66,6 +68,50 @@ def test_each_record_comes_out_once_and_in_order(threads: int) -> None:
     assert sorted(where(taken)) == list(range(500))
     assert decoding.held == 0
     decoding.close()
+
+
+class Canvas:
+    """What a decoder takes for a picture."""
+
+
+def test_of_a_picture_that_cannot_be_decoded_nothing_stays_until_garbage_is_collected() -> None:
+    canvases: list[weakref.ref[Canvas]] = []
+
+    def damaged(canvas: Canvas) -> Any:
+        canvases.append(weakref.ref(canvas))
+        try:
+            raise OSError("failed to read next frame")
+        except OSError as error:
+            raise FrameError("damaged", "it is") from error
+
+    def fails(frame: Any, received: float) -> Any:
+        try:
+            return damaged(Canvas())
+        except FrameError as error:
+            return error
+
+    def refuse(arrivals: list[Arrival]) -> None:
+        prepare(arrivals)
+        for arrival in arrivals[::2]:
+            finish(arrival, Canvas())
+
+    def finish(arrival: Arrival, canvas: Canvas) -> None:
+        try:
+            damaged(canvas)
+        except FrameError as error:
+            decoding.finish(arrival, error)
+
+    decoding = Decoding(fails, 1)
+    for i in range(8):
+        decoding.add(float(i), record(b"a", 0, i))
+    gc.disable()
+    try:
+        assert {arrival.result.kind for arrival in all_of(decoding, refuse)} == {"damaged"}
+        decoding.close()
+        assert len(canvases) == 8
+        assert [canvas() for canvas in canvases] == [None] * 8
+    finally:
+        gc.enable()
 
 
 def test_what_is_held_is_counted_with_its_headers() -> None:
