@@ -12,6 +12,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from schemas.prediction import Parameters
 
 UPDATE_TYPE = "io.driftkeel.update.v1"
+MAX_NUMBER = 2**63 - 1  # tables have no room for more
 # The first three judge an update that the stream's frames proposed. With the next three the parameters became what they
 # were, or what somebody brought. The next four are a person's word; the parameters stay. With the next one they went on
 # under another bundle. After the last one nothing is left of the stream; it may begin anew.
@@ -70,7 +71,7 @@ class UpdateEvent(BaseModel):
     decision: Decision
     reason: str
     frames: list[str] = Field(description="positions of the frames covered")
-    step: int = Field(ge=0, description="updates applied, after this decision")
+    step: int = Field(ge=0, le=MAX_NUMBER, description="updates applied, after this decision")
     loss: float | None = Field(None, description="objective before the update; null where it is not finite")
     entropy: float | None = None
     discrepancy: float | None = None
@@ -80,14 +81,17 @@ class UpdateEvent(BaseModel):
     source_distance: float | None = Field(None, description="of the norm affine from source, after the decision")
     layers: dict[str, float] = Field(default_factory=dict, description="how far each norm layer moved by the decision")
     flipped: int | None = Field(
-        None, ge=0, description="of the frames that source answered too, those it calls otherwise"
+        None,
+        ge=0,
+        le=MAX_NUMBER,
+        description="of the frames that source answered too, those it calls otherwise",
     )
     parameters: Parameters = Field("adapted", description="which ones answer for the stream after the decision")
     before: Proxies | None = None
     after: Proxies | None = None
     command: str | None = Field(None, description="id of the command that asked for it")
     previous: str = Field("", description="sha256 of the stream's previous event as published; empty for the first")
-    token: int = Field(ge=0)
+    token: int = Field(ge=0, le=MAX_NUMBER)
     bundle: str
     worker: str
 

@@ -27,6 +27,7 @@ from worker.audit.show import BACK, change, number
 ADAPTED, SOURCE, UNDONE, TOLD = "#0b6e8f", "#9a5b13", "#b3261e", "#5b4b8a"
 BINS = 60  # of time, in the picture of the layers
 MAX_STREAMS, MAX_ROWS = 24, 200
+LARGEST = 1e100  # in a chart; what is far larger has no ticks, and no worker wrote it
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -114,7 +115,8 @@ def _accuracy(axes: Axes, times: npt.NDArray[np.float64], events: Sequence[Updat
 
 
 def _line(axes: Axes, times: npt.NDArray[np.float64], values: Sequence[float | None], colour: str) -> None:
-    known = [(moment, value) for moment, value in zip(times, values, strict=True) if value is not None]
+    both = zip(times, values, strict=True)
+    known = [(moment, value) for moment, value in both if value is not None and abs(value) < LARGEST]
     axes.step([moment for moment, _ in known], [value for _, value in known], where="post", color=colour, linewidth=1.3)
 
 
@@ -131,7 +133,7 @@ def _layers(axes: Axes, times: npt.NDArray[np.float64], events: Sequence[UpdateE
     columns = np.clip(np.searchsorted(edges, times, "right") - 1, 0, BINS - 1)
     for column, event in zip(columns, events, strict=True):
         for layer, far in event.layers.items():
-            moved[rows[layer], column] += far
+            moved[rows[layer], column] += far if abs(far) < LARGEST else 0
     axes.pcolormesh(edges, np.arange(len(names) + 1), moved, cmap="Blues", rasterized=False)
     axes.invert_yaxis()
     every = max(1, len(names) // 12)

@@ -19,6 +19,7 @@ from schemas.config import Store
 from schemas.errors import StateError
 from schemas.state import StreamHeader, encode_header
 from schemas.update import Proxies, SealedEvent, UpdateEvent, seal
+from tests.monitoring.console.records import event
 from tests.outline import rebuilt
 from worker.audit.export import write_csv, write_lines
 from worker.audit.history import Numbers, spans, summaries
@@ -427,3 +428,22 @@ def test_layers_may_be_called_anything(tmp_path: Path) -> None:
     events = [sealed.event for sealed in chain("cam", 3, layers={"$\\frac$": 1.0, "<b>": 0.5})]
     write_report(tmp_path / "a.html", {"cam": events}, "")
     assert "<b>" not in (tmp_path / "a.html").read_text()
+
+
+@pytest.mark.parametrize("number", [1e308, -1e308, float("inf"), float("nan")])
+def test_whatever_numbers_others_wrote_can_be_drawn_and_exported(tmp_path: Path, number: float) -> None:
+    pytest.importorskip("pyarrow.parquet")
+    from worker.audit.export import write_parquet
+    from worker.audit.report import write_report
+
+    events = [event("cam", n, source_distance=far, layers={"norm": far}) for n, far in enumerate((1.0, number, 2.0), 1)]
+    write_report(tmp_path / "audit.html", {"cam": events}, "")
+    assert "<svg" in (tmp_path / "audit.html").read_text()
+    assert write_parquet([events], tmp_path / "audit.parquet") > 20
+
+
+@pytest.mark.parametrize("field", ["step", "token", "flipped"])
+def test_counts_that_no_table_has_room_for_make_no_event(field: str) -> None:
+    content = json.loads(event("cam", 1).model_dump_json())
+    assert Record(json.dumps({**content, field: 2**63 - 1}).encode(), "").event is not None
+    assert Record(json.dumps({**content, field: 2**63}).encode(), "").event is None
