@@ -10,6 +10,8 @@ import yaml
 
 from schemas.errors import ConfigError
 
+MOST_MERGED = 10_000  # keys that a section takes over by '<<'; ten lines can ask for a billion
+
 
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice: PyYAML takes the last, and the first section would be gone without a word."""
@@ -25,6 +27,13 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        own = len(node.value)
+        super().flatten_mapping(node)
+        if len(node.value) > own + MOST_MERGED:
+            why = f"'<<' merges more than {MOST_MERGED:,} keys into one section"
+            raise yaml.constructor.ConstructorError(None, None, why, node.start_mark)
 
 
 def yaml_content(path: Path, what: str) -> Any:

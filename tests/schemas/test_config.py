@@ -33,6 +33,12 @@ def test_example_lists_every_option_with_its_default() -> None:
     assert example == defaults
 
 
+# Each line has nine times the keys of the one before.
+MERGED = "a0: &a0 {k: 1, l: 2, m: 3, n: 4, o: 5, p: 6, q: 7, r: 8, s: 9}\n" + "".join(
+    f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 7)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -49,6 +55,7 @@ def test_example_lists_every_option_with_its_default() -> None:
         ("kafka: {group: ''}", "kafka.group: string should have at least 1 character"),
         ("worker: ''", "worker: string should have at least 1 character"),
         ("kafka: {topics: {frames: line 3}}", "kafka.topics.frames: string should match pattern"),
+        (MERGED, r"is not YAML, line 5: '<<' merges more than 10,000 keys into one section"),
         ("kafka: {group: a}\nbatch: {}\nkafka: {}", "is not YAML, line 3: 'kafka' is there a second time"),
         ("streams:\n  cam-7: {mode: shadow}\n  cam-7: {}", "is not YAML, line 3: 'cam-7' is there a second time"),
         ("- a\n- b", "expected sections"),
