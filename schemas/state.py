@@ -7,15 +7,15 @@ seconds to load.
 from __future__ import annotations
 
 import json
-from datetime import datetime
-from typing import Annotated, Final, Literal
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from schemas.errors import StateError, mistakes
 from schemas.frame import Position
 from schemas.policy import PolicyChange
-from schemas.update import Proxies
+from schemas.update import Proxies, SealedEvent, UpdateEvent, seal
 
 FORMAT_VERSION: Final = 1
 HOUR_S: Final = 3_600
@@ -148,6 +148,15 @@ class StreamHeader(Stored):
     def has_folded(self, position: Position) -> bool:
         """Whether the frame at `position` has shaped this state already."""
         return position.offset <= self.positions.get(position.log, -1)
+
+    def next_event(self, **said: Any) -> SealedEvent:
+        """The stream's next event, with what it says: its number and its chain go on from this header."""
+        number, now = f"{self.stream}@{self.events + 1}", datetime.now(UTC)
+        return seal(UpdateEvent(id=number, stream=self.stream, time=now, previous=self.last_event, **said))
+
+    def behind(self, last: SealedEvent) -> StreamHeader:
+        """The header once `last` is the stream's last event."""
+        return self.model_copy(update={"events": last.event.number, "last_event": last.digest})
 
 
 class Snapshot(Stored):

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 from monitoring import observe
 from monitoring.metrics import WorkerMetrics
-from schemas.update import seal
 from worker.batch.batcher import MicroBatch, MicroBatcher
 from worker.engine.device import use
 from worker.engine.judge import judge
@@ -217,15 +216,13 @@ class Step:
             proposal = proposed.get(id(outlook))
             newest = self._streams.newest
             judgement = judge(self._engine, self._guard, outlook, proposals, proposal, self._drift_frames, newest)
-            verdict, header = judgement.verdict, judgement.header
-            if verdict.apply:
-                header.lately = header.lately.and_one(time.time())
+            if judgement.verdict.apply:
+                judgement.header.lately = judgement.header.lately.and_one(time.time())
             if not self._engine.holds(outlook.batch.stream, resident):
                 continue  # It went while the store was asked for a snapshot.
-            event = update_event(self._engine, self._worker, outlook, judgement, proposal)
-            snapshot = self._streams.snapshot(resident.header, header, event)
-            sealed = seal(event)
-            header.last_event = sealed.digest
+            sealed = update_event(self._engine, self._worker, outlook, judgement, proposal)
+            header = judgement.header.behind(sealed)
+            snapshot = self._streams.snapshot(resident.header, header, sealed.event)
             folded.append(
                 Folded(
                     resident,

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from datetime import UTC, datetime
 from shlex import quote
 
 from schemas.config import Kafka
 from schemas.errors import StateError, UnreachableError
 from schemas.state import StreamHeader, decode_header
-from schemas.update import SealedEvent, UpdateEvent, seal
+from schemas.update import SealedEvent
 from worker.control.stored import listed, unknown
 from worker.publish.publisher import ACKNOWLEDGE_TIMEOUT_S, Publisher
 from worker.store.store import Claimed, Overview, StateStore
@@ -82,19 +81,13 @@ def _last(stream: str, claimed: Claimed, waiting: list[SealedEvent], reason: str
     # What cannot be read goes anyway; the event beside it says where the chain is.
     with contextlib.suppress(StateError):
         header = decode_header(claimed.header) if claimed.header else header
-    return seal(
-        UpdateEvent(
-            id=f"{stream}@{header.events + 1}",
-            stream=stream,
-            time=datetime.now(UTC),
-            decision="deleted",
-            reason=reason,
-            frames=[],
-            step=0,
-            parameters="source",
-            previous=header.last_event,
-            token=claimed.token,
-            bundle=header.bundle,
-            worker=name,
-        )
+    return header.next_event(
+        decision="deleted",
+        reason=reason,
+        frames=[],
+        step=0,
+        parameters="source",
+        token=claimed.token,
+        bundle=header.bundle,
+        worker=name,
     )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime
 from typing import Any
 
-from schemas.update import UpdateEvent
+from schemas.update import SealedEvent
 from worker.engine.engine import Engine
 from worker.engine.judge import Judgement
 from worker.engine.passes import Outlook, Proposal
@@ -15,7 +14,7 @@ from worker.guard.answer import named
 
 def update_event(
     engine: Engine, worker: str, outlook: Outlook, judgement: Judgement, proposal: Proposal | None
-) -> UpdateEvent:
+) -> SealedEvent:
     """Of a micro-batch that counts as done with what the judgement leaves; `proposal` where an update was computed."""
     verdict, before, after = judgement.verdict, outlook.resident.header, judgement.header
     signals = proposal.signals if proposal else {}
@@ -24,12 +23,12 @@ def update_event(
         value = signals.get(name)
         return value if value is not None and math.isfinite(value) else None
 
-    event = UpdateEvent(
-        id=f"{after.stream}@{after.events}",
-        stream=after.stream,
-        time=datetime.now(UTC),
+    said: dict[str, Any] = {"reason": verdict.reason, "layers": _moved(judgement, proposal)}
+    said["source_distance"] = _distance(judgement, proposal)
+    if verdict.back:
+        said |= _way_back(engine, judgement)
+    return before.next_event(
         decision=verdict.decision,
-        reason=verdict.reason,
         frames=[str(frame.position) for frame in outlook.batch.frames],
         step=after.step,
         loss=signal("loss"),
@@ -38,18 +37,15 @@ def update_event(
         raw_gradient_norm=signal("raw_gradient_norm"),
         generated_gradient_norm=signal("generated_gradient_norm"),
         cosine=signal("cosine"),
-        source_distance=_distance(judgement, proposal),
-        layers=_moved(judgement, proposal),
         flipped=outlook.observed.flipped if outlook.observed is not None else None,
         parameters=named(outlook.batch.answer if after.guard.trusted else "source", after),
-        previous=before.last_event,
         before=engine.estimate(before),
         after=engine.estimate(after),
         token=outlook.resident.token,
         bundle=engine.bundle_hash,
         worker=worker,
+        **said,
     )
-    return event.model_copy(update=_way_back(engine, judgement)) if verdict.back else event
 
 
 def _distance(judgement: Judgement, proposal: Proposal | None) -> float | None:

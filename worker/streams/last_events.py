@@ -14,9 +14,7 @@ MAX_EVENTS = 1 << 14  # in as many bytes as they may have beside a state; none h
 def after_last_event(header: StreamHeader, content: bytes | None) -> StreamHeader:
     """A header that is lost still has its last event beside it: the numbers and the chain go on from there."""
     events = events_beside(header.stream, content)
-    if not events:
-        return header
-    return header.model_copy(update={"events": events[-1].event.number, "last_event": events[-1].digest})
+    return header.behind(events[-1]) if events else header
 
 
 def events_beside(stream: str, content: bytes | None) -> list[SealedEvent]:

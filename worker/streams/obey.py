@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from schemas.command import Action, Command
 from schemas.errors import StateError
 from schemas.policy import PolicyChange
 from schemas.state import GuardState, Snapshot, StreamHeader
-from schemas.update import Decision, UpdateEvent, seal
+from schemas.update import Decision
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies, answering, named
 from worker.streams.entry import Entry
@@ -81,14 +80,10 @@ def taken_in(decision: Decision, reason: str, subject: Subject, place: Place, to
 
 def _explained(change: _Change, command: Command | None, subject: Subject, place: Place, token: int) -> Entry:
     """The change with its event; it counts as the stream's next, and goes on its chain."""
-    before, stream = subject.header, subject.header.stream
-    header = change.header.model_copy(update={"events": before.events + 1, "bundle": place.bundle})
+    header = change.header.model_copy(update={"bundle": place.bundle})
     affine = (change.tensors or subject.tensors)["affine"]
     layers = place.distances(subject.tensors["affine"][None], affine[None])[0] if change.tensors else {}
-    event = UpdateEvent(
-        id=f"{stream}@{header.events}",
-        stream=stream,
-        time=datetime.now(UTC),
+    event = subject.header.next_event(
         decision=change.decision,
         reason="; ".join(filter(None, (change.reason, *_said(command)))),
         frames=[],
@@ -97,14 +92,11 @@ def _explained(change: _Change, command: Command | None, subject: Subject, place
         layers=layers,
         parameters=named(answering(place.policies.of(header), header, header.guard.trusted), header),
         command=command.id if command else None,
-        previous=before.last_event,
         token=token,
         bundle=place.bundle,
         worker=place.worker,
     )
-    sealed = seal(event)
-    header.last_event = sealed.digest
-    return Entry(header, (sealed,), change.tensors, change.approved)
+    return Entry(header.behind(event), (event,), change.tensors, change.approved)
 
 
 def _frozen(command: Command, subject: Subject, place: Place) -> _Change:

@@ -87,10 +87,10 @@ def test_the_event_says_how_far_the_stream_is_after_the_decision(engine: Engine,
     (outlook,), (proposal,) = passed.outlooks, proposals.proposals
     decision = "applied" if share == 1 else "partial"
     judgement = judge(engine, Fixed(Verdict(decision, "", share)), outlook, proposals, proposal)
-    event = update_event(engine, "w", outlook, judgement, proposal)
+    sealed = update_event(engine, "w", outlook, judgement, proposal)
     engine.accept(proposals, [proposal])
     distance = (engine.tensors("a")["affine"] - engine.like["affine"]).norm()
-    assert event.source_distance == pytest.approx(float(distance), rel=1e-3)
+    assert sealed.event.source_distance == pytest.approx(float(distance), rel=1e-3)
 
 
 @pytest.mark.parametrize("decision", ["rolled_back", "reset"])
