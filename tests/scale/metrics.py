@@ -28,7 +28,6 @@ from monitoring.http import serve_metrics
 from monitoring.metrics import WorkerMetrics
 from schemas.frame import Position
 from schemas.state import DriftWatch, StreamHeader
-from schemas.state_tensors import StreamState
 from schemas.update import Proxies, UpdateEvent
 from tests.conftest import SHIPPED_BUNDLE
 from worker.batch.batcher import MicroBatch
@@ -110,8 +109,7 @@ def micro_batches(engine: Engine, random: np.random.Generator) -> list[MicroBatc
         ]
         batches.append(MicroBatch(f"s{i}", frames, adapt=True, fold=True))
         if f"s{i}" not in engine:
-            fresh = StreamHeader(stream=f"s{i}", bundle=engine.bundle_hash, method=engine.bundle.method_name)
-            engine.admit(StreamState(header=fresh, tensors=engine.like), 1, True)
+            engine.admit(engine.begun(f"s{i}"), 1, True)
     return batches
 
 

@@ -32,8 +32,6 @@ from meta.proxies import Observed
 from schemas.config import Guard as GuardSettings
 from schemas.frame import Position
 from schemas.policy import Policy
-from schemas.state import StreamHeader
-from schemas.state_tensors import StreamState
 from worker.batch.batcher import MicroBatch
 from worker.benchmark.guard_attacks import ATTACKS, NAN_MARK, other_images
 from worker.decode.image import DecodedFrame
@@ -92,8 +90,7 @@ class Bench:
         self._now = datetime.now(UTC)
 
     def admit(self, stream: str) -> None:
-        header = StreamHeader(stream=stream, bundle=self.bundle.hash, method=self.bundle.method_name)
-        self.engine.admit(StreamState(header=header, tensors=self.engine.like), 1, stored=False)
+        self.engine.admit(self.engine.begun(stream), 1, stored=False)
 
     def serve(self, reels: Mapping[str, np.ndarray]) -> dict[str, Served]:
         """Frames uint8 (N, h, w) of every stream, side by side; streams that are new are admitted."""

@@ -198,8 +198,9 @@ def _known_header(bundle: Bundle) -> StreamHeader:
     """Of a stream that has seen enough for guard, proxies and drift detection to know all that they ever keep."""
     engine, guard = Engine(bundle), Guard(GuardSettings(), bundle.manifest.limits)
     (batch,) = Case(bundle, streams=1, frames=8).micro_batches()
-    header = StreamHeader(stream=batch.stream, bundle=bundle.hash, method=bundle.method_name, last_event="0" * 64)
-    engine.admit(StreamState(header=header, tensors=engine.like), token=1, stored=True)
+    state = engine.begun(batch.stream)
+    state.header.last_event = "0" * 64
+    engine.admit(state, token=1, stored=True)
     for _ in range(20):
         passed = engine.predict([batch])
         proposals = engine.adapt(passed)

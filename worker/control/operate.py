@@ -13,7 +13,7 @@ from meta.method import State
 from schemas.command import Command
 from schemas.config import WorkerConfig
 from schemas.errors import StateError
-from schemas.state import MAX_EVENTS_BYTES, Snapshot, StreamHeader, decode_header
+from schemas.state import MAX_EVENTS_BYTES, Snapshot, decode_header
 from schemas.state_tensors import StreamState, decode_file, decode_state, encode_file
 from schemas.update import UpdateEvent
 from worker.control.stored import unknown
@@ -103,8 +103,8 @@ class Operator:
         return entry.events[-1].event
 
     def _subject(self, stream: str, claimed: Claimed) -> Subject:
-        header = StreamHeader(stream=stream, bundle=self._bundle, method=self._engine.bundle.method_name)
-        tensors = self._like
+        begun = self._engine.begun(stream)
+        header, tensors = begun.header, begun.tensors
         try:
             header = decode_header(claimed.header) if claimed.header else header
             tensors = decode_state(claimed.header or b"", claimed.tensors or b"", self._like, self._limit).tensors

@@ -88,6 +88,11 @@ class Engine:
         """The tensors of a stream that has seen nothing; also the pattern for stored ones."""
         return self._fresh
 
+    def begun(self, stream: str) -> StreamState:
+        """A stream that has seen nothing."""
+        header = StreamHeader(stream=stream, bundle=self.bundle_hash, method=self.bundle.method_name)
+        return StreamState(header=header, tensors=self.like)
+
     @property
     def state_bytes(self) -> int:
         """Bytes of one stream's tensors."""

@@ -12,8 +12,6 @@ import numpy as np
 
 from schemas.bundle import Preprocess
 from schemas.frame import Position
-from schemas.state import StreamHeader
-from schemas.state_tensors import StreamState
 from worker.batch.batcher import MicroBatch
 from worker.decode.image import DecodedFrame
 from worker.engine.engine import Engine
@@ -24,8 +22,7 @@ FRAMES = 4
 
 def warm_up(engine: Engine, preprocess: Preprocess) -> None:
     """Predict noise and adapt to it, and forget it. Before any stream is resident."""
-    header = StreamHeader(stream=STREAM, bundle=engine.bundle_hash, method=engine.bundle.method_name)
-    engine.admit(StreamState(header=header, tensors=engine.like), token=0, stored=False)
+    engine.admit(engine.begun(STREAM), token=0, stored=False)
     shape = (preprocess.height, preprocess.width) + ((3,) if preprocess.mode == "RGB" else ())
     random, now = np.random.default_rng(0), datetime.now(UTC)
     frames = [

@@ -37,14 +37,10 @@ class Restorer:
     def __init__(self, engine: Engine, upgrade: Upgrade, max_state_bytes: int) -> None:
         self._engine, self._upgrade, self._max_state_bytes = engine, upgrade, max_state_bytes
 
-    def fresh(self, stream: str) -> StreamState:
-        """A stream that begins."""
-        return self._from_source(self._fresh(stream), None).state
-
     def restored(self, stream: str, claimed: Claimed) -> Restored:
         """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""
         bundle, method = self._engine.bundle_hash, self._engine.bundle.method_name
-        fresh = self._fresh(stream)
+        fresh = self._engine.begun(stream).header
         if claimed.header is None:  # New, or deleted before: then its last event is there.
             return self._from_source(after_last_event(fresh, claimed.event), None)
         try:
@@ -70,9 +66,6 @@ class Restorer:
             return self._from_source(fresh, str(error), approved)
         state.header.approved = fresh.approved
         return Restored(state, None, approved)
-
-    def _fresh(self, stream: str) -> StreamHeader:
-        return StreamHeader(stream=stream, bundle=self._engine.bundle_hash, method=self._engine.bundle.method_name)
 
     def _moved(self, old: StreamHeader, claimed: Claimed) -> Restored:
         """From another bundle."""

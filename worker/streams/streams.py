@@ -167,7 +167,7 @@ class Streams:
 
     def _take_in_homeless(self, stream: str, why: str) -> None:
         log.error("stream %s is answered by source, and nothing of it is kept: %s", stream, why, extra=_of(stream))
-        self.engine.admit(self._restorer.fresh(stream), 0, False)
+        self.engine.admit(self.engine.begun(stream), 0, False)
         self._homeless.add(stream)
         self._metrics.homeless.set(len(self._homeless))
 

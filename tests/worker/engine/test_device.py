@@ -17,8 +17,7 @@ from meta.bundle import CPU, Bundle, load_bundle
 from schemas.config import Guard as GuardSettings
 from schemas.config import Method
 from schemas.frame import Position
-from schemas.state import StreamHeader
-from schemas.state_tensors import StreamState, decode_tensors, encode_tensors
+from schemas.state_tensors import decode_tensors, encode_tensors
 from tests.placement import DEVICE, Placed, pretended_cuda, waited
 from worker.batch.batcher import MicroBatch
 from worker.decode.image import DecodedFrame
@@ -59,8 +58,8 @@ def batch(stream: str, count: int, seed: int, **about: Any) -> MicroBatch:
 
 
 def admit(engine: Engine, stream: str, tensors: Any = None, approved: Any = None) -> None:
-    header = StreamHeader(stream=stream, bundle=engine.bundle_hash, method=engine.bundle.method_name)
-    engine.admit(StreamState(header=header, tensors=tensors or engine.like), 1, tensors is not None, approved)
+    state = engine.begun(stream).model_copy(update={"tensors": tensors or engine.like})
+    engine.admit(state, 1, tensors is not None, approved)
 
 
 def stored(engine: Engine, stream: str) -> bytes:

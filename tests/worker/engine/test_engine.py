@@ -10,7 +10,6 @@ from meta.norms import AdaptableModel
 from meta.proxies import SIGNALS
 from schemas.frame import Position
 from schemas.state import RunningProxies, StreamHeader
-from schemas.state_tensors import StreamState
 from worker.batch.batcher import MicroBatch
 from worker.decode.image import DecodedFrame
 from worker.decode.pixels import blank_frames, normalise_pixels
@@ -33,8 +32,7 @@ def batch(stream: str, count: int, seed: int = 0, adapt: bool = True) -> MicroBa
 
 def admit(engine: Engine, *streams: str) -> None:
     for stream in streams:
-        header = StreamHeader(stream=stream, bundle=engine.bundle.hash, method="mgg")
-        engine.admit(StreamState(header=header, tensors=engine.like), token=1, stored=False)
+        engine.admit(engine.begun(stream), token=1, stored=False)
 
 
 @pytest.fixture

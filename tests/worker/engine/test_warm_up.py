@@ -7,8 +7,6 @@ import numpy as np
 import torch
 
 from schemas.frame import Position
-from schemas.state import StreamHeader
-from schemas.state_tensors import StreamState
 from worker.batch.batcher import MicroBatch
 from worker.decode.image import DecodedFrame
 from worker.engine.engine import Engine
@@ -16,8 +14,7 @@ from worker.engine.warm_up import warm_up
 
 
 def adapted(engine: Engine) -> dict[str, torch.Tensor]:
-    header = StreamHeader(stream="cam", bundle=engine.bundle_hash, method=engine.bundle.method_name)
-    engine.admit(StreamState(header=header, tensors=engine.like), token=1, stored=False)
+    engine.admit(engine.begun("cam"), token=1, stored=False)
     pixels = np.random.default_rng(1).integers(0, 255, (8, 28, 28), np.uint8)
     frames = [
         DecodedFrame("cam", Position("frames", 0, i), one, datetime.now(UTC), 0.0) for i, one in enumerate(pixels)

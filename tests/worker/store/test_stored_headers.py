@@ -23,7 +23,6 @@ from schemas.errors import StateError
 from schemas.frame import Position
 from schemas.policy import Policy
 from schemas.state import StreamHeader, decode_header, encode_header
-from schemas.update import UpdateEvent, seal
 from tests.conftest import SHIPPED_BUNDLE
 from worker.batch.batcher import MicroBatch
 from worker.engine.engine import Engine
@@ -80,26 +79,21 @@ class Worker:
         proposal = Proposal(outlook, 0, update, SIGNALS if update else {}, True)
         verdict = judge(self.engine, self.guard, outlook, Proposals([proposal], {}, {}, {}), proposal, 2 * FRAMES)
         after = verdict.header
-        event = UpdateEvent(
-            id=f"cam@{after.events}",
-            stream="cam",
-            time=now,
+        sealed = header.next_event(
             decision=verdict.verdict.decision,
             reason=verdict.verdict.reason,
             frames=[str(frame.position) for frame in frames],
             step=after.step,
             parameters=named(answering(policy, header, header.guard.trusted), after),
-            previous=header.last_event,
             before=self.look(header),
             after=self.look(after),
             token=1,
             bundle=header.bundle,
             worker="w",
         )
-        sealed = seal(event)
         assert len(sealed.content) < 10_000
-        after.last_event = sealed.digest
-        next_view(None, event, after, now.timestamp())
+        after = after.behind(sealed)
+        next_view(None, sealed.event, after, now.timestamp())
         encode_header(unpack(pack(after)))
         return after
 
