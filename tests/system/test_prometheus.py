@@ -188,7 +188,7 @@ def annotation_queries() -> dict[str, tuple[str, bool]]:
 def operands(expr: str) -> Iterator[str]:
     """What is compared or joined; within parentheses nothing is taken apart."""
     begin = 0
-    for found in re.finditer(r"\band\b(?: on \(.*?\))?|\bor\b|\bunless\b|[<>=]=(?!~)|\s[<>]\s", expr):
+    for found in re.finditer(r"\b(?:and|unless)\b(?: on \(.*?\))?|\bor\b|[<>=]=(?!~)|\s[<>]\s", expr):
         before = expr[: found.start()]
         if before.count("(") == before.count(")"):
             yield expr[begin : found.start()]
