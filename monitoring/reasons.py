@@ -27,8 +27,8 @@ _KINDS = (
     ("the stored", "stored_state"),
 )
 OTHER, COMMAND = "other", "command"
-# Nobody wants an update just now.
-HELD_BACK = frozenset({"policy", "switched_off"})
+# Nobody wants an update just now; a line that shows one class for long teaches nothing more.
+HELD_BACK = frozenset({"policy", "switched_off", "one_class"})
 # Not "camera", blank or repeated frames: that is no trouble of the updates.
 TROUBLE = frozenset({"not_finite", "turned", "gradient", "collapse", "worse", "distance"})
 

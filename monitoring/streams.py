@@ -103,7 +103,8 @@ GAUGES = (
     (
         "held_back",
         "held_back",
-        "1 while no update is wanted: adaptation is off, frozen, quiet hours, or the hour's are used up.",
+        "1 while no update is wanted: adaptation is off, frozen, quiet hours, the hour's are used up, or one class "
+        "fills the frames.",
     ),
     ("decision", "decision", f"The newest decision: {', '.join(f'{i} {d}' for i, d in enumerate(DECISIONS))}."),
     ("last_decision", "last_decision_timestamp_seconds", "When the stream's newest frames were judged."),

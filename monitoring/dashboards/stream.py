@@ -140,13 +140,14 @@ def build() -> Dashboard:
         states(
             "Decisions and state",
             "The newest decision at each scrape; who answers; whether drift detection has the stream adapt; "
-            "whether it is frozen, held back by its policy, shifted, trusted by the guard, and sees.",
+            "whether it is frozen, held back by its policy or by frames of one class, shifted, trusted by the guard, "
+            "and sees.",
             [
                 (newest("decision"), "decision"),
                 (newest("answers_source"), "answers"),
                 (newest("adapting"), "adapting"),
                 (newest("frozen"), "frozen"),
-                (newest("held_back"), "policy"),
+                (newest("held_back"), "updates"),
                 (newest("shifted"), "frames"),
                 (newest("trusted"), "guard"),
                 (newest("blind"), "camera"),
@@ -156,7 +157,7 @@ def build() -> Dashboard:
                 "answers": {0.0: ("adapted", BLUE), 1.0: ("source", SOURCE_MODEL)},
                 "adapting": {0.0: ("settled", GREEN), 1.0: ("adapting", BLUE)},
                 "frozen": {0.0: ("no", GREY), 1.0: ("frozen", YELLOW)},
-                "policy": {0.0: ("allows updates", GREY), 1.0: ("holds back", YELLOW)},
+                "updates": {0.0: ("wanted", GREY), 1.0: ("held back", YELLOW)},
                 "frames": {0.0: ("as source knows", GREEN), 1.0: ("shifted", ORANGE)},
                 "guard": {0.0: ("doubts", RED), 1.0: ("trusts", GREEN)},
                 "camera": {0.0: ("sees", GREEN), 1.0: ("blind", RED)},

@@ -255,6 +255,13 @@ def test_nobody_wants_updates_of_a_stream_whose_adaptation_is_switched_off() -> 
     assert value(metrics, "stream_held_back", stream="a") == 0.0
 
 
+def test_a_line_of_one_product_is_not_stuck() -> None:
+    metrics = WorkerMetrics(5)
+    decide(metrics, "a", decision="skipped", reason="one class for more than 256 frames")
+    assert value(metrics, "stream_held_back", stream="a") == 1.0
+    assert value(metrics, "stream_last_trouble_timestamp_seconds", stream="a") is None
+
+
 def test_frozen_is_what_the_stream_s_policy_says() -> None:
     metrics = WorkerMetrics(5)
     for frozen in (True, False):
