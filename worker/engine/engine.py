@@ -260,9 +260,11 @@ class Engine:
         change = (after - before).detach()
         layer_of = self._layer_of.to(change.device)  # of streams that people ask about, it is on the CPU
         squared = change.new_zeros(len(change), len(self._layers)).index_add_(1, layer_of, change * change)
+        # What was stored may be so far away that its square is infinite; JSON makes null of that, which is no distance.
+        far = squared.sqrt().clamp_max(torch.finfo(squared.dtype).max)
         return [
             {layer: float(f"{distance:.4g}") for layer, distance in zip(self._layers, row, strict=True)}
-            for row in squared.sqrt().tolist()
+            for row in far.tolist()
         ]
 
     def replace(self, stream: str, tensors: State) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -13,7 +14,7 @@ from schemas.command import Command
 from schemas.errors import StateError
 from schemas.policy import Policy, PolicyChange
 from schemas.state import Snapshot, StreamHeader
-from schemas.update import seal
+from schemas.update import UpdateEvent, seal
 from tests.worker.engine.test_engine import admit
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies
@@ -90,6 +91,16 @@ def test_reset_goes_to_source_and_takes_the_approval_back(subject: Subject, plac
     change = subject.tensors["affine"] - engine.like["affine"]
     assert sum(d**2 for d in event.layers.values()) == pytest.approx(float(change.square().sum()), rel=1e-3)
     assert set(event.layers) == {p.layer for p in engine.bundle.model.places}
+
+
+def test_the_way_back_from_anywhere_makes_an_event_that_can_be_read(subject: Subject, place: Place) -> None:
+    """Stored numbers may be any that are finite; their squares need not be."""
+    far = torch.full_like(subject.tensors["affine"], 3e38)
+    away = replace(subject, tensors={**subject.tensors, "affine": far})
+    (sealed,) = obey(command("reset"), away, place, 1).events
+    event = UpdateEvent.model_validate_json(sealed.content)
+    assert event.decision == "reset"
+    assert min(event.layers.values()) > 1e38
 
 
 def test_rollback_takes_a_snapshot_or_says_why_not(subject: Subject, place: Place) -> None:
