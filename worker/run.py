@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from meta.bundle import Bundle
+from meta.bundle import MGG_NAME, Bundle
 from monitoring.http import MetricsServer, serve_metrics
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
@@ -57,6 +57,12 @@ class Worker:
         log.info("bundle %s (%s) from %s, computed on %s", bundle.hash, bundle.manifest.name, *where)
         if device.type != "cpu":
             log.warning("device %s is %s", config.device, EXPERIMENTAL)
+        if bundle.method_name != MGG_NAME:
+            log.warning(
+                "adapt.method is %s: what stands for its accuracy is its confidence, and the guard sees no collapse of "
+                "it; methods beside the bundle's generator are there to be compared",
+                bundle.method_name,
+            )
         self.metrics = _metrics(config, bundle)
         self._trace = open_trace(config.traces, config.worker)
         self._healthy_store, self._away = True, Trouble(log)

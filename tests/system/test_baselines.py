@@ -27,6 +27,7 @@ def test_tent_through_the_worker_and_back_to_the_generator(site: Site) -> None:
     (first, *_) = site.events(lambda es: sum(len(e.frames) for e in es) >= 64)
     assert first.decision == "applied"
     assert first.raw_gradient_norm > 0
+    assert "the guard sees no collapse of it" in worker.log.read_text()
     assert worker.stop() == 0
 
     # Another method cannot go on from this state: it restarts from source, and says so.
@@ -34,6 +35,7 @@ def test_tent_through_the_worker_and_back_to_the_generator(site: Site) -> None:
     site.predictions(site.send([("cam-0", picture(i)) for i in range(16)]))
     site.wait_folded(worker, {"cam-0": 48})
     assert site.header("cam-0").method == "mgg"
+    assert worker.log.read_text().count("sees no collapse") == 0
     resets = [e for e in site.events(lambda es: any(e.decision == "reset" for e in es)) if e.decision == "reset"]
     assert "(tent)" in resets[0].reason
 
