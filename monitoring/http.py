@@ -104,7 +104,10 @@ def serve_metrics(
     def app(environ: dict, start_response: Callable) -> Iterable[bytes]:  # type: ignore[type-arg]
         path = environ.get("PATH_INFO", "")
         if path == "/metrics":
-            return metrics(environ, start_response)
+            # Not every Accept header that somebody sends can be read by the library; text is what all scrapers take.
+            with contextlib.suppress(TypeError, ValueError):
+                return metrics(environ, start_response)
+            return metrics(environ | {"HTTP_ACCEPT": "text/plain"}, start_response)
         if path in probes:
             wrong = probes[path]()
             start_response("503 Service Unavailable" if wrong else "200 OK", [("Content-Type", "text/plain")])

@@ -49,6 +49,18 @@ def test_a_probe_that_fails_is_an_error_in_the_log(
     assert capsys.readouterr().err == ""
 
 
+def test_no_accept_header_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: "")
+    try:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as scraper:
+            accept = "application/openmetrics-text; version=abc"
+            scraper.sendall(f"GET /metrics HTTP/1.0\r\nAccept: {accept}\r\n\r\n".encode())
+            assert b" 200 " in scraper.recv(100)
+    finally:
+        server.close()
+    assert not caplog.records
+
+
 def test_a_connection_that_asks_nothing_is_closed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
