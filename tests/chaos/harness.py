@@ -274,7 +274,7 @@ def run(
         feeder.stop()
         chaos.pause(chaos.broker.session_s + 4)
         say("settling")
-        sent, images = frames_in_topic(chaos.site, direct)
+        sent, images = frames_in_topic(direct)
         _settle(chaos, sent)
         outcome = verify(chaos.site, direct, sent, images, bundle, chaos.commands)
         outcome.broker = chaos.broker.name

@@ -26,6 +26,7 @@ from worker.audit.verify import verify as verify_chain
 from worker.decode.image import decode_image
 from worker.decode.pixels import normalise_pixels
 from worker.engine.passes import WAY
+from worker.kafka.topic import records_now
 from worker.store.store import StateStore
 
 LIMIT = 64 << 20
@@ -65,21 +66,20 @@ class Outcome:
     def sound(self) -> bool:
         bad = (self.lost, self.not_folded, self.folded_twice, self.zombie_writes, self.state_mismatches)
         trail = (self.events_missing, self.forked_events, self.chain_faults, self.commands_wrong)
-        return not any(bad) and not any(trail)
+        return self.frames > 0 and not any(bad) and not any(trail)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def frames_in_topic(site: Site, kafka: Kafka) -> tuple[dict[str, list[str]], dict[str, bytes]]:
+def frames_in_topic(kafka: Kafka) -> tuple[dict[str, list[str]], dict[str, bytes]]:
     """Ids per stream in order, and images by id.
 
     The topic is what counts: a sender whose connection is cut may leave a frame there twice, or one it was not told of.
     """
     sent: dict[str, list[str]] = {}
     images: dict[str, bytes] = {}
-    records = site.topic.read_quiet(kafka.topics.frames, lambda records: False, 3)
-    for record in sorted(records, key=lambda r: (r.partition, r.offset)):
+    for record in records_now(kafka, kafka.topics.frames):
         frame_id = f"{record.topic}/{record.partition}/{record.offset}"
         sent.setdefault(record.key.decode(), []).append(frame_id)
         images[frame_id] = record.value
@@ -100,7 +100,7 @@ def verify(
     outcome.lost = len(set(images) - set(predicted))
     outcome.predicted_twice = sum(count > 1 for count in predicted.values())
     bundle = load_bundle(bundle_path)
-    events, outcome.forked_events = _events(site, kafka)
+    events, outcome.forked_events = _events(kafka)
     outcome.chain_faults = len(verify_chain(read_topic(kafka)).findings)
     outcome.commands = len(commands)
     outcome.commands_wrong = _wrongly_obeyed(events, commands)
@@ -125,14 +125,14 @@ def _predictions(site: Site, kafka: Kafka, wanted: set[str]) -> dict[str, int]:
     return counts
 
 
-def _events(site: Site, kafka: Kafka) -> tuple[dict[str, dict[int, UpdateEvent]], int]:
+def _events(kafka: Kafka) -> tuple[dict[str, dict[int, UpdateEvent]], int]:
     """Events by stream and number, and how many numbers have two contents. Copies of one event count once.
 
     Only a write that was not refused is published, and no two may be taken under one number: a zombie's would be.
     """
     events: dict[str, dict[int, UpdateEvent]] = {}
     contents: dict[str, set[bytes]] = {}
-    for record in site.topic.read_quiet(kafka.topics.updates, lambda records: False):
+    for record in records_now(kafka, kafka.topics.updates):
         event = UpdateEvent.model_validate_json(record.value)
         events.setdefault(event.stream, {})[event.number] = event
         contents.setdefault(event.id, set()).add(record.value)
