@@ -19,9 +19,7 @@ from schemas.errors import ConfigError, mistakes
 from schemas.yaml_file import yaml_content
 
 OTHERS = {"DRIFTKEEL_CONSOLE_TOKEN"}  # named as an option but for an underscore: the compose file hands it on
-OF_KUBERNETES = re.compile(
-    "(tcp|udp|sctp)://"
-)  # DRIFTKEEL_CONSOLE_PORT, beside a service of the name driftkeel-console
+OF_KUBERNETES = re.compile("(tcp|udp|sctp)://")  # as DRIFTKEEL_CONSOLE_PORT beside a service driftkeel-console
 
 
 def load_config(path: Path | None) -> WorkerConfig:
