@@ -13,6 +13,7 @@ from schemas.config import Kafka
 from schemas.errors import UnreachableError
 from worker.kafka.client import connection, open_client, require_topics
 
+AT_ONCE = 500  # records
 PATIENCE_MS = 10_000  # for a broker that has records and does not send them
 SENT_EARLIER_S = 3_600  # than it says: clocks are set, and differ
 
@@ -47,9 +48,11 @@ def _partition(consumer: KafkaConsumer, partition: TopicPartition, since: dateti
         sent_ms = max(0, int(1000 * (since.timestamp() - SENT_EARLIER_S)))
         first = consumer.offsets_for_times({partition: sent_ms})[partition]
         consumer.seek(partition, end if first is None else first.offset)
-    while consumer.position(partition) < end:
-        records = consumer.poll(timeout_ms=PATIENCE_MS).get(partition)
-        if not records:
+    records: list[Any] = []
+    # Some brokers tell an end that is too early, within the last batch. The rest of it is there, where a poll was full.
+    while (more := consumer.position(partition) < end) or len(records) == AT_ONCE:
+        polled = consumer.poll(timeout_ms=PATIENCE_MS if more else 0, max_records=AT_ONCE)
+        records = polled.get(partition, [])
+        if more and not records:
             raise UnreachableError(f"the broker sends no more of {partition.topic}/{partition.partition}; try again")
-        # Some brokers tell an end that is too early, within the last batch: newer ones are taken as they come.
         yield from records
