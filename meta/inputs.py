@@ -34,8 +34,8 @@ class Inputs:
         self._coordinate = [name for name in names if name in A_COORDINATE]
         self._stream = [name for name in names if name in A_STREAM]
         made = [*self._coordinate, *self._stream]
-        self._order = torch.tensor([made.index(name) for name in names], device=model.device)
-        self._ordered = made == list(names)
+        order = [made.index(name) for name in names]
+        self._order = None if made == list(names) else torch.tensor(order, device=model.device)
         self._kind = 2 * model.is_scale - 1
         self._root = model.coordinates**0.5
         self._channel, self._depth = _layout(model)
@@ -87,7 +87,7 @@ class Inputs:
             numbers = torch.stack([stream[name]() for name in self._stream], 1)
             parts.append(numbers.unsqueeze(2).expand(-1, -1, gradient.shape[1]))
         inputs = torch.cat(parts, 1)
-        return inputs if self._ordered else inputs.index_select(1, self._order)
+        return inputs if self._order is None else inputs.index_select(1, self._order)
 
 
 def _bias_correction(decay: float, steps: Tensor) -> Tensor:
