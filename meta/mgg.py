@@ -21,13 +21,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from meta.division import divided
 from meta.inputs import Inputs
 from meta.learned import LearnedOptimizer, LearnedWeights
 from meta.method import Forward, Method, State, Update, where_seen
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
 from meta.objective import Objective, SourceStatistics
-from meta.outputs import Known, Output, all_but, assembled
+from meta.outputs import Known, Output, all_but, joined, order_of
 from meta.stream_norm import LayerCorrection
 from meta.temporal import filter_classes, fresh_belief
 from meta.threads import one_thread
@@ -150,25 +151,28 @@ class MGG:
         they give a gradient. `keep`: what comes of the pass may be known to a later one; as where an update follows,
         the features have those of the first layer's input.
         """
-        with torch.inference_mode():
-            counts = torch.bincount(stream, minlength=len(state["affine"])).float()
-            chosen, given, few = self._giving(stream, counts, adapts)
+        division = divided(stream, len(state["affine"]), self.gradient_share, adapts)
+        counts, chosen, few = division.counts, division.chosen, division.few
         if len(chosen) == len(stream):
             return self.predict(frames, stream, state)
         with torch.inference_mode():
             parts = [] if known is None else [known.but(chosen)]
-            elsewhere = [part.places for part in parts] + ([chosen] if len(chosen) else [])
-            rest = all_but(len(stream), elsewhere) if elsewhere and not self.mixes else None
-            ran = self._run(frames, stream, state, rest, counts, keep or bool(elsewhere), asked)
+            some_elsewhere = bool(parts) or len(chosen) > 0
+            rest = None
+            if some_elsewhere and not self.mixes:
+                rest = all_but(len(stream), [parts[0].places, chosen]) if parts else division.rest
+            ran = self._run(frames, stream, state, rest, counts, keep or some_elsewhere, asked)
         giving = None
         if len(chosen):
             with torch.inference_mode(False):
                 own = self._run(frames, stream, state, chosen, few)
-            giving = Forward(own.output.logits, own.output.features, own.rows, given, few, state)
+            giving = Forward(own.output.logits, own.output.features, own.rows, division.stream, few, state)
             parts.append(Known(chosen, own.output))
         with torch.inference_mode():
             if rest is not None:
-                ran = replace(ran, output=assembled(len(stream), [Known(rest, ran.output), *parts]))
+                parts.insert(0, Known(rest, ran.output))
+                order = division.order if known is None else order_of(len(stream), parts)
+                ran = replace(ran, output=joined([part.output for part in parts]).at(order))
             return self._forward(ran, frames, stream, counts, state, giving)
 
     def update(self, forward: Forward) -> Update:
@@ -266,22 +270,10 @@ class MGG:
 
     def thinned(self, forward: Forward) -> tuple[Forward, Tensor]:
         """Those frames of a forward with a graph that give the gradient as served, and their places in it (b,)."""
-        chosen, stream, counts = self._giving(forward.stream, forward.counts)
-        logits, features = (t.index_select(0, chosen) for t in (forward.logits, forward.features))
-        return replace(forward, logits=logits, features=features, stream=stream, counts=counts), chosen
-
-    def _giving(
-        self, stream: Tensor, counts: Tensor, adapts: Sequence[bool] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The places of the frames that give a gradient (b,), their streams (b,), and how many each has (S,)."""
-        if adapts is not None and not any(adapts):
-            return stream[:0], stream[:0], torch.zeros_like(counts)
-        had = [int(count) for count in counts.tolist()]
-        wanted = [-(-count // self.gradient_share) for count in had]
-        if adapts is not None:
-            wanted = [few if adapting else 0 for few, adapting in zip(wanted, adapts, strict=True)]
-        chosen = evenly(stream, had, wanted)
-        return chosen, stream.index_select(0, chosen), counts.new_tensor(wanted)
+        division = divided(forward.stream, len(forward.counts), self.gradient_share)
+        logits, features = (t.index_select(0, division.chosen) for t in (forward.logits, forward.features))
+        some = replace(forward, logits=logits, features=features, stream=division.stream, counts=division.few)
+        return some, division.chosen
 
     # --- parts -----------------------------------------------------------------------------------------------------
 
@@ -392,15 +384,6 @@ def as_served(method: Method) -> Callable[[Tensor, Tensor, State], Forward]:
 def frames_an_update(method: Method, wanted: int) -> int:
     """How many frames of a stream a method had best take at a time, where it may have `wanted`."""
     return min(wanted, MOST_FRAMES) if isinstance(method, MGG) else wanted
-
-
-def evenly(stream: Tensor, counts: Sequence[int], wanted: Sequence[int]) -> Tensor:
-    """Places of so many `wanted` frames of each stream, evenly spread; stream (B,), counts and wanted S numbers."""
-    chosen, start = [], 0
-    for count, few in zip(counts, wanted, strict=True):
-        chosen += [start + (2 * i + 1) * count // (2 * few) for i in range(few)]
-        start += count
-    return stream.argsort(stable=True).index_select(0, torch.tensor(chosen, dtype=torch.long, device=stream.device))
 
 
 def _with_first(source: SourceStatistics, model: AdaptableModel) -> SourceStatistics:

@@ -57,11 +57,10 @@ def joined(parts: Sequence[Output]) -> Output:
     )
 
 
-def assembled(count: int, parts: Sequence[Known]) -> Output:
-    """All `count` frames of a pass in order, from parts that have each of them, some perhaps twice; without a graph."""
+def order_of(count: int, parts: Sequence[Known]) -> Tensor:
+    """Where each of `count` frames (count,) lies in the parts joined, which have all of them, some perhaps twice."""
     places = torch.cat([part.places for part in parts])
-    rows = places.new_empty(count).index_copy_(0, places, torch.arange(len(places), device=places.device))
-    return joined([part.output for part in parts]).at(rows)
+    return places.new_empty(count).index_copy_(0, places, torch.arange(len(places), device=places.device))
 
 
 def all_but(count: int, known: Sequence[Tensor]) -> Tensor:

@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meta.affine import Affine
+from meta.division import divided
 from meta.inputs import Input, Inputs
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.method import finite_rows, narrowed
-from meta.mgg import GRADIENT_SHARE, MGG, evenly
+from meta.mgg import GRADIENT_SHARE, MGG
 from meta.models import batchnorm_cnn, groupnorm_cnn
 from meta.norms import AdaptableModel
 from meta.objective import (
@@ -184,8 +185,13 @@ def test_single_frames_are_served_with_their_graph() -> None:
 
 def test_the_gradient_comes_from_frames_that_are_spread_evenly() -> None:
     stream = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0, 0, 0])
-    assert evenly(stream, [8, 2], [4, 2]).tolist() == [2, 5, 7, 9, 0, 3]
-    assert evenly(stream, [8, 2], [2, 1]).tolist() == [4, 8, 3]
+    assert divided(stream, 3, 2).chosen.tolist() == [2, 5, 7, 9, 3]
+    found = divided(stream, 3, 4)
+    assert found.chosen.tolist() == [4, 8, 3]
+    assert found.stream.tolist() == [0, 0, 1]
+    assert (found.counts.tolist(), found.few.tolist()) == ([8, 2, 0], [2, 1, 0])
+    assert torch.cat([found.rest, found.chosen]).index_select(0, found.order).tolist() == list(range(10))
+    assert divided(stream, 3, 4, [False, True, True]).chosen.tolist() == [3]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 16, 64])
