@@ -105,12 +105,12 @@ def _through_mean(
     of_out: Tensor | None, of_pooled: Tensor, out: Tensor, positions: tuple[int, ...], rectify: bool
 ) -> Tensor:
     """The gradient of what lies before the rectifier; where `rectify`, that of `out` has to pass it as well."""
-    shape = [1 if dim in positions else size for dim, size in enumerate(out.shape)]
-    share = (of_pooled / math.prod([out.shape[dim] for dim in positions])).view(shape)
+    spread = of_pooled.view([1 if dim in positions else size for dim, size in enumerate(out.shape)])
+    share = 1 / math.prod([out.shape[dim] for dim in positions])
     if of_out is not None and rectify:
-        total = of_out + share
+        total = torch.add(of_out, spread, alpha=share)
         return torch.ops.aten.threshold_backward.grad_input(total, out, 0, grad_input=total)
-    passed: Tensor = torch.ops.aten.threshold_backward(share.expand_as(out), out, 0)
+    passed: Tensor = torch.ops.aten.threshold_backward((spread * share).expand_as(out), out, 0)
     return passed if of_out is None else passed.add_(of_out)
 
 
@@ -120,10 +120,10 @@ def _through_groups(
     """The gradient of x (B, C, ...): with g = gradient * scale, and means over each group's channels and positions,
     inverse * (g - mean(g) - x_hat * mean(g * x_hat)). `total` and `along` (B, C, 1, ...) are the sums of gradient and
     of gradient * x_hat over positions; `room` is overwritten."""
-    frames, groups = inverse.shape
-    grouped = (frames, groups, x_hat.shape[1] // groups)
-    factor = (scale.reshape(len(scale), *grouped[1:]) * inverse.unsqueeze(2)).view_as(total)
-    own = (torch.stack([total, along]) * factor).view(2, *grouped)
-    means = own.sum(3, keepdim=True) / -(math.prod(x_hat.shape[1:]) // groups)
-    constant, slope = means.expand_as(own).reshape(2, *total.shape).unbind()
+    groups, channels = inverse.shape[1], x_hat.shape[1] // inverse.shape[1]
+    factor = (scale.reshape(len(scale), groups, channels) * inverse.unsqueeze(2)).view_as(total)
+    own = torch.stack([total, along]) * factor
+    # One product takes the means and gives them to all channels, for few frames in half the time of single operations.
+    spread = own.new_full((channels, channels), -groups / math.prod(x_hat.shape[1:]))
+    constant, slope = torch.mm(own.view(-1, channels), spread).view_as(own).unbind()
     return torch.addcmul(constant, x_hat, slope, out=room).addcmul_(gradient, factor)
