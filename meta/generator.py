@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAYER_NORM_EPSILON = 1e-6
@@ -204,4 +205,5 @@ class Anchor(nn.Module):
 
     def forward(self, gaps: Tensor) -> Tensor:
         """(S, 2F) to (S, P)."""
-        return (torch.tanh(gaps @ self.reduce.T + self.bias) - torch.tanh(self.bias)) @ self.expand.T
+        reduced = torch.tanh(F.linear(gaps, self.reduce, self.bias)) - torch.tanh(self.bias)
+        return F.linear(reduced, self.expand)

@@ -147,7 +147,7 @@ class Objective:
         """
         source, state, stream = self.source, forward.state, forward.stream
         frames, features = forward.counts.clamp_min(1), forward.features.detach()
-        log_p, p, frame_entropy = _uncertainty(forward.logits)
+        weighted, p, frame_entropy = _uncertainty(forward.logits)
         if whole is None:
             counted, means = frames, _means(forward, frames, p, frame_entropy)
         else:
@@ -177,21 +177,21 @@ class Objective:
         }
 
         each = frames.unsqueeze(1)
-        of_logits = p * (log_p + frame_entropy) * (-self.entropy_weight / each).index_select(0, stream)
+        of_logits = torch.addcmul(weighted, p, frame_entropy) * (-self.entropy_weight / each).index_select(0, stream)
         # d distance / d feature = a + b * (feature - mean), the newest frames counting as the whole window.
         usual = self._usual / each
         slope = torch.where(variance > EPSILON, usual * std_gap / std, 0)  # else the deviation is clamped
         constant = usual * mean_gap - slope * mean
-        rows = torch.stack([constant, slope]).index_select(1, stream)
-        of_features = torch.addcmul(rows[0], rows[1], features)
+        of_features = torch.addcmul(constant.index_select(0, stream), slope.index_select(0, stream), features)
         return (of_logits, of_features), dict(zip(names, (mean, square, classes), strict=True)), signals
 
 
 def _uncertainty(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logarithms of probabilities and these (B, K), and entropies (B, 1), without a graph."""
+    """p log p and the probabilities p (B, K), and entropies (B, 1), without a graph."""
     log_p = logits.detach().log_softmax(1)
     p = log_p.exp()
-    return log_p, p, (p * log_p).sum(1, keepdim=True).neg()
+    weighted = p * log_p
+    return weighted, p, weighted.sum(1, keepdim=True).neg()
 
 
 def _means(forward: Forward, counts: Tensor, p: Tensor, frame_entropy: Tensor) -> list[Tensor]:
