@@ -22,7 +22,7 @@ ALL = "all"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ComparedAnswer:
     """What of a prediction is compared: there may be millions."""
 
     id: str
@@ -44,7 +44,7 @@ class Agreement:
     first: float = 0.0
     second: float = 0.0
 
-    def add(self, one: Answer, other: Answer) -> None:
+    def add(self, one: ComparedAnswer, other: ComparedAnswer) -> None:
         """One frame more."""
         self.frames += 1
         self.alike += one.label == other.label
@@ -59,7 +59,7 @@ class Comparison:
 
     streams: dict[str, Agreement] = field(default_factory=dict)
     total: Agreement = field(default_factory=Agreement)
-    differing: list[tuple[Answer, Answer]] = field(default_factory=list)
+    differing: list[tuple[ComparedAnswer, ComparedAnswer]] = field(default_factory=list)
     alone: tuple[int, int] = (0, 0)
     bundles: tuple[list[str], list[str]] = ([], [])
 
@@ -78,7 +78,9 @@ def must_be_comparable(first: WorkerConfig, second: WorkerConfig) -> None:
         )
 
 
-def answers(config: WorkerConfig, since: datetime | None = None, until: datetime | None = None) -> Iterator[Answer]:
+def answers(
+    config: WorkerConfig, since: datetime | None = None, until: datetime | None = None
+) -> Iterator[ComparedAnswer]:
     """Of the predictions that a site's topic has now; what is none is passed over. `since` and `until` are times of
     frames. Raises ConfigError where there is no such topic, UnreachableError where the broker is away."""
     records = records_now(config.kafka, config.kafka.topics.predictions, since)
@@ -88,12 +90,12 @@ def answers(config: WorkerConfig, since: datetime | None = None, until: datetime
             yield _answer(found)
 
 
-def _answer(found: Prediction) -> Answer:
+def _answer(found: Prediction) -> ComparedAnswer:
     stream, label, bundle = map(sys.intern, (found.stream, found.label, found.bundle))
-    return Answer(found.id, stream, found.event_time, label, found.confidence, found.estimated_accuracy, bundle)
+    return ComparedAnswer(found.id, stream, found.event_time, label, found.confidence, found.estimated_accuracy, bundle)
 
 
-def compared(first: Iterable[Answer], second: Iterable[Answer]) -> Comparison:
+def compared(first: Iterable[ComparedAnswer], second: Iterable[ComparedAnswer]) -> Comparison:
     """Frame by frame. Of a frame that one has answered more than once, as after a crash, the last answer counts."""
     ours, theirs = ({one.id: one for one in given} for given in (first, second))
     both = [(one, theirs[place]) for place, one in ours.items() if place in theirs]
@@ -110,7 +112,7 @@ def compared(first: Iterable[Answer], second: Iterable[Answer]) -> Comparison:
     return found
 
 
-def _bundles(given: Iterable[Answer]) -> list[str]:
+def _bundles(given: Iterable[ComparedAnswer]) -> list[str]:
     return sorted({one.bundle for one in given})
 
 
@@ -134,7 +136,7 @@ def table(comparison: Comparison) -> Table:
     return made
 
 
-def difference(one: Answer, other: Answer) -> str:
+def difference(one: ComparedAnswer, other: ComparedAnswer) -> str:
     """A frame whose labels differ, as one line."""
     labels = (f"{printable(each.label)} {each.confidence:.0%}" for each in (one, other))
     return f"{printable(one.id)}  {printable(one.stream)}  " + "  ".join(labels)

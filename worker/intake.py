@@ -19,7 +19,7 @@ from worker.consume.offsets import Offsets
 from worker.decode.decoding import Arrival, Decoding
 from worker.decode.image import DecodedFrame
 from worker.kafka.batches import Unreadable
-from worker.log import Lines
+from worker.log import LineLimit
 from worker.publish.letters import Bad, Letters
 
 log = logging.getLogger("driftkeel.intake")
@@ -40,7 +40,7 @@ class Intake:
     ) -> None:
         self._limits, self._lateness, self._decoding, self._offsets = limits, lateness, decoding, offsets
         self._letters, self._metrics = letters, metrics
-        self._lines = Lines()
+        self._lines = LineLimit()
 
     def hand_over(self, load: Load) -> None:
         """Have decoded what there are threads for.

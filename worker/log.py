@@ -67,7 +67,7 @@ class Trouble:
         self._kind = ""
 
 
-class Lines:
+class LineLimit:
     """Counts lines of each kind, so that a minute has some of them, and then one that says how many more there were."""
 
     def __init__(self) -> None:

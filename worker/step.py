@@ -28,7 +28,7 @@ from worker.engine.passes import Gathered, Outlook, Pass, Proposals
 from worker.guard.guard import Guard
 from worker.publish.event import update_event
 from worker.publish.messages import PredictionWriter
-from worker.publish.publisher import Answer, Publisher
+from worker.publish.publisher import EncodedPrediction, Publisher
 from worker.streams.journal import Folded, Journal
 from worker.streams.streams import Streams
 from worker.trace import Span, Trace
@@ -193,14 +193,14 @@ class Step:
         shared = self._writer.shared(stream, outlook.step, outlook.parameters, accuracy, timed.seconds)
         begun = timed.done - timed.seconds
         rows = zip(outlook.batch.frames, outlook.top_index, outlook.top_confidence, outlook.source_index, strict=True)
-        sent: list[Answer] = []
+        sent: list[EncodedPrediction] = []
         for frame, index, confidence, source in rows:
             if frame.published:
                 continue
             frame_id, moment = str(frame.position), frame.event_time.isoformat()
             waited = max(0.0, begun - frame.received)
             content = self._writer.frame(shared, frame_id, moment, index, confidence, waited, source)
-            sent.append(Answer(frame_id, moment, content, frame.traceparent))
+            sent.append(EncodedPrediction(frame_id, moment, content, frame.traceparent))
             answers.add(frame.position, frame.received, frame.sent, confidence[0])
         answers.by[outlook.parameters] += len(sent)
         self._publisher.predictions(stream.encode(), sent)

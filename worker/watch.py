@@ -125,7 +125,7 @@ def line(prediction: Prediction) -> str:
 
 
 @dataclass
-class Board:
+class LatestPredictions:
     """The newest prediction of each stream, and how many there were."""
 
     newest: dict[str, Prediction] = field(default_factory=dict)
@@ -155,7 +155,7 @@ class Board:
         return table
 
 
-class Drawer:
+class FrameMarker:
     """Fetches the frame of a prediction, writes the label into it, and keeps it as a JPEG."""
 
     def __init__(self, config: WorkerConfig, folder: Path, stop: threading.Event) -> None:

@@ -16,7 +16,7 @@ from tests.monitoring.console.records import prediction
 from tests.servers import wait_until
 from worker.kafka.answer import last_answer
 from worker.kafka.client import create_topics
-from worker.watch import Drawer, Watcher
+from worker.watch import FrameMarker, Watcher
 
 
 @pytest.mark.parametrize("hangs", [False, True])
@@ -66,14 +66,14 @@ def test_a_broker_that_goes_away_is_said_once_and_that_it_is_back(
 
 def test_whatever_a_stream_is_called_its_frames_are_drawn(kafka_settings: Kafka, topic: Topic, tmp_path: Path) -> None:
     frames = kafka_settings.topics.frames
-    drawer = Drawer(WorkerConfig(kafka=kafka_settings), tmp_path, threading.Event())
+    marker = FrameMarker(WorkerConfig(kafka=kafka_settings), tmp_path, threading.Event())
     names = ["../cam", "\N{GREEK SMALL LETTER ALPHA}" * 100, "\N{GREEK SMALL LETTER ALPHA}" * 99 + "b"]
     for number, name in enumerate(names):
         (sent,) = topic.send(frames, [(name.encode(), picture(number), [])])
-        drawn = drawer.draw(prediction(name, id=f"{frames}/{sent.partition}/{sent.offset}"))
+        drawn = marker.draw(prediction(name, id=f"{frames}/{sent.partition}/{sent.offset}"))
         assert drawn is not None
         assert (drawn.exists(), drawn.parent) == (True, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     for place in ("0/\N{SUPERSCRIPT TWO}", "0/" + "9" * 30, "9" * 30 + "/0", "../0"):
-        assert drawer.draw(prediction("cam", id=f"{frames}/{place}")) is None
-    drawer.close()
+        assert marker.draw(prediction("cam", id=f"{frames}/{place}")) is None
+    marker.close()

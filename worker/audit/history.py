@@ -48,7 +48,7 @@ class Span:
         return [(layer, moved) for layer, moved in self.layers.most_common(count) if moved > 0]
 
 
-class Numbers:
+class EventNumbers:
     """Which numbers there were, in little memory where nearly all follow each other."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Summary:
     last: UpdateEvent | None = None
     judged: UpdateEvent | None = None  # the last that has estimates of after
     measured: UpdateEvent | None = None  # the last that has a distance
-    numbers: Numbers = field(default_factory=Numbers)
+    numbers: EventNumbers = field(default_factory=EventNumbers)
 
     def add(self, event: UpdateEvent) -> None:
         """One more; nothing where it came before."""

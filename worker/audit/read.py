@@ -74,7 +74,7 @@ def read_file(path: Path) -> Iterator[Record]:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EventFilter:
     """Which events are asked for; all where nothing is said."""
 
     streams: Set[str] = frozenset()
@@ -100,11 +100,11 @@ class Wanted:
         return tuple(name.encode() for name in self.streams) if plain else ()
 
 
-ALL_EVENTS = Wanted()
+ALL_EVENTS = EventFilter()
 
 
 @dataclass
-class Met:
+class Coverage:
     """What a reading has met that is not among its results."""
 
     events: int = 0
@@ -136,28 +136,32 @@ class History(Sequence[UpdateEvent]):
         return [UpdateEvent.model_validate_json(content) for content in found]
 
 
-def histories(records: Iterable[Record], wanted: Wanted = ALL_EVENTS, met: Met | None = None) -> dict[str, History]:
+def histories(
+    records: Iterable[Record], wanted: EventFilter = ALL_EVENTS, coverage: Coverage | None = None
+) -> dict[str, History]:
     """The events that are wanted of every stream; what is no event is left out.
 
     Where a number has several contents, because the store had fallen behind, the last one counts.
     """
     found: dict[str, dict[int, bytes]] = {}
-    for event, content in events_of(records, wanted, met):
+    for event, content in events_of(records, wanted, coverage):
         found.setdefault(event.stream, {})[event.number] = content
     return {stream: History(contents) for stream, contents in sorted(found.items())}
 
 
-def events_of(records: Iterable[Record], wanted: Wanted, met: Met | None = None) -> Iterator[tuple[UpdateEvent, bytes]]:
+def events_of(
+    records: Iterable[Record], wanted: EventFilter, coverage: Coverage | None = None
+) -> Iterator[tuple[UpdateEvent, bytes]]:
     """The events that are wanted, as they come, with their bytes."""
-    met = met or Met()
+    coverage = coverage or Coverage()
     for record in records:
         if not wanted.may_take(record.content):
             continue
         event = record.event
         if event is None:
-            met.strays += 1
-            met.first_stray = met.first_stray or record.where
+            coverage.strays += 1
+            coverage.first_stray = coverage.first_stray or record.where
         elif wanted.takes(event):
             yield event, record.content
         else:
-            met.events += 1
+            coverage.events += 1

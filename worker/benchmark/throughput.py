@@ -44,7 +44,7 @@ from worker.benchmark.throughput_engine import (
     stream_loop,
     write_trace,
 )
-from worker.benchmark.throughput_worker import DROPPED, PARTITIONS, WINDOW, Bench, Observed, Sent, Window
+from worker.benchmark.throughput_worker import DROPPED, PARTITIONS, WINDOW, Bench, Measured, Sent, Window
 from worker.embedded import embedded_services
 from worker.process import keep_freed_memory
 
@@ -240,7 +240,7 @@ def _latency(bench: Bench, path: Path, plan: Plan, backlog: float) -> dict[str, 
     """
     images = pictures(PICTURES, 28, "L", "PNG")
 
-    def paced(pace: float, budget: int, window: Window = WINDOW, drop: bool = False) -> Observed:
+    def paced(pace: float, budget: int, window: Window = WINDOW, drop: bool = False) -> Measured:
         frames = frames_of(64, int(pace * plan.paced_seconds), images)
         batch = {"max_wait_ms": MAX_WAIT_MS, "latency_budget_ms": budget, "drop_late": drop}
         return bench.run(path, frames, pace, pods=PODS, window=window, batch=batch)
@@ -278,7 +278,7 @@ def _cameras(bench: Bench, path: Path, plan: Plan) -> dict[str, Any]:
     return found
 
 
-def stages(seen: Observed) -> dict[str, float]:
+def stages(seen: Measured) -> dict[str, float]:
     """Mean seconds of a step's stages."""
     found = {}
     for stage in ("predict", "publish", "adapt", "settle", "store", "all"):

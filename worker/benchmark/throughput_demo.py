@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from meta.data import fashion_mnist
-from worker.benchmark.throughput_worker import Bench, Observed
+from worker.benchmark.throughput_worker import Bench, Measured
 from worker.demo.cameras import CAMERAS, Reel, film
 
 MODES: dict[str, dict[str, Any]] = {
@@ -56,7 +56,7 @@ def _seed(bench: Bench, path: Path, frames: int, seed: int, rate: float | None) 
     return {mode: results[mode] for mode in MODES}
 
 
-def _accuracy(seen: Observed, reels: dict[str, Reel]) -> dict[str, Any]:
+def _accuracy(seen: Measured, reels: dict[str, Reel]) -> dict[str, Any]:
     """Over all frames, and per stream. A stream's predictions are in the order of its frames' offsets."""
     by_stream: dict[str, list[tuple[int, int]]] = {stream: [] for stream in reels}
     for frame_id, prediction in seen.predictions.items():

@@ -58,7 +58,7 @@ class Sample:
 
 
 @dataclass
-class Observed:
+class Measured:
     """One run. `predictions` as parsed, by the frame's id."""
 
     frames: int
@@ -98,7 +98,7 @@ class Bench:
         pods: int = 1,
         window: Window = WINDOW,
         **sections: Any,
-    ) -> Observed:
+    ) -> Measured:
         """Send `frames`, all at once or `pace` a second, to so many workers of one thread each; return what was seen.
 
         One worker finds all frames there when it starts; several have divided the partitions before the first comes.
@@ -266,7 +266,7 @@ def _watch(pods: Sequence[Pod], frames: int) -> list[Sample]:
 
 def _observed(
     kafka: Kafka, frames: int, samples: list[Sample], peak: int, metrics: dict[str, float], window: Window
-) -> Observed:
+) -> Measured:
     sent = {str(Position.of(r)): r.timestamp for r in records_now(kafka, kafka.topics.frames)}
     predictions, moments, latencies = {}, [], []
     for record in records_now(kafka, kafka.topics.predictions):
@@ -280,7 +280,7 @@ def _observed(
     first, last = (int(share * (len(moments) - 1)) for share in window)
     inside = [s for s in samples if window[0] * len(predictions) <= s.predictions]
     begin, end = inside[0], inside[-1]
-    return Observed(
+    return Measured(
         frames=frames,
         frames_per_second=(last - first) / max(1e-3, (moments[last] - moments[first]) / 1000),
         cpu_ms_per_frame=1000 * (end.cpu_seconds - begin.cpu_seconds) / max(1.0, end.predictions - begin.predictions),

@@ -16,7 +16,7 @@ from worker.cli.options import ConfigOption, as_utc
 
 if TYPE_CHECKING:
     from schemas.state import StreamHeader
-    from worker.audit.read import History, Met, Record, Wanted
+    from worker.audit.read import Coverage, EventFilter, History, Record
 
 audit_app = typer.Typer(help="What changed, when, by how much and why; from the topic or a file.", no_args_is_help=True)
 
@@ -39,15 +39,17 @@ def show(
 ) -> None:
     """A line per stream; with --stream what happened to it over time."""
     from worker.audit.history import summaries
-    from worker.audit.read import Met, events_of
+    from worker.audit.read import Coverage, events_of
     from worker.audit.show import show_stream, show_streams
     from worker.terminal import terminal
 
     console, wanted = terminal(), _wanted(stream, since, until)
     if not stream:
-        met = Met()
-        found = summaries(event for event, _ in events_of(_readable(_records(config, file, wanted.since)), wanted, met))
-        _explain(met, set(found), wanted)
+        coverage = Coverage()
+        found = summaries(
+            event for event, _ in events_of(_readable(_records(config, file, wanted.since)), wanted, coverage)
+        )
+        _explain(coverage, set(found), wanted)
         show_streams(console, found)
         return
     for name, events in _histories(config, file, wanted).items():
@@ -174,32 +176,33 @@ def _readable(records: Iterable[Record]) -> Iterator[Record]:
         print(f"driftkeel: {missing} left out; {damaged[0].damage}", file=sys.stderr)
 
 
-def _wanted(streams: list[str] | None, since: datetime | None, until: datetime | None) -> Wanted:
-    from worker.audit.read import Wanted
+def _wanted(streams: list[str] | None, since: datetime | None, until: datetime | None) -> EventFilter:
+    from worker.audit.read import EventFilter
 
-    return Wanted(frozenset(streams or ()), as_utc(since), as_utc(until))
+    return EventFilter(frozenset(streams or ()), as_utc(since), as_utc(until))
 
 
-def _histories(config: Path | None, file: Path | None, wanted: Wanted) -> dict[str, History]:
-    from worker.audit.read import Met, histories
+def _histories(config: Path | None, file: Path | None, wanted: EventFilter) -> dict[str, History]:
+    from worker.audit.read import Coverage, histories
 
-    met = Met()
-    found = histories(_readable(_records(config, file, wanted.since)), wanted, met)
-    _explain(met, set(found), wanted)
+    coverage = Coverage()
+    found = histories(_readable(_records(config, file, wanted.since)), wanted, coverage)
+    _explain(coverage, set(found), wanted)
     return found
 
 
-def _explain(met: Met, found: set[str], wanted: Wanted) -> None:
+def _explain(coverage: Coverage, found: set[str], wanted: EventFilter) -> None:
     """What else was there than was wanted. Raises StateError where that is all, or a stream is missing."""
     from worker.kafka.batches import counted
 
-    if met.strays and not (met.events or found):
+    if coverage.strays and not (coverage.events or found):
         raise StateError(
-            f"{met.first_stray} is no update event, nor is anything else there; --file wants an export as jsonl"
+            f"{coverage.first_stray} is no update event, nor is anything else there; --file wants an export as jsonl"
         )
-    if met.strays:
+    if coverage.strays:
         print(
-            f"driftkeel: {counted(met.strays)} left out, as no update events; first {met.first_stray}", file=sys.stderr
+            f"driftkeel: {counted(coverage.strays)} left out, as no update events; first {coverage.first_stray}",
+            file=sys.stderr,
         )
     if missing := sorted(wanted.streams - found):
         raise StateError(f"no events of stream {missing[0]!r} there; without --stream all are shown")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from schemas.state import Snapshot
     from schemas.update import UpdateEvent
     from worker.control.operate import Operator
-    from worker.control.stored import Listed
+    from worker.control.stored import ListedStream
 
 streams_app = typer.Typer(help="Look at stored streams, and change them while workers run.", no_args_is_help=True)
 
@@ -153,7 +153,7 @@ def delete(
     print(f"deleted: {deleted}")
 
 
-def _plain(found: Listed, kept: list[Snapshot | None]) -> dict[str, Any]:
+def _plain(found: ListedStream, kept: list[Snapshot | None]) -> dict[str, Any]:
     """The header is null where it cannot be read, and so is a snapshot."""
     return {
         "stream": found.stream,

@@ -11,7 +11,7 @@ from rich.text import Text
 from schemas.policy import Policy
 from schemas.state import Snapshot, StreamHeader
 from schemas.update import Proxies
-from worker.control.stored import Listed
+from worker.control.stored import ListedStream
 from worker.guard.answer import answering, named
 from worker.terminal import facts, printable
 
@@ -24,7 +24,7 @@ MEANING = {
 
 
 def show(
-    console: Console, found: Listed, snapshots: Sequence[Snapshot | None], policy: Policy, proxies: Proxies
+    console: Console, found: ListedStream, snapshots: Sequence[Snapshot | None], policy: Policy, proxies: Proxies
 ) -> None:
     """`policy` is what holds for the stream, `proxies` what its state says of its accuracy."""
     colour = COLOURS.get(found.condition, "red")
@@ -35,7 +35,7 @@ def show(
         console.print(_snapshots(snapshots))
 
 
-def _rows(found: Listed, policy: Policy, proxies: Proxies) -> Iterator[tuple[str, str]]:
+def _rows(found: ListedStream, policy: Policy, proxies: Proxies) -> Iterator[tuple[str, str]]:
     header = found.header
     if found.owner:
         yield "owner", f"{found.owner} (token {found.token})"

@@ -75,16 +75,16 @@ def produce(
 ) -> None:
     """Send frames of videos, cameras and pictures to the frames topic, at their own pace, each once."""
     from worker.log import set_up_logging
-    from worker.produce.produce import Wishes
+    from worker.produce.produce import PlayOptions
     from worker.produce.produce import produce as play
-    from worker.produce.sources import Style
+    from worker.produce.sources import Encoding
 
     settings = _settings(config, bootstrap)
     set_up_logging(settings.log)
-    wishes = Wishes(Style(quality, _box(size), fps), fast, now, again, loop, limit)
+    options = PlayOptions(Encoding(quality, _box(size), fps), fast, now, again, loop, limit)
     streams = _streams(sources, stream or [], settings.frames.max_stream_id_bytes)
     with _until_stopped() as stop:
-        for tally in play(settings, streams, wishes, state, stop):
+        for tally in play(settings, streams, options, state, stop):
             extra = f", {tally.before} passed over: sent before" if tally.before else ""
             extra += f", {tally.dropped} dropped: the broker was too slow" if tally.dropped else ""
             print(f"{tally.stream}: {tally.sent} frames sent, {tally.bytes / 1e6:.1f} MB{extra}")
@@ -106,21 +106,21 @@ def watch(
 ) -> None:
     """Show predictions as they come; it disturbs nobody. Ctrl-C ends."""
     from worker.log import set_up_logging
-    from worker.watch import Drawer, Watcher
+    from worker.watch import FrameMarker, Watcher
 
     settings = _settings(config, bootstrap)
     set_up_logging(settings.log)
     with _until_stopped() as stop:
         watcher = Watcher(settings, set(stream or []), beginning, stop)
-        drawer = Drawer(settings, draw, stop) if draw else None
+        marker = FrameMarker(settings, draw, stop) if draw else None
         try:
             for prediction in _shown(watcher, as_json, table, count):
-                if drawer:
-                    drawer.draw(prediction)
+                if marker:
+                    marker.draw(prediction)
         finally:
             watcher.close()
-            if drawer:
-                drawer.close()
+            if marker:
+                marker.close()
 
 
 def _shown(watcher: Watcher, as_json: bool, table: bool, count: int | None) -> Iterator[Prediction]:
@@ -128,15 +128,15 @@ def _shown(watcher: Watcher, as_json: bool, table: bool, count: int | None) -> I
     from rich.live import Live
 
     from worker.terminal import printable_json, terminal
-    from worker.watch import Board, line
+    from worker.watch import LatestPredictions, line
 
     predictions = islice(watcher.predictions(), count)
     if table:
-        board = Board()
-        with Live(board.table(), console=terminal(), refresh_per_second=4) as live:
+        latest = LatestPredictions()
+        with Live(latest.table(), console=terminal(), refresh_per_second=4) as live:
             for prediction in predictions:
-                board.take(prediction)
-                live.update(board.table())
+                latest.take(prediction)
+                live.update(latest.table())
                 yield prediction
         return
     for prediction in predictions:

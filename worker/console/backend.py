@@ -17,7 +17,7 @@ from schemas.config import WorkerConfig
 from schemas.errors import StateError, UnreachableError
 from schemas.prediction import Prediction
 from schemas.state import decode_header
-from worker.console.site import Site
+from worker.console.site import WorkerScrape
 from worker.console.thumbnails import Thumbnails
 from worker.console.topics import TopicReader
 from worker.kafka.client import close_producer, connection, open_client
@@ -26,10 +26,10 @@ from worker.store.store import StateStore
 SEND_TIMEOUT_S = 10.0
 
 
-class Outside:
+class SiteBackend:
     """The `monitoring.console.app.Backend` of a real site."""
 
-    def __init__(self, config: WorkerConfig, topics: TopicReader, site: Site) -> None:
+    def __init__(self, config: WorkerConfig, topics: TopicReader, site: WorkerScrape) -> None:
         self._config, self._topics, self._site = config, topics, site
         self._thumbnails = Thumbnails(config.kafka, config.frames)
         self._store = StateStore(config.store)

@@ -19,9 +19,9 @@ from monitoring.console.fleet import Fleet
 from monitoring.console.security import is_loopback
 from schemas.config import Console, WorkerConfig
 from schemas.errors import BundleError, ConfigError, UnreachableError, mistakes
-from worker.console.backend import Outside
+from worker.console.backend import SiteBackend
 from worker.console.connections import Impatient
-from worker.console.site import Site
+from worker.console.site import WorkerScrape
 from worker.console.topics import TopicReader
 
 log = logging.getLogger("driftkeel.console")
@@ -66,25 +66,25 @@ def run_console(config: WorkerConfig) -> None:
     fleet = Fleet(settings.max_streams, _clean_accuracy(config))
     topics = TopicReader(config.kafka, fleet, stop)
     urls = list(settings.workers) or [f"http://{_reachable(config.metrics.host)}:{config.metrics.port}/metrics"]
-    site = Site(urls, stop)
-    outside = Outside(config, topics, site)
+    site = WorkerScrape(urls, stop)
+    backend = SiteBackend(config, topics, site)
     try:
-        fleet.note_stored(outside.known_streams())
+        fleet.note_stored(backend.known_streams())
     except UnreachableError as error:
         log.warning("%s; its streams show once their records come", error)
     topics.start()
     site.start()
     try:
-        _serve(fleet, outside, config, listening)
+        _serve(fleet, backend, config, listening)
     finally:
         stop.set()
-        outside.close()
+        backend.close()
         topics.join(timeout=5)
 
 
-def _serve(fleet: Fleet, outside: Outside, config: WorkerConfig, listening: socket.socket) -> None:
+def _serve(fleet: Fleet, backend: SiteBackend, config: WorkerConfig, listening: socket.socket) -> None:
     server: _Server | None = None
-    app = make_app(fleet, outside, config.console, lambda: server is not None and server.should_exit)
+    app = make_app(fleet, backend, config.console, lambda: server is not None and server.should_exit)
     server = _Server(
         uvicorn.Config(
             app,

@@ -29,7 +29,7 @@ class _Worker:
     per_second: float = 0.0
 
 
-class Site(threading.Thread):
+class WorkerScrape(threading.Thread):
     """Asks every worker every two seconds."""
 
     def __init__(self, urls: list[str], stop: threading.Event) -> None:

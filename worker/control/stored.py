@@ -16,7 +16,7 @@ from worker.store.store import Overview, StateStore
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedStream:
     """A stream as `streams list` shows it; `header` is None where it cannot be read."""
 
     stream: str
@@ -37,7 +37,7 @@ class Listed:
         return "expired" if self.header.step and not self.tensor_bytes else "ok"
 
 
-def listed(store: StateStore, streams: list[str] | None = None) -> list[Listed]:
+def listed(store: StateStore, streams: list[str] | None = None) -> list[ListedStream]:
     """What is stored of these streams, or of all, by name; those of which nothing is, are left out."""
     names = sorted(set(store.streams())) if streams is None else streams
     # One that was deleted since the names were asked for is none of them any more.
@@ -45,15 +45,15 @@ def listed(store: StateStore, streams: list[str] | None = None) -> list[Listed]:
     return [_as_listed(name, overview) for name, overview in known]
 
 
-def _as_listed(stream: str, found: Overview) -> Listed:
+def _as_listed(stream: str, found: Overview) -> ListedStream:
     try:
         header = decode_header(found.header) if found.header else StreamHeader(stream=stream, bundle="", method="")
     except StateError:
         header = None
-    return Listed(stream, found.owner, found.token, header, found.tensor_bytes, found.snapshots, found.foreign)
+    return ListedStream(stream, found.owner, found.token, header, found.tensor_bytes, found.snapshots, found.foreign)
 
 
-def listed_one(store: StateStore, stream: str) -> Listed:
+def listed_one(store: StateStore, stream: str) -> ListedStream:
     """What is stored of a stream. Raises StateError where that is nothing."""
     found = listed(store, [stream])
     if not found:
@@ -73,7 +73,7 @@ def _snapshot(said: bytes) -> Snapshot | None:
         return None
 
 
-def judged(config: WorkerConfig, found: Listed) -> tuple[Policy, Proxies]:
+def judged(config: WorkerConfig, found: ListedStream) -> tuple[Policy, Proxies]:
     """The policy that holds for a stream, and what its state says of its accuracy under the site's bundle. Raises
     BundleError."""
     header = found.header or StreamHeader(stream=found.stream, bundle="", method="")

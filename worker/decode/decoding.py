@@ -12,7 +12,7 @@ from schemas.errors import FrameError
 from schemas.frame import Frame
 from worker.consume.offsets import Partition
 from worker.decode.image import DecodedFrame
-from worker.decode.turns import Key, Turns
+from worker.decode.turns import Key, RoundRobin
 from worker.decode.weigh import weight
 from worker.kafka.records import bytes_of
 
@@ -151,7 +151,7 @@ class _Lane:
 
     def __init__(self, decode: Callable[[Frame, float], DecodedFrame | FrameError], threads: int, room: int) -> None:
         self._decode, self._room = decode, room
-        self._waiting: Turns[tuple[Arrival, int]] = Turns()
+        self._waiting: RoundRobin[tuple[Arrival, int]] = RoundRobin()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self.running: dict[Future[list[DecodedFrame | FrameError | None]], list[Arrival]] = {}
 

@@ -10,7 +10,7 @@ Key = bytes | None
 One = TypeVar("One")
 
 
-class Turns(Generic[One]):
+class RoundRobin(Generic[One]):
     """Streams take turns, so that one camera's many pictures do not hold up another's. Each keeps its order."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ MIX = 1.0  # Dirichlet concentration of that mix; lower is more one-sided
 
 
 @dataclass(frozen=True)
-class Camera:
+class DemoCamera:
     """A camera: what goes wrong, how far, and when (shares of the whole replay)."""
 
     stream: str
@@ -46,12 +46,12 @@ class Camera:
 
 
 CAMERAS = (
-    Camera("cam-1-light-failing", "light_failing", 0.85, begins=0.08, full=0.35),
-    Camera("cam-2-focus-loss", "focus_loss", 1.0, begins=0.12, full=0.22, format="JPEG"),
-    Camera("cam-3-sensor-noise", "shot_noise", 0.9, begins=0.10, full=0.30),
-    Camera("cam-4-haze", "haze", 0.3, begins=0.15, full=0.25),
-    Camera("cam-5-tilted", "tilt", 0.8, begins=0.12, full=0.14),
-    Camera("cam-6-healthy", None),
+    DemoCamera("cam-1-light-failing", "light_failing", 0.85, begins=0.08, full=0.35),
+    DemoCamera("cam-2-focus-loss", "focus_loss", 1.0, begins=0.12, full=0.22, format="JPEG"),
+    DemoCamera("cam-3-sensor-noise", "shot_noise", 0.9, begins=0.10, full=0.30),
+    DemoCamera("cam-4-haze", "haze", 0.3, begins=0.15, full=0.25),
+    DemoCamera("cam-5-tilted", "tilt", 0.8, begins=0.12, full=0.14),
+    DemoCamera("cam-6-healthy", None),
 )
 
 
@@ -59,13 +59,13 @@ CAMERAS = (
 class Reel:
     """All frames of one camera, encoded, with their labels and severities."""
 
-    camera: Camera
+    camera: DemoCamera
     frames: list[bytes]
     labels: npt.NDArray[np.int64]
     severity: npt.NDArray[np.float32]
 
 
-def film(camera: Camera, data: LabelledImages, frames: int, seed: int) -> Reel:
+def film(camera: DemoCamera, data: LabelledImages, frames: int, seed: int) -> Reel:
     """Film `frames` frames: garments in runs of similar classes, each seen twice, slightly moved."""
     random = torch.Generator().manual_seed(seed * 1_000 + CAMERAS.index(camera))
     chosen = _items(data.labels, -(-frames // ITEM_FRAMES), random)

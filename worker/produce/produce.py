@@ -20,8 +20,8 @@ from schemas.config import Kafka, WorkerConfig
 from schemas.errors import DriftkeelError, SourceError
 from schemas.frame import FRAME_TYPE
 from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, close_producer, require_topics, until_reached
-from worker.produce.sent import News, Sent, read_back
-from worker.produce.sources import Item, Picture, Style
+from worker.produce.sent import Acknowledged, Sent, read_back
+from worker.produce.sources import Encoding, Item, Picture
 from worker.publish.publisher import open_producer
 
 log = logging.getLogger("driftkeel.produce")
@@ -32,13 +32,13 @@ STOP_PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PlayOptions:
     """How to play. `fast`: as fast as the broker takes it. `now`: event time is when a frame is sent.
 
     `again`: also what was sent before. `loop`: for ever, and nothing is remembered. `limit`: frames of each stream.
     """
 
-    style: Style = field(default_factory=Style)
+    encoding: Encoding = field(default_factory=Encoding)
     fast: bool = False
     now: bool = False
     again: bool = False
@@ -164,14 +164,14 @@ class Player:
     items: Iterable[Item]
     sender: Sender
     kafka: Kafka
-    wishes: Wishes
+    options: PlayOptions
     stop: threading.Event
     memory: Sent | None = None
     tally: Tally = field(init=False)
 
     def __post_init__(self) -> None:
         self.tally = Tally(self.stream)
-        self._news, self._lock = News(), threading.Lock()
+        self._acknowledged, self._lock = Acknowledged(), threading.Lock()
         self._noted = self._began = time.monotonic()
         self._clock: float | None = None  # when the item in hand began, had it played at its own speed
 
@@ -187,24 +187,27 @@ class Player:
             if self.stop.is_set() or self._enough():
                 break
             # A round's frames are no item's frames by number: what is read back later must not take them for these.
-            self._play(item, f"{number}." if self.wishes.loop else "")
+            self._play(item, f"{number}." if self.options.loop else "")
 
     def remember(self) -> None:
         """Write what has been acknowledged."""
         with self._lock:
-            news, self._news = self._news, News(next_offset=self._news.next_offset)
+            acknowledged, self._acknowledged = (
+                self._acknowledged,
+                Acknowledged(next_offset=self._acknowledged.next_offset),
+            )
         self._noted = time.monotonic()
-        if self.memory and (news.frames or news.done):
-            self.memory.note(self.kafka.topics.frames, self.stream, news)
+        if self.memory and (acknowledged.frames or acknowledged.done):
+            self.memory.note(self.kafka.topics.frames, self.stream, acknowledged)
 
     def _rounds(self) -> Iterator[tuple[int, Item]]:
-        items = list(self.items) if self.wishes.loop else self.items
+        items = list(self.items) if self.options.loop else self.items
         rounds = 0
         while True:
             sent = self.tally.sent
             for item in items:
                 yield rounds, item
-            if not self.wishes.loop or self.tally.sent == sent:  # a pipe gives its frames once
+            if not self.options.loop or self.tally.sent == sent:  # a pipe gives its frames once
                 return
             rounds += 1
 
@@ -213,8 +216,8 @@ class Player:
         if skip is None:
             return
         self._clock = None
-        style = self.wishes.style
-        pictures = _reconnecting(item, style, self.stop) if item.live else item.pictures(style, skip)
+        encoding = self.options.encoding
+        pictures = _reconnecting(item, encoding, self.stop) if item.live else item.pictures(encoding, skip)
         nothing = True
         # Of what comes as it is taken, no frame waits for the next one.
         marked = _knowing_the_last(pictures) if item.remembered else ((picture, False) for picture in pictures)
@@ -223,14 +226,14 @@ class Player:
             if not self._send(item, picture, round_name, last):
                 return
         if nothing and skip:
-            self._news.done.add(item.name)
+            self._acknowledged.done.add(item.name)
 
     def _sent_before(self, item: Item) -> int | None:
         """How many frames of an item to pass over; None for all of them."""
         if self.memory is None:
             return 0
         topic = self.kafka.topics.frames
-        if self.wishes.again:
+        if self.options.again:
             self.memory.forget(topic, self.stream, item.name)
             return 0
         frames, done = self.memory.frames(topic, self.stream, item.name)
@@ -246,11 +249,11 @@ class Player:
         if not self.sender.make_room(len(picture.content), wait=not item.live):
             self.tally.dropped += item.live
             return item.live
-        taken = picture.time if picture.time and not self.wishes.now else datetime.now(UTC)
+        taken = picture.time if picture.time and not self.options.now else datetime.now(UTC)
 
         def sent(place: Any) -> None:
             with self._lock:
-                self._news.take(item.name, picture.index, int(place.offset), last)
+                self._acknowledged.take(item.name, picture.index, int(place.offset), last)
 
         self.sender.send(self.stream, item.name, f"{round_name}{picture.index}", picture, taken, sent)
         self.tally.sent += 1
@@ -261,8 +264,8 @@ class Player:
 
     def _pace(self, picture: Picture) -> None:
         """Wait until it is the picture's turn: by its video's clock; where it has none, by `fps`."""
-        fps = self.wishes.style.fps
-        if self.wishes.fast or (picture.at is None and fps is None):
+        fps = self.options.encoding.fps
+        if self.options.fast or (picture.at is None and fps is None):
             return
         now = time.monotonic()
         if picture.at is None:
@@ -273,7 +276,7 @@ class Player:
         self.stop.wait(max(0.0, due - now))
 
     def _enough(self) -> bool:
-        return self.wishes.limit is not None and self.tally.sent >= self.wishes.limit
+        return self.options.limit is not None and self.tally.sent >= self.options.limit
 
 
 def _knowing_the_last(pictures: Iterator[Picture]) -> Iterator[tuple[Picture, bool]]:
@@ -285,12 +288,12 @@ def _knowing_the_last(pictures: Iterator[Picture]) -> Iterator[tuple[Picture, bo
         held = following
 
 
-def _reconnecting(item: Item, style: Style, stop: threading.Event) -> Iterator[Picture]:
+def _reconnecting(item: Item, encoding: Encoding, stop: threading.Event) -> Iterator[Picture]:
     """A camera's pictures; once it has shown one, it is waited for when it is gone."""
     index, pause = 0, FIRST_PAUSE_S
     while not stop.is_set():
         try:
-            for picture in item.pictures(style, index):
+            for picture in item.pictures(encoding, index):
                 index, pause = picture.index + 1, FIRST_PAUSE_S
                 yield picture
             return
@@ -303,12 +306,12 @@ def _reconnecting(item: Item, style: Style, stop: threading.Event) -> Iterator[P
 
 
 def produce(
-    config: WorkerConfig, streams: dict[str, Iterable[Item]], wishes: Wishes, state: Path, stop: threading.Event
+    config: WorkerConfig, streams: dict[str, Iterable[Item]], options: PlayOptions, state: Path, stop: threading.Event
 ) -> list[Tally]:
     """Play all streams at the same time, a thread each. Raises the first error of any, after all have stopped."""
-    memory = None if wishes.loop else Sent(state, config.kafka.bootstrap)
+    memory = None if options.loop else Sent(state, config.kafka.bootstrap)
     sender = Sender(config, stop)
-    players = [Player(name, items, sender, config.kafka, wishes, stop, memory) for name, items in streams.items()]
+    players = [Player(name, items, sender, config.kafka, options, stop, memory) for name, items in streams.items()]
     failures: list[Exception] = []
 
     def attempt(action: Callable[[], None]) -> None:

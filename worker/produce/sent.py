@@ -43,7 +43,7 @@ INSERT INTO reached VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET next_offset = max
 
 
 @dataclass
-class News:
+class Acknowledged:
     """What has been acknowledged: frames by item, items of which nothing is left, and the offset after the newest."""
 
     frames: dict[str, int] = field(default_factory=dict)
@@ -85,14 +85,14 @@ class Sent:
             row = self._file.execute(query, (self._name(topic), stream)).fetchone()
         return int(row[0]) if row else None
 
-    def note(self, topic: str, stream: str, news: News) -> None:
+    def note(self, topic: str, stream: str, acknowledged: Acknowledged) -> None:
         """Write what has been acknowledged."""
         name = self._name(topic)
-        rows = [(name, stream, item, frames, 0) for item, frames in news.frames.items()]
-        rows += [(name, stream, item, 0, 1) for item in news.done]
+        rows = [(name, stream, item, frames, 0) for item, frames in acknowledged.frames.items()]
+        rows += [(name, stream, item, 0, 1) for item in acknowledged.done]
         with self._using(), self._file:
             self._file.executemany(_ITEM, rows)
-            self._file.execute(_REACHED, (name, stream, news.next_offset))
+            self._file.execute(_REACHED, (name, stream, acknowledged.next_offset))
 
     def forget(self, topic: str, stream: str, item: str) -> None:
         """Have an item sent again."""
@@ -119,7 +119,7 @@ class Sent:
         return f"{self._broker}/{topic}"
 
 
-def read_back(kafka: Kafka, partition: int, stream: str, start: int | None) -> News:
+def read_back(kafka: Kafka, partition: int, stream: str, start: int | None) -> Acknowledged:
     """What the topic holds of a stream from offset `start` on; where it is None, only where the topic ends now. Raises
     UnreachableError."""
     try:
@@ -129,7 +129,7 @@ def read_back(kafka: Kafka, partition: int, stream: str, start: int | None) -> N
         raise UnreachableError(f"{said}: {error}") from error
 
 
-def _read_back(kafka: Kafka, place: TopicPartition, stream: str, start: int | None) -> News:
+def _read_back(kafka: Kafka, place: TopicPartition, stream: str, start: int | None) -> Acknowledged:
     consumer = open_client(
         KafkaConsumer,
         **connection(kafka),
@@ -137,31 +137,31 @@ def _read_back(kafka: Kafka, place: TopicPartition, stream: str, start: int | No
         auto_offset_reset="earliest",
         fetch_max_wait_ms=kafka.fetch_max_wait_ms,
     )
-    news = News()
+    acknowledged = Acknowledged()
     try:
         consumer.assign([place])
         end = int(consumer.end_offsets([place])[place])
-        news.next_offset = end if start is None else start
+        acknowledged.next_offset = end if start is None else start
         if start is None:
-            return news
+            return acknowledged
         consumer.seek(place, max(start, int(consumer.beginning_offsets([place])[place])))
         last = time.monotonic()
         # Some brokers tell an end that is too early: read on until nothing comes.
         while (records := consumer.poll(timeout_ms=1_000).get(place, [])) or consumer.position(place) < end:
             for record in records:
-                _take(news, record, stream.encode())
+                _take(acknowledged, record, stream.encode())
             if records:
                 last = time.monotonic()
             elif time.monotonic() - last > kafka.connect_timeout_s:
                 raise UnreachableError(f"the broker at {kafka.bootstrap} does not tell what it has of stream {stream}")
     finally:
         consumer.close(autocommit=False)
-    return news
+    return acknowledged
 
 
-def _take(news: News, record: Any, key: bytes) -> None:
-    news.next_offset = max(news.next_offset, record.offset + 1)
+def _take(acknowledged: Acknowledged, record: Any, key: bytes) -> None:
+    acknowledged.next_offset = max(acknowledged.next_offset, record.offset + 1)
     headers = dict(record.headers)
     item, number = headers.get("ce_source") or b"", headers.get("ce_id") or b""
     if record.key == key and headers.get("ce_type") == FRAME_TYPE.encode() and number.isdigit():
-        news.take(item.decode("ascii", "replace"), int(number), record.offset)
+        acknowledged.take(item.decode("ascii", "replace"), int(number), record.offset)

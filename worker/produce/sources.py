@@ -30,7 +30,7 @@ _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Style:
+class Encoding:
     """What becomes of frames: JPEG quality (1 to 95), box in pixels that they shrink into, frames kept per second."""
 
     quality: int | None = None
@@ -63,7 +63,7 @@ class Item(Protocol):
     remembered: bool
     live: bool
 
-    def pictures(self, style: Style, skip: int) -> Iterator[Picture]:
+    def pictures(self, encoding: Encoding, skip: int) -> Iterator[Picture]:
         """Its frames from number `skip` on. Raises SourceError."""
         ...
 
@@ -77,7 +77,7 @@ def find(source: str) -> tuple[str | None, Iterable[Item]]:
         return None, _standard_input()
     device = _device(source)
     if device is not None:
-        return None, [Camera(*device)]
+        return None, [LiveCamera(*device)]
     path = Path(source)
     if path.is_dir():
         pictures = [entry for entry in path.iterdir() if entry.suffix.lower() in SUFFIXES]
@@ -135,7 +135,7 @@ class PictureFile:
         self._path = path
         self.name = _identity(path)
 
-    def pictures(self, style: Style, skip: int) -> Iterator[Picture]:
+    def pictures(self, encoding: Encoding, skip: int) -> Iterator[Picture]:
         """The picture, taken when its file was last changed."""
         if skip:
             return
@@ -147,8 +147,8 @@ class PictureFile:
         kind = next((kind for magic, kind in MAGIC.items() if content.startswith(magic)), None)
         if kind is None:
             raise SourceError(f"{self._path} is none of JPEG, PNG, WebP; rename it, or take it out")
-        if not style.keeps_pictures:
-            content, kind = _again(content, style, str(self._path)), "image/jpeg"
+        if not encoding.keeps_pictures:
+            content, kind = _again(content, encoding, str(self._path)), "image/jpeg"
         yield Picture(content, kind, 0, time=changed)
 
 
@@ -161,15 +161,15 @@ class Video:
         self._path = path
         self.name = _identity(path)
 
-    def pictures(self, style: Style, skip: int) -> Iterator[Picture]:
+    def pictures(self, encoding: Encoding, skip: int) -> Iterator[Picture]:
         """Its frames, as JPEGs."""
         with _opened(str(self._path), None) as container:
             began = _recorded(container, self._path)
-            for picture in _frames(container, style, skip, str(self._path)):
+            for picture in _frames(container, encoding, skip, str(self._path)):
                 yield replace(picture, time=began + timedelta(seconds=picture.at or 0))
 
 
-class Camera:
+class LiveCamera:
     """A network stream or a device of this machine; what it shows is now."""
 
     remembered, live = False, True
@@ -179,10 +179,10 @@ class Camera:
         self.address = without_credentials(address)
         self.name = f"{quote(self.address, safe='/:')}#{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
 
-    def pictures(self, style: Style, skip: int) -> Iterator[Picture]:
+    def pictures(self, encoding: Encoding, skip: int) -> Iterator[Picture]:
         """Its frames as they come; `skip` is where numbers go on after a reconnection. Raises SourceError once gone."""
         with _opened(self._address, self._format) as container:
-            for picture in _frames(container, style, 0, self.address):
+            for picture in _frames(container, encoding, 0, self.address):
                 yield Picture(picture.content, picture.content_type, skip + picture.index)
             if "://" in self._address and not container.duration:
                 raise SourceError(f"{self.address} broke off: a stream without an end ended")
@@ -197,7 +197,7 @@ class JpegPipe:
         self._pipe = pipe
         self.name = f"stdin#{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
 
-    def pictures(self, style: Style, skip: int) -> Iterator[Picture]:
+    def pictures(self, encoding: Encoding, skip: int) -> Iterator[Picture]:
         """Each JPEG as it is, unless a size or quality is asked for."""
         index = 0
         with _opened(self._pipe, "mjpeg", probesize="32", analyzeduration="0") as container:
@@ -207,8 +207,8 @@ class JpegPipe:
                     continue
                 if not content.startswith(b"\xff\xd8"):
                     raise SourceError("standard input has something that is no JPEG between its JPEGs")
-                if not style.keeps_pictures:
-                    content = _again(content, style, "standard input")
+                if not encoding.keeps_pictures:
+                    content = _again(content, encoding, "standard input")
                 yield Picture(content, "image/jpeg", index)
                 index += 1
 
@@ -282,7 +282,7 @@ def _opened(what: Any, format: str | None, **options: str) -> Any:
     return container
 
 
-def _frames(container: Any, style: Style, skip: int, name: str) -> Iterator[Picture]:
+def _frames(container: Any, encoding: Encoding, skip: int, name: str) -> Iterator[Picture]:
     """Decode, choose and encode. Raises SourceError."""
     import av
 
@@ -294,33 +294,33 @@ def _frames(container: Any, style: Style, skip: int, name: str) -> Iterator[Pict
             moment = frame.time if frame.time is not None else index / rate
             first = moment if first is None else first
             at = moment - first
-            if style.fps is not None:
+            if encoding.fps is not None:
                 # A grid of the frames wanted: the first one in each of its slots is kept.
-                if int(at * style.fps + 1e-6) <= slot:
+                if int(at * encoding.fps + 1e-6) <= slot:
                     continue
-                slot = int(at * style.fps + 1e-6)
+                slot = int(at * encoding.fps + 1e-6)
             if index >= skip:
-                yield Picture(_jpeg(frame.to_image(), style), "image/jpeg", index, at)
+                yield Picture(_jpeg(frame.to_image(), encoding), "image/jpeg", index, at)
     except (av.FFmpegError, OSError) as error:
         raise SourceError(f"{name} broke off: {_reason(error)}") from error
 
 
-def _again(content: bytes, style: Style, name: str) -> bytes:
+def _again(content: bytes, encoding: Encoding, name: str) -> bytes:
     """A picture encoded anew. Raises SourceError."""
     try:
         image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
-        if style.size:
-            image.draft(None, style.size)
-        return _jpeg(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), style)
+        if encoding.size:
+            image.draft(None, encoding.size)
+        return _jpeg(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"), encoding)
     except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise SourceError(f"{name} cannot be decoded: {_reason(error)}") from error
 
 
-def _jpeg(image: Image.Image, style: Style) -> bytes:
-    if style.size:
-        image.thumbnail(style.size)  # keeps the proportions, and never enlarges
+def _jpeg(image: Image.Image, encoding: Encoding) -> bytes:
+    if encoding.size:
+        image.thumbnail(encoding.size)  # keeps the proportions, and never enlarges
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=style.quality or DEFAULT_QUALITY)
+    image.save(buffer, "JPEG", quality=encoding.quality or DEFAULT_QUALITY)
     return buffer.getvalue()
 
 

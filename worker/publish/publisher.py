@@ -27,7 +27,7 @@ from worker.kafka.client import (
     until_reached,
 )
 from worker.kafka.send import can_follow, follow
-from worker.log import Lines, Trouble
+from worker.log import LineLimit, Trouble
 
 log = logging.getLogger("driftkeel.publish")
 ACKNOWLEDGE_TIMEOUT_S = 30.0
@@ -55,7 +55,7 @@ class Message(NamedTuple):
         return self._replace(value=b"", headers=headers)
 
 
-class Answer(NamedTuple):
+class EncodedPrediction(NamedTuple):
     """A `schemas.prediction.Prediction` as bytes, and what its headers say; `time` is event time, ISO 8601."""
 
     frame_id: str
@@ -101,7 +101,7 @@ class Publisher:
         self._away: KafkaError | None = None
         self._untaken: tuple[float, str] | None = None
         self._impatient_until = 0.0
-        self._refused, self._unreached, self._lines = Trouble(log), Trouble(log), Lines()
+        self._refused, self._unreached, self._lines = Trouble(log), Trouble(log), LineLimit()
         what = f"the broker at {settings.bootstrap}"
         self._producer = until_reached(self._make, what, settings.connect_timeout_s, stop)
 
@@ -233,7 +233,7 @@ class Publisher:
             keep_alive()
             self._stop.wait(min(0.05, seconds))
 
-    def predictions(self, stream: bytes, answers: Iterable[Answer]) -> None:
+    def predictions(self, stream: bytes, answers: Iterable[EncodedPrediction]) -> None:
         """Answers for frames of one stream."""
         topic, first = self._settings.topics.predictions, None
         for answer in answers:

@@ -22,8 +22,8 @@ from schemas.update import Proxies, SealedEvent, UpdateEvent, seal
 from tests.monitoring.console.records import event
 from tests.outline import rebuilt
 from worker.audit.export import write_csv, write_lines
-from worker.audit.history import Numbers, spans, summaries
-from worker.audit.read import Met, Record, Wanted, events_of, histories, read_file
+from worker.audit.history import EventNumbers, spans, summaries
+from worker.audit.read import Coverage, EventFilter, Record, events_of, histories, read_file
 from worker.audit.show import show_stream, show_streams
 from worker.audit.verify import verify
 from worker.cli.audit import _ends
@@ -258,14 +258,14 @@ def test_events_of_one_kind_make_a_span() -> None:
     ]
     assert found[0].most_moved(1) == [("norm2", 1.5)]
     assert (found[0].flipped, found[0].frames, found[0].distance, found[0].step) == (6, 24, 0.3, 3)
-    wanted = Wanted(frozenset(["cam"]), BEGIN + timedelta(seconds=4), BEGIN + timedelta(seconds=6))
+    wanted = EventFilter(frozenset(["cam"]), BEGIN + timedelta(seconds=4), BEGIN + timedelta(seconds=6))
     only = histories(records(chain("cam", 9), chain("x", 9)), wanted)
     assert {s: [e.number for e in es] for s, es in only.items()} == {"cam": [4, 5]}
 
 
 @given(numbers=st.lists(st.integers(1, 12), max_size=40))
 def test_numbers_are_new_once(numbers: list[int]) -> None:
-    known, plain = Numbers(), set[int]()
+    known, plain = EventNumbers(), set[int]()
     for number in numbers:
         assert known.add(number) == (number not in plain)
         plain.add(number)
@@ -288,8 +288,8 @@ def test_no_event_of_a_named_stream_is_passed_over_by_its_bytes(name: str, other
         sealed = chain(name, 2)
     except ValidationError:
         return
-    met = Met()
-    found = list(events_of(records(sealed, chain(other, 3)), Wanted(frozenset([name])), met))
+    coverage = Coverage()
+    found = list(events_of(records(sealed, chain(other, 3)), EventFilter(frozenset([name])), coverage))
     assert len(found) == (5 if name == other else 2)
 
 

@@ -21,12 +21,12 @@ from tests.monitoring.console.records import event, prediction
 from worker.cli.app import run
 from worker.cli.command import _say
 from worker.cli.streams_show import show
-from worker.control.stored import Listed
+from worker.control.stored import ListedStream
 from worker.demo.score import Scoreboard
 from worker.demo.view import open_view
 from worker.site import doctor
 from worker.terminal import printable_json
-from worker.watch import Board
+from worker.watch import LatestPredictions
 
 SEEN = Proxies(estimated_accuracy=0.912, low=0.85, high=0.95, source_accuracy=0.7, confidence=0.9, entropy=0.2)
 HOSTILE = "[/red]\x1b[2J"
@@ -43,7 +43,7 @@ def shown(
     fields = {"stream": "cam", "owner": "w-1", "token": 4, "header": found, "tensor_bytes": 7_120, "snapshots": 1}
     console = Console(width=200)
     with console.capture() as capture:
-        show(console, Listed(**{**fields, **changes}), kept, policy or Policy(), SEEN)
+        show(console, ListedStream(**{**fields, **changes}), kept, policy or Policy(), SEEN)
     return capture.get()
 
 
@@ -102,23 +102,23 @@ def test_a_snapshot_that_cannot_be_read_has_a_row() -> None:
 
 
 def test_nothing_from_outside_steers_the_terminal() -> None:
-    board = Board()
-    board.take(prediction(HOSTILE, label=HOSTILE))
+    latest = LatestPredictions()
+    latest.take(prediction(HOSTILE, label=HOSTILE))
     console = Console(width=200)
     with console.capture() as capture:
-        console.print(board.table())
+        console.print(latest.table())
     for text in (capture.get(), shown(header(stream=HOSTILE), stream=HOSTILE, owner=HOSTILE)):
         assert "\x1b[2J" not in text
         assert text.count("[/red]") == 2
 
 
 def test_two_cameras_are_told_apart_at_eighty_columns() -> None:
-    board = Board()
+    latest = LatestPredictions()
     for number in (1, 2):
-        board.take(prediction(f"hall-2/line-3/inspection/camera-{number}", label="T-shirt/top"))
+        latest.take(prediction(f"hall-2/line-3/inspection/camera-{number}", label="T-shirt/top"))
     console = Console(width=80)
     with console.capture() as capture:
-        console.print(board.table())
+        console.print(latest.table())
     lines = capture.get().splitlines()
     assert max(map(len, lines)) <= 80
     names = "".join(line[:20].strip() for line in lines)

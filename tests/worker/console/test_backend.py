@@ -9,7 +9,7 @@ from typing import Any
 from schemas.command import Command
 from schemas.config import Bundle, Kafka, Store, WorkerConfig
 from tests.conftest import Topic
-from worker.console.backend import Outside
+from worker.console.backend import SiteBackend
 from worker.control.send import put_command
 
 
@@ -19,9 +19,9 @@ def test_a_command_of_the_console_says_of_itself_what_one_of_the_command_line_sa
     config = WorkerConfig(kafka=kafka_settings, store=store_settings, bundle=Bundle(path=tiny_bundle_path))
     command = Command(stream="cam", action="freeze")
     nobody: Any = None
-    outside = Outside(config, topics=nobody, site=nobody)
-    asyncio.run(outside.send(command))
-    outside.close()
+    backend = SiteBackend(config, topics=nobody, site=nobody)
+    asyncio.run(backend.send(command))
+    backend.close()
     put_command(kafka_settings, command)
     ours, typed = topic.read(kafka_settings.topics.commands, lambda records: len(records) == 2)
     assert (ours.key, ours.value) == (typed.key, typed.value)

@@ -2,22 +2,22 @@
 
 from collections.abc import Iterator
 
-from worker.decode.turns import Turns
+from worker.decode.turns import RoundRobin
 
 
-def turns_of(keys: str) -> Turns[str]:
+def turns_of(keys: str) -> RoundRobin[str]:
     """`aab`: of stream a come a0 and a1, then b2 of stream b."""
-    turns: Turns[str] = Turns()
+    turns: RoundRobin[str] = RoundRobin()
     add(turns, keys)
     return turns
 
 
-def add(turns: Turns[str], keys: str, start: int = 0) -> None:
+def add(turns: RoundRobin[str], keys: str, start: int = 0) -> None:
     for number, key in enumerate(keys, start):
         turns.add(key.encode(), f"{key}{number}")
 
 
-def rest(turns: Turns[str]) -> Iterator[str]:
+def rest(turns: RoundRobin[str]) -> Iterator[str]:
     while turns:
         yield turns.next()
 

@@ -20,11 +20,11 @@ from schemas.frame import Position, parse_frame
 from tests.conftest import Topic, picture
 from tests.videos import make_video
 from worker.embedded import free_port
-from worker.produce.produce import MAX_ON_THE_WAY, Player, Sender, Tally, Wishes, explained, produce
+from worker.produce.produce import MAX_ON_THE_WAY, Player, PlayOptions, Sender, Tally, explained, produce
 from worker.produce.sent import Sent
-from worker.produce.sources import Item, Picture, Style, find
+from worker.produce.sources import Encoding, Item, Picture, find
 
-FAST = Wishes(fast=True)
+FAST = PlayOptions(fast=True)
 
 
 class Site:
@@ -33,12 +33,12 @@ class Site:
     def __init__(self, kafka: Kafka, topic: Topic, folder: Path) -> None:
         self.kafka, self._topic, self.state = kafka, topic, folder / "state" / "produce.sqlite"
 
-    def run(self, streams: dict[str, Iterable[Item]], wishes: Wishes = FAST, **frames: Any) -> list[Tally]:
+    def run(self, streams: dict[str, Iterable[Item]], options: PlayOptions = FAST, **frames: Any) -> list[Tally]:
         config = WorkerConfig(kafka=self.kafka, frames=Frames(**frames))
-        return produce(config, streams, wishes, self.state, threading.Event())
+        return produce(config, streams, options, self.state, threading.Event())
 
-    def play(self, path: Path, stream: str = "cam", wishes: Wishes = FAST) -> Tally:
-        (tally,) = self.run({stream: find(str(path))[1]}, wishes)
+    def play(self, path: Path, stream: str = "cam", options: PlayOptions = FAST) -> Tally:
+        (tally,) = self.run({stream: find(str(path))[1]}, options)
         return tally
 
     def records(self, count: int) -> list[Any]:
@@ -83,14 +83,14 @@ def test_a_rerun_sends_nothing_twice(site: Site, tmp_path: Path) -> None:
     site.ids(6)
     make_video(path, frames=4, fps=30)  # a new recording under the old name
     assert site.play(path).sent == 4
-    assert site.play(path, wishes=Wishes(fast=True, again=True)).sent == 4
+    assert site.play(path, options=PlayOptions(fast=True, again=True)).sent == 4
     assert site.ids(14) == [str(i) for i in (*range(6), *range(4), *range(4))]
 
 
 def test_a_rerun_goes_on_where_the_last_one_stopped(site: Site, tmp_path: Path) -> None:
     path = make_video(tmp_path / "cam.mp4", frames=9, fps=30)
     for expected in (4, 4, 1, 0):
-        assert site.play(path, wishes=Wishes(fast=True, limit=4)).sent == expected
+        assert site.play(path, options=PlayOptions(fast=True, limit=4)).sent == expected
     assert site.ids(9) == [str(i) for i in range(9)]
 
 
@@ -107,10 +107,10 @@ def test_pictures_that_are_added_later_are_sent_alone(site: Site, tmp_path: Path
 
 def test_a_state_file_that_fell_behind_is_made_good_from_the_topic(site: Site, tmp_path: Path) -> None:
     path = make_video(tmp_path / "cam.mp4", frames=9, fps=30)
-    site.play(path, wishes=Wishes(fast=True, limit=2))
+    site.play(path, options=PlayOptions(fast=True, limit=2))
     behind = tmp_path / "behind.sqlite"
     shutil.copy(site.state, behind)
-    site.play(path, wishes=Wishes(fast=True, limit=5))
+    site.play(path, options=PlayOptions(fast=True, limit=5))
     shutil.copy(behind, site.state)  # as after a crash, before the file was written
     tally = site.play(path)
     assert (tally.sent, tally.before) == (2, 7)
@@ -128,7 +128,7 @@ def test_streams_play_at_the_same_time_and_sources_of_one_in_turn(site: Site, tm
 
 def test_a_loop_numbers_its_rounds_and_remembers_nothing(site: Site, tmp_path: Path) -> None:
     path = make_video(tmp_path / "cam.mp4", frames=3, fps=30)
-    assert site.play(path, wishes=Wishes(fast=True, loop=True, limit=7)).sent == 7
+    assert site.play(path, options=PlayOptions(fast=True, loop=True, limit=7)).sent == 7
     assert site.ids(7) == ["0.0", "0.1", "0.2", "1.0", "1.1", "1.2", "2.0"]
     assert site.play(path).sent == 3
 
@@ -136,7 +136,7 @@ def test_a_loop_numbers_its_rounds_and_remembers_nothing(site: Site, tmp_path: P
 def test_a_loop_is_not_read_back_as_what_an_ordinary_run_has_sent(site: Site, tmp_path: Path) -> None:
     first, second = (make_video(tmp_path / f"{name}.mp4", frames=3, fps=30) for name in "ab")
     site.play(first)  # from here on the topic is read back
-    site.play(second, wishes=Wishes(fast=True, loop=True, limit=4))
+    site.play(second, options=PlayOptions(fast=True, loop=True, limit=4))
     assert site.play(second).sent == 3
 
 
@@ -149,19 +149,19 @@ def test_a_loop_ends_where_nothing_can_be_played_again(site: Site, tmp_path: Pat
         remembered, live, name = False, False, "once"
 
         def __init__(self) -> None:
-            self._pictures = find(str(path))[1][0].pictures(Style(), 0)
+            self._pictures = find(str(path))[1][0].pictures(Encoding(), 0)
 
-        def pictures(self, style: Style, skip: int) -> Iterator[Picture]:
+        def pictures(self, encoding: Encoding, skip: int) -> Iterator[Picture]:
             yield from self._pictures
 
-    wishes = Wishes(fast=True, loop=True)
-    assert [tally.sent for tally in site.run({"cam": [Once()], "none": []}, wishes)] == [3, 0]
+    options = PlayOptions(fast=True, loop=True)
+    assert [tally.sent for tally in site.run({"cam": [Once()], "none": []}, options)] == [3, 0]
 
 
 def test_event_time_can_be_now(site: Site, tmp_path: Path) -> None:
     path = make_video(tmp_path / "cam.mp4", frames=1, fps=30)
     before = datetime.now(UTC)
-    site.play(path, wishes=Wishes(fast=True, now=True))
+    site.play(path, options=PlayOptions(fast=True, now=True))
     (record,) = site.records(1)
     assert before <= datetime.fromisoformat(dict(record.headers)["ce_time"].decode()) <= datetime.now(UTC)
 
@@ -184,7 +184,7 @@ def test_one_stream_s_error_ends_all_and_loses_nothing(site: Site, tmp_path: Pat
     path = make_video(tmp_path / "cam.mp4", frames=50, fps=2)
     (tmp_path / "bad.mp4").write_text("no video")
     with pytest.raises(SourceError, match=r"bad.mp4 cannot be opened"):
-        site.run({"cam": find(str(path))[1], "bad": find(str(tmp_path / "bad.mp4"))[1]}, Wishes())
+        site.run({"cam": find(str(path))[1], "bad": find(str(tmp_path / "bad.mp4"))[1]}, PlayOptions())
     rest = site.play(path)
     assert rest.sent + rest.before == 50
     assert site.ids(50) == [str(i) for i in range(50)]
@@ -261,7 +261,7 @@ def test_a_camera_waits_for_nobody(kafka_settings: Kafka) -> None:
     sender = Sender(WorkerConfig(kafka=kafka_settings), threading.Event())
     try:
         sender.make_room(MAX_ON_THE_WAY, wait=False)  # as if the broker had answered nothing for long
-        player = Player("cam", items, sender, kafka_settings, Wishes(), threading.Event())
+        player = Player("cam", items, sender, kafka_settings, PlayOptions(), threading.Event())
         player.play()
         assert (player.tally.sent, player.tally.dropped) == (0, 5)
     finally:
@@ -298,7 +298,7 @@ def test_a_camera_that_is_gone_is_opened_again(site: Site) -> None:
     camera = BreakingCamera()
     _, items = find(f"http://user:secret@127.0.0.1:{camera.server_port}/live")
     try:
-        (tally,) = site.run({"cam": items}, Wishes(limit=8))
+        (tally,) = site.run({"cam": items}, PlayOptions(limit=8))
     finally:
         camera.shutdown()
         camera.server_close()
@@ -310,7 +310,7 @@ def test_a_camera_that_is_gone_is_opened_again(site: Site) -> None:
 def test_a_camera_that_was_never_there_is_an_error(site: Site) -> None:
     _, items = find(f"http://127.0.0.1:{free_port()}/live")
     with pytest.raises(SourceError, match=r"/live cannot be opened: Connection refused"):
-        site.run({"cam": items}, Wishes(limit=8))
+        site.run({"cam": items}, PlayOptions(limit=8))
 
 
 class Waits(threading.Event):
@@ -326,20 +326,20 @@ class Waits(threading.Event):
 
 
 @pytest.mark.parametrize(
-    ("wishes", "clock", "expected"),
+    ("options", "clock", "expected"),
     [
-        (Wishes(), [0, 100, 200], [0, 100, 200]),
-        (Wishes(), [500, 600], [0, 100]),  # gone on in the middle
-        (Wishes(fast=True), [0, 100], []),
-        (Wishes(), [None, None], []),
-        (Wishes(style=Style(fps=0.01)), [None, None, None], [0, 100, 200]),
+        (PlayOptions(), [0, 100, 200], [0, 100, 200]),
+        (PlayOptions(), [500, 600], [0, 100]),  # gone on in the middle
+        (PlayOptions(fast=True), [0, 100], []),
+        (PlayOptions(), [None, None], []),
+        (PlayOptions(encoding=Encoding(fps=0.01)), [None, None, None], [0, 100, 200]),
     ],
 )
 def test_frames_come_at_their_own_pace(
-    kafka_settings: Kafka, wishes: Wishes, clock: list[float | None], expected: list[float]
+    kafka_settings: Kafka, options: PlayOptions, clock: list[float | None], expected: list[float]
 ) -> None:
     waits = Waits()
-    player = Player("cam", [], None, kafka_settings, wishes, waits)  # type: ignore[arg-type]
+    player = Player("cam", [], None, kafka_settings, options, waits)  # type: ignore[arg-type]
     for at in clock:
         player._pace(Picture(b"", "image/jpeg", 0, at))
         player.tally.sent += 1

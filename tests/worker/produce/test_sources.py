@@ -15,13 +15,13 @@ from PIL import Image
 from schemas.errors import SourceError
 from tests.conftest import picture
 from tests.videos import make_video
-from worker.produce.sources import Item, JpegPipe, Picture, Pipe, Style, find, without_credentials
+from worker.produce.sources import Encoding, Item, JpegPipe, Picture, Pipe, find, without_credentials
 
 
-def pictures(source: Path | str, style: Style | None = None, skip: int = 0) -> list[Picture]:
+def pictures(source: Path | str, encoding: Encoding | None = None, skip: int = 0) -> list[Picture]:
     """Everything that a source has."""
     _, items = find(str(source))
-    return [p for item in items for p in item.pictures(style or Style(), skip)]
+    return [p for item in items for p in item.pictures(encoding or Encoding(), skip)]
 
 
 def names(items: Iterable[Item]) -> list[str]:
@@ -58,17 +58,17 @@ def test_frame_times_end_where_the_file_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("fps", "expected"), [(1, [0, 4, 8]), (2, [0, 2, 4, 6, 8, 10]), (100, list(range(12)))])
 def test_fewer_frames_a_second(tmp_path: Path, fps: float, expected: list[int]) -> None:
     path = make_video(tmp_path / "a.mp4", frames=12, fps=4)
-    assert [p.index for p in pictures(path, Style(fps=fps))] == expected
-    assert [p.index for p in pictures(path, Style(fps=fps), skip=5)] == [i for i in expected if i >= 5]
+    assert [p.index for p in pictures(path, Encoding(fps=fps))] == expected
+    assert [p.index for p in pictures(path, Encoding(fps=fps), skip=5)] == [i for i in expected if i >= 5]
 
 
 def test_size_and_quality(tmp_path: Path) -> None:
     path = make_video(tmp_path / "a.mp4", frames=2, fps=4, size=(64, 48))
-    (first, _) = pictures(path, Style(size=(32, 32)))
+    (first, _) = pictures(path, Encoding(size=(32, 32)))
     assert Image.open(io.BytesIO(first.content)).size == (32, 24)
     (tmp_path / "a.png").write_bytes(picture(1, (300, 200)))
-    (small,) = pictures(tmp_path / "a.png", Style(quality=20, size=(1000, 1000)))
-    (large,) = pictures(tmp_path / "a.png", Style(quality=95))
+    (small,) = pictures(tmp_path / "a.png", Encoding(quality=20, size=(1000, 1000)))
+    (large,) = pictures(tmp_path / "a.png", Encoding(quality=95))
     assert Image.open(io.BytesIO(small.content)).size == (300, 200)
     assert len(small.content) < len(large.content)
     assert small.content_type == "image/jpeg"
@@ -112,7 +112,7 @@ def test_a_device_is_live_and_shows_now() -> None:
     assert stream is None
     assert camera.live
     assert not camera.remembered
-    found = list(camera.pictures(Style(), 7))
+    found = list(camera.pictures(Encoding(), 7))
     assert [p.index for p in found] == [7, 8, 9, 10, 11]
     assert all(p.time is None for p in found)
 
@@ -133,7 +133,7 @@ def test_jpegs_on_a_pipe_pass_unchanged_with_thumbnails_inside() -> None:
     plain[1] = plain[1][:2] + b"\xff\xe1" + length + segment + plain[1][2:]
     pipe = piped(b"".join(plain))
     assert pipe.has_pictures
-    found = list(JpegPipe(pipe).pictures(Style(), 0))
+    found = list(JpegPipe(pipe).pictures(Encoding(), 0))
     assert [p.content for p in found] == plain
     assert [p.index for p in found] == [0, 1, 2]
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_a_source_is_named(tmp_path: Path) -> None:
         with pytest.raises(SourceError, match=message):
             pictures(tmp_path / name)
     with pytest.raises(SourceError, match=r"cut.png cannot be decoded"):
-        pictures(tmp_path / "cut.png", Style(quality=50))
+        pictures(tmp_path / "cut.png", Encoding(quality=50))
     with pytest.raises(SourceError, match=r"rtsp://127.0.0.1:9/live cannot be opened") as caught:
         pictures("rtsp://admin:hunter2@127.0.0.1:9/live?token=hunter2")
     assert "hunter2" not in str(caught.value)

@@ -25,7 +25,7 @@ from worker.embedded import free_port, start_broker
 from worker.kafka.client import create_topics
 from worker.log import LINES
 from worker.publish import publisher as publish
-from worker.publish.publisher import Answer, Message, Publisher
+from worker.publish.publisher import EncodedPrediction, Message, Publisher
 
 
 @pytest.fixture
@@ -81,7 +81,9 @@ def test_predictions_follow_their_first_into_its_partition(
     publisher = make(predictions=where)
     sent = {}
     for stream in (f"cam-{i}" for i in range(6)):
-        answers = [Answer(f"frames/0/{stream}-{i}", f"2026-01-0{i + 1}", b"%d" % i, TRACE[i % 2]) for i in range(4)]
+        answers = [
+            EncodedPrediction(f"frames/0/{stream}-{i}", f"2026-01-0{i + 1}", b"%d" % i, TRACE[i % 2]) for i in range(4)
+        ]
         publisher.predictions(stream.encode(), answers)
         sent |= {(stream.encode(), answer.content): answer for answer in answers}
         publisher.send(Message(where, stream.encode(), b"checked", []))  # as the client itself places it
@@ -126,7 +128,7 @@ def test_predictions_that_cannot_be_sent_wait_like_all_records(
 ) -> None:
     publisher = make()
     publisher._away = KafkaTimeoutError("the broker is away")
-    publisher.predictions(b"cam", [Answer("frames/0/1", "2026-01-01", b"1", None)] * 2)
+    publisher.predictions(b"cam", [EncodedPrediction("frames/0/1", "2026-01-01", b"1", None)] * 2)
     publisher.settle(nothing)
     found = topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) == 2)
     assert [r.value for r in found] == [b"1", b"1"]
@@ -136,11 +138,11 @@ def test_all_that_the_client_leaves_unanswered_is_waited_for_as_long_as_one(
     make: Callable[..., Publisher], kafka_settings: Kafka, topic: Topic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publisher, looks = make(), list[float]()
-    publisher.predictions(b"cam", [Answer("frames/0/0", "2026-01-01", b"first", None)])
+    publisher.predictions(b"cam", [EncodedPrediction("frames/0/0", "2026-01-01", b"first", None)])
     publisher.settle(nothing)
     # As the client itself does after an outage, with a record whose time was over before its answer came.
     publisher._producer._transaction_manager.reset_producer_id()
-    publisher.predictions(b"cam", [Answer("frames/0/1", "2026-01-01", b"%d" % i, None) for i in range(40)])
+    publisher.predictions(b"cam", [EncodedPrediction("frames/0/1", "2026-01-01", b"%d" % i, None) for i in range(40)])
     look, patience = FutureRecordMetadata.get, publish.ACKNOWLEDGE_TIMEOUT_S
     monkeypatch.setattr(FutureRecordMetadata, "get", lambda self, timeout: looks.append(timeout) or look(self, timeout))
     monkeypatch.setattr(publish, "ACKNOWLEDGE_TIMEOUT_S", 1.0)
