@@ -145,7 +145,7 @@ def test_who_has_lost_its_name_to_another_ends_and_says_so(site: Site, idle: boo
 def test_partitions_that_are_added_are_read_from_their_first_frame_and_states_go_on(
     config: WorkerConfig, make_worker: MakeWorker, store: StateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.consume.consumer.METADATA_MAX_AGE_MS", 200)
+    monkeypatch.setattr("worker.consume.group.METADATA_MAX_AGE_MS", 200)
     frames = config.kafka.topics.frames
     worker = make_worker(config)
 

@@ -25,7 +25,7 @@ FRAMES = 6
 @pytest.fixture(autouse=True)
 def told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded broker lets whoever reads a topic that is gone go on: only its metadata says so."""
-    monkeypatch.setattr("worker.consume.consumer.METADATA_MAX_AGE_MS", 200)
+    monkeypatch.setattr("worker.consume.group.METADATA_MAX_AGE_MS", 200)
 
 
 def send(config: WorkerConfig, count: int = FRAMES) -> None:

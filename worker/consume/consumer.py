@@ -5,75 +5,34 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
-from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
-from kafka.errors import (
-    CommitFailedError,
-    FencedInstanceIdError,
-    GroupAuthorizationFailedError,
-    IllegalGenerationError,
-    InconsistentGroupProtocolError,
-    KafkaError,
-    RebalanceInProgressError,
-    TopicAuthorizationFailedError,
-    UnknownMemberIdError,
-)
+from kafka import TopicPartition
+from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 
 from schemas.config import Kafka
-from schemas.errors import ConfigError, UnreachableError
-from worker.consume.assignors import ASSIGNORS
+from schemas.errors import UnreachableError
 from worker.consume.beyond import Beyond
 from worker.consume.cluster import cluster_of
 from worker.consume.comparison import Comparison, Marks
 from worker.consume.ends import Ends
+from worker.consume.group import Listener, open_member, polled, with_metadata
 from worker.consume.offsets import Offsets, Partition
 from worker.consume.standstill import Standstill
 from worker.consume.topic import FramesTopic
 from worker.kafka.answer import last_answer
-from worker.kafka.client import connection, open_client, until_reached
-from worker.kafka.fenced import raise_when_fenced
-from worker.kafka.join import keep_joins, poll_timeout
+from worker.kafka.client import until_reached
 
 log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
 ASK_AGAIN_S = 0.5
 LAST_CALL_MS, SILENT_S, BRIEF_MS = 5_000, 5.0, 500  # at the end; a broker that was silent before has half a second
-FETCH_BYTES = 256 << 10  # of a partition at a time: what is fetched is served before the other partitions' next frames
-METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
-LOST_MEMBERSHIP = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
-
-
-class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
-    """Runs on the client's thread while the loop waits inside poll: notes what happened, commits what is finished."""
-
-    def __init__(self, owner: FrameConsumer) -> None:
-        self._owner = owner
-
-    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        partitions = [(p.topic, p.partition) for p in revoked]
-        offsets = self._owner.committable(partitions)
-        if offsets:
-            try:
-                await self._owner.consumer.commit_async(_with_metadata(offsets))
-            except KafkaError as error:
-                log.warning("offsets of revoked partitions not committed (%s): their frames are read again", error)
-        self._owner.note_gone(partitions)
-
-    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        log.info("assigned partitions: %s", sorted(p.partition for p in assigned) or "none")
-
-    async def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
-        # Somebody else has them already: nothing may be committed.
-        self._owner.note_gone((p.topic, p.partition) for p in lost)
 
 
 class FrameConsumer:
-    """The consumer. Only the worker's loop calls it, but for `note_gone`."""
+    """Belongs to the worker's loop."""
 
     def __init__(
         self,
@@ -89,40 +48,18 @@ class FrameConsumer:
         `expired` how many records are lost because the topic no longer has them, to count them."""
         self._settings, self._failed, self._store_failed = settings, failed, store_failed
         self.offsets, self._stop = offsets, stop
-        self._gone: deque[Partition] = deque()
         self._last_commit = 0.0
         self._paused = False
-        arguments = connection(settings)
-
-        def make() -> Any:
-            return open_client(
-                KafkaConsumer,
-                **arguments,
-                group_id=settings.group,
-                enable_auto_commit=False,
-                auto_offset_reset=settings.offset_reset,
-                session_timeout_ms=settings.session_timeout_ms,
-                heartbeat_interval_ms=settings.heartbeat_interval_ms,
-                fetch_max_wait_ms=settings.fetch_max_wait_ms,
-                max_partition_fetch_bytes=FETCH_BYTES,
-                max_poll_records=settings.max_poll_records,
-                partition_assignment_strategy=ASSIGNORS[settings.assignment],
-                group_instance_id=settings.static_member,
-                metadata_max_age_ms=METADATA_MAX_AGE_MS,
-                allow_auto_create_topics=False,
-            )
-
-        what, topic = f"the broker at {settings.bootstrap}", settings.topics.frames
-        self.consumer = until_reached(make, what, settings.connect_timeout_s, stop)
-        raise_when_fenced(self.consumer)
-        keep_joins(self.consumer)
-        self._ends, self._standstill = Ends(self.consumer), Standstill(self.consumer)
-        self._beyond, self._topic = Beyond(settings, self.consumer), FramesTopic(settings, self.consumer, marks)
-        self._comparison = Comparison(settings, self.consumer, marks, expired)
+        self.consumer = consumer = open_member(settings, stop)
+        self._ends, self._standstill = Ends(consumer), Standstill(consumer)
+        self._beyond, self._topic = Beyond(settings, consumer), FramesTopic(settings, consumer, marks)
+        self._comparison = Comparison(settings, consumer, marks, expired)
         self._short = self._comparison.short
-        self.consumer.subscribe([topic], listener=_Listener(self))
+        self.listener = Listener(consumer, self.committable)
+        topic, what = settings.topics.frames, f"the broker at {settings.bootstrap}"
+        consumer.subscribe([topic], listener=self.listener)
         # A member that joins before it has heard of the topic's partitions has none, and as leader has none to give.
-        until_reached(lambda: self.consumer.partitions_for_topic(topic), what, settings.connect_timeout_s, stop)
+        until_reached(lambda: consumer.partitions_for_topic(topic), what, settings.connect_timeout_s, stop)
 
     def poll(self, timeout_s: float) -> tuple[list[Any], set[Partition]]:
         """Records that arrived, oldest first within a partition, and partitions that were taken away before them.
@@ -135,11 +72,9 @@ class FrameConsumer:
         A record's value is `Unreadable` where it stands for records that nobody can read.
         """
         self._topic.look()
-        arrived = self._known(self._polled(timeout_s))
+        arrived = self._known(polled(self.consumer, self._settings, timeout_s, self._failed))
         self._standstill.polled(arrived, self._short.waiting)
-        gone: set[Partition] = set()
-        while self._gone:
-            gone.add(self._gone.popleft())
+        gone = self.listener.taken()
         gone |= self._cut({p: part[0].offset for p, part in arrived.items() if p not in gone})
         gone |= self._begin_anew()
         self._skipped({p: part[0].offset for p, part in arrived.items() if p not in gone})
@@ -156,39 +91,6 @@ class FrameConsumer:
         for partition in self._short.waiting:
             arrived.pop(partition, None)
         return [record for part in arrived.values() for record in part], gone
-
-    def _polled(self, timeout_s: float) -> dict[Partition, list[Any]]:
-        """What the client has; nothing where that failed and it can be asked again."""
-        try:
-            timeout_s = poll_timeout(self.consumer, timeout_s)
-            polled = self.consumer.poll(timeout_ms=max(0, int(timeout_s * 1000)))
-            return {(p.topic, p.partition): part for p, part in polled.items()}
-        except LOST_MEMBERSHIP as error:
-            self._failed("poll")
-            log.warning("lost the consumer group (%s); joining again", error)
-        except InconsistentGroupProtocolError as error:
-            raise ConfigError(
-                f"group {self._settings.group} at {self._settings.bootstrap} has members that share no partitions with "
-                f"kafka.assignment {self._settings.assignment}: older workers, or other programs; stop those first, or "
-                "correct kafka.group"
-            ) from error
-        except (GroupAuthorizationFailedError, TopicAuthorizationFailedError) as error:
-            raise ConfigError(
-                f"the broker at {self._settings.bootstrap} does not let this user read: {error}; give it the "
-                "permissions that docs/secure.md lists, or correct kafka.group and kafka.topics"
-            ) from error
-        except FencedInstanceIdError as error:
-            raise ConfigError(
-                f"another worker has joined group {self._settings.group} at {self._settings.bootstrap} as "
-                f"kafka.static_member {self._settings.static_member}, and has the place of this one; give each a name "
-                "of its own"
-            ) from error
-        except KafkaError as error:
-            if not error.retriable:
-                raise UnreachableError(f"the broker at {self._settings.bootstrap} refuses to go on: {error}") from error
-            self._failed("poll")
-            log.warning("polling the broker at %s failed (%s); trying again", self._settings.bootstrap, error)
-        return {}
 
     def _known(self, arrived: dict[Partition, list[Any]]) -> dict[Partition, list[Any]]:
         """Those of the topic that the store knows. Of another one nothing is taken, nor while it is not known."""
@@ -299,10 +201,6 @@ class FrameConsumer:
         """Partitions of which nothing has come for a minute although they have more."""
         return len(self._standstill.stuck)
 
-    def note_gone(self, partitions: Iterable[Partition]) -> None:
-        """Partitions were taken away. Called on the client's thread, while the loop waits inside poll."""
-        self._gone.extend(partitions)
-
     def pause(self, paused: bool) -> None:
         """Stop or go on taking records over; the group membership stays."""
         assigned = self.consumer.assignment()
@@ -348,10 +246,10 @@ class FrameConsumer:
         try:
             self._comparison.note(offsets)
             if now:
-                self.consumer.commit(_with_metadata(offsets), timeout_ms=self._last_call_ms)
+                self.consumer.commit(with_metadata(offsets), timeout_ms=self._last_call_ms)
                 self.offsets.committed(offsets)
             else:
-                self.consumer.commit_async(_with_metadata(offsets), callback=self._committed)
+                self.consumer.commit_async(with_metadata(offsets), callback=self._committed)
         except (KafkaError, UnreachableError) as error:
             self._count("commit", error)
             log.warning("offsets not committed (%s); their frames may be read again", error)
@@ -414,7 +312,3 @@ class FrameConsumer:
         """Leave the group; nothing more is committed."""
         self.offsets.forget(self.assignment())  # or the listener would, for as long as the broker takes
         self.consumer.close(autocommit=False, timeout_ms=self._last_call_ms)
-
-
-def _with_metadata(offsets: dict[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:
-    return {TopicPartition(*partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}

@@ -23,7 +23,7 @@ from schemas.config import Kafka
 from schemas.errors import first_mistake
 from schemas.frame import Position
 from schemas.state import StreamHeader
-from worker.consume.consumer import METADATA_MAX_AGE_MS
+from worker.consume.group import METADATA_MAX_AGE_MS
 from worker.control.standing import Standing
 from worker.kafka.batches import Unreadable
 from worker.kafka.client import connection, open_client

@@ -18,7 +18,7 @@ from tests.chaos.proxy import flaky_broker
 from tests.conftest import Topic
 from tests.worker.kafka.test_batches import ZEROS, packing
 from tests.worker.kafka.test_records import Latin
-from worker.consume.consumer import FrameConsumer, _Listener
+from worker.consume.consumer import FrameConsumer
 from worker.consume.offsets import Offsets, Partition
 from worker.kafka.batches import Unreadable
 from worker.kafka.client import create_topics
@@ -264,7 +264,7 @@ def test_lost_partitions_are_given_up_without_a_commit(
     consumer = make()
     take(consumer, kafka_settings, read(consumer, 9), finished=5)
     partition = (kafka_settings.topics.frames, 0)
-    asyncio.run(_Listener(consumer).on_partitions_lost([TopicPartition(*partition)]))
+    asyncio.run(consumer.listener.on_partitions_lost([TopicPartition(*partition)]))
     _, gone = consumer.poll(0.05)
     assert gone == {partition}
     assert committed(kafka_settings) == -1

@@ -17,7 +17,7 @@ from schemas.errors import ConfigError
 from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.servers import wait_until
 from tests.worker.consume.test_consume import Notes
-from worker.consume import consumer as consume
+from worker.consume import group as consume
 from worker.consume.assignors import GivesUpFirst
 from worker.consume.consumer import FrameConsumer
 from worker.consume.offsets import Offsets

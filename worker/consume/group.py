@@ -1,0 +1,135 @@
+"""The worker as a member of its consumer group: the client, what its errors mean, and partitions that are taken."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.consumer.subscription_state import AsyncConsumerRebalanceListener
+from kafka.errors import (
+    CommitFailedError,
+    FencedInstanceIdError,
+    GroupAuthorizationFailedError,
+    IllegalGenerationError,
+    InconsistentGroupProtocolError,
+    KafkaError,
+    RebalanceInProgressError,
+    TopicAuthorizationFailedError,
+    UnknownMemberIdError,
+)
+from kafka.structs import OffsetAndMetadata
+
+from schemas.config import Kafka
+from schemas.errors import ConfigError, UnreachableError
+from worker.consume.assignors import ASSIGNORS
+from worker.consume.offsets import Partition
+from worker.kafka.client import connection, open_client, until_reached
+from worker.kafka.fenced import raise_when_fenced
+from worker.kafka.join import keep_joins, poll_timeout
+
+log = logging.getLogger("driftkeel.consume")
+FETCH_BYTES = 256 << 10  # of a partition at a time: what is fetched is served before the other partitions' next frames
+METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
+LOST_MEMBERSHIP = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
+
+
+def open_member(settings: Kafka, stop: threading.Event) -> Any:
+    """A `KafkaConsumer` of the group, once the broker is within reach. It is to subscribe."""
+    arguments = connection(settings)
+
+    def make() -> Any:
+        return open_client(
+            KafkaConsumer,
+            **arguments,
+            group_id=settings.group,
+            enable_auto_commit=False,
+            auto_offset_reset=settings.offset_reset,
+            session_timeout_ms=settings.session_timeout_ms,
+            heartbeat_interval_ms=settings.heartbeat_interval_ms,
+            fetch_max_wait_ms=settings.fetch_max_wait_ms,
+            max_partition_fetch_bytes=FETCH_BYTES,
+            max_poll_records=settings.max_poll_records,
+            partition_assignment_strategy=ASSIGNORS[settings.assignment],
+            group_instance_id=settings.static_member,
+            metadata_max_age_ms=METADATA_MAX_AGE_MS,
+            allow_auto_create_topics=False,
+        )
+
+    consumer = until_reached(make, f"the broker at {settings.bootstrap}", settings.connect_timeout_s, stop)
+    raise_when_fenced(consumer)
+    keep_joins(consumer)
+    return consumer
+
+
+def polled(
+    consumer: Any, settings: Kafka, timeout_s: float, failed: Callable[[str], object]
+) -> dict[Partition, list[Any]]:
+    """What the client has; nothing where that failed and it can be asked again, of which `failed` hears."""
+    try:
+        timeout_s = poll_timeout(consumer, timeout_s)
+        arrived = consumer.poll(timeout_ms=max(0, int(timeout_s * 1000)))
+        return {(p.topic, p.partition): part for p, part in arrived.items()}
+    except LOST_MEMBERSHIP as error:
+        failed("poll")
+        log.warning("lost the consumer group (%s); joining again", error)
+    except InconsistentGroupProtocolError as error:
+        raise ConfigError(
+            f"group {settings.group} at {settings.bootstrap} has members that share no partitions with "
+            f"kafka.assignment {settings.assignment}: older workers, or other programs; stop those first, or correct "
+            "kafka.group"
+        ) from error
+    except (GroupAuthorizationFailedError, TopicAuthorizationFailedError) as error:
+        raise ConfigError(
+            f"the broker at {settings.bootstrap} does not let this user read: {error}; give it the permissions that "
+            "docs/secure.md lists, or correct kafka.group and kafka.topics"
+        ) from error
+    except FencedInstanceIdError as error:
+        raise ConfigError(
+            f"another worker has joined group {settings.group} at {settings.bootstrap} as "
+            f"kafka.static_member {settings.static_member}, and has the place of this one; give each a name of its own"
+        ) from error
+    except KafkaError as error:
+        if not error.retriable:
+            raise UnreachableError(f"the broker at {settings.bootstrap} refuses to go on: {error}") from error
+        failed("poll")
+        log.warning("polling the broker at %s failed (%s); trying again", settings.bootstrap, error)
+    return {}
+
+
+class Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
+    """Runs on the client's thread while the loop waits inside poll: commits what is finished, notes what is taken."""
+
+    def __init__(self, consumer: Any, committable: Callable[[Iterable[Partition]], dict[Partition, int]]) -> None:
+        """`committable`: the offsets of partitions that may be committed."""
+        self._consumer, self._committable = consumer, committable
+        self._taken: deque[Partition] = deque()
+
+    def taken(self) -> set[Partition]:
+        """Partitions that were taken away since this was asked last. For the loop."""
+        return {self._taken.popleft() for _ in range(len(self._taken))}
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        partitions = [(p.topic, p.partition) for p in revoked]
+        offsets = self._committable(partitions)
+        if offsets:
+            try:
+                await self._consumer.commit_async(with_metadata(offsets))
+            except KafkaError as error:
+                log.warning("offsets of revoked partitions not committed (%s): their frames are read again", error)
+        self._taken.extend(partitions)
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        log.info("assigned partitions: %s", sorted(p.partition for p in assigned) or "none")
+
+    async def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
+        # Somebody else has them already: nothing may be committed.
+        self._taken.extend((p.topic, p.partition) for p in lost)
+
+
+def with_metadata(offsets: dict[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:
+    """As the client's commits want them."""
+    return {TopicPartition(*partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}
