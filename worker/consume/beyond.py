@@ -6,14 +6,19 @@ there is nothing, as they do at the end: what is in the log would not be read, a
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
+
+from kafka import TopicPartition
+from kafka.errors import KafkaError
 
 from schemas.config import Kafka
 from worker.consume.offsets import Partition
 from worker.consume.short_logs import ShortLog, without_end
 
+log = logging.getLogger("driftkeel.consume")
 LOOK_S = 1.0
 PATIENCE_S = 5.0  # a new leader may know for a moment of less than was read before
 
@@ -21,13 +26,32 @@ PATIENCE_S = 5.0  # a new leader may know for a moment of less than was read bef
 class Beyond:
     """Looks once a second at what the fetches of a `KafkaConsumer` said. For the thread that polls."""
 
-    def __init__(self, settings: Kafka, consumer: Any) -> None:
-        self._settings, self._consumer = settings, consumer
+    def __init__(self, settings: Kafka, consumer: Any, failed: Callable[[str], object]) -> None:
+        """`failed` hears where the broker does not answer."""
+        self._settings, self._consumer, self._failed = settings, consumer, failed
         self._since: dict[Partition, float] = {}
         self._looked = time.monotonic()
 
-    def found(self, known: Container[Partition]) -> dict[Partition, ShortLog]:
-        """Those that are not `known` to be so, once the broker has been asked, for some seconds. Raises KafkaError."""
+    def begin_anew(self, known: Container[Partition]) -> set[Partition]:
+        """Have those that are not `known` to be so read anew, as the client does by itself where the broker says so.
+        Returns these."""
+        try:
+            beyond = self._found(known)
+        except (KafkaError, OSError) as error:
+            self._failed("poll")
+            log.warning("the broker at %s does not say where its logs end (%s)", self._settings.bootstrap, error)
+            return set()
+        for (topic, number), short in beyond.items():
+            log.warning("partition %d ends at %d, and was read up to %d before", number, short.end, short.reach)
+            where = TopicPartition(topic, number)
+            if self._settings.offset_reset == "earliest":
+                self._consumer.seek_to_beginning(where)
+            else:
+                self._consumer.seek_to_end(where)
+        return set(beyond)
+
+    def _found(self, known: Container[Partition]) -> dict[Partition, ShortLog]:
+        """Once the broker has been asked, for some seconds. Raises KafkaError."""
         now = time.monotonic()
         if now - self._looked < LOOK_S:
             return {}

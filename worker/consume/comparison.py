@@ -1,4 +1,15 @@
-"""Partitions as the broker has them beside what the store has folded of them: where to read from, and what is lost."""
+"""Partitions as the broker has them beside what the store has folded of them: where to read from, and what is lost.
+
+Each of our partitions is new, sound or short.
+
+    new    It is compared with its first records, and is sound or short then. While broker or store do not answer, it
+           stays new, and its records wait. Streams may say that they have folded more than its log seems to have: that
+           is compared with it, too.
+    sound  Its records are taken.
+    short  Its log ends before what is said to be folded of it: nothing of it is taken until its log has grown so far.
+
+Whenever it is read again, whatever for, it is new.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +21,7 @@ from kafka import TopicPartition
 
 from schemas.config import Kafka
 from worker.consume.offsets import Partition
-from worker.consume.short_logs import ShortLog, ShortLogs, without_end
+from worker.consume.short_logs import REMEDY, ShortLog, without_end
 from worker.consume.topic import Notes
 
 log = logging.getLogger("driftkeel.consume")
@@ -29,27 +40,56 @@ class Marks(Notes, Protocol):
 
 
 class Comparison:
-    """Compares a partition once after each assignment, and after each rewind. Belongs to the worker's loop."""
+    """Knows of each partition which of the three it is. Belongs to the worker's loop."""
 
     def __init__(self, settings: Kafka, consumer: Any, marks: Marks, expired: Callable[[int], object]) -> None:
         """`expired` hears how many records are lost because the topic no longer has them."""
         self._settings, self._consumer, self._marks, self._expired = settings, consumer, marks, expired
-        self.compared: set[Partition] = set()
+        self.sound: set[Partition] = set()
+        self.short: dict[Partition, ShortLog] = {}
+        self._doubts: dict[Partition, set[int]] = {}  # offsets before which streams say that they have folded all
+        self._unfounded: dict[Partition, set[int]] = {}  # those that were found to be wrong
         self._seen: dict[Partition, int] = {}  # marks, as they were read or written last
-        self.short = ShortLogs()
 
     def note(self, offsets: dict[Partition, int]) -> None:
         """Mark these as folded. Raises UnreachableError."""
         self._marks.mark(self._settings.group, offsets, self._seen)
         self._seen |= offsets
 
-    def forget(self, partition: Partition) -> ShortLog | None:
-        """It is compared again, or somebody else's; returns what was known of its log where that is short."""
-        self.compared.discard(partition)
-        return self.short.forget(partition)
+    def new(self, partition: Partition) -> bool:
+        """Whether it is to be compared."""
+        return partition not in self.sound and partition not in self.short
+
+    def read_again(self, partition: Partition) -> ShortLog | None:
+        """It is new; returns what was known of its log where that is short."""
+        self.sound.discard(partition)
+        self._doubts.pop(partition, None)
+        return self.short.pop(partition, None)
+
+    def doubt(self, partition: Partition, folded: set[int]) -> None:
+        """Streams say that they have folded a new partition up to these offsets, and its log seems to end before."""
+        self._doubts[partition] = folded
+
+    def beyond(self, positions: Mapping[str, int]) -> str:
+        """What is wrong with a stream that has these positions, per topic/partition; empty where nothing is known to
+        be. Only partitions that are ours are looked at."""
+        for (topic, number), unfounded in self._unfounded.items():
+            where, folded = TopicPartition(topic, number), positions.get(f"{topic}/{number}", -1) + 1
+            if folded in unfounded and where in self._consumer.assignment() and not self.reaches(where, folded):
+                return f"its position in {topic}/{number} is {folded - 1}, which that log does not have"
+        return ""
+
+    def void(self, partition: Partition) -> None:
+        """It is somebody else's, or another log: what streams said of it without reason is forgotten."""
+        self._unfounded.pop(partition, None)
+
+    def grown(self) -> dict[Partition, ShortLog]:
+        """Short ones whose log reaches far enough by now."""
+        ours = self._consumer.assignment() if self.short else ()
+        return {p: log for p, log in self.short.items() if p in ours and self.reaches(p, log.reach)}
 
     def behind(self, first: dict[Partition, int]) -> dict[Partition, int]:
-        """Compare where partitions begin with what the store has folded; where to read them from instead.
+        """Compare where new partitions begin with what the store has folded; where to read them from instead.
 
         The offset that Kafka has may be ahead of the store, by the second between two commits, or because the store has
         lost what it knew: from a crash, or a backup. Raises KafkaError and UnreachableError.
@@ -76,10 +116,12 @@ class Comparison:
                     number,
                     offset,
                 )
-        self.short.found(short)
-        self.compared |= set(first) - set(short)
-        for partition in set(first) - set(short):
-            self.short.forget(partition)
+        for partition in first:
+            self._doubts.pop(partition, None)
+        for partition, found in short.items():
+            log.error("%s; nothing of it is read; %s", found.described(partition), REMEDY)
+        self.short |= short
+        self.sound |= first.keys() - short.keys()
         behind = {p: max(beginning, marks[p]) for p, beginning in beginnings.items()}
         return {partition: offset for partition, offset in behind.items() if offset < first[partition]}
 
@@ -97,7 +139,7 @@ class Comparison:
 
     def _too_short(self, first: dict[Partition, int], marks: dict[Partition, int]) -> dict[Partition, ShortLog]:
         """Partitions whose log ends before what is said to be folded of it. Their marks stay as they are."""
-        said = {p: self.short.doubts.get(p, set()) | {marks.get(p, 0)} for p in first}
+        said = {p: self._doubts.get(p, set()) | {marks.get(p, 0)} for p in first}
         reach = {p: max(offsets) for p, offsets in said.items()}
         asked = [TopicPartition(*p) for p, offset in reach.items() if offset > first[p] and not self.reaches(p, offset)]
         found = self._consumer.end_offsets(asked, timeout_ms=OFFSETS_TIMEOUT_MS) if asked else {}
@@ -107,7 +149,7 @@ class Comparison:
         short = {p: ShortLog(first[p], ends[p], min(offsets)) for p, offsets in lowest.items() if offsets}
         short = without_end(self._settings, short)
         for partition in [p for p, one in short.items() if marks.get(p, 0) <= one.end and self._knows(p, one.end)]:
-            self.short.overrule(partition, lowest[partition])
+            self._unfounded.setdefault(partition, set()).update(lowest[partition])
             del short[partition]
         return {p: ShortLog(one.first, one.end, reach[p]) for p, one in short.items()}
 

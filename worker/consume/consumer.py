@@ -52,9 +52,8 @@ class FrameConsumer:
         self._paused = False
         self.consumer = consumer = open_member(settings, stop)
         self._ends, self._standstill = Ends(consumer), Standstill(consumer)
-        self._beyond, self._topic = Beyond(settings, consumer), FramesTopic(settings, consumer, marks)
+        self._beyond, self._topic = Beyond(settings, consumer, failed), FramesTopic(settings, consumer, marks)
         self._comparison = Comparison(settings, consumer, marks, expired)
-        self._short = self._comparison.short
         self.listener = Listener(consumer, self.committable)
         topic, what = settings.topics.frames, f"the broker at {settings.bootstrap}"
         consumer.subscribe([topic], listener=self.listener)
@@ -73,29 +72,28 @@ class FrameConsumer:
         """
         self._topic.look()
         arrived = self._known(polled(self.consumer, self._settings, timeout_s, self._failed))
-        self._standstill.polled(arrived, self._short.waiting)
+        self._standstill.polled(arrived, self._comparison.short)
         gone = self.listener.taken()
-        gone |= self._cut({p: part[0].offset for p, part in arrived.items() if p not in gone})
-        gone |= self._begin_anew()
-        self._skipped({p: part[0].offset for p, part in arrived.items() if p not in gone})
-        for lost in gone:
-            self._short.unfounded.pop(lost, None)
-            passed_over = arrived.pop(lost, [])
-            self.rewind(lost, passed_over[0].offset if passed_over else None)
-        for partition in self._leave_short():
+        first = {p: part[0].offset for p, part in arrived.items() if p not in gone}
+        gone |= self._other_logs(first)
+        self._skipped(first)
+        for partition in gone:
+            self._comparison.void(partition)
+            passed_over = arrived.pop(partition, [])
+            self.rewind(partition, passed_over[0].offset if passed_over else None)
+        for partition, short in self._comparison.grown().items():
+            log.warning("partition %d has grown to offset %d and is read again", partition[1], short.reach)
+            self.rewind(partition)
             arrived.pop(partition, None)
-        behind = self._behind({p: part[0].offset for p, part in arrived.items() if p not in self._comparison.compared})
-        for partition, offset in behind.items():
+        for partition, offset in self._behind({p: first[p] for p in arrived if self._comparison.new(p)}).items():
             del arrived[partition]
             self.consumer.seek(TopicPartition(*partition), offset)
-        for partition in self._short.waiting:
-            arrived.pop(partition, None)
-        return [record for part in arrived.values() for record in part], gone
+        return [record for p, part in arrived.items() if p not in self._comparison.short for record in part], gone
 
     def _known(self, arrived: dict[Partition, list[Any]]) -> dict[Partition, list[Any]]:
         """Those of the topic that the store knows. Of another one nothing is taken, nor while it is not known."""
         try:
-            self._topic.check(begins=any(p not in self._comparison.compared for p in arrived))
+            self._topic.check(begins=any(p not in self._comparison.sound for p in arrived))
             if not self._topic.other:
                 return arrived
         except UnreachableError as error:
@@ -119,43 +117,16 @@ class FrameConsumer:
             self._stop.wait(ASK_AGAIN_S)
             return first
 
-    def _leave_short(self) -> set[Partition]:
-        """Partitions of short logs, of which nothing is taken from this poll. Those that have grown are read again."""
-        waiting = dict(self._short.waiting)
-        for partition, short in waiting.items():
-            if TopicPartition(*partition) in self.consumer.assignment() and self.reaches(partition, short.reach):
-                log.warning("partition %d has grown to offset %d and is read again", partition[1], short.reach)
-                self.rewind(partition)
-        return set(waiting)
-
-    def _cut(self, first: dict[Partition, int]) -> set[Partition]:
-        """Partitions that go on before what was read of them already: their log was cut, or is another one. All that is
-        known of them is forgotten, and they are compared again."""
+    def _other_logs(self, first: dict[Partition, int]) -> set[Partition]:
+        """Partitions that go on before what was read of them already, or end there: their log was cut, or is another
+        one. All that is known of them is forgotten, and they are compared again."""
         known = {p: newest for p in first if (newest := self.offsets.newest(p)) is not None}
         cut = {p for p, newest in known.items() if first[p] <= newest}
         for partition in cut:
             log.warning("partition %d goes on at %d, which was read before", partition[1], first[partition])
-        self.offsets.forget(cut)
-        return cut
-
-    def _begin_anew(self) -> set[Partition]:
-        """Partitions whose log ends before where they are read from. As where the broker says so: all that is known of
-        them is forgotten, and they are compared again."""
-        try:
-            beyond = self._beyond.found(self._short.waiting)
-        except (KafkaError, OSError) as error:
-            self._failed("poll")
-            log.warning("the broker at %s does not say where its logs end (%s)", self._settings.bootstrap, error)
-            return set()
-        for (topic, number), short in beyond.items():
-            log.warning("partition %d ends at %d, and was read up to %d before", number, short.end, short.reach)
-            where = TopicPartition(topic, number)
-            if self._settings.offset_reset == "earliest":
-                self.consumer.seek_to_beginning(where)
-            else:
-                self.consumer.seek_to_end(where)
-        self.offsets.forget(beyond)
-        return set(beyond)
+        others = cut | self._beyond.begin_anew(self._comparison.short)
+        self.offsets.forget(others)
+        return others
 
     def _skipped(self, first: dict[Partition, int]) -> None:
         """Where records go on behind those that were read, what is lost of those between. One offset is skipped by a
@@ -176,20 +147,17 @@ class FrameConsumer:
         """Streams say that they have folded this partition up to these offsets, and its log seems to end before them.
         It is read again, once the broker has been asked."""
         self.rewind(partition)
-        self._short.doubts[partition] = folded
+        self._comparison.doubt(partition, folded)
 
     def beyond(self, positions: Mapping[str, int]) -> str:
         """What is wrong with a stream that has these positions, per topic/partition; empty where nothing is known to
         be. Only partitions that are ours are looked at."""
-        for partition, offset in self._short.wrong(positions).items():
-            if partition in self.assignment() and not self.reaches(partition, offset + 1):
-                return f"its position in {partition[0]}/{partition[1]} is {offset}, which that log does not have"
-        return ""
+        return self._comparison.beyond(positions)
 
     @property
     def refused(self) -> int:
         """Partitions that are ours and not read: the store knows more of them than their log has, or another topic."""
-        return len(self.consumer.assignment()) if self._topic.other else len(self._short.waiting)
+        return len(self.consumer.assignment()) if self._topic.other else len(self._comparison.short)
 
     @property
     def trouble(self) -> str:
@@ -219,7 +187,7 @@ class FrameConsumer:
         """
         offset = self.offsets.next_offset(partition)
         self.offsets.forget([partition])
-        short = self._comparison.forget(partition)
+        short = self._comparison.read_again(partition)
         otherwise = short.first if short else otherwise
         offset = otherwise if offset is None else offset
         where = TopicPartition(*partition)
@@ -299,7 +267,7 @@ class FrameConsumer:
         for partition in self.consumer.assignment():
             key = (partition.topic, partition.partition)
             newest, done = self.consumer.highwater(partition), self.offsets.next_offset(key)
-            if short := self._short.waiting.get(key):
+            if short := self._comparison.short.get(key):
                 done = short.first
             elif not in_hand.get(key) and (following := self.consumer._subscription.assignment[partition].position):
                 done = following.offset  # Also behind markers of transactions, which are no records.

@@ -10,9 +10,7 @@ is the log that was folded. A stream that claims more is wrong by itself, and th
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from shlex import quote
 
@@ -22,7 +20,6 @@ from schemas.config import Kafka
 from worker.consume.offsets import Partition
 from worker.kafka.client import connection, open_client
 
-log = logging.getLogger("driftkeel.consume")
 LOOK_S = 2.0
 REMEDY = (
     "give the new topic a name of its own (kafka.topics), with which streams keep what they have learnt, or begin anew "
@@ -58,36 +55,6 @@ class ShortLog:
             f"partition {number} of topic {topic} ends at offset {self.end}, and by {by} it was read up to "
             f"{self.reach}: this is another broker, or the topic was deleted and created again"
         )
-
-
-class ShortLogs:
-    """Those that wait; `doubts`, of which the broker has still to be asked: what streams say is folded; and
-    `unfounded`, what streams say without reason."""
-
-    def __init__(self) -> None:
-        self.waiting: dict[Partition, ShortLog] = {}
-        self.doubts: dict[Partition, set[int]] = {}
-        self.unfounded: dict[Partition, set[int]] = {}
-
-    def found(self, short: dict[Partition, ShortLog]) -> None:
-        """The broker was asked: these are short."""
-        for partition, found in short.items():
-            log.error("%s; nothing of it is read; %s", found.described(partition), REMEDY)
-        self.waiting |= short
-
-    def forget(self, partition: Partition) -> ShortLog | None:
-        """It is compared again, or somebody else's."""
-        self.doubts.pop(partition, None)
-        return self.waiting.pop(partition, None)
-
-    def overrule(self, partition: Partition, claims: Iterable[int]) -> None:
-        """What streams claim of a log that is the right one, and has not so much."""
-        self.unfounded.setdefault(partition, set()).update(claims)
-
-    def wrong(self, positions: Mapping[str, int]) -> dict[Partition, int]:
-        """Those of a stream's positions, per topic/partition, that were overruled."""
-        found = {p: positions.get(f"{p[0]}/{p[1]}", -1) for p in self.unfounded}
-        return {p: offset for p, offset in found.items() if offset + 1 in self.unfounded[p]}
 
 
 def without_end(kafka: Kafka, short: dict[Partition, ShortLog]) -> dict[Partition, ShortLog]:
