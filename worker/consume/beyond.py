@@ -64,9 +64,9 @@ class Beyond:
         return without_end(self._settings, due)
 
     def _seem(self) -> dict[Partition, ShortLog]:
-        beyond = {}
+        beyond: dict[Partition, ShortLog] = {}
         for where, state in list(self._consumer._subscription.assignment.items()):
             position, end = state.position, self._consumer.highwater(where)
             if position is not None and end is not None and position.offset > end:
-                beyond[where.topic, where.partition] = ShortLog(position.offset, end, position.offset)
+                beyond[where] = ShortLog(position.offset, end, position.offset)
         return beyond

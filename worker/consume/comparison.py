@@ -142,8 +142,7 @@ class Comparison:
         said = {p: self._doubts.get(p, set()) | {marks.get(p, 0)} for p in first}
         reach = {p: max(offsets) for p, offsets in said.items()}
         asked = [TopicPartition(*p) for p, offset in reach.items() if offset > first[p] and not self.reaches(p, offset)]
-        found = self._consumer.end_offsets(asked, timeout_ms=OFFSETS_TIMEOUT_MS) if asked else {}
-        ends = {(where.topic, where.partition): end for where, end in found.items()}
+        ends = self._consumer.end_offsets(asked, timeout_ms=OFFSETS_TIMEOUT_MS) if asked else {}
         # Where a record is not there, none is behind it.
         lowest = {p: [offset for offset in said[p] if offset > end] for p, end in ends.items()}
         short = {p: ShortLog(first[p], ends[p], min(offsets)) for p, offsets in lowest.items() if offsets}
@@ -160,8 +159,7 @@ class Comparison:
 
     def _beginnings(self, partitions: list[Partition]) -> dict[Partition, int]:
         where = [TopicPartition(*partition) for partition in partitions]
-        found = self._consumer.beginning_offsets(where, timeout_ms=OFFSETS_TIMEOUT_MS) if where else {}
-        return {(p.topic, p.partition): beginning for p, beginning in found.items()}
+        return self._consumer.beginning_offsets(where, timeout_ms=OFFSETS_TIMEOUT_MS) if where else {}
 
     def _lost(self, partition: Partition, reached: int, beginning: int) -> None:
         log.error(

@@ -100,8 +100,8 @@ class FrameConsumer:
             self._store_failed()
             log.warning("partitions %s wait: %s", sorted(number for _, number in arrived), error)
             self._stop.wait(ASK_AGAIN_S)
-        for where in self.consumer.assignment() & {TopicPartition(*p) for p in arrived}:
-            self.consumer.seek(where, arrived[where.topic, where.partition][0].offset)
+        for where in self.consumer.assignment() & arrived.keys():
+            self.consumer.seek(where, arrived[where][0].offset)
             if self._topic.other:
                 self.consumer.pause(where)
         return {}
@@ -120,8 +120,7 @@ class FrameConsumer:
     def _other_logs(self, first: dict[Partition, int]) -> set[Partition]:
         """Partitions that go on before what was read of them already, or end there: their log was cut, or is another
         one. All that is known of them is forgotten, and they are compared again."""
-        known = {p: newest for p in first if (newest := self.offsets.newest(p)) is not None}
-        cut = {p for p, newest in known.items() if first[p] <= newest}
+        cut = {p for p, offset in self.offsets.reached(first).items() if first[p] < offset}
         for partition in cut:
             log.warning("partition %d goes on at %d, which was read before", partition[1], first[partition])
         others = cut | self._beyond.begin_anew(self._comparison.short)
@@ -131,8 +130,7 @@ class FrameConsumer:
     def _skipped(self, first: dict[Partition, int]) -> None:
         """Where records go on behind those that were read, what is lost of those between. One offset is skipped by a
         marker of a transaction, too."""
-        reached = {p: newest + 1 for p in first if (newest := self.offsets.newest(p)) is not None}
-        reached = {p: offset for p, offset in reached.items() if first[p] > offset + 1}
+        reached = {p: offset for p, offset in self.offsets.reached(first).items() if first[p] > offset + 1}
         try:
             self._comparison.skipped(reached, first)
         except KafkaError as error:
@@ -227,7 +225,7 @@ class FrameConsumer:
             self._failed("commit")
             log.warning("offsets not committed (%s); trying again with the next", answer)
         else:
-            self.offsets.committed({(p.topic, p.partition): meta.offset for p, meta in offsets.items()})
+            self.offsets.committed({partition: meta.offset for partition, meta in offsets.items()})
 
     def _count(self, operation: str, error: Exception) -> None:
         """Whoever did not answer: the store has the marks, the broker everything else."""
@@ -238,7 +236,7 @@ class FrameConsumer:
 
     def assignment(self) -> set[Partition]:
         """The partitions that are ours now."""
-        return {(p.topic, p.partition) for p in self.consumer.assignment()}
+        return set(self.consumer.assignment())
 
     @property
     def cluster(self) -> str:
@@ -265,15 +263,15 @@ class FrameConsumer:
         lags, ends = {}, self._ends.now() if self._paused else {}
         in_hand = self.offsets.unfinished()
         for partition in self.consumer.assignment():
-            key = (partition.topic, partition.partition)
-            newest, done = self.consumer.highwater(partition), self.offsets.next_offset(key)
-            if short := self._comparison.short.get(key):
+            newest, done = self.consumer.highwater(partition), self.offsets.next_offset(partition)
+            following = self.consumer._subscription.assignment[partition].position
+            if short := self._comparison.short.get(partition):
                 done = short.first
-            elif not in_hand.get(key) and (following := self.consumer._subscription.assignment[partition].position):
+            elif following and not in_hand.get(partition):
                 done = following.offset  # Also behind markers of transactions, which are no records.
             known = [offset for offset in (newest, ends.get(partition)) if offset is not None]
             if known and done is not None:
-                lags[key] = max(0, max(known) - done)
+                lags[partition] = max(0, max(known) - done)
         return lags
 
     def close(self) -> None:

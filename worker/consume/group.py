@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
@@ -71,8 +71,7 @@ def polled(
     """What the client has; nothing where that failed and it can be asked again, of which `failed` hears."""
     try:
         timeout_s = poll_timeout(consumer, timeout_s)
-        arrived = consumer.poll(timeout_ms=max(0, int(timeout_s * 1000)))
-        return {(p.topic, p.partition): part for p, part in arrived.items()}
+        return dict(consumer.poll(timeout_ms=max(0, int(timeout_s * 1000))))
     except LOST_MEMBERSHIP as error:
         failed("poll")
         log.warning("lost the consumer group (%s); joining again", error)
@@ -112,22 +111,21 @@ class Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
         """Partitions that were taken away since this was asked last. For the loop."""
         return {self._taken.popleft() for _ in range(len(self._taken))}
 
-    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        partitions = [(p.topic, p.partition) for p in revoked]
-        offsets = self._committable(partitions)
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        offsets = self._committable(revoked)
         if offsets:
             try:
                 await self._consumer.commit_async(with_metadata(offsets))
             except KafkaError as error:
                 log.warning("offsets of revoked partitions not committed (%s): their frames are read again", error)
-        self._taken.extend(partitions)
+        self._taken.extend(revoked)
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         log.info("assigned partitions: %s", sorted(p.partition for p in assigned) or "none")
 
     async def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
         # Somebody else has them already: nothing may be committed.
-        self._taken.extend((p.topic, p.partition) for p in lost)
+        self._taken.extend(lost)
 
 
 def with_metadata(offsets: dict[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:

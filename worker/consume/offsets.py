@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from schemas.frame import Position
 
-Partition = tuple[str, int]
+Partition = tuple[str, int]  # kafka-python's TopicPartition is one, too
 
 
 @dataclass
@@ -69,11 +69,10 @@ class Offsets:
         with self._lock:
             return {partition: len(progress.waiting) for partition, progress in self._progress.items()}
 
-    def newest(self, partition: Partition) -> int | None:
-        """The offset of the last record that was received of a partition."""
+    def reached(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """The offset behind the last record that was received, of those partitions of which one was."""
         with self._lock:
-            progress = self._progress.get(partition)
-            return None if progress is None else progress.newest
+            return {p: self._progress[p].newest + 1 for p in partitions if p in self._progress}
 
     def next_offset(self, partition: Partition) -> int | None:
         """The offset to read from when everything in hand of a partition is given up."""

@@ -71,8 +71,7 @@ def without_end(kafka: Kafka, short: dict[Partition, ShortLog]) -> dict[Partitio
             consumer.seek(TopicPartition(*partition), found.reach - 1)
         until = time.monotonic() + LOOK_S
         while missing and time.monotonic() < until:
-            for where, records in consumer.poll(timeout_ms=100).items():
-                partition = where.topic, where.partition
+            for partition, records in consumer.poll(timeout_ms=100).items():
                 if partition in missing and records[-1].offset >= missing[partition].reach - 1:
                     del missing[partition]
     finally:

@@ -39,7 +39,7 @@ class Standstill:
     def _unread(self) -> set[Partition]:
         """Partitions that are fetched and, as far as the last fetch knew, go on behind what was taken of them."""
         assigned = self._consumer._subscription.assignment.copy()  # the client's own thread changes it
-        return {(where.topic, where.partition) for where, state in assigned.items() if _goes_on(state)}
+        return {where for where, state in assigned.items() if _goes_on(state)}
 
 
 def _goes_on(state: Any) -> bool:
