@@ -1,4 +1,12 @@
-"""Frames from Kafka: records, assignment and committed offsets."""
+"""Frames from Kafka: records, assignment and committed offsets.
+
+A poll takes nothing before these are asked, in this order. What is not taken is read again.
+
+    topic.py       Is it the topic that the store knows?
+    group.py       Was the partition taken away meanwhile?
+    beyond.py      Does its log end before it is read from? And, here: does it go on where it was read to?
+    comparison.py  Has its log all that the store has folded of it, and the store all before the first record?
+"""
 
 from __future__ import annotations
 
