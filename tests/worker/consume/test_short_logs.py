@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Iterator
 
 import pytest
-from kafka import KafkaAdminClient, KafkaProducer
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic
 
 from schemas.config import Kafka
@@ -89,6 +90,21 @@ def test_of_a_log_that_the_group_knows_a_stream_that_says_more_is_wrong(
     send(topic, kafka_settings, 3)
     poll_until(consumer, lambda records: bool(records) and records[-1].offset == 12)
     assert [bool(consumer.beyond({log: offset})) for offset in (11, 49)] == [False, True]
+
+
+def test_what_streams_said_of_a_partition_is_void_once_it_was_taken_away(
+    consumer: FrameConsumer, kafka_settings: Kafka, topic: Topic
+) -> None:
+    partition = (kafka_settings.topics.frames, 0)
+    send(topic, kafka_settings, 10)
+    take(consumer, kafka_settings, read(consumer, 9), finished=5)
+    consumer.commit(now=True)
+    consumer.doubt(partition, {50})
+    take(consumer, kafka_settings, read(consumer, 9), finished=5)
+    assert consumer.beyond({f"{partition[0]}/0": 49})
+    asyncio.run(consumer.listener.on_partitions_lost([TopicPartition(*partition)]))
+    assert consumer.poll(0.0)[1] == {partition}
+    assert consumer.beyond({f"{partition[0]}/0": 49}) == ""
 
 
 def test_a_mark_beyond_the_end_is_believed_also_of_a_log_that_the_group_knows(
