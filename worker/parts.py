@@ -90,8 +90,12 @@ def connect(
     heal: Heal,
     keep_alive: Callable[[], object],
 ) -> Parts:
-    """Wait for broker and store, and make the parts. `lanes` passes run at a time; `heal` and `keep_alive` are the
-    loop's, for parts that wait. Raises UnreachableError, or ConfigError where a topic is missing or a login refused."""
+    """Wait for broker and store, and make the parts. `lanes` passes run at a time. Raises UnreachableError, or
+    ConfigError where a topic is missing or a login refused.
+
+    Parts that wait for broker or store call the loop by `keep_alive` and `heal`, which stay in the group meanwhile.
+    Partitions may be taken away by that: streams that were resident before such a call may be gone after it.
+    """
     adapt, name = config.adapt, config.worker
     store = _within_reach(config, metrics, stop)
     publisher = Publisher(config.kafka, name, stop, metrics.broker_error)
