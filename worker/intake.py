@@ -23,7 +23,8 @@ from worker.log import LineLimit
 from worker.publish.letters import Bad, Letters
 
 log = logging.getLogger("driftkeel.intake")
-Load = Callable[[list[str]], Callable[[Frame], bool]]
+Load = Callable[[list[str]], object]
+IsFolded = Callable[[Frame], bool]
 
 
 class Intake:
@@ -42,13 +43,12 @@ class Intake:
         self._letters, self._metrics = letters, metrics
         self._lines = LineLimit()
 
-    def hand_over(self, load: Load) -> None:
-        """Have decoded what there are threads for.
+    def hand_over(self, load: Load, is_folded: IsFolded) -> None:
+        """Have decoded what there are threads for. Offsets know of the records.
 
-        `load` makes streams resident and tells whether a frame is folded in already; it raises FrameError for one of a
-        stream that may not begin. Offsets know of the records.
+        `load` makes streams resident; `is_folded` raises FrameError for a frame of one that may not begin.
         """
-        self._decoding.hand_over(partial(self._prepare, load))
+        self._decoding.hand_over(partial(self._prepare, load, is_folded))
 
     def take(self) -> tuple[list[DecodedFrame], list[Bad]]:
         """Decoded frames, of each stream in order; and records that cannot become any, to be buried."""
@@ -85,14 +85,14 @@ class Intake:
             text = "%d more frames became dead letters of class %s since then, without a line each"
             log.warning(text, more, kind, extra={"kind": kind})
 
-    def _prepare(self, load: Load, arrivals: list[Arrival]) -> None:
+    def _prepare(self, load: Load, is_folded: IsFolded, arrivals: list[Arrival]) -> None:
         self._metrics.frames.inc(len(arrivals))
         for arrival in arrivals:
             try:
                 arrival.frame = self._parsed(arrival.record, Position.of(arrival.record))
             except FrameError as error:
                 self._decoding.finish(arrival, error)
-        is_folded = load([arrival.frame.stream for arrival in arrivals if arrival.frame])
+        load([arrival.frame.stream for arrival in arrivals if arrival.frame])
         # Some may have been dropped with their partition while the store was waited for.
         again = [arrival for arrival in arrivals if arrival.frame and self._is_again(arrival, is_folded)]
         self._metrics.frames_again.inc(len(again))
@@ -112,7 +112,7 @@ class Intake:
         frame = arrival.frame
         return frame is not None and not arrival.done and self._lateness.dropped(frame.sent, arrival.received, now)
 
-    def _is_again(self, arrival: Arrival, is_folded: Callable[[Frame], bool]) -> bool:
+    def _is_again(self, arrival: Arrival, is_folded: IsFolded) -> bool:
         try:
             return arrival.frame is not None and is_folded(arrival.frame)
         except FrameError as error:

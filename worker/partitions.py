@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from schemas.errors import FrameError
 from schemas.frame import Frame
@@ -24,26 +24,25 @@ class Partitions:
         self._of: dict[str, set[Partition]] = {}
         self._beyond: dict[Partition, set[int]] = {}
 
-    def load(self, streams: list[str]) -> Callable[[Frame], bool]:
-        """Make streams resident; returns what tells whether a frame is folded in already, for `Intake.hand_over`."""
+    def load(self, streams: list[str]) -> None:
+        """Make streams resident."""
         self._control.met(self._streams.ensure(streams))
+
+    def is_folded(self, frame: Frame) -> bool:
+        """Whether a frame is in its stream's state already. Raises FrameError where the stream may not begin."""
         engine = self._streams.engine
-
-        def is_folded(frame: Frame) -> bool:
-            if frame.stream not in engine:
-                raise _no_room(self._max_streams)
-            where = (frame.position.topic, frame.position.partition)
-            self._of.setdefault(frame.stream, set()).add(where)
-            header = engine.resident(frame.stream).header
-            if not header.has_folded(frame.position):
-                return False
-            folded = header.positions[frame.position.log] + 1
-            if self._consumer.reaches(where, folded):
-                return True
-            self._beyond.setdefault(where, set()).add(folded)
+        if frame.stream not in engine:
+            raise _no_room(self._max_streams)
+        where = (frame.position.topic, frame.position.partition)
+        self._of.setdefault(frame.stream, set()).add(where)
+        header = engine.resident(frame.stream).header
+        if not header.has_folded(frame.position):
             return False
-
-        return is_folded
+        folded = header.positions[frame.position.log] + 1
+        if self._consumer.reaches(where, folded):
+            return True
+        self._beyond.setdefault(where, set()).add(folded)
+        return False
 
     def doubt(self) -> None:
         """Streams claim to have folded more than their partition's log has: none of its frames was folded in, unless

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from schemas.config import Batch
 from schemas.frame import Position
 from worker.consume.offsets import Partition
 from worker.flights import Flights
+from worker.partitions import Partitions
 from worker.parts import Parts
 
 IDLE_POLL_S = 0.1
@@ -21,11 +21,8 @@ MAX_HELD = 64 << 20  # bytes that wait to be decoded, or are, before partitions 
 class Polling:
     """The looks of the worker's loop at the topic; records go to those who decode."""
 
-    def __init__(
-        self, batch: Batch, parts: Parts, flights: Flights, drop: Callable[[Partition], set[Partition]]
-    ) -> None:
-        """`drop` forgets a partition that was taken away, and returns all that go with it."""
-        self._batch, self._flights, self._drop = batch, flights, drop
+    def __init__(self, batch: Batch, parts: Parts, flights: Flights, partitions: Partitions) -> None:
+        self._batch, self._flights, self._partitions = batch, flights, partitions
         self._consumer, self._offsets = parts.consumer, parts.offsets
         self._decoding, self._letters, self._batcher = parts.decoding, parts.letters, parts.batcher
         self._looked = time.monotonic()
@@ -68,7 +65,7 @@ class Polling:
         epoch = time.time() - self._looked
         dropped: set[Partition] = set()
         for partition in gone:
-            dropped |= self._drop(partition)
+            dropped |= self._partitions.drop(partition)
         for record in records:
             # Where a stream has moved, its other partitions are read again, too: nothing newer goes before that.
             if (record.topic, record.partition) not in dropped:

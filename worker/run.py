@@ -82,7 +82,7 @@ class Worker:
         self._streams, self._journal, self._control = parts.streams, parts.journal, parts.control
         self._flights = Flights(config, parts, self.metrics, lanes, stop)
         self._partitions = Partitions(parts, config.store.max_streams)
-        self._polling = Polling(config.batch, parts, self._flights, self._partitions.drop)
+        self._polling = Polling(config.batch, parts, self._flights, self._partitions)
         self._lag_shown = 0.0
         log.info(
             "worker %s: broker %s, topic %s, group %s, store %s, metrics http://%s:%d/metrics",
@@ -169,7 +169,7 @@ class Worker:
         self._show_progress()
         if not self._polling.stocked:
             self._polling.look()
-        self._intake.hand_over(self._partitions.load)
+        self._intake.hand_over(self._partitions.load, self._partitions.is_folded)
         self._partitions.doubt()
 
     def _take_up(self) -> None:

@@ -75,12 +75,11 @@ class Loop:
             about = {"topic": "frames", "partition": 0, "offset": offset, "headers": headers, "timestamp": timestamp}
             self.decoding.add(self.began, SimpleNamespace(key=key, value=value, **about))
 
-    def load(self, streams: list[str]) -> Callable[[Frame], bool]:
-        self.loaded += streams
-        return lambda frame: frame.position.offset <= self.folded
+    def is_folded(self, frame: Frame) -> bool:
+        return frame.position.offset <= self.folded
 
     def turn(self) -> None:
-        self.intake.hand_over(self.load)
+        self.intake.hand_over(self.loaded.extend, self.is_folded)
         wait(self.decoding.running, 120)
         frames, bad = self.intake.take()
         self.frames += frames
@@ -245,12 +244,8 @@ def test_what_is_too_late_is_not_decoded_and_counted_where_that_is_asked_for() -
 
 
 def test_of_a_partition_that_goes_while_the_store_is_asked_nothing_is_left(loop: Loop) -> None:
-    def load(streams: list[str]) -> Callable[[Frame], bool]:
-        loop.decoding.drop(("frames", 0))
-        return loop.load(streams)
-
     loop.receive([(b"cam", picture()), (b"cam", b""), (b"cam", b"junk")])
-    loop.intake.hand_over(load)
+    loop.intake.hand_over(lambda streams: loop.decoding.drop(("frames", 0)), loop.is_folded)
     loop.turn()
     assert not loop.decoding.running
     assert (loop.frames, loop.post.sent) == ([], [])
@@ -269,10 +264,10 @@ def test_offsets_that_are_read_again_are_decoded_again(monkeypatch: pytest.Monke
     monkeypatch.setattr("tests.worker.test_intake.decode_frame", slow)
     loop = Loop(Batch())
     loop.receive([(b"cam", picture(i)) for i in range(5)])
-    loop.intake.hand_over(loop.load)
+    loop.intake.hand_over(loop.loaded.extend, loop.is_folded)
     loop.decoding.drop(("frames", 0))
     loop.receive([(b"cam", picture(i)) for i in range(2, 9)], first=2)
-    loop.intake.hand_over(loop.load)
+    loop.intake.hand_over(loop.loaded.extend, loop.is_folded)
     assert loop.intake.take() == ([], [])
     free.set()
     while loop.decoding:
