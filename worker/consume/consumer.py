@@ -105,9 +105,7 @@ class FrameConsumer:
             if not self._topic.other:
                 return arrived
         except UnreachableError as error:
-            self._store_failed()
-            log.warning("partitions %s wait: %s", sorted(number for _, number in arrived), error)
-            self._stop.wait(ASK_AGAIN_S)
+            self._wait(arrived, error)
         for where in self.consumer.assignment() & arrived.keys():
             self.consumer.seek(where, arrived[where][0].offset)
             if self._topic.other:
@@ -120,10 +118,13 @@ class FrameConsumer:
         try:
             return self._comparison.behind(first)
         except (KafkaError, UnreachableError) as error:
-            self._count("poll", error)
-            log.warning("partitions %s wait: %s", sorted(number for _, number in first), error)
-            self._stop.wait(ASK_AGAIN_S)
+            self._wait(first, error)
             return first
+
+    def _wait(self, partitions: Iterable[Partition], error: Exception) -> None:
+        self._count("poll", error)
+        log.warning("partitions %s wait: %s", sorted(number for _, number in partitions), error)
+        self._stop.wait(ASK_AGAIN_S)
 
     def _other_logs(self, first: dict[Partition, int]) -> set[Partition]:
         """Partitions that go on before what was read of them already, or end there: their log was cut, or is another
@@ -191,11 +192,10 @@ class FrameConsumer:
 
         `otherwise` is where to read from when nothing was in hand.
         """
-        offset = self.offsets.next_offset(partition)
+        offset, short = self.offsets.next_offset(partition), self._comparison.read_again(partition)
         self.offsets.forget([partition])
-        short = self._comparison.read_again(partition)
-        otherwise = short.first if short else otherwise
-        offset = otherwise if offset is None else offset
+        if offset is None:
+            offset = short.first if short else otherwise
         where = TopicPartition(*partition)
         if offset is not None and where in self.consumer.assignment():
             self.consumer.seek(where, offset)

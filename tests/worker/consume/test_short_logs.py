@@ -70,6 +70,9 @@ def test_what_a_stream_says_is_asked_of_the_broker(
     consumer.doubt(partition, {11})
     assert poll_until(consumer, lambda _: consumer.refused == 1) == []
     consumer.rewind(partition)  # as with every new connection to the store, which may be another one
+    take(consumer, kafka_settings, read(consumer, 9), finished=0)
+    consumer.doubt(partition, {11})
+    consumer.rewind(partition)  # before the broker is asked
     assert read(consumer, 9) == list(range(10))
 
 
