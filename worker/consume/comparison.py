@@ -14,7 +14,7 @@ Whenever it is read again, whatever for, it is new.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from kafka import TopicPartition
@@ -102,11 +102,7 @@ class Comparison:
         if unknown:
             self.note(unknown)
         beginnings = self._beginnings([p for p, mark in marks.items() if mark < first[p]])
-        expired = {p: beginning for p, beginning in beginnings.items() if beginning > marks[p]}
-        if expired:  # Noted, so that the same records are not told of again when the partition is compared again.
-            self.note(expired)
-            for partition, beginning in expired.items():
-                self._lost(partition, marks[partition], beginning)
+        self._note_expired(marks, beginnings)
         short = self._too_short(first, marks)
         for (_, number), offset in unknown.items():
             if offset > 0:
@@ -116,12 +112,7 @@ class Comparison:
                     number,
                     offset,
                 )
-        for partition in first:
-            self._doubts.pop(partition, None)
-        for partition, found in short.items():
-            log.error("%s; nothing of it is read; %s", found.described(partition), REMEDY)
-        self.short |= short
-        self.sound |= first.keys() - short.keys()
+        self._settle(first, short)
         behind = {p: max(beginning, marks[p]) for p, beginning in beginnings.items()}
         return {partition: offset for partition, offset in behind.items() if offset < first[partition]}
 
@@ -136,6 +127,14 @@ class Comparison:
         """Whether the log of an assigned partition ends at `offset` or later, as far as the last fetch knew."""
         end = self._consumer.highwater(TopicPartition(*partition))
         return end is not None and end >= offset
+
+    def _note_expired(self, marks: dict[Partition, int], beginnings: dict[Partition, int]) -> None:
+        """Logs that begin behind their mark. Noted, so that the same records are not told of again when the partition
+        is compared again. Raises UnreachableError."""
+        if expired := {p: beginning for p, beginning in beginnings.items() if beginning > marks[p]}:
+            self.note(expired)
+            for partition, beginning in expired.items():
+                self._lost(partition, marks[partition], beginning)
 
     def _too_short(self, first: dict[Partition, int], marks: dict[Partition, int]) -> dict[Partition, ShortLog]:
         """Partitions whose log ends before what is said to be folded of it. Their marks stay as they are."""
@@ -156,6 +155,15 @@ class Comparison:
         """Whether the group has committed an offset to this broker that the log has. Raises KafkaError."""
         offset = self._consumer.committed(TopicPartition(*partition), timeout_ms=OFFSETS_TIMEOUT_MS)
         return offset is not None and 0 < offset <= end
+
+    def _settle(self, compared: Iterable[Partition], short: dict[Partition, ShortLog]) -> None:
+        """Those that are not short are sound."""
+        for partition in compared:
+            self._doubts.pop(partition, None)
+        for partition, found in short.items():
+            log.error("%s; nothing of it is read; %s", found.described(partition), REMEDY)
+        self.short |= short
+        self.sound |= set(compared) - short.keys()
 
     def _beginnings(self, partitions: list[Partition]) -> dict[Partition, int]:
         where = [TopicPartition(*partition) for partition in partitions]
