@@ -66,7 +66,7 @@ def test_the_topic_alone_tells_the_history(site: Site, site_file: str, tmp_path:
     assert all(stream in audit("show", "--config", site_file) for stream in streams)
     page = tmp_path / "audit.html"
     audit("report", "--config", site_file, "--output", str(page))
-    assert "The record is whole" in page.read_text()
+    assert "The record is sound" in page.read_text()
     table = tmp_path / "audit.csv"
     audit("export", "--config", site_file, "--format", "csv", "--output", str(table))
     assert len(table.read_text().splitlines()) == 1 + sum(map(len, found.values()))
@@ -83,7 +83,7 @@ def test_the_topic_alone_tells_the_history(site: Site, site_file: str, tmp_path:
     trail.write_text("\n".join([*lines[:place], *lines[place + 1 :]]))
     assert f"missing    cam-1@{number} " in audit("verify", "--file", str(trail), code=1)
     audit("report", "--file", str(trail), "--output", str(page))
-    assert "The record is not whole" in page.read_text()
+    assert "The record is not sound" in page.read_text()
 
 
 def test_what_an_operator_did_to_a_silent_camera_waits_in_the_store(site: Site, site_file: str) -> None:
@@ -110,9 +110,9 @@ def test_what_an_operator_did_to_a_silent_camera_waits_in_the_store(site: Site, 
     [
         (["show", "--stream", "nobody"], "no events of stream 'nobody'"),
         (["verify", "--file", "/nowhere"], "/nowhere cannot be read"),
-        (["show", "--file", __file__], "line 1 is no update event, nor is anything else there"),
+        (["show", "--file", __file__], "line 1 is not an update event, and there are none"),
         (["export", "--output", "/nowhere/x"], "/nowhere/x cannot be written"),
-        (["export", "--output", "x", "--stream", "cam"], "jsonl is the record as it was published"),
+        (["export", "--output", "x", "--stream", "cam"], "jsonl exports the whole record as published"),
     ],
 )
 def test_mistakes_are_one_line(site_file: str, arguments: list[str], message: str) -> None:

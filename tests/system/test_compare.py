@@ -100,4 +100,4 @@ def test_what_cannot_be_compared_is_named(configs: list[str], kafka_settings: Ka
     assert "both publish to" in run_cli("compare", configs[0], configs[0]).stderr
     early = run_cli("compare", *configs, "--until", "2025-01-01")
     assert (early.returncode, early.stderr.count("\n")) == (1, 1)
-    assert "no frame has been answered by both: 0 by the first alone, 0 by the second" in early.stderr
+    assert "no frame was answered by both: 0 by the first only, 0 by the second only" in early.stderr

@@ -113,7 +113,7 @@ def test_streams_whose_names_begin_with_a_dash(site: Site, site_file: str) -> No
 def test_delete_takes_names_or_a_number_of_frames(arguments: list[str]) -> None:
     result = run_cli("streams", *arguments)
     assert (result.returncode, result.stdout) == (1, "")
-    assert "name the streams to delete, or give --frames-at-most in place of names" in result.stderr
+    assert "name the streams to delete, or give --frames-at-most instead of names" in result.stderr
 
 
 def test_reset_and_rollback_while_a_worker_runs(site: Site, site_file: str) -> None:

@@ -130,7 +130,7 @@ def test_mistakes_are_named(site: Site, tmp_path: Path) -> None:
         ("-",): "standard input has no name of its own; give --stream NAME",
         ("rtsp://u:secret@cam/live",): "rtsp://cam/live has no name of its own",
         ("a", "b", "c", "--stream", "x", "--stream", "y"): "give it once, or once for each source",
-        ("lavfi:testsrc", "--stream", "*"): "* stands for all streams in commands",
+        ("lavfi:testsrc", "--stream", "*"): "* means all streams in commands",
         ("nothing.mp4",): "nothing.mp4 is no file",
         ("lavfi:testsrc", "lavfi:testsrc", "--stream", "x"): "a camera never ends",
         ("a.mp4", "--size", "big"): "--size 'big' is not WIDTHxHEIGHT",

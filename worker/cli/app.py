@@ -26,7 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-meta_app = typer.Typer(help="At the centre: train generators, make bundles.", no_args_is_help=True)
+meta_app = typer.Typer(help="Train generators and pack bundles, centrally.", no_args_is_help=True)
 app.add_typer(meta_app, name="meta")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(streams_app, name="streams")
@@ -44,7 +44,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and end.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Keeps image classifiers accurate while their cameras drift."""
@@ -52,7 +52,7 @@ def options(
 
 @app.command()
 def worker(config: ConfigOption = None) -> None:
-    """Consume frames, predict, adapt, until SIGTERM or Ctrl-C."""
+    """Consume frames, predict and adapt, until SIGTERM or Ctrl-C."""
     import os
     import signal
 
@@ -75,13 +75,11 @@ def worker(config: ConfigOption = None) -> None:
 @app.command()
 def console(
     config: ConfigOption = None,
-    host: Annotated[str | None, typer.Option(help="Address to bind; any but loopback needs a token.")] = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65_535, help="0 takes a free port.")] = None,
-    token: Annotated[
-        str | None, typer.Option(help="Asked for before anything is shown; others can see it in the process list.")
-    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; any but loopback needs a token.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65_535, help="Port to listen on; 0 picks a free one.")] = None,
+    token: Annotated[str | None, typer.Option(help="Login token; other users can see it in the process list.")] = None,
 ) -> None:
-    """A local web page: every camera at a glance, one in depth, and the undo."""
+    """Serve a local web page: all cameras at a glance, one in detail, and the undo."""
     try:
         from worker.console.run import overridden, run_console
     except ModuleNotFoundError as error:
@@ -95,24 +93,24 @@ def console(
 
 @app.command("config")
 def show_config(config: ConfigOption = None) -> None:
-    """Print the effective configuration, secrets masked."""
+    """Print the configuration in force, with secrets masked."""
     print(effective_yaml(load_config(config)), end="")
 
 
 @app.command()
 def demo(
     frames: Annotated[int, typer.Option(min=32, max=9_000, help="Frames per camera.")] = 4_000,
-    seed: Annotated[int, typer.Option(help="Draws the images, their order and the shifts.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="Also write the results as JSON here.")] = None,
-    html: Annotated[Path, typer.Option(help="Where the report with charts goes.")] = Path("demo-report.html"),
-    picture: Annotated[Path | None, typer.Option(help="Also write the charts alone, as SVG, here.")] = None,
-    bundle: Annotated[Path | None, typer.Option(help="The bundle to run; the example's where not given.")] = None,
-    view: Annotated[bool, typer.Option(help="Live table; --no-view prints plain lines.")] = True,
+    seed: Annotated[int, typer.Option(help="Random seed of images, their order and shifts.")] = 0,
+    report: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
+    html: Annotated[Path, typer.Option(help="File for the report with charts.")] = Path("demo-report.html"),
+    picture: Annotated[Path | None, typer.Option(help="Also write only the charts to this SVG file.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle to run; default: the example.")] = None,
+    view: Annotated[bool, typer.Option(help="Show a live table; --no-view prints plain lines.")] = True,
     page: Annotated[
-        bool, typer.Option("--console/--no-console", help="Also start the web console, where it is installed.")
+        bool, typer.Option("--console/--no-console", help="Also start the web console, if it is installed.")
     ] = True,
 ) -> None:
-    """Six drifting cameras through a real broker, a real store and a worker, on this machine, with results."""
+    """Run six drifting cameras through a real broker, store and worker on this machine, and report the results."""
     must_be_writable(report, html, picture)
     from worker.demo.run import run_demo
     from worker.site.folder import EXAMPLE_BUNDLE, shipped
@@ -122,10 +120,10 @@ def demo(
 
 @meta_app.command("train")
 def meta_train(
-    config: Annotated[Path, typer.Option("--config", "-c", help="The recipe, a YAML file.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
+    config: Annotated[Path, typer.Option("--config", "-c", help="Recipe, a YAML file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the bundle to.")],
 ) -> None:
-    """Train a source model and its generator, calibrate, and pack the bundle."""
+    """Train a source model and its generator, calibrate them, and pack the bundle."""
     from meta.recipe import build_bundle, read_recipe
     from worker.process import keep_freed_memory
 
@@ -135,7 +133,7 @@ def meta_train(
 
 @app.command()
 def doctor(config: ConfigOption = None) -> None:
-    """Check bundle, store, broker and topics as a worker would meet them; exit 1 if one of them fails."""
+    """Check bundle, store, broker and topics as a worker would, and say what to do; exit 1 if a worker would fail."""
     from worker.site.doctor import examine
     from worker.terminal import printable
 

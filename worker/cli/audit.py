@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from schemas.state import StreamHeader
     from worker.audit.read import Coverage, EventFilter, History, Record
 
-audit_app = typer.Typer(help="What changed, when, by how much and why; from the topic or a file.", no_args_is_help=True)
+audit_app = typer.Typer(
+    help="Show and check what changed, when, by how much and why; from the topic or a file.", no_args_is_help=True
+)
 
 FileOption = Annotated[
-    Path | None, typer.Option("--file", "-f", help="Read this file, one event a line, instead of the topic.")
+    Path | None, typer.Option("--file", "-f", help="Read this file (a jsonl export) instead of the topic.")
 ]
 StreamOption = Annotated[list[str] | None, typer.Option("--stream", "-s", help="Only this stream; may be repeated.")]
 SinceOption = Annotated[datetime | None, typer.Option(help="Only events from this time on, UTC.")]
@@ -35,9 +37,9 @@ def show(
     stream: StreamOption = None,
     since: SinceOption = None,
     until: UntilOption = None,
-    last: Annotated[int, typer.Option(min=1, help="Newest spans to show of each stream.")] = 50,
+    last: Annotated[int, typer.Option(min=1, help="Number of newest spans to show per stream.")] = 50,
 ) -> None:
-    """A line per stream; with --stream what happened to it over time."""
+    """Show a line per stream; with --stream, what happened to it over time."""
     from worker.audit.history import summaries
     from worker.audit.read import Coverage, events_of
     from worker.audit.show import show_stream, show_streams
@@ -58,14 +60,14 @@ def show(
 
 @audit_app.command()
 def report(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML page to write.")] = Path("audit.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")] = Path("audit.html"),
     config: ConfigOption = None,
     file: FileOption = None,
     stream: StreamOption = None,
     since: SinceOption = None,
     until: UntilOption = None,
 ) -> None:
-    """One HTML page with charts, to keep or to send."""
+    """Write one HTML page with charts, to keep or to send."""
     from worker.audit.verify import verify
 
     try:
@@ -73,9 +75,9 @@ def report(
     except ImportError as error:
         raise ConfigError("the charts need matplotlib: pip install 'driftkeel[embedded]'") from error
     verdict = verify(_records(config, file))
-    chain = "The record is whole: every event has the hash that the next one carries."
+    chain = "The record is sound: every event has the hash that the next one carries."
     if not verdict.sound:
-        chain = f"The record is not whole: {len(verdict.findings)} findings; 'driftkeel audit verify' names them."
+        chain = f"The record is not sound: {len(verdict.findings)} findings; 'driftkeel audit verify' names them."
     found = _histories(config, file, _wanted(stream, since, until))
     write_report(output, found, chain)
     print(f"{output}: {len(found)} streams, {sum(map(len, found.values()))} events")
@@ -85,7 +87,7 @@ def report(
 def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")],
     format: Annotated[
-        Literal["jsonl", "csv", "parquet"], typer.Option(help="jsonl: the bytes as published, for verify --file.")
+        Literal["jsonl", "csv", "parquet"], typer.Option(help="jsonl is the bytes as published, for verify --file.")
     ] = "jsonl",
     config: ConfigOption = None,
     file: FileOption = None,
@@ -93,14 +95,12 @@ def export(
     since: SinceOption = None,
     until: UntilOption = None,
 ) -> None:
-    """The events as a file: as published, or as a table."""
+    """Write the events to a file, as published or as a table."""
     from worker.audit.export import write_csv, write_lines, write_parquet
 
     if format == "jsonl":
         if stream or since or until:
-            raise ConfigError(
-                "jsonl is the record as it was published, whole: it knows no --stream, --since or --until"
-            )
+            raise ConfigError("jsonl exports the whole record as published: leave out --stream, --since and --until")
         print(f"{output}: {write_lines(_readable(_records(config, file)), output)} records")
         return
     found = _histories(config, file, _wanted(stream, since, until))
@@ -113,16 +113,17 @@ def verify(
     config: ConfigOption = None,
     file: FileOption = None,
     store: Annotated[
-        bool, typer.Option("--store", help="Compare each stream's end with the store too; stop its workers before.")
+        bool, typer.Option("--store", help="Also compare each stream's end with the store; stop its workers first.")
     ] = False,
     complete: Annotated[
-        bool, typer.Option("--complete", help="Streams must begin with their first event, however old.")
+        bool, typer.Option("--complete", help="Require every stream to begin with its first event.")
     ] = False,
     known: Annotated[
-        Path | None, typer.Option("--heads", help="What 'audit heads' wrote: the trail must have just these events.")
+        Path | None,
+        typer.Option("--heads", help="File that 'audit heads' wrote: the trail must contain these very events."),
     ] = None,
 ) -> None:
-    """Name every event that is missing, altered, reordered or forked; exit code 1 where there is one."""
+    """Name every event that is missing, altered, reordered or forked; exit 1 if there is one."""
     from schemas.heads import read_heads
     from worker.audit.verify import verify as examine
     from worker.terminal import printable
@@ -144,14 +145,14 @@ def heads(
     config: ConfigOption = None,
     file: FileOption = None,
 ) -> None:
-    """Every stream's newest event and its hash, for verify --heads. Keep the file where nobody can write who can write
-    to topic and store."""
+    """Write every stream's newest event and its hash to a file, for verify --heads. Keep it where nobody can write who
+    can write to topic and store."""
     from worker.audit.export import write_heads
     from worker.audit.verify import verify as examine
 
     verdict = examine(_records(config, file))
     if not verdict.sound:
-        raise StateError("the trail is not sound, and no heads are written: 'driftkeel audit verify' says why")
+        raise StateError("the trail is not sound, so no heads are written: 'driftkeel audit verify' says why")
     print(f"{output}: {len(verdict.heads)} streams, SHA-256 {write_heads(verdict.heads, output)}")
 
 
@@ -197,15 +198,15 @@ def _explain(coverage: Coverage, found: set[str], wanted: EventFilter) -> None:
 
     if coverage.strays and not (coverage.events or found):
         raise StateError(
-            f"{coverage.first_stray} is no update event, nor is anything else there; --file wants an export as jsonl"
+            f"{coverage.first_stray} is not an update event, and there are none; --file needs a jsonl export"
         )
     if coverage.strays:
         print(
-            f"driftkeel: {counted(coverage.strays)} left out, as no update events; first {coverage.first_stray}",
+            f"driftkeel: {counted(coverage.strays)} left out, not update events; first {coverage.first_stray}",
             file=sys.stderr,
         )
     if missing := sorted(wanted.streams - found):
-        raise StateError(f"no events of stream {missing[0]!r} there; without --stream all are shown")
+        raise StateError(f"no events of stream {missing[0]!r} found; without --stream all streams are shown")
 
 
 def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:

@@ -9,18 +9,20 @@ import typer
 
 from worker.cli.options import must_be_writable
 
-benchmark_app = typer.Typer(help="Measure adaptation methods, and speed.", no_args_is_help=True)
+benchmark_app = typer.Typer(help="Measure adaptation methods and speed.", no_args_is_help=True)
 
 
 @benchmark_app.command("accuracy")
 def accuracy(
-    config: Annotated[Path, typer.Option("--config", "-c", help="What to run, a YAML file.")],
-    report: Annotated[Path, typer.Option("--report", "-o", help="JSON file to write; finished cells lie beside it.")],
-    quick: Annotated[bool, typer.Option(help="One model, few frames: whether everything works.")] = False,
+    config: Annotated[Path, typer.Option("--config", "-c", help="Plan of what to run, a YAML file.")],
+    report: Annotated[
+        Path, typer.Option("--report", "-o", help="JSON file to write; finished cells are kept beside it.")
+    ],
+    quick: Annotated[bool, typer.Option(help="One model and few frames, to check that everything works.")] = False,
     only: Annotated[str, typer.Option(help="Run only the cells whose name contains this.")] = "",
-    minutes: Annotated[float, typer.Option(min=0, help="Begin no cell later than this; 0: no limit.")] = 0,
+    minutes: Annotated[float, typer.Option(min=0, help="Start no cell after this many minutes; 0: no limit.")] = 0,
 ) -> None:
-    """Accuracy of every method under drift. Run it again to go on where it stopped."""
+    """Measure the accuracy of every method under drift. Run it again to continue where it stopped."""
     must_be_writable(report)
     import math
     import shlex
@@ -54,10 +56,12 @@ def accuracy(
 
 @benchmark_app.command("tables")
 def tables(
-    report: Annotated[Path, typer.Argument(help="A report of any of the benchmarks.")],
-    plot: Annotated[Path | None, typer.Option(help="Also draw the gains, as SVG or PNG, here; of accuracy.")] = None,
+    report: Annotated[Path, typer.Argument(help="Report of any of the benchmarks.")],
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw the gains to this SVG or PNG file (accuracy reports only).")
+    ] = None,
 ) -> None:
-    """Markdown tables of a report, as they stand in the documentation."""
+    """Print a report as the Markdown tables in the documentation."""
     from worker.benchmark.tables import markdown
 
     print(markdown(report, plot))
@@ -65,23 +69,23 @@ def tables(
 
 @benchmark_app.command()
 def throughput(
-    report: Annotated[Path | None, typer.Option(help="Write all figures as JSON here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer and shorter runs: at most five minutes.")] = False,
     profile: Annotated[
-        Path | None, typer.Option(help="Also write a trace of one engine pass here, for ui.perfetto.dev.")
+        Path | None, typer.Option(help="Also write a trace of one engine pass to this file, for ui.perfetto.dev.")
     ] = None,
-    bundle: Annotated[Path, typer.Option(help="The small net; the large one is built in.")] = Path(
+    bundle: Annotated[Path, typer.Option(help="Bundle with the small net; the large net is built in.")] = Path(
         "bundles/fashion-mnist"
     ),
 ) -> None:
-    """Engine and worker against a bare loop of the same net: ratios, latencies, CPU time and memory."""
+    """Compare engine and worker with a bare loop of the same net: ratios, latencies, CPU time and memory."""
     must_be_writable(report, profile)
     from worker.benchmark.throughput import run_throughput
 
     raise typer.Exit(run_throughput(bundle, report, profile, quick))
 
 
-BundleOption = Annotated[Path, typer.Option(help="The bundle to measure.")]
+BundleOption = Annotated[Path, typer.Option(help="Bundle to measure.")]
 
 
 @benchmark_app.command()
@@ -90,7 +94,7 @@ def proxies(
     quick: Annotated[bool, typer.Option(help="One seed, shorter streams: at most five minutes.")] = False,
     bundle: BundleOption = Path("bundles/fashion-mnist"),
 ) -> None:
-    """How far estimated accuracies are from the truth on held-out shifts: all signals alone, and together."""
+    """Measure how far estimated accuracies are from the truth on held-out shifts, per signal and combined."""
     must_be_writable(report)
     from meta.benchmark.proxies import run_proxies
 
@@ -104,7 +108,7 @@ def guard(
     quick: Annotated[bool, typer.Option(help="Shorter attacks, three kinds of streams: at most five minutes.")] = False,
     bundle: BundleOption = Path("bundles/fashion-mnist"),
 ) -> None:
-    """Attacks on engine and guard, the gain that the guard leaves, and what it costs."""
+    """Attack engine and guard, and measure the gain that the guard leaves and what it costs."""
     must_be_writable(report)
     from worker.benchmark.guard import run_guard
 

@@ -16,21 +16,21 @@ from schemas.errors import ConfigError, mistakes
 if TYPE_CHECKING:
     from schemas.verdict import Verdict
 
-bundle_app = typer.Typer(help="Look at bundles, and make them from classifiers of your own.", no_args_is_help=True)
+bundle_app = typer.Typer(help="Show bundles, and make them from your own classifiers.", no_args_is_help=True)
 
 
 @bundle_app.command("show")
 def bundle_show(
     path: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     factory: Annotated[
-        list[str] | None, typer.Option(help="module:function of a model of your own, which the bundle may run.")
+        list[str] | None, typer.Option(help="module:function of your own model that the bundle may run.")
     ] = None,
-    code: Annotated[Path, typer.Option(help="Folder in which its module lies.")] = Path(),
+    code: Annotated[Path, typer.Option(help="Folder that contains its module.")] = Path(),
     whole: Annotated[
-        bool, typer.Option("--json", help="The whole manifest, as it is; the rest on standard error.")
+        bool, typer.Option("--json", help="Print the whole manifest as it is, and the rest to standard error.")
     ] = False,
 ) -> None:
-    """Check every hash of a bundle; say what it is, with its verdict where it has one."""
+    """Check every hash of a bundle, and show what it is and its verdict, if it has one."""
     from meta.bundle import load_bundle
     from meta.bundle_folder import read_verdict
     from meta.imports import import_from
@@ -52,11 +52,11 @@ def bundle_show(
 
 @bundle_app.command("calibrate")
 def bundle_calibrate(
-    path: Annotated[Path, typer.Argument(help="A bundle of Fashion-MNIST; its manifest is written anew.")],
+    path: Annotated[Path, typer.Argument(help="A bundle of Fashion-MNIST; its manifest is rewritten.")],
     seed: Annotated[int, typer.Option(help="Seed of the simulated streams.")] = 1,
-    windows: Annotated[int, typer.Option(min=2, help="Windows of 128 frames from each stream.")] = 12,
+    windows: Annotated[int, typer.Option(min=2, help="Windows of 128 frames per stream.")] = 12,
 ) -> None:
-    """Fit calibration and limits anew; model, generator and statistics stay bit for bit. A few minutes."""
+    """Repeat the calibration of estimate and limits, in minutes; model, generator and statistics stay bit for bit."""
     from meta.recipe import calibrate_bundle
     from worker.process import keep_freed_memory
 
@@ -67,39 +67,51 @@ def bundle_calibrate(
 @bundle_app.command("create")
 def bundle_create(
     model: Annotated[
-        str, typer.Option(help="module:function that returns the network; timm:NAME, torchvision:NAME, or built in.")
+        str,
+        typer.Option(
+            help="module:function that returns the network; or timm:NAME, torchvision:NAME, or a built-in name."
+        ),
     ],
     weights: Annotated[Path, typer.Option(help="State dict: .safetensors, or .pt (loaded without running code).")],
-    data: Annotated[Path, typer.Option(help="Images: a folder per class, a flat folder without labels, or .npz.")],
+    data: Annotated[Path, typer.Option(help="Images: a folder per class, a flat folder (no labels), or an .npz file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
-    mean: Annotated[str, typer.Option(help="Mean of pixels in [0, 1], as in training: one number, or one a channel.")],
+    mean: Annotated[
+        str, typer.Option(help="Mean of pixels in [0, 1], as in training: one number, or one per channel.")
+    ],
     std: Annotated[str, typer.Option(help="Standard deviation, in the same form.")],
     labels: Annotated[
-        Path | None, typer.Option(help="One label a line, in the order of the outputs; default: folders by name.")
+        Path | None,
+        typer.Option(
+            help="File with one label per line, in the order of the outputs; default: the folders sorted by name."
+        ),
     ] = None,
-    model_args: Annotated[str, typer.Option(help="Arguments of the function, as a JSON object.")] = "{}",
+    model_args: Annotated[str, typer.Option(help="Arguments of that function, as a JSON object.")] = "{}",
     generator: Annotated[
         str | None,
-        typer.Option(help="Take over the generator of this bundle, or of the 'example': minutes, not an hour."),
+        typer.Option(help="Reuse the generator of this bundle, or of the 'example': takes minutes, not an hour."),
     ] = None,
-    size: Annotated[str | None, typer.Option(help="WxH, as in training; default: that of all images.")] = None,
-    mode: Annotated[str | None, typer.Option(help="L or RGB; default: L where no image has colours.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="WxH, as in training; default: the size of the images, if all have the same.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="L or RGB; default: L if no image has colours.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=0, help="Steps of meta-training; default: 300, or 0 with --generator.")
     ] = None,
     calibration_windows: Annotated[
         int, typer.Option(min=2, help="Windows of eight micro-batches per simulated camera.")
     ] = 12,
-    frames: Annotated[int, typer.Option(min=32, help="Frames per camera of the measurement.")] = 320,
-    repeats: Annotated[int, typer.Option(min=1, help="Cameras per setting of the measurement.")] = 2,
-    max_images: Annotated[int, typer.Option(min=100, help="Images at most; the seed draws which.")] = 10_000,
-    seed: Annotated[int, typer.Option(help="Same inputs and seed, same bundle, on one machine.")] = 0,
-    name: Annotated[str | None, typer.Option(help="The bundle's name; default: its folder's.")] = None,
-    code: Annotated[Path, typer.Option(help="Folder in which the model's module lies.")] = Path(),
+    frames: Annotated[int, typer.Option(min=32, help="Frames per camera in the measurement.")] = 320,
+    repeats: Annotated[int, typer.Option(min=1, help="Cameras per setting in the measurement.")] = 2,
+    max_images: Annotated[int, typer.Option(min=100, help="Most images to use; the seed chooses which.")] = 10_000,
+    seed: Annotated[
+        int, typer.Option(help="Random seed; the same inputs and seed make the same bundle, on one machine.")
+    ] = 0,
+    name: Annotated[str | None, typer.Option(help="Name of the bundle; default: its folder's name.")] = None,
+    code: Annotated[Path, typer.Option(help="Folder that contains the model's module.")] = Path(),
 ) -> None:
     """Make a bundle from your trained classifier and images of its training domain, and say whether to adapt it.
 
-    Broken off, the same command goes on with the stage that was not finished.
+    If it is interrupted, the same command continues with the stage that was not finished.
     """
     from meta.bundle_folder import read_verdict
     from meta.create.piecewise import frames_in_pass
@@ -173,7 +185,7 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
         return None, None
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal()):
-        raise ConfigError(f"--size {text!r} is not of the form 224x224")
+        raise ConfigError(f"--size {text!r} is not WIDTHxHEIGHT, such as 224x224")
     return int(width), int(height)
 
 
@@ -181,7 +193,7 @@ def _numbers(option: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ConfigError(f"{option} {text!r} is not of the form 0.5 or 0.485,0.456,0.406") from error
+        raise ConfigError(f"{option} {text!r} is not a list of numbers, such as 0.5 or 0.485,0.456,0.406") from error
 
 
 def _table(verdict: Verdict) -> str:
@@ -200,9 +212,9 @@ def _config(output: Path, model: str, code: Path, frames: int) -> str:
     if ":" in model:
         lines.append(f'  factories: ["{model}"]  # the bundle may run this code, and no other')
         if model.partition(":")[0] not in ("timm", "torchvision"):
-            lines.append(f"  code: {code.resolve()}  # the folder it lies in; not needed where it is installed")
+            lines.append(f"  code: {code.resolve()}  # the folder that contains it; not needed if it is installed")
     usual = Batch()
     if frames < usual.max_pass:
         sizes = f"{{max_batch: {min(usual.max_batch, frames)}, max_pass: {frames}}}"
-        lines.append(f"batch: {sizes}  # pictures of this size take much memory in a pass")
+        lines.append(f"batch: {sizes}  # pictures of this size need much memory in a pass")
     return "\n".join(lines)

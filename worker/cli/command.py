@@ -20,15 +20,17 @@ if TYPE_CHECKING:
     from schemas.update import UpdateEvent
 
 command_app = typer.Typer(
-    help="Tell the workers what shall become of a stream, or of all of them; each command is done once, and audited.",
+    help="Send workers a command for one stream or all of them; each is carried out once, and audited.",
     no_args_is_help=True,
 )
 
 StreamArgument = Annotated[
-    str, typer.Argument(help="Stream id, after -- where it begins with a dash; '*' for every stream.")
+    str, typer.Argument(help="Stream id, after -- if it begins with a dash; '*' for all streams.")
 ]
-ByOption = Annotated[str, typer.Option(help="Who asks; the user's name if not given.")]
-WaitOption = Annotated[float, typer.Option(min=0, help="Seconds to wait for the update event that confirms it.")]
+ByOption = Annotated[str, typer.Option(help="Who asks; default: the user's name.")]
+WaitOption = Annotated[
+    float, typer.Option(min=0, help="Seconds to wait for the update event that confirms it; 0: do not wait.")
+]
 
 
 def _plain(action: Action, help: str) -> None:
@@ -46,9 +48,9 @@ def _plain(action: Action, help: str) -> None:
     command_app.command(action, help=help)(run)
 
 
-_plain("freeze", "No more updates; the parameters stay as they are.")
-_plain("unfreeze", "Updates again.")
-_plain("reset", "Back to the source model; an approval is taken back too.")
+_plain("freeze", "Stop updates; the parameters stay as they are.")
+_plain("unfreeze", "Resume updates.")
+_plain("reset", "Go back to the source model; an approval is withdrawn too.")
 
 
 @command_app.command()
@@ -64,31 +66,34 @@ def rollback(
     _send(config, wait, stream=stream, action="rollback", snapshot=back, reason=reason, by=by)
 
 
-_plain("approve", "Let the parameters as they are now answer, where the stream's mode is approve.")
+_plain("approve", "Approve the present parameters: in mode approve these answer.")
 
 
 @command_app.command()
 def policy(
     stream: StreamArgument,
-    mode: Annotated[Mode | None, typer.Option(help="Who answers.")] = None,
-    canary_share: Annotated[float | None, typer.Option(help="Share of the streams in mode canary.")] = None,
-    max_updates_per_hour: Annotated[int | None, typer.Option(help="0: no limit.")] = None,
-    quiet_hours: Annotated[
-        list[str] | None, typer.Option(help="UTC span such as 22:00-06:00, once for each; 'none' for none.")
+    mode: Annotated[Mode | None, typer.Option(help="Which parameters answer.")] = None,
+    canary_share: Annotated[
+        float | None, typer.Option(help="Share of the streams that adapted parameters answer, in mode canary.")
     ] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Take back all that commands have changed.")] = False,
+    max_updates_per_hour: Annotated[int | None, typer.Option(help="Most updates in an hour; 0: no limit.")] = None,
+    quiet_hours: Annotated[
+        list[str] | None,
+        typer.Option(help="UTC span without updates, such as 22:00-06:00; may be repeated; 'none' removes all."),
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Undo all that commands have changed in the policy.")] = False,
     config: ConfigOption = None,
     reason: ReasonOption = "",
     by: ByOption = "",
     wait: WaitOption = 15,
 ) -> None:
-    """Change rules of the policy; those not named stay."""
+    """Change rules of a stream's policy; rules that are not given stay."""
     named = {"mode": mode, "canary_share": canary_share, "max_updates_per_hour": max_updates_per_hour}
     change: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if quiet_hours:
         change["quiet_hours"] = [] if quiet_hours == ["none"] else quiet_hours
     if bool(change) == clear:
-        raise ConfigError("say what to change, or --clear alone to take back what commands have changed")
+        raise ConfigError("say what to change, or give only --clear to undo what commands have changed")
     _send(config, wait, stream=stream, action="policy", policy=change, reason=reason, by=by)
 
 
@@ -108,7 +113,7 @@ def _send(config: Path | None, wait: float, **fields: Any) -> None:
     events = [_say(event) for event in answers]
     if not events and wait:
         print(
-            f"no worker has confirmed it within {wait:g} s; once one runs and knows the stream, it obeys",
+            f"no worker has confirmed it within {wait:g} s; one will obey once it runs and knows the stream",
             file=sys.stderr,
         )
     raise typer.Exit(int(bool(wait) and (not events or "skipped" in events)))

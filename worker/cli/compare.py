@@ -16,14 +16,19 @@ from worker.cli.options import as_utc
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="Configuration of the workers that answer now.")],
-    second: Annotated[Path, typer.Argument(help="Of others that read the same frames and publish elsewhere.")],
+    first: Annotated[Path, typer.Argument(help="Configuration of the workers in use.")],
+    second: Annotated[
+        Path,
+        typer.Argument(help="Configuration of other workers that read the same frames and publish to other topics."),
+    ],
     since: Annotated[datetime | None, typer.Option(help="Only frames from this time on, UTC.")] = None,
     until: Annotated[datetime | None, typer.Option(help="Only frames before this time, UTC.")] = None,
-    show: Annotated[int, typer.Option(min=0, help="Also list so many of the newest frames whose answers differ.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="The table as JSON.")] = False,
+    show: Annotated[
+        int, typer.Option(min=0, help="Also list this many of the newest frames with different answers.")
+    ] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
-    """Set the answers of two groups of workers to the same frames side by side, as before a new bundle is relied on."""
+    """Compare the answers of two groups of workers to the same frames, for example to try out a new bundle."""
     from worker import compare as side_by_side
     from worker.terminal import printable, terminal
 
@@ -33,7 +38,7 @@ def compare(
     found = side_by_side.compared(*(side_by_side.answers(config, *times) for config in (one, other)))
     if not found.total.frames:
         raise DriftkeelError(
-            f"no frame has been answered by both: {found.alone[0]} by the first alone, {found.alone[1]} by the second"
+            f"no frame was answered by both: {found.alone[0]} by the first only, {found.alone[1]} by the second only"
         )
     if as_json:
         streams = {name: asdict(row) for name, row in sorted(found.streams.items())}

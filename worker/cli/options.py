@@ -17,10 +17,10 @@ ConfigOption = Annotated[
         "--config",
         "-c",
         envvar="DRIFTKEEL_CONFIG",
-        help="The workers' YAML file; without it, defaults. DRIFTKEEL__ variables override both.",
+        help="The workers' YAML file; without it, the defaults. DRIFTKEEL__ variables override both.",
     ),
 ]
-ReasonOption = Annotated[str, typer.Option(help="Why; written into the update event.")]
+ReasonOption = Annotated[str, typer.Option(help="Reason, recorded in the update event.")]
 
 
 def as_utc(moment: datetime | None) -> datetime | None:
@@ -32,4 +32,4 @@ def must_be_writable(*files: Path | None) -> None:
     """Before a long run rather than after it. Raises ConfigError."""
     for file in files:
         if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
-            raise ConfigError(f"{file} cannot be written: name a file in a folder that is there, and yours to write to")
+            raise ConfigError(f"{file} cannot be written: name a file in an existing folder that you may write to")

@@ -14,22 +14,20 @@ from worker.cli.options import ConfigOption
 
 
 def init(
-    folder: Annotated[Path, typer.Argument(help="Where to write; made where it does not exist.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="Folder to write to; created if needed.")] = Path(),
     bootstrap: Annotated[
-        str | None, typer.Option(help="host:port of your broker; the compose file then has none.")
+        str | None, typer.Option(help="host:port of your own broker; the compose file then leaves Kafka out.")
     ] = None,
     store: Annotated[
-        str | None, typer.Option(help="redis:// URL of your store; the compose file then has none.")
+        str | None, typer.Option(help="redis:// URL of your own store; the compose file then leaves it out.")
     ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="The bundle to run, copied; the example's where not given.")
-    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle to run, which is copied; default: the example.")] = None,
     code: Annotated[
         Path | None,
-        typer.Option(help="Folder of the function that builds the bundle's model; allows the bundle to run it."),
+        typer.Option(help="Folder with the function that builds the bundle's model; allows the bundle to run it."),
     ] = None,
 ) -> None:
-    """Write a commented configuration, a compose file and a bundle: a folder to run a site from."""
+    """Write a folder to run a site from: a commented configuration, a compose file and a bundle."""
     from worker.site.folder import write_site
 
     for path in write_site(folder, bootstrap, store, bundle, code):
@@ -40,7 +38,7 @@ def init(
 def local(
     config: ConfigOption = None,
 ) -> None:
-    """A broker and a store on this machine, for a first try without Docker: all in memory, gone with Ctrl-C."""
+    """Run a broker and a store on this machine for a first try, without Docker: in memory, gone after Ctrl-C."""
     from worker.site.folder import local_services
 
     settings = load_config(config)

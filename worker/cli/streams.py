@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from worker.control.operate import Operator
     from worker.control.stored import ListedStream
 
-streams_app = typer.Typer(help="Look at stored streams, and change them while workers run.", no_args_is_help=True)
+streams_app = typer.Typer(
+    help="Show stored streams, and change them in the store, even while workers run.", no_args_is_help=True
+)
 
-DASH = "after -- where it begins with a dash"
+DASH = "after -- if it begins with a dash"
 StreamArgument = Annotated[str, typer.Argument(help=f"Stream id; {DASH}.")]
 
 
@@ -39,7 +41,7 @@ def _operator(config: Path | None) -> Operator:
 
 @streams_app.command("list")
 def list_streams(config: ConfigOption = None) -> None:
-    """One line per stream: frames, updates, state bytes, whether a worker could use it, who has it."""
+    """List streams: frames, updates, state bytes, whether a worker can use the state, and which worker has it."""
     from worker.control.stored import listed
     from worker.store.store import StateStore
     from worker.terminal import printable
@@ -55,10 +57,12 @@ def list_streams(config: ConfigOption = None) -> None:
 @streams_app.command()
 def show(
     stream: StreamArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="All that is stored but the tensors, as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print everything stored except the tensors, as JSON.")
+    ] = False,
     config: ConfigOption = None,
 ) -> None:
-    """Who answers for a stream, how it does, and the snapshots that it can go back to."""
+    """Show which parameters answer for a stream and why, its accuracy, and its snapshots to roll back to."""
     from worker.cli.streams_show import show as show_stream
     from worker.control.stored import judged, listed_one, snapshots
     from worker.store.store import StateStore
@@ -92,18 +96,18 @@ def export(
 def import_(
     stream: StreamArgument,
     file: Annotated[
-        Path, typer.Option("--input", "-i", help="What 'streams export' wrote.", exists=True, dir_okay=False)
+        Path, typer.Option("--input", "-i", help="File that 'streams export' wrote.", exists=True, dir_okay=False)
     ],
     reason: ReasonOption = "imported by hand",
     config: ConfigOption = None,
 ) -> None:
-    """Give a stream the parameters of a file; it keeps its position."""
+    """Give a stream the parameters from a file; it keeps its position."""
     _say(_operator(config).import_file(stream, file.read_bytes(), reason))
 
 
 @streams_app.command()
 def reset(stream: StreamArgument, reason: ReasonOption = "reset by hand", config: ConfigOption = None) -> None:
-    """Put a stream back to the source model."""
+    """Set a stream back to the source model."""
     _say(_operator(config).reset(stream, reason))
 
 
@@ -114,7 +118,7 @@ def rollback(
     reason: ReasonOption = "rolled back by hand",
     config: ConfigOption = None,
 ) -> None:
-    """Put a stream back to one of its snapshots."""
+    """Set a stream back to one of its snapshots."""
     _say(_operator(config).rollback(stream, back, reason))
 
 
@@ -122,20 +126,21 @@ def rollback(
 def delete(
     streams: Annotated[list[str] | None, typer.Argument(help=f"Stream ids; {DASH}.")] = None,
     frames_at_most: Annotated[
-        int | None, typer.Option(min=0, help="Instead of names: 'ok' streams of at most so many frames.")
+        int | None, typer.Option(min=0, help="Instead of names: all 'ok' streams with at most this many frames.")
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     reason: ReasonOption = "deleted by hand",
     config: ConfigOption = None,
 ) -> None:
-    """Remove what is stored of cameras that are gone; a last update event says so. One that sends again begins anew."""
+    """Delete what is stored for retired cameras, and record it in a last update event. A camera that sends again starts
+    anew."""
     from worker.control import retire
     from worker.kafka.client import require_topics
     from worker.store.store import StateStore
     from worker.terminal import printable
 
     if bool(streams) == (frames_at_most is not None):
-        raise ConfigError("name the streams to delete, or give --frames-at-most in place of names")
+        raise ConfigError("name the streams to delete, or give --frames-at-most instead of names")
     settings = load_config(config)
     store, name = StateStore(settings.store), f"operator {getpass.getuser()}"
     require_topics(settings.kafka, only=[settings.kafka.topics.updates])

@@ -18,8 +18,8 @@ from worker.terminal import facts, printable
 COLOURS = {"ok": "green", "expired": "yellow"}
 MEANING = {
     "ok": "",
-    "expired": ": its next frame finds the source model, unless a worker still has it in memory",
-    "damaged": ": the header cannot be read, its next frame finds the source model",
+    "expired": ": its next frame starts from the source model, unless a worker still has it in memory",
+    "damaged": ": the header cannot be read, and its next frame starts from the source model",
 }
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 STATE = Path(typer.get_app_dir("driftkeel")) / "produce.sqlite"
 BootstrapOption = Annotated[
-    str | None, typer.Option(help="host:port of the broker; overrides the configuration's.", show_default=False)
+    str | None, typer.Option(help="host:port of the broker, instead of the configuration's.", show_default=False)
 ]
 
 
@@ -35,8 +35,8 @@ def produce(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Videos, pictures, folders of pictures, quoted patterns, rtsp:// or other URLs, /dev/videoN or "
-            "FORMAT:NAME devices, - for JPEGs or paths on standard input.",
+            help="Videos, pictures, folders of pictures, quoted patterns, rtsp:// or other URLs, devices (/dev/videoN, "
+            "FORMAT:NAME), or - for JPEGs or paths on standard input.",
             show_default=False,
         ),
     ],
@@ -45,35 +45,33 @@ def produce(
         typer.Option(
             "--stream",
             "-s",
-            help="The stream's name; once for all sources, or once for each. Default: of the file or folder.",
+            help="Stream name: once for all sources, or once for each. Default: the name of the file or folder.",
         ),
     ] = None,
     fps: Annotated[
         float | None,
-        typer.Option(min=0.001, help="Frames to send per second; a video's other frames are left out."),
+        typer.Option(min=0.001, help="Frames to send per second; a video's other frames are skipped."),
     ] = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="As fast as the broker takes it, rather than in real time.")
-    ] = False,
-    quality: Annotated[int | None, typer.Option(min=1, max=95, help="JPEG quality; pictures are encoded anew.")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Send as fast as the broker accepts, not in real time.")] = False,
+    quality: Annotated[int | None, typer.Option(min=1, max=95, help="JPEG quality; pictures are re-encoded.")] = None,
     size: Annotated[
-        str | None, typer.Option(help="WIDTHxHEIGHT: shrink frames to fit in; pictures are encoded anew.")
+        str | None, typer.Option(help="WIDTHxHEIGHT to shrink frames to fit into; pictures are re-encoded.")
     ] = None,
     now: Annotated[
-        bool, typer.Option("--now", help="Event time is when a frame is sent, not when it was taken.")
+        bool, typer.Option("--now", help="Use the time of sending as event time, not the time a frame was taken.")
     ] = False,
     loop: Annotated[
-        bool, typer.Option("--loop", help="Again and again from the beginning, until Ctrl-C; nothing is remembered.")
+        bool, typer.Option("--loop", help="Repeat from the beginning until Ctrl-C; nothing is remembered.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="End after so many frames of each stream.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Send also what an earlier run has sent.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many frames of each stream.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Also send what an earlier run has sent.")] = False,
     state: Annotated[
-        Path, typer.Option(help="File that remembers what was sent.", show_default="in the user's folder")
+        Path, typer.Option(help="File that records what was sent.", show_default="in the user's folder")
     ] = STATE,
     bootstrap: BootstrapOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Send frames of videos, cameras and pictures to the frames topic, at their own pace, each once."""
+    """Send frames of videos, cameras and pictures to the frames topic; videos play in real time, nothing goes twice."""
     from worker.log import set_up_logging
     from worker.produce.produce import PlayOptions
     from worker.produce.produce import produce as play
@@ -94,17 +92,19 @@ def watch(
     stream: Annotated[
         list[str] | None, typer.Option("--stream", "-s", help="Only this stream; may be repeated.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The messages as they are, one a line.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="A live table, a row a stream, instead of lines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the messages as they are, one per line.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Show a live table with a row per stream, instead of lines.")
+    ] = False,
     draw: Annotated[Path | None, typer.Option(help="Also write each frame with its label into this folder.")] = None,
     beginning: Annotated[
-        bool, typer.Option("--from-beginning", help="Also what the topic holds already, not only what comes.")
+        bool, typer.Option("--from-beginning", help="Also show what is in the topic already.")
     ] = False,
-    count: Annotated[int | None, typer.Option(min=1, help="End after so many predictions.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Stop after this many predictions.")] = None,
     bootstrap: BootstrapOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show predictions as they come; it disturbs nobody. Ctrl-C ends."""
+    """Show predictions as they come, until Ctrl-C; other consumers are not affected."""
     from worker.log import set_up_logging
     from worker.watch import FrameMarker, Watcher
 
@@ -170,7 +170,7 @@ def _streams(sources: list[str], names: list[str], max_bytes: int) -> dict[str, 
 
     if len(names) not in (0, 1, len(sources)):
         raise ConfigError(
-            f"{len(names)} times --stream for {len(sources)} sources: give it once, or once for each source"
+            f"--stream is given {len(names)} times for {len(sources)} sources: give it once, or once for each source"
         )
     names = names * len(sources) if len(names) == 1 else names
     streams: dict[str, list[Iterable[Item]]] = {}
@@ -181,7 +181,7 @@ def _streams(sources: list[str], names: list[str], max_bytes: int) -> dict[str, 
             raise ConfigError(f"{_shown_source(source)} has no name of its own; give --stream NAME")
         if name == EVERY_STREAM:
             raise ConfigError(
-                f"{EVERY_STREAM} stands for all streams in commands; it cannot be one; give --stream NAME"
+                f"{EVERY_STREAM} means all streams in commands and cannot be a stream's name; give --stream NAME"
             )
         if not name.isprintable() or not 0 < len(name.encode()) <= max_bytes:
             raise ConfigError(f"stream name {name!r} must be printable, of 1 to {max_bytes} bytes; give --stream NAME")
@@ -189,7 +189,7 @@ def _streams(sources: list[str], names: list[str], max_bytes: int) -> dict[str, 
     for name, parts in streams.items():
         if len(parts) > 1 and any(isinstance(part, list) and any(item.live for item in part) for part in parts):
             raise ConfigError(
-                f"stream {name}: a camera never ends, what comes after it would wait; give --stream for each source"
+                f"stream {name}: a camera never ends, so the sources after it never start; give --stream for each"
             )
     return {name: _chained(parts) for name, parts in streams.items()}
 

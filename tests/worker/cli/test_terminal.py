@@ -92,7 +92,7 @@ def test_what_a_command_took_back_is_said() -> None:
 
 def test_what_is_wrong_stands_first() -> None:
     assert "cam  damaged: the header cannot be read" in shown(None)
-    text = "cam  expired: its next frame finds the source model, unless a worker still has it in memory"
+    text = "cam  expired: its next frame starts from the source model, unless a worker still has it in memory"
     assert text in shown(header(), tensor_bytes=0)
     assert "cam  foreign: key k in the store is a list" in shown(header(), foreign="key k in the store is a list")
 
