@@ -82,6 +82,24 @@ def test_switched_off_adaptation_predicts_and_changes_nothing(site: Site) -> Non
     assert site.header("cam").step == 0
 
 
+def test_what_was_learned_answers_while_adaptation_is_off_and_source_in_shadow(site: Site) -> None:
+    first = site.start(guard={"never_worse": False})
+    site.feed(first, "cam", 48)
+    step = site.header("cam").step
+    assert step > 0
+    assert first.stop() == 0
+    frames = [("cam", picture(i)) for i in range(24)]
+    second = site.start(adapt={"enabled": False}, guard={"never_worse": False})
+    ids = site.send(frames)
+    found = site.predictions(ids)
+    assert {(found[i][0].parameters, found[i][0].step) for i in ids} == {("adapted", step)}
+    assert second.stop() == 0
+    site.start(policy={"mode": "shadow"}, guard={"never_worse": False})
+    ids = site.send(frames)
+    found = site.predictions(ids)
+    assert {found[i][0].parameters for i in ids} == {"source"}
+
+
 def test_the_guard_skips_and_says_why(site: Site) -> None:
     worker = site.start(guard={"max_gradient_factor": 1e-9})
     ids = site.send([("cam", picture(i)) for i in range(16)])
