@@ -18,7 +18,7 @@ from worker.batch.lateness import Lateness
 from worker.consume.cluster import require_cluster
 from worker.consume.consumer import FrameConsumer
 from worker.consume.offsets import Offsets
-from worker.control.commands import CommandList, CommandReader
+from worker.control.commands import MAX_KEPT, CommandList, CommandReader
 from worker.control.control import Control
 from worker.decode.decoding import Decoding
 from worker.decode.image import decode_frame
@@ -129,7 +129,7 @@ def connect(
     journal = Journal(streams, publisher, offsets, metrics, config.store.write_interval_ms, keep_alive)
     drift_frames = config.batch.max_batch if adapt.mode == "on_demand" else 0
     step = Step(streams, batcher, guard, publisher, journal, metrics, name, keep_alive, lanes, drift_frames, trace)
-    listed = CommandList()
+    listed = CommandList(max_names=max(MAX_KEPT, config.store.max_streams))
     commands = CommandReader(config.kafka, listed)
     control = Control(listed, streams, store, metrics, policies, name, heal, journal.flush)
     if not commands.caught_up.wait(COMMANDS_PATIENCE_S):

@@ -3,7 +3,7 @@
 What a stream has obeyed stands in its own state, as the newest offset per partition of this topic, written together
 with what the command changed. So each command is obeyed once, by whichever worker holds the stream, now or later.
 
-The newest commands are kept, some thousand; of older ones what still stands (see `worker.control.standing`), for ever.
+The newest commands are kept, some thousand; of older ones what still stands (see `worker.control.standing`).
 """
 
 from __future__ import annotations
@@ -47,15 +47,17 @@ class Numbered:
 class CommandList:
     """The commands read so far. Filled by one thread, read by another."""
 
-    def __init__(self, max_kept: int = MAX_KEPT) -> None:
+    def __init__(self, max_kept: int = MAX_KEPT, max_names: int = MAX_KEPT) -> None:
+        """`max_kept` of the newest commands; what stands of `max_names` streams, and of all of them together."""
         self._lock = threading.Lock()
         self._max_kept = max_kept
         self._kept: deque[Numbered] = deque()
         self._of: dict[str, deque[Numbered]] = {}
-        self._standing: Standing[Numbered] = Standing()
+        self._standing: Standing[Numbered] = Standing(max_names)
+        self._max_names = max_names
         self._forgotten = 0
         self._ids: dict[str, Position] = {}
-        self._new: list[Numbered] = []
+        self._new: dict[str, None] = {}
         self._read: dict[str, int] = {}
         self.unreadable = 0
 
@@ -88,13 +90,13 @@ class CommandList:
             self._of.setdefault(command.stream, deque()).append(numbered)
             self._standing.add(numbered)
             self._ids[command.id] = position
-            self._new.append(numbered)
+            self._new[command.stream] = None
 
-    def news(self) -> list[Numbered]:
-        """What came since the last call."""
+    def news(self) -> list[str]:
+        """The streams, or `*`, that something was said to since the last call."""
         with self._lock:
-            new, self._new = self._new, []
-            return new
+            new, self._new = self._new, {}
+            return list(new)
 
     def next_offset(self, partition: str) -> int:
         """Where to read on in a topic/partition."""
@@ -123,10 +125,11 @@ class CommandList:
         if self._forgotten.bit_count() == 1:  # The first, and then seldom.
             log.warning(
                 "more than %d commands in the topic: the oldest, %d by now, up to %s, are forgotten, but for those "
-                "that still stand (freeze, policy)",
+                "that still stand (freeze, policy) of the %d streams that were told one last",
                 self._max_kept,
                 self._forgotten,
                 oldest.position,
+                self._max_names,
             )
 
     def _parsed(self, position: Position, content: bytes | None) -> Command | None:

@@ -90,8 +90,8 @@ class Control:
 
     def listen(self) -> None:
         """Take in what has come: for streams that are here now, and for those that may turn out to be nobody's."""
-        for numbered in self._commands.news():
-            stream, here = numbered.command.stream, self._engine.streams
+        for stream in self._commands.news():
+            here = self._engine.streams
             if stream in here:
                 self._due.add(stream)
                 continue

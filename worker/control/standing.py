@@ -2,13 +2,17 @@
 
 A freeze or a rule of a policy holds until the same is said again, however many commands come in between; so it also
 holds for a stream that begins much later. Each rule is kept once, the newest.
+
+Names come and go, and nobody says when one has gone. So what stands is kept of so many names: the one that was told
+nothing of this kind for longest makes room. What its stream has obeyed stands in the stream's own state all the same.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Generic, Protocol, TypeVar
 
-from schemas.command import Command
+from schemas.command import EVERY_STREAM, Command
 from schemas.policy import PolicyChange
 
 EVERYTHING = "*"  # in place of a rule: back to the configuration's policy
@@ -26,22 +30,32 @@ Told = TypeVar("Told", bound=HasCommand)
 
 
 class Standing(Generic[Told]):
-    """Per stream, at most one command for each rule that a policy has, and one that cleared them."""
+    """Per stream, at most one command for each rule that a policy has, and one that cleared them. There are at most
+    `max_names` streams, and all of them together."""
 
-    def __init__(self) -> None:
-        self._of: dict[str, dict[str, Told]] = {}
+    def __init__(self, max_names: int) -> None:
+        self._max_names = max_names
+        self._of_all: dict[str, Told] = {}
+        # Who was told something last comes last. A plain dict would look for its first key past all that have gone.
+        self._of: OrderedDict[str, dict[str, Told]] = OrderedDict()
 
     def add(self, told: Told) -> None:
         """The next in order. What does not stand is passed over."""
-        rules = rules_of(told.command)
+        stream, rules = told.command.stream, rules_of(told.command)
+        if not rules:
+            return
+        of = self._of_all if stream == EVERY_STREAM else self._of.pop(stream, {})
         if EVERYTHING in rules:
-            self._of[told.command.stream] = {}
-        for rule in rules:
-            self._of.setdefault(told.command.stream, {})[rule] = told
+            of.clear()
+        of.update(dict.fromkeys(rules, told))
+        if stream != EVERY_STREAM:
+            self._of[stream] = of
+        if len(self._of) > self._max_names:
+            self._of.popitem(last=False)
 
     def of(self, stream: str) -> list[Told]:
         """What stands for a name, in no order; one command may come twice."""
-        return list(self._of.get(stream, {}).values())
+        return list((self._of_all if stream == EVERY_STREAM else self._of.get(stream, {})).values())
 
 
 def rules_of(command: Command) -> list[str]:

@@ -7,6 +7,7 @@ from kafka import KafkaAdminClient, KafkaProducer
 
 from schemas.command import Command
 from schemas.config import Kafka
+from schemas.state import StreamHeader
 from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.servers import wait_until
 from worker.control import commands
@@ -28,12 +29,7 @@ def test_partitions_added_while_running_are_read_too(kafka_settings: Kafka, monk
         content = command.model_dump_json(exclude_none=True).encode()
         producer.send(topic, key=b"cam", value=content, partition=partition).get(timeout=120)
     producer.close()
-    found: list[Command] = []
-
-    def all_found() -> bool:
-        found.extend(numbered.command for numbered in listed.news())
-        return len(found) == len(sent)
-
-    wait_until(all_found, "both commands")
+    header = StreamHeader(stream="cam", bundle="b", method="mgg")
+    wait_until(lambda: len(listed.after(header)) == len(sent), "both commands")
     reader.close()
-    assert {command.id for command in found} == {command.id for command in sent}
+    assert {numbered.command.id for numbered in listed.after(header)} == {command.id for command in sent}

@@ -34,7 +34,7 @@ def test_a_stream_obeys_its_own_and_everybodys_in_order(streams: list[str], obey
     header = HEADER.model_copy(update={"commands": {"commands/0": obeyed}})
     expected = [c.id for offset, c in enumerate(sent) if c.stream != "other" and offset > obeyed]
     assert ids(commands, header) == expected
-    assert [n.command.id for n in commands.news()] == [c.id for c in sent]
+    assert commands.news() == list(dict.fromkeys(streams))
     assert commands.news() == []
 
 
@@ -89,6 +89,24 @@ def test_what_stands_is_never_forgotten(caplog: pytest.LogCaptureFixture) -> Non
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 12  # 1, 2, 4, ... of 2,901
     assert "commands/0/0, are forgotten, but for those that still stand" in lines[0]
+
+
+def test_what_stands_of_names_that_went_is_forgotten_in_the_end() -> None:
+    """A camera gets another name each day, and each is frozen once. Others are told something all the while."""
+    commands = CommandList(max_kept=4, max_names=3)
+    everybody = put(commands, 0, "*")
+    early = put(commands, 1, "early", action="policy", policy=PolicyChange(mode="shadow"))
+    for day in range(1, 11):
+        put(commands, 10 * day, f"of-day-{day}")
+        put(commands, 10 * day + 1, f"of-day-{day}", action="unfreeze")
+        late = put(commands, 10 * day + 2, "early", action=("freeze", "unfreeze")[day % 2])
+        put(commands, 10 * day + 3, "cam", action="reset")
+
+    def stands(name: str) -> list[str]:
+        return ids(commands, HEADER.model_copy(update={"stream": name}))
+
+    assert stands("early") == [everybody.id, early.id, late.id]
+    assert [stands(f"of-day-{day}") == [everybody.id] for day in range(1, 11)] == [True] * 8 + [False] * 2
 
 
 RULES = st.sampled_from(
