@@ -87,6 +87,10 @@ class WorkerMetrics:
             "driftkeel_records_expired",
             "Records that were lost, as the topic no longer had them when their turn came: its retention.",
         )
+        self.forgotten = counter(
+            "driftkeel_forgotten_partitions",
+            "Partitions that the group had read and of which the store knew nothing when the worker began with them.",
+        )
         self.predictions = counter(
             "driftkeel_predictions", "Predictions published; a frame that is read again counts again."
         )

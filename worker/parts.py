@@ -109,6 +109,7 @@ def connect(
         failed=metrics.broker_error,
         store_failed=metrics.store_errors.inc,
         expired=metrics.expired.inc,
+        forgotten=metrics.forgotten.inc,
     )
     frames, cluster = config.kafka.topics.frames, consumer.cluster
     found = partial(store.cluster, frames, cluster)

@@ -258,17 +258,24 @@ def test_a_store_that_fell_behind_is_brought_up_to_date(site: Site, tmp_path: Pa
     store.child.stop()
 
 
-def test_an_empty_store_is_noticed(site: Site, tmp_path: Path) -> None:
+@pytest.mark.parametrize("while_running", [False, True])
+def test_an_empty_store_is_noticed(site: Site, tmp_path: Path, while_running: bool) -> None:
     store = backup_of(site, tmp_path / "data")
     worker = site.start()
-    site.send(FRAMES[:60])
+    partitions = {frame.split("/")[1] for frame in site.send(FRAMES[:60])}
     site.wait_folded(worker, dict.fromkeys(STREAMS, 10))
     worker.wait_until(lambda: site.committed() == 60, "the commit")
+    assert "driftkeel_forgotten_partitions_total 0.0" in worker.metrics()
+    if not while_running:
+        assert worker.stop() == 0
     store.child.stop()
     store = start_store(tmp_path / "empty", port=store.port)
+    if not while_running:
+        worker = site.start()
     site.send(FRAMES[60:120])
     site.wait_folded(worker, dict.fromkeys(STREAMS, 10))
     assert "the store knows nothing of it" in worker.log.read_text()
+    assert f"driftkeel_forgotten_partitions_total {len(partitions)}.0" in worker.metrics()
     assert worker.stop() == 0
     store.child.stop()
 

@@ -42,9 +42,18 @@ class Marks(Notes, Protocol):
 class Comparison:
     """Knows of each partition which of the three it is. Belongs to the worker's loop."""
 
-    def __init__(self, settings: Kafka, consumer: Any, marks: Marks, expired: Callable[[int], object]) -> None:
-        """`expired` hears how many records are lost because the topic no longer has them."""
-        self._settings, self._consumer, self._marks, self._expired = settings, consumer, marks, expired
+    def __init__(
+        self,
+        settings: Kafka,
+        consumer: Any,
+        marks: Marks,
+        expired: Callable[[int], object],
+        forgotten: Callable[[], object],
+    ) -> None:
+        """`expired` hears how many records are lost because the topic no longer has them; `forgotten` of each partition
+        that the group has read and of which the store knows nothing."""
+        self._settings, self._consumer, self._marks = settings, consumer, marks
+        self._expired, self._forgotten = expired, forgotten
         self.sound: set[Partition] = set()
         self.short: dict[Partition, ShortLog] = {}
         self._doubts: dict[Partition, set[int]] = {}  # offsets before which streams say that they have folded all
@@ -99,19 +108,10 @@ class Comparison:
         marks = self._marks.marks(self._settings.group, list(first))
         self._seen |= marks
         unknown = {partition: offset for partition, offset in first.items() if partition not in marks}
-        if unknown:
-            self.note(unknown)
+        self._begin(unknown)
         beginnings = self._beginnings([p for p, mark in marks.items() if mark < first[p]])
         self._note_expired(marks, beginnings)
         short = self._too_short(first, marks)
-        for (_, number), offset in unknown.items():
-            if offset > 0:
-                log.warning(
-                    "partition %d begins at %d, and the store knows nothing of it: a new group or store, or its data "
-                    "is lost and streams restart from source",
-                    number,
-                    offset,
-                )
         self._settle(first, short)
         behind = {p: max(beginning, marks[p]) for p, beginning in beginnings.items()}
         return {partition: offset for partition, offset in behind.items() if offset < first[partition]}
@@ -136,6 +136,28 @@ class Comparison:
             for partition, beginning in expired.items():
                 self._lost(partition, marks[partition], beginning)
 
+    def _begin(self, unknown: dict[Partition, int]) -> None:
+        """Partitions of which the store knows nothing, and where they begin. It does from now on. Raises KafkaError and
+        UnreachableError."""
+        read = {partition: self._committed(partition) for partition, offset in unknown.items() if offset > 0}
+        if unknown:
+            self.note(unknown)
+        for partition, offset in read.items():
+            if offset > 0:
+                log.error(
+                    "partition %d was read up to %d, and the store knows nothing of it: its data is lost, or store.url "
+                    "or store.prefix lead elsewhere; streams begin from source: see docs/runbooks/store.md",
+                    partition[1],
+                    offset,
+                )
+                self._forgotten()
+            else:
+                log.info(
+                    "partition %d begins at %d, and neither the group nor the store knows of it",
+                    partition[1],
+                    unknown[partition],
+                )
+
     def _too_short(self, first: dict[Partition, int], marks: dict[Partition, int]) -> dict[Partition, ShortLog]:
         """Partitions whose log ends before what is said to be folded of it. Their marks stay as they are."""
         said = {p: self._doubts.get(p, set()) | {marks.get(p, 0)} for p in first}
@@ -153,8 +175,11 @@ class Comparison:
 
     def _knows(self, partition: Partition, end: int) -> bool:
         """Whether the group has committed an offset to this broker that the log has. Raises KafkaError."""
-        offset = self._consumer.committed(TopicPartition(*partition), timeout_ms=OFFSETS_TIMEOUT_MS)
-        return offset is not None and 0 < offset <= end
+        return 0 < self._committed(partition) <= end
+
+    def _committed(self, partition: Partition) -> int:
+        """The offset that the group has committed to this broker; 0 where there is none. Raises KafkaError."""
+        return self._consumer.committed(TopicPartition(*partition), timeout_ms=OFFSETS_TIMEOUT_MS) or 0
 
     def _settle(self, compared: Iterable[Partition], short: dict[Partition, ShortLog]) -> None:
         """Those that are not short are sound."""

@@ -51,9 +51,11 @@ class FrameConsumer:
         failed: Callable[[str], object] = str,
         store_failed: Callable[[], object] = str,
         expired: Callable[[int], object] = str,
+        forgotten: Callable[[], object] = str,
     ) -> None:
-        """`failed` hears of every call that the broker did not answer or refused, `store_failed` of the store's, and
-        `expired` how many records are lost because the topic no longer has them, to count them."""
+        """`failed` hears of every call that the broker did not answer or refused, `store_failed` of the store's,
+        `expired` how many records are lost because the topic no longer has them, and `forgotten` of each partition that
+        the group has read and of which the store knows nothing, to count them."""
         self._settings, self._failed, self._store_failed = settings, failed, store_failed
         self.offsets, self._stop = offsets, stop
         self._last_commit = 0.0
@@ -61,7 +63,7 @@ class FrameConsumer:
         self.consumer = consumer = open_member(settings, stop)
         self._ends, self._standstill = Ends(consumer), Standstill(consumer)
         self._beyond, self._topic = Beyond(settings, consumer, failed), FramesTopic(settings, consumer, marks)
-        self._comparison = Comparison(settings, consumer, marks, expired)
+        self._comparison = Comparison(settings, consumer, marks, expired, forgotten)
         self.listener = Listener(consumer, self.committable)
         topic, what = settings.topics.frames, f"the broker at {settings.bootstrap}"
         consumer.subscribe([topic], listener=self.listener)

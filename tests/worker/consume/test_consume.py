@@ -156,6 +156,29 @@ def test_what_the_store_does_not_know_is_read_again(
     assert read(second, 10) == list(range(4, 11))
 
 
+def test_a_store_that_knows_nothing_of_what_the_group_has_read_is_told_from_a_new_group(
+    make: Callable[..., FrameConsumer], notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    send(topic, kafka_settings, 10)
+    first = make()
+    take(first, kafka_settings, read(first, 9), finished=10)
+    first.commit(now=True)
+    first.close()
+    partition = (kafka_settings.topics.frames, 0)
+    new_group = kafka_settings.model_copy(update={"group": f"{kafka_settings.group}-new"})
+    for settings, forgotten in ((kafka_settings, [partition]), (new_group, [])):
+        told: list[Partition] = []
+        consumer = FrameConsumer(
+            settings, Offsets(), notes, threading.Event(), forgotten=lambda told=told: told.append(partition)
+        )
+        wait_for(consumer, 3)
+        notes.kept.clear()
+        for _ in range(2):  # The store knows of it from the first time on.
+            assert consumer._behind({partition: 10}) == {}
+        assert (told, notes.kept) == (forgotten, {partition: 10})
+        consumer.close()
+
+
 @pytest.mark.parametrize("theirs", [9, None], ids=["another has gone on", "a group that reads again"])
 def test_only_its_own_mark_is_set_back(
     kafka_settings: Kafka, store: StateStore, topic: Topic, theirs: int | None
