@@ -162,7 +162,8 @@ class WorkerMetrics:
         )
         self.last_progress = gauge(
             "driftkeel_last_progress_timestamp_seconds",
-            "When the loop last turned: a step ended, there was nothing to do, or it waits for broker or store.",
+            "When the loop last turned: a step ended, there was nothing to do, or it waits for broker or store. "
+            "Not while a pass hangs.",
         )
         self.broker_answered = gauge(
             "driftkeel_broker_last_answer_timestamp_seconds",

@@ -18,6 +18,7 @@ from worker.step import Flight
 
 GLANCE_S = 0.01  # between looks at the rest of the loop while passes run
 LATELY_S = 10.0  # for which the largest pass tells what the next ones take
+HUNG_AFTER_S = 600.0  # no pass takes so long
 HERE_S = 0.25  # of processor time, of a pass in the loop's own thread; the loop stands still meanwhile
 
 
@@ -43,6 +44,12 @@ class Flights:
     def streams(self) -> set[str]:
         """Streams in a step that is not finished."""
         return set().union(*(flight.streams for flight in self._under_way))
+
+    @property
+    def hang(self) -> bool:
+        """Whether a thread has been at a pass for longer than any takes: on a device that does not answer, say."""
+        passes = (flight for flight in self._under_way if not (flight.here or flight.adapted.done()))
+        return any(time.monotonic() - flight.started > HUNG_AFTER_S for flight in passes)
 
     @property
     def here(self) -> bool:

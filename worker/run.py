@@ -22,7 +22,7 @@ from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, UnreachableError
 from worker.batch.batcher import within_memory, within_method
 from worker.engine.device import EXPERIMENTAL, described, out_of_memory, site_device
-from worker.flights import Flights
+from worker.flights import HUNG_AFTER_S, Flights
 from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
 from worker.log import Trouble
 from worker.partitions import Partitions
@@ -68,6 +68,7 @@ class Worker:
         self._healthy_store, self._away = True, Trouble(log)
         self._joined = False
         self._refused = self._stuck = 0
+        self._hung = False
         self._progress = time.monotonic()
         self._server = self._serve()
         self._parts = parts = connect(
@@ -106,7 +107,7 @@ class Worker:
             ) from error
 
     def alive(self) -> bool:
-        """Whether the loop has turned lately."""
+        """Whether the loop has turned lately, and no pass hangs."""
         return time.monotonic() - self._progress < STUCK_AFTER_S
 
     def unready(self) -> str:
@@ -204,9 +205,18 @@ class Worker:
             self._partitions.forget(self._streams.trim(busy))
 
     def _show_progress(self) -> None:
-        """The loop is no standstill, whatever it waits for."""
-        self._progress = time.monotonic()
-        self.metrics.last_progress.set_to_current_time()
+        """The loop is no standstill, whatever it waits for; but for a pass that hangs."""
+        hung, self._hung = self._hung, self._flights.hang
+        if not self._hung:
+            self._progress = time.monotonic()
+            self.metrics.last_progress.set_to_current_time()
+        elif not hung:
+            log.error(
+                "a pass hangs: it began more than %.0f s ago, and its cameras get no predictions; see to %s, "
+                "and restart the worker",
+                HUNG_AFTER_S,
+                self._parts.streams.engine.device,
+            )
         self.metrics.partitions.set(len(self._consumer.assignment()))
         if time.monotonic() - self._lag_shown > LAG_INTERVAL_S:
             self._lag_shown = time.monotonic()
