@@ -101,13 +101,16 @@ class Pages:
         return JSONResponse({"login": False, "csrf": self._session.csrf, "clean": self._fleet.clean})
 
     async def login(self, request: Request) -> Response:
-        if self._session.blocked():
-            return JSONResponse({"error": "too many wrong tokens; wait a minute"}, 429)
         try:
             given = _Login.model_validate_json(await _body(request))
         except ValidationError:
             return JSONResponse({"error": 'expected {"token": ...}'}, 400)
-        cookie = self._session.login(given.token)
+        # Of the connection, as a header says what its sender likes; and once all of the request is there, as any number
+        # may wait for their ends.
+        address = request.client.host if request.client else ""
+        if self._session.blocked(address):
+            return JSONResponse({"error": "too many wrong tokens; wait a minute"}, 429)
+        cookie = self._session.login(given.token, address)
         if cookie is None:
             return JSONResponse({"error": "this is not the console's token"}, 403)
         answer = JSONResponse({"login": False, "csrf": self._session.csrf, "clean": self._fleet.clean})

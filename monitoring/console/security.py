@@ -6,7 +6,6 @@ import hmac
 import ipaddress
 import secrets
 import time
-from collections import deque
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,7 +18,9 @@ from schemas.config import Console
 COOKIE = "driftkeel_console"
 CSRF_HEADER = "x-driftkeel-csrf"
 MAX_BODY_BYTES = 8_192
-WRONG_TOKENS, PER_S = 10, 60.0  # so many wrong tokens in so many seconds, from everybody together
+WRONG_TOKENS, PER_S = 10, 60.0  # so many wrong tokens in so many seconds, from one address
+MOST_GUESSERS = 50  # addresses that wrong tokens came from in this time; further ones have to wait
+NETWORK_BITS = 64
 
 _HEADERS = {
     # Nothing but our own files; images also as data, which is how thumbnails come. No inline script, no inline style.
@@ -44,6 +45,37 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+class Guesses:
+    """Wrong tokens of the last minute, by where they came from: who guesses shuts out nobody else, and all guessers
+    together have so many guesses."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, list[float]] = {}
+
+    def used_up(self, address: str) -> bool:
+        """Whether no further token is taken from there for now."""
+        since = time.monotonic() - PER_S
+        lately = {guesser: [moment for moment in at if moment > since] for guesser, at in self._at.items()}
+        self._at = {guesser: at for guesser, at in lately.items() if at}
+        wrong = self._at.get(_guesser(address))
+        return len(self._at) >= MOST_GUESSERS if wrong is None else len(wrong) >= WRONG_TOKENS
+
+    def add(self, address: str) -> None:
+        """One more, where they are not used up."""
+        self._at.setdefault(_guesser(address), []).append(time.monotonic())
+
+
+def _guesser(address: str) -> str:
+    """Whom a guess counts for: an IPv4 address, or a network of IPv6, of which one machine may use every address."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if found.version == 4:
+        return str(found)
+    return str(found.ipv4_mapped or ipaddress.ip_network((found, NETWORK_BITS), strict=False))
+
+
 class Session:
     """The secrets of one run: restarting the console logs everybody out."""
 
@@ -51,21 +83,21 @@ class Session:
         self._token = token
         self._cookie = secrets.token_urlsafe(32)
         self.csrf = secrets.token_urlsafe(32)
-        self._wrong: deque[float] = deque(maxlen=WRONG_TOKENS)
+        self._guesses = Guesses()
 
     @property
     def needs_login(self) -> bool:
         return self._token is not None
 
-    def blocked(self) -> bool:
-        """Whether too many wrong tokens came lately."""
-        return len(self._wrong) == WRONG_TOKENS and time.monotonic() - self._wrong[0] < PER_S
+    def blocked(self, address: str) -> bool:
+        """Whether too many wrong tokens came lately from an address, or from too many others."""
+        return self._guesses.used_up(address)
 
-    def login(self, token: str) -> str | None:
-        """The cookie for a right token."""
+    def login(self, token: str, address: str) -> str | None:
+        """The cookie for a right token, of who is not `blocked`."""
         if self._token is not None and hmac.compare_digest(token.encode(), self._token.encode()):
             return self._cookie
-        self._wrong.append(time.monotonic())
+        self._guesses.add(address)
         return None
 
     def knows(self, request: Request) -> bool:

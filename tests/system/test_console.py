@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,9 +55,14 @@ class ConsoleProcess:
         self.url = f"http://127.0.0.1:{self.port}/"
 
     def ask(
-        self, method: str, path: str, content: Any = None, headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        content: Any = None,
+        headers: dict[str, str] | None = None,
+        source: str = "127.0.0.1",
     ) -> tuple[int, Any, http.client.HTTPMessage]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120, source_address=(source, 0))
         body = None if content is None else json.dumps(content)
         sent = {"content-type": "application/json"} if body is not None else {}
         connection.request(method, path, body, {**sent, **(headers or {})})
@@ -344,9 +351,31 @@ def test_bound_elsewhere_it_wants_a_token() -> None:
 
 
 def test_wrong_tokens_are_not_tried_for_ever(site: Site, start: Callable[..., ConsoleProcess]) -> None:
+    """One after the other, and then all at once, with their ends held back until the console waits for each."""
     console = start(token=TOKEN)
-    codes = [console.ask("POST", "/api/login", {"token": f"guess number {i:06d}"})[0] for i in range(12)]
-    assert codes == [403] * 10 + [429] * 2
+    codes = [console.ask("POST", "/api/login", {"token": f"guess number {i:06d}"})[0] for i in range(6)]
+    assert codes == [403] * 6
+    body = b'{"token": "guess number 000007"}'
+    head = b"POST /api/login HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    with contextlib.ExitStack() as opened:
+        guesses = [opened.enter_context(socket.create_connection(("127.0.0.1", console.port), 120)) for _ in range(12)]
+        for guess in guesses:
+            guess.sendall(head + b"content-length: %d\r\n\r\n%b" % (len(body), body[:-1]))
+        assert console.ask("GET", "/healthz")[0] == 200  # It has seen all heads: they came before this one.
+        for guess in guesses:
+            guess.sendall(body[-1:])
+        codes = [int(guess.recv(4_096).split()[1]) for guess in guesses]
+    assert sorted(codes) == [403] * 4 + [429] * 8
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have one address on loopback")
+def test_a_guesser_shuts_out_nobody_else(site: Site, start: Callable[..., ConsoleProcess]) -> None:
+    console = start(token=TOKEN)
+    forwarded = [{"x-forwarded-for": f"10.0.0.{i}"} for i in range(12)]
+    wrong = [console.ask("POST", "/api/login", {"token": "a guess, and no more"}, header)[0] for header in forwarded]
+    assert wrong == [403] * 10 + [429] * 2
+    assert console.ask("POST", "/api/login", {"token": TOKEN})[0] == 429
+    assert console.ask("POST", "/api/login", {"token": TOKEN}, source="127.0.0.2")[0] == 200
 
 
 def _shot(name: str) -> str:
