@@ -115,6 +115,18 @@ def test_commands_of_another_broker_are_noticed_by_the_doctor(config: WorkerConf
     assert any(f"topic {commands} ends at offset 0, " in text for _, text in positions(moved))
 
 
+def test_another_store_is_noticed_by_the_doctor(config: WorkerConfig) -> None:
+    """A database or prefix that is none of the workers', or a store that was emptied."""
+    assert [level for level, _ in positions(config)] == ["ok"]  # Nobody has read anything yet.
+    fold(config)
+    assert [level for level, _ in positions(config)] == ["ok"]
+    other = config.store.model_copy(update={"prefix": f"{config.store.prefix}-2"})
+    (_, (level, text)) = positions(config.model_copy(update={"store": other}))
+    assert level == "warning"
+    assert f"group {config.kafka.group} has read partitions [" in text
+    assert "store.url or store.prefix lead elsewhere" in text
+
+
 def test_a_doctor_passes_over_headers_that_are_none(config: WorkerConfig, store: StateStore) -> None:
     for stream, header in [("a", b"{}"), ("b", encode_header(StreamHeader(stream="b", bundle="x", method="mgg")))]:
         (claimed,) = store.claim([stream], "w")

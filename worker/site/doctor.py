@@ -24,7 +24,7 @@ from schemas.errors import ConfigError, DriftkeelError, LoginError
 from worker.consume.short_logs import REMEDY, cure
 from worker.kafka.client import REFUSALS, connection, open_client
 from worker.site.folder import LOOPBACK
-from worker.site.positions import check_cluster, short_logs
+from worker.site.positions import check_cluster, forgotten, short_logs
 from worker.store.client import connect
 from worker.store.store import StateStore, Write
 
@@ -265,6 +265,10 @@ def _folded(config: WorkerConfig) -> Iterator[Finding]:
             yield Finding("positions", "failed", f"{found.described(partition)}; {REMEDY}{alone}")
         if not short:
             yield Finding("positions", "ok", "no partition ends before what the store says was read of it")
+        if unknown := forgotten(config.kafka, store):
+            text = f"group {config.kafka.group} has read partitions {unknown}, and the store knows nothing of them"
+            why = "its data is lost, or store.url or store.prefix lead elsewhere than they did"
+            yield Finding("positions", "warning", f"{text}: {why}; their streams would begin from source")
     store.close()
 
 

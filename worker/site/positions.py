@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 
 from schemas.config import Kafka, WorkerConfig
 from schemas.errors import ConfigError, StateError
@@ -56,6 +56,18 @@ def short_logs(kafka: Kafka, store: StateStore) -> dict[Partition, ShortLog]:
         if ends[p] < offset
     }
     return without_end(kafka, short)
+
+
+def forgotten(kafka: Kafka, store: StateStore) -> list[int]:
+    """Partitions of frames that the group has read, and of which the store knows nothing. Raises UnreachableError and
+    KafkaError."""
+    admin = open_client(KafkaAdminClient, **connection(kafka))
+    try:
+        found = admin.list_group_offsets([kafka.group])[kafka.group]
+    finally:
+        admin.close()
+    read = [(p.topic, p.partition) for p, at in found.items() if p.topic == kafka.topics.frames and at.offset > 0]
+    return sorted(number for _, number in set(read) - set(store.marks(kafka.group, read)))
 
 
 def _read(
