@@ -2,7 +2,7 @@ import pytest
 
 from schemas.policy import Policy
 from schemas.state import StreamHeader
-from worker.guard.answer import answering, in_share
+from worker.guard.answer import answering, in_share, named
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,17 @@ from worker.guard.answer import answering, in_share
 def test_who_answers(mode: str, approved: int | None, trusted: bool, expected: str) -> None:
     header = StreamHeader(stream="a", bundle="b", method="mgg", approved=approved)
     assert answering(Policy(mode=mode), header, trusted) == expected
+
+
+def test_after_a_change_of_bundle_source_answers_until_the_parameters_have_proved_themselves() -> None:
+    header = StreamHeader(stream="a", bundle="b", method="mgg", probation=1)
+    assert answering(Policy(), header) == "source"
+
+
+def test_parameters_that_no_update_has_moved_are_called_those_of_source() -> None:
+    new, moved = (StreamHeader(stream="a", bundle="b", method="mgg", step=step) for step in (0, 1))
+    assert [named(answer, new) for answer in ("adapted", "source", "approved")] == ["source", "source", "approved"]
+    assert [named(answer, moved) for answer in ("adapted", "source", "approved")] == ["adapted", "source", "approved"]
 
 
 def test_a_canary_is_a_share_of_the_streams_that_only_grows() -> None:

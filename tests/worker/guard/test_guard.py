@@ -1,11 +1,24 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from schemas.bundle import Limits
 from schemas.config import Guard as GuardSettings
 from schemas.state import GuardState, Level, RunningProxies
-from worker.guard.guard import ENOUGH, PATIENCE, Guard, Sight, Verdict, level_limit, move_level, watched
+from worker.guard.guard import (
+    ENOUGH,
+    FORGIVEN,
+    PATIENCE,
+    WATCH,
+    Guard,
+    Sight,
+    Verdict,
+    level_limit,
+    move_level,
+    watched,
+)
 
 LIMITS = Limits(raw_gradient_norm=10, source_distance=3, generated_gradient_norm=1, cosine=-0.2, gain_error=0.05)
 GUARD = Guard(GuardSettings(max_gradient_factor=4, max_distance_factor=2), LIMITS)
@@ -13,6 +26,7 @@ GOOD = {
     "raw_gradient_norm": 5.0,
     "generated_gradient_norm": 0.5,
     "source_distance": 1.0,
+    "present_distance": 0.9,
     "loss": 0.3,
     "cosine": 0.1,
 }
@@ -49,6 +63,7 @@ def test_ordinary_updates_pass() -> None:
         ({"raw_gradient_norm": 40.1}, True, "gradient norm 40.1 above its limit 40"),
         ({"source_distance": 6.1}, True, "distance from source 6.1 above its limit 6"),
         ({"source_distance": 6.1, "present_distance": 5.9}, True, "distance from source 6.1 above its limit 6"),
+        ({"source_distance": 6.1, "present_distance": 6.0}, True, "distance from source 6.1 above its limit 6"),
         (
             {"source_distance": 9.1, "present_distance": 9.0},
             True,
@@ -59,6 +74,21 @@ def test_ordinary_updates_pass() -> None:
 def test_others_are_skipped_with_the_reason(changes: dict, finite: bool, reason: str) -> None:
     verdict, _ = judged(GuardState(), sight(), shown(), changes, finite)
     assert (verdict.decision, verdict.reason) == ("skipped", reason)
+
+
+def test_an_update_at_its_limits_passes() -> None:
+    verdict, _ = judged(GuardState(), sight(blank=0.5), shown(), {"raw_gradient_norm": 40.0, "source_distance": 6.0})
+    assert verdict.decision == "applied"
+
+
+def test_what_was_known_before_is_left_as_it_was() -> None:
+    """The state in memory is that of the store, also where a verdict is never written."""
+    state = GuardState()
+    for round_ in range(20):
+        before = state.model_copy(deep=True)
+        _, after = judged(state, sight(100 * round_), shown(), {"raw_gradient_norm": 1.0 + round_})
+        assert state == before
+        state = after
 
 
 @pytest.mark.parametrize("distance", [8.9, 9.0])
@@ -76,6 +106,26 @@ def test_an_update_far_above_the_streams_own_level_is_shrunk_to_its_limit() -> N
     verdict, _ = judged(state, sight(9_000), shown(), {"generated_gradient_norm": 2 * limit})
     assert verdict.decision == "partial"
     assert verdict.share == pytest.approx(0.5)
+    verdict, _ = judged(state, sight(9_000), shown(), {"generated_gradient_norm": 4.0})
+    assert (verdict.decision, verdict.share) == ("partial", 0.1)  # within the bundle's limit, too
+
+
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=16))
+def test_a_level_is_the_mean_of_the_logarithms_while_it_is_new(logarithms: list[float]) -> None:
+    level = Level()
+    for one in logarithms:
+        assert level_limit(level, 8) == math.inf
+        move_level(level, math.exp(one), 8)
+    assert level.centre == pytest.approx(sum(logarithms) / len(logarithms), abs=1e-9)
+    assert 0 <= level.spread <= max(logarithms) - min(logarithms) + 1e-9
+
+
+def test_a_level_knows_how_far_values_lie_from_it() -> None:
+    level = Level()
+    for one in (1, 3, 2):
+        move_level(level, math.exp(one), 8)
+    assert (level.centre, level.spread) == pytest.approx((2, 2 / 3))
+    assert level_limit(level.model_copy(update={"seen": 16}), 3) == pytest.approx(math.exp(4))
 
 
 def test_outliers_cannot_drag_a_level() -> None:
@@ -103,6 +153,16 @@ def test_gradients_that_turn_away_for_long_are_skipped() -> None:
     assert "turn from the raw ones" in verdict.reason
 
 
+def test_gradients_that_are_not_aligned_are_no_reason_to_stop() -> None:
+    """A generator makes something else of them; and one odd number, of a method of somebody's own, is one."""
+    state = GuardState()
+    for round_ in range(80):
+        cosine = -9.0 if round_ == 40 else -0.15
+        verdict, state = judged(state, sight(100 * round_), shown(), {"cosine": cosine})
+        assert verdict.decision == "applied"
+    assert state.cosine == pytest.approx(-0.15, abs=0.02)
+
+
 def test_a_frozen_camera_does_not_teach_even_in_a_loop() -> None:
     loop = sight(0, checksums=[1, 2, 3, 4] * 4)
     verdict, state = judged(GuardState(), loop, shown())
@@ -110,6 +170,10 @@ def test_a_frozen_camera_does_not_teach_even_in_a_loop() -> None:
     verdict, _ = judged(state, sight(0, checksums=[4, 3, 2, 1]), shown())
     assert verdict.decision == "skipped"
     assert judged(state, sight(50), shown())[0].apply
+
+
+def test_a_camera_that_repeats_half_of_its_frames_teaches() -> None:
+    assert judged(GuardState(), sight(0, checksums=[1, 2, 3, 4] * 2), shown())[0].apply
 
 
 def test_a_covered_camera_does_not_teach() -> None:
@@ -136,8 +200,12 @@ def test_one_class_for_long_stops_teaching_and_others_begin_again() -> None:
 @pytest.mark.parametrize("signal", ["entropy", "marginal"])
 def test_a_collapse_that_source_does_not_share_goes_back(signal: str) -> None:
     collapsed = {"entropy": 0.3, "marginal": 0.9, "moved": 0.7, signal: 0.01}
-    verdict, state = judged(GuardState(), sight(), shown(signals=collapsed))
+    learned = GuardState(gradient=Level(seen=9), update=Level(seen=9), cosines=9, sound=9)
+    verdict, state = judged(learned, sight(), shown(signals=collapsed))
     assert verdict.decision == "rolled_back"
+    # What it knew was of parameters that are gone; and source looks on.
+    assert (state.gradient, state.update, state.cosines, state.sound) == (Level(), Level(), 0, 0)
+    assert (state.rest, state.watchful) == (64, WATCH)
     verdict, state = judged(state, sight(100), shown(signals={"moved": 0.0}))
     assert "resting after a reset" in verdict.reason
     while state.rest:
@@ -145,6 +213,27 @@ def test_a_collapse_that_source_does_not_share_goes_back(signal: str) -> None:
     verdict, state = judged(state, sight(300), shown(signals=collapsed))
     assert verdict.decision == "reset"
     assert state.rest == 128
+
+
+def test_a_reset_is_forgiven_once_the_stream_was_sound_for_long() -> None:
+    collapsed = shown(signals={"entropy": 0.01, "marginal": 0.9, "moved": 0.5})
+    for sound, decision in ((FORGIVEN - 16, "reset"), (FORGIVEN - 15, "rolled_back")):
+        verdict, after = judged(GuardState(resets=3, sound=sound), sight(), collapsed)
+        assert verdict.decision == decision
+    assert after.resets == 1
+
+
+def test_many_resets_rest_no_longer_than_the_longest_rest() -> None:
+    collapsed = shown(signals={"entropy": 0.01, "moved": 0.5})
+    rests = [judged(GuardState(resets=resets), sight(), collapsed)[1].rest for resets in (0, 1, 5, 6, 10**9)]
+    assert rests == [64, 128, 2_048, 4_096, 4_096]
+
+
+@pytest.mark.parametrize(("entropy", "marginal"), [(0.3, 0.9), (0.02, 0.25)])
+def test_disagreement_alone_is_no_collapse(entropy: float, marginal: float) -> None:
+    """A stream that adapts well disagrees with source; at the limits it has not collapsed yet."""
+    signals = {"entropy": entropy, "marginal": marginal, "moved": 1.0}
+    assert judged(GuardState(), sight(), shown(signals=signals))[0].apply
 
 
 def test_one_sided_traffic_that_source_sees_too_is_no_collapse() -> None:
@@ -171,6 +260,36 @@ def test_source_answers_where_it_does_better_and_until_it_does_not() -> None:
     assert not state.trusted
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "shadowed", "frames"), [(0.776, ENOUGH, 0), (0.774, ENOUGH, 16), (0.774, ENOUGH - 1, 0)]
+)
+def test_source_looks_closer_where_it_nearly_leads(accuracy: float, shadowed: int, frames: int) -> None:
+    proxies = RunningProxies(frames=500, shadowed=shadowed, accuracy=accuracy, source_accuracy=0.8)
+    state = GUARD.observe(GuardState(), sight(), proxies)
+    assert (state.trusted, state.watchful) == (True, frames)
+
+
+def test_source_stops_answering_in_full_once_nothing_asks_for_it() -> None:
+    state = GUARD.observe(GuardState(watchful=17), sight(), shown())
+    assert (state.watchful, watched(state, shown())) == (1, True)
+    state = GUARD.observe(state, sight(), shown())
+    assert (state.watchful, watched(state, shown())) == (0, False)
+    assert watched(GuardState(trusted=False), shown())
+
+
+@pytest.mark.parametrize(
+    ("never_worse", "margin", "accuracy", "source"),
+    [(False, 0.05, 0.1, 0.9), (True, None, 0.1, 0.9), (True, 0.05, None, 0.9), (True, 0.05, 0.1, None)],
+)
+def test_where_nothing_is_to_be_compared_the_adapted_parameters_answer(
+    never_worse: bool, margin: float | None, accuracy: float | None, source: float | None
+) -> None:
+    guard = Guard(GuardSettings(never_worse=never_worse), LIMITS.model_copy(update={"gain_error": margin}))
+    for before in (GuardState(), GuardState(trusted=False, doubted=PATIENCE)):
+        state = guard.observe(before, sight(), shown(accuracy=accuracy, source_accuracy=source))
+        assert (state.trusted, state.doubted) == (True, 0)
+
+
 def test_trust_is_not_lost_on_few_frames() -> None:
     few = RunningProxies(frames=500, shadowed=ENOUGH - 1, accuracy=0.1, source_accuracy=0.9)
     assert GUARD.observe(GuardState(), sight(), few).trusted
@@ -182,10 +301,24 @@ def test_the_bet_is_won_where_source_is_unsure_and_not_where_ranks_are_usual() -
     while not state.shifted:
         state, rounds = GUARD.observe(state, sight(rank=0.4), unsure), rounds + 1
         assert rounds < 60
-    assert state.alarms == 1
+    assert (state.alarms, state.wealth, state.watchful) == (1, 0, WATCH)
     assert watched(state, unsure)
+    state = GUARD.observe(state, sight(rank=0.4), unsure)
+    assert (state.shifted, state.alarms, state.wealth) == (True, 1, 0)  # Nothing more is bet until it is back.
     state = GUARD.observe(state, sight(rank=0.0), shown(signals={"source_rank": 0.0}))
     assert not state.shifted
     for round_ in range(2_000):
         state = GUARD.observe(state, sight(rank=(-0.45, 0.45)[round_ % 2]), shown())
     assert state.alarms == 1
+
+
+def test_the_bet_as_worked_by_hand() -> None:
+    """The first one stakes nothing; later ones what was learned; losses are forgotten."""
+    state, found = GuardState(), []
+    for rank in (0.4, 0.4, -0.1, -0.5):
+        state = GUARD.observe(state, sight(rank=rank), shown())
+        found.append((state.wealth, state.stake))
+    wealth = [0, math.log(1.3), math.log(1.3 * 0.76), math.log(1 - 0.6 * 0.629138)]
+    stake = [1, 1.2, 0.629138, 0]
+    assert [one for one, _ in found] == pytest.approx(wealth, abs=1e-5)
+    assert [one for _, one in found] == pytest.approx(stake, abs=1e-5)
