@@ -108,12 +108,12 @@ class Guard:
             return Verdict("skipped", reason)
         if reason := self._worse(state, proxies):
             return self._go_back(state, reason)
-        gradient, distance = signals["raw_gradient_norm"], signals["source_distance"]
+        gradient = signals["raw_gradient_norm"]
+        distance, present = signals["source_distance"], signals["present_distance"]
         if gradient > self._max_gradient:
             return Verdict("skipped", f"gradient norm {gradient:.3g} above its limit {self._max_gradient:.3g}")
         # A state may be beyond the limit already, which was lowered since, or which it was imported past. Its way back
         # is open: no update leads further out, and an update that is shrunk ends between two points that are allowed.
-        present = signals.get("present_distance", 0.0)
         if distance > max(self.max_distance, present):
             reason = f"distance from source {distance:.3g} above its limit {self.max_distance:.3g}"
             beyond = f" and the present {present:.3g}" if present > self.max_distance else ""
@@ -123,7 +123,7 @@ class Guard:
     def blinded(self, before: GuardState, sight: Sight) -> str:
         """Why the camera seems to see nothing, whether there is an update or not: most frames are blank or came before.
         Empty where most are neither."""
-        most, frames = self.settings.max_repeats, max(1, len(sight.checksums))
+        most, frames = self.settings.max_repeats, len(sight.checksums)
         if sight.blank > most:
             return f"{sight.blank:.0%} of the frames are blank: covered camera?"
         seen, repeats = set(before.recent), 0

@@ -35,7 +35,8 @@ from worker.guard.answer import Policies, answering, named
 from worker.guard.guard import Guard, Sight
 
 FRAMES, LONG = 8, 300_000
-SIGNALS = {"raw_gradient_norm": 1.0, "generated_gradient_norm": 0.1, "source_distance": 0.1, "cosine": 0.5}
+SIGNALS = {"raw_gradient_norm": 1.0, "generated_gradient_norm": 0.1, "cosine": 0.5}
+SIGNALS |= {"source_distance": 0.1, "present_distance": 0.1}
 INTEGERS = [0, 10**15, 10**18 - 1, 10**400]
 NUMBERS = [-1.0, 10.0, 1e99, 1.7e308, -1.7e308, float("nan")]
 TEXTS = ["", "\ud800", "x" * LONG]
