@@ -115,7 +115,7 @@ class MicroBatcher:
         busy: Container[str] = (),
         shares: int = 1,
         least: int = 1,
-        rests: Callable[[str, DecodedFrame | None], bool] = lambda stream, oldest: False,
+        rests: Callable[[str, DecodedFrame], bool] = lambda stream, oldest: False,
     ) -> list[MicroBatch]:
         """Close what is due, one micro-batch a stream, up to `limit` frames in all; nothing of `busy` streams, and
         nothing at all while fewer than `least` frames are due.
@@ -125,7 +125,7 @@ class MicroBatcher:
         Where a pass goes anyway, micro-batches ride along that have nothing to gain by waiting longer: slow cameras
         would else have a pass for a frame or two each.
         Of a stream that `rests`, and so will make no update, four times as many may go at once; it is asked
-        with the oldest of its frames that is not predicted yet, None where there is none.
+        with the oldest of its frames that is not predicted yet.
         """
         pressed = self._pressed
         due = [
@@ -167,8 +167,6 @@ class MicroBatcher:
         where a stream is due by time: beside one that is full in every pass, as of a backlog, the others would go with
         few frames each time.
         """
-        if not self._wait:
-            return []
         enough = max(2, self._settings.min_adapt, self._settings.max_batch // 4) if timed else math.inf
         found = []
         due = set(closing)
@@ -200,23 +198,20 @@ class MicroBatcher:
             waiting = self._streams.pop(stream, None)
             if waiting is not None:
                 self._count -= waiting.frames
-            self._turns.pop(stream, None)
 
     def _took_turn(self, stream: str) -> None:
-        waiting = self._streams[stream]
-        if not waiting.held and not waiting.fresh:
+        if not self._streams[stream].fresh:
             del self._streams[stream]
         self._turns.pop(stream, None)
         self._turns[stream] = self._turn
         if len(self._turns) > MAX_TURNS:  # Streams that fell silent; the order of this dict is that of the turns.
             self._turns = dict(list(self._turns.items())[MAX_TURNS // 2 :])
 
-    def _most(self, stream: str, limit: int, rests: Callable[[str, DecodedFrame | None], bool]) -> int:
+    def _most(self, stream: str, limit: int, rests: Callable[[str, DecodedFrame], bool]) -> int:
         waiting, most = self._streams[stream], self._settings.max_batch
         if waiting.frames <= most:
             return most
-        oldest = waiting.fresh[0] if waiting.fresh else None
-        return most if self._adapt and not rests(stream, oldest) else min(limit, AT_REST * most)
+        return most if self._adapt and not rests(stream, waiting.fresh[0]) else min(limit, AT_REST * most)
 
     def _due(self, waiting: _Waiting, pressed: bool) -> float:
         if waiting.frames >= self._settings.max_batch and waiting.fresh:

@@ -2,6 +2,7 @@ from datetime import UTC, datetime
 from typing import cast
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,7 +41,7 @@ def test_size_closes_at_once() -> None:
 
 def test_time_closes_what_is_not_full() -> None:
     batcher = MicroBatcher(SETTINGS)
-    batcher.add(frames("a", 5))
+    batcher.add(frames("a", 4))
     assert batcher.next_due() == 0.1
     assert batcher.take(0.099, 32) == []
     (batch,) = batcher.take(0.1, 32)
@@ -96,7 +97,18 @@ def test_dropped_streams_are_gone() -> None:
     batcher = MicroBatcher(SETTINGS)
     batcher.add(frames("a", 3) + frames("b", 3))
     batcher.drop(["a", "unknown"])
-    assert batcher.streams == {"b"}
+    assert (batcher.streams, len(batcher)) == ({"b"}, 3)
+
+
+def test_turns_of_streams_that_fell_silent_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.batch.batcher.MAX_TURNS", 4)
+    batcher = MicroBatcher(SETTINGS)
+    for stream in "abcdae":
+        batcher.add(frames(stream, 8))
+        batcher.take(1.0, 32)
+    for stream in "abcde":
+        batcher.add(frames(stream, 8))
+    assert [b.stream for b in batcher.take(1.0, 40)] == ["b", "c", "d", "a", "e"]
 
 
 @given(
@@ -206,8 +218,9 @@ def test_slow_cameras_ride_along_and_fast_ones_wait_for_more() -> None:
     batcher.add([frame("fast", i, 0.03 + 0.03 * i) for i in range(3)])
     batcher.add(frames("new", 1, received=0.09))
     batcher.add(frames("busy", 1, received=0.02))
+    batcher.add([frame("fitful", 0, 0.03), frame("fitful", 1, 0.085)])
     assert batcher.take(0.09, 32) == []  # nobody is due, so nobody rides
-    assert [b.stream for b in batcher.take(0.1, 32, busy={"busy"})] == ["due", "slow"]
+    assert [b.stream for b in batcher.take(0.1, 32, busy={"busy"})] == ["due", "fitful", "slow"]
     (late,) = batcher.take(0.13, 32, busy={"busy", "new"})
     assert (late.stream, len(late.frames)) == ("fast", 3)
 
@@ -227,6 +240,15 @@ def test_beside_a_stream_that_is_always_full_the_others_fill_too() -> None:
     assert [b.stream for b in batcher.take(0.03, 32)] == ["backlog"]
     batcher.add(frames("camera", 6, received=0.08, start=6))
     assert [(b.stream, len(b.frames)) for b in batcher.take(0.11, 32)] == [("camera", 12), ("backlog", 16)]
+
+
+def test_riders_take_turns_too() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    batcher.add(frames("b", 8))
+    batcher.take(0.0, 32)
+    batcher.add(frames("due", 8) + frames("b", 5, received=0.05) + frames("a", 5, received=0.06))
+    batcher.add(frames("late", 1))
+    assert [b.stream for b in batcher.take(0.1, 15)] == ["due", "late", "a"]
 
 
 def test_a_rider_goes_whole_or_not_at_all() -> None:

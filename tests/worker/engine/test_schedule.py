@@ -147,13 +147,13 @@ def test_of_frames_that_will_make_no_update_it_is_known_before(engine: Engine) -
     """They can go in one micro-batch, however many wait: under overload each costs the loop as much as a full one."""
     on_time, late = sent(at=99.8).frames[0], sent(at=99.6).frames[0]
 
-    def rests(oldest: DecodedFrame | None, adapt: Adapt = ALWAYS, policy: Policy = ANYTHING) -> bool:
+    def rests(oldest: DecodedFrame, adapt: Adapt = ALWAYS, policy: Policy = ANYTHING) -> bool:
         settings = Batch(latency_budget_ms=1_000)
         return Scheduler(Lateness(settings), 16, adapt, Policies(policy, {}), engine, WorkerMetrics(0)).rests(
             "a", oldest, 100.0
         )
 
-    assert [rests(on_time), rests(None), rests(late)] == [False, False, True]
+    assert [rests(on_time), rests(late)] == [False, True]
     assert rests(on_time, policy=Policy(frozen=True))
     header = engine.resident("a").header
     engine.resident("a").header = header.model_copy(update={"drift": DriftWatch(adapting=False)})
