@@ -34,7 +34,7 @@ class Lateness:
 
     def took(self, seconds: float, ended: float) -> None:
         """A pass took so long from its beginning until its predictions left, at `ended` since the epoch."""
-        # A longer one drops no more frames, and would only fade later.
+        # A longer one would drop frames that are not hurried yet.
         most = (1 - SPARE - HURRIED_AFTER) * self._budget
         self._pass, self._ended = min(most, max(seconds, self._longest(ended))), ended
 
@@ -48,9 +48,7 @@ class Lateness:
 
     def dropped(self, sent: float, received: float, now: float) -> bool:
         """Whether a frame is passed over, as its prediction would come too late; none is before it is hurried."""
-        if not (self.drops and self.hurried(sent, received, now)):
-            return False
-        return _waited(sent, received, now) + self._longest(now) > (1 - SPARE) * self._budget
+        return self.drops and _waited(sent, received, now) + self._longest(now) > (1 - SPARE) * self._budget
 
     def _longest(self, now: float) -> float:
         """The longest pass of late. It fades by the clock: where all frames are dropped no other pass corrects it."""
