@@ -115,7 +115,7 @@ def test_drift_detection_begins_when_a_stream_may_learn_again(engine: Engine) ->
 def test_going_back_leads_to_source_and_nobody_else_moves(engine: Engine, decision: str) -> None:
     before = {name: tensor.clone() for name, tensor in engine.tensors("b").items()}
     judgement = turn(engine, Verdict(decision, ""), 2)
-    assert judgement.header.step == 0
+    assert (judgement.verdict.decision, judgement.header.step) == ("reset", 0)
     assert all(torch.equal(tensor, engine.like[name]) for name, tensor in engine.tensors("a").items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.tensors("b").items())
     signals = judgement.header.proxies.signals
@@ -156,6 +156,29 @@ def test_frames_without_an_update_are_seen_by_the_guard_too(engine: Engine) -> N
     assert judgement.header.step == 1
     assert len(judgement.header.guard.recent) == 12
     assert judgement.header.proxies.shadowed == 12
+
+
+def test_hurried_frames_count_and_teach_nothing(engine: Engine) -> None:
+    """What they look like depends on who answered them."""
+    before = engine.resident("a").header
+    passed = engine.predict([replace(batch("a", 6, 3, adapt=False), hurried=True)])
+    proposals = engine.adapt(passed)
+    assert proposals.proposals == []
+    judgement = judge(engine, Fixed(Verdict("applied", "not asked")), passed.outlooks[0], proposals, None, 6)
+    after = judgement.header
+    assert (judgement.verdict.decision, judgement.kept) == ("skipped", None)
+    assert (after.proxies, after.drift, after.step) == (before.proxies, before.drift, before.step)
+    assert (after.frames, after.events) == (before.frames + 6, before.events + 1)
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_what_moves_without_an_update_is_kept_where_it_is_finite(engine: Engine, finite: bool) -> None:
+    passed = engine.predict([batch("a", 6, 3, adapt=False)])
+    proposals = engine.adapt(passed)
+    (outlook,), (proposal,) = passed.outlooks, proposals.proposals
+    proposal = replace(proposal, finite=finite)
+    judgement = judge(engine, Fixed(Verdict("applied", "not asked")), outlook, proposals, proposal)
+    assert judgement.kept is (proposal if finite else None)
 
 
 @pytest.mark.parametrize("method", ["tent", "neo"])

@@ -14,7 +14,7 @@ from worker.batch.batcher import MicroBatch
 from worker.batch.lateness import Lateness
 from worker.decode.image import DecodedFrame
 from worker.engine.engine import Engine
-from worker.engine.schedule import NARROW, Scheduler
+from worker.engine.schedule import CONTESTED, HOMELESS, NARROW, Scheduler
 from worker.guard.answer import Policies
 
 
@@ -72,6 +72,39 @@ def test_late_frames_do_not_wait_for_more(engine: Engine) -> None:
     assert (late.adapt, late.fold, late.hurried, count) == (False, True, True, 1)
     (soon,), count = decide(engine, settings, few, now=99.6)
     assert (soon.adapt, soon.fold, soon.hurried, count) == (False, False, False, 0)
+
+
+def test_frames_that_only_wait_are_left_out_of_no_update(engine: Engine) -> None:
+    """Whatever would hold that back: they are counted once they would make one."""
+    settle(engine, "a", 0)
+    header = engine.resident("a").header
+    engine.resident("a").header = header.model_copy(update={"guard": GuardState(rest=100)})
+    few, metrics = replace(sent(at=99.65), adapt=False, fold=False), WorkerMetrics(0)
+    for policy in (Policy(), Policy(frozen=True)):
+        lateness, policies = Lateness(Batch(latency_budget_ms=1_000)), Policies(policy, {})
+        scheduler = Scheduler(lateness, 16, Adapt(mode="on_demand"), policies, engine, metrics)
+        assert scheduler.decide([few], 100.0) == [few]
+    assert not any(left_out(metrics, reason) for reason in ("overload", "policy", "resting", "settled"))
+
+
+def test_too_few_late_frames_are_hurried_and_stay_too_few(engine: Engine) -> None:
+    few = replace(sent(at=99.4), adapt=False, reason="too few frames within max_hold_ms")
+    assert decide(engine, Batch(latency_budget_ms=1_000), few) == ([replace(few, hurried=True)], 0)
+
+
+def test_where_the_state_cannot_be_stored_source_answers_at_once_and_nothing_is_learned(engine: Engine) -> None:
+    engine.resident("a").token = 0
+    for work in (batch("a", 4), replace(batch("a", 4), adapt=False, fold=False)):
+        ((decided,), _) = decide(engine, Batch(), work)
+        assert (decided.adapt, decided.answer, decided.hurried, decided.reason) == (False, "source", True, HOMELESS)
+
+
+def test_frames_of_a_stream_that_another_worker_wants_too_do_not_wait_for_more(engine: Engine) -> None:
+    engine.resident("a").contested = True
+    few = replace(batch("a", 2), adapt=False, fold=False)
+    ((done, full), _) = decide(engine, Batch(), few, batch("a", 4))
+    assert (done.adapt, done.fold, done.reason) == (False, True, CONTESTED)
+    assert (full.adapt, full.fold, full.reason) == (True, True, "")
 
 
 def test_where_a_record_does_not_say_when_it_was_sent_its_receipt_counts(engine: Engine) -> None:
