@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import redis
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -128,6 +129,64 @@ def test_events_of_many_bytes_do_not_wait(life: Life, store: StateStore, monkeyp
     life.fold(nth(1, "a"))
     life.journal.flush_due()
     assert decode_header(store.read("a").header or b"").frames == 2 * FRAMES
+
+
+def test_a_snapshot_does_not_wait_for_later_tensors(
+    tiny_bundle: Bundle, publisher: Publisher, store: StateStore, store_settings: Store
+) -> None:
+    every_other = store_settings.model_copy(update={"snapshot_every": 2})
+    life = Life(tiny_bundle, publisher, store, every_other, LONG_MS)
+    life.fold(nth(0, "a"))
+    assert store.read("a").header is None
+    life.fold(nth(1, "a"))
+    tensors = {name: tensor.clone() for name, tensor in life.streams.engine.tensors("a").items()}
+    life.fold(nth(2, "a"))
+    assert decode_header(store.read("a").header or b"").frames == 2 * FRAMES
+    snapshot, kept = life.streams.kept("a", 1)
+    assert snapshot.header.step == 2
+    assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
+    life.end()
+
+
+def test_of_one_stream_only_so_many_events_wait(life: Life, store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.streams.journal.MOST_EVENTS", 3)
+    for number, frames in enumerate((0, 0, 3, 3, 3, 6)):
+        life.fold(nth(number, "a"))
+        stored = store.read("a").header
+        assert (decode_header(stored).frames if stored else 0) == frames * FRAMES
+
+
+def test_what_two_workers_want_does_not_wait(life: Life, store: StateStore) -> None:
+    life.streams.contest(["a"])
+    life.fold(nth(0, "a"))
+    assert decode_header(store.read("a").header or b"").frames == FRAMES
+    life.fold(nth(1, "a"))  # It is ours again.
+    assert decode_header(store.read("a").header or b"").frames == FRAMES
+
+
+def test_what_was_begun_before_a_stream_went_is_void_once_it_is_back(life: Life, store: StateStore) -> None:
+    life.fold(nth(0, "a"))
+    life.streams.release(["a"])
+    assert life.journal.flush(["a"]) == []
+    assert store.read("a").header is None
+    life.fold(nth(0, "a"))
+    life.streams.release(["a"])
+    life.fold(nth(0, "a"))
+    assert life.journal.flush() == []
+    header = decode_header(store.read("a").header or b"")
+    assert (header.frames, header.events) == (FRAMES, 1)
+
+
+def test_of_what_cannot_be_stored_only_the_offsets_are_left(
+    life: Life, store: StateStore, client: redis.Redis, topic, kafka_settings: Kafka
+) -> None:
+    client.set(store.keys("a")[0], "something else")
+    life.fold(replace(nth(0, "a"), adapt=False, hurried=True, answer="source"))
+    life.fold(nth(1, "b"))
+    assert life.journal.flush() == []
+    assert life.offsets.committable() == {("frames", 0): 2 * FRAMES}
+    events = topic.read(kafka_settings.topics.updates, lambda records: len(records) == 1)
+    assert [UpdateEvent.model_validate_json(record.value).stream for record in events] == ["b"]
 
 
 def test_what_another_claims_is_given_up(life: Life, store: StateStore) -> None:
