@@ -143,6 +143,7 @@ def test_another_order_and_another_content_are_named(count: int, data: st.DataOb
     group = chain("cam", count)
     swapped = [*group[:which], group[which + 1], group[which], *group[which + 2 :]]
     assert named(records(swapped)) == [("reordered", f"cam@{which + 1}")]
+    assert verify(records(swapped)).heads["cam"].event == count
     other = seal(group[which].event.model_copy(update={"worker": "zombie"}))
     assert ("forked", f"cam@{which + 1}") in named(records(group, [other]))
 
@@ -226,17 +227,20 @@ def test_what_waits_is_held_to_the_chain() -> None:
     assert ("unreadable", "beside") in found(group, [Record(b"{", "beside")])
 
 
-def test_a_trail_whose_beginning_is_too_old_is_sound_and_says_so() -> None:
-    verdict = verify(records(chain("cam", 5, start=8)))
-    assert verdict.sound
-    assert [(f.kind, f.event) for f in verdict.findings] == [("beginning", "cam@8")]
+@pytest.mark.parametrize("start", [2, 8])
+def test_a_trail_whose_beginning_is_too_old_is_sound_and_says_so(start: int) -> None:
+    verdict = verify(records(chain("cam", 5, start=start)))
+    assert (verdict.sound, verdict.complete) == (True, False)
+    assert [(f.kind, f.event) for f in verdict.findings] == [("beginning", f"cam@{start}")]
 
 
 def test_what_is_no_event_and_what_pretends_to_be_another_streams(tmp_path: Path) -> None:
     group = chain("cam", 3)
     liar = seal(group[1].event.model_copy(update={"stream": "other"}))
-    found = [*records(group), Record(b"\xff{", "here"), Record(b"", "there"), Record(liar.content, "x")]
+    lost = Record(b"", "there", damage="cannot be unpacked")
+    found = [*records(group), Record(b"\xff{", "here"), lost, Record(liar.content, "x")]
     assert named(found) == [("unreadable", "here"), ("unreadable", "there"), ("altered", "cam@2")]
+    assert [f.text for f in verify(found).findings[:2]] == ["is no update event", "cannot be unpacked"]
 
 
 def test_the_outline_is_rebuilt_from_events() -> None:
