@@ -307,10 +307,12 @@ def test_unreachable_store_names_its_address_and_no_password(open_store: OpenSto
 def test_snapshots_are_kept_newest_first_and_bounded(open_store: OpenStore, store_settings: Store) -> None:
     store = open_store(store_settings.model_copy(update={"snapshots": 2}))
     store.claim(["cam"], "w")
+    said = [b"s%d" % i * 40_000 for i in range(4)]
     for i in range(4):
-        store.write([Write("cam", 1, i, b"h%d" % i, b"e", b"t%d" % i, snapshot=b"s%d" % i if i != 1 else None)])
-    assert store.snapshots("cam") == [b"s3", b"s2"]
-    assert [store.snapshot("cam", back) for back in (1, 2, 3)] == [(2, b"s3", b"t3"), (2, b"s2", b"t2"), (2, b"", b"")]
+        store.write([Write("cam", 1, i, b"h%d" % i, b"e", b"t%d" % i, snapshot=said[i] if i != 1 else None)])
+    assert store.snapshots("cam") == [said[3], said[2]]
+    found = [store.snapshot("cam", back) for back in (1, 2, 3)]
+    assert found == [(2, said[3], b"t3"), (2, said[2], b"t2"), (2, b"", b"")]
     assert store.snapshots("unknown") == []
     assert store.snapshot("unknown", 1) == (0, b"", b"")
 
@@ -320,15 +322,16 @@ def test_idle_tensors_expire_and_the_header_stays(
 ) -> None:
     store = open_store(store_settings.model_copy(update={"idle_ttl_s": 100}))
     store.claim(["cam"], "w")
-    store.write([write("cam", 1)])
-    meta, tensors, *_ = store.keys("cam")
-    assert 0 < client.ttl(tensors) <= 100
-    assert client.ttl(meta) == -1
-    client.expire(tensors, 10)
+    store.write([replace(write("cam", 1), snapshot=b"s", approved=b"a")])
+    meta, tensors, snapshots, approved = store.keys("cam")
+    for key in (tensors, snapshots):
+        assert 0 < client.ttl(key) <= 100
+        client.expire(key, 10)
     store.write([write("cam", 1, None, number=2)])
-    assert client.ttl(tensors) > 10
+    assert all(client.ttl(key) > 10 for key in (tensors, snapshots))
+    assert (client.ttl(meta), client.ttl(approved)) == (-1, -1)
     open_store(store_settings).write([write("cam", 1, None, number=3)])
-    assert client.ttl(tensors) == -1
+    assert (client.ttl(tensors), client.ttl(snapshots)) == (-1, -1)
     client.delete(tensors)
     assert store.write([Write("cam", 1, 4, b"h4", b"e4", None)]) == [None]
     assert store.read("cam").header == b"header"
