@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from meta import estimator as estimator_module
 from meta.estimator import AccuracyModel, Table, fit_estimator
 from schemas.bundle import Estimator
 
@@ -49,6 +50,44 @@ def test_errors_are_those_on_groups_left_out() -> None:
     plain, odd = (fit_estimator(NAMES, part)[0] for part in (groups, [*groups[:2], strange]))
     width = [np.mean(np.array(e.high) - np.array(e.low)) for e in (plain, odd)]
     assert width[1] > 3 * width[0]
+
+
+def test_of_each_group_it_says_what_the_others_taught_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimator_module, "RIDGES", (1e-2,))
+    groups = [table(seed) for seed in range(3)]
+    strange = Table(groups[2].values, 1 - groups[2].truth)
+    plain, odd = (fit_estimator(NAMES, part)[1] for part in (groups, [*groups[:2], strange]))
+    assert np.array_equal(plain[1_200:], odd[1_200:])
+    assert not np.array_equal(plain[:1_200], odd[:1_200])
+
+
+def test_signals_count_by_how_far_they_lie_from_what_is_usual() -> None:
+    """Shares as log odds; what was missing counts for nothing."""
+    groups = [table(seed) for seed in range(2)]
+    seen = np.concatenate([group.values for group in groups])
+    groups[0].values[::5, 0] = groups[1].values[::3, 1] = math.nan
+    seen[:600:5, 0] = seen[600::3, 1] = math.nan
+    spread = np.stack([np.log(seen[:, 0] / (1 - seen[:, 0])), seen[:, 1]], 1)
+    made = fit_estimator(NAMES, groups)[0]
+    assert made.centre[:2] == pytest.approx(np.nanmean(spread, 0), rel=1e-4)
+    assert made.scale[:2] == pytest.approx(np.nanstd(spread, 0), rel=1e-4)
+
+
+def test_intervals_are_as_wide_as_groups_that_were_left_out_ask_for() -> None:
+    random = np.random.default_rng(0)
+    estimate, errors = np.full(4_000, 0.5), random.uniform(-0.1, 0.1, 4_000)
+
+    def width(biases: list[float]) -> float:
+        sizes = [len(errors) // len(biases)] * len(biases)
+        _, low, high = estimator_module._errors(estimate, 0.5 + errors + np.repeat(biases, sizes), sizes)
+        return float(np.mean(np.array(high) - np.array(low)))
+
+    assert width([0.0]) == pytest.approx(0.18, abs=0.003)
+    assert width([0.0] * 4) == pytest.approx(0.18, abs=0.003)
+    # One of four errs upwards, by so much that the others' errors hold less of it.
+    biases = [0.0, 0.0, 0.0, 0.03]
+    pooled = np.quantile(errors + np.repeat(biases, 1_000), [0.025, 0.05, 0.95, 0.975])
+    assert pooled[2] - pooled[1] + 0.002 < width(biases) < pooled[3] - pooled[0] - 0.002
 
 
 def test_intervals_hold_on_a_group_that_errs_in_a_way_of_its_own() -> None:
