@@ -81,7 +81,17 @@ def test_signals_that_are_not_finite_change_nothing() -> None:
     assert observe(DriftWatch(), [0.1, float("inf")]) == DriftWatch()
 
 
+def test_a_stream_of_which_nothing_or_something_else_is_known_begins_anew() -> None:
+    assert wants_update_at(None, 0.9, 0.9)
+    new = observe_it(DriftWatch(), [0.1, 0.2], True)
+    assert (new.adapting, new.seen, new.mean) == (True, 1, [0.1, 0.2])
+    assert observe_it(None, [0.1, 0.2], True) == new
+    for values in (settled().mean[:1], [*settled().mean, 0.5]):
+        assert observe_it(settled(), values, True) == observe_it(None, values, True)
+
+
 def test_a_stream_that_has_moved_settles_sooner_and_knows_how_far_its_signals_spread() -> None:
+    settled_after = []
     for seed in range(10):
         watch = settled(seed)
         while not watch.adapting:
@@ -95,12 +105,20 @@ def test_a_stream_that_has_moved_settles_sooner_and_knows_how_far_its_signals_sp
             if not watch.adapting:
                 break
         assert AGAIN <= updates < 4 * AGAIN
+        settled_after.append(updates)
         assert (np.sqrt(watch.variance) < 1.5 * spread).all()
+    assert sorted(settled_after)[5] < ACTIVE
 
 
 @pytest.mark.parametrize(
     ("accuracy", "company", "every"),
-    [(0.9, False, CHECK), (0.7, False, UPKEEP), (0.9, True, CHECK_JOINED), (0.7, True, UPKEEP_JOINED)],
+    [
+        (0.9, False, CHECK),
+        (0.86, False, CHECK),
+        (0.84, False, UPKEEP),
+        (0.9, True, CHECK_JOINED),
+        (0.7, True, UPKEEP_JOINED),
+    ],
 )
 def test_settled_streams_update_now_and_then(accuracy: float, company: bool, every: int) -> None:
     """Those that are unwell more often, and all of them sooner beside another."""
@@ -109,4 +127,4 @@ def test_settled_streams_update_now_and_then(accuracy: float, company: bool, eve
         adapts = wants_update_at(watch, accuracy, 0.9, company)
         watch = observe_it(watch, watch.mean, adapts)
         updates += adapts
-    assert updates == 5
+    assert (updates, watch.seen) == (5, 5 * every)
