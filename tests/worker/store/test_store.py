@@ -375,6 +375,21 @@ def test_what_rests_on_approved_parameters_is_not_written_without_them(
     assert (store.read("cam").header, store.read("cam").approved) == (b"h3", b"a")
 
 
+def test_what_rests_on_a_write_that_the_store_has_lost_is_not_written(store: StateStore, client: redis.Redis) -> None:
+    """A store that came back with an older state: later headers do not fit the tensors that it has."""
+    store.claim(["cam"], "w")
+    whole = Write("cam", 1, 2, b"h2", b"e2", b"t2", approved=b"a", after=0)
+    assert store.write([whole]) == [True]
+    client.hset(store.keys("cam")[0], "written", 1)
+    resting = Write("cam", 1, 3, b"h3", b"e3", None, after=2)
+    assert store.write([resting, replace(resting, tensors=b"t3", keeps_approved=True)]) == [None, None]
+    assert (store.read("cam").header, store.read("cam").tensors) == (b"h2", b"t2")
+    assert store.write([replace(resting, tensors=b"t3")]) == [True]
+    assert store.write([replace(resting, number=4, after=3), replace(resting, number=5, after=None)]) == [True, True]
+    store.claim(["cam"], "w")  # What is there rests on no write of this claim.
+    assert store.write([replace(resting, token=2, after=0)]) == [True]
+
+
 def test_reading_claims_nothing(store: StateStore) -> None:
     assert store.read("cam").token == 0
     store.claim(["cam"], "w7")
