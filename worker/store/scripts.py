@@ -123,7 +123,7 @@ local function taken(i, kind)
   return found ~= 'none' and found ~= kind
 end
 local stored = redis.pcall('HMGET', KEYS[1], 'token', 'written')
-if stored['err'] or stored[1] ~= ARGV[1] then return 0 end
+if stored[1] ~= ARGV[1] then return 0 end
 if stored[2] == ARGV[8] then return redis.call('HGET', KEYS[1], 'header') == ARGV[2] and 1 or 0 end
 if stored[2] and (tonumber(stored[2]) or math.huge) > tonumber(ARGV[8]) then return 0 end
 if ARGV[4] ~= '' and taken(2, 'string') or ARGV[9] ~= '' and taken(4, 'string') then return 0 end

@@ -87,6 +87,26 @@ def test_a_mark_that_is_no_offset_is_none(store: StateStore, client: redis.Redis
     store.mark("group", dict.fromkeys(partitions, 7))
     client.set(store._mark_key("group", partitions[0]), mark)
     assert store.marks("group", partitions) == {partitions[1]: 7}
+    store.mark("group", {partitions[0]: 8})
+    assert store.marks("group", partitions) == {partitions[0]: 8, partitions[1]: 7}
+
+
+def test_what_positions_are_of_is_noted_once(store: StateStore, client: redis.Redis) -> None:
+    assert (store.cluster("frames"), client.exists(store.cluster_key("frames"))) == ("", 0)
+    assert [store.cluster("frames", found) for found in ("one", "two", "")] == ["one", "one", "one"]
+    assert [store.topic_id("frames", found) for found in ("", "a", "b")] == ["", "a", "a"]
+    client.set(store.cluster_key("long"), b"7" * 10_000)
+    client.rpush(store.cluster_key("list"), "theirs")
+    assert [store.cluster(topic, "one") for topic in ("long", "list")] == ["", ""]
+
+
+def test_what_was_not_left_by_a_deletion_is_none_and_nobody_s_stream(store: StateStore, client: redis.Redis) -> None:
+    key = store._all_keys("cam")[-1]
+    client.rpush(key, "theirs")
+    assert store.deleted("cam") is None
+    (claimed,) = store.claim(["cam"], "w")
+    assert (claimed.token, "is a list, which no worker wrote" in claimed.foreign) == (0, True)
+    assert client.lrange(key, 0, -1) == [b"theirs"]
 
 
 def test_a_lost_key_refuses_the_old_token(store: StateStore, client: redis.Redis) -> None:
