@@ -143,6 +143,38 @@ def test_header_counts_and_chains(engine: Engine) -> None:
     assert second.folded not in ("", first.folded)
 
 
+def test_the_chain_of_frames_is_the_same_however_they_are_batched(engine: Engine) -> None:
+    frames = batch("a", 6).frames
+
+    def chain(*parts: list[DecodedFrame]) -> str:
+        header = engine.resident("a").header
+        for part in parts:
+            (outlook,) = engine.predict([MicroBatch("a", part, adapt=False, fold=True)]).outlooks
+            header = next_header(header, outlook, applied=False)
+        return header.folded
+
+    assert chain(frames) == chain(frames[:2], frames[2:])
+    assert len({chain(frames), chain(frames[:2]), chain(frames[::-1]), chain(frames, frames[5:])}) == 4
+
+
+def test_probation_ends_with_its_last_frame(engine: Engine) -> None:
+    header = engine.resident("a").header.model_copy(update={"probation": 5})
+    left = []
+    for count in (4, 4, 4):
+        header = next_header(header, engine.predict([batch("a", count)]).outlooks[0], applied=True)
+        left.append(header.probation)
+    assert left == [1, 0, 0]
+
+
+@pytest.mark.parametrize("signal", ["mean_confidence", "mean_entropy"])
+def test_answers_that_are_not_finite_change_no_proxies(engine: Engine, signal: str) -> None:
+    outlook = engine.predict([batch("a", 4)]).outlooks[0]
+    before = RunningProxies(frames=9, confidence=0.5, entropy=1.0)
+    assert next_proxies(before, outlook, {}, None) != before
+    for wrong in (float("nan"), float("inf")):
+        assert next_proxies(before, replace(outlook, **{signal: wrong}), {}, None) == before
+
+
 def test_proxies_are_running_means(engine: Engine) -> None:
     outlooks = [engine.predict([batch("a", count, count)]).outlooks[0] for count in (4, 6)]
     proxies = engine.resident("a").header.proxies
