@@ -63,10 +63,12 @@ def forgotten(kafka: Kafka, store: StateStore) -> list[int]:
     KafkaError."""
     admin = open_client(KafkaAdminClient, **connection(kafka))
     try:
-        found = admin.list_group_offsets([kafka.group])[kafka.group]
+        (topic,) = admin.describe_topics([kafka.topics.frames])
+        asked = [TopicPartition(topic["name"], part["partition_index"]) for part in topic["partitions"]]
+        found = admin.list_group_offsets({kafka.group: asked})[kafka.group] if asked else {}
     finally:
         admin.close()
-    read = [(p.topic, p.partition) for p, at in found.items() if p.topic == kafka.topics.frames and at.offset > 0]
+    read = [(where.topic, where.partition) for where, at in found.items() if at.offset > 0]
     return sorted(number for _, number in set(read) - set(store.marks(kafka.group, read)))
 
 
