@@ -133,7 +133,7 @@ def meta_train(
 
 @app.command()
 def doctor(config: ConfigOption = None) -> None:
-    """Check bundle, store, broker and topics as a worker would, and say what to do; exit 1 if a worker would fail."""
+    """Check everything that a worker needs, and say what to do; exit 1 if a worker would fail."""
     from worker.site.doctor import examine
     from worker.terminal import printable
 

@@ -145,8 +145,10 @@ def heads(
     config: ConfigOption = None,
     file: FileOption = None,
 ) -> None:
-    """Write every stream's newest event and its hash to a file, for verify --heads. Keep it where nobody can write who
-    can write to topic and store."""
+    """Write every stream's newest event and its hash to a file, for verify --heads.
+
+    Keep the file where nobody can write who can write to topic and store.
+    """
     from worker.audit.export import write_heads
     from worker.audit.verify import verify as examine
 

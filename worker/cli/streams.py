@@ -132,8 +132,10 @@ def delete(
     reason: ReasonOption = "deleted by hand",
     config: ConfigOption = None,
 ) -> None:
-    """Delete what is stored for retired cameras, and record it in a last update event. A camera that sends again starts
-    anew."""
+    """Delete what is stored for retired cameras; a last update event records it.
+
+    A camera that sends again starts anew.
+    """
     from worker.control import retire
     from worker.kafka.client import require_topics
     from worker.store.store import StateStore

@@ -71,7 +71,7 @@ def produce(
     bootstrap: BootstrapOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Send frames of videos, cameras and pictures to the frames topic; videos play in real time, nothing goes twice."""
+    """Send frames of videos, cameras and pictures to the frames topic, each once; videos play in real time."""
     from worker.log import set_up_logging
     from worker.produce.produce import PlayOptions
     from worker.produce.produce import produce as play
