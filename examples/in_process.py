@@ -2,7 +2,7 @@
 
     python examples/in_process.py
 
-`state` is all there is of the cameras: a dict of tensors with a row for each. Keep it wherever you keep things.
+`state` holds everything about the cameras: a dict of tensors with a row for each. Store it wherever you like.
 """
 
 from pathlib import Path
@@ -15,12 +15,12 @@ from meta.mgg import MOST_FRAMES
 from meta.shifts import HELD_OUT
 from meta.source import as_frames
 
-# A micro-batch of each camera has so many frames. Whoever has more at a time splits them: see MOST_FRAMES.
+# Frames in a micro-batch of each camera. If you have more at a time, split them: see MOST_FRAMES.
 CAMERAS, FRAMES, STEPS = 2, MOST_FRAMES, 40
 
 
 def main() -> None:
-    """Print how both models do on hazy pictures."""
+    """Print the accuracy of both models on hazy pictures."""
     torch.set_num_threads(1)
     bundle = load_bundle(Path("bundles/fashion-mnist"))
     method, preprocess = bundle.method, bundle.manifest.preprocess

@@ -1,4 +1,4 @@
-"""A method of one's own for the benchmark (`own_method.yaml`): Tent on those frames alone that the model is sure of."""
+"""A method of your own for the benchmark (`own_method.yaml`): Tent, only on frames that the model is sure of."""
 
 import math
 from typing import ClassVar
@@ -18,7 +18,7 @@ class SureTent(Baseline):
     published: ClassVar[Options] = {"step_size": 1e-3, "statistics": "source"}
 
     def loss(self, forward: Forward) -> tuple[Tensor, Tensor, State]:
-        """Loss per stream (S,), which streams take a step (S,) bool, and changes to what the method remembers."""
+        """Loss per stream (S,), whether each takes a step (S,) bool, and changes to what the method remembers."""
         each = entropy(forward.logits)
         sure = (each.detach() < 0.4 * math.log(self.classes)).float()
         loss = per_stream_mean(sure * each, forward.stream, forward.counts.clamp_min(1))
