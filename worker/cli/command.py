@@ -81,7 +81,9 @@ def policy(
         list[str] | None,
         typer.Option(help="UTC span without updates, such as 22:00-06:00; may be repeated; 'none' removes all."),
     ] = None,
-    clear: Annotated[bool, typer.Option("--clear", help="Undo all that commands have changed in the policy.")] = False,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Undo what commands changed in the policy, a freeze included.")
+    ] = False,
     config: ConfigOption = None,
     reason: ReasonOption = "",
     by: ByOption = "",
