@@ -15,6 +15,7 @@ from tests.servers import promtool
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "alerts" / "driftkeel.yml"
 TESTS = Path(__file__).with_name("alerts.test.yml")
+LIST = ROOT / "docs" / "monitoring.md"
 SECTIONS = ["What it means", "What to look at", "What to do", "How to know it is over"]
 WITHOUT_JOB = re.compile(r"\b(?:sum|min|max|count|group|avg)\b(?= by| without|\s*\()(?! by \(job\b)")
 
@@ -44,6 +45,14 @@ def test_every_alert_says_what_it_is_and_what_to_do(rule: dict[str, Any]) -> Non
     tests = yaml.safe_load(TESTS.read_text())["tests"]
     cases = [case for test in tests for case in test.get("alert_rule_test", ()) if case["alertname"] == rule["alert"]]
     assert any(case["exp_alerts"] for case in cases)
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=[rule["alert"] for rule in ALERTS])
+def test_every_alert_is_in_the_list_of_alerts(rule: dict[str, Any]) -> None:
+    rows = [line for line in LIST.read_text().splitlines() if line.startswith(f"| {rule['alert']} |")]
+    assert len(rows) == 1
+    assert f"| {rule['labels']['severity']} |" in rows[0]
+    assert f"({rule['annotations']['runbook'].removeprefix('docs/')})" in rows[0]
 
 
 def test_rules_ask_only_for_what_there_is() -> None:
