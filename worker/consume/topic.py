@@ -6,13 +6,13 @@ on where the old one was read to. Kafka gives every topic an id of its own; some
 
 from __future__ import annotations
 
-import base64
 import logging
 import time
 from typing import Any, Protocol
 
 from schemas.config import Kafka
 from worker.consume.short_logs import REMEDY
+from worker.kafka.topic import topic_id
 
 log = logging.getLogger("driftkeel.consume")
 PATIENCE_S = 2.0  # a broker that has just started may not know its topics yet; the client asks ten times a second
@@ -23,12 +23,6 @@ class Notes(Protocol):
 
     def topic_id(self, topic: str, found: str = "") -> str:
         """The id of the topic that positions are of; `found` is noted where none is. Raises UnreachableError."""
-
-
-def topic_id(consumer: Any, topic: str) -> str:
-    """As a client of kafka-python was told it last, in Kafka's own spelling; empty where the broker tells none."""
-    found = consumer._cluster.topic_id(topic)
-    return base64.urlsafe_b64encode(found.bytes).decode().rstrip("=") if found and found.int else ""
 
 
 def another(settings: Kafka, found: str, noted: str) -> str:
@@ -74,7 +68,7 @@ class FramesTopic:
 
     def check(self, begins: bool) -> None:
         """Compare its id with the store's, which notes it once reading `begins`. Raises UnreachableError."""
-        found = topic_id(self._consumer, self._topic)
+        found = topic_id(self._consumer._cluster, self._topic)
         if self.other or not found or not (begins or found != self._checked):
             return
         noted = self._notes.topic_id(self._topic, found if begins else "")

@@ -1,7 +1,8 @@
-"""What a topic has now, for commands that look back."""
+"""Which topic it is, and what it has now, for commands that look back."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -16,6 +17,13 @@ from worker.kafka.client import connection, open_client, require_topics
 AT_ONCE = 500  # records
 PATIENCE_MS = 10_000  # for a broker that has records and does not send them
 SENT_EARLIER_S = 3_600  # than it says: clocks are set, and differ
+
+
+def topic_id(cluster: Any, topic: str) -> str:
+    """As a client of kafka-python was told it last, in Kafka's own spelling; empty where the broker tells none.
+    `cluster`: what the client knows of the broker's."""
+    found = cluster.topic_id(topic)
+    return base64.urlsafe_b64encode(found.bytes).decode().rstrip("=") if found and found.int else ""
 
 
 def records_now(settings: Kafka, topic: str, since: datetime | None = None) -> Iterator[Any]:

@@ -20,6 +20,7 @@ from schemas.config import Kafka, WorkerConfig
 from schemas.errors import DriftkeelError, SourceError
 from schemas.frame import FRAME_TYPE
 from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, close_producer, require_topics, until_reached
+from worker.kafka.topic import topic_id
 from worker.produce.sent import Acknowledged, Sent, read_back
 from worker.produce.sources import Encoding, Item, Picture
 from worker.publish.publisher import open_producer
@@ -72,6 +73,7 @@ class Sender:
         make = partial(open_producer, self._kafka, ACKNOWLEDGE_TIMEOUT_S)
         self._producer = until_reached(make, what, self._kafka.connect_timeout_s, stop)
         self._partitions = sorted(self._producer.partitions_for(self._kafka.topics.frames))
+        self.topic_id = topic_id(self._producer._metadata, self._kafka.topics.frames)
 
     def partition(self, stream: str) -> int:
         """Where a stream's frames go: as Kafka's own producers have it."""
@@ -178,10 +180,9 @@ class Player:
     def play(self) -> None:
         """Until the items end, the limit is reached or the run stops. Raises SourceError and UnreachableError."""
         if self.memory:
-            topic = self.kafka.topics.frames
-            start = self.memory.reached(topic, self.stream)
+            start = self.memory.reached(self.stream)
             partition = self.sender.partition(self.stream)
-            self.memory.note(topic, self.stream, read_back(self.kafka, partition, self.stream, start))
+            self.memory.note(self.stream, read_back(self.kafka, partition, self.stream, start))
         self._began = time.monotonic()
         for number, item in self._rounds():
             if self.stop.is_set() or self._enough():
@@ -198,7 +199,7 @@ class Player:
             )
         self._noted = time.monotonic()
         if self.memory and (acknowledged.frames or acknowledged.done):
-            self.memory.note(self.kafka.topics.frames, self.stream, acknowledged)
+            self.memory.note(self.stream, acknowledged)
 
     def _rounds(self) -> Iterator[tuple[int, Item]]:
         items = list(self.items) if self.options.loop else self.items
@@ -232,11 +233,10 @@ class Player:
         """How many frames of an item to pass over; None for all of them."""
         if self.memory is None:
             return 0
-        topic = self.kafka.topics.frames
         if self.options.again:
-            self.memory.forget(topic, self.stream, item.name)
+            self.memory.forget(self.stream, item.name)
             return 0
-        frames, done = self.memory.frames(topic, self.stream, item.name)
+        frames, done = self.memory.frames(self.stream, item.name)
         self.tally.before += frames
         return None if done else frames
 
@@ -309,8 +309,12 @@ def produce(
     config: WorkerConfig, streams: dict[str, Iterable[Item]], options: PlayOptions, state: Path, stop: threading.Event
 ) -> list[Tally]:
     """Play all streams at the same time, a thread each. Raises the first error of any, after all have stopped."""
-    memory = None if options.loop else Sent(state, config.kafka.bootstrap)
     sender = Sender(config, stop)
+    try:
+        memory = None if options.loop else Sent(state, config.kafka, sender.topic_id)
+    except SourceError:
+        sender.close()
+        raise
     players = [Player(name, items, sender, config.kafka, options, stop, memory) for name, items in streams.items()]
     failures: list[Exception] = []
 

@@ -59,45 +59,49 @@ class Acknowledged:
 
 
 class Sent:
-    """The file, for any number of streams and threads. Topics are told apart by their broker's address too.
+    """The file, for any number of streams and threads, and one topic of frames. Topics are told apart by their broker's
+    address and, where it tells one, by the id of the topic: one that was created again has nothing yet.
 
     Raises SourceError where the file cannot be used.
     """
 
-    def __init__(self, path: Path, broker: str) -> None:
-        self._broker, self._path, self._lock = broker, path, threading.Lock()
+    def __init__(self, path: Path, kafka: Kafka, topic_id: str) -> None:
+        address = f"{kafka.bootstrap}/{kafka.topics.frames}"
+        self._topic = f"{address}#{topic_id}" if topic_id else address
+        self._path, self._lock = path, threading.Lock()
         with self._using():
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = sqlite3.connect(path, LOCKED_S, check_same_thread=False)
             self._file.executescript(_TABLES)
+        if topic_id:
+            self._adopt(address)
 
-    def frames(self, topic: str, stream: str, item: str) -> tuple[int, bool]:
+    def frames(self, stream: str, item: str) -> tuple[int, bool]:
         """How many frames of an item are in the topic, and whether that is all of them."""
         query = "SELECT frames, done FROM items WHERE topic = ? AND stream = ? AND item = ?"
         with self._using():
-            row = self._file.execute(query, (self._name(topic), stream, item)).fetchone()
+            row = self._file.execute(query, (self._topic, stream, item)).fetchone()
         return (int(row[0]), bool(row[1])) if row else (0, False)
 
-    def reached(self, topic: str, stream: str) -> int | None:
+    def reached(self, stream: str) -> int | None:
         """The offset after the newest known frame of a stream."""
         query = "SELECT next_offset FROM reached WHERE topic = ? AND stream = ?"
         with self._using():
-            row = self._file.execute(query, (self._name(topic), stream)).fetchone()
+            row = self._file.execute(query, (self._topic, stream)).fetchone()
         return int(row[0]) if row else None
 
-    def note(self, topic: str, stream: str, acknowledged: Acknowledged) -> None:
+    def note(self, stream: str, acknowledged: Acknowledged) -> None:
         """Write what has been acknowledged."""
-        name = self._name(topic)
-        rows = [(name, stream, item, frames, 0) for item, frames in acknowledged.frames.items()]
-        rows += [(name, stream, item, 0, 1) for item in acknowledged.done]
+        rows = [(self._topic, stream, item, frames, 0) for item, frames in acknowledged.frames.items()]
+        rows += [(self._topic, stream, item, 0, 1) for item in acknowledged.done]
         with self._using(), self._file:
             self._file.executemany(_ITEM, rows)
-            self._file.execute(_REACHED, (name, stream, acknowledged.next_offset))
+            self._file.execute(_REACHED, (self._topic, stream, acknowledged.next_offset))
 
-    def forget(self, topic: str, stream: str, item: str) -> None:
+    def forget(self, stream: str, item: str) -> None:
         """Have an item sent again."""
         with self._using(), self._file:
-            row = (self._name(topic), stream, item)
+            row = (self._topic, stream, item)
             self._file.execute("DELETE FROM items WHERE topic = ? AND stream = ? AND item = ?", row)
 
     def close(self) -> None:
@@ -115,8 +119,11 @@ class Sent:
                 f"{self._path} cannot be used to remember what was sent: {error}; name another with --state"
             ) from error
 
-    def _name(self, topic: str) -> str:
-        return f"{self._broker}/{topic}"
+    def _adopt(self, address: str) -> None:
+        """Files of older releases know topics by their address alone; what they say is taken to be of this one."""
+        with self._using(), self._file:
+            for table in ("items", "reached"):
+                self._file.execute(f"UPDATE OR IGNORE {table} SET topic = ? WHERE topic = ?", (self._topic, address))  # noqa: S608
 
 
 def read_back(kafka: Kafka, partition: int, stream: str, start: int | None) -> Acknowledged:

@@ -12,8 +12,9 @@ from schemas.state import decode_header
 from worker.consume.cluster import cluster_of, require_cluster
 from worker.consume.offsets import Partition
 from worker.consume.short_logs import REMEDY, ShortLog, without_end
-from worker.consume.topic import another, topic_id
+from worker.consume.topic import another
 from worker.kafka.client import connection, open_client
+from worker.kafka.topic import topic_id
 from worker.store.store import StateStore
 
 PIECES = 4  # of the store's streams: one that is wrong is seldom alone
@@ -26,7 +27,7 @@ def check_cluster(config: WorkerConfig, store: StateStore) -> None:
     consumer = open_client(KafkaConsumer, **connection(config.kafka))
     try:
         there = consumer.partitions_for_topic(topic)
-        cluster, found = cluster_of(consumer), topic_id(consumer, topic)
+        cluster, found = cluster_of(consumer), topic_id(consumer._cluster, topic)
     finally:
         consumer.close(autocommit=False)
     require_cluster(config, cluster, store.cluster(topic), store.cluster_key(topic))

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka import KafkaAdminClient
+from kafka.admin import NewTopic
 from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError, TopicAuthorizationFailedError
 
 from schemas.config import Frames, Kafka, WorkerConfig
@@ -21,7 +23,7 @@ from tests.conftest import Topic, picture
 from tests.videos import make_video
 from worker.embedded import free_port
 from worker.produce.produce import MAX_ON_THE_WAY, Player, PlayOptions, Sender, Tally, explained, produce
-from worker.produce.sent import Sent
+from worker.produce.sent import Acknowledged, Sent
 from worker.produce.sources import Encoding, Item, Picture, find
 
 FAST = PlayOptions(fast=True)
@@ -215,9 +217,35 @@ def test_a_state_file_that_cannot_be_written_any_more_is_an_error(site: Site, tm
         site.play(tmp_path / "b.png")
 
 
+def test_a_topic_that_was_created_again_has_nothing_yet(site: Site, tmp_path: Path) -> None:
+    """As after a restart of an embedded broker."""
+    path = make_video(tmp_path / "cam.mp4", frames=6, fps=30)
+    site.play(path)
+    admin = KafkaAdminClient(bootstrap_servers=site.kafka.bootstrap)
+    admin.delete_topics([site.kafka.topics.frames])
+    admin.create_topics([NewTopic(site.kafka.topics.frames, 3, 1)])
+    admin.close()
+    assert (site.play(path).sent, site.play(path).before) == (6, 6)
+    site.ids(6)
+
+
+def test_a_file_of_an_older_release_goes_on(tmp_path: Path) -> None:
+    """It knew topics by their address alone."""
+    older = Sent(tmp_path / "produce.sqlite", Kafka(), "")
+    older.note("cam", Acknowledged({"a.mp4": 6}, {"a.mp4"}, 6))
+    older.close()
+    newer = Sent(tmp_path / "produce.sqlite", Kafka(), "AaIumoEycwKYoE0NxCHxKQ")
+    assert newer.frames("cam", "a.mp4") == (6, True)
+    assert newer.reached("cam") == 6
+    newer.close()
+    other = Sent(tmp_path / "produce.sqlite", Kafka(), "AaIumoFEcSKyNJwjtdKpBQ")
+    assert (other.frames("cam", "a.mp4"), other.reached("cam")) == ((0, False), None)
+    other.close()
+
+
 def test_runs_that_share_a_state_file_have_a_minute_to_wait_for_each_other(tmp_path: Path) -> None:
     """Where writing is slow, that of several runs takes longer than the five seconds that SQLite waits by itself."""
-    sent = Sent(tmp_path / "produce.sqlite", "broker:9092")
+    sent = Sent(tmp_path / "produce.sqlite", Kafka(), "")
     assert sent._file.execute("PRAGMA busy_timeout").fetchone() == (60_000,)
     sent.close()
 
