@@ -53,7 +53,8 @@ def fold(config: WorkerConfig) -> None:
     """As many frames as there are, into the store."""
     send(config)
     with running(config) as worker:
-        turn_until(worker, lambda: sum(worker._parts.offsets.committable().values()) >= FRAMES)
+        turn_until(worker, lambda: metric(worker, "predictions_total") == FRAMES)
+        turn_until(worker, lambda: not any(worker._parts.offsets.unfinished().values()))
 
 
 def positions(config: WorkerConfig) -> list[tuple[str, str]]:
