@@ -68,6 +68,16 @@ def rendered(values: dict[str, Any], name: str = "site", namespace: str = "line-
     return {_key(manifest): manifest for manifest in manifests}
 
 
+@pytest.mark.parametrize(
+    ("autoscaling", "said"),
+    [({"enabled": False}, "2 workers read"), ({"enabled": True, "partitions": 6}, "1 to 6 workers read")],
+)
+def test_the_notes_say_how_many_workers_there_are(autoscaling: dict[str, Any], said: str) -> None:
+    with helm_python.Chart.load(str(CHART)) as chart:
+        notes = chart.render({"autoscaling": autoscaling})["driftkeel/templates/NOTES.txt"]
+    assert said in notes
+
+
 def _key(manifest: dict[str, Any]) -> str:
     """The kind, with a word before it where the chart has two of a kind."""
     kind, name = str(manifest["kind"]), str(manifest["metadata"]["name"])
