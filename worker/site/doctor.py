@@ -71,20 +71,28 @@ def _findings(subject: str, check: Check, config: WorkerConfig) -> tuple[list[Fi
             found.append(one)  # What came before an error counts.
     except (DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
+        if _away(check, error):
+            reason = text.removeprefix(f"{type(error).__name__}: ")
+            text = f"the broker at {config.kafka.bootstrap} cannot be reached: {reason}"
         found.append(Finding(subject, "failed", f"{text.rstrip('.')}{_remedy(check, error, config)}"))
         return found, False
     return found, True
 
 
+def _away(check: Check, error: Exception) -> bool:
+    """Whether it is the broker that does not answer."""
+    return check is _broker and isinstance(error, KafkaConnectionError | KafkaTimeoutError)
+
+
 def _remedy(check: Check, error: Exception, config: WorkerConfig) -> str:
     """What to do about somebody who does not answer; other errors say it themselves."""
     trial = _FOR_A_TRY if config.kafka.bootstrap.rpartition(":")[0] in LOOPBACK else ""
-    if check is _broker and isinstance(error, KafkaConnectionError | KafkaTimeoutError):
-        return f"; start the broker, or correct kafka.bootstrap, which is {config.kafka.bootstrap}{trial}"
+    if _away(check, error):
+        return f"; start the broker, or correct kafka.bootstrap{trial}"
     if check is _broker and isinstance(error, REFUSALS):
         return "; correct kafka.sasl_mechanism, sasl_username and sasl_password"
-    away = isinstance(error.__cause__, redis.exceptions.ConnectionError) and not isinstance(error, LoginError)
-    if check is _store and away:
+    silent = isinstance(error.__cause__, redis.exceptions.ConnectionError) and not isinstance(error, LoginError)
+    if check is _store and silent:
         return f"; start the store, or correct store.url{trial}"
     return ""
 
