@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from meta.baselines import Baseline, Setup, build
-from meta.bundle_folder import LABELS, VERDICT, checked_file, read_labels, read_manifest, rewrite_manifest
+from meta.bundle_folder import LABELS, MGG_NAME, VERDICT, checked_file, read_labels, read_manifest, rewrite_manifest
 from meta.correction import Correction
 from meta.generator import MetaGradientGenerator
 from meta.learned import GeneratorSettings, LearnedOptimizer
@@ -35,7 +35,6 @@ from schemas.errors import BundleError, first_mistake
 from schemas.verdict import Verdict
 
 CORRECTION = "correction.safetensors"
-MGG_NAME = "mgg"
 
 
 @dataclass(frozen=True)
@@ -54,10 +53,20 @@ class Bundle:
         return self.manifest.content_hash
 
     @property
+    def is_estimated(self) -> bool:
+        """Whether the bundle's estimate of accuracy is made for the method."""
+        return self.method_name == MGG_NAME
+
+    @property
+    def source_accuracy(self) -> float | None:
+        """Of source on clean frames, for the guard of a method whose own accuracy is not estimated; else None."""
+        return None if self.is_estimated else self.manifest.model.clean_accuracy
+
+    @property
     def limits(self) -> Limits:
         """What is normal for the method. Calibration saw the bundle's own generator: the gradients of a baseline are in
         other units, and nothing but how far it leads from source can be compared."""
-        if self.method_name == MGG_NAME:
+        if self.is_estimated:
             return self.manifest.limits
         return Limits(raw_gradient_norm=math.inf, source_distance=self.manifest.limits.source_distance)
 

@@ -13,6 +13,7 @@ from schemas.bundle import FileEntry, Manifest
 from schemas.errors import BundleError, first_mistake
 from schemas.verdict import Verdict
 
+MGG_NAME = "mgg"
 MANIFEST = "manifest.json"
 LABELS = "labels.txt"
 VERDICT = "verdict.json"

@@ -29,17 +29,17 @@ UPKEEP_JOINED, CHECK_JOINED = 2, 8  # the same beside another stream's update
 
 
 def wants_update(
-    watch: DriftWatch | None, estimated_accuracy: float, clean_accuracy: float, company: bool = False
+    watch: DriftWatch | None, estimated_accuracy: float | None, clean_accuracy: float, company: bool = False
 ) -> bool:
     """Whether the stream's next micro-batch should make an update.
 
     A stream that has settled still makes one now and then: a slow way further, and more often where it has settled well
-    below the accuracy of clean frames; and sooner in `company` of another stream's update, beside which it costs a
-    quarter.
+    below the accuracy of clean frames, if anybody estimates that; and sooner in `company` of another stream's update,
+    beside which it costs a quarter.
     """
     if watch is None or watch.adapting:
         return True
-    unwell = estimated_accuracy < clean_accuracy - HEALTHY
+    unwell = estimated_accuracy is not None and estimated_accuracy < clean_accuracy - HEALTHY
     upkeep, check = (UPKEEP_JOINED, CHECK_JOINED) if company else (UPKEEP, CHECK)
     return watch.rested >= (upkeep if unwell else check) - 1
 

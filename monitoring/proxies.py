@@ -9,22 +9,27 @@ from schemas.state import RunningProxies
 from schemas.update import Proxies
 
 
-def estimate(proxies: RunningProxies, calibration: Calibration, clean_accuracy: float, classes: int) -> Proxies:
-    """The estimate for a stream's recent frames, as `meta.proxies` made it.
+def estimate(
+    proxies: RunningProxies, calibration: Calibration, clean_accuracy: float, classes: int, estimated: bool = True
+) -> Proxies:
+    """The estimate for a stream's recent frames, as `meta.proxies` made it. None where it is not made for the method
+    (`estimated`): confidence in its place would call a collapse a success.
 
     Bundles without an estimator have a line from mean confidence to accuracy (a regression form of the difference of
     confidences, Guillory et al., ICCV 2021). A stream that has shown nothing yet counts as clean.
     """
     accuracy = proxies.accuracy
-    if accuracy is None:
+    if not estimated:
+        accuracy = None
+    elif accuracy is None:
         fitted = calibration.intercept + calibration.slope * proxies.confidence
         accuracy = min(1.0, max(0.0, fitted)) if proxies.frames else clean_accuracy
     signals = proxies.signals
     return Proxies(
         estimated_accuracy=accuracy,
-        low=proxies.low,
-        high=proxies.high,
-        source_accuracy=proxies.source_accuracy if proxies.shadowed else None,
+        low=proxies.low if estimated else None,
+        high=proxies.high if estimated else None,
+        source_accuracy=proxies.source_accuracy if proxies.shadowed and estimated else None,
         confidence=proxies.confidence,
         entropy=proxies.entropy,
         marginal_entropy=max(0.0, signals["marginal"]) * math.log(classes) if "marginal" in signals else None,

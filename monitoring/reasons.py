@@ -14,6 +14,7 @@ _KINDS = (
     ("gradient norm", "gradient"),
     ("collapse:", "collapse"),
     ("source is estimated", "worse"),
+    ("answers leave source", "worse"),
     ("distance from source", "distance"),
     ("frames are blank", "camera"),
     ("frames repeat", "camera"),

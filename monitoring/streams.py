@@ -80,7 +80,11 @@ class StreamView(NamedTuple):
 DECISIONS = get_args(Decision)
 # Field of the view, name behind driftkeel_stream_, help.
 GAUGES = (
-    ("accuracy", "estimated_accuracy_ratio", "Estimated accuracy of the parameters that adapt, without labels."),
+    (
+        "accuracy",
+        "estimated_accuracy_ratio",
+        "Estimated accuracy of the parameters that adapt, without labels; only of mgg.",
+    ),
     ("low", "estimated_accuracy_low_ratio", "Lower end of the estimate's 90% interval."),
     ("high", "estimated_accuracy_high_ratio", "Upper end of the estimate's 90% interval."),
     ("source_accuracy", "source_accuracy_ratio", "Estimated accuracy of the source model on the same frames."),
@@ -98,7 +102,7 @@ GAUGES = (
     ("answers_source", "answers_source", "1 where the source model answers, 0 where adapted parameters do."),
     ("frozen", "frozen", "1 where somebody has frozen the stream."),
     ("shifted", "shifted", "1 once the guard is sure that the frames are not what source was made for."),
-    ("trusted", "trusted", "0 while the guard has source answer, because it is estimated to do better."),
+    ("trusted", "trusted", "0 while the guard has source answer, because it takes that to do better."),
     ("blind", "blind", "1 while most frames are blank or repeat: a covered or frozen camera."),
     (
         "held_back",

@@ -49,7 +49,9 @@ class Prediction(BaseModel):
     bundle: str = Field(description="content hash of the bundle")
     step: int = Field(ge=0, description="updates that the stream's parameters had seen; 0 is the source model")
     parameters: Parameters = Field(description="which ones answered")
-    estimated_accuracy: float = Field(ge=0, le=1, description="of the answers now, as estimated without labels")
+    estimated_accuracy: float | None = Field(
+        None, ge=0, le=1, description="of the answers now, as estimated without labels; null where nobody estimates it"
+    )
     worker: str
     wait_seconds: float = Field(ge=0, description="from the frame's arrival to its pass, as far as the worker can tell")
     pass_seconds: float = Field(ge=0, description="decode to logits, of the whole pass")

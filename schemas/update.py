@@ -44,7 +44,9 @@ class Proxies(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    estimated_accuracy: float = Field(ge=0, le=1, description="of the parameters that adapt")
+    estimated_accuracy: float | None = Field(
+        None, ge=0, le=1, description="of the parameters that adapt; null where nobody estimates it"
+    )
     low: float | None = Field(None, ge=0, le=1, description="lower end of its 90% interval")
     high: float | None = Field(None, ge=0, le=1, description="upper end")
     source_accuracy: float | None = Field(None, ge=0, le=1, description="the same estimate for the source model")

@@ -30,26 +30,30 @@ class ComparedAnswer:
     event_time: datetime
     label: str
     confidence: float
-    estimated_accuracy: float
+    estimated_accuracy: float | None
     bundle: str
 
 
 @dataclass
 class Agreement:
     """Of the frames that both have answered: how many, how many with the same label, and the mean accuracy that either
-    estimates of its answers."""
+    estimates of its answers; None where it does not of all."""
 
     frames: int = 0
     alike: int = 0
-    first: float = 0.0
-    second: float = 0.0
+    first: float | None = 0.0
+    second: float | None = 0.0
 
     def add(self, one: ComparedAnswer, other: ComparedAnswer) -> None:
         """One frame more."""
         self.frames += 1
         self.alike += one.label == other.label
-        self.first += (one.estimated_accuracy - self.first) / self.frames
-        self.second += (other.estimated_accuracy - self.second) / self.frames
+        self.first = _moved(self.first, one.estimated_accuracy, self.frames)
+        self.second = _moved(self.second, other.estimated_accuracy, self.frames)
+
+
+def _moved(mean: float | None, value: float | None, count: int) -> float | None:
+    return None if mean is None or value is None else mean + (value - mean) / count
 
 
 @dataclass
@@ -129,9 +133,9 @@ def table(comparison: Comparison) -> Table:
                 Text(printable(name)),
                 f"{row.frames:,}",
                 f"{row.alike / row.frames:.1%}",
-                f"{row.first:.1%}",
-                f"{row.second:.1%}",
-                f"{100 * (row.second - row.first):+.1f}",
+                "-" if row.first is None else f"{row.first:.1%}",
+                "-" if row.second is None else f"{row.second:.1%}",
+                "-" if row.first is None or row.second is None else f"{100 * (row.second - row.first):+.1f}",
             )
     return made
 

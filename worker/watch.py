@@ -120,8 +120,13 @@ def line(prediction: Prediction) -> str:
     return (
         f"{prediction.event_time.astimezone():%H:%M:%S}  {printable(prediction.stream):20s} "
         f"{printable(prediction.label):16s} {prediction.confidence:5.0%}  {prediction.parameters:8s} "
-        f"step {prediction.step:<6d} accuracy ~{prediction.estimated_accuracy:4.0%}  {printable(prediction.id)}"
+        f"step {prediction.step:<6d} {_accuracy(prediction)}  {printable(prediction.id)}"
     )
+
+
+def _accuracy(prediction: Prediction) -> str:
+    estimated = prediction.estimated_accuracy
+    return "accuracy  -   " if estimated is None else f"accuracy ~{estimated:4.0%}"
 
 
 @dataclass
@@ -150,7 +155,7 @@ class LatestPredictions:
                 f"{last.confidence:.0%}",
                 last.parameters,
                 str(last.step),
-                f"{last.estimated_accuracy:.0%}",
+                "-" if last.estimated_accuracy is None else f"{last.estimated_accuracy:.0%}",
             )
         return table
 

@@ -16,7 +16,7 @@ from meta.benchmark.datasets import DataConfig
 from meta.benchmark.own import code_digest, network_code, own_method
 from meta.benchmark.sources import ModelConfig
 from meta.benchmark.streams import DRIFT, Setting
-from meta.bundle import MGG_NAME
+from meta.bundle_folder import MGG_NAME
 from meta.mgg import GRADIENT_SHARE, MOST_FRAMES
 from meta.yaml_file import read_yaml
 from schemas.errors import ConfigError

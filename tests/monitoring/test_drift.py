@@ -118,9 +118,11 @@ def test_a_stream_that_has_moved_settles_sooner_and_knows_how_far_its_signals_sp
         (0.84, False, UPKEEP),
         (0.9, True, CHECK_JOINED),
         (0.7, True, UPKEEP_JOINED),
+        (None, False, CHECK),
+        (None, True, CHECK_JOINED),
     ],
 )
-def test_settled_streams_update_now_and_then(accuracy: float, company: bool, every: int) -> None:
+def test_settled_streams_update_now_and_then(accuracy: float | None, company: bool, every: int) -> None:
     """Those that are unwell more often, and all of them sooner beside another."""
     watch, updates = settled(), 0
     for _ in range(5 * every):

@@ -103,6 +103,17 @@ def test_stream_series_are_bounded_and_removed() -> None:
     assert value(metrics, "fleet_estimated_accuracy_ratio_bucket", le="0.85") == 4
 
 
+def test_an_accuracy_that_nobody_estimates_is_in_no_series() -> None:
+    metrics = WorkerMetrics(max_streams=3)
+    unknown = event("cam", after=Proxies(confidence=0.99, entropy=0.1, marginal_entropy=0.1, flip_rate=0.8))
+    observe.decided(metrics, unknown, header("cam"))
+    observe.judged(metrics, unknown, 0.1, "adapted")
+    assert value(metrics, "stream_flip_ratio", stream="cam") == 0.8
+    assert value(metrics, "stream_estimated_accuracy_ratio", stream="cam") is None
+    assert value(metrics, "fleet_estimated_accuracy_ratio_gcount") == 0
+    assert value(metrics, "estimated_frames_total") == 0
+
+
 def test_streams_in_need_are_shown_first(monkeypatch) -> None:
     metrics = WorkerMetrics(max_streams=2)
     for i in range(5):

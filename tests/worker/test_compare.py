@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+import pytest
+from rich.console import Console
+
 from schemas.config import Bundle, Kafka, WorkerConfig
 from tests.broker.process import (
     bootstrap as bootstrap,
 )  # a fixture; the embedded broker knows no times that senders give
 from tests.conftest import Topic
 from tests.system.test_compare import answer
-from worker.compare import answers
+from worker.compare import Answer, answers, compared, table
 
 
 def test_the_topic_is_read_from_a_time_on(kafka_settings: Kafka) -> None:
@@ -28,3 +31,17 @@ def test_the_topic_is_read_from_a_time_on(kafka_settings: Kafka) -> None:
 
     assert days(begin + timedelta(days=3)) == [4, 5, 6]
     assert days(None) == days(datetime(1, 1, 1, tzinfo=UTC)) == [5, 2, 3, 4, 5, 6]
+
+
+def test_where_one_side_estimates_nothing_nothing_stands_in_its_place() -> None:
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def said(estimates: list[float | None]) -> list[Answer]:
+        return [Answer(f"frames/0/{i}", "cam", moment, "nut", 0.99, one, "b") for i, one in enumerate(estimates)]
+
+    found = compared(said([0.8, 0.9]), said([None, 0.9]))
+    assert (found.total.first, found.total.second) == (pytest.approx(0.85), None)
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(table(found))
+    assert capture.get().splitlines()[1].split() == ["cam", "2", "100.0%", "85.0%", "-", "-"]

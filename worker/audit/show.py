@@ -121,6 +121,7 @@ def number(value: float | None) -> str:
 
 def change(before: Proxies | None, after: Proxies | None) -> str:
     """Estimated accuracy before and after."""
-    if before is None or after is None:
+    ends = [one.estimated_accuracy if one is not None else None for one in (before, after)]
+    if None in ends:
         return "-"
-    return f"{before.estimated_accuracy:.1%} → {after.estimated_accuracy:.1%}"
+    return " → ".join(f"{accuracy:.1%}" for accuracy in ends)

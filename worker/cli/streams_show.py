@@ -42,7 +42,7 @@ def _rows(found: ListedStream, policy: Policy, proxies: Proxies) -> Iterator[tup
     if header is not None and not found.foreign:
         yield "answered by", _answer(header, policy)
         yield "updates", f"{header.step:,} applied, {header.frames:,} frames and {header.events:,} events so far"
-        if proxies.confidence:
+        if proxies.confidence and proxies.estimated_accuracy is not None:
             yield "estimated accuracy", _accuracy(proxies)
         yield "policy", _policy(policy, header)
         if header.guard.rest:
@@ -75,6 +75,8 @@ def _answer(header: StreamHeader, policy: Policy) -> str:
 
 
 def _accuracy(proxies: Proxies) -> str:
+    if proxies.estimated_accuracy is None:
+        return "-"
     text = f"{proxies.estimated_accuracy:.1%}"
     if proxies.low is not None and proxies.high is not None:
         text += f" ({proxies.low:.0%} to {proxies.high:.0%})"

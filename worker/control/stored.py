@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from meta.bundle_folder import read_labels, read_manifest
+from meta.bundle_folder import MGG_NAME, read_labels, read_manifest
 from monitoring.proxies import estimate
 from schemas.config import WorkerConfig
 from schemas.errors import StateError
@@ -79,7 +79,8 @@ def judged(config: WorkerConfig, found: ListedStream) -> tuple[Policy, Proxies]:
     header = found.header or StreamHeader(stream=found.stream, bundle="", method="")
     manifest = read_manifest(config.bundle.path)
     classes = len(read_labels(config.bundle.path, manifest))
-    proxies = estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy, classes)
+    clean, estimated = manifest.model.clean_accuracy, header.method == MGG_NAME
+    proxies = estimate(header.proxies, manifest.calibration, clean, classes, estimated)
     return Policies(config.policy, config.streams).of(header), proxies
 
 

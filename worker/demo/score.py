@@ -42,7 +42,8 @@ class CameraScore:
             return
         self.predicted[index] = True
         self.adapted_right[index] = prediction.index == self.reel.labels[index]
-        self.estimate[index] = self.estimated_accuracy = prediction.estimated_accuracy
+        if prediction.estimated_accuracy is not None:
+            self.estimate[index] = self.estimated_accuracy = prediction.estimated_accuracy
 
     def take_update(self, event: UpdateEvent) -> None:
         if event.decision == "applied":

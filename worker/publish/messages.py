@@ -22,12 +22,13 @@ class PredictionWriter:
         self._bundle, self._worker = quoted(bundle), quoted(worker)
 
     def shared(
-        self, stream: str, step: int, parameters: Parameters, estimated_accuracy: float, pass_seconds: float
+        self, stream: str, step: int, parameters: Parameters, estimated_accuracy: float | None, pass_seconds: float
     ) -> str:
         """The fields that all frames of a micro-batch share."""
+        accuracy = "null" if estimated_accuracy is None else repr(estimated_accuracy)
         return (
             f'{{"schema_version":1,"stream":{quoted(stream)},"bundle":{self._bundle},"step":{step},'
-            f'"parameters":"{parameters}","estimated_accuracy":{estimated_accuracy!r},"worker":{self._worker},'
+            f'"parameters":"{parameters}","estimated_accuracy":{accuracy},"worker":{self._worker},'
             f'"pass_seconds":{pass_seconds!r}'
         )
 

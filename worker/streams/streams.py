@@ -330,4 +330,6 @@ def _does_well(header: StreamHeader, event: UpdateEvent) -> bool:
     seen = event.after
     if not header.guard.trusted:
         return False
-    return seen is None or seen.source_accuracy is None or seen.estimated_accuracy >= seen.source_accuracy
+    if seen is None or seen.source_accuracy is None or seen.estimated_accuracy is None:
+        return True
+    return seen.estimated_accuracy >= seen.source_accuracy

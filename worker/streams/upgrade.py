@@ -11,8 +11,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from meta.bundle import MGG_NAME
-from meta.bundle_folder import read_manifest
+from meta.bundle_folder import MGG_NAME, read_manifest
 from meta.method import State
 from schemas.bundle import Manifest
 from schemas.config import Bundle as BundleSettings

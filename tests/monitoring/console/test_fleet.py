@@ -14,6 +14,7 @@ import pytest
 from monitoring.console.fleet import EVENTS, Fleet
 from monitoring.console.health import REFUSED, SILENT_S, Evidence, judge
 from monitoring.console.series import CAPACITY, Series
+from schemas.update import Proxies
 from tests.monitoring.console.records import event, prediction
 
 NOW = 1_000_000.0
@@ -106,6 +107,16 @@ def test_the_worst_stream_has_the_greatest_need() -> None:
     tiles = {tile["name"]: tile for tile in fleet.changes(0)["tiles"]}
     assert sorted(tiles, key=lambda name: -tiles[name]["need"]) == ["worse", "lost", "low", "fine"]
     assert [tiles[name]["level"] for name in ("worse", "lost", "low", "fine")] == ["act", "act", "watch", "good"]
+
+
+def test_a_stream_whose_accuracy_nobody_estimates_has_none() -> None:
+    fleet = Fleet(10, clean=0.91)
+    unknown = Proxies(confidence=0.99, entropy=0.1, flip_rate=0.2)
+    fleet.take_prediction(prediction("cam", confidence=0.99, estimated_accuracy=None))
+    fleet.take_update(event("cam", 1, None, after=unknown))
+    (tile,) = fleet.changes(0)["tiles"]
+    assert (tile["accuracy"], tile["source"], tile["spark"], tile["level"]) == (None, None, [], "good")
+    assert tile["reason"] == "answering"
 
 
 def test_only_what_changed_is_told() -> None:

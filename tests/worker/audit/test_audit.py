@@ -24,7 +24,7 @@ from tests.outline import rebuilt
 from worker.audit.export import write_csv, write_lines
 from worker.audit.history import EventNumbers, spans, summaries
 from worker.audit.read import Coverage, EventFilter, Record, events_of, histories, read_file
-from worker.audit.show import show_stream, show_streams
+from worker.audit.show import change, show_stream, show_streams
 from worker.audit.verify import verify
 from worker.cli.audit import _ends
 from worker.store.store import StateStore, Write
@@ -248,6 +248,12 @@ def test_the_outline_is_rebuilt_from_events() -> None:
     outline = rebuilt(events)
     assert (outline.step, outline.events, outline.frames) == (7, 9, 72)
     assert outline.last_event == seal(events[-1]).digest
+
+
+def test_an_accuracy_that_nobody_estimates_has_no_change() -> None:
+    known, unknown = Proxies(estimated_accuracy=0.5, confidence=0.5, entropy=1), Proxies(confidence=0.99, entropy=0)
+    assert change(known, known) == "50.0% → 50.0%"
+    assert change(known, unknown) == change(unknown, known) == change(None, known) == "-"
 
 
 def test_events_of_one_kind_make_a_span() -> None:

@@ -26,7 +26,7 @@ from worker.demo.score import Scoreboard
 from worker.demo.view import open_view
 from worker.site import doctor
 from worker.terminal import printable_json
-from worker.watch import LatestPredictions
+from worker.watch import LatestPredictions, line
 
 SEEN = Proxies(estimated_accuracy=0.912, low=0.85, high=0.95, source_accuracy=0.7, confidence=0.9, entropy=0.2)
 HOSTILE = "[/red]\x1b[2J"
@@ -126,6 +126,21 @@ def test_two_cameras_are_told_apart_at_eighty_columns() -> None:
     assert "camera-2" in names
     for word in ("frames", "confidence", "answered", "estimated", "accuracy", "T-shirt/top"):
         assert word in capture.get()
+
+
+def test_confidence_is_not_shown_as_the_accuracy_that_nobody_estimates() -> None:
+    unknown = prediction("cam", confidence=0.99, estimated_accuracy=None)
+    assert "accuracy  -  " in line(unknown)
+    assert line(unknown).index("frames/0/") == line(prediction("cam", confidence=0.99)).index("frames/0/")
+    board, console = Board(), Console(width=120)
+    board.take(unknown)
+    with console.capture() as capture:
+        console.print(board.table())
+    assert capture.get().split()[-1] == "-"
+    seen = Proxies(confidence=0.99, entropy=0.1, flip_rate=0.9)
+    with console.capture() as capture:
+        show(console, Listed("cam", "", 0, header(method="tent"), 10, 0), (), Policy(), seen)
+    assert "accuracy" not in capture.get()
 
 
 def test_the_demo_s_count_of_frames_is_whole_at_eighty_columns() -> None:

@@ -17,7 +17,7 @@ shares = st.floats(0, 1, width=32)
     step=st.integers(0, 1 << 40),
     parameters=st.sampled_from(get_args(Parameters)),
     confidence=shares,
-    accuracy=shares,
+    accuracy=st.none() | shares,
     waited=st.floats(0, 1e6),
     source=st.sampled_from([None, 0, 1]),
     moment=st.datetimes(datetime(2, 1, 1), datetime(9998, 12, 31), timezones=st.just(UTC)),  # as frames have it
@@ -28,7 +28,7 @@ def test_bytes_are_what_the_contract_would_write(
     step: int,
     parameters: Parameters,
     confidence: float,
-    accuracy: float,
+    accuracy: float | None,
     waited: float,
     source: int | None,
     moment: datetime,
