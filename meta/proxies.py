@@ -155,7 +155,7 @@ class Observer:
         each["flips"] = said != source.said
         each["moved"] = seen.said[places] != source.said
         each["source_backing"] = source.probability[np.arange(len(said)), said]
-        each["source_rank"] = self._rank(torch.from_numpy(source.signals["entropy"])).numpy()
+        each["source_rank"] = rank_among(self._entropies, torch.from_numpy(source.signals["entropy"])).numpy()
         each["gap"] = seen.signals["confidence"][places] - source.signals["confidence"]
         return _means(each, stream, counts.clamp_min(1))[0], counts
 
@@ -187,14 +187,6 @@ class Observer:
         votes = torch.addmm(bias, head, weight).view(len(said), MASKS, -1).argmax(2).numpy()
         differ: Numbers = np.add.reduce(votes != said[:, None], 1, np.float32)
         return differ / MASKS
-
-    def _rank(self, share: Tensor) -> Tensor:
-        """Where entropies (as shares of ln K) lie among those of clean frames, from -0.5 to 0.5."""
-        known = self._entropies
-        if not len(known):
-            return torch.zeros_like(share)
-        middle = torch.searchsorted(known, share) + torch.searchsorted(known, share, right=True)
-        return middle / (2 * len(known)) - 0.5
 
     def _oddness(self, features: Numbers, said: Numbers) -> dict[str, Numbers]:
         """How far a frame's features (B, F) lie from those of clean frames of the class (B,) that it is called."""
@@ -229,6 +221,14 @@ def _calmly() -> Iterator[None]:
     """Numbers of few frames need one thread; and broken parameters show in the signals, without a warning."""
     with np.errstate(invalid="ignore", over="ignore"), one_thread():
         yield
+
+
+def rank_among(known: Tensor, share: Tensor) -> Tensor:
+    """Where entropies (as shares of ln K) lie among `known` quantiles of those of clean frames, from -0.5 to 0.5."""
+    if not len(known):
+        return torch.zeros_like(share)
+    middle = torch.searchsorted(known, share) + torch.searchsorted(known, share, right=True)
+    return middle / (2 * len(known)) - 0.5
 
 
 def _near(shown: State, head: Tensor | None) -> State:

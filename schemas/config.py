@@ -219,8 +219,8 @@ class Adapt(Section):
     method: Method = Field(
         "mgg",
         description="the bundle's generator, or a published baseline to compare it with, whose accuracy is not "
-        "estimated and whose collapse the guard does not see; eata is ETA: its Fisher anchor needs source frames, and "
-        "a bundle has none",
+        "estimated, so that the guard goes by its disagreement with source alone; eata is ETA: its Fisher anchor needs "
+        "source frames, and a bundle has none",
     )
     mode: Literal["always", "on_demand"] = Field(
         "always", description="on_demand: only while drift detection says that the stream has moved and not settled"

@@ -120,7 +120,7 @@ def connect(
     batcher, lateness = MicroBatcher(config.batch, adapt.enabled), Lateness(config.batch)
     policies = Policies(config.policy, config.streams)
     engine = Engine(bundle, adapt.step_scale, adapt.enabled, config.guard.source_share)
-    guard = Guard(config.guard, bundle.limits)
+    guard = Guard(config.guard, bundle.limits, bundle.source_accuracy)
     upgrade = Upgrade(config.bundle, engine, guard.max_distance)
     streams = Streams(
         engine, store, publisher, metrics, name, adapt, config.store, heal, policies, upgrade, consumer.beyond

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from meta.bundle import MGG_NAME, Bundle
+from meta.bundle import Bundle
 from monitoring.http import MetricsServer, serve_metrics
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
@@ -57,10 +57,10 @@ class Worker:
         log.info("bundle %s (%s) from %s, computed on %s", bundle.hash, bundle.manifest.name, *where)
         if device.type != "cpu":
             log.warning("device %s is %s", config.device, EXPERIMENTAL)
-        if bundle.method_name != MGG_NAME:
+        if not bundle.is_estimated:
             log.warning(
-                "adapt.method is %s: what stands for its accuracy is its confidence, and the guard sees no collapse of "
-                "it; methods beside the bundle's generator are there to be compared",
+                "adapt.method is %s: nobody estimates its accuracy, and the guard goes by where its answers leave "
+                "source's; methods beside the bundle's generator are there to be compared",
                 bundle.method_name,
             )
         self.metrics = _metrics(config, bundle)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from meta.bundle import Bundle
-from meta.proxies import SHADOW, SIGNALS, WINDOW, Observed, Observer, as_source, fold
+from meta.proxies import SHADOW, SIGNALS, WINDOW, Observed, Observer, as_source, fold, rank_among
 from schemas.state import RunningProxies
 
 ENTROPIES = [0.1, 0.2, 0.3, 0.4]
@@ -54,8 +54,8 @@ def test_parameters_of_source_agree_with_source(observer: Observer, tiny_bundle:
     assert moved.shadow["source_confidence"] == first.shadow["source_confidence"]
 
 
-def test_ranks_lie_among_those_of_clean_frames(observer: Observer) -> None:
-    ranks = observer._rank(torch.tensor([0.0, 0.25, 0.3, 9.0]))
+def test_ranks_lie_among_those_of_clean_frames() -> None:
+    ranks = rank_among(torch.tensor(ENTROPIES), torch.tensor([0.0, 0.25, 0.3, 9.0]))
     assert ranks.tolist() == pytest.approx([-0.5, 0.0, 0.125, 0.5])
 
 

@@ -85,7 +85,7 @@ class Bench:
         settings = settings or GuardSettings()
         self.bundle = bundle
         self.engine = NanEngine(bundle, source_share=settings.source_share)
-        self.guard = Guard(settings, bundle.limits)
+        self.guard = Guard(settings, bundle.limits, bundle.source_accuracy)
         self._sent: Counter[str] = Counter()
         self._now = datetime.now(UTC)
 

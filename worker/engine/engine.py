@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meta.bundle import MGG_NAME, Bundle
+from meta.answers import AnswerObserver
+from meta.bundle import Bundle
 from meta.estimator import AccuracyModel
 from meta.method import Forward, State, finite_rows, narrowed, on_cpu, put, take
 from meta.mgg import MGG
@@ -58,13 +59,13 @@ class Engine:
         """
         self.bundle, self._observe = bundle, observe
         calibration = bundle.manifest.calibration
-        # A baseline reports no features, and the estimate is calibrated for the bundle's own generator.
-        self._observer = (
-            Observer(bundle.model, bundle.statistics, calibration.threshold, calibration.entropies)
-            if bundle.method_name == MGG_NAME
-            else None
-        )
-        self.accuracy_model = AccuracyModel(calibration.estimator) if calibration.estimator else None
+        self._observer: Observer | AnswerObserver
+        self.accuracy_model: AccuracyModel | None = None
+        if bundle.is_estimated:
+            self._observer = Observer(bundle.model, bundle.statistics, calibration.threshold, calibration.entropies)
+            self.accuracy_model = AccuracyModel(calibration.estimator) if calibration.estimator else None
+        else:  # It reports no features, and the bundle's estimate does not hold for it.
+            self._observer = AnswerObserver(bundle.model, calibration.entropies)
         self._shadow_every = round(1 / source_share) if source_share else 0
         self.bundle_hash = bundle.hash
         self._method = bundle.method.for_site(step_scale)
@@ -123,7 +124,8 @@ class Engine:
     def estimate(self, header: StreamHeader) -> Proxies:
         """What a stream's running signals say of its accuracy, by the bundle's calibration."""
         manifest = self.bundle.manifest
-        return estimate(header.proxies, manifest.calibration, manifest.model.clean_accuracy, len(self.bundle.labels))
+        clean, classes = manifest.model.clean_accuracy, len(self.bundle.labels)
+        return estimate(header.proxies, manifest.calibration, clean, classes, self.bundle.is_estimated)
 
     def reserve(self, slots: int) -> None:
         """Have so many slots. Memory that no stream uses yet is only promised by the kernel, not taken.
@@ -215,9 +217,7 @@ class Engine:
             forward = self._method.serve(frames, part.stream, part.state, adapts, asked, part.known, part.keep)
         else:
             forward = self._method.predict(frames, part.stream, part.state)
-        observed, source = None, None
-        if self._observer is not None:
-            observed, source = self._observer.observe(frames, forward, part.shadow)
+        observed, source = self._observer.observe(frames, forward, part.shadow)
         found = outlooks(self.bundle, part, frames, forward.answer, observed, looks, source)
         if part.keep:
             held = kept(part.batches, part.headers, forward.output)
@@ -333,7 +333,7 @@ class Engine:
         """Whether source is asked for a micro-batch: every so many of a stream, by its own count, so that a step that
         is repeated asks the same; all where the guard watches, and where source answers anyway. Whole ones: beside each
         of their predictions stands what source says."""
-        if self._observer is None or not self._shadow_every or self._hurries(batch):
+        if not self._shadow_every or self._hurries(batch):
             return False
         # Streams that began together do not all ask in the same pass.
         turn = header.events + zlib.crc32(batch.stream.encode())

@@ -25,6 +25,8 @@ LEAST_SHARE = 0.1  # of an update that is shrunk
 COSINE_SEEN, COSINE_WINDOW = 64, 64
 TOLERATED, MOST_STAKE = 0.1, 1.2  # of the bet: mean rank from the middle; and its largest stake
 DISAGREES = 0.5  # share of frames where the adapted and the source model differ that makes a collapse of a doubt
+LEEWAY = 0.1  # of disagreement where nobody estimates accuracy: chance among so few frames
+ASTRAY = "answers leave source, which is as sure as on clean frames"
 ENOUGH = 64  # frames that both must have answered before trust may be lost
 PATIENCE = 128  # frames of doubt before the stream goes back
 REST, MOST_RESETS, FORGIVEN = 64, 6, 4_096  # frames after a reset, doubled with each until so many frames were sound
@@ -68,10 +70,13 @@ class Sight:
 
 
 class Guard:
-    """Judges updates. A skipped update leaves every part of the stream's parameters as they were."""
+    """Judges updates. A skipped update leaves every part of the stream's parameters as they were.
 
-    def __init__(self, settings: GuardSettings, limits: Limits) -> None:
-        self.settings, self._limits = settings, limits
+    `clean_accuracy`: of source, for a method whose own accuracy nobody estimates; None where somebody does.
+    """
+
+    def __init__(self, settings: GuardSettings, limits: Limits, clean_accuracy: float | None = None) -> None:
+        self.settings, self._limits, self._clean_accuracy = settings, limits, clean_accuracy
         self._max_gradient = settings.max_gradient_factor * limits.raw_gradient_norm
         self.max_distance = settings.max_distance_factor * limits.source_distance
 
@@ -104,7 +109,11 @@ class Guard:
         reports them, and the `present_distance` from source; `finite`: all numbers of the proposed state are."""
         if not finite or not all(math.isfinite(value) for value in signals.values()):
             return Verdict("skipped", "not finite")
-        if reason := self._teaches_nothing(before, state, sight):
+        if reason := self.blinded(before, sight):
+            return Verdict("skipped", reason)
+        if reason := self._taken_over(state, proxies):
+            return self._go_back(state, reason)
+        if reason := self._teaches_nothing(state):
             return Verdict("skipped", reason)
         if reason := self._worse(state, proxies):
             return self._go_back(state, reason)
@@ -145,9 +154,16 @@ class Guard:
 
     # --- rules -----------------------------------------------------------------------------------------------------
 
-    def _teaches_nothing(self, before: GuardState, state: GuardState, sight: Sight) -> str:
-        if reason := self.blinded(before, sight):
-            return reason
+    def _taken_over(self, state: GuardState, proxies: RunningProxies) -> str:
+        """Of a method whose accuracy is not estimated: no update brings it back from one class, so it does not wait for
+        one. Source disagrees on less than in other collapses where it is about to see little else itself."""
+        most, moved = self.settings.max_alike, proxies.signals.get("moved", 0.0)
+        known = self._clean_accuracy is not None and proxies.shadowed >= ENOUGH
+        if known and state.alike > most and moved >= DISAGREES / 2:
+            return f"collapse: one class for more than {most} frames while source disagrees"
+        return ""
+
+    def _teaches_nothing(self, state: GuardState) -> str:
         if state.alike > self.settings.max_alike:
             return f"one class for more than {self.settings.max_alike} frames"
         return resting(state)
@@ -155,7 +171,7 @@ class Guard:
     def _worse(self, state: GuardState, proxies: RunningProxies) -> str:
         signals = proxies.signals
         if not state.trusted and state.doubted > PATIENCE:
-            return "source is estimated to do better"
+            return "source is estimated to do better" if self._clean_accuracy is None else ASTRAY
         if proxies.shadowed < ENOUGH or signals.get("moved", 0.0) < DISAGREES:
             return ""
         entropy, marginal = signals.get("entropy", 1.0), signals.get("marginal", 1.0)
@@ -226,12 +242,11 @@ class Guard:
     def _trust(self, state: GuardState, frames: int, proxies: RunningProxies) -> None:
         """Trust goes where source is estimated to do better by more than the estimate errs, and comes back when it
         is not estimated to do better any more."""
-        margin = self._limits.gain_error
-        ours, source = proxies.accuracy, proxies.source_accuracy
-        if not self.settings.never_worse or margin is None or ours is None or source is None:
+        margin = self._limits.gain_error if self._clean_accuracy is None else LEEWAY
+        gain = _estimated_gain(proxies) if self._clean_accuracy is None else self._most_gain(state, proxies)
+        if not self.settings.never_worse or margin is None or gain is None:
             state.trusted, state.doubted = True, 0
             return
-        gain = ours - source
         if state.trusted:
             if gain < -margin / 2 and proxies.shadowed >= ENOUGH:  # Nearly so: look closer.
                 state.watchful = max(state.watchful, frames)
@@ -240,6 +255,22 @@ class Guard:
         else:
             state.trusted = gain >= 0
             state.doubted = 0 if state.trusted else state.doubted + frames
+
+    def _most_gain(self, state: GuardState, proxies: RunningProxies) -> float | None:
+        """The most that the adapted parameters can be ahead of source, where source is as sure as on clean frames and
+        so taken to be as right: they win at most where it is wrong, and lose wherever else they differ. Once trust is
+        gone, a source that grows unsure does not bring it back. None where nothing can be said."""
+        signals = proxies.signals
+        if self._clean_accuracy is None or "moved" not in signals:
+            return None
+        if state.trusted and (state.shifted or signals.get("source_rank", 0.0) > TOLERATED):
+            return None
+        return 2 * (1 - self._clean_accuracy) - signals["moved"]
+
+
+def _estimated_gain(proxies: RunningProxies) -> float | None:
+    ours, source = proxies.accuracy, proxies.source_accuracy
+    return None if ours is None or source is None else ours - source
 
 
 def resting(state: GuardState, frames: int = 0) -> str:

@@ -5,18 +5,23 @@ import numpy as np
 import pytest
 import torch
 
+from meta.bundle import load_bundle
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.proxies import SIGNALS
+from schemas.config import Guard as GuardSettings
 from schemas.frame import Position
-from schemas.state import RunningProxies, StreamHeader
+from schemas.state import RunningProxies, StreamHeader, decode_header, encode_header
+from schemas.state_tensors import StreamState
 from worker.batch.batcher import MicroBatch
 from worker.decode.image import DecodedFrame
 from worker.decode.pixels import blank_frames, normalise_pixels
 from worker.engine.engine import Engine
 from worker.engine.header import next_header, next_proxies
+from worker.engine.judge import judge
 from worker.engine.outlook import answer_fixed
-from worker.engine.passes import Fixed
+from worker.engine.passes import Fixed, Outlook
+from worker.guard.guard import Guard
 
 
 def batch(stream: str, count: int, seed: int = 0, adapt: bool = True) -> MicroBatch:
@@ -346,3 +351,39 @@ def test_a_large_micro_batch_gives_drift_detection_several_signals(engine: Engin
     assert drift is not None
     assert (drift.seen, drift.rested) == (5, 5)
     assert drift.variance[0] > 0
+
+
+def test_another_method_is_observed_by_its_answers_and_no_accuracy_is_made_up(tiny_bundle_path) -> None:
+    engine = Engine(load_bundle(tiny_bundle_path, method="tent"))
+    admit(engine, "a", "b")
+    outlooks = engine.predict([batch("a", 6), replace(batch("b", 5), adapt=False)]).outlooks
+    for outlook in outlooks:
+        assert outlook.observed is not None
+        assert outlook.observed.flipped == 0  # nothing has adapted yet
+        assert None not in outlook.source_index
+        header = next_header(outlook.resident.header, outlook, True, 0, _proxies(engine, outlook))
+        assert header.proxies.confidence > 0
+        assert engine.estimate(header).estimated_accuracy is None
+        assert engine.estimate(header).flip_rate == 0
+
+
+def test_the_state_of_an_earlier_release_under_another_method_goes_on(tiny_bundle_path) -> None:
+    """It has no signals, and its numbers were those of confidence."""
+    engine = Engine(load_bundle(tiny_bundle_path, method="tent"))
+    begun = engine.begun("a")
+    old = begun.header.model_copy(
+        update={"step": 40, "frames": 500, "proxies": RunningProxies(frames=500, confidence=0.99, entropy=0.1)}
+    )
+    engine.admit(StreamState(header=decode_header(encode_header(old)), tensors=begun.tensors), 1, stored=True)
+    guard = Guard(GuardSettings(), engine.bundle.limits, engine.bundle.source_accuracy)
+    passed = engine.predict([batch("a", 6)])
+    proposals = engine.adapt(passed)
+    (outlook,) = passed.outlooks
+    found = judge(engine, guard, outlook, proposals, proposals.proposals[0])
+    assert found.verdict.apply
+    assert found.header.proxies.frames == 506
+    assert engine.estimate(found.header).estimated_accuracy is None
+
+
+def _proxies(engine: Engine, outlook: Outlook) -> RunningProxies:
+    return next_proxies(outlook.resident.header.proxies, outlook, {}, engine.accuracy_model)

@@ -290,6 +290,71 @@ def test_where_nothing_is_to_be_compared_the_adapted_parameters_answer(
         assert (state.trusted, state.doubted) == (True, 0)
 
 
+# Of a method whose accuracy nobody estimates; source is right on nine of ten clean frames.
+ALONE = Guard(GuardSettings(), Limits(raw_gradient_norm=math.inf, source_distance=3), clean_accuracy=0.9)
+
+
+def judged_alone(state: GuardState, seen: Sight, proxies: RunningProxies) -> tuple[Verdict, GuardState]:
+    after = ALONE.observe(state, seen, proxies)
+    return ALONE.judge(state, after, seen, proxies, GOOD, True), after
+
+
+def test_answers_that_leave_a_sure_source_lose_trust_and_go_back_without_any_estimate() -> None:
+    astray, state, decisions = {"moved": 0.31, "source_rank": 0.05}, GuardState(), []
+    for round_ in range(2 + PATIENCE // 16):
+        verdict, state = judged_alone(state, sight(100 * round_), shown(signals=astray))
+        assert not state.trusted
+        decisions.append(verdict.decision)
+    assert decisions[0] == "applied"
+    assert "rolled_back" in decisions
+    # Source that grows unsure meanwhile is no reason to believe what has gone astray before.
+    state = ALONE.observe(state, sight(), shown(signals={"moved": 0.31, "source_rank": 0.4}))
+    assert not state.trusted
+    assert ALONE.observe(state, sight(), shown(signals={"moved": 0.19, "source_rank": 0.4})).trusted
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        {},
+        {"moved": 0.29, "source_rank": 0.0},  # within what nobody can tell
+        {"moved": 0.9, "source_rank": 0.2},  # a shift, which source does not know: they may well be right
+    ],
+)
+def test_answers_may_differ_from_source_for_a_reason(signals: dict[str, float]) -> None:
+    verdict, state = judged_alone(GuardState(), sight(), shown(signals=signals))
+    assert verdict.decision == "applied"
+    assert state.trusted
+    alarmed = GuardState(shifted=True)
+    assert ALONE.observe(alarmed, sight(), shown(signals={"moved": 0.9, "source_rank": 0.0})).trusted
+    few = RunningProxies(frames=500, shadowed=ENOUGH - 1, signals={"moved": 0.9})
+    assert ALONE.observe(GuardState(), sight(), few).trusted
+
+
+def test_whoever_trusts_anything_is_not_kept_from_it() -> None:
+    guard = Guard(GuardSettings(never_worse=False), LIMITS, clean_accuracy=0.9)
+    assert guard.observe(GuardState(), sight(), shown(signals={"moved": 0.9})).trusted
+
+
+def test_one_class_against_source_is_a_collapse_where_no_estimate_would_tell() -> None:
+    full = sight(share=1.0)
+    state = GuardState(dominant=1, alike=GuardSettings().max_alike)
+    verdict, _ = judged_alone(state, full, shown(signals={"moved": 0.3, "source_rank": 0.3}))
+    assert verdict.decision == "rolled_back"
+    assert verdict.reason == "collapse: one class for more than 256 frames while source disagrees"
+    for guard, moved in ((ALONE, 0.2), (GUARD, 0.3)):  # source sees it, too; and one whose accuracy is estimated
+        proxies = shown(signals={"moved": moved, "source_rank": 0.3})
+        after = guard.observe(state, full, proxies)
+        verdict = guard.judge(state, after, full, proxies, GOOD, True)
+        assert (verdict.decision, verdict.reason) == ("skipped", "one class for more than 256 frames")
+
+
+def test_blank_frames_are_no_collapse_of_the_parameters() -> None:
+    state = GuardState(dominant=1, alike=GuardSettings().max_alike)
+    verdict, _ = judged_alone(state, sight(share=1.0, blank=1.0), shown(signals={"moved": 0.9, "source_rank": 0.3}))
+    assert (verdict.decision, "covered camera" in verdict.reason) == ("skipped", True)
+
+
 def test_trust_is_not_lost_on_few_frames() -> None:
     few = RunningProxies(frames=500, shadowed=ENOUGH - 1, accuracy=0.1, source_accuracy=0.9)
     assert GUARD.observe(GuardState(), sight(), few).trusted
