@@ -13,7 +13,7 @@ from tests.broker.process import (
 )  # a fixture; the embedded broker knows no times that senders give
 from tests.conftest import Topic
 from tests.system.test_compare import answer
-from worker.compare import Answer, answers, compared, table
+from worker.compare import ComparedAnswer, answers, compared, table
 
 
 def test_the_topic_is_read_from_a_time_on(kafka_settings: Kafka) -> None:
@@ -36,8 +36,9 @@ def test_the_topic_is_read_from_a_time_on(kafka_settings: Kafka) -> None:
 def test_where_one_side_estimates_nothing_nothing_stands_in_its_place() -> None:
     moment = datetime(2026, 1, 1, tzinfo=UTC)
 
-    def said(estimates: list[float | None]) -> list[Answer]:
-        return [Answer(f"frames/0/{i}", "cam", moment, "nut", 0.99, one, "b") for i, one in enumerate(estimates)]
+    def said(estimates: list[float | None]) -> list[ComparedAnswer]:
+        given = enumerate(estimates)
+        return [ComparedAnswer(f"frames/0/{i}", "cam", moment, "nut", 0.99, one, "b") for i, one in given]
 
     found = compared(said([0.8, 0.9]), said([None, 0.9]))
     assert (found.total.first, found.total.second) == (pytest.approx(0.85), None)

@@ -132,14 +132,14 @@ def test_confidence_is_not_shown_as_the_accuracy_that_nobody_estimates() -> None
     unknown = prediction("cam", confidence=0.99, estimated_accuracy=None)
     assert "accuracy  -  " in line(unknown)
     assert line(unknown).index("frames/0/") == line(prediction("cam", confidence=0.99)).index("frames/0/")
-    board, console = Board(), Console(width=120)
-    board.take(unknown)
+    latest, console = LatestPredictions(), Console(width=120)
+    latest.take(unknown)
     with console.capture() as capture:
-        console.print(board.table())
+        console.print(latest.table())
     assert capture.get().split()[-1] == "-"
     seen = Proxies(confidence=0.99, entropy=0.1, flip_rate=0.9)
     with console.capture() as capture:
-        show(console, Listed("cam", "", 0, header(method="tent"), 10, 0), (), Policy(), seen)
+        show(console, ListedStream("cam", "", 0, header(method="tent"), 10, 0), (), Policy(), seen)
     assert "accuracy" not in capture.get()
 
 
