@@ -1,5 +1,6 @@
 import struct
 import tracemalloc
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -8,8 +9,17 @@ from hypothesis import strategies as st
 
 from schemas.errors import StateError
 from schemas.frame import Position
-from schemas.state import StreamHeader, decode_header, encode_header
-from schemas.state_tensors import decode_file, decode_state, decode_tensors, encode_tensors
+from schemas.state import DriftWatch, Snapshot, StreamHeader, decode_header, encode_header
+from schemas.state_tensors import (
+    StreamState,
+    decode_file,
+    decode_matching,
+    decode_snapshot,
+    decode_state,
+    decode_tensors,
+    encode_file,
+    encode_tensors,
+)
 
 LIMIT = 1 << 20
 LIKE = {"affine": torch.zeros(5), "memory": torch.zeros(2, 3), "age": torch.zeros(())}
@@ -42,6 +52,46 @@ def test_round_trip(seed: int, stream: str, positions: dict[str, int]) -> None:
     assert state.header == original
     for name, tensor in content.items():
         assert torch.equal(state.tensors[name], tensor)
+
+
+def test_a_state_goes_through_a_file() -> None:
+    state = StreamState(header=header(positions={"frames/0": 7}), tensors=tensors())
+    content = encode_file(state)
+    found = decode_file(content, LIKE, len(content))
+    assert found.header == state.header
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in state.tensors.items())
+    with pytest.raises(StateError, match="max_state_bytes"):
+        decode_file(content, LIKE, len(content) - 1)
+
+
+def test_a_snapshot_of_another_bundle_is_refused() -> None:
+    """Also where its tensors have the right shapes."""
+    said = Snapshot(time=datetime(2026, 1, 2, tzinfo=UTC), reason="", header=header()).model_dump_json().encode()
+    blob = encode_tensors(tensors(), 3)
+    snapshot, found = decode_snapshot(said, blob, LIKE, "b" * 16)
+    assert (snapshot.header, set(found)) == (header(), set(LIKE))
+    with pytest.raises(StateError, match=f"belongs to bundle {'b' * 16}, this site runs c"):
+        decode_snapshot(said, blob, LIKE, "c")
+
+
+def test_of_tensors_of_another_make_those_are_taken_that_fit() -> None:
+    found = {"affine": torch.zeros(6), "memory": torch.zeros(2, 3).half(), "age": torch.tensor(torch.nan)}
+    assert decode_matching(encode_tensors(found, 3), 3, LIKE) == {}
+    assert set(decode_matching(encode_tensors({**tensors(), "other": torch.zeros(5)}, 3), 3, LIKE)) == set(LIKE)
+
+
+def known(said: object, place: str = "") -> dict[str, object]:
+    """Every place of a document where it says anything."""
+    if isinstance(said, dict):
+        return {where: what for key, value in said.items() for where, what in known(value, f"{place}.{key}").items()}
+    return {place[1:]: said} if said else {}
+
+
+def test_what_an_earlier_version_did_not_say_is_as_of_a_new_stream() -> None:
+    named = {"stream": "a", "bundle": "b", "method": "m"}
+    expected = {"version": 1, "guard.trusted": True, "guard.dominant": -1}
+    assert known(StreamHeader(**named).model_dump()) == named | expected
+    assert known(DriftWatch().model_dump()) == {"adapting": True}
 
 
 def test_position_says_what_is_folded() -> None:

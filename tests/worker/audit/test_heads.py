@@ -108,6 +108,18 @@ def test_what_are_no_heads_is_refused_in_a_line(tmp_path: Path, content: bytes) 
         read_heads(tmp_path / "nowhere.json")
 
 
+def test_a_file_that_is_too_long_for_heads_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "heads.json"
+    write_heads(heads_of(chain("cam", 1)), path)
+    monkeypatch.setattr("schemas.heads.MAX_FILE_BYTES", path.stat().st_size)
+    assert read_heads(path).streams == heads_of(chain("cam", 1))
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(StateError, match="are these heads"):
+        read_heads(path)
+
+
 def test_heads_cannot_be_written_where_there_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="cannot be written"):
         write_heads(heads_of(chain("cam", 1)), tmp_path / "nowhere" / "heads.json")
