@@ -94,6 +94,26 @@ def test_the_event_says_how_far_the_stream_is_after_the_decision(engine: Engine,
 
 
 @pytest.mark.parametrize("decision", ["rolled_back", "reset"])
+def test_the_event_says_where_going_back_leads(engine: Engine, decision: str) -> None:
+    good, header = engine.tensors("a")["affine"].clone(), engine.resident("a").header
+    snapshot = Snapshot(time=datetime(2026, 1, 2, tzinfo=UTC), reason="", header=header)
+    kept = {name: tensor.clone() for name, tensor in engine.tensors("a").items()}
+    turn(engine, Verdict("applied", ""), 2)
+    before, source = engine.tensors("a")["affine"].clone(), engine.like["affine"]
+    passed = engine.predict([batch("a", 6, 3)])
+    proposals = engine.adapt(passed)
+    (outlook,), (proposal,) = passed.outlooks, proposals.proposals
+    verdict = Verdict(decision, "why")
+    judgement = judge(engine, Fixed(verdict), outlook, proposals, proposal, newest=lambda stream: (snapshot, kept))
+    event = update_event(engine, "w", outlook, judgement, proposal).event
+    there, reason = (good, "why; to the snapshot of step 1") if decision == "rolled_back" else (source, "why")
+    assert (event.decision, event.reason, event.step) == (decision, reason, int(decision == "rolled_back"))
+    assert event.source_distance == pytest.approx(float((there - source).norm()))
+    assert event.layers == engine.distances(before[None], there[None])[0]
+    assert any(event.layers.values())
+
+
+@pytest.mark.parametrize("decision", ["rolled_back", "reset"])
 def test_going_back_ends_what_drift_detection_knew_of_the_old_parameters(engine: Engine, decision: str) -> None:
     """A stream that counted as settled would else make no update where it has everything to learn again."""
     engine.resident("a").header.drift = DriftWatch(adapting=False, mean=[1.0], variance=[1.0], rise=[0.0], fall=[0.0])
@@ -169,6 +189,8 @@ def test_hurried_frames_count_and_teach_nothing(engine: Engine) -> None:
     assert (judgement.verdict.decision, judgement.kept) == ("skipped", None)
     assert (after.proxies, after.drift, after.step) == (before.proxies, before.drift, before.step)
     assert (after.frames, after.events) == (before.frames + 6, before.events + 1)
+    event = update_event(engine, "w", passed.outlooks[0], judgement, None).event
+    assert (event.loss, event.source_distance, event.layers, event.flipped) == (None, None, {}, None)
 
 
 @pytest.mark.parametrize("finite", [True, False])
