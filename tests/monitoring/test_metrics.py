@@ -1,6 +1,7 @@
 import time
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -308,6 +309,34 @@ def test_frames_saved_count_only_where_both_are_estimated() -> None:
     assert value(metrics, "estimated_correct_frames_total", by="source") == 4.0
     assert value(metrics, "estimated_correct_frames_total", by="answered") == 5.0
     assert value(metrics, "batch_frames_count") == 4.0
+    assert value(metrics, "entropy_nats_sum") == pytest.approx(1.6)
+
+
+def test_norms_are_those_of_updates_that_were_computed() -> None:
+    metrics = WorkerMetrics(1)
+    for norms in ({"raw_gradient_norm": 3.0, "generated_gradient_norm": 0.5}, {"raw_gradient_norm": 2.0}, {}):
+        none = {"raw_gradient_norm": None, "generated_gradient_norm": None}
+        observe.judged(metrics, event("a", **none | norms), 0.4, "adapted")
+    found = [
+        value(metrics, f"{name}_gradient_norm_{what}") for name in ("raw", "generated") for what in ("count", "sum")
+    ]
+    assert found == [2, 5, 1, 0.5]
+
+
+def test_what_an_answer_took_is_told_from_when_it_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Publishing may come much later."""
+    monkeypatch.setattr(observe, "time", SimpleNamespace(time=lambda: 1_000.0, monotonic=lambda: 50.0))
+    answers = observe.Answers(45.0)
+    answers.add(Position("frames", 1, 0), 42.0, 985.0, 0.9)
+    answers.add(Position("frames", 1, 1), 46.0, 999.0, 0.8)  # of a clock that is ahead
+    assert (answers.waits, answers.latencies, answers.confidences) == ([3, 0], [10, 0], [0.9, 0.8])
+    assert answers.slowest == (10, "frames/1/0")
+
+
+def test_stages_of_a_step_are_told_apart() -> None:
+    metrics = WorkerMetrics(1)
+    observe.took(metrics, predict=2.0, store=3.0)
+    assert [value(metrics, "step_seconds_sum", stage=stage) for stage in ("predict", "store")] == [2, 3]
 
 
 def test_the_slowest_frame_of_a_pass_is_an_exemplar() -> None:
