@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -91,6 +92,44 @@ def test_the_event_says_how_far_the_stream_is_after_the_decision(engine: Engine,
     engine.accept(proposals, [proposal])
     distance = (engine.tensors("a")["affine"] - engine.like["affine"]).norm()
     assert sealed.event.source_distance == pytest.approx(float(distance), rel=1e-3)
+
+
+@pytest.mark.parametrize(("decision", "share"), [("applied", 1.0), ("partial", 0.25), ("skipped", 1.0)])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_the_event_says_what_was_seen_and_what_became_of_it(
+    engine: Engine, decision: str, share: float, trusted: bool
+) -> None:
+    before = engine.resident("a").header
+    before.guard = GuardState(trusted=trusted)
+    passed = engine.predict([batch("a", 6, 2)])
+    proposals = engine.adapt(passed)
+    (outlook,), (proposal,) = passed.outlooks, proposals.proposals
+    told = {"loss": 1.0, "entropy": 0.5, "discrepancy": math.nan, "raw_gradient_norm": 2.0, "cosine": -0.25}
+    proposal.signals.update(told)
+    guard = Fixed(Verdict(decision, "why", share))
+    guard.observe = lambda guard_state, *_: guard_state  # type: ignore[method-assign]
+    judgement = judge(engine, guard, outlook, proposals, proposal)
+    event = update_event(engine, "w", outlook, judgement, proposal).event
+    assert (event.loss, event.entropy, event.discrepancy, event.raw_gradient_norm, event.cosine) == (
+        1,
+        0.5,
+        None,
+        2,
+        -0.25,
+    )
+    assert event.generated_gradient_norm == proposal.signals["generated_gradient_norm"]
+    assert event.layers == (
+        {}
+        if decision == "skipped"
+        else {name: pytest.approx(share * d, rel=1e-3) for name, d in proposal.layers.items()}
+    )
+    assert (event.source_distance is None) == (decision == "skipped")
+    assert (event.before, event.after) == (engine.estimate(before), engine.estimate(judgement.header))
+    assert event.before != event.after
+    assert event.flipped == outlook.observed.flipped
+    assert (event.decision, event.reason, event.step) == (decision, "why", 1 + (decision != "skipped"))
+    assert (event.parameters, event.token, event.worker) == ("adapted" if trusted else "source", 1, "w")
+    assert event.frames == [f"frames/0/{number}" for number in range(6)]
 
 
 @pytest.mark.parametrize("decision", ["rolled_back", "reset"])
