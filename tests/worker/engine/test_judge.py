@@ -104,25 +104,16 @@ def test_the_event_says_what_was_seen_and_what_became_of_it(
     passed = engine.predict([batch("a", 6, 2)])
     proposals = engine.adapt(passed)
     (outlook,), (proposal,) = passed.outlooks, proposals.proposals
-    told = {"loss": 1.0, "entropy": 0.5, "discrepancy": math.nan, "raw_gradient_norm": 2.0, "cosine": -0.25}
-    proposal.signals.update(told)
+    told = {"loss": 1.0, "entropy": 0.5, "discrepancy": 3.0, "raw_gradient_norm": 2.0, "cosine": -0.25}
+    proposal.signals.update({**told, "loss": told["loss"] if trusted else math.nan})
     guard = Fixed(Verdict(decision, "why", share))
     guard.observe = lambda guard_state, *_: guard_state  # type: ignore[method-assign]
     judgement = judge(engine, guard, outlook, proposals, proposal)
     event = update_event(engine, "w", outlook, judgement, proposal).event
-    assert (event.loss, event.entropy, event.discrepancy, event.raw_gradient_norm, event.cosine) == (
-        1,
-        0.5,
-        None,
-        2,
-        -0.25,
-    )
+    assert {name: getattr(event, name) for name in told} == told | {"loss": 1.0 if trusted else None}
     assert event.generated_gradient_norm == proposal.signals["generated_gradient_norm"]
-    assert event.layers == (
-        {}
-        if decision == "skipped"
-        else {name: pytest.approx(share * d, rel=1e-3) for name, d in proposal.layers.items()}
-    )
+    moved = {} if decision == "skipped" else {name: share * way for name, way in proposal.layers.items()}
+    assert event.layers == pytest.approx(moved, rel=1e-3)
     assert (event.source_distance is None) == (decision == "skipped")
     assert (event.before, event.after) == (engine.estimate(before), engine.estimate(judgement.header))
     assert event.before != event.after
