@@ -25,9 +25,10 @@ class Seen:
     events: int
 
     def begins(self, batch: MicroBatch, header: StreamHeader) -> bool:
-        """Whether the micro-batch goes on from these frames; nothing changes parameters without an event."""
+        """Whether the micro-batch, which has all frames that are held, goes on from these; nothing changes parameters
+        without an event."""
         same = all(ours is theirs for ours, theirs in zip(self.frames, batch.frames, strict=False))
-        return same and len(self.frames) <= len(batch.frames) and self.events == header.events
+        return same and self.events == header.events
 
 
 def known(batches: Sequence[MicroBatch], seen: Sequence[Seen | None], headers: Sequence[StreamHeader]) -> Known | None:

@@ -55,8 +55,6 @@ def _distance(judgement: Judgement, proposal: Proposal | None) -> float | None:
     if proposal is None or not judgement.verdict.apply:
         return None
     whole, present = proposal.signals["source_distance"], proposal.signals["present_distance"]
-    if share == 1:
-        return whole
     way = sum(moved**2 for moved in proposal.layers.values())
     return math.sqrt(max(0.0, (1 - share) * present**2 + share * whole**2 - share * (1 - share) * way))
 
