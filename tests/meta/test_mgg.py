@@ -9,11 +9,12 @@ from meta.affine import Affine
 from meta.division import divided
 from meta.inputs import Input, Inputs
 from meta.learned import GeneratorSettings, LearnedOptimizer
-from meta.method import finite_rows, narrowed
+from meta.method import Forward, finite_rows, narrowed
 from meta.mgg import GRADIENT_SHARE, MGG
 from meta.models import batchnorm_cnn, groupnorm_cnn
 from meta.norms import AdaptableModel
 from meta.objective import (
+    Objective,
     SourceStatistics,
     deviation,
     discrepancy,
@@ -423,9 +424,40 @@ def test_running_statistics_start_at_the_source_and_follow_the_frames() -> None:
     mean = source.mean.expand(1, -1)
     assert discrepancy(mean, source.square.expand(1, -1), source).item() == pytest.approx(0, abs=1e-6)
     far = torch.full((1, 3), 4.0)
+    off = discrepancy(torch.full((1, 3), -2.0), torch.full((1, 3), 4.0 + 9.0), source)  # by two deviations, three wide
+    assert off.item() == pytest.approx(2**2 + 2**2)
     for _ in range(200):
         mean = running(mean, far, torch.tensor([1.0]), window=32).detach()
     torch.testing.assert_close(mean, far, rtol=0.01, atol=0)
+
+
+def test_the_gaps_of_a_stream_are_those_of_its_running_statistics() -> None:
+    """Of a window of four frames half are new, however many come; the last feature is outside of the distance."""
+    source = SourceStatistics(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 2.0, 1.0]))
+    objective = Objective(source, 2, entropy_weight=1.0, discrepancy_weight=0.5, window=4, class_share=0.0)
+    state = {
+        "feature_mean": source.mean[None],
+        "feature_square": source.square[None],
+        "feature_classes": torch.ones(1, 2) / 2,
+    }
+    features, logits = torch.randn(6, 3) * 3 + 1, torch.randn(6, 2)
+    forward = Forward(logits, features, None, torch.zeros(6, dtype=torch.long), torch.tensor([6.0]), state)
+    _, moved, signals = objective(forward)
+    kept = 0.75**2
+    mean = kept * source.mean + (1 - kept) * features.mean(0)
+    std = (kept * source.square + (1 - kept) * features.square().mean(0) - mean**2).sqrt()
+    gap, wide = (mean - source.mean) / source.std, (std - source.std) / source.std
+    squared = gap**2 + wide**2
+    expected = {
+        "entropy": entropy(logits).mean()[None],
+        "discrepancy": squared[:2].mean()[None],
+        "novelty": squared[2:],
+        "gap_mean": gap[None],
+        "gap_std": (std / source.std).log()[None],
+    }
+    expected["loss"] = expected["entropy"] + 0.5 * expected["discrepancy"]
+    torch.testing.assert_close(signals, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved["feature_mean"], mean[None])
 
 
 def test_running_statistics_do_not_depend_on_how_frames_are_batched() -> None:
