@@ -20,7 +20,7 @@ from worker.guard.guard import (
     watched,
 )
 
-LIMITS = Limits(raw_gradient_norm=10, source_distance=3, generated_gradient_norm=1, cosine=-0.2, gain_error=0.05)
+LIMITS = Limits(raw_gradient_norm=10, source_distance=3, generated_gradient_norm=0.8, cosine=-0.2, gain_error=0.05)
 GUARD = Guard(GuardSettings(max_gradient_factor=4, max_distance_factor=2), LIMITS)
 GOOD = {
     "raw_gradient_norm": 5.0,
@@ -138,9 +138,33 @@ def test_outliers_cannot_drag_a_level() -> None:
 
 
 def test_a_new_stream_has_no_level_but_the_bundles() -> None:
-    verdict, _ = judged(GuardState(), sight(), shown(), {"generated_gradient_norm": 4.0})
+    verdict, _ = judged(GuardState(), sight(), shown(), {"generated_gradient_norm": 3.2})
     assert verdict.decision == "partial"
     assert verdict.share == pytest.approx(0.5)
+    assert verdict.reason == "generated gradient norm 3.2 above its limit 1.6: shrunk"
+
+
+def test_a_bundle_without_limits_of_gradients_leaves_them_to_the_streams_level() -> None:
+    guard, state = Guard(GuardSettings(), Limits(raw_gradient_norm=10, source_distance=3)), GuardState()
+    for round_ in range(70):
+        seen, signals = sight(100 * round_), {**GOOD, "cosine": -1.0, "generated_gradient_norm": 1e6}
+        after = guard.observe(state, seen, shown())
+        assert guard.judge(state, after, seen, shown(), signals, True) == Verdict("applied", "within limits")
+        state = after
+
+
+def test_of_two_limits_of_its_own_the_nearer_one_counts() -> None:
+    state = GuardState()
+    for round_ in range(40):
+        few = {"raw_gradient_norm": 0.5, "generated_gradient_norm": 0.01}
+        state = judged(state, sight(100 * round_), shown(), few)[1]
+    raw, generated = (level_limit(level, GuardSettings().max_jump) for level in (state.gradient, state.update))
+    for far, near, name in ((4, 2, "raw"), (2, 4, "generated")):
+        jump = {"raw_gradient_norm": far * raw, "generated_gradient_norm": near * generated}
+        verdict, _ = judged(state.model_copy(deep=True), sight(9_000), shown(), jump)
+        assert verdict.share == pytest.approx(0.25)
+        assert verdict.reason.startswith(f"{name} gradient norm")
+        assert verdict.reason.endswith("shrunk")
 
 
 def test_gradients_that_turn_away_for_long_are_skipped() -> None:
@@ -190,7 +214,7 @@ def test_a_blind_camera_is_seen_without_an_update() -> None:
 def test_one_class_for_long_stops_teaching_and_others_begin_again() -> None:
     state, applied = GuardState(), 0
     for round_ in range(100):
-        verdict, state = judged(state, sight(100 * round_, share=1.0), shown())
+        verdict, state = judged(state, sight(100 * round_, share=0.75), shown())
         applied += 16 * verdict.apply
     assert 200 < applied < 300
     assert "one class for" in verdict.reason
@@ -368,8 +392,10 @@ def test_the_bet_is_won_where_source_is_unsure_and_not_where_ranks_are_usual() -
         assert rounds < 60
     assert (state.alarms, state.wealth, state.watchful) == (1, 0, WATCH)
     assert watched(state, unsure)
-    state = GUARD.observe(state, sight(rank=0.4), unsure)
-    assert (state.shifted, state.alarms, state.wealth) == (True, 1, 0)  # Nothing more is bet until it is back.
+    for _ in range(3):  # Nothing more is bet until it is back.
+        state = GUARD.observe(state, sight(rank=0.4), unsure)
+        assert (state.shifted, state.alarms, state.wealth) == (True, 1, 0)
+    assert not GUARD.observe(state, sight(rank=0.4), shown()).shifted
     state = GUARD.observe(state, sight(rank=0.0), shown(signals={"source_rank": 0.0}))
     assert not state.shifted
     for round_ in range(2_000):
