@@ -11,6 +11,7 @@ from worker.guard.guard import (
     ENOUGH,
     FORGIVEN,
     PATIENCE,
+    TOLERATED,
     WATCH,
     Guard,
     Sight,
@@ -125,6 +126,9 @@ def test_a_level_knows_how_far_values_lie_from_it() -> None:
     for one in (1, 3, 2):
         move_level(level, math.exp(one), 8)
     assert (level.centre, level.spread) == pytest.approx((2, 2 / 3))
+    before = level.model_copy()
+    move_level(level, 0.0, 8)  # of a method without gradients
+    assert level == before
     assert level_limit(level.model_copy(update={"seen": 16}), 3) == pytest.approx(math.exp(4))
 
 
@@ -405,6 +409,8 @@ def test_the_bet_is_won_where_source_is_unsure_and_not_where_ranks_are_usual() -
 
 def test_the_bet_as_worked_by_hand() -> None:
     """The first one stakes nothing; later ones what was learned; losses are forgotten."""
+    undecided = GUARD.observe(GuardState(), sight(rank=TOLERATED), shown())
+    assert (undecided.wealth, undecided.stake) == (0, 0)
     state, found = GuardState(), []
     for rank in (0.4, 0.4, -0.1, -0.5):
         state = GUARD.observe(state, sight(rank=rank), shown())
