@@ -63,6 +63,17 @@ def test_few_frames_are_predicted_now_and_adapted_on_later() -> None:
     assert [f.position.offset for f in late.unpublished] == [2, 3, 4]
 
 
+def test_held_frames_take_room_in_the_micro_batch() -> None:
+    batcher = MicroBatcher(SETTINGS)
+    batcher.add(frames("a", 3))
+    (early,) = batcher.take(0.1, 32)
+    batcher.hold(early)
+    batcher.add(frames("a", 8, received=0.2, start=3))
+    (full,) = batcher.take(0.2, 32)
+    assert offsets(full) == list(range(8))
+    assert len(batcher) == 3
+
+
 def test_frames_are_not_held_for_ever() -> None:
     batcher = MicroBatcher(SETTINGS)
     batcher.add(frames("a", 2))
@@ -106,6 +117,7 @@ def test_turns_of_streams_that_fell_silent_are_forgotten(monkeypatch: pytest.Mon
     for stream in "abcdae":
         batcher.add(frames(stream, 8))
         batcher.take(1.0, 32)
+        assert len(batcher._turns) <= 4
     for stream in "abcde":
         batcher.add(frames(stream, 8))
     assert [b.stream for b in batcher.take(1.0, 40)] == ["b", "c", "d", "a", "e"]
@@ -229,7 +241,7 @@ def test_fast_cameras_ride_along_with_enough_frames_for_an_update() -> None:
     """So they are due together from then on."""
     batcher = MicroBatcher(Batch(max_batch=16, max_wait_ms=100, min_adapt=1))
     batcher.add(frames("due", 1))
-    batcher.add([frame("few", i, 0.05 + 0.01 * i) for i in range(3)] + [frame("enough", i, 0.05) for i in range(4)])
+    batcher.add([frame("few", i, 0.05 + 0.01 * i) for i in range(3)] + [frame("enough", i, 0.06) for i in range(4)])
     assert [b.stream for b in batcher.take(0.1, 32)] == ["due", "enough"]
     assert [b.stream for b in batcher.take(0.16, 32)] == ["few"]
 
