@@ -93,6 +93,31 @@ def test_logits_that_are_not_finite_change_no_belief() -> None:
         assert torch.equal(after[name], tensor), name
 
 
+@pytest.mark.parametrize("few", [0, 4])
+def test_what_is_given_stays_as_it_was(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the state of streams whose update may be refused."""
+    monkeypatch.setattr(temporal, "FEW", few)
+    logits, belief = noisy(torch.arange(8) % CLASSES, 0), fresh_belief(2, CLASSES)
+    given = {name: tensor.clone() for name, tensor in {**belief, "logits": logits}.items()}
+    _, after = filter_classes(logits, torch.arange(2).repeat_interleave(4), torch.tensor([4, 4]), belief)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in {**belief, "logits": logits}.items())
+    assert not any(torch.equal(after[name], tensor) for name, tensor in belief.items())
+
+
+@pytest.mark.parametrize("few", [0, 4])
+def test_before_neighbours_have_proved_anything_frames_are_answered_alone(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A little surer than the model, never without a doubt; what is not finite as the model puts it."""
+    monkeypatch.setattr(temporal, "FEW", few)
+    logits = noisy(torch.arange(4), 0)
+    logits[2, 1] = -float("inf")
+    answer, _ = filter_classes(logits, torch.zeros(4, dtype=torch.long), torch.tensor([4]), fresh_belief(1, CLASSES))
+    expected = (logits / 0.7).softmax(1) * 0.98 + 0.02 / CLASSES
+    expected[2] = logits[2].softmax(0)
+    torch.testing.assert_close(answer, expected)
+
+
 def test_probabilities_and_stay_keep_their_ranges() -> None:
     answers, belief = run(100 * noisy(torch.zeros(200, dtype=torch.long), 5))
     assert torch.allclose(answers.sum(1), torch.ones(200), atol=1e-5)
