@@ -12,7 +12,7 @@ from schemas.errors import StateError, UnreachableError
 from worker.control.stored import listed
 from worker.embedded import free_port
 from worker.store.compress import pack
-from worker.store.store import Overview, StateStore, Write
+from worker.store.store import Overview, StateStore, Which, Write
 
 OpenStore = Callable[[Store], StateStore]
 
@@ -27,6 +27,14 @@ def test_claim_write_claim(store: StateStore) -> None:
     assert store.write([write("cam", 1)]) == [True]
     (second,) = store.claim(["cam"], "w2")
     assert (second.token, second.header, second.tensors, second.event) == (2, b"header", b"t", b"event")
+    assert (first.before, second.before) == ("", "w1")
+
+
+@pytest.mark.parametrize("which", ["known", "last"])
+def test_where_only_known_streams_are_claimed_new_ones_are_not_begun(store: StateStore, which: Which) -> None:
+    store.claim(["known"], "w")
+    assert [claimed.token for claimed in store.claim(["known", "new"], "w", which)] == [2, 0]
+    assert list(store.streams()) == ["known"]
 
 
 def test_a_zombie_is_refused_and_changes_nothing(store: StateStore) -> None:
@@ -175,6 +183,8 @@ def test_a_token_that_cannot_be_raised_is_nobody_s(store: StateStore, client: re
     client.delete(key)
     client.set(store._all_keys("cam")[-1], f"{token}\nlast")
     assert store.claim(["cam"], "w")[0].token == 1
+    client.hset(key, "token", 10**15 - 2)
+    assert store.claim(["cam"], "w")[0].token == 10**15 - 1
 
 
 def test_header_alone_keeps_the_tensors(store: StateStore) -> None:
@@ -324,7 +334,9 @@ def test_unreachable_store_names_its_address_and_no_password(open_store: OpenSto
     assert "geheim" not in str(caught.value)
 
 
-def test_snapshots_are_kept_newest_first_and_bounded(open_store: OpenStore, store_settings: Store) -> None:
+def test_snapshots_are_kept_newest_first_and_bounded(
+    open_store: OpenStore, store_settings: Store, client: redis.Redis
+) -> None:
     store = open_store(store_settings.model_copy(update={"snapshots": 2}))
     store.claim(["cam"], "w")
     said = [b"s%d" % i * 40_000 for i in range(4)]
@@ -335,6 +347,8 @@ def test_snapshots_are_kept_newest_first_and_bounded(open_store: OpenStore, stor
     assert found == [(2, said[3], b"t3"), (2, said[2], b"t2"), (2, b"", b"")]
     assert store.snapshots("unknown") == []
     assert store.snapshot("unknown", 1) == (0, b"", b"")
+    client.lpush(store.keys("cam")[2], b"cut")
+    assert store.snapshots("cam")[0] == b""
 
 
 def test_idle_tensors_expire_and_the_header_stays(
