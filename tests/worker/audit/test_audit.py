@@ -117,6 +117,19 @@ def test_a_missing_event_is_named(count: int, data: st.DataObject) -> None:
     assert named([r for r in found if r.event.id != f"cam@{gone}"]) == [("missing", f"cam@{gone}")]
 
 
+@pytest.mark.parametrize(("last", "name"), [(3, "cam@3"), (4, "cam@3 to cam@4"), (6, "cam@3 to cam@6")])
+def test_events_that_are_missing_one_after_another_are_named_together(last: int, name: str) -> None:
+    found = records(chain("cam", 8))
+    assert named([r for r in found if not 3 <= r.event.number <= last]) == [("missing", name)]
+
+
+def test_a_first_event_that_names_another_before_it_is_altered() -> None:
+    """As one has that was taken out of the middle of a trail."""
+    (first,) = chain("cam", 1, previous="0" * 64)
+    assert named(records([first])) == [("altered", "cam@1")]
+    assert named(records(chain("cam", 1), [first])) == [("forked", "cam@1"), ("altered", "cam@1")]
+
+
 @given(count=sizes, data=st.data())
 def test_an_altered_event_is_named(count: int, data: st.DataObject) -> None:
     """Whatever is changed in it, also where it stays a valid event: all but the last have a successor that knows."""
@@ -231,7 +244,9 @@ def test_what_waits_is_held_to_the_chain() -> None:
 def test_a_trail_whose_beginning_is_too_old_is_sound_and_says_so(start: int) -> None:
     verdict = verify(records(chain("cam", 5, start=start)))
     assert (verdict.sound, verdict.complete) == (True, False)
-    assert [(f.kind, f.event) for f in verdict.findings] == [("beginning", f"cam@{start}")]
+    (finding,) = verdict.findings
+    assert (finding.kind, finding.event) == ("beginning", f"cam@{start}")
+    assert finding.text == f"is the oldest here; {start - 1} before it are not"
 
 
 def test_what_is_no_event_and_what_pretends_to_be_another_streams(tmp_path: Path) -> None:

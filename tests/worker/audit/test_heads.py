@@ -69,6 +69,9 @@ def test_what_is_older_than_the_topic_keeps_is_no_fault() -> None:
     assert not verdict.complete
     late = {"silent": heads["silent"].model_copy(update={"time": BEGIN + timedelta(hours=1)})}
     assert ("missing", "silent@3") in named(late, kept)
+    oldest = chain("cam", 3, start=3)
+    assert named({"cam": heads["cam"]}, oldest) == [("beginning", "cam@3")]
+    assert ("altered", "cam@3") in named({"cam": heads["cam"]}, written_anew(oldest, 0))
 
 
 def test_heads_go_through_a_file_and_the_command_line(tmp_path: Path) -> None:
