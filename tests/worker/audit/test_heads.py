@@ -69,6 +69,8 @@ def test_what_is_older_than_the_topic_keeps_is_no_fault() -> None:
     assert not verdict.complete
     late = {"silent": heads["silent"].model_copy(update={"time": BEGIN + timedelta(hours=1)})}
     assert ("missing", "silent@3") in named(late, kept)
+    assert named(heads) == [("missing", "cam@3"), ("missing", "silent@3")]  # Nothing is there to be older than.
+    assert ("beginning", "cam@3") in named(heads, kept, chain("other", 1))
     oldest = chain("cam", 3, start=3)
     assert named({"cam": heads["cam"]}, oldest) == [("beginning", "cam@3")]
     assert ("altered", "cam@3") in named({"cam": heads["cam"]}, written_anew(oldest, 0))
