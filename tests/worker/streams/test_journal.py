@@ -283,6 +283,16 @@ def test_many_are_written_in_pieces(
     assert life.journal.flush() == []
 
 
+def test_predictions_are_acknowledged_before_a_position_moves_past_their_frames(
+    life: Life, publisher: Publisher, happened: list[int | str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life.fold(nth(0, "a"))
+    settle = publisher.settle
+    monkeypatch.setattr(publisher, "settle", lambda alive: happened.append("acknowledged") or settle(alive))
+    assert life.journal.flush() == []
+    assert happened == ["acknowledged", 1]
+
+
 def test_large_states_are_written_in_smaller_pieces(
     life: Life, happened: list[int | str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
