@@ -216,7 +216,7 @@ class Step:
             proposal = proposed.get(id(outlook))
             newest = self._streams.newest
             judgement = judge(self._engine, self._guard, outlook, proposals, proposal, self._drift_frames, newest)
-            if judgement.verdict.apply:
+            if judgement.ruling.apply:
                 judgement.header.lately = judgement.header.lately.and_one(time.time())
             if not self._engine.holds(outlook.batch.stream, resident):
                 continue  # It went while the store was asked for a snapshot.

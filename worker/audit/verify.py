@@ -27,7 +27,7 @@ class Finding:
 
 
 @dataclass
-class Verdict:
+class Verification:
     """All that was found. `beginning`s are no faults where the topic keeps events for a limited time, `waiting` ones
     never."""
 
@@ -84,7 +84,7 @@ def verify(
     beside: Iterable[Record] = (),
     now: Callable[[], Mapping[str, StreamHeader]] | None = None,
     heads: Mapping[str, Head] | None = None,
-) -> Verdict:
+) -> Verification:
     """Check all records, in the order in which they lie in the topic or the file.
 
     The chain cannot tell what is wrong with a stream's last events, as none follows them: `stored`, the headers in
@@ -93,61 +93,61 @@ def verify(
     read, as workers may have written more since `stored` was; where None, they have not. `heads`: what the trail ended
     with at some time before, kept where nobody could change it.
     """
-    verdict, streams = Verdict(), dict[str, _Stream]()
+    verification, streams = Verification(), dict[str, _Stream]()
     oldest: datetime | None = None
     for record in records:
-        if (event := _event(record, verdict)) is not None:
-            _collect(streams.setdefault(event.stream, _Stream()), event, record, verdict)
+        if (event := _event(record, verification)) is not None:
+            _collect(streams.setdefault(event.stream, _Stream()), event, record, verification)
             oldest = event.time if oldest is None else min(oldest, event.time)
     for record in beside:
-        if (event := _event(record, verdict)) is not None:
-            _add_waiting(streams.setdefault(event.stream, _Stream()), event, record, verdict)
-    verdict.streams = len(streams)
+        if (event := _event(record, verification)) is not None:
+            _add_waiting(streams.setdefault(event.stream, _Stream()), event, record, verification)
+    verification.streams = len(streams)
     for name, stream in sorted(streams.items()):
-        verdict.findings += _links(name, stream)
-        verdict.findings += stream.misplaced
+        verification.findings += _links(name, stream)
+        verification.findings += stream.misplaced
         if stream.newest is not None:
             hash = stream.hashes[stream.newest.number][-HASH_BYTES:].hex()
-            verdict.heads[name] = Head(event=stream.newest.number, time=stream.newest.time, hash=hash)
+            verification.heads[name] = Head(event=stream.newest.number, time=stream.newest.time, hash=hash)
     for name, header in sorted((stored or {}).items()):
         if header.events:
             stream, what = streams.get(name, _Stream()), "the newest in the store"
-            verdict.findings += _end(name, stream, header.events, header.last_event, what)
+            verification.findings += _end(name, stream, header.events, header.last_event, what)
     for name, head in sorted((heads or {}).items()):
-        verdict.findings += _since(name, streams.get(name, _Stream()), head, oldest)
+        verification.findings += _since(name, streams.get(name, _Stream()), head, oldest)
     if stored is not None:
         newest = stored if now is None else now()
         for name, stream in sorted(streams.items()):
-            verdict.findings += _beyond(name, stream, newest[name].events if name in newest else 0)
-    return verdict
+            verification.findings += _beyond(name, stream, newest[name].events if name in newest else 0)
+    return verification
 
 
-def _event(record: Record, verdict: Verdict) -> UpdateEvent | None:
+def _event(record: Record, verification: Verification) -> UpdateEvent | None:
     event = record.event
     if event is None:
-        verdict.findings.append(Finding("unreadable", record.where, record.damage or "is no update event"))
+        verification.findings.append(Finding("unreadable", record.where, record.damage or "is no update event"))
     elif event.id != f"{event.stream}@{event.number}":
-        verdict.findings.append(Finding("altered", event.id, f"says it is of stream {event.stream!r}"))
+        verification.findings.append(Finding("altered", event.id, f"says it is of stream {event.stream!r}"))
         return None
     return event
 
 
-def _add_waiting(stream: _Stream, event: UpdateEvent, record: Record, verdict: Verdict) -> None:
+def _add_waiting(stream: _Stream, event: UpdateEvent, record: Record, verification: Verification) -> None:
     if event.number not in stream.hashes:
         text = f"is {record.where}; the stream's next worker publishes it"
-        verdict.findings.append(Finding("waiting", event.id, text))
+        verification.findings.append(Finding("waiting", event.id, text))
         stream.add(event, _raw(digest(record.content)))
 
 
-def _collect(stream: _Stream, event: UpdateEvent, record: Record, verdict: Verdict) -> None:
+def _collect(stream: _Stream, event: UpdateEvent, record: Record, verification: Verification) -> None:
     number, hash = event.number, _raw(digest(record.content))
     if stream.knows(number, hash):
-        verdict.copies += 1  # Published again after a crash.
+        verification.copies += 1  # Published again after a crash.
         return
     if number in stream.hashes:
-        verdict.findings.append(Finding("forked", event.id, f"has another content at {record.where} than before"))
+        verification.findings.append(Finding("forked", event.id, f"has another content at {record.where} than before"))
     else:
-        verdict.events += 1
+        verification.events += 1
         if number < stream.last:
             text = f"comes after {event.stream}@{stream.last}"
             stream.misplaced.append(Finding("reordered", event.id, text))

@@ -127,9 +127,9 @@ class Bench:
             own = served[outlook.batch.stream]
             own.answers += [top[0] for top in outlook.top_index]
             own.by_source += len(outlook.batch.frames) * (outlook.batch.answer == "source")
-            own.decisions[judgement.verdict.decision] += 1
-            if judgement.verdict.decision not in ("applied", "partial"):
-                own.reasons["".join(c for c in judgement.verdict.reason if not c.isdigit())] += 1
+            own.decisions[judgement.ruling.decision] += 1
+            if judgement.ruling.decision not in ("applied", "partial"):
+                own.reasons["".join(c for c in judgement.ruling.reason if not c.isdigit())] += 1
             if judgement.kept is not None:
                 kept.append(judgement.kept)
             outlook.resident.header = judgement.header

@@ -74,10 +74,10 @@ def report(
         from worker.audit.report import write_report
     except ImportError as error:
         raise ConfigError("the charts need matplotlib: pip install 'driftkeel[embedded]'") from error
-    verdict = verify(_records(config, file))
+    verification = verify(_records(config, file))
     chain = "The record is sound: every event has the hash that the next one carries."
-    if not verdict.sound:
-        chain = f"The record is not sound: {len(verdict.findings)} findings; 'driftkeel audit verify' names them."
+    if not verification.sound:
+        chain = f"The record is not sound: {len(verification.findings)} findings; 'driftkeel audit verify' names them."
     found = _histories(config, file, _wanted(stream, since, until))
     write_report(output, found, chain)
     print(f"{output}: {len(found)} streams, {sum(map(len, found.values()))} events")
@@ -130,12 +130,12 @@ def verify(
 
     heads = read_heads(known).streams if known is not None else None
     headers, beside = _ends(config) if store else (None, [])
-    verdict = examine(_records(config, file), headers, beside, lambda: _ends(config)[0], heads)
-    for finding in verdict.findings:
+    verification = examine(_records(config, file), headers, beside, lambda: _ends(config)[0], heads)
+    for finding in verification.findings:
         print(printable(f"{finding.kind:10s} {finding.event} {finding.text}"))
-    sound = verdict.sound and (verdict.complete or not complete)
-    copies = f", {verdict.copies} published again with the same bytes" if verdict.copies else ""
-    print(f"{'sound' if sound else 'NOT SOUND'}: {verdict.streams} streams, {verdict.events} events{copies}")
+    sound = verification.sound and (verification.complete or not complete)
+    copies = f", {verification.copies} published again with the same bytes" if verification.copies else ""
+    print(f"{'sound' if sound else 'NOT SOUND'}: {verification.streams} streams, {verification.events} events{copies}")
     raise typer.Exit(int(not sound))
 
 
@@ -152,10 +152,10 @@ def heads(
     from worker.audit.export import write_heads
     from worker.audit.verify import verify as examine
 
-    verdict = examine(_records(config, file))
-    if not verdict.sound:
+    verification = examine(_records(config, file))
+    if not verification.sound:
         raise StateError("the trail is not sound, so no heads are written: 'driftkeel audit verify' says why")
-    print(f"{output}: {len(verdict.heads)} streams, SHA-256 {write_heads(verdict.heads, output)}")
+    print(f"{output}: {len(verification.heads)} streams, SHA-256 {write_heads(verification.heads, output)}")
 
 
 def _records(config: Path | None, file: Path | None, since: datetime | None = None) -> Iterator[Record]:

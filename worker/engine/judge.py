@@ -11,7 +11,7 @@ from schemas.state import Snapshot, StreamHeader
 from worker.engine.engine import Engine
 from worker.engine.header import next_header, next_proxies
 from worker.engine.passes import Outlook, Proposal, Proposals
-from worker.guard.guard import Guard, Verdict
+from worker.guard.guard import Guard, Ruling
 
 Earlier = tuple[Snapshot, State]
 
@@ -23,12 +23,12 @@ def no_snapshot(stream: str) -> Earlier | None:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict, the header after it, and the proposal whose tensors become the stream's; None: they stay.
+    """A ruling, the header after it, and the proposal whose tensors become the stream's; None: they stay.
 
     `went_back_to`: the snapshot that the stream was rolled back to. `blind`: the camera seems to see nothing.
     """
 
-    verdict: Verdict
+    ruling: Ruling
     header: StreamHeader
     kept: Proposal | None
     went_back_to: Earlier | None = None
@@ -46,7 +46,7 @@ def judge(
 ) -> Judgement:
     """Judge one micro-batch. Where less than the whole update is accepted, its row in `proposals` changes.
 
-    A verdict that says `rolled_back` leads to the `newest` snapshot of the stream, and to source where it has none.
+    A ruling that says `rolled_back` leads to the `newest` snapshot of the stream, and to source where it has none.
     `drift_frames`: of a signal of drift detection; 0 where nothing is watched.
     """
     before = outlook.resident.header
@@ -58,21 +58,21 @@ def judge(
         proxies = next_proxies(before.proxies, outlook, signals, engine.accuracy_model)
     state = guard.observe(before.guard, outlook.sight, proxies)
     blind = bool(guard.blinded(before.guard, outlook.sight))
-    verdict, earlier = Verdict("skipped", outlook.batch.reason), None
+    ruling, earlier = Ruling("skipped", outlook.batch.reason), None
     if proposal is not None and update:
-        verdict = guard.judge(before.guard, state, outlook.sight, proxies, signals, proposal.finite)
-        if verdict.back:
-            earlier = newest(outlook.batch.stream) if verdict.decision == "rolled_back" else None
+        ruling = guard.judge(before.guard, state, outlook.sight, proxies, signals, proposal.finite)
+        if ruling.back:
+            earlier = newest(outlook.batch.stream) if ruling.decision == "rolled_back" else None
             if earlier is None:
-                verdict = replace(verdict, decision="reset")
+                ruling = replace(ruling, decision="reset")
             proposals.replace(proposal, earlier[1] if earlier else engine.like)
             proxies = as_source(proxies)
-        elif verdict.share < 1:
-            proposals.shrink(proposal, verdict.share)
+        elif ruling.share < 1:
+            proposals.shrink(proposal, ruling.share)
     # A stream that rests after going back would settle, and then not learn when it may again.
-    header = next_header(before, outlook, verdict.apply, 0 if state.rest else drift_frames, proxies, state)
-    if verdict.back:
+    header = next_header(before, outlook, ruling.apply, 0 if state.rest else drift_frames, proxies, state)
+    if ruling.back:
         header.step = header.snapshot = earlier[0].header.step if earlier else 0
         header.drift = None  # It was learned under the parameters that are gone.
-    taken = verdict.apply or verdict.back if update else proposal is not None and proposal.finite
-    return Judgement(verdict, header, proposal if taken else None, earlier, blind)
+    taken = ruling.apply or ruling.back if update else proposal is not None and proposal.finite
+    return Judgement(ruling, header, proposal if taken else None, earlier, blind)

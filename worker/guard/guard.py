@@ -33,7 +33,7 @@ REST, MOST_RESETS, FORGIVEN = 64, 6, 4_096  # frames after a reset, doubled with
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Ruling:
     """What to do with an update, and why. `share`: how much of the parameters' way is gone.
 
     `rolled_back` asks for the last good snapshot, and means source where there is none.
@@ -104,29 +104,29 @@ class Guard:
         proxies: RunningProxies,
         signals: Mapping[str, float],
         finite: bool,
-    ) -> Verdict:
+    ) -> Ruling:
         """`state` is what `observe` made of `before`; its levels move here. `signals` of the stream as the method
         reports them, and the `present_distance` from source; `finite`: all numbers of the proposed state are."""
         if not finite or not all(math.isfinite(value) for value in signals.values()):
-            return Verdict("skipped", "not finite")
+            return Ruling("skipped", "not finite")
         if reason := self.blinded(before, sight):
-            return Verdict("skipped", reason)
+            return Ruling("skipped", reason)
         if reason := self._taken_over(state, proxies):
             return self._go_back(state, reason)
         if reason := self._teaches_nothing(state):
-            return Verdict("skipped", reason)
+            return Ruling("skipped", reason)
         if reason := self._worse(state, proxies):
             return self._go_back(state, reason)
         gradient = signals["raw_gradient_norm"]
         distance, present = signals["source_distance"], signals["present_distance"]
         if gradient > self._max_gradient:
-            return Verdict("skipped", f"gradient norm {gradient:.3g} above its limit {self._max_gradient:.3g}")
+            return Ruling("skipped", f"gradient norm {gradient:.3g} above its limit {self._max_gradient:.3g}")
         # A state may be beyond the limit already, which was lowered since, or which it was imported past. Its way back
         # is open: no update leads further out, and an update that is shrunk ends between two points that are allowed.
         if distance > max(self.max_distance, present):
             reason = f"distance from source {distance:.3g} above its limit {self.max_distance:.3g}"
             beyond = f" and the present {present:.3g}" if present > self.max_distance else ""
-            return Verdict("skipped", reason + beyond)
+            return Ruling("skipped", reason + beyond)
         return self._measured(state, signals)
 
     def blinded(self, before: GuardState, sight: Sight) -> str:
@@ -181,7 +181,7 @@ class Guard:
             return f"collapse: marginal entropy {marginal:.2g} of its largest while source disagrees"
         return ""
 
-    def _go_back(self, state: GuardState, reason: str) -> Verdict:
+    def _go_back(self, state: GuardState, reason: str) -> Ruling:
         """Back, and rest; a second time soon after, a snapshot is no help either."""
         decision: Decision = "reset" if state.resets else "rolled_back"
         state.rest = REST << min(MOST_RESETS, state.resets)
@@ -189,9 +189,9 @@ class Guard:
         state.sound = state.doubted = 0
         state.gradient, state.update, state.cosine, state.cosines = Level(), Level(), 0.0, 0
         state.watchful = WATCH
-        return Verdict(decision, reason)
+        return Ruling(decision, reason)
 
-    def _measured(self, state: GuardState, signals: Mapping[str, float]) -> Verdict:
+    def _measured(self, state: GuardState, signals: Mapping[str, float]) -> Ruling:
         """Whole, or shrunk to the stream's own limits."""
         share, reason = 1.0, "within limits"
         for name, level in (("raw_gradient_norm", state.gradient), ("generated_gradient_norm", state.update)):
@@ -209,8 +209,8 @@ class Guard:
         self._move_cosine(state, signals.get("cosine", 0.0))
         least = self._limits.cosine
         if least is not None and state.cosines >= COSINE_SEEN and state.cosine < least:
-            return Verdict("skipped", f"generated gradients turn from the raw ones: mean cosine {state.cosine:.2f}")
-        return Verdict("applied" if share == 1 else "partial", reason, share)
+            return Ruling("skipped", f"generated gradients turn from the raw ones: mean cosine {state.cosine:.2f}")
+        return Ruling("applied" if share == 1 else "partial", reason, share)
 
     @staticmethod
     def _move_cosine(state: GuardState, cosine: float) -> None:

@@ -16,19 +16,19 @@ def update_event(
     engine: Engine, worker: str, outlook: Outlook, judgement: Judgement, proposal: Proposal | None
 ) -> SealedEvent:
     """Of a micro-batch that counts as done with what the judgement leaves; `proposal` where an update was computed."""
-    verdict, before, after = judgement.verdict, outlook.resident.header, judgement.header
+    ruling, before, after = judgement.ruling, outlook.resident.header, judgement.header
     signals = proposal.signals if proposal else {}
 
     def signal(name: str) -> float | None:
         value = signals.get(name)
         return value if value is not None and math.isfinite(value) else None
 
-    said: dict[str, Any] = {"reason": verdict.reason, "layers": _moved(judgement, proposal)}
+    said: dict[str, Any] = {"reason": ruling.reason, "layers": _moved(judgement, proposal)}
     said["source_distance"] = _distance(judgement, proposal)
-    if verdict.back:
+    if ruling.back:
         said |= _way_back(engine, judgement)
     return before.next_event(
-        decision=verdict.decision,
+        decision=ruling.decision,
         frames=[str(frame.position) for frame in outlook.batch.frames],
         step=after.step,
         loss=signal("loss"),
@@ -51,8 +51,8 @@ def update_event(
 def _distance(judgement: Judgement, proposal: Proposal | None) -> float | None:
     """From source after an update that was accepted, whole or in part: of the point that lies `share` of the way from
     where the stream was to where the update leads, by the lengths of that triangle's sides."""
-    share = judgement.verdict.share
-    if proposal is None or not judgement.verdict.apply:
+    share = judgement.ruling.share
+    if proposal is None or not judgement.ruling.apply:
         return None
     whole, present = proposal.signals["source_distance"], proposal.signals["present_distance"]
     way = sum(moved**2 for moved in proposal.layers.values())
@@ -61,10 +61,10 @@ def _distance(judgement: Judgement, proposal: Proposal | None) -> float | None:
 
 def _moved(judgement: Judgement, proposal: Proposal | None) -> dict[str, float]:
     """How far each layer moved by an update that was accepted, whole or in part."""
-    verdict = judgement.verdict
-    if proposal is None or not verdict.apply:
+    ruling = judgement.ruling
+    if proposal is None or not ruling.apply:
         return {}
-    return {layer: float(f"{verdict.share * moved:.4g}") for layer, moved in proposal.layers.items()}
+    return {layer: float(f"{ruling.share * moved:.4g}") for layer, moved in proposal.layers.items()}
 
 
 def _way_back(engine: Engine, judgement: Judgement) -> dict[str, Any]:
@@ -77,5 +77,5 @@ def _way_back(engine: Engine, judgement: Judgement) -> dict[str, Any]:
         "layers": engine.distances(now[None], affine[None])[0],
     }
     if restored is not None:
-        said["reason"] = f"{judgement.verdict.reason}; to the snapshot of step {restored[0].header.step}"
+        said["reason"] = f"{judgement.ruling.reason}; to the snapshot of step {restored[0].header.step}"
     return said

@@ -72,9 +72,9 @@ sizes = st.integers(4, 12)
 @given(a=sizes, b=sizes, copies=st.lists(st.integers(0, 3), max_size=5))
 def test_a_whole_trail_is_sound_however_often_events_are_published(a: int, b: int, copies: list[int]) -> None:
     found = records(chain("cam-a", a), chain("cam-b", b))
-    verdict = verify([*found, *(found[i] for i in copies)])
-    assert verdict.sound
-    assert (verdict.streams, verdict.events, verdict.copies) == (2, a + b, len(copies))
+    verification = verify([*found, *(found[i] for i in copies)])
+    assert verification.sound
+    assert (verification.streams, verification.events, verification.copies) == (2, a + b, len(copies))
 
 
 def deleted_and_begun_anew(before: int, after: int) -> list[SealedEvent]:
@@ -180,9 +180,14 @@ def test_an_event_that_waits_beside_its_state_is_not_missing() -> None:
     group = chain("cam", 5)
     header = StreamHeader(stream="cam", bundle="b", method="mgg", events=5, last_event=group[-1].digest)
     for published in range(6):
-        verdict = verify(records(group[:published]), {"cam": header}, beside(group[min(published, 4) :]))
-        assert (verdict.sound, verdict.complete, verdict.streams, verdict.events) == (True, True, 1, published)
-        assert [(f.kind, f.event) for f in verdict.findings] == [
+        verification = verify(records(group[:published]), {"cam": header}, beside(group[min(published, 4) :]))
+        assert (verification.sound, verification.complete, verification.streams, verification.events) == (
+            True,
+            True,
+            1,
+            published,
+        )
+        assert [(f.kind, f.event) for f in verification.findings] == [
             ("waiting", f"cam@{number}") for number in range(published + 1, 6)
         ]
 
@@ -216,8 +221,8 @@ def test_a_state_that_cannot_be_read_is_named_and_hides_no_other(
     url = store_settings.url.get_secret_value()
     config.write_text(json.dumps({"store": {"url": url, "prefix": store_settings.prefix}}))
     stored, beside = _ends(config)
-    verdict = verify([], stored, beside)
-    found = sorted((finding.kind, finding.event) for finding in verdict.findings)
+    verification = verify([], stored, beside)
+    found = sorted((finding.kind, finding.event) for finding in verification.findings)
     waiting = [("waiting", "cam@1"), ("waiting", "other@1")]
     assert found == [("unreadable", "the state of cam in the store"), *waiting]
     assert stored["cam"].last_event == cam.digest
@@ -242,9 +247,9 @@ def test_what_waits_is_held_to_the_chain() -> None:
 
 @pytest.mark.parametrize("start", [2, 8])
 def test_a_trail_whose_beginning_is_too_old_is_sound_and_says_so(start: int) -> None:
-    verdict = verify(records(chain("cam", 5, start=start)))
-    assert (verdict.sound, verdict.complete) == (True, False)
-    (finding,) = verdict.findings
+    verification = verify(records(chain("cam", 5, start=start)))
+    assert (verification.sound, verification.complete) == (True, False)
+    (finding,) = verification.findings
     assert (finding.kind, finding.event) == ("beginning", f"cam@{start}")
     assert finding.text == f"is the oldest here; {start - 1} before it are not"
 

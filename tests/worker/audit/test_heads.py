@@ -59,14 +59,14 @@ def test_what_is_older_than_the_topic_keeps_is_no_fault() -> None:
     """Neither of a stream whose later events are there, nor of one that has been silent for longer."""
     heads = heads_of(chain("cam", 3), chain("silent", 3))
     kept = chain("cam", 4, start=5)
-    verdict = verify(records(kept), heads=heads)
-    assert [(f.kind, f.event) for f in verdict.findings] == [
+    verification = verify(records(kept), heads=heads)
+    assert [(f.kind, f.event) for f in verification.findings] == [
         ("beginning", "cam@5"),
         ("beginning", "cam@3"),
         ("beginning", "silent@3"),
     ]
-    assert verdict.sound
-    assert not verdict.complete
+    assert verification.sound
+    assert not verification.complete
     late = {"silent": heads["silent"].model_copy(update={"time": BEGIN + timedelta(hours=1)})}
     assert ("missing", "silent@3") in named(late, kept)
     assert named(heads) == [("missing", "cam@3"), ("missing", "silent@3")]  # Nothing is there to be older than.

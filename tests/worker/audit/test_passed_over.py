@@ -83,9 +83,9 @@ def test_the_audit_names_what_it_cannot_read(kafka_settings: Kafka, pack: Pack, 
     pack(contents[:3], topic=topic)
     pack(LOST, broken=True, topic=topic)
     pack(contents[3:], topic=topic)
-    verdict = verify(read_topic(kafka_settings))
-    assert (verdict.streams, verdict.events) == (1, 6)
-    (finding,) = verdict.findings
+    verification = verify(read_topic(kafka_settings))
+    assert (verification.streams, verification.events) == (1, 6)
+    (finding,) = verification.findings
     assert (finding.kind, finding.event) == ("unreadable", f"{topic}/0/5")
     lost = f"offsets 3 to 5 of {topic}/0 cannot be read: "
     assert finding.text.startswith(lost)

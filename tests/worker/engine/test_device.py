@@ -98,7 +98,7 @@ def story(bundle: Bundle) -> Iterator[Any]:
         yield told(passed, proposals)
         for proposal in proposals.proposals:
             judgement = judge(engine, guard, proposal.outlook, proposals, proposal)
-            yield judgement.verdict, judgement.header.model_dump()
+            yield judgement.ruling, judgement.header.model_dump()
             engine.resident(proposal.outlook.batch.stream).header = judgement.header
         moving = [proposal for proposal in proposals.proposals if proposal.update]
         if turn == 1:
@@ -189,8 +189,8 @@ def test_the_loop_waits_for_nothing_that_the_device_has_still_to_do() -> None:
         assert 0 < waited.total() <= 25
         waited.clear()
         updating, watched = proposals.proposals
-        assert judge(engine, guard, updating.outlook, proposals, updating).verdict.decision == "partial"
-        assert judge(engine, guard, watched.outlook, proposals, watched).verdict.decision == "skipped"
+        assert judge(engine, guard, updating.outlook, proposals, updating).ruling.decision == "partial"
+        assert judge(engine, guard, watched.outlook, proposals, watched).ruling.decision == "skipped"
         engine.accept(proposals, proposals.proposals)
         assert not waited
 

@@ -380,7 +380,7 @@ def test_the_state_of_an_earlier_release_under_another_method_goes_on(tiny_bundl
     proposals = engine.adapt(passed)
     (outlook,) = passed.outlooks
     found = judge(engine, guard, outlook, proposals, proposals.proposals[0])
-    assert found.verdict.apply
+    assert found.ruling.apply
     assert found.header.proxies.frames == 506
     assert engine.estimate(found.header).estimated_accuracy is None
 

@@ -1,4 +1,4 @@
-"""What a verdict makes of a stream's parameters and header."""
+"""What a ruling makes of a stream's parameters and header."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from schemas.state import DriftWatch, GuardState, Snapshot
 from tests.worker.engine.test_engine import admit, batch
 from worker.engine.engine import Engine
 from worker.engine.judge import Judgement, judge, no_snapshot
-from worker.guard.guard import COSINE_SEEN, Guard, Verdict
+from worker.guard.guard import COSINE_SEEN, Guard, Ruling
 from worker.publish.event import update_event
 
 LIMITS = Limits(raw_gradient_norm=1e9, source_distance=1e9)
@@ -26,30 +26,30 @@ LIMITS = Limits(raw_gradient_norm=1e9, source_distance=1e9)
 class Fixed(Guard):
     """A guard that has made up its mind."""
 
-    def __init__(self, verdict: Verdict) -> None:
+    def __init__(self, ruling: Ruling) -> None:
         super().__init__(GuardSettings(), LIMITS)
-        self.verdict = verdict
+        self.ruling = ruling
 
-    def judge(self, *_: object) -> Verdict:
-        return self.verdict
+    def judge(self, *_: object) -> Ruling:
+        return self.ruling
 
 
 @pytest.fixture
 def engine(tiny_bundle) -> Engine:
     engine = Engine(tiny_bundle)
     admit(engine, "a", "b")
-    turn(engine, Verdict("applied", ""), 1)
+    turn(engine, Ruling("applied", ""), 1)
     return engine
 
 
 def turn(
-    engine: Engine, verdict: Verdict, seed: int, adapt: bool = True, newest=no_snapshot, watch: int = 0
+    engine: Engine, ruling: Ruling, seed: int, adapt: bool = True, newest=no_snapshot, watch: int = 0
 ) -> Judgement:
     passed = engine.predict([batch("b", 5, 9), batch("a", 6, seed, adapt)])
     proposals = engine.adapt(passed)
     (outlook,) = (o for o in passed.outlooks if o.batch.stream == "a")
     (proposal,) = (p for p in proposals.proposals if p.outlook is outlook)
-    judgement = judge(engine, Fixed(verdict), outlook, proposals, proposal, watch, newest)
+    judgement = judge(engine, Fixed(ruling), outlook, proposals, proposal, watch, newest)
     engine.accept(proposals, [judgement.kept] if judgement.kept is not None else [])
     engine.resident("a").header = judgement.header
     return judgement
@@ -57,25 +57,25 @@ def turn(
 
 def test_a_skipped_update_leaves_every_tensor(engine: Engine) -> None:
     before = {name: tensor.clone() for name, tensor in engine.tensors("a").items()}
-    judgement = turn(engine, Verdict("skipped", "why"), 2)
+    judgement = turn(engine, Ruling("skipped", "why"), 2)
     assert (judgement.kept, judgement.header.step, judgement.header.frames) == (None, 1, 12)
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.tensors("a").items())
 
 
 def test_repeated_frames_are_seen_whether_an_update_was_meant_or_not(engine: Engine) -> None:
-    assert turn(engine, Verdict("skipped", ""), 1, adapt=False).blind  # those of the fixture
-    assert not turn(engine, Verdict("skipped", ""), 2, adapt=False).blind
-    assert turn(engine, Verdict("skipped", ""), 2).blind
+    assert turn(engine, Ruling("skipped", ""), 1, adapt=False).blind  # those of the fixture
+    assert not turn(engine, Ruling("skipped", ""), 2, adapt=False).blind
+    assert turn(engine, Ruling("skipped", ""), 2).blind
 
 
 def test_a_partial_update_goes_part_of_the_way(engine: Engine) -> None:
     before = engine.tensors("a")["affine"].clone()
     other = Engine(engine.bundle)
     admit(other, "a", "b")
-    turn(other, Verdict("applied", ""), 1)
-    turn(other, Verdict("applied", ""), 2)
+    turn(other, Ruling("applied", ""), 1)
+    turn(other, Ruling("applied", ""), 2)
     whole = other.tensors("a")
-    assert turn(engine, Verdict("partial", "", 0.25), 2).header.step == 2
+    assert turn(engine, Ruling("partial", "", 0.25), 2).header.step == 2
     part = engine.tensors("a")
     torch.testing.assert_close(part["affine"], torch.lerp(before, whole["affine"], 0.25))
     assert torch.equal(part["second_moment"], whole["second_moment"])
@@ -87,7 +87,7 @@ def test_the_event_says_how_far_the_stream_is_after_the_decision(engine: Engine,
     proposals = engine.adapt(passed)
     (outlook,), (proposal,) = passed.outlooks, proposals.proposals
     decision = "applied" if share == 1 else "partial"
-    judgement = judge(engine, Fixed(Verdict(decision, "", share)), outlook, proposals, proposal)
+    judgement = judge(engine, Fixed(Ruling(decision, "", share)), outlook, proposals, proposal)
     sealed = update_event(engine, "w", outlook, judgement, proposal)
     engine.accept(proposals, [proposal])
     distance = (engine.tensors("a")["affine"] - engine.like["affine"]).norm()
@@ -106,7 +106,7 @@ def test_the_event_says_what_was_seen_and_what_became_of_it(
     (outlook,), (proposal,) = passed.outlooks, proposals.proposals
     told = {"loss": 1.0, "entropy": 0.5, "discrepancy": 3.0, "raw_gradient_norm": 2.0, "cosine": -0.25}
     proposal.signals.update({**told, "loss": told["loss"] if trusted else math.nan})
-    guard = Fixed(Verdict(decision, "why", share))
+    guard = Fixed(Ruling(decision, "why", share))
     guard.observe = lambda guard_state, *_: guard_state  # type: ignore[method-assign]
     judgement = judge(engine, guard, outlook, proposals, proposal)
     event = update_event(engine, "w", outlook, judgement, proposal).event
@@ -128,13 +128,13 @@ def test_the_event_says_where_going_back_leads(engine: Engine, decision: str) ->
     good, header = engine.tensors("a")["affine"].clone(), engine.resident("a").header
     snapshot = Snapshot(time=datetime(2026, 1, 2, tzinfo=UTC), reason="", header=header)
     kept = {name: tensor.clone() for name, tensor in engine.tensors("a").items()}
-    turn(engine, Verdict("applied", ""), 2)
+    turn(engine, Ruling("applied", ""), 2)
     before, source = engine.tensors("a")["affine"].clone(), engine.like["affine"]
     passed = engine.predict([batch("a", 6, 3)])
     proposals = engine.adapt(passed)
     (outlook,), (proposal,) = passed.outlooks, proposals.proposals
-    verdict = Verdict(decision, "why")
-    judgement = judge(engine, Fixed(verdict), outlook, proposals, proposal, newest=lambda stream: (snapshot, kept))
+    ruling = Ruling(decision, "why")
+    judgement = judge(engine, Fixed(ruling), outlook, proposals, proposal, newest=lambda stream: (snapshot, kept))
     event = update_event(engine, "w", outlook, judgement, proposal).event
     there, reason = (good, "why; to the snapshot of step 1") if decision == "rolled_back" else (source, "why")
     assert (event.decision, event.reason, event.step) == (decision, reason, int(decision == "rolled_back"))
@@ -147,8 +147,8 @@ def test_the_event_says_where_going_back_leads(engine: Engine, decision: str) ->
 def test_going_back_ends_what_drift_detection_knew_of_the_old_parameters(engine: Engine, decision: str) -> None:
     """A stream that counted as settled would else make no update where it has everything to learn again."""
     engine.resident("a").header.drift = DriftWatch(adapting=False, mean=[1.0], variance=[1.0], rise=[0.0], fall=[0.0])
-    assert turn(engine, Verdict("applied", ""), 2).header.drift is not None
-    assert turn(engine, Verdict(decision, ""), 3).header.drift is None
+    assert turn(engine, Ruling("applied", ""), 2).header.drift is not None
+    assert turn(engine, Ruling(decision, ""), 3).header.drift is None
 
 
 def test_drift_detection_begins_when_a_stream_may_learn_again(engine: Engine) -> None:
@@ -156,16 +156,16 @@ def test_drift_detection_begins_when_a_stream_may_learn_again(engine: Engine) ->
     header = engine.resident("a").header
     resting = header.model_copy(update={"guard": GuardState(rest=1_000), "drift": None})
     engine.resident("a").header = resting
-    assert turn(engine, Verdict("skipped", "resting"), 2, watch=6).header.drift is None
+    assert turn(engine, Ruling("skipped", "resting"), 2, watch=6).header.drift is None
     engine.resident("a").header = resting.model_copy(update={"guard": GuardState(rest=1)})
-    assert turn(engine, Verdict("applied", ""), 3, watch=6).header.drift is not None
+    assert turn(engine, Ruling("applied", ""), 3, watch=6).header.drift is not None
 
 
 @pytest.mark.parametrize("decision", ["rolled_back", "reset"])
 def test_going_back_leads_to_source_and_nobody_else_moves(engine: Engine, decision: str) -> None:
     before = {name: tensor.clone() for name, tensor in engine.tensors("b").items()}
-    judgement = turn(engine, Verdict(decision, ""), 2)
-    assert (judgement.verdict.decision, judgement.header.step) == ("reset", 0)
+    judgement = turn(engine, Ruling(decision, ""), 2)
+    assert (judgement.ruling.decision, judgement.header.step) == ("reset", 0)
     assert all(torch.equal(tensor, engine.like[name]) for name, tensor in engine.tensors("a").items())
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.tensors("b").items())
     signals = judgement.header.proxies.signals
@@ -181,7 +181,7 @@ def test_of_one_pass_the_stream_beyond_the_distance_limit_comes_back_and_others_
     passed = engine.predict([batch("far", 6, 1), batch("near", 6, 2)])
     proposals = engine.adapt(passed)
     decided = {p.outlook.batch.stream: judge(engine, guard, p.outlook, proposals, p) for p in proposals.proposals}
-    assert {stream: one.verdict.decision for stream, one in decided.items()} == {"far": "applied", "near": "skipped"}
+    assert {stream: one.ruling.decision for stream, one in decided.items()} == {"far": "applied", "near": "skipped"}
     before = float((engine.tensors("far")["affine"] - engine.like["affine"]).norm())
     engine.accept(proposals, [one.kept for one in decided.values() if one.kept is not None])
     assert float((engine.tensors("far")["affine"] - engine.like["affine"]).norm()) < before
@@ -192,17 +192,17 @@ def test_a_rollback_leads_to_the_newest_snapshot_and_a_reset_does_not(engine: En
     good = {name: tensor.clone() for name, tensor in engine.tensors("a").items()}
     header = engine.resident("a").header
     snapshot = Snapshot(time=datetime(2026, 1, 2, tzinfo=UTC), reason="", header=header)
-    turn(engine, Verdict("applied", ""), 2)
-    judgement = turn(engine, Verdict("rolled_back", ""), 3, newest=lambda stream: (snapshot, good))
-    assert (judgement.verdict.decision, judgement.header.step, judgement.header.frames) == ("rolled_back", 1, 18)
+    turn(engine, Ruling("applied", ""), 2)
+    judgement = turn(engine, Ruling("rolled_back", ""), 3, newest=lambda stream: (snapshot, good))
+    assert (judgement.ruling.decision, judgement.header.step, judgement.header.frames) == ("rolled_back", 1, 18)
     assert all(torch.equal(tensor, good[name]) for name, tensor in engine.tensors("a").items())
-    again = turn(engine, Verdict("reset", ""), 4, newest=lambda stream: (snapshot, good))
-    assert (again.verdict.decision, again.header.step) == ("reset", 0)
+    again = turn(engine, Ruling("reset", ""), 4, newest=lambda stream: (snapshot, good))
+    assert (again.ruling.decision, again.header.step) == ("reset", 0)
 
 
 def test_frames_without_an_update_are_seen_by_the_guard_too(engine: Engine) -> None:
-    judgement = turn(engine, Verdict("applied", "not asked"), 3, adapt=False)
-    assert judgement.verdict.decision == "skipped"
+    judgement = turn(engine, Ruling("applied", "not asked"), 3, adapt=False)
+    assert judgement.ruling.decision == "skipped"
     assert judgement.header.step == 1
     assert len(judgement.header.guard.recent) == 12
     assert judgement.header.proxies.shadowed == 12
@@ -214,9 +214,9 @@ def test_hurried_frames_count_and_teach_nothing(engine: Engine) -> None:
     passed = engine.predict([replace(batch("a", 6, 3, adapt=False), hurried=True)])
     proposals = engine.adapt(passed)
     assert proposals.proposals == []
-    judgement = judge(engine, Fixed(Verdict("applied", "not asked")), passed.outlooks[0], proposals, None, 6)
+    judgement = judge(engine, Fixed(Ruling("applied", "not asked")), passed.outlooks[0], proposals, None, 6)
     after = judgement.header
-    assert (judgement.verdict.decision, judgement.kept) == ("skipped", None)
+    assert (judgement.ruling.decision, judgement.kept) == ("skipped", None)
     assert (after.proxies, after.drift, after.step) == (before.proxies, before.drift, before.step)
     assert (after.frames, after.events) == (before.frames + 6, before.events + 1)
     event = update_event(engine, "w", passed.outlooks[0], judgement, None).event
@@ -229,7 +229,7 @@ def test_what_moves_without_an_update_is_kept_where_it_is_finite(engine: Engine,
     proposals = engine.adapt(passed)
     (outlook,), (proposal,) = passed.outlooks, proposals.proposals
     proposal = replace(proposal, finite=finite)
-    judgement = judge(engine, Fixed(Verdict("applied", "not asked")), outlook, proposals, proposal)
+    judgement = judge(engine, Fixed(Ruling("applied", "not asked")), outlook, proposals, proposal)
     assert judgement.kept is (proposal if finite else None)
 
 
@@ -248,7 +248,7 @@ def test_baselines_are_not_held_to_the_gradients_of_the_bundles_own_generator(
         passed = engine.predict([batch("a", 2, seed)])
         proposals = engine.adapt(passed)
         judgement = judge(engine, guard, passed.outlooks[0], proposals, proposals.proposals[0])
-        assert judgement.verdict == Verdict("applied", "within limits")
+        assert judgement.ruling == Ruling("applied", "within limits")
         engine.resident("a").header = judgement.header
 
 
@@ -257,5 +257,5 @@ def test_a_partial_update_of_a_method_with_a_student_moves_that_in_part_too(tiny
     admit(engine, "a", "b")
     before = engine.tensors("a")["student"].clone()
     whole = engine.adapt(engine.predict([batch("b", 5, 9), batch("a", 6, 1)])).state["student"][1]
-    turn(engine, Verdict("partial", "", 0.25), 1)
+    turn(engine, Ruling("partial", "", 0.25), 1)
     torch.testing.assert_close(engine.tensors("a")["student"], torch.lerp(before, whole, 0.25))

@@ -14,8 +14,8 @@ from worker.guard.guard import (
     TOLERATED,
     WATCH,
     Guard,
+    Ruling,
     Sight,
-    Verdict,
     level_limit,
     move_level,
     watched,
@@ -45,14 +45,14 @@ def shown(**changes: object) -> RunningProxies:
 
 def judged(
     state: GuardState, seen: Sight, proxies: RunningProxies, changes: dict | None = None, finite: bool = True
-) -> tuple[Verdict, GuardState]:
+) -> tuple[Ruling, GuardState]:
     after = GUARD.observe(state, seen, proxies)
     return GUARD.judge(state, after, seen, proxies, {**GOOD, **(changes or {})}, finite), after
 
 
 def test_ordinary_updates_pass() -> None:
-    verdict, _ = judged(GuardState(), sight(), shown())
-    assert (verdict.decision, verdict.share) == ("applied", 1)
+    ruling, _ = judged(GuardState(), sight(), shown())
+    assert (ruling.decision, ruling.share) == ("applied", 1)
 
 
 @pytest.mark.parametrize(
@@ -73,17 +73,17 @@ def test_ordinary_updates_pass() -> None:
     ],
 )
 def test_others_are_skipped_with_the_reason(changes: dict, finite: bool, reason: str) -> None:
-    verdict, _ = judged(GuardState(), sight(), shown(), changes, finite)
-    assert (verdict.decision, verdict.reason) == ("skipped", reason)
+    ruling, _ = judged(GuardState(), sight(), shown(), changes, finite)
+    assert (ruling.decision, ruling.reason) == ("skipped", reason)
 
 
 def test_an_update_at_its_limits_passes() -> None:
-    verdict, _ = judged(GuardState(), sight(blank=0.5), shown(), {"raw_gradient_norm": 40.0, "source_distance": 6.0})
-    assert verdict.decision == "applied"
+    ruling, _ = judged(GuardState(), sight(blank=0.5), shown(), {"raw_gradient_norm": 40.0, "source_distance": 6.0})
+    assert ruling.decision == "applied"
 
 
 def test_what_was_known_before_is_left_as_it_was() -> None:
-    """The state in memory is that of the store, also where a verdict is never written."""
+    """The state in memory is that of the store, also where a ruling is never written."""
     state = GuardState()
     for round_ in range(20):
         before = state.model_copy(deep=True)
@@ -94,21 +94,21 @@ def test_what_was_known_before_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("distance", [8.9, 9.0])
 def test_a_stream_beyond_the_distance_limit_may_come_back(distance: float) -> None:
-    verdict, _ = judged(GuardState(), sight(), shown(), {"source_distance": distance, "present_distance": 9.0})
-    assert verdict.decision == "applied"
+    ruling, _ = judged(GuardState(), sight(), shown(), {"source_distance": distance, "present_distance": 9.0})
+    assert ruling.decision == "applied"
 
 
 def test_an_update_far_above_the_streams_own_level_is_shrunk_to_its_limit() -> None:
     state = GuardState()
     for round_ in range(40):
-        verdict, state = judged(state, sight(100 * round_), shown(), {"generated_gradient_norm": 0.01})
-        assert verdict.decision == "applied"
+        ruling, state = judged(state, sight(100 * round_), shown(), {"generated_gradient_norm": 0.01})
+        assert ruling.decision == "applied"
     limit = level_limit(state.update, GuardSettings().max_jump)
-    verdict, _ = judged(state, sight(9_000), shown(), {"generated_gradient_norm": 2 * limit})
-    assert verdict.decision == "partial"
-    assert verdict.share == pytest.approx(0.5)
-    verdict, _ = judged(state, sight(9_000), shown(), {"generated_gradient_norm": 4.0})
-    assert (verdict.decision, verdict.share) == ("partial", 0.1)  # within the bundle's limit, too
+    ruling, _ = judged(state, sight(9_000), shown(), {"generated_gradient_norm": 2 * limit})
+    assert ruling.decision == "partial"
+    assert ruling.share == pytest.approx(0.5)
+    ruling, _ = judged(state, sight(9_000), shown(), {"generated_gradient_norm": 4.0})
+    assert (ruling.decision, ruling.share) == ("partial", 0.1)  # within the bundle's limit, too
 
 
 @given(st.lists(st.floats(-20, 20), min_size=1, max_size=16))
@@ -142,10 +142,10 @@ def test_outliers_cannot_drag_a_level() -> None:
 
 
 def test_a_new_stream_has_no_level_but_the_bundles() -> None:
-    verdict, _ = judged(GuardState(), sight(), shown(), {"generated_gradient_norm": 3.2})
-    assert verdict.decision == "partial"
-    assert verdict.share == pytest.approx(0.5)
-    assert verdict.reason == "generated gradient norm 3.2 above its limit 1.6: shrunk"
+    ruling, _ = judged(GuardState(), sight(), shown(), {"generated_gradient_norm": 3.2})
+    assert ruling.decision == "partial"
+    assert ruling.share == pytest.approx(0.5)
+    assert ruling.reason == "generated gradient norm 3.2 above its limit 1.6: shrunk"
 
 
 def test_a_bundle_without_limits_of_gradients_leaves_them_to_the_streams_level() -> None:
@@ -153,7 +153,7 @@ def test_a_bundle_without_limits_of_gradients_leaves_them_to_the_streams_level()
     for round_ in range(70):
         seen, signals = sight(100 * round_), {**GOOD, "cosine": -1.0, "generated_gradient_norm": 1e6}
         after = guard.observe(state, seen, shown())
-        assert guard.judge(state, after, seen, shown(), signals, True) == Verdict("applied", "within limits")
+        assert guard.judge(state, after, seen, shown(), signals, True) == Ruling("applied", "within limits")
         state = after
 
 
@@ -165,20 +165,20 @@ def test_of_two_limits_of_its_own_the_nearer_one_counts() -> None:
     raw, generated = (level_limit(level, GuardSettings().max_jump) for level in (state.gradient, state.update))
     for far, near, name in ((4, 2, "raw"), (2, 4, "generated")):
         jump = {"raw_gradient_norm": far * raw, "generated_gradient_norm": near * generated}
-        verdict, _ = judged(state.model_copy(deep=True), sight(9_000), shown(), jump)
-        assert verdict.share == pytest.approx(0.25)
-        assert verdict.reason.startswith(f"{name} gradient norm")
-        assert verdict.reason.endswith("shrunk")
+        ruling, _ = judged(state.model_copy(deep=True), sight(9_000), shown(), jump)
+        assert ruling.share == pytest.approx(0.25)
+        assert ruling.reason.startswith(f"{name} gradient norm")
+        assert ruling.reason.endswith("shrunk")
 
 
 def test_gradients_that_turn_away_for_long_are_skipped() -> None:
     state, decisions = GuardState(), []
     for round_ in range(80):
-        verdict, state = judged(state, sight(100 * round_), shown(), {"cosine": -0.5})
-        decisions.append(verdict.decision)
+        ruling, state = judged(state, sight(100 * round_), shown(), {"cosine": -0.5})
+        decisions.append(ruling.decision)
     assert decisions[:63] == ["applied"] * 63
     assert decisions[-1] == "skipped"
-    assert "turn from the raw ones" in verdict.reason
+    assert "turn from the raw ones" in ruling.reason
 
 
 def test_gradients_that_are_not_aligned_are_no_reason_to_stop() -> None:
@@ -186,17 +186,17 @@ def test_gradients_that_are_not_aligned_are_no_reason_to_stop() -> None:
     state = GuardState()
     for round_ in range(80):
         cosine = -9.0 if round_ == 40 else -0.15
-        verdict, state = judged(state, sight(100 * round_), shown(), {"cosine": cosine})
-        assert verdict.decision == "applied"
+        ruling, state = judged(state, sight(100 * round_), shown(), {"cosine": cosine})
+        assert ruling.decision == "applied"
     assert state.cosine == pytest.approx(-0.15, abs=0.02)
 
 
 def test_a_frozen_camera_does_not_teach_even_in_a_loop() -> None:
     loop = sight(0, checksums=[1, 2, 3, 4] * 4)
-    verdict, state = judged(GuardState(), loop, shown())
-    assert verdict.reason == "75% of the frames repeat earlier ones: frozen camera?"
-    verdict, _ = judged(state, sight(0, checksums=[4, 3, 2, 1]), shown())
-    assert verdict.decision == "skipped"
+    ruling, state = judged(GuardState(), loop, shown())
+    assert ruling.reason == "75% of the frames repeat earlier ones: frozen camera?"
+    ruling, _ = judged(state, sight(0, checksums=[4, 3, 2, 1]), shown())
+    assert ruling.decision == "skipped"
     assert judged(state, sight(50), shown())[0].apply
 
 
@@ -205,8 +205,8 @@ def test_a_camera_that_repeats_half_of_its_frames_teaches() -> None:
 
 
 def test_a_covered_camera_does_not_teach() -> None:
-    verdict, _ = judged(GuardState(), sight(blank=0.75), shown())
-    assert verdict.reason == "75% of the frames are blank: covered camera?"
+    ruling, _ = judged(GuardState(), sight(blank=0.75), shown())
+    assert ruling.reason == "75% of the frames are blank: covered camera?"
 
 
 def test_a_blind_camera_is_seen_without_an_update() -> None:
@@ -218,10 +218,10 @@ def test_a_blind_camera_is_seen_without_an_update() -> None:
 def test_one_class_for_long_stops_teaching_and_others_begin_again() -> None:
     state, applied = GuardState(), 0
     for round_ in range(100):
-        verdict, state = judged(state, sight(100 * round_, share=0.75), shown())
-        applied += 16 * verdict.apply
+        ruling, state = judged(state, sight(100 * round_, share=0.75), shown())
+        applied += 16 * ruling.apply
     assert 200 < applied < 300
-    assert "one class for" in verdict.reason
+    assert "one class for" in ruling.reason
     assert judged(state, sight(99_999), shown())[0].apply
 
 
@@ -229,25 +229,25 @@ def test_one_class_for_long_stops_teaching_and_others_begin_again() -> None:
 def test_a_collapse_that_source_does_not_share_goes_back(signal: str) -> None:
     collapsed = {"entropy": 0.3, "marginal": 0.9, "moved": 0.7, signal: 0.01}
     learned = GuardState(gradient=Level(seen=9), update=Level(seen=9), cosines=9, sound=9)
-    verdict, state = judged(learned, sight(), shown(signals=collapsed))
-    assert verdict.decision == "rolled_back"
+    ruling, state = judged(learned, sight(), shown(signals=collapsed))
+    assert ruling.decision == "rolled_back"
     # What it knew was of parameters that are gone; and source looks on.
     assert (state.gradient, state.update, state.cosines, state.sound) == (Level(), Level(), 0, 0)
     assert (state.rest, state.watchful) == (64, WATCH)
-    verdict, state = judged(state, sight(100), shown(signals={"moved": 0.0}))
-    assert "resting after a reset" in verdict.reason
+    ruling, state = judged(state, sight(100), shown(signals={"moved": 0.0}))
+    assert "resting after a reset" in ruling.reason
     while state.rest:
         _, state = judged(state, sight(200), shown(signals={"moved": 0.0}))
-    verdict, state = judged(state, sight(300), shown(signals=collapsed))
-    assert verdict.decision == "reset"
+    ruling, state = judged(state, sight(300), shown(signals=collapsed))
+    assert ruling.decision == "reset"
     assert state.rest == 128
 
 
 def test_a_reset_is_forgiven_once_the_stream_was_sound_for_long() -> None:
     collapsed = shown(signals={"entropy": 0.01, "marginal": 0.9, "moved": 0.5})
     for sound, decision in ((FORGIVEN - 16, "reset"), (FORGIVEN - 15, "rolled_back")):
-        verdict, after = judged(GuardState(resets=3, sound=sound), sight(), collapsed)
-        assert verdict.decision == decision
+        ruling, after = judged(GuardState(resets=3, sound=sound), sight(), collapsed)
+        assert ruling.decision == decision
     assert after.resets == 1
 
 
@@ -265,8 +265,8 @@ def test_disagreement_alone_is_no_collapse(entropy: float, marginal: float) -> N
 
 
 def test_one_sided_traffic_that_source_sees_too_is_no_collapse() -> None:
-    verdict, _ = judged(GuardState(), sight(), shown(signals={"entropy": 0.01, "marginal": 0.01, "moved": 0.1}))
-    assert verdict.apply
+    ruling, _ = judged(GuardState(), sight(), shown(signals={"entropy": 0.01, "marginal": 0.01, "moved": 0.1}))
+    assert ruling.apply
 
 
 def test_source_answers_where_it_does_better_and_until_it_does_not() -> None:
@@ -281,8 +281,8 @@ def test_source_answers_where_it_does_better_and_until_it_does_not() -> None:
     assert GUARD.observe(state, sight(), shown(accuracy=0.8, source_accuracy=0.8)).trusted
     decisions = []
     for round_ in range(PATIENCE // 16):
-        verdict, state = judged(state, sight(100 * (round_ + 1)), shown(**worse))
-        decisions.append(verdict.decision)
+        ruling, state = judged(state, sight(100 * (round_ + 1)), shown(**worse))
+        decisions.append(ruling.decision)
     assert decisions[0] == "applied"
     assert "rolled_back" in decisions
     assert not state.trusted
@@ -322,7 +322,7 @@ def test_where_nothing_is_to_be_compared_the_adapted_parameters_answer(
 ALONE = Guard(GuardSettings(), Limits(raw_gradient_norm=math.inf, source_distance=3), clean_accuracy=0.9)
 
 
-def judged_alone(state: GuardState, seen: Sight, proxies: RunningProxies) -> tuple[Verdict, GuardState]:
+def judged_alone(state: GuardState, seen: Sight, proxies: RunningProxies) -> tuple[Ruling, GuardState]:
     after = ALONE.observe(state, seen, proxies)
     return ALONE.judge(state, after, seen, proxies, GOOD, True), after
 
@@ -330,9 +330,9 @@ def judged_alone(state: GuardState, seen: Sight, proxies: RunningProxies) -> tup
 def test_answers_that_leave_a_sure_source_lose_trust_and_go_back_without_any_estimate() -> None:
     astray, state, decisions = {"moved": 0.31, "source_rank": 0.05}, GuardState(), []
     for round_ in range(2 + PATIENCE // 16):
-        verdict, state = judged_alone(state, sight(100 * round_), shown(signals=astray))
+        ruling, state = judged_alone(state, sight(100 * round_), shown(signals=astray))
         assert not state.trusted
-        decisions.append(verdict.decision)
+        decisions.append(ruling.decision)
     assert decisions[0] == "applied"
     assert "rolled_back" in decisions
     # Source that grows unsure meanwhile is no reason to believe what has gone astray before.
@@ -350,8 +350,8 @@ def test_answers_that_leave_a_sure_source_lose_trust_and_go_back_without_any_est
     ],
 )
 def test_answers_may_differ_from_source_for_a_reason(signals: dict[str, float]) -> None:
-    verdict, state = judged_alone(GuardState(), sight(), shown(signals=signals))
-    assert verdict.decision == "applied"
+    ruling, state = judged_alone(GuardState(), sight(), shown(signals=signals))
+    assert ruling.decision == "applied"
     assert state.trusted
     alarmed = GuardState(shifted=True)
     assert ALONE.observe(alarmed, sight(), shown(signals={"moved": 0.9, "source_rank": 0.0})).trusted
@@ -367,20 +367,20 @@ def test_whoever_trusts_anything_is_not_kept_from_it() -> None:
 def test_one_class_against_source_is_a_collapse_where_no_estimate_would_tell() -> None:
     full = sight(share=1.0)
     state = GuardState(dominant=1, alike=GuardSettings().max_alike)
-    verdict, _ = judged_alone(state, full, shown(signals={"moved": 0.3, "source_rank": 0.3}))
-    assert verdict.decision == "rolled_back"
-    assert verdict.reason == "collapse: one class for more than 256 frames while source disagrees"
+    ruling, _ = judged_alone(state, full, shown(signals={"moved": 0.3, "source_rank": 0.3}))
+    assert ruling.decision == "rolled_back"
+    assert ruling.reason == "collapse: one class for more than 256 frames while source disagrees"
     for guard, moved in ((ALONE, 0.2), (GUARD, 0.3)):  # source sees it, too; and one whose accuracy is estimated
         proxies = shown(signals={"moved": moved, "source_rank": 0.3})
         after = guard.observe(state, full, proxies)
-        verdict = guard.judge(state, after, full, proxies, GOOD, True)
-        assert (verdict.decision, verdict.reason) == ("skipped", "one class for more than 256 frames")
+        ruling = guard.judge(state, after, full, proxies, GOOD, True)
+        assert (ruling.decision, ruling.reason) == ("skipped", "one class for more than 256 frames")
 
 
 def test_blank_frames_are_no_collapse_of_the_parameters() -> None:
     state = GuardState(dominant=1, alike=GuardSettings().max_alike)
-    verdict, _ = judged_alone(state, sight(share=1.0, blank=1.0), shown(signals={"moved": 0.9, "source_rank": 0.3}))
-    assert (verdict.decision, "covered camera" in verdict.reason) == ("skipped", True)
+    ruling, _ = judged_alone(state, sight(share=1.0, blank=1.0), shown(signals={"moved": 0.9, "source_rank": 0.3}))
+    assert (ruling.decision, "covered camera" in ruling.reason) == ("skipped", True)
 
 
 def test_trust_is_not_lost_on_few_frames() -> None:

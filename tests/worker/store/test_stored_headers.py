@@ -78,11 +78,11 @@ class Worker:
             sight=Sight(range(FRAMES * number, FRAMES * (number + 1)), 0.0, number % 3, 0.5, rank),
         )
         proposal = Proposal(outlook, 0, update, SIGNALS if update else {}, True)
-        verdict = judge(self.engine, self.guard, outlook, Proposals([proposal], {}, {}, {}), proposal, 2 * FRAMES)
-        after = verdict.header
+        judgement = judge(self.engine, self.guard, outlook, Proposals([proposal], {}, {}, {}), proposal, 2 * FRAMES)
+        after = judgement.header
         sealed = header.next_event(
-            decision=verdict.verdict.decision,
-            reason=verdict.verdict.reason,
+            decision=judgement.ruling.decision,
+            reason=judgement.ruling.reason,
             frames=[str(frame.position) for frame in frames],
             step=after.step,
             parameters=named(answering(policy, header, header.guard.trusted), after),
