@@ -16,7 +16,7 @@ from torch import Tensor
 from meta.method import Forward, State, on_cpu
 from meta.norms import AdaptableModel
 from meta.objective import entropy, per_stream_mean
-from meta.proxies import TINY, Observed, rank_among
+from meta.proxies import TINY, Observed, rank_among, said_to
 from meta.threads import one_thread
 
 
@@ -48,10 +48,8 @@ def _observed(passed: State, entropies: Tensor) -> list[Observed]:
     surprise = entropy(source) / math.log(source.shape[1])
     each = {"source_entropy": surprise, "source_rank": rank_among(entropies, surprise), "flips": moved, "moved": moved}
     shadow = _means(each, stream, asked)
-    said: list[list[int]] = [[] for _ in frames]
-    for row, index in zip(stream.tolist(), source.argmax(1).tolist(), strict=True):
-        said[row].append(index)
-    rows = zip(frames, own, asked.long().tolist(), shadow, map(tuple, said), strict=True)
+    said = said_to(stream, source.argmax(1).tolist(), len(frames))
+    rows = zip(frames, own, asked.long().tolist(), shadow, said, strict=True)
     return [Observed(*row) for row in rows]
 
 

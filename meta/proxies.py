@@ -112,10 +112,8 @@ class Observer:
             source = self._seen(_near({"logits": asked.logits, "features": asked.features}, asked.head))
             stream = passed["stream"].index_select(0, passed["chosen"])
             signals, shadowed = self._shadow(source, stream, passed, seen)
-        said: list[list[int]] = [[] for _ in counts]
-        for row, index in zip(stream.tolist(), source.said.tolist(), strict=True):
-            said[row].append(index)
-        each = zip(counts, own, shadowed.long().tolist(), _rows(signals), map(tuple, said), strict=True)
+        said = said_to(stream, source.said.tolist(), len(counts))
+        each = zip(counts, own, shadowed.long().tolist(), _rows(signals), said, strict=True)
         return [Observed(*one) for one in each], asked.logits
 
     def _ask(self, frames: Tensor) -> Output:
@@ -221,6 +219,14 @@ def _calmly() -> Iterator[None]:
     """Numbers of few frames need one thread; and broken parameters show in the signals, without a warning."""
     with np.errstate(invalid="ignore", over="ignore"), one_thread():
         yield
+
+
+def said_to(stream: Tensor, classes: Sequence[int], streams: int) -> list[tuple[int, ...]]:
+    """The classes (n,) of frames of `stream` (n,), stream by stream."""
+    said: list[list[int]] = [[] for _ in range(streams)]
+    for row, index in zip(stream.tolist(), classes, strict=True):
+        said[row].append(index)
+    return [tuple(indices) for indices in said]
 
 
 def rank_among(known: Tensor, share: Tensor) -> Tensor:

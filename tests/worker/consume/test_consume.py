@@ -135,14 +135,19 @@ def test_commits_follow_the_store_and_nothing_unfinished(
     assert notes.kept[kafka_settings.topics.frames, 0] == 6
 
 
-def test_what_the_store_does_not_know_is_read_again(
-    make: Callable[..., FrameConsumer], notes: Notes, kafka_settings: Kafka, topic: Topic
-) -> None:
+def commit_ten(make: Callable[..., FrameConsumer], kafka_settings: Kafka, topic: Topic) -> None:
+    """Ten records, which the group has read and committed."""
     send(topic, kafka_settings, 10)
     first = make()
     take(first, kafka_settings, read(first, 9), finished=10)
     first.commit(now=True)
     first.close()
+
+
+def test_what_the_store_does_not_know_is_read_again(
+    make: Callable[..., FrameConsumer], notes: Notes, kafka_settings: Kafka, topic: Topic
+) -> None:
+    commit_ten(make, kafka_settings, topic)
     notes.kept[kafka_settings.topics.frames, 0] = 4  # as from a backup
     send(topic, kafka_settings, 1)
     notes.away = True
@@ -159,11 +164,7 @@ def test_what_the_store_does_not_know_is_read_again(
 def test_a_store_that_knows_nothing_of_what_the_group_has_read_is_told_from_a_new_group(
     make: Callable[..., FrameConsumer], notes: Notes, kafka_settings: Kafka, topic: Topic
 ) -> None:
-    send(topic, kafka_settings, 10)
-    first = make()
-    take(first, kafka_settings, read(first, 9), finished=10)
-    first.commit(now=True)
-    first.close()
+    commit_ten(make, kafka_settings, topic)
     partition = (kafka_settings.topics.frames, 0)
     new_group = kafka_settings.model_copy(update={"group": f"{kafka_settings.group}-new"})
     for settings, forgotten in ((kafka_settings, [partition]), (new_group, [])):
