@@ -13,19 +13,19 @@ Layout = Literal["channels-first", "channels-last"]
 
 
 class Part(BaseModel):
-    """A part of the manifest; unknown fields are errors, and nothing can be changed."""
+    """A part of the manifest. Unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Preprocess(Part):
-    """From decoded pixels to the model's input: convert, resize, scale to [0, 1], standardise."""
+    """How decoded pixels become the model's input: convert, resize, scale to [0, 1], standardise."""
 
-    mode: Literal["L", "RGB"]
-    width: int = Field(ge=1, le=4_096)
-    height: int = Field(ge=1, le=4_096)
-    mean: list[FiniteFloat]
-    std: list[FiniteFloat]
+    mode: Literal["L", "RGB"] = Field(description="Colours of the input: `L` is grey, `RGB` three channels.")
+    width: int = Field(ge=1, le=4_096, description="Width of the input in pixels.")
+    height: int = Field(ge=1, le=4_096, description="Height of the input in pixels.")
+    mean: list[FiniteFloat] = Field(description="Subtracted from each channel, after scaling to [0, 1].")
+    std: list[FiniteFloat] = Field(description="Each channel is divided by this, after `mean` is subtracted.")
 
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> Preprocess:
@@ -42,43 +42,54 @@ class Preprocess(Part):
 
 
 class ModelPart(Part):
-    """The source model: an architecture's name and arguments; the weights lie in model.safetensors."""
+    """The source model: the name and arguments of its architecture. Its weights are in `model.safetensors`."""
 
-    architecture: str
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    architecture: str = Field(
+        description="Name of a shipped architecture, or `module:function` that the site allows in `bundle.factories`."
+    )
+    arguments: dict[str, Any] = Field(default_factory=dict, description="Arguments that build the architecture.")
     norm_order: list[str] = Field(
         default_factory=list,
-        description="the norm layers' names in the order in which they run; empty: as the network names them",
+        description="Names of the normalisation layers in the order in which they run. Empty: the network's own order.",
     )
     norm_layouts: dict[str, Layout] = Field(
         default_factory=dict,
-        description="where the channels lie in norm layers of the network's own classes, by name; others do not adapt",
+        description="Position of the channels in normalisation layers of classes that are the network's own, by name. "
+        "Such layers that are not listed do not adapt.",
     )
-    clean_accuracy: float = Field(ge=0, le=1, description="on frames that trained neither model nor generator")
+    clean_accuracy: float = Field(
+        ge=0, le=1, description="Accuracy on undisturbed images that trained neither the model nor the generator."
+    )
 
 
 class MethodPart(Part):
-    """How streams adapt; the learned parameters lie in generator.safetensors."""
+    """How streams adapt. What was learned for it is in `generator.safetensors`."""
 
-    name: Literal["mgg", "mgg-paper"]
-    settings: dict[str, Any] = Field(default_factory=dict)
+    name: Literal["mgg", "mgg-paper"] = Field(description="Name of the method.")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Settings of the method.")
 
 
 class Estimator(Part):
-    """From a stream's signals to its accuracy: logistic regression on n standardised signals and their products.
+    """Estimates a stream's accuracy from its signals: logistic regression on n standardised signals and their products.
 
-    `adapted` and `source` hold 1 + n + n (n + 1) / 2 weights each. At the estimate `levels[i]`, nine of ten streams in
-    calibration lay between it plus `low[i]` and plus `high[i]`; in between, these are interpolated.
+    The regression has 1 + n + n (n + 1) / 2 weights.
     """
 
-    signals: list[str] = Field(min_length=1, max_length=64)
-    centre: list[FiniteFloat]
-    scale: list[FiniteFloat]
-    adapted: list[FiniteFloat]
-    source: list[FiniteFloat]
-    levels: list[FiniteFloat] = Field(min_length=1, max_length=64)
-    low: list[FiniteFloat]
-    high: list[FiniteFloat]
+    signals: list[str] = Field(min_length=1, max_length=64, description="Names of the n signals.")
+    centre: list[FiniteFloat] = Field(description="Subtracted from each signal.")
+    scale: list[FiniteFloat] = Field(description="Each signal is divided by this, after `centre` is subtracted.")
+    adapted: list[FiniteFloat] = Field(description="Weights of the estimate for the adapted parameters.")
+    source: list[FiniteFloat] = Field(description="Weights of the estimate for the source model.")
+    levels: list[FiniteFloat] = Field(
+        min_length=1,
+        max_length=64,
+        description="Estimates for which `low` and `high` are given; those in between are interpolated.",
+    )
+    low: list[FiniteFloat] = Field(
+        description="Added to the estimate, gives the lower end of its 90% interval. Nine of ten streams in "
+        "calibration lay within it."
+    )
+    high: list[FiniteFloat] = Field(description="Added to the estimate, gives the upper end of its 90% interval.")
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> Estimator:
@@ -94,58 +105,83 @@ class Estimator(Part):
 
 
 class Calibration(Part):
-    """From logits to honest numbers, fitted on simulated shifts.
+    """How the model's outputs become confidences and estimated accuracies. Fitted on simulated shifts.
 
     Confidence is softmax(logits / t) with log t = log temperature + softening * (mean confidence - estimated accuracy),
     both of the stream's recent frames. Without an estimator the estimated accuracy of a stream is
     `intercept + slope * mean confidence`, within [0, 1].
     """
 
-    temperature: float = Field(gt=0)
-    source_temperature: float | None = Field(None, gt=0, description="of source's plain answers; null: as the others")
-    softening: FiniteFloat = Field(0.0, ge=0, le=100)
-    intercept: float
-    slope: float
-    error: float = Field(ge=0, description="mean absolute error of the estimate in calibration")
-    threshold: float = Field(0.9, ge=0, le=1, description="clean frames are as often surer than this as they are right")
-    entropies: list[FiniteFloat] = Field(
-        default_factory=list, max_length=1_000, description="quantiles of the source model's entropy on clean frames"
+    temperature: float = Field(gt=0, description="Temperature of the adapted parameters' answers.")
+    source_temperature: float | None = Field(
+        None, gt=0, description="Temperature of the source model's own answers; null: the same as `temperature`."
     )
-    estimator: Estimator | None = None
+    softening: FiniteFloat = Field(
+        0.0, ge=0, le=100, description="How much the temperature rises if a stream is surer than it is right."
+    )
+    intercept: float = Field(description="Of the estimated accuracy, if there is no estimator.")
+    slope: float = Field(description="Of the estimated accuracy, if there is no estimator.")
+    error: float = Field(ge=0, description="Mean absolute error of the estimated accuracy in calibration, as a share.")
+    threshold: float = Field(
+        0.9, ge=0, le=1, description="Confidence that undisturbed frames exceed as often as they are predicted rightly."
+    )
+    entropies: list[FiniteFloat] = Field(
+        default_factory=list,
+        max_length=1_000,
+        description="Quantiles of the source model's entropy on undisturbed frames, which the guard compares with.",
+    )
+    estimator: Estimator | None = Field(
+        None, description="Estimates accuracy from more signals than confidence; null: the line above is used."
+    )
 
 
 class Limits(Part):
-    """What is normal: upper ends seen in calibration, from which the guard takes its limits."""
+    """What is normal: all but one in a thousand of the values seen in calibration lie within these limits.
 
-    raw_gradient_norm: float = Field(gt=0)
-    source_distance: float = Field(gt=0)
-    generated_gradient_norm: float | None = Field(None, gt=0)
-    cosine: float | None = Field(None, ge=-1, le=1, description="lower end of the running mean")
+    The guard multiplies some of them by `guard.max_gradient_factor` and `guard.max_distance_factor`.
+    """
+
+    raw_gradient_norm: float = Field(gt=0, description="Upper limit of the raw gradient's norm.")
+    source_distance: float = Field(gt=0, description="Upper limit of the distance of adapted parameters from source.")
+    generated_gradient_norm: float | None = Field(
+        None, gt=0, description="Upper limit of the generated gradient's norm."
+    )
+    cosine: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="Lower limit of the running mean of the cosine between raw and generated gradients.",
+    )
     gain_error: float | None = Field(
-        None, ge=0, description="source was estimated to do better by no more than this where it did not"
+        None,
+        ge=0,
+        description="Lead in estimated accuracy above which source answers. In calibration source seemed to lead by "
+        "more in one of a hundred windows in which it was not better.",
     )
 
 
 class FileEntry(Part):
-    """Content and size of a file of the bundle."""
+    """Hash and size of a file of the bundle. A worker refuses a bundle whose files differ."""
 
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the file.")
+    size: int = Field(ge=0, description="Bytes.")
 
 
 class Manifest(Part):
-    """manifest.json."""
+    """`manifest.json` of a bundle."""
 
     schema_version: Literal[1] = 1
-    name: str
-    created_by: str = Field(description="the command that makes this bundle")
-    calibrated_by: str = Field("", description="the command that has since fitted calibration and limits anew")
+    name: str = Field(description="Name of the bundle, for people.")
+    created_by: str = Field(description="Command that made this bundle.")
+    calibrated_by: str = Field(
+        "", description="Command that fitted calibration and limits again later; empty if none did."
+    )
     model: ModelPart
     method: MethodPart
     preprocess: Preprocess
     calibration: Calibration
     limits: Limits
-    files: dict[str, FileEntry]
+    files: dict[str, FileEntry] = Field(description="Every other file of the bundle, by name.")
 
     @field_validator("files")
     @classmethod

@@ -17,19 +17,37 @@ Action = Literal["freeze", "unfreeze", "reset", "rollback", "approve", "policy"]
 
 
 class Command(BaseModel):
-    """Something that a person wants done to a stream. It is done once, and an update event with its id says so."""
+    """What a person asks a stream to do. It is done once, and an update event with the command's id confirms it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1] = 1
-    id: str = Field(default_factory=lambda: uuid4().hex, min_length=1, max_length=64, pattern=r"^[\w.:-]+$")
-    time: datetime = Field(default_factory=lambda: datetime.now(UTC))
-    stream: str = Field(min_length=1, max_length=1_000, description="a stream id, or * for every stream")
-    action: Action
-    snapshot: int = Field(1, ge=1, le=1_000, description="rollback: how many snapshots back; 1 is the newest")
-    policy: AskedChange | None = Field(None, description="policy: what shall hold from now on")
-    by: str = Field("", max_length=200, description="who asks")
-    reason: str = Field("", max_length=1_000)
+    id: str = Field(
+        default_factory=lambda: uuid4().hex,
+        min_length=1,
+        max_length=64,
+        pattern=r"^[\w.:-]+$",
+        description="A new one for each command: a second command with the same id is skipped.",
+    )
+    time: datetime = Field(default_factory=lambda: datetime.now(UTC), description="When the command was given.")
+    stream: str = Field(
+        min_length=1,
+        max_length=1_000,
+        description="A stream id, or `*` for every stream. The same as the record's key.",
+    )
+    action: Action = Field(
+        description="`freeze`, `unfreeze`: stop updates, allow them again. `reset`: back to the source model. "
+        "`rollback`: back to a snapshot. `approve`: the present parameters become the approved ones. `policy`: change "
+        "rules."
+    )
+    snapshot: int = Field(
+        1, ge=1, le=1_000, description="Only for `rollback`: which snapshot to go back to. 1 is the newest."
+    )
+    policy: AskedChange | None = Field(
+        None, description="Only for `policy`: the rules to change. Rules that are not named stay as they are."
+    )
+    by: str = Field("", max_length=200, description="Who asks, for the audit trail.")
+    reason: str = Field("", max_length=1_000, description="Why, for the audit trail.")
 
     @model_validator(mode="after")
     def _policy_where_asked(self) -> Command:

@@ -37,13 +37,25 @@ TopicName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,249}$")]
 
 
 class Topics(Section):
-    """Topic names."""
+    """Names of the five topics, which must differ. Workers do not create topics."""
 
-    frames: TopicName = Field("frames", description="frames in; key = stream id, value = image bytes")
-    predictions: TopicName = Field("predictions", description="one prediction per frame out")
-    updates: TopicName = Field("updates", description="one update event per guard decision out")
-    commands: TopicName = Field("commands", description="commands in; key = stream id or *")
-    dead_letters: TopicName = Field("frames.dlq", description="records that could not become frames, with the reason")
+    frames: TopicName = Field(
+        "frames",
+        description="Input: camera frames. The key is the stream id, the value one JPEG, PNG or WebP.",
+    )
+    predictions: TopicName = Field("predictions", description="Output: one prediction for each frame.")
+    updates: TopicName = Field(
+        "updates",
+        description="Output: one update event for each decision of the guard or of a person. This is the audit trail.",
+    )
+    commands: TopicName = Field(
+        "commands",
+        description="Input: commands from people. The key is a stream id, or `*` for all streams. Without this topic "
+        "workers run, but take no commands.",
+    )
+    dead_letters: TopicName = Field(
+        "frames.dlq", description="Output: records that are not valid frames, with the reason in a header."
+    )
 
     @model_validator(mode="after")
     def _each_its_own(self) -> Topics:
@@ -54,37 +66,100 @@ class Topics(Section):
 
 
 class Kafka(Section):
-    """The broker, and how the worker consumes from it."""
+    """The broker, and how the worker reads from it."""
 
-    bootstrap: str = Field("127.0.0.1:9092", description="host:port, several separated by commas")
-    group: str = Field("driftkeel", min_length=1, description="consumer group; all workers of one site share it")
+    bootstrap: str = Field(
+        "127.0.0.1:9092",
+        description="Addresses of one or more brokers, `host:port`, separated by commas. They are needed only for the "
+        "first contact; the brokers then announce all others.",
+    )
+    group: str = Field(
+        "driftkeel",
+        min_length=1,
+        description="Consumer group. Kafka divides the frames topic among its members, so give all workers of a site "
+        "the same group. A second group reads all frames again; it needs a `store.prefix` of its own.",
+    )
     topics: Topics = Topics()
-    session_timeout_ms: int = Field(10_000, ge=1_000, description="a worker silent for so long loses its partitions")
-    heartbeat_interval_ms: int = Field(1_000, ge=100)
-    fetch_max_wait_ms: int = Field(50, ge=1, description="how long the broker may hold a fetch that has no data")
-    max_poll_records: int = Field(500, ge=1, description="frames taken over from the client at a time")
+    session_timeout_ms: int = Field(
+        10_000,
+        ge=1_000,
+        description="Milliseconds without a heartbeat after which the broker gives a worker's partitions to others. "
+        "Lower: the frames of a dead worker wait less. Too low: a worker that is only slow loses its partitions, and "
+        "frames are read again. Raise it if the log says `lost the consumer group`. Brokers set bounds of their own, "
+        "usually 6 s and 30 min.",
+    )
+    heartbeat_interval_ms: int = Field(
+        1_000,
+        ge=100,
+        description="Milliseconds between two heartbeats to the broker. At most a third of `session_timeout_ms`, so "
+        "that a single lost heartbeat costs nothing.",
+    )
+    fetch_max_wait_ms: int = Field(
+        50,
+        ge=1,
+        description="Milliseconds that the broker may wait for new records before it answers a fetch. Low keeps "
+        "predictions quick. Raise it to several hundred for slow cameras: an idle worker then takes less processor "
+        "time, and predictions come later by up to as much.",
+    )
+    max_poll_records: int = Field(
+        500,
+        ge=1,
+        description="Most records that the worker takes from its Kafka client at a time. Seldom needs a change: "
+        "`batch.max_buffered` limits memory.",
+    )
     compression: Literal["none", "lz4", "zstd", "gzip", "snappy"] = Field(
-        "none", description="of what the worker sends; all who read its topics must know it"
+        "none",
+        description="Compression of the records that the worker sends. The default is `none` because every reader of "
+        "its topics must understand the others. `lz4` makes predictions three to five times smaller, and update events "
+        "two to three times.",
     )
     assignment: Literal["range", "cooperative-sticky"] = Field(
-        "range", description="cooperative-sticky moves only the partitions that must move, once all workers have it"
+        "range",
+        description="How partitions are shared out again when a worker comes or goes. `range`: all workers give up all "
+        "partitions for a moment. `cooperative-sticky`: only the partitions that have to move pause. May be changed "
+        "one worker at a time.",
     )
     static_member: str | None = Field(
-        None, description="group.instance.id, one per worker: a quick restart keeps its partitions; see docs"
+        None,
+        description="Kafka's `group.instance.id`. A worker with such a name keeps its partitions if it returns within "
+        "`session_timeout_ms`; until then nobody reads them. Each worker needs a name of its own: of two with one "
+        "name, the first one ends. null: a worker that stops gives its partitions to the others at once.",
     )
     offset_reset: Literal["earliest", "latest"] = Field(
-        "earliest", description="where a group begins that has no committed offset"
+        "earliest",
+        description="Where to start in a partition for which the group has no committed offset, or one that the topic "
+        "no longer has. `earliest`: with the oldest frame, so that none is missed. `latest`: with new frames only; all "
+        "earlier ones are skipped.",
     )
     connect_timeout_s: float = Field(
-        30, gt=0, description="give up starting when the broker stays away, or lacks topics, for so long"
+        30,
+        gt=0,
+        description="Seconds that a starting worker waits for the broker and for missing topics. Then it exits with "
+        "code 1 and a line that says why. A worker that has started waits without limit.",
     )
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = None
-    sasl_username: str | None = None
-    sasl_password: SecretStr | None = None
-    ssl_cafile: str | None = Field(None, description="CA certificates; the system's where not set")
-    ssl_certfile: str | None = None
-    ssl_keyfile: str | None = None
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT",
+        description="`SSL` encrypts, `SASL_PLAINTEXT` logs in, `SASL_SSL` does both. Must be what the broker's "
+        "listener on that port expects.",
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] | None = Field(
+        None, description="How to log in. Needed with the two `SASL` protocols, as are user name and password."
+    )
+    sasl_username: str | None = Field(None, description="User name for the login.")
+    sasl_password: SecretStr | None = Field(
+        None,
+        description="Password for the login. Better set as `DRIFTKEEL__KAFKA__SASL_PASSWORD` than in a file.",
+    )
+    ssl_cafile: str | None = Field(
+        None,
+        description="File of CA certificates (PEM) to check the broker's certificate against. null: the system's.",
+    )
+    ssl_certfile: str | None = Field(
+        None, description="File of the worker's own certificate (PEM), if brokers ask clients for one."
+    )
+    ssl_keyfile: str | None = Field(
+        None, description="File of the private key for `ssl_certfile`. null: the key is in that file too."
+    )
 
     @field_validator("bootstrap")
     @classmethod
@@ -103,38 +178,97 @@ class Kafka(Section):
 
 
 class Store(Section):
-    """The Redis-protocol store of stream states."""
+    """The store of stream states: Redis or Valkey."""
 
     url: SecretStr = Field(
         SecretStr("redis://127.0.0.1:6379/0"),
-        description="redis://, rediss:// (TLS), unix://, redis+cluster:// or redis+sentinel:// URL",
+        description="Address of the store, with user and password if it asks for them: "
+        "`redis://user:password@host:6379/0`, `rediss://` (TLS), `unix://`, `redis+cluster://host:port,host:port` or "
+        "`redis+sentinel://host:port,host:port/service/0`. If it has a password, better set as `DRIFTKEEL__STORE__URL` "
+        "than in a file. Another server or database has no states: every stream then starts from source.",
     )
-    sentinel_username: str | None = Field(None, description="where Sentinels ask for one; the URL's is the servers'")
-    sentinel_password: SecretStr | None = Field(None, description="likewise")
-    prefix: str = Field("driftkeel", pattern=r"^[\w.:-]+$", description="first part of every key")
-    ssl_cafile: str | None = Field(None, description="CA certificates for TLS; the system's where not set")
-    ssl_certfile: str | None = None
-    ssl_keyfile: str | None = None
-    connect_timeout_s: float = Field(30, gt=0, description="give up starting when the store stays away for so long")
+    sentinel_username: str | None = Field(
+        None,
+        description="User name, if the Sentinels themselves ask for a login. The one in `url` is for the servers "
+        "behind them.",
+    )
+    sentinel_password: SecretStr | None = Field(
+        None,
+        description="Password, if the Sentinels themselves ask for one. Better set as "
+        "`DRIFTKEEL__STORE__SENTINEL_PASSWORD` than in a file.",
+    )
+    prefix: str = Field(
+        "driftkeel",
+        pattern=r"^[\w.:-]+$",
+        description="First part of every key. Sites that share a store need different prefixes, and so do groups that "
+        "read the same cameras; otherwise they take each other's streams. With a new prefix every stream starts from "
+        "source.",
+    )
+    ssl_cafile: str | None = Field(
+        None,
+        description="File of CA certificates (PEM) to check the store's certificate against. null: the system's.",
+    )
+    ssl_certfile: str | None = Field(
+        None, description="File of the worker's own certificate (PEM), if the store asks clients for one."
+    )
+    ssl_keyfile: str | None = Field(
+        None, description="File of the private key for `ssl_certfile`. null: the key is in that file too."
+    )
+    connect_timeout_s: float = Field(
+        30,
+        gt=0,
+        description="Seconds that a starting worker waits for the store. Then it exits with code 1. A worker that has "
+        "started waits without limit.",
+    )
     compression: Literal["none", "deflate"] = Field(
-        "deflate", description="of stored tensors, without loss; none where states are large and the network is fast"
+        "deflate",
+        description="Lossless compression of the tensors in the store. `deflate` saves memory and network. `none` is "
+        "faster if states have megabytes and the network is fast. Workers read both.",
     )
     write_interval_ms: int = Field(
         0,
         ge=0,
         le=60_000,
-        description="a stream's state is written so often; what a crash costs is read and predicted again. "
-        "0: after every step that was to make an update, and within a second where none was",
+        description="Milliseconds between two writes of a stream's state. 0: after every step that was to make an "
+        "update (after others within a second), so that a crash costs one step. Larger: fewer writes, but a crash "
+        "repeats all steps since the last write; their update events and offsets wait until then. Raise it only if "
+        "states have megabytes.",
     )
     max_streams: int = Field(
-        10_000, ge=1, description="states in the store at most; frames of further new streams become dead letters"
+        10_000,
+        ge=1,
+        description="Most streams that the store may have. Frames of further new streams become dead letters; known "
+        "streams continue. The limit protects the store from senders that make up keys: a full store stops every "
+        "stream. Raise it with the store's memory.",
     )
-    max_state_bytes: int = Field(64 << 20, ge=1_024, description="a stored state larger than this is refused")
+    max_state_bytes: int = Field(
+        64 << 20,
+        ge=1_024,
+        description="Largest size in bytes of a state's tensors, and of each snapshot; checked before they are read. A "
+        "stream with a larger state starts from source, and a larger snapshot cannot be rolled back to. Raise it only "
+        "for very large models.",
+    )
     idle_ttl_s: int = Field(
-        0, ge=0, description="states of streams idle for so long expire, and restart from source; 0 keeps them"
+        0,
+        ge=0,
+        description="Seconds without a write after which a stream's parameters and snapshots expire, which frees "
+        "memory in the store. If the stream returns, it starts from source, so set it longer than any camera is off on "
+        "purpose. 0: they never expire. The stream goes on counting for `max_streams`.",
     )
-    snapshot_every: int = Field(100, ge=0, description="updates between two snapshots for rollback; 0 takes none")
-    snapshots: int = Field(5, ge=1, le=100, description="snapshots kept per stream")
+    snapshot_every: int = Field(
+        100,
+        ge=0,
+        description="Updates between two snapshots of a stream's parameters, for rollbacks by people and by the guard. "
+        "Lower: a rollback loses less, but all snapshots together reach back less far. 0: none are taken, and the "
+        "guard goes back to source instead.",
+    )
+    snapshots: int = Field(
+        5,
+        ge=1,
+        le=100,
+        description="Newest snapshots that are kept for each stream. Each takes as much memory in the store as the "
+        "state itself.",
+    )
 
     @field_validator("url")
     @classmethod
@@ -151,47 +285,104 @@ class Store(Section):
 
 
 class Frames(Section):
-    """Limits on bytes from outside, checked before and while decoding."""
+    """Limits for frames, which come from outside and are not trusted. A frame above a limit becomes a dead letter."""
 
-    max_bytes: int = Field(8 << 20, ge=1, description="largest record value")
-    max_side: int = Field(8_192, ge=1, description="largest width or height in pixels")
-    max_pixels: int = Field(24_000_000, ge=1, description="largest width x height")
-    max_stream_id_bytes: int = Field(200, ge=1, le=MAX_STREAM_BYTES)
+    max_bytes: int = Field(
+        8 << 20,
+        ge=1,
+        description="Largest record value in bytes. The frames topic's `max.message.bytes` must be larger than this.",
+    )
+    max_side: int = Field(
+        8_192,
+        ge=1,
+        description="Largest width or height in pixels. Read from the picture's header, before it is decoded.",
+    )
+    max_pixels: int = Field(
+        24_000_000,
+        ge=1,
+        description="Largest width x height. Read from the picture's header, before it is decoded. Decoding takes "
+        "memory in proportion to it.",
+    )
+    max_stream_id_bytes: int = Field(
+        200, ge=1, le=MAX_STREAM_BYTES, description="Longest stream id (record key) in bytes of UTF-8."
+    )
     decode_threads: int = Field(
-        2, ge=1, le=64, description="small pictures that are decoded at a time, and as many large ones beside them"
+        2,
+        ge=1,
+        le=64,
+        description="Threads that decode small pictures. As many more decode large ones (above a megapixel, JPEGs "
+        "above four), so that a camera with large pictures does not hold up the others. Raise it if frames wait to be "
+        "decoded while processors are idle.",
     )
 
 
 class Batch(Section):
-    """Micro-batches: latency (`max_batch`, `max_wait_ms`) and updates (`min_adapt`) are separate knobs."""
+    """Micro-batches: the frames of one stream that make one update. How long frames wait, and when a stream learns."""
 
     max_batch: int = Field(
         16,
         ge=1,
         le=1_024,
-        description="frames of one stream that close its micro-batch; mgg takes 16 at most, or min_adapt",
+        description="Frames of one stream at which its micro-batch closes. Smaller: updates come sooner, are noisier, "
+        "and cost more for each frame. Larger than 16 changes nothing with `adapt.method: mgg`, unless `min_adapt` is "
+        "larger too. A full micro-batch does not wait for `max_wait_ms`.",
     )
-    max_wait_ms: int = Field(100, ge=0, description="longest wait of a frame for its micro-batch to fill")
-    min_adapt: int = Field(4, ge=1, description="fewer frames are predicted now and adapted on with later ones")
+    max_wait_ms: int = Field(
+        100,
+        ge=0,
+        description="Longest time in milliseconds that a frame waits for others of its stream before it is predicted. "
+        "Lower: quicker predictions, in smaller batches that cost more for each frame. 0: no frame waits. Raise it to "
+        "save processor time.",
+    )
+    min_adapt: int = Field(
+        4,
+        ge=1,
+        description="Fewest frames of a stream that make an update, because fewer give poor gradients. If there are "
+        "fewer, they are predicted in time and held, and the update follows when enough have come (see `max_hold_ms`). "
+        "At most `max_batch`.",
+    )
     max_hold_ms: int = Field(
-        10_000, ge=0, description="frames held for min_adapt longer than this count without an update"
+        10_000,
+        ge=0,
+        description="Longest time in milliseconds that predicted frames are held for `min_adapt`. After that they "
+        "count as done, without an update. 0: they are not held. A camera that sends fewer than `min_adapt` frames in "
+        "this time never adapts: raise it. Held frames are not committed, so some seconds of consumer lag are normal: "
+        "up to this long.",
     )
-    max_pass: int = Field(128, ge=1, description="frames of all streams in one pass; each thread runs its own")
-    max_buffered: int = Field(16_384, ge=1, description="frames in memory before partitions are paused")
+    max_pass: int = Field(
+        128,
+        ge=1,
+        description="Most frames, of all streams together, in one pass of the model; each thread runs its own. Larger: "
+        "fewer passes under load, but each takes longer, and more memory for activations. At least `max_batch`.",
+    )
+    max_buffered: int = Field(
+        16_384,
+        ge=1,
+        description="Most frames in memory. At this number the worker takes no more from Kafka until some are done, "
+        "and held frames go without an update. Allow `min_adapt` frames for each camera of the worker.",
+    )
     max_buffered_bytes: int = Field(
-        256 << 20, ge=1 << 20, description="the same for their pixels in the model's size; two passes have room anyway"
+        256 << 20,
+        ge=1 << 20,
+        description="Most bytes of pixels in memory, decoded and at the model's input size. Lowers `max_buffered` for "
+        "models with large inputs; frames for two passes of each thread always fit. Lower it if a worker runs out of "
+        "memory.",
     )
     latency_budget_ms: int = Field(
         0,
         ge=0,
-        description="from a record's timestamp to its prediction; frames that have used half of it are only predicted, "
-        "and teach nothing, and those midway between max_wait_ms and that make no update; 0: every frame is adapted "
-        "on, however late",
+        description="Time in milliseconds from a record's timestamp to its prediction that should not be exceeded. "
+        "Under overload the worker saves time in two stages. Frames older than halfway between `max_wait_ms` and half "
+        "of the budget make no update (300 ms, if these are 100 and 1000). Frames that have used half of the budget "
+        "get a prediction in the quickest way, and the stream learns nothing from them. Set it to more than twice "
+        "`max_wait_ms`. 0: no budget; every frame is adapted on, however late. Senders' and workers' clocks must "
+        "agree: to a clock that is ahead all frames are late.",
     )
     drop_late: bool = Field(
         False,
-        description="frames whose prediction would miss latency_budget_ms get none: for who must keep up with live "
-        "cameras rather than answer every frame",
+        description="true: frames that would miss `latency_budget_ms` are dropped, without a prediction. For sites "
+        "that must keep up with live cameras and can do without some frames. A crash then loses the updates since the "
+        "last write, and old frames cannot be replayed. false: every frame gets its prediction, late if need be.",
     )
 
     @model_validator(mode="after")
@@ -213,77 +404,159 @@ Method = Literal[
 
 
 class Adapt(Section):
-    """What the worker does with its streams."""
+    """Whether and how streams adapt."""
 
-    enabled: bool = Field(True, description="false: predict with the parameters as they are, never update")
+    enabled: bool = Field(
+        True,
+        description="false: no updates. Each stream goes on answering with the parameters that it has now. (For the "
+        "source model's answers set `policy.mode: shadow`.)",
+    )
     method: Method = Field(
         "mgg",
-        description="the bundle's generator, or a published baseline to compare it with, whose accuracy is not "
-        "estimated, so that the guard goes by its disagreement with source alone; eata is ETA: its Fisher anchor needs "
-        "source frames, and a bundle has none",
+        description="How updates are computed. `mgg`: with the bundle's generator. The others, published methods and "
+        "plain optimizers, are there for comparison, not for production: their accuracy is not estimated, so the guard "
+        "has less to go by. `source` leaves the source model as it is. `eata` is ETA, without EATA's Fisher anchor, "
+        "which needs source frames. A stream starts from source when its method changes.",
     )
     mode: Literal["always", "on_demand"] = Field(
-        "always", description="on_demand: only while drift detection says that the stream has moved and not settled"
+        "always",
+        description="`always`: every micro-batch makes an update. `on_demand`: only while a stream is new or drift "
+        "detection says that it moves, and now and then otherwise. In the demo that takes a fifth less processor time "
+        "and keeps 98% of the gain. Choose it if processors are scarce.",
     )
-    step_scale: float = Field(1.0, ge=0, le=10, description="multiplies the method's step size")
+    step_scale: float = Field(
+        1.0,
+        ge=0,
+        le=10,
+        description="Multiplies the size of each update. Bundles are trained and calibrated for 1. Lower: streams "
+        "follow drift more slowly. 0: updates are computed, and parameters stay.",
+    )
     max_resident_streams: int = Field(
-        4_096, ge=1, description="states in memory of streams without frames in hand; others are loaded when needed"
+        4_096,
+        ge=1,
+        description="Most stream states in a worker's memory. Beyond that, states of streams without frames in hand "
+        "leave memory, and are loaded from the store with the next frame. Too low for the number of active cameras: "
+        "the store is asked all the time.",
     )
     max_resident_bytes: int = Field(
-        1 << 30, ge=1, description="and the bytes of their tensors; streams with frames in hand stay, however many"
+        1 << 30,
+        ge=1,
+        description="The same limit in bytes of tensors; the smaller of the two counts. States of streams with frames "
+        "in hand always stay, so memory may exceed it. On a GPU this much is taken at the start.",
     )
 
 
 class Guard(Section):
-    """What the guard lets pass; factors are of what the bundle saw in calibration."""
+    """Which updates the guard accepts. The defaults are tested against attacks: read docs/trust.md before a change.
+
+    Factors multiply limits that were found when the bundle was calibrated.
+    """
 
     source_share: float = Field(
         0.0625,
         ge=0,
         le=1,
-        description="micro-batches that source answers too; besides, all of new and doubtful streams",
+        description="Share of a stream's micro-batches that the source model answers too, so that the guard can "
+        "compare; rounded to one in N. Of new and doubtful streams it answers all. Higher: the guard sees trouble "
+        "sooner, for more processor time. 0: source is asked for none, and the guard cannot tell whether adapting "
+        "helps.",
     )
     max_gradient_factor: float = Field(
-        4.0, gt=0, description="raw gradient norms above factor x bundle limit are skipped"
+        4.0,
+        gt=0,
+        description="An update is skipped if the norm of its raw gradient exceeds the bundle's limit times this. "
+        "Raising it lets in more updates from unusual frames, which is rarely right.",
     )
     max_distance_factor: float = Field(
-        2.0, gt=0, description="updates that lead further from source are skipped; beyond, those that lead back pass"
+        2.0,
+        gt=0,
+        description="An update is skipped if it leads further from the source model than the bundle's limit times "
+        "this. A stream that is beyond the limit already may still come back. The factor also limits the size of a "
+        "single update: a larger one is shrunk.",
     )
     max_jump: float = Field(
-        8.0, gt=0, description="deviations above the stream's own level at which an update is shrunk to that limit"
+        8.0,
+        gt=0,
+        description="An update is shrunk if the norm of its gradient is more than this many deviations above the "
+        "stream's own recent level. Lower: single strange frames do less, but a stream follows sudden changes more "
+        "slowly.",
     )
     min_entropy: float = Field(
-        0.02, ge=0, lt=1, description="of ln(classes): answers surer than this, where source disagrees, are a collapse"
+        0.02,
+        ge=0,
+        lt=1,
+        description="The stream goes back if its answers are surer than this while the source model disagrees on half "
+        "of the frames: a collapse. Measured as mean entropy, as a share of the largest possible, ln(classes). 0 turns "
+        "this rule off.",
     )
     min_marginal_entropy: float = Field(
         0.25,
         ge=0,
         lt=1,
-        description="of ln(classes): answers more one-sided than this, where source disagrees, are one",
+        description="The stream goes back if its answers are more one-sided than this while the source model disagrees "
+        "on half of the frames: a collapse onto few classes. Measured as the entropy of the mean prediction, as a "
+        "share of ln(classes). 0 turns this rule off.",
     )
     max_repeats: float = Field(
-        0.5, ge=0, le=1, description="share of repeated or blank frames above which none teaches"
+        0.5,
+        ge=0,
+        le=1,
+        description="A micro-batch makes no update if more than this share of its frames are blank, or repeat recent "
+        "ones: the camera is probably covered or frozen. 1 turns this rule off.",
     )
-    max_alike: int = Field(256, ge=1, description="frames in a row of one class, after which more of them do not teach")
+    max_alike: int = Field(
+        256,
+        ge=1,
+        description="After this many frames in a row that are nearly all of one class, more of them make no update: "
+        "they teach nothing about the other classes. With another `adapt.method` than `mgg` the stream goes back "
+        "instead, if the source model disagrees.",
+    )
     false_alarm: float = Field(
-        1e-4, gt=0, lt=1, description="most alarms per micro-batch of a stream that has not moved; see docs"
+        1e-4,
+        gt=0,
+        lt=1,
+        description="Largest rate of false alarms of the guard's drift alarm, per micro-batch of a stream that has not "
+        "moved; the default is one in 10,000. An alarm only makes the source model answer beside the stream for a "
+        "while. Higher: earlier alarms, and more processor time.",
     )
-    never_worse: bool = Field(True, description="let source answer where it is estimated to do better")
+    never_worse: bool = Field(
+        True,
+        description="true: the source model answers while it is estimated to do better. false: the adapted parameters "
+        "answer even then.",
+    )
 
 
 class Bundle(Section):
-    """Which bundle the worker runs."""
+    """The bundle that the worker runs, and what happens to streams when it changes."""
 
-    path: Path = Field(Path("bundles/fashion-mnist"), description="folder with manifest.json")
-    factories: tuple[str, ...] = Field((), description="'module:function' names that a bundle may ask for")
-    code: Path | None = Field(None, description="folder from which factories are imported, after what is installed")
+    path: Path = Field(
+        Path("bundles/fashion-mnist"),
+        description="Folder of the bundle: the one with `manifest.json`. Relative to the working directory.",
+    )
+    factories: tuple[str, ...] = Field(
+        (),
+        description="Functions of your own, as `module:function`, that a bundle may call to build its model. Nothing "
+        "else is imported. Empty: only bundles with architectures that come with Driftkeel run.",
+    )
+    code: Path | None = Field(
+        None,
+        description="Folder that contains the modules of `factories`, if they are not installed. It is searched after "
+        "installed packages.",
+    )
     on_change: Literal["reset", "carry", "shadow"] = Field(
         "reset",
-        description="streams of another bundle start from source (reset); keep their parameters where `previous` has "
-        "the same model (carry); or do so where they can, and source answers first (shadow)",
+        description="What happens to a stream that another bundle has written. `reset`: it starts from the new source "
+        "model. `carry`: it keeps its parameters if the model is the same and `previous` names the old bundle; "
+        "otherwise as `reset`. `shadow`: as `carry`, and source answers its first `shadow_frames` frames.",
     )
-    previous: tuple[Path, ...] = Field((), description="folders of the bundles that streams may be carried over from")
-    shadow_frames: int = Field(256, ge=1, description="frames of a stream that source answers after a change in shadow")
+    previous: tuple[Path, ...] = Field(
+        (), description="Folders of earlier bundles whose streams may be carried over. Needed with `on_change: carry`."
+    )
+    shadow_frames: int = Field(
+        256,
+        ge=1,
+        description="With `on_change: shadow`, frames of each stream that the source model answers first.",
+    )
 
     @model_validator(mode="after")
     def _somewhere_to_carry_from(self) -> Bundle:
@@ -293,25 +566,64 @@ class Bundle(Section):
 
 
 class Metrics(Section):
-    """The HTTP port for Prometheus."""
+    """The worker's HTTP port, with `/metrics`, `/healthz` and `/readyz`. It asks for no password."""
 
-    host: str = Field("127.0.0.1", description="address to bind; 0.0.0.0 in a container")
-    port: int = Field(9_464, ge=0, le=65_535, description="0 takes a free port and logs it")
-    max_stream_labels: int = Field(
-        50, ge=0, description="streams with series of their own; the rest count in the fleet's series only"
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on. Loopback by default, because the port asks for no password. In a container "
+        "0.0.0.0, or neither Prometheus nor probes reach it.",
     )
-    silent_after_s: float = Field(600, gt=0, description="a stream without a frame for so long counts as silent")
+    port: int = Field(
+        9_464,
+        ge=0,
+        le=65_535,
+        description="Port to listen on; each worker of a machine needs its own. 0: a free one, which the log names.",
+    )
+    max_stream_labels: int = Field(
+        50,
+        ge=0,
+        description="Most streams of a worker that have series of their own: those in trouble, drifting, new, and with "
+        "the lowest estimated accuracy come first. The others count only in the fleet's series, and alerts on single "
+        "streams do not see them. Higher: more series, and slower scrapes. 0: none.",
+    )
+    silent_after_s: float = Field(
+        600,
+        gt=0,
+        description="Seconds without a frame after which a stream counts as silent, for the alert on silent cameras. "
+        "Raise it if cameras pause for longer on purpose.",
+    )
 
 
 class Console(Section):
     """The local web page, `driftkeel console`."""
 
-    host: str = Field("127.0.0.1", description="address to bind; any but loopback needs a token")
-    port: int = Field(8_464, ge=0, le=65_535, description="0 takes a free port and prints it")
-    token: SecretStr | None = Field(None, min_length=16, description="asked for before anything is shown or done")
-    hosts: tuple[str, ...] = Field((), description="names that browsers reach it by, beside localhost and addresses")
-    workers: tuple[str, ...] = Field((), description="URLs of workers' /metrics; none: that of this configuration")
-    max_streams: int = Field(2_000, ge=1, le=20_000, description="streams in memory; the longest silent makes room")
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on. Any but loopback requires `token`, because the page can reset streams.",
+    )
+    port: int = Field(8_464, ge=0, le=65_535, description="Port to listen on. 0: a free one, which is printed.")
+    token: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="Password that the page asks for before it shows anything, at least 16 characters. Better set as "
+        "`DRIFTKEEL__CONSOLE__TOKEN` than in a file. null: no login, on loopback only.",
+    )
+    hosts: tuple[str, ...] = Field(
+        (),
+        description="Further host names under which browsers may reach the page, such as that of a proxy. Requests "
+        "under other names are refused. localhost and plain addresses always work.",
+    )
+    workers: tuple[str, ...] = Field(
+        (),
+        description="URLs of the workers' `/metrics`, such as `http://worker:9464/metrics`. Empty: the one that "
+        "`metrics.host` and `metrics.port` name.",
+    )
+    max_streams: int = Field(
+        2_000,
+        ge=1,
+        le=20_000,
+        description="Most streams that the page keeps in memory. Above that, the one silent for longest makes room.",
+    )
 
     @field_validator("workers")
     @classmethod
@@ -325,17 +637,29 @@ class Console(Section):
 class Log(Section):
     """Logging to standard error."""
 
-    level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, JSON elsewhere")
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info",
+        description="Least severe lines that are written. `debug` adds every decision, and what the Kafka client says.",
+    )
+    format: Literal["auto", "json", "text"] = Field(
+        "auto", description="`json`: one object per line. `auto`: text on a terminal, JSON elsewhere."
+    )
 
 
 class Traces(Section):
-    """OpenTelemetry spans of steps; needs the extra `otel`."""
+    """OpenTelemetry spans of the worker's steps. Needs the extra `otel`."""
 
     endpoint: str | None = Field(
-        None, pattern=r"^https?://", description="OTLP over HTTP, such as http://collector:4318/v1/traces; null: none"
+        None,
+        pattern=r"^https?://",
+        description="Where spans are sent: OTLP over HTTP, such as `http://collector:4318/v1/traces`. null: no traces.",
     )
-    sample_ratio: float = Field(1.0, ge=0, le=1, description="share of steps that are traced")
+    sample_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of steps that are traced. A busy worker makes several steps a second: lower it there.",
+    )
 
 
 class WorkerConfig(BaseSettings):
@@ -346,19 +670,24 @@ class WorkerConfig(BaseSettings):
     )
 
     worker: str = Field(
-        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}", min_length=1, description="name in records"
+        default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}",
+        min_length=1,
+        description="Name of this worker in predictions, update events, metrics and logs. Default: host name and "
+        "process id. Workers that share a configuration file must leave it out, or all have one name.",
     )
     threads: int = Field(
         0,
         ge=0,
         le=256,
-        description="passes at the same time, a thread each; 1: short ones in the loop's own; 0: two, where torch has "
-        "as many",
+        description="Passes of the model that run at the same time, each on one thread. Best is 1, with one worker for "
+        "every processor: short passes then run in the worker's main loop, and threads do not wait for each other. 0: "
+        "two, if torch has as many threads, otherwise one.",
     )
     device: str = Field(
         "cpu",
         pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$",
-        description="where passes are computed: cpu, cuda or cuda:N; experimental but for cpu, see docs/deploy.md",
+        description="Where the model runs: `cpu`, or `cuda` or `cuda:N` for a GPU. A GPU needs a CUDA build of torch, "
+        "and is experimental: none has run it yet (docs/deploy.md).",
     )
     kafka: Kafka = Kafka()
     store: Store = Store()
@@ -367,8 +696,16 @@ class WorkerConfig(BaseSettings):
     bundle: Bundle = Bundle()
     adapt: Adapt = Adapt()
     guard: Guard = Guard()
-    policy: Policy = Field(Policy(), description="of every stream, but for what `streams` and commands change")
-    streams: dict[str, AskedChange] = Field(default_factory=dict, description="policies of single streams")
+    policy: Policy = Field(
+        Policy(),
+        description="What every stream may do: which parameters answer, and when it may update. `streams` and commands "
+        "override it.",
+    )
+    streams: dict[str, AskedChange] = Field(
+        default_factory=dict,
+        description="Exceptions for single streams: stream ids, each with the keys of `policy` that differ. Commands "
+        "override them.",
+    )
     metrics: Metrics = Metrics()
     console: Console = Console()
     log: Log = Log()

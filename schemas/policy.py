@@ -27,15 +27,34 @@ class Policy(BaseModel):
 
     mode: Mode = Field(
         "auto",
-        description="auto: the adapted parameters answer while the guard trusts them; shadow: they adapt and report, "
-        "source answers; canary: they answer for canary_share of the streams; approve: the last approved ones answer",
+        description="Which parameters answer. The stream adapts in every mode. `auto`: the adapted ones while the "
+        "guard trusts them, otherwise source. `shadow`: source; the adapted ones are only reported, for a first trial. "
+        "`canary`: as `auto` for `canary_share` of the streams, source for the others. `approve`: the ones that a "
+        "person approved last, source before the first approval.",
     )
-    canary_share: float = Field(0.1, ge=0, le=1, description="share of the streams, chosen by a hash of their names")
-    max_updates_per_hour: int = Field(0, ge=0, description="applied updates in an hour; 0: no limit")
+    canary_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="With mode `canary`, the share of streams that the adapted parameters answer. A hash of the names "
+        "chooses them, so a larger share keeps those of a smaller one. 0: none. 1: all.",
+    )
+    max_updates_per_hour: int = Field(
+        0,
+        ge=0,
+        description="Most updates of a stream in one hour of the clock. Further frames are predicted, and the stream "
+        "learns nothing from them. 0: no limit.",
+    )
     quiet_hours: tuple[str, ...] = Field(
-        (), max_length=MOST_SPANS, description="UTC spans without updates, such as 22:00-06:00"
+        (),
+        max_length=MOST_SPANS,
+        description="Times of day in UTC without updates, such as `22:00-06:00`, by the worker's clock. Frames are "
+        "still predicted.",
     )
-    frozen: bool = Field(False, description="no updates at all; the parameters stay as they are")
+    frozen: bool = Field(
+        False,
+        description="true: no updates at all. The parameters stay as they are, and frames are predicted with them.",
+    )
 
     @field_validator("quiet_hours")
     @classmethod

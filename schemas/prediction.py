@@ -20,7 +20,7 @@ def _within_years(moment: datetime) -> datetime:
 
 
 class ClassScore(BaseModel):
-    """One of the most likely classes."""
+    """One of the most likely classes of a frame."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -30,28 +30,43 @@ class ClassScore(BaseModel):
 
 
 class Prediction(BaseModel):
-    """What the worker says of one frame. Consumers deduplicate on `id`, and pass over fields that they do not know."""
+    """The worker's answer to one frame. It may come twice: deduplicate on `id`. Ignore fields that you do not know."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     schema_version: Literal[1] = 1
-    id: str = Field(description="topic/partition/offset of the frame")
-    stream: str
-    event_time: Annotated[AwareDatetime, AfterValidator(_within_years)]
-    index: int = Field(ge=0, description="class index")
-    label: str
-    confidence: float = Field(ge=0, le=1, description="calibrated probability of the class")
-    top: list[ClassScore]
+    id: str = Field(description="Position of the frame: topic/partition/offset.")
+    stream: str = Field(description="Stream id: the key of the frame's record.")
+    event_time: Annotated[AwareDatetime, AfterValidator(_within_years)] = Field(
+        description="When the frame was taken: its header `ce_time`, or the record's timestamp."
+    )
+    index: int = Field(ge=0, description="Index of the answered class.")
+    label: str = Field(description="Name of the answered class.")
+    confidence: float = Field(ge=0, le=1, description="Calibrated probability that the answer is right.")
+    top: list[ClassScore] = Field(description="The most likely classes, best first.")
     source_index: int | None = Field(
-        None, ge=0, description="class that source gives the frame, where it was asked too"
+        None, ge=0, description="Class index that the source model gives the frame; null if it was not asked."
     )
-    source_label: str | None = None
-    bundle: str = Field(description="content hash of the bundle")
-    step: int = Field(ge=0, description="updates that the stream's parameters had seen; 0 is the source model")
-    parameters: Parameters = Field(description="which ones answered")
+    source_label: str | None = Field(
+        None, description="Name of the class that the source model gives the frame; null if it was not asked."
+    )
+    bundle: str = Field(description="Content hash of the worker's bundle.")
+    step: int = Field(
+        ge=0,
+        description="Updates that the answering parameters had seen since the source model; 0 is the source model.",
+    )
+    parameters: Parameters = Field(
+        description="Which parameters answered: `source`, `adapted`, or `approved` by a person."
+    )
     estimated_accuracy: float | None = Field(
-        None, ge=0, le=1, description="of the answers now, as estimated without labels; null where nobody estimates it"
+        None,
+        ge=0,
+        le=1,
+        description="Accuracy of the stream's answers now, estimated without labels; null if there is no estimate.",
     )
-    worker: str
-    wait_seconds: float = Field(ge=0, description="from the frame's arrival to its pass, as far as the worker can tell")
-    pass_seconds: float = Field(ge=0, description="decode to logits, of the whole pass")
+    worker: str = Field(description="Name of the worker that answered.")
+    wait_seconds: float = Field(ge=0, description="Seconds from the frame's arrival at the worker to its pass.")
+    pass_seconds: float = Field(
+        ge=0,
+        description="Seconds that the model's forward pass took, for all frames that shared it, without decoding.",
+    )

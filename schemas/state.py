@@ -41,14 +41,18 @@ class RunningProxies(Stored):
     frames: Count = 0
     confidence: float = Field(0.0, ge=0, le=1)
     entropy: float = Field(0.0, ge=0)
-    signals: dict[str, FiniteFloat] = Field(default_factory=dict, max_length=64, description="of meta.proxies")
-    generated: Count = Field(0, description="frames that made an update, on which the generator's signals rest")
-    shadowed: Count = Field(0, description="frames that the source model has answered too")
-    shadowed_at: Count | None = Field(None, description="of `frames`, when it did last; null: not known")
-    accuracy: float | None = Field(None, ge=0, le=1, description="as estimated from the signals")
-    low: float | None = Field(None, ge=0, le=1)
-    high: float | None = Field(None, ge=0, le=1)
-    source_accuracy: float | None = Field(None, ge=0, le=1)
+    signals: dict[str, FiniteFloat] = Field(
+        default_factory=dict, max_length=64, description="Running means of the signals of `meta.proxies`."
+    )
+    generated: Count = Field(0, description="Frames that made an update. The generator's signals are means over these.")
+    shadowed: Count = Field(0, description="Frames that the source model has answered too.")
+    shadowed_at: Count | None = Field(
+        None, description="Value of `frames` when the source model last answered; null: not known."
+    )
+    accuracy: float | None = Field(None, ge=0, le=1, description="Accuracy, estimated from the signals.")
+    low: float | None = Field(None, ge=0, le=1, description="Lower end of the estimate's 90% interval.")
+    high: float | None = Field(None, ge=0, le=1, description="Upper end of the estimate's 90% interval.")
+    source_accuracy: float | None = Field(None, ge=0, le=1, description="Estimated accuracy of the source model.")
 
 
 class Level(Stored):
@@ -56,51 +60,60 @@ class Level(Stored):
 
     seen: Count = 0
     centre: FiniteFloat = 0.0
-    spread: FiniteFloat = Field(0.0, ge=0, description="mean absolute deviation")
+    spread: FiniteFloat = Field(0.0, ge=0, description="Mean absolute deviation of the logarithm from `centre`.")
 
 
 class GuardState(Stored):
     """What the guard knows of a stream."""
 
-    gradient: Level = Field(default_factory=Level, description="of the raw gradient's norm")
-    update: Level = Field(default_factory=Level, description="of the generated gradient's norm")
-    cosine: FiniteFloat = Field(0.0, ge=-1.01, le=1.01, description="running mean, between raw and generated gradient")
-    cosines: Count = Field(0, description="updates it rests on")
-    wealth: FiniteFloat = Field(
-        0.0, description="logarithm, of the bet that the stream is not what source was made for"
+    gradient: Level = Field(default_factory=Level, description="Usual norm of the raw gradient.")
+    update: Level = Field(default_factory=Level, description="Usual norm of the generated gradient.")
+    cosine: FiniteFloat = Field(
+        0.0, ge=-1.01, le=1.01, description="Running mean of the cosine between raw and generated gradient."
     )
-    stake: FiniteFloat = Field(0.0, description="what the next bet stakes")
-    slopes: FiniteFloat = Field(0.0, ge=0, description="squared slopes of the bets so far")
-    alarms: Count = Field(0, description="times that the bet was won")
-    shifted: bool = Field(False, description="whether it was won, and the stream has not come back since")
-    watchful: Count = Field(0, description="frames that source is still to answer in full")
-    recent: list[int] = Field(default_factory=list, max_length=64, description="checksums of the newest frames' pixels")
-    dominant: int = Field(-1, ge=-1, description="class that fills the newest frames; -1: none does")
-    alike: Count = Field(0, description="frames in a row that one class fills")
-    trusted: bool = Field(True, description="whether the adapted parameters are believed to do no worse than source")
-    doubted: Count = Field(0, description="frames since that changed to no")
-    rest: Count = Field(0, description="frames to go before updates begin again after a reset")
-    resets: Count = Field(0, description="recent resets; each doubles the rest")
-    sound: Count = Field(0, description="frames since the last reset")
+    cosines: Count = Field(0, description="Updates that `cosine` is a mean of.")
+    wealth: FiniteFloat = Field(
+        0.0,
+        description="Drift alarm: logarithm of the wealth of the bet that source is less sure than on clean frames.",
+    )
+    stake: FiniteFloat = Field(0.0, description="Drift alarm: stake of the next bet.")
+    slopes: FiniteFloat = Field(0.0, ge=0, description="Drift alarm: sum of the squared slopes of the bets so far.")
+    alarms: Count = Field(0, description="How often the drift alarm has gone off.")
+    shifted: bool = Field(
+        False, description="Whether the drift alarm has gone off, and the stream has not come back since."
+    )
+    watchful: Count = Field(0, description="Frames that source is still to answer beside the stream, all of them.")
+    recent: list[int] = Field(
+        default_factory=list, max_length=64, description="Checksums of the newest frames' pixels."
+    )
+    dominant: int = Field(-1, ge=-1, description="Class that fills the newest frames; -1: none does.")
+    alike: Count = Field(0, description="Frames in a row that are nearly all of the class `dominant`.")
+    trusted: bool = Field(
+        True, description="Whether the guard believes that the adapted parameters are no worse than source."
+    )
+    doubted: Count = Field(0, description="Frames since the guard lost this trust.")
+    rest: Count = Field(0, description="Frames to go before updates begin again, after the stream went back.")
+    resets: Count = Field(0, description="How often the stream went back lately. Each time doubles the rest.")
+    sound: Count = Field(0, description="Frames since the stream last went back.")
 
 
 class DriftWatch(Stored):
     """What drift detection knows of a stream; the lists have one value per signal."""
 
-    adapting: bool = Field(True, description="whether the stream is new, or has moved and not settled yet")
-    seen: int = Field(0, ge=0, description="micro-batches since that changed")
-    rested: int = Field(0, ge=0, description="and since the last one that adapted")
-    mean: list[float] = Field(default_factory=list, description="of the signals where the stream settled")
-    variance: list[float] = Field(default_factory=list)
-    rise: list[float] = Field(default_factory=list, description="cumulative sums upwards")
-    fall: list[float] = Field(default_factory=list, description="and downwards")
+    adapting: bool = Field(True, description="Whether the stream is new, or has moved and not settled yet.")
+    seen: int = Field(0, ge=0, description="Micro-batches since `adapting` changed.")
+    rested: int = Field(0, ge=0, description="Micro-batches since the last one that made an update.")
+    mean: list[float] = Field(default_factory=list, description="Mean of each signal.")
+    variance: list[float] = Field(default_factory=list, description="Variance of each signal.")
+    rise: list[float] = Field(default_factory=list, description="Cumulative sum of what lies above the mean.")
+    fall: list[float] = Field(default_factory=list, description="Cumulative sum of what lies below the mean.")
 
 
 class HourlyUpdates(Stored):
     """Updates applied within one hour of the clock."""
 
-    hour: int = Field(0, ge=0, description="hours since the epoch")
-    updates: int = Field(0, ge=0)
+    hour: int = Field(0, ge=0, description="Which hour, counted since the epoch.")
+    updates: int = Field(0, ge=0, description="Updates applied in that hour.")
 
     def within(self, now: float) -> int:
         """How many in the hour of `now` (seconds since the epoch)."""
@@ -121,29 +134,33 @@ StoredChange = Annotated[PolicyChange, BeforeValidator(_but_unsaid)]
 
 
 class StreamHeader(Stored):
-    """All of a stream's state but its tensors."""
+    """A stream's state without its tensors."""
 
     version: Literal[1] = FORMAT_VERSION
     stream: str
-    bundle: str = Field(max_length=200, description="content hash; tensors fit this bundle only")
-    method: str = Field(max_length=200)
+    bundle: str = Field(max_length=200, description="Content hash of the bundle. The tensors fit this bundle only.")
+    method: str = Field(max_length=200, description="Name of the method that updates the tensors.")
     positions: dict[str, Offset] = Field(
-        default_factory=dict, description="newest offset folded in, per topic/partition"
+        default_factory=dict, description="Offset of the newest frame folded in, for each topic/partition."
     )
-    frames: Count = Field(0, description="frames folded in")
-    step: Count = Field(0, description="updates applied since the source model")
-    events: Count = Field(0, description="update events so far")
-    folded: Digest = Field("", description="rolling hash of the positions folded in, in order")
+    frames: Count = Field(0, description="Frames folded in.")
+    step: Count = Field(0, description="Updates that the parameters have seen since the source model.")
+    events: Count = Field(0, description="Update events so far.")
+    folded: Digest = Field("", description="Rolling hash of the positions folded in, in order.")
     proxies: RunningProxies = Field(default_factory=RunningProxies)
     guard: GuardState = Field(default_factory=GuardState)
-    drift: DriftWatch | None = Field(None, description="null where nothing watches, and for a new stream")
-    last_event: Digest = Field("", description="sha256 of the last update event as published")
-    commands: dict[str, Offset] = Field(default_factory=dict, description="newest command obeyed, per topic/partition")
-    policy: StoredChange | None = Field(None, description="what commands have changed of the stream's policy")
-    approved: Count | None = Field(None, description="step of the parameters that a person approved")
-    snapshot: Count = Field(0, description="step at which the newest snapshot was taken")
+    drift: DriftWatch | None = Field(
+        None, description="State of drift detection; null if it is off, and for a new stream."
+    )
+    last_event: Digest = Field("", description="SHA-256 of the last update event, as published.")
+    commands: dict[str, Offset] = Field(
+        default_factory=dict, description="Offset of the newest command obeyed, for each topic/partition."
+    )
+    policy: StoredChange | None = Field(None, description="What commands have changed in the stream's policy.")
+    approved: Count | None = Field(None, description="Step of the parameters that a person approved; null: none.")
+    snapshot: Count = Field(0, description="Step at which the newest snapshot was taken.")
     lately: HourlyUpdates = Field(default_factory=HourlyUpdates)
-    probation: Count = Field(0, description="frames that source answers yet, after a change of bundle")
+    probation: Count = Field(0, description="Frames that source still answers first, after a change of bundle.")
 
     def has_folded(self, position: Position) -> bool:
         """Whether the frame at `position` has shaped this state already."""
