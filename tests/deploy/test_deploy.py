@@ -181,7 +181,7 @@ def test_a_release_misses_workers_that_prometheus_does_not_know(
     assert name in (DEPLOY.parent / notes["runbook"]).read_text()
     firing = {
         "exp_labels": {"severity": "warning", "job": job},
-        "exp_annotations": {**notes, "summary": f"{job}: {wanted - 1} workers"},
+        "exp_annotations": {**notes, "summary": notes["summary"].replace("{{ $value }}", str(wanted - 1))},
     }
     cases = [
         {"eval_time": "19m", "alertname": name, "exp_alerts": []},

@@ -7,7 +7,7 @@ app.kubernetes.io/name: driftkeel
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end -}}
 
-{{/* As the alerts know a site. */}}
+{{/* The site's name in alerts: its job in Prometheus. */}}
 {{- define "driftkeel.job" -}}
 driftkeel/{{ .Release.Namespace }}/{{ .Release.Name }}
 {{- end -}}
@@ -24,7 +24,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
 
-{{/* Ports of "host:port,host:port", as JSON; the second of the list for hosts without one. */}}
+{{/* Ports of "host:port,host:port", as JSON. The second argument is the port of hosts that name none. */}}
 {{- define "driftkeel.portsOf" -}}
 {{- $ports := list -}}
 {{- range splitList "," (index . 0) -}}
@@ -33,7 +33,8 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- $ports | toJson -}}
 {{- end -}}
 
-{{/* Ports of Kafka and the store that pods may reach, as JSON: of the addresses they are given, and those that are listed. */}}
+{{/* Ports of Kafka and the store that pods may reach, as JSON: those in the configured addresses, and those listed in
+     networkPolicy. */}}
 {{- define "driftkeel.egressPorts" -}}
 {{- $policy := .Values.networkPolicy -}}
 {{- $ports := include "driftkeel.portsOf" (list .Values.config.kafka.bootstrap 9092) | fromJsonArray -}}
