@@ -71,99 +71,155 @@ class WorkerMetrics:
         self.registry = r = CollectorRegistry()
         counter, gauge = partial(Counter, registry=r), partial(Gauge, registry=r)
         histogram = partial(Histogram, registry=r)
-        self.build = Info("driftkeel_build", "Version of the worker, its group, and the bundle it runs.", registry=r)
-        self.clean_accuracy = gauge(
-            "driftkeel_clean_accuracy_ratio", "Accuracy to expect without drift, of the bundle."
+        self.build = Info(
+            "driftkeel_build",
+            "Labels: version of the worker, its name, its consumer group, and its bundle.",
+            registry=r,
         )
-        self.frames = counter("driftkeel_frames", "Records taken from the frames topic.")
-        self.bad_frames = counter("driftkeel_bad_frames", "Records sent to the dead-letter topic, by reason.", ["kind"])
+        self.clean_accuracy = gauge(
+            "driftkeel_clean_accuracy_ratio",
+            "Accuracy of the bundle's source model without drift, measured when the bundle was made.",
+        )
+        self.frames = counter("driftkeel_frames", "Records that the worker has taken from the frames topic.")
+        self.bad_frames = counter(
+            "driftkeel_bad_frames",
+            "Records that are not valid frames and became dead letters, by reason. They have no prediction.",
+            ["kind"],
+        )
         self.frames_again = counter(
-            "driftkeel_frames_again", "Records read again whose stream state had folded them in already."
+            "driftkeel_frames_again",
+            "Records read again whose stream had folded them in already, after a crash or a rebalance. Skipped.",
         )
         self.dropped = counter(
-            "driftkeel_frames_dropped", "Frames passed over as too late for a prediction (batch.drop_late)."
+            "driftkeel_frames_dropped", "Frames dropped because their prediction would be too late (batch.drop_late)."
         )
         self.expired = counter(
             "driftkeel_records_expired",
-            "Records that were lost, as the topic no longer had them when their turn came: its retention.",
+            "Records that are lost: the topic's retention deleted them before the worker read them.",
         )
         self.forgotten = counter(
             "driftkeel_forgotten_partitions",
-            "Partitions that the group had read and of which the store knew nothing when the worker began with them.",
+            "Partitions that the group had read before, but of which the store knew nothing: it lost its data, or is "
+            "another one.",
         )
         self.predictions = counter(
-            "driftkeel_predictions", "Predictions published; a frame that is read again counts again."
+            "driftkeel_predictions", "Predictions published. A frame that is read again may count again."
         )
-        self.answers = counter("driftkeel_answers", "Predictions, by the parameters that made them.", ["parameters"])
+        self.answers = counter(
+            "driftkeel_answers", "Predictions published, by the parameters that made them.", ["parameters"]
+        )
         self.updates = counter(
             "driftkeel_updates",
-            "Update events: what the guard or a person decided, by kind of reason.",
+            "Update events: decisions of the guard or of a person, by decision and kind of reason.",
             ["decision", "reason"],
         )
         self.commands = counter(
-            "driftkeel_commands", "Commands taken from the topic, by action and outcome.", ["action", "outcome"]
+            "driftkeel_commands",
+            "Commands from people that the worker has carried out or refused, by action.",
+            ["action", "outcome"],
         )
         self.estimated_frames = counter(
-            "driftkeel_estimated_frames", "Frames whose accuracy is estimated for answers and source both."
+            "driftkeel_estimated_frames",
+            "Frames for which the accuracy of the answer and that of source are both estimated.",
         )
         self.correct = counter(
             "driftkeel_estimated_correct_frames",
-            "Of these, frames that are right by estimate: as answered, and as source would have answered.",
+            "How many of driftkeel_estimated_frames_total are right, by estimate. by=answered: as answered; by=source: "
+            "as source would answer.",
             ["by"],
         )
         self.left_out = counter(
-            "driftkeel_adaptations_left_out", "Micro-batches folded in without an update.", ["reason"]
+            "driftkeel_adaptations_left_out",
+            "Micro-batches that made no update on purpose, by reason. Their frames were predicted.",
+            ["reason"],
         )
         self.fenced = counter(
-            "driftkeel_fenced_writes", "State writes refused because another worker holds the stream."
+            "driftkeel_fenced_writes", "Writes of states that the store refused because another worker has the stream."
         )
-        self.store_errors = counter("driftkeel_store_errors", "Calls that the store did not answer.")
+        self.store_errors = counter(
+            "driftkeel_store_errors", "Calls that the store refused or did not answer. Each is tried again."
+        )
         self.broker_errors = counter(
-            "driftkeel_broker_errors", "Calls that the broker did not answer or refused.", ["operation"]
+            "driftkeel_broker_errors",
+            "Calls that the broker refused or did not answer, by operation. Each is tried again.",
+            ["operation"],
         )
         self.step_seconds = histogram(
-            "driftkeel_step_seconds", "One step, by stage and in all.", ["stage"], buckets=SECONDS
+            "driftkeel_step_seconds",
+            "Duration of a step, by stage; all: from beginning to end.",
+            ["stage"],
+            buckets=SECONDS,
         )
-        self.store_seconds = histogram("driftkeel_store_seconds", "Calls to the store.", ["operation"], buckets=SECONDS)
+        self.store_seconds = histogram(
+            "driftkeel_store_seconds", "Duration of calls to the store, by operation.", ["operation"], buckets=SECONDS
+        )
         self.wait_seconds = FrameHistogram(
-            "driftkeel_frame_wait_seconds", "From the arrival of a frame to its prediction.", SECONDS, r
+            "driftkeel_frame_wait_seconds",
+            "Time from a frame's arrival at the worker to its prediction. Depends on no sender's clock.",
+            SECONDS,
+            r,
         )
         self.latency_seconds = FrameHistogram(
-            "driftkeel_frame_latency_seconds", "From a record's timestamp to its prediction.", LATENCIES, r
+            "driftkeel_frame_latency_seconds",
+            "Time from a record's timestamp to its prediction. Needs clocks of senders and workers that agree.",
+            LATENCIES,
+            r,
         )
-        self.batch_frames = histogram("driftkeel_batch_frames", "Frames of a micro-batch.", buckets=FRAMES)
-        self.pass_streams = histogram("driftkeel_pass_streams", "Streams in a pass.", buckets=FRAMES)
-        self.raw_norm = histogram("driftkeel_raw_gradient_norm", "Norm of the unsupervised gradient.", buckets=NORMS)
+        self.batch_frames = histogram(
+            "driftkeel_batch_frames", "Number of frames in a micro-batch that was decided on.", buckets=FRAMES
+        )
+        self.pass_streams = histogram(
+            "driftkeel_pass_streams", "Number of streams that share a pass of the model.", buckets=FRAMES
+        )
+        self.raw_norm = histogram(
+            "driftkeel_raw_gradient_norm", "Norm of the unsupervised gradient of a proposed update.", buckets=NORMS
+        )
         self.generated_norm = histogram(
-            "driftkeel_generated_gradient_norm", "Norm of the generated gradient.", buckets=NORMS
+            "driftkeel_generated_gradient_norm",
+            "Norm of the gradient that the generator makes of the unsupervised one. This one moves the parameters.",
+            buckets=NORMS,
         )
         self.confidence = FrameHistogram(
-            "driftkeel_confidence_ratio", "Calibrated confidence of predictions.", RATIOS, r
+            "driftkeel_confidence_ratio", "Calibrated confidence of each prediction.", RATIOS, r
         )
-        self.entropy = histogram("driftkeel_entropy_nats", "Mean prediction entropy of micro-batches.", buckets=NATS)
+        self.entropy = histogram(
+            "driftkeel_entropy_nats",
+            "Mean entropy of the predictions of a micro-batch. High: the model is unsure.",
+            buckets=NATS,
+        )
         self.state_bytes = histogram(
-            "driftkeel_state_bytes", "Bytes of a stream state written to the store.", buckets=BYTES
+            "driftkeel_state_bytes", "Size of a stream's tensors as written to the store, compressed.", buckets=BYTES
         )
-        self.lag = gauge("driftkeel_consumer_lag_records", "Records not finished yet.", ["topic", "partition"])
+        self.lag = gauge(
+            "driftkeel_consumer_lag_records",
+            "Records of a partition that are not finished: not read yet, or in hand. Frames held for an update count "
+            "too.",
+            ["topic", "partition"],
+        )
         self._lagging: set[tuple[str, str]] = set()
-        self.partitions = gauge("driftkeel_assigned_partitions", "Partitions that the worker reads.")
+        self.partitions = gauge(
+            "driftkeel_assigned_partitions", "Partitions of the frames topic that Kafka has assigned to the worker."
+        )
         self.refused_partitions = gauge(
             "driftkeel_refused_partitions",
-            "Partitions that the worker has and does not read: their log is not the one whose frames the store has.",
+            "Assigned partitions that the worker does not read, because they are not those whose frames the store has.",
         )
         self.stuck_partitions = gauge(
-            "driftkeel_stuck_partitions", "Partitions of which nothing has come for a minute although they have more."
+            "driftkeel_stuck_partitions",
+            "Partitions from which nothing has come for a minute, although they have records that were not read.",
         )
-        self.buffered = gauge("driftkeel_buffered_frames", "Decoded frames that wait for their pass.")
-        self.resident = gauge("driftkeel_resident_streams", "Streams whose state is in memory.")
+        self.buffered = gauge(
+            "driftkeel_buffered_frames", "Decoded frames in memory that wait for a pass of the model."
+        )
+        self.resident = gauge("driftkeel_resident_streams", "Streams whose state is in the worker's memory.")
         self.homeless = gauge(
             "driftkeel_homeless_streams",
-            "Streams that source answers: something else is under their key in the store, or their position is wrong.",
+            "Streams that cannot be stored, because their key is taken or their position wrong. Source answers them.",
         )
         self.last_progress = gauge(
             "driftkeel_last_progress_timestamp_seconds",
-            "When the loop last turned: a step ended, there was nothing to do, or it waits for broker or store. "
-            "Not while a pass hangs.",
+            "When the worker's main loop last ran. It also counts as running while it is idle, or waits for broker or "
+            "store, but not while a pass of the model hangs.",
         )
         self.broker_answered = gauge(
             "driftkeel_broker_last_answer_timestamp_seconds",
@@ -171,13 +227,14 @@ class WorkerMetrics:
         )
         self.store_answered = gauge(
             "driftkeel_store_last_answer_timestamp_seconds",
-            "When the store last answered, and did what was asked of it. 0 and NaN as for the broker.",
+            "When the store last did what was asked of it. 0: not since the worker started; NaN: not asked yet.",
         )
         # Not the present: a worker that starts again and again would seem to have just been answered.
         for answered in (self.broker_answered, self.store_answered):
             answered.set(math.nan)
         self.clock = gauge(
-            "driftkeel_clock_timestamp_seconds", "What the worker's clock says, by which all its timestamps are."
+            "driftkeel_clock_timestamp_seconds",
+            "The worker's clock. All its timestamps are by this clock: subtract them from this value to get ages.",
         )
         self.clock.set_function(time.time)
         ProcessCollector(registry=r)

@@ -83,42 +83,71 @@ GAUGES = (
     (
         "accuracy",
         "estimated_accuracy_ratio",
-        "Estimated accuracy of the parameters that adapt, without labels; only of mgg.",
+        "Accuracy of the adapted parameters now, estimated without labels. Only with adapt.method mgg.",
     ),
-    ("low", "estimated_accuracy_low_ratio", "Lower end of the estimate's 90% interval."),
-    ("high", "estimated_accuracy_high_ratio", "Upper end of the estimate's 90% interval."),
-    ("source_accuracy", "source_accuracy_ratio", "Estimated accuracy of the source model on the same frames."),
-    ("confidence", "confidence_ratio", "Mean calibrated confidence of recent frames."),
-    ("entropy", "entropy_nats", "Mean prediction entropy of recent frames."),
-    ("marginal_entropy", "marginal_entropy_nats", "Entropy of the mean prediction; near 0, one class is all it says."),
-    ("flip_rate", "flip_ratio", "Share of recent predictions that the source model does not share."),
-    ("raw_norm", "raw_gradient_norm", "Norm of the last unsupervised gradient."),
-    ("generated_norm", "generated_gradient_norm", "Norm of the last generated gradient."),
-    ("cosine", "gradient_cosine", "Cosine between the last unsupervised and generated gradient."),
-    ("distance", "source_distance", "Distance of the norm affine from source after the last update."),
-    ("drift", "drift_score", "How much drift detection has seen of a move; at 1 it alarms."),
-    ("adapting", "adapting", "1 while drift detection has the stream adapt, 0 where it has settled."),
-    ("step", "step", "Updates that the stream's parameters have seen."),
-    ("answers_source", "answers_source", "1 where the source model answers, 0 where adapted parameters do."),
-    ("frozen", "frozen", "1 where somebody has frozen the stream."),
-    ("shifted", "shifted", "1 once the guard is sure that the frames are not what source was made for."),
-    ("trusted", "trusted", "0 while the guard has source answer, because it takes that to do better."),
-    ("blind", "blind", "1 while most frames are blank or repeat: a covered or frozen camera."),
+    ("low", "estimated_accuracy_low_ratio", "Lower end of the 90% interval of the estimated accuracy."),
+    ("high", "estimated_accuracy_high_ratio", "Upper end of the 90% interval of the estimated accuracy."),
+    ("source_accuracy", "source_accuracy_ratio", "Accuracy of the source model on the same frames, estimated."),
+    ("confidence", "confidence_ratio", "Mean calibrated confidence of recent predictions."),
+    ("entropy", "entropy_nats", "Mean entropy of recent predictions. High: the model is unsure."),
+    (
+        "marginal_entropy",
+        "marginal_entropy_nats",
+        "Entropy of the mean of recent predictions. Near 0: nearly all answers are of one class.",
+    ),
+    ("flip_rate", "flip_ratio", "Share of recent predictions for which the source model gives another class."),
+    ("raw_norm", "raw_gradient_norm", "Norm of the newest unsupervised gradient."),
+    ("generated_norm", "generated_gradient_norm", "Norm of the newest gradient that the generator made."),
+    (
+        "cosine",
+        "gradient_cosine",
+        "Cosine between the newest unsupervised and generated gradients: 1 same direction, below 0 opposite.",
+    ),
+    ("distance", "source_distance", "How far the newest update left the adapted parameters from source."),
+    (
+        "drift",
+        "drift_score",
+        "Evidence that the stream is drifting now. At 1 drift is detected, and the score begins again.",
+    ),
+    (
+        "adapting",
+        "adapting",
+        "With adapt.mode on_demand, 1 while the stream adapts, 0 while it has settled and is only checked now and "
+        "then.",
+    ),
+    ("step", "step", "Updates that the stream's parameters have seen since the source model."),
+    ("answers_source", "answers_source", "1 if the source model answers, 0 if adapted or approved parameters do."),
+    ("frozen", "frozen", "1 if a command has frozen the stream: no updates."),
+    ("shifted", "shifted", "1 while the guard is sure that the frames are unlike those that source was trained for."),
+    ("trusted", "trusted", "0 while the guard lets source answer, because it believes that source does better."),
+    ("blind", "blind", "1 while most frames are blank or repeat earlier ones: a covered or frozen camera."),
     (
         "held_back",
         "held_back",
-        "1 while no update is wanted: adaptation is off, frozen, quiet hours, the hour's are used up, or one class "
-        "fills the frames.",
+        "1 while updates are held back on purpose: adaptation is off, the stream is frozen, it is a quiet hour, the "
+        "hour's updates are used up, or nearly all frames are of one class.",
     ),
     ("decision", "decision", f"The newest decision: {', '.join(f'{i} {d}' for i, d in enumerate(DECISIONS))}."),
-    ("last_decision", "last_decision_timestamp_seconds", "When the stream's newest frames were judged."),
+    ("last_decision", "last_decision_timestamp_seconds", "When the stream's newest frames were decided on."),
     ("last_update", "last_update_timestamp_seconds", "When this worker last applied an update to the stream."),
-    ("troubled", "last_trouble_timestamp_seconds", "When an update of the stream was last refused or undone."),
+    (
+        "troubled",
+        "last_trouble_timestamp_seconds",
+        "When an update of the stream was last refused because it might do harm, or undone.",
+    ),
 )
 # Field of the view, name behind driftkeel_fleet_, help.
 DISTRIBUTIONS = (
-    ("accuracy", "estimated_accuracy_ratio", "Estimated accuracy of all streams of the worker now."),
-    ("source_accuracy", "source_accuracy_ratio", "The same for the source model."),
+    (
+        "accuracy",
+        "estimated_accuracy_ratio",
+        "Estimated accuracy of the adapted parameters, all streams of the worker now.",
+    ),
+    (
+        "source_accuracy",
+        "source_accuracy_ratio",
+        "Estimated accuracy of the source model, all streams of the worker now.",
+    ),
 )
 _TIMES = frozenset({"last_decision", "last_update", "troubled"})
 _BACK = ("rolled_back", "reset", "imported", "carried")
@@ -262,7 +291,10 @@ class StreamSeries(Collector):
             "frozen": sum(view.frozen == 1.0 for view in every),
             "silent": sum(now - view.last_decision > self._silent_after_s for view in every),
         }
-        text = "Streams of the worker by condition; any: all, shown: with series of their own, silent: no frames."
+        text = (
+            "Number of the worker's streams in each condition. any: all of them; shown: with series of their own; "
+            "silent: without a frame for metrics.silent_after_s."
+        )
         family = GaugeMetricFamily("driftkeel_fleet_streams", text, labels=["condition"])
         for condition, count in counts.items():
             family.add_metric([condition], count)

@@ -43,13 +43,13 @@ def build() -> Dashboard:
         board(
             "Business",
             "business",
-            "What is adaptation worth? All numbers rest on the estimate of accuracy without labels, for the source "
-            "model and for what was answered, on the same frames.",
+            "What is adaptation worth? All numbers are estimates without labels: they compare the answers that were "
+            "given with those that the source model would have given on the same frames.",
         ).time("now-24h", "now"),
         number(
             "Frames saved",
-            "Frames of the chosen time that were answered rightly, and that the source model would have got wrong; "
-            "less those the other way round.",
+            "Frames in the chosen time that were answered rightly thanks to adaptation: right answers, minus those "
+            "that the source model would have had. Below 0: adaptation did harm.",
             saved,
             "short",
             helps,
@@ -57,7 +57,7 @@ def build() -> Dashboard:
         ),
         number(
             "Accuracy as answered",
-            "Estimated share of right answers in the chosen time.",
+            "Estimated share of right answers among those given in the chosen time.",
             accuracy("answered", RANGE),
             "percentunit",
             ACCURACY,
@@ -65,7 +65,7 @@ def build() -> Dashboard:
         ),
         number(
             "Accuracy of source",
-            "What the source model would have reached on the same frames.",
+            "Estimated share that the source model would have answered rightly on the same frames.",
             accuracy("source", RANGE),
             "percentunit",
             ACCURACY,
@@ -73,7 +73,7 @@ def build() -> Dashboard:
         ),
         number(
             "Errors avoided",
-            "Of the errors that the source model would have made, the share that was avoided.",
+            "Share of the source model's errors that adaptation avoided.",
             f"({saved}) / ({judged(RANGE)} - {correct('source', RANGE)})",
             "percentunit",
             helps,
@@ -82,7 +82,8 @@ def build() -> Dashboard:
         colored(
             lines(
                 "Estimated accuracy",
-                "As answered, and as the source model would have. The area between them is what adaptation is worth.",
+                "Blue: the answers given. Brown: those of the source model. The area between them is what adaptation "
+                "is worth.",
                 [
                     (accuracy("answered", RATE, "rate"), "answered"),
                     (accuracy("source", RATE, "rate"), "source"),
@@ -95,7 +96,8 @@ def build() -> Dashboard:
         ),
         lines(
             "Frames saved per hour",
-            "At the present pace; below 0 the source model would do better.",
+            "Frames per hour that are right thanks to adaptation, at the present rate. Below 0: the source model would "
+            "do better.",
             [(f"3600 * {gained}", "saved per hour")],
             "short",
             least=None,
@@ -103,7 +105,8 @@ def build() -> Dashboard:
         ),
         lines(
             "Frames",
-            "Predicted per second, and those of them for which both accuracies are estimated.",
+            "Frames predicted per second, and how many of them have both estimates. Only these count in the numbers "
+            "above.",
             [
                 (f"sum(rate(driftkeel_predictions_total{{{JOB}}}{RATE}))", "predicted"),
                 (judged(RATE, "rate"), "with both estimates"),

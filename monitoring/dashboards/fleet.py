@@ -50,40 +50,43 @@ def build() -> Dashboard:
     few_is_good = ((None, GREEN), (1, YELLOW), (5, RED))
     return filled(
         board(
-            "Fleet", "fleet", "Which cameras need a look, and is adaptation helping? Click a stream for its own page."
+            "Fleet",
+            "fleet",
+            "Which cameras need attention, and does adaptation help? Click a stream in the table to open its page.",
         ),
-        number("Streams", "Streams whose state is in a worker's memory.", condition("any"), width=3),
+        number("Streams", "Cameras that the workers have in memory.", condition("any"), width=3),
         number(
             "In trouble",
-            "Streams of which an update was refused or undone in the last five minutes, or that source answers "
-            "because it is estimated to do better; and blind cameras.",
+            "Streams that need a look: an update was refused or undone in the last five minutes, the guard lets source "
+            "answer because it believes that source does better, or the camera is blind.",
             condition("in_trouble"),
             steps=few_is_good,
             width=3,
         ),
         number(
             "Drifting",
-            "Streams whose drift score is above half of its alarm: something at the camera is changing now.",
+            "Streams with a drift score above 50%: something at the camera is changing now.",
             condition("drifting"),
             steps=((None, GREEN), (1, YELLOW)),
             width=3,
         ),
         number(
             "Source answers",
-            "Streams that the source model answers: by policy, not adapted yet, or because it does better.",
+            "Streams that the source model answers: by policy, before their first update, or because it is estimated "
+            "to do better.",
             condition("answered_by_source"),
             width=3,
         ),
         number(
             "Frozen",
-            "Streams that somebody has frozen.",
+            "Streams that a command has frozen. They do not adapt until somebody unfreezes them.",
             condition("frozen"),
             steps=((None, GREEN), (1, YELLOW)),
             width=3,
         ),
         number(
             "Frames per second",
-            "Frames predicted by all workers.",
+            "Frames that all workers together predict.",
             f"sum(rate(driftkeel_predictions_total{{{JOB}}}{RATE}))",
             "reqps",
             width=3,
@@ -98,7 +101,8 @@ def build() -> Dashboard:
         ),
         number(
             "Alerts firing",
-            "Alerts that fire now, of this site or of none; the runbook of each is named in its annotations.",
+            "Alerts of this site that fire now, and those that belong to no site. Each names its runbook in its "
+            "annotations.",
             'count(ALERTS{alertname=~"Driftkeel.*",alertstate="firing",job=~"$job|"}) or vector(0)',
             steps=NONE_IS_GOOD,
             width=3,
@@ -107,8 +111,8 @@ def build() -> Dashboard:
         colored(
             lines(
                 "Estimated accuracy of the fleet",
-                "Median and worst tenth of all streams: of the parameters that adapt, and of the source model on "
-                "the same frames. Where the blue curves lie above the brown ones, adaptation helps.",
+                "Median and worst tenth of all streams. Blue: the adapted parameters. Brown: the source model on the "
+                "same frames. If blue is above brown, adaptation helps. If both fall, the cameras have changed.",
                 [
                     (quantile(0.5, "estimated_accuracy"), "adapted, median"),
                     (quantile(0.1, "estimated_accuracy"), "adapted, worst tenth"),
@@ -127,16 +131,16 @@ def build() -> Dashboard:
         ),
         buckets(
             "Streams by estimated accuracy",
-            "How many streams lie in which range now. A cloud that comes loose below is a group of cameras with "
-            "something in common.",
+            "How many streams have which estimated accuracy. A group that separates downwards has something in common: "
+            "look for what these cameras share.",
             f"sum by (le) (driftkeel_fleet_estimated_accuracy_ratio_bucket{{{JOB}}})",
             "percentunit",
         ),
         rows_by(
             "stream",
             "Streams that need it most",
-            "The streams with series of their own: in trouble, drifting, new, or with the lowest estimated "
-            "accuracy. A stream's name leads to its page.",
+            "Streams in trouble, drifting ones, new ones, and those with the lowest estimated accuracy: all that have "
+            "series of their own (metrics.max_stream_labels). Click a name to open its page.",
             [
                 ("Accuracy", of_stream("estimated_accuracy_ratio"), "percentunit", ACCURACY),
                 ("Source", of_stream("source_accuracy_ratio"), "percentunit", ACCURACY),
@@ -164,8 +168,8 @@ def build() -> Dashboard:
         Row("What is decided"),
         lines(
             "Decisions",
-            "Update events per second by decision and kind of reason. Skipped for not_finite, gradient or "
-            "distance: the guard refuses what may do harm.",
+            "Update events per second, by decision and kind of reason. Skipped for not_finite, gradient, distance or "
+            "turned: the guard refuses an update that might do harm. Rolled back or reset: it undoes what did.",
             [
                 (
                     f"sum by (decision, reason) (rate(driftkeel_updates_total{{{JOB}}}{RATE})) > 0",
@@ -178,7 +182,7 @@ def build() -> Dashboard:
         colored(
             lines(
                 "Who answers",
-                "Predictions per second by the parameters that made them.",
+                "Predictions per second, by the parameters that made them: adapted, source, or approved by a person.",
                 [(f"sum by (parameters) (rate(driftkeel_answers_total{{{JOB}}}{RATE}))", "{{parameters}}")],
                 "reqps",
                 stacked=True,
@@ -188,7 +192,7 @@ def build() -> Dashboard:
         colored(
             lines(
                 "Streams by condition",
-                "The counts above over time. `adapting` counts where drift detection is on.",
+                "The numbers at the top over time. adapting is counted only with adapt.mode on_demand.",
                 [
                     (
                         'sum by (condition) (driftkeel_fleet_streams{condition!~"any|shown",' + JOB + "})",
@@ -201,7 +205,7 @@ def build() -> Dashboard:
         ),
         lines(
             "Commands",
-            "Commands that people have given within ten minutes, by action and outcome.",
+            "Commands from people within ten minutes, by action: carried out (done) or refused.",
             [
                 (
                     f"sum by (action, outcome) (increase(driftkeel_commands_total{{{JOB}}}[10m]))",

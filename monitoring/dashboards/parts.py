@@ -55,8 +55,8 @@ ACCURACY: Steps = ((None, RED), (0.6, ORANGE), (0.75, YELLOW), (0.85, GREEN))
 
 # Lag as the alert on it sees it: the more frames come, the more are held on purpose.
 LAG_IS = (
-    "Records of the frames topic that are not finished yet, in seconds of what is predicted now; of the worker that is "
-    "furthest behind. Up to batch.max_hold_ms of it are frames held for their camera's next update."
+    "How far the slowest worker is behind, in seconds of its present work. Red: more than a minute. Up to "
+    "batch.max_hold_ms (10 s by default) is normal: predicted frames that are held for their camera's next update."
 )
 LAG_STEPS: Steps = ((None, GREEN), (30, YELLOW), (60, RED))
 

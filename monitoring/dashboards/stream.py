@@ -59,7 +59,7 @@ def newest(metric: str) -> str:
 def build() -> Dashboard:
     yes_no = {0.0: ("no", GREEN), 1.0: ("yes", YELLOW)}
     return filled(
-        board("Stream", "stream", "One camera: how well is it predicted, what does adaptation do to it, and why?")
+        board("Stream", "stream", "One camera: how good are its predictions, what does adaptation do to it, and why?")
         .with_variable(variable("stream", "Stream", f"label_values(driftkeel_stream_step{{{JOB}}}, stream)"))
         .annotation(
             annotation("Refused or undone", f"changes({of('last_trouble_timestamp_seconds')}[$__interval]) > 0", RED)
@@ -67,40 +67,49 @@ def build() -> Dashboard:
         .annotation(annotation("Set back", f"resets({of('step')}[$__interval]) > 0", ORANGE)),
         number(
             "Estimated accuracy",
-            "Of the parameters that adapt, over recent frames, without labels.",
+            "Accuracy of the adapted parameters over recent frames, estimated without labels. Only with adapt.method "
+            "mgg.",
             newest("estimated_accuracy_ratio"),
             "percentunit",
             ACCURACY,
         ),
         number(
-            "Source would have",
-            "The same estimate for the source model on the same frames.",
+            "Accuracy of source",
+            "The same estimate for the source model on the same frames. Higher than the first number: adaptation does "
+            "harm.",
             newest("source_accuracy_ratio"),
             "percentunit",
             ACCURACY,
         ),
         number(
             "Who answers",
-            "Whose parameters answer now: source by policy, before the first update, or because it does better.",
+            "Which parameters answer now. Source answers by policy, before the first update, or because it is "
+            "estimated to do better.",
             newest("answers_source"),
             names={0.0: ("adapted", BLUE), 1.0: ("source", SOURCE_MODEL)},
         ),
-        number("Frozen", "Whether somebody has frozen the stream.", newest("frozen"), names=yes_no),
-        number("Updates", "That its parameters have seen since the source model.", newest("step")),
+        number(
+            "Frozen",
+            "Whether a command has frozen the stream: no updates until somebody unfreezes it.",
+            newest("frozen"),
+            names=yes_no,
+        ),
+        number("Updates", "Updates that the stream's parameters have seen since the source model.", newest("step")),
         number(
             "Last frames",
-            "How long ago its newest frames were judged. Long: the camera is silent, or its partition waits.",
+            "Time since the newest frames were decided on. Long: the camera is silent, or its frames wait in Kafka.",
             stream_age("last_decision", OWN),
             "s",
             ((None, GREEN), (60, YELLOW), (600, RED)),
         ),
-        Row("How well is it predicted?"),
+        Row("How good are its predictions?"),
         colored(
             band(
                 lines(
                     "Estimated accuracy",
-                    "Of the adapted parameters with its 90% interval, and of source on the same frames. Where blue "
-                    "is above brown, adaptation helps.",
+                    "Blue: the adapted parameters, with the 90% interval of the estimate. Brown: the source model on "
+                    "the same frames. Blue above brown: adaptation helps. Both fall: the camera has changed. Only blue "
+                    "falls: adaptation has gone wrong.",
                     [
                         (newest("estimated_accuracy_ratio"), "adapted"),
                         (newest("estimated_accuracy_low_ratio"), "low"),
@@ -117,21 +126,22 @@ def build() -> Dashboard:
         ),
         lines(
             "Entropy",
-            "Of the predictions: high is unsure. Of their mean: near 0, one class is all the model says any more, "
-            "which is collapse unless the camera shows one class only.",
+            "Entropy of the predictions: high means that the model is unsure. Entropy of their mean: near 0 means that "
+            "nearly all answers are of one class, which is a collapse unless the camera shows only that class.",
             [(newest("entropy_nats"), "of predictions"), (newest("marginal_entropy_nats"), "of their mean")],
             "none",
         ),
         lines(
             "Confidence and difference from source",
-            "Mean calibrated confidence, and the share of recent predictions that source does not share.",
+            "Mean calibrated confidence of recent predictions, and the share of them for which source gives another "
+            "class.",
             [(newest("confidence_ratio"), "confidence"), (newest("flip_ratio"), "differs from source")],
             "percentunit",
             most=1.0,
         ),
         lines(
             "Drift score",
-            "How much drift detection has seen of a move; at 100% it alarms, and begins again.",
+            "Evidence that the stream is drifting now. At 100% drift is detected, and the score begins again.",
             [(newest("drift_score"), "score")],
             "percentunit",
             limits=((None, GREEN), (0.5, YELLOW), (1, RED)),
@@ -139,9 +149,10 @@ def build() -> Dashboard:
         Row("What does adaptation do, and why?"),
         states(
             "Decisions and state",
-            "The newest decision at each scrape; who answers; whether drift detection has the stream adapt; "
-            "whether it is frozen, held back by its policy or by frames of one class, shifted, trusted by the guard, "
-            "and sees.",
+            "decision: the newest one. answers: which parameters answer. adapting: whether drift detection has the "
+            "stream adapt. frozen: by a command. updates: held back by policy, or because all frames are of one class. "
+            "frames: whether they are unlike those that source was trained for. guard: whether it trusts the adapted "
+            "parameters. camera: blind if frames are blank or repeat.",
             [
                 (newest("decision"), "decision"),
                 (newest("answers_source"), "answers"),
@@ -165,8 +176,8 @@ def build() -> Dashboard:
         ),
         lines(
             "Gradient norms",
-            "Of the unsupervised gradient, and of what the generator made of it. A raw norm that climbs tenfold "
-            "comes before divergence.",
+            "raw: norm of the unsupervised gradient. generated: norm of what the generator made of it, which moves the "
+            "parameters. If raw climbs tenfold, divergence may follow.",
             [(newest("raw_gradient_norm"), "raw"), (newest("generated_gradient_norm"), "generated")],
             "none",
             width=8,
@@ -174,7 +185,8 @@ def build() -> Dashboard:
         ),
         lines(
             "Cosine of raw and generated gradient",
-            "Near 1 the generator follows the raw gradient, near 0 it goes its own way, below 0 against it.",
+            "Near 1 the generator follows the raw gradient, near 0 it takes a way of its own, below 0 it goes against "
+            "it.",
             [(newest("gradient_cosine"), "cosine")],
             "none",
             width=8,
@@ -183,20 +195,22 @@ def build() -> Dashboard:
         ),
         lines(
             "Distance from source",
-            "Of the norm affine. It grows while the stream moves and then levels off; a steady climb is divergence.",
+            "How far the adapted parameters are from source. Normally it grows while the camera drifts and then levels "
+            "off. A steady climb is divergence.",
             [(newest("source_distance"), "distance")],
             "none",
             width=8,
         ),
         lines(
             "Updates",
-            "That its parameters have seen; a fall is a rollback or a reset.",
+            "Updates that the stream's parameters have seen. A fall is a rollback or a reset.",
             [(newest("step"), "updates")],
             "short",
         ),
         lines(
             "Since the last update and the last frames",
-            "Long since an update while frames come: frozen, settled, refused, or too few frames.",
+            "If the time since the update grows while frames come, the stream is frozen or held back, has settled, its "
+            "updates are refused, or it has too few frames. Decisions and state says which.",
             [
                 (stream_age("last_update", OWN), "update"),
                 (stream_age("last_decision", OWN), "frames"),
