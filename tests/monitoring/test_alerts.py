@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[2]
 RULES = ROOT / "deploy" / "prometheus" / "alerts" / "driftkeel.yml"
 TESTS = Path(__file__).with_name("alerts.test.yml")
 LIST = ROOT / "docs" / "monitoring.md"
-SECTIONS = ["What it means", "What to look at", "What to do", "How to know it is over"]
+SECTIONS = [
+    *("What it means", "Is it urgent?", "First command"),
+    *("What to look at", "What to do", "How to know it is over"),
+]
 WITHOUT_JOB = re.compile(r"\b(?:sum|min|max|count|group|avg)\b(?= by| without|\s*\()(?! by \(job\b)")
 
 
@@ -76,6 +79,13 @@ def test_what_is_well_at_one_site_hides_nothing_of_another() -> None:
 def test_every_runbook_belongs_to_an_alert() -> None:
     pages = {path.name for path in (ROOT / "docs" / "runbooks").glob("*.md")}
     assert pages == {Path(rule["annotations"]["runbook"]).name for rule in ALERTS}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "runbooks").glob("*.md")), ids=lambda page: page.stem)
+def test_runbooks_have_one_first_command_and_say_what_it_shows(page: Path) -> None:
+    sections = dict(re.findall(r"^## (.*)\n\n((?:(?!## ).*\n)+)", page.read_text(), re.MULTILINE))
+    assert re.match(r"```sh\n[^\n]+\n```\n\n\S", sections["First command"])
+    assert "**" in sections["Is it urgent?"]  # yes, no, or when
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs" / "runbooks").glob("*.md")), ids=lambda page: page.stem)
