@@ -108,7 +108,7 @@ class UpdateEvent(BaseModel):
         None, description="Cosine between the two gradients: 1 is the same direction, below 0 the opposite one."
     )
     source_distance: float | None = Field(
-        None, description="How far the adapted parameters (the norm affine) are from source, after the decision."
+        None, description="How far the stream's norm parameters are from source, after the decision."
     )
     layers: dict[str, float] = Field(
         default_factory=dict, description="How far the decision moved each normalisation layer."
