@@ -1,4 +1,4 @@
-"""What a stream may do: who answers, when it may update, and how often."""
+"""What a stream may do: which parameters answer, when it may update, and how often."""
 
 from __future__ import annotations
 
@@ -77,15 +77,21 @@ class Policy(BaseModel):
 
 
 class PolicyChange(BaseModel):
-    """Some of a policy's rules, to lay over those that hold; what is None stays."""
+    """Changes of a policy. A rule that is null or missing stays as it is."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    mode: Mode | None = None
-    canary_share: float | None = Field(None, ge=0, le=1)
-    max_updates_per_hour: int | None = Field(None, ge=0)
-    quiet_hours: tuple[str, ...] | None = None
-    frozen: bool | None = None
+    mode: Mode | None = Field(None, description="Which parameters answer: `auto`, `shadow`, `canary` or `approve`.")
+    canary_share: float | None = Field(
+        None, ge=0, le=1, description="With mode `canary`, the share of streams that the adapted parameters answer."
+    )
+    max_updates_per_hour: int | None = Field(
+        None, ge=0, description="Most updates of a stream in one hour of the clock. 0: no limit."
+    )
+    quiet_hours: tuple[str, ...] | None = Field(
+        None, description="Times of day in UTC without updates, such as `22:00-06:00`. An empty list: none."
+    )
+    frozen: bool | None = Field(None, description="true: no updates at all. false: updates again.")
 
     @field_validator("quiet_hours")
     @classmethod

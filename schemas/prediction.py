@@ -24,9 +24,9 @@ class ClassScore(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    index: int = Field(ge=0)
-    label: str
-    confidence: float = Field(ge=0, le=1)
+    index: int = Field(ge=0, description="Index of the class.")
+    label: str = Field(description="Name of the class.")
+    confidence: float = Field(ge=0, le=1, description="Calibrated probability of the class.")
 
 
 class Prediction(BaseModel):

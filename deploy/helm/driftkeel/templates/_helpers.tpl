@@ -40,7 +40,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- $ports := include "driftkeel.portsOf" (list .Values.config.kafka.bootstrap 9092) | fromJsonArray -}}
 {{- $url := .Values.storeUrl -}}
 {{- if and (or .Values.secrets.storeUrl.name (contains "sentinel://" $url)) (not $policy.storePorts) -}}
-{{- fail "networkPolicy.storePorts: list the ports of the store here; the chart cannot tell them from a URL in a Secret, nor from one of Sentinels" -}}
+{{- fail "networkPolicy.storePorts: list the ports of the store here; the chart cannot read them from a URL in a Secret, and a Sentinel URL does not name them" -}}
 {{- end -}}
 {{- if not (or .Values.secrets.storeUrl.name (hasPrefix "unix:" $url)) -}}
 {{- $hosts := regexReplaceAll "[/?].*$" (regexReplaceAll "^[a-z+]+://([^@]*@)?" $url "") "" -}}
