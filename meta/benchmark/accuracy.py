@@ -152,7 +152,7 @@ class _Bench:
         begin = time.perf_counter()
         attempts = [self._attempt(cell, options, streams) for options in chosen]
         best, records = _best_by_setting(attempts, cell.settings)
-        seconds = time.perf_counter() - begin
+        seconds, refused = time.perf_counter() - begin, sum(attempt.refused for attempt in attempts)
         journal.add(
             cell.key,
             name=cell.name,
@@ -161,14 +161,14 @@ class _Bench:
             tried=tried,
             relative_cost=round(attempts[0].cost, 2),
             adapt_every=attempts[0].adapt_every,
-            refused_updates=sum(attempt.refused for attempt in attempts),
+            refused_updates=refused,
             frames=frames,
             seconds=round(seconds, 1),
             records=records,
         )
         ours, theirs = (float(np.mean([r[k] for r in records])) for k in ("accuracy", "source_accuracy"))
-        cost = attempts[0].cost
-        self.progress.say(f"{cell.name}: {ours:.3f} (source {theirs:.3f}), cost {cost:.1f}, {seconds:.0f} s")
+        cost, lost = attempts[0].cost, f", {refused} updates refused as not finite" if refused else ""
+        self.progress.say(f"{cell.name}: {ours:.3f} (source {theirs:.3f}), cost {cost:.1f}, {seconds:.0f} s{lost}")
 
     def _check(self, cell: Cell) -> None:
         """Whether a method of the user's keeps streams apart. Raises ConfigError."""

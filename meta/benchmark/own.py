@@ -61,7 +61,9 @@ def check_own(name: str, method: Baseline, frames: Tensor) -> bool:
                 f"own_methods: {name!r}: {of!r} of its state is {tuple(tensor.shape)} for {len(parts)} streams; its "
                 "first dimension must be the stream"
             )
+    _check_finite(name, before, "before the first update")
     together = _advanced(name, method, parts)
+    _check_finite(name, together, "after two updates from clean frames")
     for row, part in enumerate(parts):
         alone, again = _advanced(name, method, [part]), _advanced(name, method, [part])
         for of, tensor in alone.items():
@@ -75,6 +77,15 @@ def check_own(name: str, method: Baseline, frames: Tensor) -> bool:
                     "does); take means over each stream's own frames, as meta.objective.per_stream_mean does"
                 )
     return True
+
+
+def _check_finite(name: str, state: State, when: str) -> None:
+    """Raises ConfigError where no update would ever be taken."""
+    if odd := [of for of, tensor in state.items() if not bool(tensor.isfinite().all())]:
+        raise ConfigError(
+            f"own_methods: {name!r}: {odd[0]!r} of its state is not finite {when}, and every update that is not "
+            "finite is refused; keep a large number in place of infinity"
+        )
 
 
 def _advanced(name: str, method: Baseline, parts: list[Tensor]) -> State:

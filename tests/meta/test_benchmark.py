@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -443,6 +444,31 @@ class Rowless(Mine):
     def memory(self, streams):
         return {"usual": torch.zeros(self.classes)}
 
+class Endless(Mine):
+    # nothing found yet is infinitely far
+    name = "endless"
+
+    def memory(self, streams):
+        return {"nearest": torch.full((streams, self.classes), torch.inf)}
+
+class Overflowing(Mine):
+    name = "overflowing"
+
+    def memory(self, streams):
+        return {"total": torch.ones(streams)}
+
+    def loss(self, forward):
+        loss, active, _ = super().loss(forward)
+        return loss, active, {"total": forward.state["total"] * 1e30}
+
+class Later(Overflowing):
+    # only after what the check sees
+    name = "later"
+
+    def loss(self, forward):
+        loss, active, _ = Mine.loss(self, forward)
+        return loss, active, {"total": forward.state["total"] * 1e12}
+
 class Drawn(Mine):
     # by chance, as torch draws
     name = "drawn"
@@ -577,12 +603,14 @@ def test_a_method_of_the_users_own_from_data_to_report(own_module: Path, blob_da
         ("mixing", "what a stream gets depends on who shares its pass"),
         ("scalar", r"its loss is \(\) and which take a step \(3,\); both must be \(3,\)"),
         ("rowless", r"'usual' of its state is \(4,\) for 3 streams"),
+        ("endless", r"'nearest' of its state is not finite before the first update"),
+        ("overflowing", r"'total' of its state is not finite after two updates"),
     ],
 )
-def test_a_method_that_mixes_streams_is_refused(
+def test_a_method_whose_results_would_be_wrong_is_refused(
     own_module: Path, blob_data: Path, tmp_path: Path, name: str, message: str
 ) -> None:
-    """Many streams share a pass: a mean over all frames in it would give wrong results and no error."""
+    """A mean over all frames of a pass, or a state whose updates are all refused, would give wrong results, no error."""
     blobs_at = {"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}}
     plan = own_plan(name).model_copy(update={"threads": 1, "data": small_plan(data=blobs_at).data})
     with pytest.raises(ConfigError, match=f"own_methods: '{name}': .*(?:{message})"):
@@ -595,6 +623,14 @@ def test_a_method_that_draws_as_it_likes_is_told_so(own_module: Path, blob_data:
     said: list[str] = []
     assert driver.run_accuracy(plan, tmp_path / "out.json", "test", driver.Progress(said.append), only="drawn-pub") == 0
     assert any("drawn-published: the same frames give something else each time" in line for line in said)
+
+
+def test_updates_that_a_run_refuses_are_told(own_module: Path, blob_data: Path, tmp_path: Path) -> None:
+    blobs_at = {"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}}
+    plan = own_plan("later").model_copy(update={"threads": 1, "data": small_plan(data=blobs_at).data})
+    said: list[str] = []
+    assert driver.run_accuracy(plan, tmp_path / "out.json", "test", driver.Progress(said.append), only="later-pub") == 0
+    assert re.search(r"later-published: .*, [1-9]\d* updates refused as not finite$", said[-1])
 
 
 def test_a_step_of_the_users_own_is_tuned(own_module: Path, blob_data: Path, tmp_path: Path) -> None:
