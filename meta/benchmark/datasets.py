@@ -162,15 +162,32 @@ class Cifar10C:
         self.folder = folder
 
     def shifted(self, shift: str, severity: int) -> np.ndarray:
-        """Test images under a published shift, uint8 (N, h, w, 3); severity 1 to 5."""
-        images = self._array(shift)
-        each = len(images) // 5
+        """Test images under a published shift, uint8 (N, 32, 32, 3); severity 1 to 5."""
+        images, count = self._array(shift), len(self._labels())
+        if images.dtype != np.uint8 or images.shape != (count, 32, 32, 3):
+            raise self._odd(
+                shift, f"{images.dtype} {images.shape}", f"uint8 ({count}, 32, 32, 3) for its {count} labels"
+            )
+        each = count // 5
         return images[(severity - 1) * each : severity * each]
 
     def unshifted(self) -> LabelledImages:
         """Labels, in the order of every severity, with frames of brightness 1: the folder has no clean ones."""
-        labels = self._array("labels").astype(np.int64)
-        return LabelledImages(self.shifted("brightness", 1), labels[: len(labels) // 5])
+        labels = self._labels()
+        return LabelledImages(self.shifted("brightness", 1), labels[: len(labels) // 5].astype(np.int64))
+
+    def _labels(self) -> np.ndarray:
+        labels = self._array("labels")
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) % 5:
+            raise self._odd(
+                "labels", f"{labels.dtype} {labels.shape}", "uint8 (50000,), those of every severity in turn"
+            )
+        if labels.max() >= len(CIFAR10_LABELS):
+            raise self._odd("labels", f"labels up to {labels.max()}", "ten classes; CIFAR-100-C is not read")
+        return labels
+
+    def _odd(self, name: str, found: str, expected: str) -> DataError:
+        return DataError(f"{self.folder / name}.npy has {found}; CIFAR-10-C has {expected}")
 
     def _array(self, name: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"
@@ -184,23 +201,31 @@ def _image_folder(name: str, config: DataConfig) -> DataSet:
     if config.path is None:
         raise DataError(f"data {name!r}: an image-folder needs a path")
     root = config.path
-    classes = tuple(sorted(entry.name for entry in (root / "test").glob("*") if entry.is_dir()))
+    classes = tuple(sorted(entry.name for entry in _shown(root / "test") if entry.is_dir()))
     if len(classes) < 2:
-        raise DataError(f"{root / 'test'}: expected one folder per class, and at least two")
+        raise DataError(
+            f"{root / 'test'}: expected one folder per class, and at least two; an image-folder has such folders in "
+            "train/ and in test/"
+        )
 
     def read(split: str) -> LabelledImages:
         images, labels = [], []
         for index, label in enumerate(classes):
-            for path in sorted((root / split / label).glob("*")):
-                images.append(_decoded(path.read_bytes(), str(path), "RGB", config.size))
-                labels.append(index)
-        if not images:
-            raise DataError(f"{root / split}: no images in folders named like those of test/")
+            paths = [path for path in _shown(root / split / label) if path.is_file()]
+            if not paths:
+                raise DataError(f"{root / split / label} has no images, and test/ has that class")
+            images += [_decoded(path.read_bytes(), str(path), "RGB", config.size) for path in paths]
+            labels += [index] * len(paths)
         order = np.random.default_rng(0).permutation(len(labels))
         return LabelledImages(np.stack(images)[order], np.array(labels, np.int64)[order])
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return DataSet(name, classes, mean, std, lambda: read("train"), lambda: read("test"))
+
+
+def _shown(folder: Path) -> list[Path]:
+    """What lies in it, sorted, but for hidden files, which other programs leave there."""
+    return sorted(path for path in folder.glob("*") if not path.name.startswith("."))
 
 
 def _decoded(content: bytes, where: str, mode: str, size: int | None) -> np.ndarray:

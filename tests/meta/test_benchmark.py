@@ -3,7 +3,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from pathlib import Path
 
@@ -218,27 +218,79 @@ def test_an_archive_of_jpeg_frames(tmp_path: Path) -> None:
         read_archive(tmp_path / "missing.npz")
 
 
+def cifar_10_c(folder: Path, shifts: tuple[str, ...] = ("fog", "brightness")) -> Cifar10C:
+    """Four images, grey as the severity."""
+    for name in shifts:
+        np.save(
+            folder / f"{name}.npy",
+            np.tile(np.repeat(np.arange(5, dtype=np.uint8), 4)[:, None, None, None], (32, 32, 3)),
+        )
+    np.save(folder / "labels.npy", np.tile(np.arange(4, dtype=np.uint8), 5))
+    return Cifar10C(folder)
+
+
 def test_the_folder_of_cifar_10_c(tmp_path: Path) -> None:
-    for name in ("fog", "brightness"):
-        np.save(tmp_path / f"{name}.npy", np.repeat(np.arange(5, dtype=np.uint8), 4).reshape(20, 1, 1, 1))
-    np.save(tmp_path / "labels.npy", np.tile(np.arange(4, dtype=np.uint8), 5))
-    folder = Cifar10C(tmp_path)
-    assert folder.shifted("fog", 3).flatten().tolist() == [2] * 4
+    folder = cifar_10_c(tmp_path)
+    assert folder.shifted("fog", 3)[:, 0, 0, 0].tolist() == [2] * 4
     assert folder.unshifted().labels.tolist() == [0, 1, 2, 3]
     with pytest.raises(DataError, match=r"snow.npy cannot be read"):
         folder.shifted("snow", 1)
 
 
-def test_a_folder_of_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "change", "found"),
+    [
+        ("fog", lambda images: images / 255, r"float64 \(20, 32, 32, 3\)"),
+        ("fog", lambda images: images.transpose(0, 3, 1, 2), r"uint8 \(20, 3, 32, 32\)"),
+        ("fog", lambda images: images[:4], r"uint8 \(4, 32, 32, 3\)"),
+        ("labels", lambda labels: labels[:18], r"uint8 \(18,\)"),
+        ("labels", lambda labels: np.eye(10)[labels], r"float64 \(20, 10\)"),
+        ("labels", lambda labels: labels + 10, "labels up to 13"),
+    ],
+)
+def test_arrays_that_are_none_of_cifar_10_c(
+    tmp_path: Path, name: str, change: Callable[[np.ndarray], np.ndarray], found: str
+) -> None:
+    """Numbers from 0 to 1, for example, would be black frames, and all results wrong."""
+    folder = cifar_10_c(tmp_path)
+    np.save(tmp_path / f"{name}.npy", change(np.load(tmp_path / f"{name}.npy")))
+    with pytest.raises(DataError, match=rf"{name}\.npy has {found}; CIFAR-10-C has"):
+        folder.shifted("fog", 5)
+
+
+def image_folder(root: Path) -> DataConfig:
     for split, label, i in [(s, c, i) for s in ("train", "test") for c in ("nut", "bolt") for i in range(3)]:
-        (tmp_path / split / label).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((20, 30), 40 * i, np.uint8)).save(tmp_path / split / label / f"{i}.png")
-    dataset = open_dataset("parts", DataConfig(kind="image-folder", path=tmp_path, size=16))
+        (root / split / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 30), 40 * i, np.uint8)).save(root / split / label / f"{i}.png")
+    return DataConfig(kind="image-folder", path=root, size=16)
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    dataset = open_dataset("parts", image_folder(tmp_path))
     assert dataset.labels == ("bolt", "nut")
     assert dataset.test().images.shape == (6, 16, 16, 3)
     assert sorted(dataset.train().labels.tolist()) == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(DataError, match="one folder per class"):
+    with pytest.raises(
+        DataError, match=r"test: expected one folder per class, .* has such folders in train/ and in test/"
+    ):
         open_dataset("parts", DataConfig(kind="image-folder", path=tmp_path / "train"))
+
+
+def test_what_else_lies_in_a_folder_of_images_is_left_out(tmp_path: Path) -> None:
+    config = image_folder(tmp_path)
+    (tmp_path / "test" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "test" / "nut" / "more").mkdir()
+    (tmp_path / "train" / "nut" / ".DS_Store").write_bytes(b"\0")
+    dataset = open_dataset("parts", config)
+    assert dataset.labels == ("bolt", "nut")
+    assert sorted(dataset.test().labels.tolist()) == sorted(dataset.train().labels.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_class_of_which_a_folder_has_no_images_is_named(tmp_path: Path) -> None:
+    dataset = open_dataset("parts", image_folder(tmp_path))
+    (tmp_path / "train" / "nut").rename(tmp_path / "train" / "nuts")
+    with pytest.raises(DataError, match=r"train/nut has no images, and test/ has that class"):
+        dataset.train()
 
 
 def test_cifar_10_says_where_it_looks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -610,7 +662,7 @@ def test_a_method_of_the_users_own_from_data_to_report(own_module: Path, blob_da
 def test_a_method_whose_results_would_be_wrong_is_refused(
     own_module: Path, blob_data: Path, tmp_path: Path, name: str, message: str
 ) -> None:
-    """A mean over all frames of a pass, or a state whose updates are all refused, would give wrong results, no error."""
+    """By a mean over all frames of a pass, or a state whose updates are all refused, and without any error."""
     blobs_at = {"blobs": {"kind": "image-folder", "path": str(blob_data), "size": 12}}
     plan = own_plan(name).model_copy(update={"threads": 1, "data": small_plan(data=blobs_at).data})
     with pytest.raises(ConfigError, match=f"own_methods: '{name}': .*(?:{message})"):
