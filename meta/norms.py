@@ -251,10 +251,11 @@ def norm_layers(network: nn.Module, own: Collection[str] = ()) -> dict[str, nn.M
                 "train the model with track_running_stats=True"
             )
         if name in own or (is_norm(module) and module.weight is not None):
-            if is_parametrized(module):
+            if is_parametrized(module) or "weight" not in module._parameters:
                 raise BundleError(
-                    f"norm layer {name!r} has its weights from a parametrization; bake them in with "
-                    "torch.nn.utils.parametrize.remove_parametrizations, save the weights anew, and build it without"
+                    f"norm layer {name!r} works its weights out from others, as a parametrization or weight_norm does; "
+                    "bake them in with torch.nn.utils.parametrize.remove_parametrizations or "
+                    "torch.nn.utils.remove_weight_norm, save the weights anew, and build it without"
                 )
             found[name] = module
     if "" in found:
