@@ -6,7 +6,8 @@ reset       one stream per corruption, each from a cold start
 gradual     each corruption's severity goes 1, 2, 3, 4, 5, 4, 3, 2, 1
 recurring   the fifteen ten times over, a tenth of the frames each time
 mixed       every frame has a corruption of its own
-correlated  as continual, but labels come in runs: Dirichlet 0.1 over slots, as in RoTTA (CVPR 2023)
+correlated  as continual, but labels come in runs: Dirichlet 0.1 over slots, one a class up to 100, as in RoTTA (CVPR
+            2023)
 healthy     clean frames, for long
 long        corruptions and severities at random, for long
 """
@@ -26,7 +27,7 @@ SETTINGS: tuple[Setting, ...] = get_args(Setting)
 DRIFT: tuple[Setting, ...] = tuple(s for s in SETTINGS if s not in ("healthy", "long"))
 Condition = tuple[str, int]  # shift and severity
 VISITS = 10
-DIRICHLET = 0.1
+DIRICHLET, MOST_SLOTS = 0.1, 100
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,10 @@ def _in_runs(images: np.ndarray, labels: np.ndarray, random: np.random.Generator
     """The same images in an order where labels come in runs: each class is shared out over slots by a Dirichlet
     draw, and a slot shows one class after the other."""
     classes = np.unique(labels)
-    slots: list[list[np.ndarray]] = [[] for _ in classes]
+    slots: list[list[np.ndarray]] = [[] for _ in classes[:MOST_SLOTS]]
     for label in classes:
         own = images[labels[images] == label]
-        cuts = np.cumsum(random.dirichlet([DIRICHLET] * len(classes)))[:-1] * len(own)
+        cuts = np.cumsum(random.dirichlet([DIRICHLET] * len(slots)))[:-1] * len(own)
         for slot, part in zip(slots, np.split(own, np.round(cuts).astype(int)), strict=True):
             slot.append(part)
     return np.concatenate([slot[i] for slot in slots for i in random.permutation(len(slot))])

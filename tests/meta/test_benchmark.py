@@ -108,6 +108,14 @@ def test_correlated_labels_come_in_runs_and_are_the_same_labels() -> None:
 # --- running ---
 
 
+def test_correlated_labels_of_many_classes_share_a_hundred_slots() -> None:
+    """As in RoTTA: in a slot for each of 200 classes, runs of a label would be shorter."""
+    labels = np.arange(4_000) % 200
+    (stream,) = make_streams("correlated", 0, SHIFTS[:1], labels, 4_000, 4_000)
+    runs = 1 + int((np.diff(labels[stream.image]) != 0).sum())
+    assert 2_300 < runs < 2_900  # 3,350 in 200 slots
+
+
 def test_results_are_those_of_each_stream_alone(setup: Setup, tmp_path: Path) -> None:
     """Streams of different lengths in one run, against one run each; and batches cut as they should be."""
     pool = Pool(blobs(60, channels=1), tmp_path, None)
