@@ -5,7 +5,9 @@ After Wang et al., CVPR 2022: brightness 0.6-1.4, contrast 0.7-1.3, saturation 0
 
 - They pad pictures to twice their side before they move them by 1/16, which is 1/8 of the picture.
 - Hue is left out, and of CoTTA's and RoTTA's also blur up to 0.5 pixels and noise of 0.005. ROID's has neither.
+- They draw once for all pictures of a batch; here each picture has a draw of its own.
 - They jitter in an order of chance; here brightness comes first, then contrast, saturation and gamma.
+- Grey is the plain mean of the colours here; there green counts most, as to the eye.
 - ROID's reflects pictures at their border. Here pixels there are repeated, as CoTTA's and RoTTA's do.
 
 What any of it would do to the three was not measured.
