@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from meta.baselines import Baseline, Setup, build
+from meta.baselines import BASELINES, Baseline, Setup, build
 from meta.bundle_folder import LABELS, MGG_NAME, VERDICT, checked_file, read_labels, read_manifest, rewrite_manifest
 from meta.correction import Correction
 from meta.generator import MetaGradientGenerator
@@ -116,6 +116,8 @@ def load_bundle(
 
     Raises BundleError where anything is missing, altered, or does not fit together.
     """
+    if method not in (MGG_NAME, *BASELINES):
+        raise BundleError(f"there is no method {method!r}; known: {', '.join((MGG_NAME, *BASELINES))}")
     manifest = read_manifest(folder)
     contents = {name: checked_file(folder, name, entry) for name, entry in manifest.files.items()}
     labels = read_labels(folder, manifest)

@@ -220,6 +220,11 @@ def test_a_factory_that_cannot_be_had_is_named(
         load_bundle(copy_of, [name])
 
 
+def test_a_method_that_is_not_there_is_named(copy_of: Path) -> None:
+    with pytest.raises(BundleError, match=r"^there is no method 'tnet'; known: mgg, source, bn, tent, "):
+        load_bundle(copy_of, [], "tnet")
+
+
 def with_correction(folder: Path, **changes: torch.Tensor | None) -> None:
     """Pack the bundle anew with a correction, which the changes spoil."""
     bundle = load_bundle(folder)
