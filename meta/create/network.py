@@ -267,7 +267,10 @@ def _own_norms(network: nn.Module) -> list[str]:
 
 def _has_gradient(logits: Tensor, rows: Tensor) -> None:
     if logits.grad_fn is None:
-        raise BundleError("no gradient reaches the norm layers: the network's forward runs under torch.no_grad")
+        raise BundleError(
+            "no gradient reaches the norm layers: the network's forward runs under torch.no_grad, or detaches what it "
+            "has worked out; leave that out, as operation adapts by this gradient"
+        )
     try:
         (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum(), [rows], allow_unused=True)
     except RuntimeError as error:
