@@ -19,7 +19,7 @@ from meta.norms import AdaptableModel, norm_layers, run_order
 from meta.own_norms import find_own_norms
 from schemas.errors import BundleError
 
-NESTED = ("state_dict", "model_state_dict", "model")  # where training loops put the weights in a checkpoint
+NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training loops put the weights in a checkpoint
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, of torch.compile, and of Lightning's modules
 COUNTER = "n_averaged"  # which torch's AveragedModel keeps beside the weights
 TOLERANCE = 1e-3  # of the largest logit

@@ -450,11 +450,11 @@ def test_a_factory_that_fails() -> None:
 # --- weights -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_checkpoints_as_training_loops_leave_them(tmp_path: Path, half: bool) -> None:
+@pytest.mark.parametrize(("under", "half"), [("state_dict", False), ("state_dict", True), ("net", False)])
+def test_checkpoints_as_training_loops_leave_them(tmp_path: Path, under: str, half: bool) -> None:
     source = batchnorm_net()
     weights = {f"module.{name}": t.half() if half and t.is_floating_point() else t for name, t in _weights(source)}
-    torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "w.pt")
+    torch.save({"epoch": 3, under: weights}, tmp_path / "w.pt")
     said: list[str] = []
     network = batchnorm_net()
     shipped = load_weights(network, read_weights(tmp_path / "w.pt", said.append), tmp_path / "w.pt", said.append)
