@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from schemas.errors import StateError, mistakes
 from schemas.frame import Position
 from schemas.policy import PolicyChange
-from schemas.update import Proxies, SealedEvent, UpdateEvent, seal
+from schemas.update import PlaceInChain, Proxies, SealedEvent
 
 FORMAT_VERSION: Final = 1
 HOUR_S: Final = 3_600
@@ -166,10 +166,10 @@ class StreamHeader(Stored):
         """Whether the frame at `position` has shaped this state already."""
         return position.offset <= self.positions.get(position.log, -1)
 
-    def next_event(self, **said: Any) -> SealedEvent:
-        """The stream's next event, with what it says: its number and its chain go on from this header."""
+    def next_in_chain(self) -> PlaceInChain:
+        """The fields by which the stream's next update event continues its numbers and its chain of hashes."""
         number, now = f"{self.stream}@{self.events + 1}", datetime.now(UTC)
-        return seal(UpdateEvent(id=number, stream=self.stream, time=now, previous=self.last_event, **said))
+        return {"id": number, "stream": self.stream, "time": now, "previous": self.last_event}
 
     def behind(self, last: SealedEvent) -> StreamHeader:
         """The header once `last` is the stream's last event."""

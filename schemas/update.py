@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -136,6 +136,15 @@ class UpdateEvent(BaseModel):
     def number(self) -> int:
         """Which of the stream's events this is; the first is 1."""
         return int(self.id.rsplit("@", 1)[1])
+
+
+class PlaceInChain(TypedDict):
+    """The fields of an `UpdateEvent` that follow from the stream's event before it."""
+
+    id: str
+    stream: str
+    time: datetime
+    previous: str
 
 
 @dataclass(frozen=True)

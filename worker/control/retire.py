@@ -13,7 +13,7 @@ from shlex import quote
 from schemas.config import Kafka
 from schemas.errors import StateError, UnreachableError
 from schemas.state import StreamHeader, decode_header
-from schemas.update import SealedEvent
+from schemas.update import SealedEvent, UpdateEvent, seal
 from worker.control.stored import listed, unknown
 from worker.publish.publisher import ACKNOWLEDGE_TIMEOUT_S, Publisher
 from worker.store.store import Claimed, Overview, StateStore
@@ -81,13 +81,16 @@ def _last(stream: str, claimed: Claimed, waiting: list[SealedEvent], reason: str
     # What cannot be read goes anyway; the event beside it says where the chain is.
     with contextlib.suppress(StateError):
         header = decode_header(claimed.header) if claimed.header else header
-    return header.next_event(
-        decision="deleted",
-        reason=reason,
-        frames=[],
-        step=0,
-        parameters="source",
-        token=claimed.token,
-        bundle=header.bundle,
-        worker=name,
+    return seal(
+        UpdateEvent(
+            **header.next_in_chain(),
+            decision="deleted",
+            reason=reason,
+            frames=[],
+            step=0,
+            parameters="source",
+            token=claimed.token,
+            bundle=header.bundle,
+            worker=name,
+        )
     )

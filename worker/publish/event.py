@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
-from schemas.update import SealedEvent
+from schemas.update import SealedEvent, UpdateEvent, seal
 from worker.engine.engine import Engine
 from worker.engine.judge import Judgement
 from worker.engine.passes import Outlook, Proposal
@@ -15,7 +14,8 @@ from worker.guard.answer import named
 def update_event(
     engine: Engine, worker: str, outlook: Outlook, judgement: Judgement, proposal: Proposal | None
 ) -> SealedEvent:
-    """Of a micro-batch that counts as done with what the judgement leaves; `proposal` where an update was computed."""
+    """The event of a micro-batch that is folded in with this judgement; `proposal` is None where nothing was computed
+    for it beyond its predictions."""
     ruling, before, after = judgement.ruling, outlook.resident.header, judgement.header
     signals = proposal.signals if proposal else {}
 
@@ -23,59 +23,47 @@ def update_event(
         value = signals.get(name)
         return value if value is not None and math.isfinite(value) else None
 
-    said: dict[str, Any] = {"reason": ruling.reason, "layers": _moved(judgement, proposal)}
-    said["source_distance"] = _distance(judgement, proposal)
-    if ruling.back:
-        said |= _way_back(engine, judgement)
-    return before.next_event(
-        decision=ruling.decision,
-        frames=[str(frame.position) for frame in outlook.batch.frames],
-        step=after.step,
-        loss=signal("loss"),
-        entropy=signal("entropy"),
-        discrepancy=signal("discrepancy"),
-        raw_gradient_norm=signal("raw_gradient_norm"),
-        generated_gradient_norm=signal("generated_gradient_norm"),
-        cosine=signal("cosine"),
-        flipped=outlook.observed.flipped if outlook.observed is not None else None,
-        parameters=named(outlook.batch.answer if after.guard.trusted else "source", after),
-        before=engine.estimate(before),
-        after=engine.estimate(after),
-        token=outlook.resident.token,
-        bundle=engine.bundle_hash,
-        worker=worker,
-        **said,
+    reason, (distance, layers) = ruling.reason, _moved(engine, judgement, proposal)
+    if judgement.went_back_to is not None:
+        reason = f"{reason}; to the snapshot of step {judgement.went_back_to[0].header.step}"
+    return seal(
+        UpdateEvent(
+            **before.next_in_chain(),
+            decision=ruling.decision,
+            reason=reason,
+            frames=[str(frame.position) for frame in outlook.batch.frames],
+            step=after.step,
+            loss=signal("loss"),
+            entropy=signal("entropy"),
+            discrepancy=signal("discrepancy"),
+            raw_gradient_norm=signal("raw_gradient_norm"),
+            generated_gradient_norm=signal("generated_gradient_norm"),
+            cosine=signal("cosine"),
+            source_distance=distance,
+            layers=layers,
+            flipped=outlook.observed.flipped if outlook.observed is not None else None,
+            parameters=named(outlook.batch.answer if after.guard.trusted else "source", after),
+            before=engine.estimate(before),
+            after=engine.estimate(after),
+            token=outlook.resident.token,
+            bundle=engine.bundle_hash,
+            worker=worker,
+        )
     )
 
 
-def _distance(judgement: Judgement, proposal: Proposal | None) -> float | None:
-    """From source after an update that was accepted, whole or in part: of the point that lies `share` of the way from
-    where the stream was to where the update leads, by the lengths of that triangle's sides."""
-    share = judgement.ruling.share
+def _moved(engine: Engine, judgement: Judgement, proposal: Proposal | None) -> tuple[float | None, dict[str, float]]:
+    """The norm affine's distance from source after the decision, and how far the decision moved each norm layer."""
+    share, source = judgement.ruling.share, engine.like["affine"]
+    if judgement.ruling.back:
+        affine = source if judgement.went_back_to is None else judgement.went_back_to[1]["affine"]
+        present = engine.tensors(judgement.header.stream)["affine"]
+        return float((affine - source).norm()), engine.distances(present[None], affine[None])[0]
     if proposal is None or not judgement.ruling.apply:
-        return None
-    whole, present = proposal.signals["source_distance"], proposal.signals["present_distance"]
+        return None, {}
+    layers = {layer: float(f"{share * moved:.4g}") for layer, moved in proposal.layers.items()}
+    # An update that is accepted in part ends `share` of the way along one side of a triangle: source, the parameters
+    # before, the whole update. Its distance from source follows from the lengths of the three sides.
+    whole, before = proposal.signals["source_distance"], proposal.signals["present_distance"]
     way = sum(moved**2 for moved in proposal.layers.values())
-    return math.sqrt(max(0.0, (1 - share) * present**2 + share * whole**2 - share * (1 - share) * way))
-
-
-def _moved(judgement: Judgement, proposal: Proposal | None) -> dict[str, float]:
-    """How far each layer moved by an update that was accepted, whole or in part."""
-    ruling = judgement.ruling
-    if proposal is None or not ruling.apply:
-        return {}
-    return {layer: float(f"{ruling.share * moved:.4g}") for layer, moved in proposal.layers.items()}
-
-
-def _way_back(engine: Engine, judgement: Judgement) -> dict[str, Any]:
-    """What the event says of going back: where to, and how far each layer moves by it."""
-    source, restored = engine.like["affine"], judgement.went_back_to
-    affine = source if restored is None else restored[1]["affine"]
-    now = engine.tensors(judgement.header.stream)["affine"]
-    said: dict[str, Any] = {
-        "source_distance": float((affine - source).norm()),
-        "layers": engine.distances(now[None], affine[None])[0],
-    }
-    if restored is not None:
-        said["reason"] = f"{judgement.ruling.reason}; to the snapshot of step {restored[0].header.step}"
-    return said
+    return math.sqrt(max(0.0, (1 - share) * before**2 + share * whole**2 - share * (1 - share) * way)), layers

@@ -13,7 +13,7 @@ from schemas.command import Action, Command
 from schemas.errors import StateError
 from schemas.policy import PolicyChange
 from schemas.state import GuardState, Snapshot, StreamHeader
-from schemas.update import Decision
+from schemas.update import Decision, UpdateEvent, seal
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies, answering, named
 from worker.streams.entry import Entry
@@ -83,18 +83,21 @@ def _explained(change: _Change, command: Command | None, subject: Subject, place
     header = change.header.model_copy(update={"bundle": place.bundle})
     affine = (change.tensors or subject.tensors)["affine"]
     layers = place.distances(subject.tensors["affine"][None], affine[None])[0] if change.tensors else {}
-    event = subject.header.next_event(
-        decision=change.decision,
-        reason="; ".join(filter(None, (change.reason, *_said(command)))),
-        frames=[],
-        step=header.step,
-        source_distance=float((affine - place.fresh["affine"]).norm()),
-        layers=layers,
-        parameters=named(answering(place.policies.of(header), header, header.guard.trusted), header),
-        command=command.id if command else None,
-        token=token,
-        bundle=place.bundle,
-        worker=place.worker,
+    event = seal(
+        UpdateEvent(
+            **subject.header.next_in_chain(),
+            decision=change.decision,
+            reason="; ".join(filter(None, (change.reason, *_said(command)))),
+            frames=[],
+            step=header.step,
+            source_distance=float((affine - place.fresh["affine"]).norm()),
+            layers=layers,
+            parameters=named(answering(place.policies.of(header), header, header.guard.trusted), header),
+            command=command.id if command else None,
+            token=token,
+            bundle=place.bundle,
+            worker=place.worker,
+        )
     )
     return Entry(header.behind(event), (event,), change.tensors, change.approved)
 

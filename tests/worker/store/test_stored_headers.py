@@ -23,6 +23,7 @@ from schemas.errors import StateError
 from schemas.frame import Position
 from schemas.policy import Policy
 from schemas.state import StreamHeader, decode_header, encode_header
+from schemas.update import UpdateEvent, seal
 from tests.conftest import SHIPPED_BUNDLE
 from worker.batch.batcher import MicroBatch
 from worker.engine.engine import Engine
@@ -80,7 +81,8 @@ class Worker:
         proposal = Proposal(outlook, 0, update, SIGNALS if update else {}, True)
         judgement = judge(self.engine, self.guard, outlook, Proposals([proposal], {}, {}, {}), proposal, 2 * FRAMES)
         after = judgement.header
-        sealed = header.next_event(
+        event = UpdateEvent(
+            **header.next_in_chain(),
             decision=judgement.ruling.decision,
             reason=judgement.ruling.reason,
             frames=[str(frame.position) for frame in frames],
@@ -92,6 +94,7 @@ class Worker:
             bundle=header.bundle,
             worker="w",
         )
+        sealed = seal(event)
         assert len(sealed.content) < 10_000
         after = after.behind(sealed)
         next_view(None, sealed.event, after, now.timestamp())
