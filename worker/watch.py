@@ -24,9 +24,9 @@ from schemas.errors import SourceError
 from schemas.frame import Position
 from schemas.prediction import Prediction
 from worker.decode.image import open_image
-from worker.kafka.answer import last_answer
 from worker.kafka.batches import PassedOver
 from worker.kafka.client import connection, open_client, require_topics, until_reached
+from worker.kafka.inside import last_answer
 from worker.kafka.topic import PATIENCE_MS
 from worker.terminal import printable
 

@@ -14,8 +14,8 @@ from tests.chaos.proxy import flaky_broker
 from tests.conftest import Topic, picture
 from tests.monitoring.console.records import prediction
 from tests.servers import wait_until
-from worker.kafka.answer import last_answer
 from worker.kafka.client import create_topics
+from worker.kafka.inside import last_answer
 from worker.watch import FrameMarker, Watcher
 
 

@@ -17,6 +17,7 @@ from kafka.errors import KafkaError
 from schemas.config import Kafka
 from worker.consume.offsets import Partition
 from worker.consume.short_logs import ShortLog, without_end
+from worker.kafka.inside import assigned
 
 log = logging.getLogger("driftkeel.consume")
 LOOK_S = 1.0
@@ -65,8 +66,8 @@ class Beyond:
 
     def _seem(self) -> dict[Partition, ShortLog]:
         beyond: dict[Partition, ShortLog] = {}
-        for where, state in list(self._consumer._subscription.assignment.items()):
-            position, end = state.position, self._consumer.highwater(where)
+        for where, state in assigned(self._consumer).items():
+            position, end = state.position, state.highwater
             if position is not None and end is not None and position.offset > end:
                 beyond[where] = ShortLog(position.offset, end, position.offset)
         return beyond

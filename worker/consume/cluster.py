@@ -11,11 +11,12 @@ from typing import Any
 
 from schemas.config import WorkerConfig
 from schemas.errors import ConfigError
+from worker.kafka.inside import metadata
 
 
 def cluster_of(consumer: Any) -> str:
     """The id of the cluster that a client of kafka-python has reached; empty where the broker tells none."""
-    return str(consumer._cluster.cluster_id or "")
+    return str(metadata(consumer).cluster_id or "")
 
 
 def differ(cluster: str, noted: str) -> bool:

@@ -30,8 +30,8 @@ from worker.consume.group import Listener, open_member, polled, with_metadata
 from worker.consume.offsets import Offsets, Partition
 from worker.consume.standstill import Standstill
 from worker.consume.topic import FramesTopic
-from worker.kafka.answer import last_answer
 from worker.kafka.client import until_reached
+from worker.kafka.inside import assigned, last_answer
 
 log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
@@ -272,14 +272,13 @@ class FrameConsumer:
         broker said lately, for which it is waited a moment every few seconds."""
         lags, ends = {}, self._ends.now() if self._paused else {}
         in_hand = self.offsets.unfinished()
-        for partition in self.consumer.assignment():
-            newest, done = self.consumer.highwater(partition), self.offsets.next_offset(partition)
-            following = self.consumer._subscription.assignment[partition].position
+        for partition, state in assigned(self.consumer).items():
+            done = self.offsets.next_offset(partition)
             if short := self._comparison.short.get(partition):
                 done = short.first
-            elif following and not in_hand.get(partition):
-                done = following.offset  # Also behind markers of transactions, which are no records.
-            known = [offset for offset in (newest, ends.get(partition)) if offset is not None]
+            elif state.position and not in_hand.get(partition):
+                done = state.position.offset  # Also behind markers of transactions, which are no records.
+            known = [offset for offset in (state.highwater, ends.get(partition)) if offset is not None]
             if known and done is not None:
                 lags[partition] = max(0, max(known) - done)
         return lags

@@ -9,7 +9,7 @@ from typing import Any
 from kafka import TopicPartition
 from kafka.errors import KafkaError
 
-from worker.kafka.answer import last_answer
+from worker.kafka.inside import last_answer
 
 ASK_S = 5.0
 PATIENCE_MS = 300  # the loop waits meanwhile

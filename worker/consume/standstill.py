@@ -9,6 +9,7 @@ from collections.abc import Container, Iterable, Set
 from typing import Any
 
 from worker.consume.offsets import Partition
+from worker.kafka.inside import assigned
 
 log = logging.getLogger("driftkeel.consume")
 STUCK_AFTER_S = 60.0
@@ -38,8 +39,7 @@ class Standstill:
 
     def _unread(self) -> set[Partition]:
         """Partitions that are fetched and, as far as the last fetch knew, go on behind what was taken of them."""
-        assigned = self._consumer._subscription.assignment.copy()  # the client's own thread changes it
-        return {where for where, state in assigned.items() if _goes_on(state)}
+        return {where for where, state in assigned(self._consumer).items() if _goes_on(state)}
 
 
 def _goes_on(state: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from schemas.config import Kafka
 from worker.consume.short_logs import REMEDY
+from worker.kafka.inside import metadata
 from worker.kafka.topic import topic_id
 
 log = logging.getLogger("driftkeel.consume")
@@ -51,7 +52,7 @@ class FramesTopic:
     def look(self) -> None:
         """Say so where it is gone, and where it is back."""
         bootstrap = self._settings.bootstrap
-        if self._consumer._cluster.partitions_for_topic(self._topic) is not None:
+        if metadata(self._consumer).partitions_for_topic(self._topic) is not None:
             if self._gone:
                 log.warning("the broker at %s has topic %s again", bootstrap, self._topic)
             self._gone_since, self._gone = None, ""
@@ -68,7 +69,7 @@ class FramesTopic:
 
     def check(self, begins: bool) -> None:
         """Compare its id with the store's, which notes it once reading `begins`. Raises UnreachableError."""
-        found = topic_id(self._consumer._cluster, self._topic)
+        found = topic_id(metadata(self._consumer), self._topic)
         if self.other or not found or not (begins or found != self._checked):
             return
         noted = self._notes.topic_id(self._topic, found if begins else "")

@@ -20,6 +20,7 @@ from schemas.config import Kafka, WorkerConfig
 from schemas.errors import DriftkeelError, SourceError
 from schemas.frame import FRAME_TYPE
 from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, close_producer, require_topics, until_reached
+from worker.kafka.inside import metadata
 from worker.kafka.topic import topic_id
 from worker.produce.sent import Acknowledged, Sent, read_back
 from worker.produce.sources import Encoding, Item, Picture
@@ -73,7 +74,7 @@ class Sender:
         make = partial(open_producer, self._kafka, ACKNOWLEDGE_TIMEOUT_S)
         self._producer = until_reached(make, what, self._kafka.connect_timeout_s, stop)
         self._partitions = sorted(self._producer.partitions_for(self._kafka.topics.frames))
-        self.topic_id = topic_id(self._producer._metadata, self._kafka.topics.frames)
+        self.topic_id = topic_id(metadata(self._producer), self._kafka.topics.frames)
 
     def partition(self, stream: str) -> int:
         """Where a stream's frames go: as Kafka's own producers have it."""

@@ -17,7 +17,6 @@ from schemas.config import Kafka
 from schemas.errors import FrameError, UnreachableError
 from schemas.prediction import PREDICTION_TYPE
 from schemas.update import UPDATE_TYPE, SealedEvent
-from worker.kafka.answer import last_answer
 from worker.kafka.client import (
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
@@ -26,6 +25,7 @@ from worker.kafka.client import (
     open_client,
     until_reached,
 )
+from worker.kafka.inside import last_answer
 from worker.kafka.send import can_follow, follow
 from worker.log import LineLimit, Trouble
 

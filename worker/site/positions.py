@@ -14,6 +14,7 @@ from worker.consume.offsets import Partition
 from worker.consume.short_logs import REMEDY, ShortLog, without_end
 from worker.consume.topic import another
 from worker.kafka.client import connection, open_client
+from worker.kafka.inside import metadata
 from worker.kafka.topic import topic_id
 from worker.store.store import StateStore
 
@@ -27,7 +28,7 @@ def check_cluster(config: WorkerConfig, store: StateStore) -> None:
     consumer = open_client(KafkaConsumer, **connection(config.kafka))
     try:
         there = consumer.partitions_for_topic(topic)
-        cluster, found = cluster_of(consumer), topic_id(consumer._cluster, topic)
+        cluster, found = cluster_of(consumer), topic_id(metadata(consumer), topic)
     finally:
         consumer.close(autocommit=False)
     require_cluster(config, cluster, store.cluster(topic), store.cluster_key(topic))
