@@ -32,9 +32,10 @@ from worker.kafka.client import require_topics, until_reached
 from worker.publish.letters import Letters
 from worker.publish.publisher import Publisher
 from worker.step import Step
+from worker.store.retry import StoreRetry
 from worker.store.store import StateStore
 from worker.streams.journal import Journal
-from worker.streams.streams import Heal, Streams
+from worker.streams.streams import Streams
 from worker.streams.upgrade import Upgrade
 from worker.trace import Trace
 
@@ -87,14 +88,15 @@ def connect(
     trace: Trace | None,
     lanes: int,
     stop: threading.Event,
-    heal: Heal,
+    retry: StoreRetry,
     keep_alive: Callable[[], object],
 ) -> Parts:
     """Wait for broker and store, and make the parts. `lanes` passes run at a time. Raises UnreachableError, or
     ConfigError where a topic is missing or a login refused.
 
-    Parts that wait for broker or store call the loop by `keep_alive` and `heal`, which stay in the group meanwhile.
-    Partitions may be taken away by that: streams that were resident before such a call may be gone after it.
+    Parts that wait for the broker call `keep_alive`, and those that wait for the store use `retry`, which calls it too.
+    It polls, so that the worker stays in its group. The broker may take partitions away in that poll: streams that were
+    resident before such a call may be gone after it, and whoever waits has to look again.
     """
     adapt, name = config.adapt, config.worker
     store = _within_reach(config, metrics, stop)
@@ -123,7 +125,7 @@ def connect(
     guard = Guard(config.guard, bundle.limits, bundle.source_accuracy)
     upgrade = Upgrade(config.bundle, engine, guard.max_distance)
     streams = Streams(
-        engine, store, publisher, metrics, name, adapt, config.store, heal, policies, upgrade, consumer.beyond
+        engine, store, publisher, metrics, name, adapt, config.store, retry, policies, upgrade, consumer.beyond
     )
     if adapt.enabled:
         warm_up(engine, bundle.manifest.preprocess)
@@ -132,7 +134,7 @@ def connect(
     step = Step(streams, batcher, guard, publisher, journal, metrics, name, keep_alive, lanes, drift_frames, trace)
     listed = CommandList(max_names=max(MAX_KEPT, config.store.max_streams))
     commands = CommandReader(config.kafka, listed)
-    control = Control(listed, streams, store, metrics, policies, name, heal, journal.flush)
+    control = Control(listed, streams, store, metrics, policies, name, retry, journal)
     if not commands.caught_up.wait(COMMANDS_PATIENCE_S):
         log.warning("topic %s is not read to its end yet; commands come later", config.kafka.topics.commands)
     return Parts(

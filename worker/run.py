@@ -9,9 +9,9 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,18 +23,17 @@ from schemas.errors import ConfigError, UnreachableError
 from worker.batch.batcher import within_memory, within_method
 from worker.engine.device import EXPERIMENTAL, described, out_of_memory, site_device
 from worker.flights import HUNG_AFTER_S, Flights
-from worker.kafka.client import FIRST_PAUSE_S, LONGEST_PAUSE_S, check_checksum_speed
-from worker.log import Trouble
+from worker.kafka.client import LONGEST_PAUSE_S, check_checksum_speed
 from worker.partitions import Partitions
 from worker.parts import connect
 from worker.polling import Polling
 from worker.process import installed_version, keep_freed_memory, spare_collections, switch_often
 from worker.reach import Reach
 from worker.site.bundle import site_bundle
+from worker.store.retry import StoreRetry
 from worker.trace import open_trace
 
 log = logging.getLogger("driftkeel.worker")
-Result = TypeVar("Result")
 STUCK_AFTER_S = 60.0
 LAG_INTERVAL_S = 1.0
 
@@ -47,12 +46,12 @@ class Worker:
         keep_freed_memory()
         # A pass per thread rather than all threads in one pass: small layers gain little from being divided. More than
         # two passes would only wait for the interpreter; more workers is the way to use more processors.
-        lanes = config.threads or min(2, torch.get_num_threads())
+        threads = config.threads or min(2, torch.get_num_threads())
         torch.set_num_threads(1)
         check_checksum_speed()
         device = site_device(config.device)
         bundle = site_bundle(config, device)
-        self.config = config = _fitted(config, bundle, lanes)
+        self.config = config = _fitted(config, bundle, threads)
         where = config.bundle.path, described(device)
         log.info("bundle %s (%s) from %s, computed on %s", bundle.hash, bundle.manifest.name, *where)
         if device.type != "cpu":
@@ -65,23 +64,21 @@ class Worker:
             )
         self.metrics = _metrics(config, bundle)
         self._trace = open_trace(config.traces, config.worker)
-        self._healthy_store, self._away = True, Trouble(log)
         self._joined = False
         self._refused = self._stuck = 0
         self._hung = False
         self._progress = time.monotonic()
         self._server = self._serve()
-        self._parts = parts = connect(
-            config, bundle, self.metrics, self._trace, lanes, stop, self._heal, self._keep_alive
-        )
+        self._retry = retry = StoreRetry(config.store.address, stop, self._keep_alive, self.metrics.store_errors.inc)
+        self._parts = parts = connect(config, bundle, self.metrics, self._trace, threads, stop, retry, self._keep_alive)
         self._store = parts.store
         self._consumer = parts.consumer
         self._reach = Reach(
-            config, self.metrics, self._consumer.answered, parts.publisher.untaken, lambda: self._healthy_store
+            config, self.metrics, self._consumer.answered, parts.publisher.untaken, lambda: retry.answers
         )
         self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
         self._streams, self._journal, self._control = parts.streams, parts.journal, parts.control
-        self._flights = Flights(config, parts, self.metrics, lanes, stop)
+        self._flights = Flights(config, parts, self.metrics, threads, stop)
         self._partitions = Partitions(parts, config.store.max_streams)
         self._polling = Polling(config.batch, parts, self._flights, self._partitions)
         self._lag_shown = 0.0
@@ -119,7 +116,7 @@ class Worker:
         if not self._joined:  # Probes come from the start on, when there is nothing yet to ask further.
             return f"not in group {self.config.kafka.group} yet"
         trouble = self._reach.trouble()
-        if not (trouble or self._healthy_store):
+        if not (trouble or self._retry.answers):
             trouble = [f"the store at {self.config.store.address} does not answer"]
         if self._consumer.trouble:
             trouble.append(self._consumer.trouble)
@@ -228,26 +225,6 @@ class Worker:
         self._consumer.pause(True)
         self._polling.receive(0.05)
 
-    def _heal(self, action: Callable[[], Result]) -> Result:
-        """Call the store until it answers; meanwhile stay in the group, and take no new records."""
-        pause = FIRST_PAUSE_S
-        while True:
-            try:
-                result = action()
-                self._away.is_over("the store at %s answers again", self.config.store.address)
-                self._healthy_store = True
-                return result
-            except UnreachableError as error:
-                self._healthy_store = False
-                self.metrics.store_errors.inc()
-                self._away.goes_on(str(error), "%s; trying again until it answers", error)
-            resume = time.monotonic() + pause
-            while time.monotonic() < resume:
-                if self._stop.is_set():
-                    raise UnreachableError(f"the store at {self.config.store.address} does not answer")
-                self._keep_alive()
-            pause = min(2 * pause, LONGEST_PAUSE_S)
-
     def _close(self) -> None:
         """Let go of everything, whatever part of it fails. Nor is a broker that is away waited for after an error."""
         self._stop.set()
@@ -260,11 +237,11 @@ class Worker:
             stack.callback(self._parts.close)
 
 
-def _fitted(config: WorkerConfig, bundle: Bundle, lanes: int) -> WorkerConfig:
+def _fitted(config: WorkerConfig, bundle: Bundle, threads: int) -> WorkerConfig:
     """With micro-batches as there is memory for, and as the method had best learn from."""
     preprocess = bundle.manifest.preprocess
     frame_bytes = preprocess.channels * preprocess.height * preprocess.width
-    room = within_memory(config.batch, frame_bytes, lanes)
+    room = within_memory(config.batch, frame_bytes, threads)
     batch = within_method(room, config.adapt.enabled, bundle.method)
     if batch.max_batch < config.batch.max_batch:
         log.info("batch.max_batch is %d: more at a time teach %s no more", batch.max_batch, bundle.method_name)

@@ -119,7 +119,7 @@ def test_a_broker_that_is_away_shows_without_a_frame(
 def test_a_store_that_is_away_is_said_once(
     worker: Worker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.run.FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr("worker.store.retry.FIRST_PAUSE_S", 0.0)
     tries = iter([False] * 5 + [True])
 
     def action() -> bool:
@@ -128,8 +128,8 @@ def test_a_store_that_is_away_is_said_once(
         return answers
 
     with caplog.at_level(logging.INFO, "driftkeel.worker"):
-        assert worker._heal(action)
-        assert worker._heal(lambda: True)
+        assert worker._retry(action)
+        assert worker._retry(lambda: True)
     assert len(caplog.messages) == 2
     assert "refuses the connection" in caplog.messages[0]
     assert "answers again" in caplog.messages[1]

@@ -129,7 +129,7 @@ class Bench:
 
     def _config(self, bundle: Path, sections: dict[str, Any]) -> WorkerConfig:
         tag = f"bench-{self._runs}"
-        kafka = {"bootstrap": self._broker.bootstrap, "group": tag, "session_timeout_ms": 6_000}
+        kafka: dict[str, Any] = {"bootstrap": self._broker.bootstrap, "group": tag, "session_timeout_ms": 6_000}
         kafka |= {"heartbeat_interval_ms": 500, "fetch_max_wait_ms": 20}
         kafka |= {
             "topics": Topics(

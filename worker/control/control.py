@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -25,10 +25,12 @@ from worker.control.commands import CommandList, Numbered
 from worker.engine.engine import Engine
 from worker.engine.resident import Resident
 from worker.guard.answer import Policies
+from worker.store.retry import StoreRetry
 from worker.store.store import StateStore
 from worker.streams.entry import Entry
+from worker.streams.journal import Journal
 from worker.streams.obey import Place, Subject, obey
-from worker.streams.streams import Heal, Streams
+from worker.streams.streams import Streams
 
 log = logging.getLogger("driftkeel.control")
 ORPHAN_AFTER_S = 2.0
@@ -58,12 +60,11 @@ class Control:
         metrics: WorkerMetrics,
         policies: Policies,
         worker: str,
-        heal: Heal,
-        flush: Callable[[Collection[str]], list[str]],
+        retry: StoreRetry,
+        journal: Journal,
     ) -> None:
-        """`flush` writes what streams have become, returns those that are refused, and has their events published."""
         self._commands, self._streams, self._store = commands, streams, store
-        self._metrics, self._heal, self._flush = metrics, heal, flush
+        self._metrics, self._retry, self._journal = metrics, retry, journal
         self._engine: Engine = streams.engine
         self._place = Place.of(self._engine, policies, worker)
         self._due: set[str] = set()
@@ -114,7 +115,7 @@ class Control:
         if not ready:
             return []
         # Commands find the stream as it is stored; and the events beside it are in the topic before theirs are there.
-        refused = self._flush(ready)
+        refused = self._journal.flush(ready)
         self._streams.release(refused)
         obeyed = [found for stream in ready if (found := self._obeyed(stream)) is not None]
         self._due.difference_update(stream for stream in ready if stream in self._engine)
@@ -167,7 +168,7 @@ class Control:
             self._all, self._all_again = self._store.pieces(), False
         if self._all is None:
             return []
-        piece = self._heal(self._piece)
+        piece = self._retry(self._piece)
         if piece is None:
             self._all = None
         return piece or []
@@ -182,7 +183,7 @@ class Control:
     def _disobedient(self, streams: list[str]) -> list[str]:
         if not streams:
             return []
-        found = self._heal(lambda: self._store.overview(streams))
+        found = self._retry(lambda: self._store.overview(streams))
         return [stream for stream, seen in zip(streams, found, strict=True) if self._waits(seen.header)]
 
     def _waits(self, content: bytes | None) -> bool:

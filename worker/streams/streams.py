@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, TypeVar
 
 from meta.method import State
 from monitoring.metrics import WorkerMetrics
@@ -22,6 +21,7 @@ from worker.engine.engine import Engine
 from worker.engine.resident import Resident
 from worker.guard.answer import Policies
 from worker.publish.publisher import Publisher
+from worker.store.retry import StoreRetry
 from worker.store.store import Claimed, Overview, StateStore, Which, Write
 from worker.streams.entry import Entry, as_write
 from worker.streams.last_events import events_beside, lines_beside
@@ -31,7 +31,6 @@ from worker.streams.restore import Restored, Restorer, chosen_snapshot
 from worker.streams.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
-Result = TypeVar("Result")
 LOOK_AGAIN_S = 30.0  # for streams that cannot be stored
 LOST_EVENTS = (
     "the events beside the state of stream %s are empty or have more than %d bytes, and none of them is published; "
@@ -40,13 +39,6 @@ LOST_EVENTS = (
 FORGOTTEN = "the stored state is gone, and all else that the store knew of the stream"
 MOST_KNOWN = 100_000  # streams; of others it is not noticed that the store has lost them
 CLAIM_BYTES = 16 << 20  # of states that one answer of the store brings, where none is larger
-
-
-class Heal(Protocol):
-    """Calls the store until it answers."""
-
-    def __call__(self, action: Callable[[], Result]) -> Result:
-        """The answer of `action`."""
 
 
 class Streams:
@@ -61,7 +53,7 @@ class Streams:
         worker: str,
         limits: Adapt,
         settings: StoreSettings,
-        heal: Heal,
+        retry: StoreRetry,
         policies: Policies,
         upgrade: Upgrade,
         beyond: Callable[[Mapping[str, int]], str] = lambda positions: "",
@@ -75,8 +67,8 @@ class Streams:
         engine.reserve(self._max_resident)
         self._snapshot_every, self._max_state_bytes = settings.snapshot_every, settings.max_state_bytes
         self._compression = settings.compression
-        self._heal = heal
-        self._newcomers = Newcomers(settings.max_streams, lambda: heal(store.count))
+        self._retry = retry
+        self._newcomers = Newcomers(settings.max_streams, lambda: retry(store.count))
         self._homeless: set[str] = set()
         self._contested: set[str] = set()
         # Of streams that the store has had: events, and the last one's hash.
@@ -111,7 +103,7 @@ class Streams:
 
     def _take_in_at_once(self, streams: list[str], which: Which) -> list[str]:
         with self._metrics.store_seconds.labels("claim").time():
-            claims = self._heal(lambda: self._store.claim(streams, self._worker, which))
+            claims = self._retry(lambda: self._store.claim(streams, self._worker, which))
         changed, new = [], []
         self._name_rivals(dict(zip(streams, claims, strict=True)))
         for stream, claimed in zip(streams, claims, strict=True):
@@ -178,7 +170,7 @@ class Streams:
             return []
         self._looked = time.monotonic()
         asked = list(self._homeless)
-        found = self._heal(lambda: self._store.overview(asked))
+        found = self._retry(lambda: self._store.overview(asked))
         back = [stream for stream, seen in zip(asked, found, strict=True) if not seen.foreign and self._usable(seen)]
         for stream in back:
             log.info("stream %s can be stored again", stream, extra=_of(stream))
@@ -224,7 +216,7 @@ class Streams:
         writes = [self._as_write(entry) for entry in entries]
         residents = [self.engine.resident(entry.header.stream) for entry in entries]
         with self._metrics.store_seconds.labels("write").time():
-            outcomes = self._heal(lambda: self._store.write(writes))
+            outcomes = self._retry(lambda: self._store.write(writes))
         accepted = [
             self._write_whole(entry, resident) if good is None else good
             for entry, resident, good in zip(entries, residents, outcomes, strict=True)
@@ -251,7 +243,7 @@ class Streams:
         if entry.header.approved is not None:
             entry = replace(entry, approved=entry.approved or resident.approved)
         write = self._as_write(entry)
-        return bool(self._heal(lambda: self._store.write([write]))[0])
+        return bool(self._retry(lambda: self._store.write([write]))[0])
 
     def snapshot(self, before: StreamHeader, after: StreamHeader, event: UpdateEvent) -> Snapshot | None:
         """What to keep of an update for rollback: one every `store.snapshot_every` updates, of streams that do well."""
@@ -265,7 +257,7 @@ class Streams:
     def kept(self, stream: str, back: int) -> tuple[Snapshot, State]:
         """The stream's `back`th newest snapshot. Raises StateError where there is none that fits."""
         like, bundle = self.engine.like, self.engine.bundle_hash
-        return self._heal(lambda: chosen_snapshot(self._store, stream, back, like, bundle, self._max_state_bytes))
+        return self._retry(lambda: chosen_snapshot(self._store, stream, back, like, bundle, self._max_state_bytes))
 
     def newest(self, stream: str) -> tuple[Snapshot, State] | None:
         """The newest snapshot; None where there is none that fits."""

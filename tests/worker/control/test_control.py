@@ -20,6 +20,7 @@ from schemas.policy import Policy
 from schemas.state import Snapshot, decode_header
 from schemas.update import UpdateEvent
 from tests.conftest import make_streams
+from worker.consume.offsets import Offsets
 from worker.control import retire
 from worker.control.commands import CommandList
 from worker.control.control import AT_ONCE, Control
@@ -31,6 +32,7 @@ from worker.publish.publisher import Publisher
 from worker.store import store as store_module
 from worker.store.store import StateStore
 from worker.streams.entry import Entry
+from worker.streams.journal import Journal
 from worker.streams.last_events import events_beside
 
 
@@ -41,9 +43,8 @@ class Worker:
         self.publisher = Publisher(kafka, "w", threading.Event())
         metrics, policies = WorkerMetrics(0), Policies(Policy(), {})
         self.streams = make_streams(Engine(bundle), store, self.publisher, settings, "w", metrics, policies)
-        self.control = Control(
-            commands, self.streams, store, metrics, policies, "w", lambda act: act(), lambda streams: []
-        )
+        journal = Journal(self.streams, self.publisher, Offsets(), metrics, 0, lambda: None)
+        self.control = Control(commands, self.streams, store, metrics, policies, "w", lambda act: act(), journal)
 
     def policy(self, stream: str):
         return self.streams.engine.resident(stream).header.policy
@@ -156,15 +157,15 @@ def test_a_command_to_all_goes_through_the_store_in_pieces(
             raise redis.ConnectionError("away")
         return scan(*args, **kwargs)
 
-    def healed(action):
+    def retry(action):
         while True:
             try:
                 return action()
             except UnreachableError:
-                healed.times += 1
+                retry.times += 1
 
-    healed.times = 0
-    control._heal = healed
+    retry.times = 0
+    control._retry = retry
     monkeypatch.setattr(store_module, "_scan", third_fails)
     tell(commands, 1, "*")
     control.listen()
@@ -180,7 +181,7 @@ def test_a_command_to_all_goes_through_the_store_in_pieces(
             control.listen()
             moment += 10
         assert turns < 1_000
-    assert healed.times == 1
+    assert retry.times == 1
     assert turns > 10
     assert most <= AT_ONCE
     headers = [decode_header(store.read(stream).header or b"") for stream in silent]
