@@ -23,16 +23,16 @@ HERE_S = 0.25  # of processor time, of a pass in the loop's own thread; the loop
 
 
 class Flights:
-    """Up to `lanes` passes at a time, each in a thread; of a single lane short ones run in the caller's, the worker's
+    """Up to `threads` passes at a time, each in a thread; of a single lane short ones run in the caller's, the worker's
     loop, to which this belongs."""
 
     def __init__(
-        self, config: WorkerConfig, parts: Parts, metrics: WorkerMetrics, lanes: int, stop: threading.Event
+        self, config: WorkerConfig, parts: Parts, metrics: WorkerMetrics, threads: int, stop: threading.Event
     ) -> None:
         self._parts, self._metrics, self._stop = parts, metrics, stop
-        self.lanes, self._most = lanes, config.batch.max_pass
+        self.threads, self._most = threads, config.batch.max_pass
         self._full = config.batch.max_pass - config.batch.max_batch  # frames above which no further micro-batch fits
-        self._alone = lanes == 1 and config.device == "cpu"
+        self._alone = threads == 1 and config.device == "cpu"
         self._under_way: list[Flight] = []
         self._span, self._frames = math.inf, 1  # of the largest pass lately: processor time, and how many frames it had
         self._measured = self._ended = 0.0  # when that one ended, and the last
@@ -72,12 +72,12 @@ class Flights:
         A small pass that waited for a thread would cost more a frame than the larger one that could begin in its place.
         """
         parts = self._parts
-        while (idle := self.lanes - sum(not flight.adapted.done() for flight in self._under_way)) >= 0:
+        while (idle := self.threads - sum(not flight.adapted.done() for flight in self._under_way)) >= 0:
             parts.intake.drop_late(parts.batcher)  # again, after a pass here
-            busy, beside = self.streams | parts.control.due, self._beside
-            here = self.here and not beside
-            least, rests = 1 if idle or here else self._most, partial(parts.scheduler.rests, now=time.time())
-            due = parts.batcher.take(time.monotonic(), self._most, busy, max(1, idle), least, rests)
+            busy, here = self.streams | parts.control.due, self.here and not self._thread_busy
+            least = 1 if idle or here else self._most
+            predicts_only = partial(parts.scheduler.predicts_only, now=time.time())
+            due = parts.batcher.take(time.monotonic(), self._most, busy, max(1, idle), least, predicts_only)
             if not due:
                 return
             frames = sum(len(batch.frames) for batch in due)
@@ -113,7 +113,7 @@ class Flights:
                 yield fenced, time.monotonic() - flight.started
 
     @property
-    def _beside(self) -> bool:
+    def _thread_busy(self) -> bool:
         """Whether a thread is at a pass."""
         return any(not (flight.here or flight.adapted.done()) for flight in self._under_way)
 
@@ -129,7 +129,7 @@ class Flights:
     def _took(self, flight: Flight) -> None:
         # In this order: where a thread's forward has failed nobody says so but `adapted`.
         (_, adapted), (passed, predicted) = flight.adapted.result(), flight.predicted.result()
-        frames = sum(len(outlook.batch.frames) for outlook in passed.outlooks)
+        frames = sum(len(prediction.batch.frames) for prediction in passed.predictions)
         span, self._ended = predicted.processor + adapted.processor, adapted.done
         if frames >= self._frames or span > self._span or self._ended - self._measured > LATELY_S:
             self._span, self._frames, self._measured = span, frames, self._ended

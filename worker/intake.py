@@ -20,7 +20,7 @@ from worker.decode.decoding import Arrival, Decoding
 from worker.decode.image import DecodedFrame
 from worker.kafka.batches import Unreadable
 from worker.log import LineLimit
-from worker.publish.letters import Bad, Letters
+from worker.publish.dead_letters import BadRecord, DeadLetters
 
 log = logging.getLogger("driftkeel.intake")
 Load = Callable[[list[str]], object]
@@ -36,11 +36,11 @@ class Intake:
         lateness: Lateness,
         decoding: Decoding,
         offsets: Offsets,
-        letters: Letters,
+        dead_letters: DeadLetters,
         metrics: WorkerMetrics,
     ) -> None:
         self._limits, self._lateness, self._decoding, self._offsets = limits, lateness, decoding, offsets
-        self._letters, self._metrics = letters, metrics
+        self._dead_letters, self._metrics = dead_letters, metrics
         self._lines = LineLimit()
 
     def hand_over(self, load: Load, is_folded: IsFolded) -> None:
@@ -50,10 +50,10 @@ class Intake:
         """
         self._decoding.hand_over(partial(self._prepare, load, is_folded))
 
-    def take(self) -> tuple[list[DecodedFrame], list[Bad]]:
+    def take(self) -> tuple[list[DecodedFrame], list[BadRecord]]:
         """Decoded frames, of each stream in order; and records that cannot become any, to be buried."""
         frames: list[DecodedFrame] = []
-        bad: list[Bad] = []
+        bad: list[BadRecord] = []
         for arrival in self._decoding.take():
             if isinstance(arrival.result, FrameError):
                 bad.append((arrival.record, arrival.result))
@@ -69,15 +69,15 @@ class Intake:
             self._metrics.dropped.inc(len(late))
             self._offsets.finished(frame.position for frame in late)
 
-    def bury(self, bad: list[Bad], patience_s: float = 0.0) -> None:
+    def dead_letter(self, bad: list[BadRecord], patience_s: float = 0.0) -> None:
         """To the dead letters. Records whose letter is there are finished; with patience, after a wait for all."""
         self._sum_up()
         for record, error in bad:
             if self._lines.one_more(error.kind):
                 log.warning("frame %s is a dead letter: %s", Position.of(record), error, extra=_about(record, error))
             self._metrics.bad_frames.labels(error.kind).inc()
-        self._letters.send(bad)
-        self._offsets.finished(self._letters.arrived(patience_s))
+        self._dead_letters.send(bad)
+        self._offsets.finished(self._dead_letters.delivered(patience_s))
 
     def _sum_up(self) -> None:
         """Say of how many dead letters there was no line."""

@@ -18,7 +18,7 @@ class Partitions:
 
     def __init__(self, parts: Parts, max_streams: int) -> None:
         """`max_streams` of the store, for what is said of a stream that may not begin."""
-        self._consumer, self._decoding, self._letters = parts.consumer, parts.decoding, parts.letters
+        self._consumer, self._decoding, self._dead_letters = parts.consumer, parts.decoding, parts.dead_letters
         self._batcher, self._streams, self._control = parts.batcher, parts.streams, parts.control
         self._max_streams = max_streams
         self._of: dict[str, set[Partition]] = {}
@@ -59,7 +59,7 @@ class Partitions:
         Returns all of these.
         """
         self._decoding.drop(partition)
-        self._letters.drop(partition)
+        self._dead_letters.drop(partition)
         streams = [stream for stream, where in self._of.items() if partition in where]
         self._batcher.drop(streams)
         self._streams.release(streams)

@@ -29,19 +29,19 @@ from worker.guard.answer import Policies
 from worker.guard.guard import Guard
 from worker.intake import Intake
 from worker.kafka.client import require_topics, until_reached
-from worker.publish.letters import Letters
+from worker.publish.dead_letters import DeadLetters
 from worker.publish.publisher import Publisher
 from worker.step import Step
 from worker.store.retry import StoreRetry
 from worker.store.store import StateStore
-from worker.streams.journal import Journal
+from worker.streams.pending import PendingWrites
 from worker.streams.streams import Streams
 from worker.streams.upgrade import Upgrade
 from worker.trace import Trace
 
 log = logging.getLogger("driftkeel.worker")
 COMMANDS_PATIENCE_S = 10.0
-LETTERS_PATIENCE_S = 5.0  # of a worker that stops
+DEAD_LETTERS_PATIENCE_S = 5.0  # of a worker that stops
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Parts:
     streams: Streams
     step: Step
     publisher: Publisher
-    journal: Journal
+    pending: PendingWrites
     store: StateStore
     commands: CommandReader
     control: Control
-    letters: Letters
+    dead_letters: DeadLetters
 
     def close(self) -> None:
         """Let go of everything, whatever part of it fails."""
@@ -71,14 +71,14 @@ class Parts:
             stack.callback(self.step.close)
             stack.callback(self.store.close)
             stack.callback(self.publisher.close)
-            stack.callback(self.letters.close)
+            stack.callback(self.dead_letters.close)
             stack.callback(self.commands.close)
             stack.callback(self.consumer.close)
             stack.callback(self.consumer.commit, now=True)
             with contextlib.suppress(UnreachableError):  # The next owner publishes the last events again.
                 self.publisher.settle(lambda: None)
             with contextlib.suppress(UnreachableError):  # It sends again what did not arrive.
-                self.intake.bury([], LETTERS_PATIENCE_S)
+                self.intake.dead_letter([], DEAD_LETTERS_PATIENCE_S)
 
 
 def connect(
@@ -86,12 +86,12 @@ def connect(
     bundle: Bundle,
     metrics: WorkerMetrics,
     trace: Trace | None,
-    lanes: int,
+    threads: int,
     stop: threading.Event,
     retry: StoreRetry,
     keep_alive: Callable[[], object],
 ) -> Parts:
-    """Wait for broker and store, and make the parts. `lanes` passes run at a time. Raises UnreachableError, or
+    """Wait for broker and store, and make the parts. `threads` passes run at a time. Raises UnreachableError, or
     ConfigError where a topic is missing or a login refused.
 
     Parts that wait for the broker call `keep_alive`, and those that wait for the store use `retry`, which calls it too.
@@ -101,7 +101,7 @@ def connect(
     adapt, name = config.adapt, config.worker
     store = _within_reach(config, metrics, stop)
     publisher = Publisher(config.kafka, name, stop, metrics.broker_error)
-    letters = Letters(Publisher(config.kafka, name, stop, metrics.broker_error))
+    dead_letters = DeadLetters(Publisher(config.kafka, name, stop, metrics.broker_error))
     offsets = Offsets()
     consumer = FrameConsumer(
         config.kafka,
@@ -129,30 +129,30 @@ def connect(
     )
     if adapt.enabled:
         warm_up(engine, bundle.manifest.preprocess)
-    journal = Journal(streams, publisher, offsets, metrics, config.store.write_interval_ms, keep_alive)
+    pending = PendingWrites(streams, publisher, offsets, metrics, config.store.write_interval_ms, keep_alive)
     drift_frames = config.batch.max_batch if adapt.mode == "on_demand" else 0
-    step = Step(streams, batcher, guard, publisher, journal, metrics, name, keep_alive, lanes, drift_frames, trace)
+    step = Step(streams, batcher, guard, publisher, pending, metrics, name, keep_alive, threads, drift_frames, trace)
     listed = CommandList(max_names=max(MAX_KEPT, config.store.max_streams))
     commands = CommandReader(config.kafka, listed)
-    control = Control(listed, streams, store, metrics, policies, name, retry, journal)
+    control = Control(listed, streams, store, metrics, policies, name, retry, pending)
     if not commands.caught_up.wait(COMMANDS_PATIENCE_S):
         log.warning("topic %s is not read to its end yet; commands come later", config.kafka.topics.commands)
     return Parts(
         consumer,
         offsets,
         decoding,
-        Intake(config.frames, lateness, decoding, offsets, letters, metrics),
+        Intake(config.frames, lateness, decoding, offsets, dead_letters, metrics),
         lateness,
         batcher,
         Scheduler(lateness, config.batch.max_batch, adapt, policies, engine, metrics),
         streams,
         step,
         publisher,
-        journal,
+        pending,
         store,
         commands,
         control,
-        letters,
+        dead_letters,
     )
 
 

@@ -24,7 +24,7 @@ class Polling:
     def __init__(self, batch: Batch, parts: Parts, flights: Flights, partitions: Partitions) -> None:
         self._batch, self._flights, self._partitions = batch, flights, partitions
         self._consumer, self._offsets = parts.consumer, parts.offsets
-        self._decoding, self._letters, self._batcher = parts.decoding, parts.letters, parts.batcher
+        self._decoding, self._dead_letters, self._batcher = parts.decoding, parts.dead_letters, parts.batcher
         self._looked = time.monotonic()
         self._pause = min(PAUSE_S, half) if (half := batch.max_wait_ms / 2_000) >= FRESH_S else 0.0
 
@@ -35,7 +35,7 @@ class Polling:
             return False
         if self._flights.here and self._decoding.busy:
             return True
-        enough = self._flights.lanes * self._batch.max_pass
+        enough = self._flights.threads * self._batch.max_pass
         return bool(self._flights or self._decoding.running) and self.waiting >= enough
 
     @property
@@ -46,7 +46,7 @@ class Polling:
     def look(self) -> None:
         """Take over what has come; where nothing else is to be done, wait for it, or until something is due."""
         # All partitions or none: the client loses sight of what it has fetched when only some of them are paused.
-        full = self.waiting >= self._batch.max_buffered or self._decoding.held > MAX_HELD or self._letters.full
+        full = self.waiting >= self._batch.max_buffered or self._decoding.held > MAX_HELD or self._dead_letters.full
         self._consumer.pause(full)
         if not (full or self._busy) and (due := self._batcher.next_due()) is not None:
             # Frames that come meanwhile need not be taken over one by one. No wait for `stop`: whoever sets it may be a

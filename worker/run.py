@@ -77,7 +77,7 @@ class Worker:
             config, self.metrics, self._consumer.answered, parts.publisher.untaken, lambda: retry.answers
         )
         self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
-        self._streams, self._journal, self._control = parts.streams, parts.journal, parts.control
+        self._streams, self._pending, self._control = parts.streams, parts.pending, parts.control
         self._flights = Flights(config, parts, self.metrics, threads, stop)
         self._partitions = Partitions(parts, config.store.max_streams)
         self._polling = Polling(config.batch, parts, self._flights, self._partitions)
@@ -135,7 +135,7 @@ class Worker:
                 self._turn()
             while self._flights:
                 self._move_on()
-            self._journal.flush()
+            self._pending.flush()
         except UnreachableError as error:
             if not self._stop.is_set():
                 raise
@@ -151,11 +151,11 @@ class Worker:
         self._obey()
         if not self._flights.takes_in:
             self._flights.begin()
-        self._give_way(self._journal.flush_due() + self._streams.returned())
+        self._give_way(self._pending.flush_due() + self._streams.returned())
         if self._store.reconnected():
             self._partitions.begin_again()
         self._trim()
-        self._streams.engine.rest(time.monotonic())
+        self._streams.engine.pack_idle_headers(time.monotonic())
         if fenced := self._control.look_after_the_rest(self._flights.streams):
             self._partitions.rewind(fenced)
         self._consumer.commit()
@@ -174,7 +174,7 @@ class Worker:
         """Frames that are decoded wait for their pass from now on."""
         frames, bad = self._intake.take()
         self._batcher.add(frames)
-        self._intake.bury(bad)
+        self._intake.dead_letter(bad)
 
     def _obey(self) -> None:
         """Commands that have come, to streams that are in no step."""
@@ -197,7 +197,7 @@ class Worker:
 
     def _trim(self) -> None:
         if self._streams.crowded:
-            self._give_way(self._journal.flush())
+            self._give_way(self._pending.flush())
             busy = self._batcher.streams | self._decoding.streams | self._flights.streams
             self._partitions.forget(self._streams.trim(busy))
 

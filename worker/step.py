@@ -4,7 +4,7 @@
    a frame at or before a stored position has been predicted for certain, or was too late for it (`batch.drop_late`).
 2. State, position and update event are written together; a crash before that repeats the step, one after it does not.
    With `store.write_interval_ms`, and within a second where there was no update to make, this holds for the steps
-   since the last write, together (see `worker.streams.journal`).
+   since the last write, together (see `worker.streams.pending`).
 3. Offsets may be committed only for frames whose state is stored.
 
 A pass runs in a thread, or in the caller's (`worker.flights`). While a step is published, acknowledged and stored,
@@ -24,12 +24,12 @@ from monitoring.metrics import WorkerMetrics
 from worker.batch.batcher import MicroBatch, MicroBatcher
 from worker.engine.device import use
 from worker.engine.judge import judge
-from worker.engine.passes import Gathered, Outlook, Pass, Proposals
+from worker.engine.passes import BatchPrediction, Gathered, Pass, Proposals
 from worker.guard.guard import Guard
 from worker.publish.event import update_event
 from worker.publish.messages import PredictionWriter
 from worker.publish.publisher import EncodedPrediction, Publisher
-from worker.streams.journal import Folded, Journal
+from worker.streams.pending import Folded, PendingWrites
 from worker.streams.streams import Streams
 from worker.trace import Span, Trace
 
@@ -77,21 +77,21 @@ class Step:
         batcher: MicroBatcher,
         guard: Guard,
         publisher: Publisher,
-        journal: Journal,
+        pending: PendingWrites,
         metrics: WorkerMetrics,
         worker: str,
         keep_alive: Callable[[], object],
-        lanes: int,
+        threads: int,
         drift_frames: int = 0,
         trace: Trace | None = None,
     ) -> None:
         self._streams, self._batcher, self._guard = streams, batcher, guard
-        self._publisher, self._journal, self._metrics = publisher, journal, metrics
+        self._publisher, self._pending, self._metrics = publisher, pending, metrics
         self._worker, self._keep_alive = worker, keep_alive
         self._engine = engine = streams.engine
         self._drift_frames, self._trace = drift_frames, trace
         self._writer = PredictionWriter(engine.bundle.labels, engine.bundle_hash, worker)
-        self._threads = ThreadPoolExecutor(lanes, "pass", use, (engine.device,))
+        self._threads = ThreadPoolExecutor(threads, "pass", use, (engine.device,))
 
     def start(self, batches: list[MicroBatch], here: bool = False) -> Flight:
         """Begin a pass and return at once; or, `here`, predict in the caller's thread, and publish. Then the caller has
@@ -121,8 +121,8 @@ class Step:
         flight.published = True
         started = time.monotonic()
         answers = observe.Answers(timed.done)
-        for outlook in passed.outlooks:
-            self._publish(outlook, timed, answers)
+        for prediction in passed.predictions:
+            self._publish(prediction, timed, answers)
         flight.publishing = started, time.monotonic()
         observe.answered(self._metrics, answers)
         observe.took(self._metrics, predict=timed.seconds, publish=flight.publishing[1] - started)
@@ -139,12 +139,12 @@ class Step:
         started = time.monotonic()
         self._publisher.settle(self._keep_alive)
         settled = time.monotonic()
-        self._judge(passed.outlooks, proposals)
-        fenced = self._journal.flush_due()
-        for outlook in passed.outlooks:
-            if not outlook.batch.fold and self._engine.holds(outlook.batch.stream, outlook.resident):
-                self._batcher.hold(outlook.batch)
-                outlook.resident.seen = outlook.seen
+        self._judge(passed.predictions, proposals)
+        fenced = self._pending.flush_due()
+        for prediction in passed.predictions:
+            if not prediction.batch.fold and self._engine.holds(prediction.batch.stream, prediction.resident):
+                self._batcher.hold(prediction.batch)
+                prediction.resident.seen = prediction.seen
         done = time.monotonic()
         observe.took(
             self._metrics,
@@ -162,7 +162,7 @@ class Step:
         """A step that is over, to those who follow frames through several systems."""
         passed, predicted = flight.predicted.result()
         _, adapted = flight.adapted.result()
-        frames = [frame for outlook in passed.outlooks for frame in outlook.batch.frames]
+        frames = [frame for prediction in passed.predictions for frame in prediction.batch.frames]
         stages = {
             "consume": (min(frame.received for frame in frames), flight.started),
             "predict": (predicted.done - predicted.seconds, predicted.done),
@@ -184,17 +184,16 @@ class Step:
         predicted.set_result(_timed(self._engine.forward, gathered))
         return _timed(self._engine.adapt, predicted.result()[0])
 
-    def _publish(self, outlook: Outlook, timed: Timed, answers: observe.Answers) -> None:
-        stream = outlook.batch.stream
-        proxies = self._engine.estimate(outlook.resident.header)
+    def _publish(self, prediction: BatchPrediction, timed: Timed, answers: observe.Answers) -> None:
+        batch, proxies = prediction.batch, self._engine.estimate(prediction.resident.header)
         accuracy = proxies.estimated_accuracy
-        if outlook.batch.answer == "source" and proxies.source_accuracy is not None:
+        if batch.answer == "source" and proxies.source_accuracy is not None:
             accuracy = proxies.source_accuracy
-        shared = self._writer.shared(stream, outlook.step, outlook.parameters, accuracy, timed.seconds)
+        shared = self._writer.shared(batch.stream, prediction.step, prediction.parameters, accuracy, timed.seconds)
         begun = timed.done - timed.seconds
-        rows = zip(outlook.batch.frames, outlook.top_index, outlook.top_confidence, outlook.source_index, strict=True)
+        answered = prediction.top_index, prediction.top_confidence, prediction.source_index
         sent: list[EncodedPrediction] = []
-        for frame, index, confidence, source in rows:
+        for frame, index, confidence, source in zip(batch.frames, *answered, strict=True):
             if frame.published:
                 continue
             frame_id, moment = str(frame.position), frame.event_time.isoformat()
@@ -202,25 +201,25 @@ class Step:
             content = self._writer.frame(shared, frame_id, moment, index, confidence, waited, source)
             sent.append(EncodedPrediction(frame_id, moment, content, frame.traceparent))
             answers.add(frame.position, frame.received, frame.sent, confidence[0])
-        answers.by[outlook.parameters] += len(sent)
-        self._publisher.predictions(stream.encode(), sent)
+        answers.by[prediction.parameters] += len(sent)
+        self._publisher.predictions(batch.stream.encode(), sent)
 
-    def _judge(self, outlooks: list[Outlook], proposals: Proposals) -> None:
+    def _judge(self, predictions: list[BatchPrediction], proposals: Proposals) -> None:
         """A decision for every micro-batch that counts as done with this step; in memory, streams are what it says."""
-        proposed = {id(p.outlook): p for p in proposals.proposals}
+        proposed = {id(p.prediction): p for p in proposals.proposals}
         folded, accepted = [], []
-        for outlook in outlooks:
-            resident, batch = outlook.resident, outlook.batch
+        for prediction in predictions:
+            resident, batch = prediction.resident, prediction.batch
             if not batch.fold or not self._engine.holds(batch.stream, resident):
                 continue
-            proposal = proposed.get(id(outlook))
+            proposal = proposed.get(id(prediction))
             newest = self._streams.newest
-            judgement = judge(self._engine, self._guard, outlook, proposals, proposal, self._drift_frames, newest)
+            judgement = judge(self._engine, self._guard, prediction, proposals, proposal, self._drift_frames, newest)
             if judgement.ruling.apply:
                 judgement.header.lately = judgement.header.lately.and_one(time.time())
-            if not self._engine.holds(outlook.batch.stream, resident):
+            if not self._engine.holds(prediction.batch.stream, resident):
                 continue  # It went while the store was asked for a snapshot.
-            sealed = update_event(self._engine, self._worker, outlook, judgement, proposal)
+            sealed = update_event(self._engine, self._worker, prediction, judgement, proposal)
             header = judgement.header.behind(sealed)
             snapshot = self._streams.snapshot(resident.header, header, sealed.event)
             folded.append(
@@ -230,8 +229,8 @@ class Step:
                     sealed,
                     moved=judgement.kept is not None,
                     positions=[frame.position for frame in batch.frames],
-                    mean_entropy=outlook.mean_entropy,
-                    answered=outlook.parameters,
+                    mean_entropy=prediction.mean_entropy,
+                    answered=prediction.parameters,
                     snapshot=snapshot,
                     patient=not batch.adapt,
                     blind=judgement.blind,
@@ -243,7 +242,7 @@ class Step:
         for one in folded:
             # A snapshot may have been waited for, and streams have gone meanwhile.
             if self._engine.holds(one.header.stream, one.resident):
-                self._journal.add(one)
+                self._pending.add(one)
 
 
 def _timed(part: Callable[[Given], Result], given: Given) -> tuple[Result, Timed]:

@@ -128,9 +128,9 @@ def share_of_a_pass(rounds: int = 60) -> dict[str, float]:
         engine.adapt(passed)
         middle = time.process_time()
         answers = observe.Answers(time.monotonic())
-        for outlook in passed.outlooks:
-            for frame, confidence in zip(outlook.batch.frames, outlook.top_confidence, strict=True):
-                answers.by[outlook.parameters] += 1
+        for prediction in passed.predictions:
+            for frame, confidence in zip(prediction.batch.frames, prediction.top_confidence, strict=True):
+                answers.by[prediction.parameters] += 1
                 answers.add(frame.position, frame.received, frame.sent, confidence[0])
         observe.answered(metrics, answers)
         observe.took(metrics, predict=0.01, publish=0.01)

@@ -179,7 +179,7 @@ def test_who_was_refused_holds_nothing_back_the_next_time(
         turn_until(worker, lambda: "cam" in worker._streams.engine)
         store.claim(["cam"], "another")
         turn_until(worker, lambda: metric(worker, "fenced_writes_total") == 1)
-        worker._batcher._hold = worker._journal._interval = 1e9
+        worker._batcher._hold = worker._pending._interval = 1e9
         turn_until(worker, lambda: bool((header := store.read("cam").header) and decode_header(header).frames == 2))
 
 

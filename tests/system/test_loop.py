@@ -205,7 +205,7 @@ def test_who_had_no_room_in_a_pass_here_is_predicted_before_its_updates(
     monkeypatch.setattr(worker._parts.lateness, "took", lambda seconds, ended: answered.append(seconds))
     worker._flights.begin()
     under_way = list(worker._flights._under_way)
-    assert [sum(len(o.batch.frames) for o in one.predicted.result()[0].outlooks) for one in under_way] == expected
+    assert [sum(len(o.batch.frames) for o in one.predicted.result()[0].predictions) for one in under_way] == expected
     assert all(one.published and not one.adapted.done() for one in under_way)
     assert len(answered) == 2
     worker._polling._looked = time.monotonic() + 60  # a moment ago

@@ -24,8 +24,8 @@ def make_flights(lanes: int = 1, device: str = "cpu") -> Flights:
 def flown(frames: int, predict: float, adapt: float, here: bool = False, done: float = 2.0) -> Flight:
     """A pass that is through."""
     flight = Flight(frozenset("a"), 0.0, Future(), Future(), here)
-    outlook: Any = SimpleNamespace(batch=SimpleNamespace(frames=[None] * frames))
-    passed: Any = SimpleNamespace(outlooks=[outlook])
+    prediction: Any = SimpleNamespace(batch=SimpleNamespace(frames=[None] * frames))
+    passed: Any = SimpleNamespace(predictions=[prediction])
     flight.predicted.set_result((passed, Timed(1.0, 2 * predict, predict)))
     flight.adapted.set_result((None, Timed(done, 2 * adapt, adapt)))  # type: ignore[arg-type]
     return flight
@@ -96,12 +96,12 @@ def test_updates_that_are_due_here_come_before_passes_in_a_thread() -> None:
     pending = Flight(frozenset("a"), 0.0, Future(), Future(), here=True)
     known._under_way = [pending]
     assert known._updates_due
-    assert not known._beside
+    assert not known._thread_busy
     known._under_way = [Flight(frozenset("a"), 0.0, Future(), Future())]
-    assert known._beside
+    assert known._thread_busy
     assert not known._updates_due
     known._under_way = [flown(1, 0.1, 0.1), flown(1, 0.1, 0.1, here=True)]
-    assert not known._beside
+    assert not known._thread_busy
     assert not known._updates_due
 
 
@@ -117,7 +117,7 @@ def test_which_frames_are_too_late_is_asked_before_each_pass() -> None:
         control=SimpleNamespace(due=set()),
         intake=SimpleNamespace(drop_late=lambda batcher: calls.append("drop")),
         batcher=SimpleNamespace(take=lambda *_: calls.append("take") or due.pop()),
-        scheduler=SimpleNamespace(rests=bool, decide=lambda due, now: due),
+        scheduler=SimpleNamespace(predicts_only=bool, decide=lambda due, now: due),
         step=SimpleNamespace(start=lambda due, here: calls.append(f"here {here}") or pending),
         lateness=SimpleNamespace(took=lambda seconds, ended: None),
     )

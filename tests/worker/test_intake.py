@@ -24,7 +24,7 @@ from worker.decode.decoding import Decoding
 from worker.decode.image import DecodedFrame, decode_frame
 from worker.intake import Intake
 from worker.log import LINES
-from worker.publish.letters import Letters
+from worker.publish.dead_letters import DeadLetters
 from worker.publish.publisher import Publisher
 
 GREY = Preprocess(mode="L", width=28, height=28, mean=[0.5], std=[0.2])
@@ -54,10 +54,10 @@ class Loop:
 
     def __init__(self, settings: Batch) -> None:
         self.offsets, self.post, self.metrics = Offsets(), Post(), WorkerMetrics(10)
-        self.letters = Letters(cast(Publisher, self.post))
+        self.dead_letters = DeadLetters(cast(Publisher, self.post))
         limits = Frames(decode_threads=2)
         self.decoding = Decoding(partial(decode_frame, limits=limits, preprocess=GREY), 2)
-        self.intake = Intake(limits, Lateness(settings), self.decoding, self.offsets, self.letters, self.metrics)
+        self.intake = Intake(limits, Lateness(settings), self.decoding, self.offsets, self.dead_letters, self.metrics)
         self.frames: list[DecodedFrame] = []
         self.loaded: list[str] = []
         self.folded = -1
@@ -83,7 +83,7 @@ class Loop:
         wait(self.decoding.running, 120)
         frames, bad = self.intake.take()
         self.frames += frames
-        self.intake.bury(bad, 120 if self.post.open.is_set() else 0)
+        self.intake.dead_letter(bad, 120 if self.post.open.is_set() else 0)
 
     def next_offset(self) -> int | None:
         return self.offsets.next_offset(("frames", 0))
@@ -94,7 +94,7 @@ def loop() -> Any:
     loop = Loop(Batch())
     yield loop
     loop.post.open.set()
-    loop.letters.close()
+    loop.dead_letters.close()
     loop.decoding.close()
 
 
@@ -147,24 +147,24 @@ def test_good_frames_do_not_wait_for_dead_letters(loop: Loop, monkeypatch: pytes
             loop.turn()
     assert [f.position.offset for f in loop.frames] == [1, 3]
     loop.offsets.finished(frame.position for frame in loop.frames)
-    assert (loop.next_offset(), loop.letters.full) == (0, False)
-    monkeypatch.setattr("worker.publish.letters.MAX_BYTES", 2 * len(b"camjunk") - 1)
-    assert loop.letters.full
+    assert (loop.next_offset(), loop.dead_letters.full) == (0, False)
+    monkeypatch.setattr("worker.publish.dead_letters.MAX_BYTES", 2 * len(b"camjunk") - 1)
+    assert loop.dead_letters.full
     loop.post.open.set()
-    loop.intake.bury([], 120)
+    loop.intake.dead_letter([], 120)
     assert [offset for offset, _ in loop.post.sent] == [0, 2]
-    assert (loop.next_offset(), loop.letters.full) == (4, False)
+    assert (loop.next_offset(), loop.dead_letters.full) == (4, False)
 
 
 @pytest.mark.parametrize(("records", "headers"), [(6, 0), (1, 100)])
 def test_dead_letters_are_bounded_however_little_is_in_them(
     loop: Loop, monkeypatch: pytest.MonkeyPatch, records: int, headers: int
 ) -> None:
-    monkeypatch.setattr("worker.publish.letters.MAX_BYTES", 5_000)
+    monkeypatch.setattr("worker.publish.dead_letters.MAX_BYTES", 5_000)
     loop.post.open.clear()
     loop.receive([(b"cam", b"")] * records, headers=[("", None)] * headers)
     loop.turn()
-    assert loop.letters.full
+    assert loop.dead_letters.full
 
 
 def test_letters_of_a_partition_that_went_finish_nothing(loop: Loop) -> None:
@@ -173,13 +173,13 @@ def test_letters_of_a_partition_that_went_finish_nothing(loop: Loop) -> None:
     loop.turn()
     loop.receive([(b"cam", b"junk")] * 2, first=2)
     loop.turn()
-    loop.letters.drop(("frames", 0))
+    loop.dead_letters.drop(("frames", 0))
     loop.offsets.forget([("frames", 0)])
     loop.receive([(b"cam", picture())] * 4)  # another topic of the same name
     while loop.decoding:
         loop.turn()
     loop.post.open.set()
-    loop.intake.bury([], 120)
+    loop.intake.dead_letter([], 120)
     assert len(loop.post.sent) == 2  # the first were under way
     assert loop.next_offset() == 0
     loop.offsets.finished(frame.position for frame in loop.frames[:1])
@@ -190,7 +190,7 @@ def test_what_is_under_way_at_the_end_is_not_left_open(loop: Loop) -> None:
     loop.post.open.clear()
     loop.receive([(b"cam", b"junk")])
     loop.turn()
-    loop.letters.close()
+    loop.dead_letters.close()
     assert not loop.post.closed.is_set()
     loop.post.open.set()
     assert loop.post.closed.wait(120)

@@ -14,7 +14,7 @@ import pytest
 from schemas.config import Log
 from schemas.update import UpdateEvent
 from worker.log import Trouble, set_up_logging
-from worker.streams.journal import _say
+from worker.streams.pending import _say
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from worker.guard.guard import Guard
 from worker.publish.publisher import Publisher
 from worker.step import Step
 from worker.store.store import StateStore
-from worker.streams.journal import Journal
+from worker.streams.pending import PendingWrites
 from worker.trace import Trace
 
 
@@ -56,8 +56,8 @@ def make_step(engine: Held, kafka: Kafka, store_settings: Store, trace: Trace | 
     streams = make_streams(engine, store, publisher, store_settings, metrics=metrics)
     streams.ensure(["a", "b"])
     guard, batcher = Guard(GuardSettings(), engine.bundle.manifest.limits), MicroBatcher(Batch())
-    journal = Journal(streams, publisher, offsets, metrics, 0, lambda: None)
-    step = Step(streams, batcher, guard, publisher, journal, metrics, "w", lambda: None, 2, trace=trace)
+    pending = PendingWrites(streams, publisher, offsets, metrics, 0, lambda: None)
+    step = Step(streams, batcher, guard, publisher, pending, metrics, "w", lambda: None, 2, trace=trace)
     yield step
     engine.go.set()
     step.close()

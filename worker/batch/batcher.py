@@ -14,7 +14,7 @@ from schemas.prediction import Parameters
 from worker.decode.image import DecodedFrame
 
 MAX_TURNS = 1 << 16
-AT_REST = 4  # times max_batch: what a stream that makes no update may put into one pass
+PREDICT_ONLY = 4  # times max_batch: what a stream that makes no update may put into one pass
 SMALL_PASS = 32  # frames; smaller passes are not worth their overhead
 
 
@@ -51,10 +51,10 @@ class _Waiting:
         return len(self.held) + len(self.fresh)
 
 
-def within_memory(settings: Batch, frame_bytes: int, lanes: int) -> Batch:
-    """The same settings with no more frames buffered than there is room for; `frame_bytes` of pixels each. `lanes`
+def within_memory(settings: Batch, frame_bytes: int, threads: int) -> Batch:
+    """The same settings with no more frames buffered than there is room for; `frame_bytes` of pixels each. `threads`
     passes at a time always find frames for two each."""
-    room = max(settings.max_buffered_bytes // frame_bytes, 2 * lanes * settings.max_pass)
+    room = max(settings.max_buffered_bytes // frame_bytes, 2 * threads * settings.max_pass)
     return settings.model_copy(update={"max_buffered": min(settings.max_buffered, room)})
 
 
@@ -115,7 +115,7 @@ class MicroBatcher:
         busy: Container[str] = (),
         shares: int = 1,
         least: int = 1,
-        rests: Callable[[str, DecodedFrame], bool] = lambda stream, oldest: False,
+        predicts_only: Callable[[str, DecodedFrame], bool] = lambda stream, oldest: False,
     ) -> list[MicroBatch]:
         """Close what is due, one micro-batch a stream, up to `limit` frames in all; nothing of `busy` streams, and
         nothing at all while fewer than `least` frames are due.
@@ -124,7 +124,7 @@ class MicroBatcher:
         What is due is divided by `shares`, so that as many passes find work, unless they would become too small.
         Where a pass goes anyway, micro-batches ride along that have nothing to gain by waiting longer: slow cameras
         would else have a pass for a frame or two each.
-        Of a stream that `rests`, and so will make no update, four times as many may go at once; it is asked
+        Of a stream that `predicts_only`, and so will make no update, four times as many may go at once; it is asked
         with the oldest of its frames that is not predicted yet.
         """
         pressed = self._pressed
@@ -139,7 +139,7 @@ class MicroBatcher:
         for stream in closing:
             if ready >= max(least, limit * shares):
                 break  # What all passes can take; the others of a thousand streams need not be asked about.
-            most[stream] = self._most(stream, limit, rests)
+            most[stream] = self._most(stream, limit, predicts_only)
             ready += min(most[stream], self._streams[stream].frames)
         if ready < max(1, least):
             return []
@@ -207,11 +207,11 @@ class MicroBatcher:
         if len(self._turns) > MAX_TURNS:  # Streams that fell silent; the order of this dict is that of the turns.
             self._turns = dict(list(self._turns.items())[MAX_TURNS // 2 :])
 
-    def _most(self, stream: str, limit: int, rests: Callable[[str, DecodedFrame], bool]) -> int:
+    def _most(self, stream: str, limit: int, predicts_only: Callable[[str, DecodedFrame], bool]) -> int:
         waiting, most = self._streams[stream], self._settings.max_batch
         if waiting.frames <= most:
             return most
-        return most if self._adapt and not rests(stream, waiting.fresh[0]) else min(limit, AT_REST * most)
+        return most if self._adapt and not predicts_only(stream, waiting.fresh[0]) else min(limit, PREDICT_ONLY * most)
 
     def _due(self, waiting: _Waiting, pressed: bool) -> float:
         if waiting.frames >= self._settings.max_batch and waiting.fresh:

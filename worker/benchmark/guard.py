@@ -122,17 +122,17 @@ class Bench:
         passed: Pass = self.engine.predict(batches)
         proposals = self.engine.adapt(passed)
         kept = []
-        for outlook, proposal in zip(passed.adapting, proposals.proposals, strict=True):
-            judgement = judge(self.engine, self.guard, outlook, proposals, proposal)
-            own = served[outlook.batch.stream]
-            own.answers += [top[0] for top in outlook.top_index]
-            own.by_source += len(outlook.batch.frames) * (outlook.batch.answer == "source")
+        for prediction, proposal in zip(passed.adapting, proposals.proposals, strict=True):
+            judgement = judge(self.engine, self.guard, prediction, proposals, proposal)
+            own = served[prediction.batch.stream]
+            own.answers += [top[0] for top in prediction.top_index]
+            own.by_source += len(prediction.batch.frames) * (prediction.batch.answer == "source")
             own.decisions[judgement.ruling.decision] += 1
             if judgement.ruling.decision not in ("applied", "partial"):
                 own.reasons["".join(c for c in judgement.ruling.reason if not c.isdigit())] += 1
             if judgement.kept is not None:
                 kept.append(judgement.kept)
-            outlook.resident.header = judgement.header
+            prediction.resident.header = judgement.header
         self.engine.accept(proposals, kept)
 
 
@@ -366,7 +366,7 @@ def cost_share(bundle: Bundle, rounds: int, source_share: float) -> dict[str, fl
         batches = [without._batch(n, pixels[16 * i : 16 * i + 16]) for i, n in enumerate(names)]
         proposals = without.engine.adapt(without.engine.predict(batches))
         for one in proposals.proposals:  # Positions are kept without a guard too.
-            one.outlook.resident.header = next_header(one.outlook.resident.header, one.outlook, applied=True)
+            one.prediction.resident.header = next_header(one.prediction.resident.header, one.prediction, applied=True)
         without.engine.accept(proposals, proposals.proposals)
         times.append((middle - begin, time.perf_counter() - middle))
     torch.set_num_threads(threads)

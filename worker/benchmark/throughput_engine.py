@@ -184,7 +184,7 @@ def _admit_idle(engine: Engine, known: dict[str, Any], numbers: range) -> None:
         )
         engine.admit(StreamState(header=header, tensors=engine.like), token=1, stored=True)
     for turn in numbers:
-        engine.rest(turn * LIFETIME_S)
+        engine.pack_idle_headers(turn * LIFETIME_S)
 
 
 def grown_header(bundle: Bundle) -> StreamHeader:
@@ -205,7 +205,7 @@ def _known_header(bundle: Bundle) -> StreamHeader:
         passed = engine.predict([batch])
         proposals = engine.adapt(passed)
         (proposal,) = proposals.proposals
-        judgement = judge(engine, guard, proposal.outlook, proposals, proposal, drift_frames=len(batch.frames))
+        judgement = judge(engine, guard, proposal.prediction, proposals, proposal, drift_frames=len(batch.frames))
         engine.resident(batch.stream).header = judgement.header
     return engine.resident(batch.stream).header
 

@@ -28,8 +28,8 @@ from worker.guard.answer import Policies
 from worker.store.retry import StoreRetry
 from worker.store.store import StateStore
 from worker.streams.entry import Entry
-from worker.streams.journal import Journal
-from worker.streams.obey import Place, Subject, obey
+from worker.streams.obey import Context, Subject, obey
+from worker.streams.pending import PendingWrites
 from worker.streams.streams import Streams
 
 log = logging.getLogger("driftkeel.control")
@@ -61,12 +61,12 @@ class Control:
         policies: Policies,
         worker: str,
         retry: StoreRetry,
-        journal: Journal,
+        pending: PendingWrites,
     ) -> None:
         self._commands, self._streams, self._store = commands, streams, store
-        self._metrics, self._retry, self._journal = metrics, retry, journal
+        self._metrics, self._retry, self._pending = metrics, retry, pending
         self._engine: Engine = streams.engine
-        self._place = Place.of(self._engine, policies, worker)
+        self._context = Context.of(self._engine, policies, worker)
         self._due: set[str] = set()
         self._nobodys: dict[str, float] = {}
         self._orphans: deque[str] = deque()
@@ -115,7 +115,7 @@ class Control:
         if not ready:
             return []
         # Commands find the stream as it is stored; and the events beside it are in the topic before theirs are there.
-        refused = self._journal.flush(ready)
+        refused = self._pending.flush(ready)
         self._streams.release(refused)
         obeyed = [found for stream in ready if (found := self._obeyed(stream)) is not None]
         self._due.difference_update(stream for stream in ready if stream in self._engine)
@@ -207,7 +207,7 @@ class Control:
             waiting = meant = meant[:COMMANDS_AT_ONCE]
         for numbered in meant:
             subject = Subject(header, tensors or own, partial(self._streams.kept, stream))
-            entry = obey(numbered.command, subject, self._place, resident.token)
+            entry = obey(numbered.command, subject, self._context, resident.token)
             header, events = entry.header, events + entry.events
             tensors, approved = entry.tensors or tensors, entry.approved or approved
         if not meant:

@@ -22,7 +22,7 @@ from worker.guard.answer import Policies
 from worker.store.store import Claimed, StateStore
 from worker.streams.entry import Entry, as_write
 from worker.streams.last_events import after_last_event
-from worker.streams.obey import Place, Subject, imported, obey
+from worker.streams.obey import Context, Subject, imported, obey
 from worker.streams.restore import chosen_snapshot
 
 
@@ -33,7 +33,7 @@ class Operator:
         self._limit, self._compression = config.store.max_state_bytes, config.store.compression
         self._store, self._engine, self._name = store, engine, name
         self._bundle, self._like = engine.bundle_hash, engine.like
-        self._place = Place.of(engine, Policies(config.policy, config.streams), name)
+        self._context = Context.of(engine, Policies(config.policy, config.streams), name)
 
     def export(self, stream: str) -> bytes:
         """The stream's state as one file."""
@@ -67,13 +67,13 @@ class Operator:
 
         def change(subject: Subject, token: int) -> Entry:
             known = replace(subject, header=subject.header.model_copy(update=obeyed))
-            return imported(state.tensors, state.header.step, reason, known, self._place, token)
+            return imported(state.tensors, state.header.step, reason, known, self._context, token)
 
         return self._change(stream, change)
 
     def _obey(self, command: Command) -> UpdateEvent:
         self._known(command.stream)
-        return self._change(command.stream, lambda subject, token: obey(command, subject, self._place, token))
+        return self._change(command.stream, lambda subject, token: obey(command, subject, self._context, token))
 
     def _check_bundle(self, state: StreamState) -> None:
         if state.header.bundle != self._bundle:

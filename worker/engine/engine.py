@@ -25,8 +25,8 @@ from schemas.update import Proxies
 from worker.batch.batcher import MicroBatch
 from worker.decode.pixels import blank_frames, normalise_pixels
 from worker.engine.held import kept, known
-from worker.engine.outlook import Look, answer_barely, outlooks
-from worker.engine.passes import Fixed, Gathered, Outlook, Part, Pass, Proposal, Proposals
+from worker.engine.passes import BatchPrediction, Fixed, Gathered, Part, Pass, Proposal, Proposals
+from worker.engine.predictions import Look, answer_barely, batch_predictions
 from worker.engine.resident import Headers, Resident
 from worker.guard.guard import watched
 
@@ -157,9 +157,9 @@ class Engine:
                 self._headers.forget(resident)
                 self._free.append(resident.slot)
 
-    def rest(self, now: float) -> None:
+    def pack_idle_headers(self, now: float) -> None:
         """Let streams that are idle take less memory, some at a time; `now` is monotonic seconds."""
-        self._headers.rest(now)
+        self._headers.pack_idle(now)
 
     def least_recent(self, count: int, keep: Set[str]) -> list[str]:
         """The `count` streams that were used longest ago, but for those in `keep`."""
@@ -209,7 +209,7 @@ class Engine:
     def _hurries(self, batch: MicroBatch) -> bool:
         return not batch.adapt and (batch.hurried or not self._observe)
 
-    def _predict(self, part: Part) -> tuple[list[Outlook], Forward]:
+    def _predict(self, part: Part) -> tuple[list[BatchPrediction], Forward]:
         frames, looks = self._frames(part)
         adapts = [batch.adapt for batch in part.batches]
         asked = part.shadow if len(part.shadow) <= MOST_ASKED * len(part.stream) else None
@@ -218,13 +218,13 @@ class Engine:
         else:
             forward = self._method.predict(frames, part.stream, part.state)
         observed, source = self._observer.observe(frames, forward, part.shadow)
-        found = outlooks(self.bundle, part, frames, forward.answer, observed, looks, source)
+        found = batch_predictions(self.bundle, part, frames, forward.answer, observed, looks, source)
         if part.keep:
             held = kept(part.batches, part.headers, forward.output)
-            found = [replace(outlook, seen=seen) for outlook, seen in zip(found, held, strict=True)]
+            found = [replace(prediction, seen=seen) for prediction, seen in zip(found, held, strict=True)]
         return found, forward
 
-    def _hurry(self, part: Part) -> list[Outlook]:
+    def _hurry(self, part: Part) -> list[BatchPrediction]:
         """One forward of the bare model under the parameters that answer: no class filter, no question to source."""
         frames, looks = self._frames(part)
         parameters = {name: part.state[name] for name in PARAMETERS if name in part.state}
@@ -234,7 +234,7 @@ class Engine:
                 parameters[name] = parameters[name].index_copy(0, rows, own.index_select(0, part.fixed.stream))
             part = replace(part, fixed=None)
         logits = answer_barely(self.bundle.model, frames, part.stream, parameters)
-        return outlooks(self.bundle, part, frames, logits, None, looks)
+        return batch_predictions(self.bundle, part, frames, logits, None, looks)
 
     def adapt(self, passed: Pass) -> Proposals:
         """The update of every micro-batch that adapts, and what the others have shown of their streams."""
@@ -248,9 +248,9 @@ class Engine:
                 present = (before["affine"] - self.bundle.model.source_affine).norm(dim=1)
             told = on_cpu(update.signals | {"present_distance": present})
             signals = {name: values.tolist() for name, values in told.items()}
-            for row, outlook in enumerate(passed.adapting):
+            for row, prediction in enumerate(passed.adapting):
                 own = {name: values[row] for name, values in signals.items()}
-                proposals.append(Proposal(outlook, row, True, own, finite[row], layers[row]))
+                proposals.append(Proposal(prediction, row, True, own, finite[row], layers[row]))
         sound = finite_rows(passed.observed).tolist() if passed.observed else [True] * len(passed.passive)
         proposals += [Proposal(one, row, False, {}, sound[row]) for row, one in enumerate(passed.passive)]
         return Proposals(proposals, before, state, passed.observed)
@@ -275,12 +275,12 @@ class Engine:
 
     def accept(self, proposals: Proposals, accepted: list[Proposal]) -> None:
         """Put accepted updates in place, once they are in the store."""
-        accepted = [p for p in accepted if self.holds(p.outlook.batch.stream, p.outlook.resident)]
+        accepted = [p for p in accepted if self.holds(p.prediction.batch.stream, p.prediction.resident)]
         for update, state in ((True, proposals.state), (False, proposals.observed)):
             some = [proposal for proposal in accepted if proposal.update is update]
             if some and state:
                 rows = self._index([proposal.row for proposal in some])
-                slots = self._index([proposal.outlook.resident.slot for proposal in some])
+                slots = self._index([proposal.prediction.resident.slot for proposal in some])
                 put(self._state, slots, take(state, rows))
 
     def _index(self, values: list[int]) -> Tensor:

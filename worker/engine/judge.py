@@ -10,7 +10,7 @@ from meta.proxies import as_source
 from schemas.state import Snapshot, StreamHeader
 from worker.engine.engine import Engine
 from worker.engine.header import next_header, next_proxies
-from worker.engine.passes import Outlook, Proposal, Proposals
+from worker.engine.passes import BatchPrediction, Proposal, Proposals
 from worker.guard.guard import Guard, Ruling
 
 Earlier = tuple[Snapshot, State]
@@ -38,7 +38,7 @@ class Judgement:
 def judge(
     engine: Engine,
     guard: Guard,
-    outlook: Outlook,
+    prediction: BatchPrediction,
     proposals: Proposals,
     proposal: Proposal | None,
     drift_frames: int = 0,
@@ -49,20 +49,20 @@ def judge(
     A ruling that says `rolled_back` leads to the `newest` snapshot of the stream, and to source where it has none.
     `drift_frames`: of a signal of drift detection; 0 where nothing is watched.
     """
-    before = outlook.resident.header
+    before = prediction.resident.header
     update = proposal is not None and proposal.update
     signals = proposal.signals if proposal is not None else {}
     # What hurried frames look like depends on who answered them.
     proxies = before.proxies
-    if not outlook.batch.hurried:
-        proxies = next_proxies(before.proxies, outlook, signals, engine.accuracy_model)
-    state = guard.observe(before.guard, outlook.sight, proxies)
-    blind = bool(guard.blinded(before.guard, outlook.sight))
-    ruling, earlier = Ruling("skipped", outlook.batch.reason), None
+    if not prediction.batch.hurried:
+        proxies = next_proxies(before.proxies, prediction, signals, engine.accuracy_model)
+    state = guard.observe(before.guard, prediction.sight, proxies)
+    blind = bool(guard.blinded(before.guard, prediction.sight))
+    ruling, earlier = Ruling("skipped", prediction.batch.reason), None
     if proposal is not None and update:
-        ruling = guard.judge(before.guard, state, outlook.sight, proxies, signals, proposal.finite)
+        ruling = guard.judge(before.guard, state, prediction.sight, proxies, signals, proposal.finite)
         if ruling.back:
-            earlier = newest(outlook.batch.stream) if ruling.decision == "rolled_back" else None
+            earlier = newest(prediction.batch.stream) if ruling.decision == "rolled_back" else None
             if earlier is None:
                 ruling = replace(ruling, decision="reset")
             proposals.replace(proposal, earlier[1] if earlier else engine.like)
@@ -70,7 +70,7 @@ def judge(
         elif ruling.share < 1:
             proposals.shrink(proposal, ruling.share)
     # A stream that rests after going back would settle, and then not learn when it may again.
-    header = next_header(before, outlook, ruling.apply, 0 if state.rest else drift_frames, proxies, state)
+    header = next_header(before, prediction, ruling.apply, 0 if state.rest else drift_frames, proxies, state)
     if ruling.back:
         header.step = header.snapshot = earlier[0].header.step if earlier else 0
         header.drift = None  # It was learned under the parameters that are gone.

@@ -67,7 +67,7 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class BatchPrediction:
     """What one pass says of the frames of one micro-batch, in order, before any update.
 
     `parameters` and their `step` are those that answered; the means are of the parameters that adapt, and so are the
@@ -99,10 +99,10 @@ class Pass:
     """The predictions of a pass, and what its updates need: the streams of `forward` are those of `adapting`.
     `observed`: those tensors that frames without an update have moved, a row for each of `passive`."""
 
-    outlooks: list[Outlook]
-    adapting: list[Outlook]
+    predictions: list[BatchPrediction]
+    adapting: list[BatchPrediction]
     forward: Forward | None
-    passive: list[Outlook]
+    passive: list[BatchPrediction]
     observed: State
 
 
@@ -114,7 +114,7 @@ class Proposal:
     the tensors `observed`. `layers` says how far each norm layer moves.
     """
 
-    outlook: Outlook
+    prediction: BatchPrediction
     row: int
     update: bool
     signals: dict[str, float]

@@ -92,7 +92,7 @@ class Headers:
         header = self._young.pop(resident, None) or self._old.pop(resident, None)
         resident.packed = header or resident.packed
 
-    def rest(self, now: float) -> None:
+    def pack_idle(self, now: float) -> None:
         """Pack some of what has not been used for a while; `now` is monotonic seconds."""
         self._pack(AT_ONCE)
         if not self._old and now - self._born >= LIFETIME_S:

@@ -51,7 +51,7 @@ class Scheduler:
         self._metrics.left_out.labels("settled").inc(sum(batch.reason == SETTLED for batch in decided))
         return decided
 
-    def rests(self, stream: str, oldest: DecodedFrame, now: float) -> bool:
+    def predicts_only(self, stream: str, oldest: DecodedFrame, now: float) -> bool:
         """Whether the stream's next micro-batch, `oldest` being the first of its frames to predict, is known to make no
         update. `now` is seconds since the epoch."""
         header = self._engine.resident(stream).header

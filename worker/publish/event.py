@@ -7,16 +7,16 @@ import math
 from schemas.update import SealedEvent, UpdateEvent, seal
 from worker.engine.engine import Engine
 from worker.engine.judge import Judgement
-from worker.engine.passes import Outlook, Proposal
+from worker.engine.passes import BatchPrediction, Proposal
 from worker.guard.answer import named
 
 
 def update_event(
-    engine: Engine, worker: str, outlook: Outlook, judgement: Judgement, proposal: Proposal | None
+    engine: Engine, worker: str, prediction: BatchPrediction, judgement: Judgement, proposal: Proposal | None
 ) -> SealedEvent:
     """The event of a micro-batch that is folded in with this judgement; `proposal` is None where nothing was computed
     for it beyond its predictions."""
-    ruling, before, after = judgement.ruling, outlook.resident.header, judgement.header
+    ruling, before, after = judgement.ruling, prediction.resident.header, judgement.header
     signals = proposal.signals if proposal else {}
 
     def signal(name: str) -> float | None:
@@ -31,7 +31,7 @@ def update_event(
             **before.next_in_chain(),
             decision=ruling.decision,
             reason=reason,
-            frames=[str(frame.position) for frame in outlook.batch.frames],
+            frames=[str(frame.position) for frame in prediction.batch.frames],
             step=after.step,
             loss=signal("loss"),
             entropy=signal("entropy"),
@@ -41,11 +41,11 @@ def update_event(
             cosine=signal("cosine"),
             source_distance=distance,
             layers=layers,
-            flipped=outlook.observed.flipped if outlook.observed is not None else None,
-            parameters=named(outlook.batch.answer if after.guard.trusted else "source", after),
+            flipped=prediction.observed.flipped if prediction.observed is not None else None,
+            parameters=named(prediction.batch.answer if after.guard.trusted else "source", after),
             before=engine.estimate(before),
             after=engine.estimate(after),
-            token=outlook.resident.token,
+            token=prediction.resident.token,
             bundle=engine.bundle_hash,
             worker=worker,
         )

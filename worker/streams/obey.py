@@ -32,7 +32,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Place:
+class Context:
     """Where commands are obeyed: the tensors of a fresh stream, which of them are the model's parameters, and the words
     for the event."""
 
@@ -44,7 +44,7 @@ class Place:
     worker: str
 
     @classmethod
-    def of(cls, engine: Engine, policies: Policies, worker: str) -> Place:
+    def of(cls, engine: Engine, policies: Policies, worker: str) -> Context:
         """With the bundle that the engine runs."""
         return cls(engine.like, tuple(engine.source), engine.distances, policies, engine.bundle_hash, worker)
 
@@ -58,31 +58,31 @@ class _Change:
     approved: State | None = None
 
 
-def obey(command: Command, subject: Subject, place: Place, token: int) -> Entry:
+def obey(command: Command, subject: Subject, context: Context, token: int) -> Entry:
     """The stream after the command, with the event that says so; where it cannot be done, the event says why."""
     try:
-        change = _ACTIONS[command.action](command, subject, place)
+        change = _ACTIONS[command.action](command, subject, context)
     except StateError as error:
         change = _Change("skipped", subject.header, f"cannot {command.action}: {error}")
-    return _explained(change, command, subject, place, token)
+    return _explained(change, command, subject, context, token)
 
 
-def imported(tensors: State, step: int, reason: str, subject: Subject, place: Place, token: int) -> Entry:
+def imported(tensors: State, step: int, reason: str, subject: Subject, context: Context, token: int) -> Entry:
     """The stream with tensors that somebody brought."""
     change = _Change("imported", with_other_parameters(subject.header, step), reason, tensors)
-    return _explained(change, None, subject, place, token)
+    return _explained(change, None, subject, context, token)
 
 
-def taken_in(decision: Decision, reason: str, subject: Subject, place: Place, token: int) -> Entry:
+def taken_in(decision: Decision, reason: str, subject: Subject, context: Context, token: int) -> Entry:
     """The stream as a worker takes it in, where that is not what was stored."""
-    return _explained(_Change(decision, subject.header, reason), None, subject, place, token)
+    return _explained(_Change(decision, subject.header, reason), None, subject, context, token)
 
 
-def _explained(change: _Change, command: Command | None, subject: Subject, place: Place, token: int) -> Entry:
+def _explained(change: _Change, command: Command | None, subject: Subject, context: Context, token: int) -> Entry:
     """The change with its event; it counts as the stream's next, and goes on its chain."""
-    header = change.header.model_copy(update={"bundle": place.bundle})
+    header = change.header.model_copy(update={"bundle": context.bundle})
     affine = (change.tensors or subject.tensors)["affine"]
-    layers = place.distances(subject.tensors["affine"][None], affine[None])[0] if change.tensors else {}
+    layers = context.distances(subject.tensors["affine"][None], affine[None])[0] if change.tensors else {}
     event = seal(
         UpdateEvent(
             **subject.header.next_in_chain(),
@@ -90,27 +90,27 @@ def _explained(change: _Change, command: Command | None, subject: Subject, place
             reason="; ".join(filter(None, (change.reason, *_said(command)))),
             frames=[],
             step=header.step,
-            source_distance=float((affine - place.fresh["affine"]).norm()),
+            source_distance=float((affine - context.fresh["affine"]).norm()),
             layers=layers,
-            parameters=named(answering(place.policies.of(header), header, header.guard.trusted), header),
+            parameters=named(answering(context.policies.of(header), header, header.guard.trusted), header),
             command=command.id if command else None,
             token=token,
-            bundle=place.bundle,
-            worker=place.worker,
+            bundle=context.bundle,
+            worker=context.worker,
         )
     )
     return Entry(header.behind(event), (event,), change.tensors, change.approved)
 
 
-def _frozen(command: Command, subject: Subject, place: Place) -> _Change:
+def _frozen(command: Command, subject: Subject, context: Context) -> _Change:
     return _Change("frozen", _under(subject.header, PolicyChange(frozen=True)))
 
 
-def _unfrozen(command: Command, subject: Subject, place: Place) -> _Change:
+def _unfrozen(command: Command, subject: Subject, context: Context) -> _Change:
     return _Change("unfrozen", _under(subject.header, PolicyChange(frozen=False)))
 
 
-def _policy(command: Command, subject: Subject, place: Place) -> _Change:
+def _policy(command: Command, subject: Subject, context: Context) -> _Change:
     wanted = command.policy or NO_CHANGE
     if wanted == NO_CHANGE:
         return _Change("policy", subject.header.model_copy(update={"policy": None}), "the configuration's policy again")
@@ -118,24 +118,24 @@ def _policy(command: Command, subject: Subject, place: Place) -> _Change:
     return _Change("policy", _under(subject.header, wanted), said)
 
 
-def _reset(command: Command, subject: Subject, place: Place) -> _Change:
+def _reset(command: Command, subject: Subject, context: Context) -> _Change:
     header = with_other_parameters(subject.header, 0).model_copy(update={"approved": None})
-    return _Change("reset", header, tensors=place.fresh)
+    return _Change("reset", header, tensors=context.fresh)
 
 
-def _rollback(command: Command, subject: Subject, place: Place) -> _Change:
+def _rollback(command: Command, subject: Subject, context: Context) -> _Change:
     snapshot, tensors = subject.snapshot(command.snapshot)
     reason = f"to snapshot {command.snapshot}, step {snapshot.header.step}, {snapshot.time:%Y-%m-%d %H:%M:%S} UTC"
     return _Change("rolled_back", with_other_parameters(subject.header, snapshot.header.step), reason, tensors)
 
 
-def _approve(command: Command, subject: Subject, place: Place) -> _Change:
+def _approve(command: Command, subject: Subject, context: Context) -> _Change:
     header = subject.header.model_copy(update={"approved": subject.header.step})
-    approved = {name: subject.tensors[name].clone() for name in place.parameters}
+    approved = {name: subject.tensors[name].clone() for name in context.parameters}
     return _Change("approved", header, f"step {header.step}", approved=approved)
 
 
-_ACTIONS: dict[Action, Callable[[Command, Subject, Place], _Change]] = {
+_ACTIONS: dict[Action, Callable[[Command, Subject, Context], _Change]] = {
     "freeze": _frozen,
     "unfreeze": _unfrozen,
     "reset": _reset,

@@ -26,7 +26,7 @@ from worker.store.store import Claimed, Overview, StateStore, Which, Write
 from worker.streams.entry import Entry, as_write
 from worker.streams.last_events import events_beside, lines_beside
 from worker.streams.newcomers import Newcomers
-from worker.streams.obey import Place, Subject, taken_in
+from worker.streams.obey import Context, Subject, taken_in
 from worker.streams.restore import Restored, Restorer, chosen_snapshot
 from worker.streams.upgrade import Upgrade
 
@@ -283,8 +283,11 @@ class Streams:
         else:
             log.info("stream %s: %s", header.stream, reason, extra=_of(header.stream))
         subject = Subject(header, restored.state.tensors, partial(self.kept, header.stream))
-        place, token = Place.of(self.engine, self._policies, self._worker), self.engine.resident(header.stream).token
-        return taken_in(restored.decision, reason, subject, place, token)
+        context, token = (
+            Context.of(self.engine, self._policies, self._worker),
+            self.engine.resident(header.stream).token,
+        )
+        return taken_in(restored.decision, reason, subject, context, token)
 
     def _explain(self, entries: list[Entry]) -> None:
         """Stored before they are published, like all events: a crash between must not make two different ones."""

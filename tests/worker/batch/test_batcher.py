@@ -301,9 +301,9 @@ def test_streams_that_rest_go_in_larger_micro_batches() -> None:
     batcher = MicroBatcher(Batch(max_batch=16, max_pass=64))
     for stream in ("adapts", "rests"):
         batcher.add(frames(stream, 100))
-    first = batcher.take(1.0, 64, rests=lambda stream, oldest: stream == "rests")
+    first = batcher.take(1.0, 64, predicts_only=lambda stream, oldest: stream == "rests")
     assert [(b.stream, len(b.frames)) for b in first] == [("adapts", 16), ("rests", 48)]
-    second = batcher.take(1.0, 64, busy={"adapts"}, rests=lambda stream, oldest: stream == "rests")
+    second = batcher.take(1.0, 64, busy={"adapts"}, predicts_only=lambda stream, oldest: stream == "rests")
     assert [(b.stream, len(b.frames)) for b in second] == [("rests", 52)]
     assert len(batcher) == 84
 
@@ -313,7 +313,7 @@ def test_a_stream_that_rests_leaves_room_for_others_in_a_large_pass() -> None:
     batcher = MicroBatcher(Batch(max_batch=16, max_pass=256))
     for stream in ("a", "b"):
         batcher.add(frames(stream, 100))
-    assert [len(b.frames) for b in batcher.take(1.0, 256, rests=lambda stream, oldest: True)] == [64, 64]
+    assert [len(b.frames) for b in batcher.take(1.0, 256, predicts_only=lambda stream, oldest: True)] == [64, 64]
 
 
 def test_whether_a_stream_rests_is_asked_with_its_oldest_frame_to_predict() -> None:
@@ -324,7 +324,7 @@ def test_whether_a_stream_rests_is_asked_with_its_oldest_frame_to_predict() -> N
     batcher.hold(few)
     batcher.add(sent[3:])
     asked = []
-    batcher.take(100.0, 64, rests=lambda stream, oldest: asked.append(oldest) or True)
+    batcher.take(100.0, 64, predicts_only=lambda stream, oldest: asked.append(oldest) or True)
     assert asked == [sent[3]]
 
 
@@ -339,6 +339,6 @@ def test_of_many_streams_no_more_are_asked_about_than_all_passes_can_take() -> N
     for number in range(100):
         batcher.add(frames(f"cam-{number}", 20))
     asked: list[str] = []
-    taken = batcher.take(1.0, 64, shares=2, rests=lambda stream, oldest: bool(asked.append(stream)))
+    taken = batcher.take(1.0, 64, shares=2, predicts_only=lambda stream, oldest: bool(asked.append(stream)))
     assert [len(b.frames) for b in taken] == [16] * 4
     assert len(asked) == 8

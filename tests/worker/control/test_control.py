@@ -32,8 +32,8 @@ from worker.publish.publisher import Publisher
 from worker.store import store as store_module
 from worker.store.store import StateStore
 from worker.streams.entry import Entry
-from worker.streams.journal import Journal
 from worker.streams.last_events import events_beside
+from worker.streams.pending import PendingWrites
 
 
 class Worker:
@@ -43,8 +43,8 @@ class Worker:
         self.publisher = Publisher(kafka, "w", threading.Event())
         metrics, policies = WorkerMetrics(0), Policies(Policy(), {})
         self.streams = make_streams(Engine(bundle), store, self.publisher, settings, "w", metrics, policies)
-        journal = Journal(self.streams, self.publisher, Offsets(), metrics, 0, lambda: None)
-        self.control = Control(commands, self.streams, store, metrics, policies, "w", lambda act: act(), journal)
+        pending = PendingWrites(self.streams, self.publisher, Offsets(), metrics, 0, lambda: None)
+        self.control = Control(commands, self.streams, store, metrics, policies, "w", lambda act: act(), pending)
 
     def policy(self, stream: str):
         return self.streams.engine.resident(stream).header.policy

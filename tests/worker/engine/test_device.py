@@ -68,12 +68,12 @@ def stored(engine: Engine, stream: str) -> bytes:
 
 def told(passed: Pass, proposals: Proposals) -> list[Any]:
     """All that a pass says of its frames and streams, as plain values."""
-    outlooks = [
+    predictions = [
         (replace(o, batch=None, resident=None, observed=None), o.observed and asdict(o.observed))  # type: ignore[arg-type]
-        for o in passed.outlooks
+        for o in passed.predictions
     ]
-    said = [(p.outlook.batch.stream, p.row, p.update, p.signals, p.finite, p.layers) for p in proposals.proposals]
-    return [outlooks, said]
+    said = [(p.prediction.batch.stream, p.row, p.update, p.signals, p.finite, p.layers) for p in proposals.proposals]
+    return [predictions, said]
 
 
 def story(bundle: Bundle) -> Iterator[Any]:
@@ -97,9 +97,9 @@ def story(bundle: Bundle) -> Iterator[Any]:
         proposals = engine.adapt(passed)
         yield told(passed, proposals)
         for proposal in proposals.proposals:
-            judgement = judge(engine, guard, proposal.outlook, proposals, proposal)
+            judgement = judge(engine, guard, proposal.prediction, proposals, proposal)
             yield judgement.ruling, judgement.header.model_dump()
-            engine.resident(proposal.outlook.batch.stream).header = judgement.header
+            engine.resident(proposal.prediction.batch.stream).header = judgement.header
         moving = [proposal for proposal in proposals.proposals if proposal.update]
         if turn == 1:
             proposals.shrink(moving[0], 0.25)
@@ -189,8 +189,8 @@ def test_the_loop_waits_for_nothing_that_the_device_has_still_to_do() -> None:
         assert 0 < waited.total() <= 25
         waited.clear()
         updating, watched = proposals.proposals
-        assert judge(engine, guard, updating.outlook, proposals, updating).ruling.decision == "partial"
-        assert judge(engine, guard, watched.outlook, proposals, watched).ruling.decision == "skipped"
+        assert judge(engine, guard, updating.prediction, proposals, updating).ruling.decision == "partial"
+        assert judge(engine, guard, watched.prediction, proposals, watched).ruling.decision == "skipped"
         engine.accept(proposals, proposals.proposals)
         assert not waited
 

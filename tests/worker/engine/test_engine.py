@@ -19,8 +19,8 @@ from worker.decode.pixels import blank_frames, normalise_pixels
 from worker.engine.engine import Engine
 from worker.engine.header import next_header, next_proxies
 from worker.engine.judge import judge
-from worker.engine.outlook import answer_fixed
-from worker.engine.passes import Fixed, Outlook
+from worker.engine.passes import BatchPrediction, Fixed
+from worker.engine.predictions import answer_fixed
 from worker.guard.guard import Guard
 
 
@@ -58,8 +58,8 @@ def test_predictions_are_those_before_the_update(engine: Engine, tiny_bundle) ->
     passed = engine.predict([work])
     pixels = normalise_pixels([f.pixels for f in work.frames], tiny_bundle.manifest.preprocess)
     expected = tiny_bundle.model(pixels).argmax(1).tolist()
-    assert [row[0] for row in passed.outlooks[0].top_index] == expected
-    assert all(sum(row) <= 1.0001 for row in passed.outlooks[0].top_confidence)
+    assert [row[0] for row in passed.predictions[0].top_index] == expected
+    assert all(sum(row) <= 1.0001 for row in passed.predictions[0].top_confidence)
 
 
 def test_nothing_changes_before_accept_and_only_what_is_accepted(engine: Engine) -> None:
@@ -68,7 +68,7 @@ def test_nothing_changes_before_accept_and_only_what_is_accepted(engine: Engine)
     proposals = engine.adapt(passed)
     for s in "ab":
         assert all(torch.equal(t, before[s][n]) for n, t in engine.tensors(s).items())
-    engine.accept(proposals, [p for p in proposals.proposals if p.outlook.batch.stream == "b"])
+    engine.accept(proposals, [p for p in proposals.proposals if p.prediction.batch.stream == "b"])
     assert all(torch.equal(t, before["a"][n]) for n, t in engine.tensors("a").items())
     assert not torch.equal(engine.tensors("b")["affine"], before["b"]["affine"])
 
@@ -87,7 +87,7 @@ def test_company_and_slots_do_not_matter(tiny_bundle) -> None:
 def test_frames_without_an_update_leave_the_parameters(engine: Engine) -> None:
     before = {n: t.clone() for n, t in engine.tensors("a").items()}
     passed = engine.predict([batch("a", 2, adapt=False)])
-    assert len(passed.outlooks[0].top_index) == 2
+    assert len(passed.predictions[0].top_index) == 2
     (seen,) = engine.adapt(passed).proposals
     assert not seen.update
     engine.accept(engine.adapt(passed), [seen])
@@ -135,15 +135,15 @@ def test_broken_parameters_are_seen_before_they_spread(engine: Engine) -> None:
     passed = engine.predict([batch("a", 4), batch("b", 4)])
     proposals = engine.adapt(passed)
     assert [p.finite for p in proposals.proposals] == [False, True]
-    header = next_header(engine.resident("a").header, passed.outlooks[0], applied=False)
+    header = next_header(engine.resident("a").header, passed.predictions[0], applied=False)
     assert header.proxies.frames == 0
     StreamHeader.model_validate_json(header.model_dump_json())
 
 
 def test_header_counts_and_chains(engine: Engine) -> None:
-    first = next_header(engine.resident("a").header, engine.predict([batch("a", 4)]).outlooks[0], applied=True)
+    first = next_header(engine.resident("a").header, engine.predict([batch("a", 4)]).predictions[0], applied=True)
     assert (first.frames, first.step, first.events, first.positions) == (4, 1, 1, {"frames/0": 3})
-    second = next_header(first, engine.predict([batch("a", 6)]).outlooks[0], applied=False)
+    second = next_header(first, engine.predict([batch("a", 6)]).predictions[0], applied=False)
     assert (second.frames, second.step, second.events) == (10, 1, 2)
     assert second.folded not in ("", first.folded)
 
@@ -154,8 +154,8 @@ def test_the_chain_of_frames_is_the_same_however_they_are_batched(engine: Engine
     def chain(*parts: list[DecodedFrame]) -> str:
         header = engine.resident("a").header
         for part in parts:
-            (outlook,) = engine.predict([MicroBatch("a", part, adapt=False, fold=True)]).outlooks
-            header = next_header(header, outlook, applied=False)
+            (prediction,) = engine.predict([MicroBatch("a", part, adapt=False, fold=True)]).predictions
+            header = next_header(header, prediction, applied=False)
         return header.folded
 
     assert chain(frames) == chain(frames[:2], frames[2:])
@@ -166,31 +166,31 @@ def test_probation_ends_with_its_last_frame(engine: Engine) -> None:
     header = engine.resident("a").header.model_copy(update={"probation": 5})
     left = []
     for count in (4, 4, 4):
-        header = next_header(header, engine.predict([batch("a", count)]).outlooks[0], applied=True)
+        header = next_header(header, engine.predict([batch("a", count)]).predictions[0], applied=True)
         left.append(header.probation)
     assert left == [1, 0, 0]
 
 
 @pytest.mark.parametrize("signal", ["mean_confidence", "mean_entropy"])
 def test_answers_that_are_not_finite_change_no_proxies(engine: Engine, signal: str) -> None:
-    outlook = engine.predict([batch("a", 4)]).outlooks[0]
+    prediction = engine.predict([batch("a", 4)]).predictions[0]
     before = RunningProxies(frames=9, confidence=0.5, entropy=1.0)
-    assert next_proxies(before, outlook, {}, None) != before
+    assert next_proxies(before, prediction, {}, None) != before
     for wrong in (float("nan"), float("inf")):
-        assert next_proxies(before, replace(outlook, **{signal: wrong}), {}, None) == before
+        assert next_proxies(before, replace(prediction, **{signal: wrong}), {}, None) == before
 
 
 def test_proxies_are_running_means(engine: Engine) -> None:
-    outlooks = [engine.predict([batch("a", count, count)]).outlooks[0] for count in (4, 6)]
+    predictions = [engine.predict([batch("a", count, count)]).predictions[0] for count in (4, 6)]
     proxies = engine.resident("a").header.proxies
-    for outlook in outlooks:
-        proxies = next_proxies(proxies, outlook, {"novelty": 1.0}, None)
+    for prediction in predictions:
+        proxies = next_proxies(proxies, prediction, {"novelty": 1.0}, None)
     assert (proxies.frames, proxies.shadowed, proxies.generated) == (10, 10, 10)
-    means = [o.mean_confidence for o in outlooks]
+    means = [o.mean_confidence for o in predictions]
     assert proxies.confidence == pytest.approx(0.4 * means[0] + 0.6 * means[1])
     assert set(proxies.signals) == set(SIGNALS) - {"dose"}
     for name in ("confidence", "odd", "marginal", "dropout"):
-        expected = 0.4 * outlooks[0].observed.own[name] + 0.6 * outlooks[1].observed.own[name]
+        expected = 0.4 * predictions[0].observed.own[name] + 0.6 * predictions[1].observed.own[name]
         assert proxies.signals[name] == pytest.approx(expected)
 
 
@@ -201,23 +201,23 @@ def test_a_sample_of_the_frames_is_answered_by_source_too(engine: Engine) -> Non
     passed = engine.predict([work, batch("b", 3, 3)])
     frames = normalise_pixels([f.pixels for f in work.frames], engine.bundle.manifest.preprocess)
     logits = engine.bundle.model(frames)
-    seen = passed.outlooks[0].observed
+    seen = passed.predictions[0].observed
     assert seen.shadowed == 12
     assert seen.shadow["source_confidence"] == pytest.approx(float(logits.softmax(1).amax(1).mean()), abs=1e-5)
-    answers = torch.tensor([row[0] for row in passed.outlooks[0].top_index])
+    answers = torch.tensor([row[0] for row in passed.predictions[0].top_index])
     assert seen.flipped == int((answers != logits.argmax(1)).sum())
-    assert list(passed.outlooks[0].source_index) == logits.argmax(1).tolist()
+    assert list(passed.predictions[0].source_index) == logits.argmax(1).tolist()
     header = engine.resident("a").header
     asked = []
     for events in range(32):
         changed = {"events": events, "proxies": RunningProxies(frames=1_000)}
         engine.resident("a").header = header.model_copy(update=changed)
-        asked.append(engine.predict([work]).outlooks[0].observed.shadowed)
+        asked.append(engine.predict([work]).predictions[0].observed.shadowed)
     assert sorted(asked) == [0] * 30 + [12] * 2
-    assert list(passed.outlooks[1].source_index) != [None] * 3  # of a new stream
+    assert list(passed.predictions[1].source_index) != [None] * 3  # of a new stream
     assert asked[:16] == asked[16:]
     engine.resident("a").header.guard.watchful = 1
-    assert engine.predict([work]).outlooks[0].observed.shadowed == 12
+    assert engine.predict([work]).predictions[0].observed.shadowed == 12
 
 
 @pytest.mark.parametrize(("old", "passes"), [(0, [24, 24]), (2, [32])])
@@ -230,7 +230,7 @@ def test_source_makes_no_pass_much_larger(engine: Engine, old: int, passes: list
     sizes: list[int] = []
     hook = engine.bundle.model.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     works = [batch(stream, 8, number, adapt=False) for number, stream in enumerate("abc")]
-    told = engine.predict(works).outlooks[2]
+    told = engine.predict(works).predictions[2]
     hook.remove()
     assert sizes == passes
     logits = engine.bundle.model(
@@ -242,7 +242,7 @@ def test_source_makes_no_pass_much_larger(engine: Engine, old: int, passes: list
 def test_without_a_source_share_source_is_never_asked(tiny_bundle) -> None:
     engine = Engine(tiny_bundle, source_share=0)
     admit(engine, "a")
-    seen = engine.predict([batch("a", 4)]).outlooks[0].observed
+    seen = engine.predict([batch("a", 4)]).predictions[0].observed
     assert (seen.shadowed, seen.flipped, seen.rank) == (0, None, None)
 
 
@@ -272,19 +272,19 @@ def test_source_and_approved_parameters_answer_beside_those_that_adapt(engine: E
     )
     model, preprocess = engine.bundle.model, engine.bundle.manifest.preprocess
     temperature = engine.bundle.manifest.calibration.temperature
-    for outlook, rows, parameters, at in (
-        (passed.outlooks[0], model.source_affine.expand(6, -1), "source", 0),
-        (passed.outlooks[1], approved["affine"].expand(6, -1), "approved", 3),
+    for prediction, rows, parameters, at in (
+        (passed.predictions[0], model.source_affine.expand(6, -1), "source", 0),
+        (passed.predictions[1], approved["affine"].expand(6, -1), "approved", 3),
     ):
-        pixels = normalise_pixels([f.pixels for f in outlook.batch.frames], preprocess)
+        pixels = normalise_pixels([f.pixels for f in prediction.batch.frames], preprocess)
         expected = (model(pixels, rows) / temperature).softmax(1).topk(3)
-        assert outlook.top_index == expected.indices.tolist()
-        assert torch.allclose(torch.tensor(outlook.top_confidence), expected.values, atol=1e-5)
-        assert (outlook.parameters, outlook.step) == (parameters, at)
-    assert passed.outlooks[2].top_confidence == plain.outlooks[2].top_confidence
-    assert [(o.parameters, o.step) for o in plain.outlooks] == [("adapted", 5)] * 3
-    assert [o.signals for o in passed.outlooks] == [o.signals for o in plain.outlooks]
-    assert passed.outlooks[1].top_confidence != plain.outlooks[1].top_confidence
+        assert prediction.top_index == expected.indices.tolist()
+        assert torch.allclose(torch.tensor(prediction.top_confidence), expected.values, atol=1e-5)
+        assert (prediction.parameters, prediction.step) == (parameters, at)
+    assert passed.predictions[2].top_confidence == plain.predictions[2].top_confidence
+    assert [(o.parameters, o.step) for o in plain.predictions] == [("adapted", 5)] * 3
+    assert [o.signals for o in passed.predictions] == [o.signals for o in plain.predictions]
+    assert passed.predictions[1].top_confidence != plain.predictions[1].top_confidence
 
 
 @pytest.mark.parametrize(("share", "asked", "fixed"), [(1 / 16, 8, 3), (0, 0, 7)])
@@ -300,7 +300,7 @@ def test_where_source_answers_it_is_run_once(tiny_bundle, share: float, asked: i
     assert len(part.shadow) == asked  # streams are new, so all are asked for
     assert part.fixed is not None
     assert len(part.fixed.frames) == fixed
-    told = engine.predict(works).outlooks[0]
+    told = engine.predict(works).predictions[0]
     assert list(told.source_index) == ([top[0] for top in told.top_index] if asked else [None] * 4)
 
 
@@ -331,23 +331,23 @@ def test_hurried_frames_are_answered_by_one_bare_forward_and_teach_nothing(engin
     model, moved = engine.bundle.model, engine.tensors("a")["affine"].add_(0.3)
     hurried = replace(batch("a", 6, adapt=False), answer=answer, hurried=True)
     passed = engine.predict([batch("b", 4), hurried, batch("c", 4, adapt=False)])
-    outlook = next(one for one in passed.outlooks if one.batch is hurried)
+    prediction = next(one for one in passed.predictions if one.batch is hurried)
     rows = (moved if answer == "adapted" else model.source_affine).expand(6, -1)
     pixels = normalise_pixels([frame.pixels for frame in hurried.frames], engine.bundle.manifest.preprocess)
     with torch.inference_mode():
         expected = (model(pixels, rows) / engine.bundle.manifest.calibration.temperature).softmax(1).topk(3, 1)
-    assert outlook.top_index == expected.indices.tolist()
-    assert torch.tensor(outlook.top_confidence).allclose(expected.values, atol=1e-5)
-    assert outlook.parameters == answer
-    assert outlook.observed is None
-    assert {p.outlook.batch.stream for p in engine.adapt(passed).proposals} == {"b", "c"}
+    assert prediction.top_index == expected.indices.tolist()
+    assert torch.tensor(prediction.top_confidence).allclose(expected.values, atol=1e-5)
+    assert prediction.parameters == answer
+    assert prediction.observed is None
+    assert {p.prediction.batch.stream for p in engine.adapt(passed).proposals} == {"b", "c"}
 
 
 def test_a_large_micro_batch_gives_drift_detection_several_signals(engine: Engine) -> None:
     """A mean over 64 frames spreads half as far as one over 16, and would hide what it is compared with."""
     large = replace(batch("a", 40), adapt=False)
-    (outlook,) = engine.predict([large]).outlooks
-    drift = next_header(engine.resident("a").header, outlook, applied=False, drift_frames=8).drift
+    (prediction,) = engine.predict([large]).predictions
+    drift = next_header(engine.resident("a").header, prediction, applied=False, drift_frames=8).drift
     assert drift is not None
     assert (drift.seen, drift.rested) == (5, 5)
     assert drift.variance[0] > 0
@@ -356,12 +356,12 @@ def test_a_large_micro_batch_gives_drift_detection_several_signals(engine: Engin
 def test_another_method_is_observed_by_its_answers_and_no_accuracy_is_made_up(tiny_bundle_path) -> None:
     engine = Engine(load_bundle(tiny_bundle_path, method="tent"))
     admit(engine, "a", "b")
-    outlooks = engine.predict([batch("a", 6), replace(batch("b", 5), adapt=False)]).outlooks
-    for outlook in outlooks:
-        assert outlook.observed is not None
-        assert outlook.observed.flipped == 0  # nothing has adapted yet
-        assert None not in outlook.source_index
-        header = next_header(outlook.resident.header, outlook, True, 0, _proxies(engine, outlook))
+    predictions = engine.predict([batch("a", 6), replace(batch("b", 5), adapt=False)]).predictions
+    for prediction in predictions:
+        assert prediction.observed is not None
+        assert prediction.observed.flipped == 0  # nothing has adapted yet
+        assert None not in prediction.source_index
+        header = next_header(prediction.resident.header, prediction, True, 0, _proxies(engine, prediction))
         assert header.proxies.confidence > 0
         assert engine.estimate(header).estimated_accuracy is None
         assert engine.estimate(header).flip_rate == 0
@@ -378,12 +378,12 @@ def test_the_state_of_an_earlier_release_under_another_method_goes_on(tiny_bundl
     guard = Guard(GuardSettings(), engine.bundle.limits, engine.bundle.source_accuracy)
     passed = engine.predict([batch("a", 6)])
     proposals = engine.adapt(passed)
-    (outlook,) = passed.outlooks
-    found = judge(engine, guard, outlook, proposals, proposals.proposals[0])
+    (prediction,) = passed.predictions
+    found = judge(engine, guard, prediction, proposals, proposals.proposals[0])
     assert found.ruling.apply
     assert found.header.proxies.frames == 506
     assert engine.estimate(found.header).estimated_accuracy is None
 
 
-def _proxies(engine: Engine, outlook: Outlook) -> RunningProxies:
-    return next_proxies(outlook.resident.header.proxies, outlook, {}, engine.accuracy_model)
+def _proxies(engine: Engine, prediction: BatchPrediction) -> RunningProxies:
+    return next_proxies(prediction.resident.header.proxies, prediction, {}, engine.accuracy_model)

@@ -87,8 +87,8 @@ def run(engine: Engine, batches: list[MicroBatch]) -> dict[str, tuple[list[list[
     passed = engine.predict(batches)
     proposals = engine.adapt(passed)
     engine.accept(proposals, proposals.proposals)
-    signals = {p.outlook.batch.stream: p.signals for p in proposals.proposals if p.update}
-    return {o.batch.stream: (o.top_confidence, signals.get(o.batch.stream, {})) for o in passed.outlooks}
+    signals = {p.prediction.batch.stream: p.signals for p in proposals.proposals if p.update}
+    return {o.batch.stream: (o.top_confidence, signals.get(o.batch.stream, {})) for o in passed.predictions}
 
 
 def close(found: object, expected: object) -> None:

@@ -34,12 +34,12 @@ def step(engine: Engine, batches: list[MicroBatch]) -> dict[str, list[list[float
     """One step as a worker makes it: what is held changes nothing. Each stream's confidences."""
     passed = engine.predict(batches)
     proposals = engine.adapt(passed)
-    engine.accept(proposals, [one for one in proposals.proposals if one.outlook.batch.fold])
-    for outlook in passed.outlooks:
-        outlook.resident.header.events += outlook.batch.fold
-        if not outlook.batch.fold:
-            outlook.resident.seen = outlook.seen
-    return {outlook.batch.stream: outlook.top_confidence for outlook in passed.outlooks}
+    engine.accept(proposals, [one for one in proposals.proposals if one.prediction.batch.fold])
+    for prediction in passed.predictions:
+        prediction.resident.header.events += prediction.batch.fold
+        if not prediction.batch.fold:
+            prediction.resident.seen = prediction.seen
+    return {prediction.batch.stream: prediction.top_confidence for prediction in passed.predictions}
 
 
 @contextmanager

@@ -47,9 +47,9 @@ def turn(
 ) -> Judgement:
     passed = engine.predict([batch("b", 5, 9), batch("a", 6, seed, adapt)])
     proposals = engine.adapt(passed)
-    (outlook,) = (o for o in passed.outlooks if o.batch.stream == "a")
-    (proposal,) = (p for p in proposals.proposals if p.outlook is outlook)
-    judgement = judge(engine, Fixed(ruling), outlook, proposals, proposal, watch, newest)
+    (prediction,) = (o for o in passed.predictions if o.batch.stream == "a")
+    (proposal,) = (p for p in proposals.proposals if p.prediction is prediction)
+    judgement = judge(engine, Fixed(ruling), prediction, proposals, proposal, watch, newest)
     engine.accept(proposals, [judgement.kept] if judgement.kept is not None else [])
     engine.resident("a").header = judgement.header
     return judgement
@@ -85,10 +85,10 @@ def test_a_partial_update_goes_part_of_the_way(engine: Engine) -> None:
 def test_the_event_says_how_far_the_stream_is_after_the_decision(engine: Engine, share: float) -> None:
     passed = engine.predict([batch("a", 6, 2)])
     proposals = engine.adapt(passed)
-    (outlook,), (proposal,) = passed.outlooks, proposals.proposals
+    (prediction,), (proposal,) = passed.predictions, proposals.proposals
     decision = "applied" if share == 1 else "partial"
-    judgement = judge(engine, Fixed(Ruling(decision, "", share)), outlook, proposals, proposal)
-    sealed = update_event(engine, "w", outlook, judgement, proposal)
+    judgement = judge(engine, Fixed(Ruling(decision, "", share)), prediction, proposals, proposal)
+    sealed = update_event(engine, "w", prediction, judgement, proposal)
     engine.accept(proposals, [proposal])
     distance = (engine.tensors("a")["affine"] - engine.like["affine"]).norm()
     assert sealed.event.source_distance == pytest.approx(float(distance), rel=1e-3)
@@ -103,13 +103,13 @@ def test_the_event_says_what_was_seen_and_what_became_of_it(
     before.guard = GuardState(trusted=trusted)
     passed = engine.predict([batch("a", 6, 2)])
     proposals = engine.adapt(passed)
-    (outlook,), (proposal,) = passed.outlooks, proposals.proposals
+    (prediction,), (proposal,) = passed.predictions, proposals.proposals
     told = {"loss": 1.0, "entropy": 0.5, "discrepancy": 3.0, "raw_gradient_norm": 2.0, "cosine": -0.25}
     proposal.signals.update({**told, "loss": told["loss"] if trusted else math.nan})
     guard = Fixed(Ruling(decision, "why", share))
     guard.observe = lambda guard_state, *_: guard_state  # type: ignore[method-assign]
-    judgement = judge(engine, guard, outlook, proposals, proposal)
-    event = update_event(engine, "w", outlook, judgement, proposal).event
+    judgement = judge(engine, guard, prediction, proposals, proposal)
+    event = update_event(engine, "w", prediction, judgement, proposal).event
     assert {name: getattr(event, name) for name in told} == told | {"loss": 1.0 if trusted else None}
     assert event.generated_gradient_norm == proposal.signals["generated_gradient_norm"]
     moved = {} if decision == "skipped" else {name: share * way for name, way in proposal.layers.items()}
@@ -117,7 +117,7 @@ def test_the_event_says_what_was_seen_and_what_became_of_it(
     assert (event.source_distance is None) == (decision == "skipped")
     assert (event.before, event.after) == (engine.estimate(before), engine.estimate(judgement.header))
     assert event.before != event.after
-    assert event.flipped == outlook.observed.flipped
+    assert event.flipped == prediction.observed.flipped
     assert (event.decision, event.reason, event.step) == (decision, "why", 1 + (decision != "skipped"))
     assert (event.parameters, event.token, event.worker) == ("adapted" if trusted else "source", 1, "w")
     assert event.frames == [f"frames/0/{number}" for number in range(6)]
@@ -132,10 +132,10 @@ def test_the_event_says_where_going_back_leads(engine: Engine, decision: str) ->
     before, source = engine.tensors("a")["affine"].clone(), engine.like["affine"]
     passed = engine.predict([batch("a", 6, 3)])
     proposals = engine.adapt(passed)
-    (outlook,), (proposal,) = passed.outlooks, proposals.proposals
+    (prediction,), (proposal,) = passed.predictions, proposals.proposals
     ruling = Ruling(decision, "why")
-    judgement = judge(engine, Fixed(ruling), outlook, proposals, proposal, newest=lambda stream: (snapshot, kept))
-    event = update_event(engine, "w", outlook, judgement, proposal).event
+    judgement = judge(engine, Fixed(ruling), prediction, proposals, proposal, newest=lambda stream: (snapshot, kept))
+    event = update_event(engine, "w", prediction, judgement, proposal).event
     there, reason = (good, "why; to the snapshot of step 1") if decision == "rolled_back" else (source, "why")
     assert (event.decision, event.reason, event.step) == (decision, reason, int(decision == "rolled_back"))
     assert event.source_distance == pytest.approx(float((there - source).norm()))
@@ -180,7 +180,7 @@ def test_of_one_pass_the_stream_beyond_the_distance_limit_comes_back_and_others_
     guard = Guard(GuardSettings(), Limits(raw_gradient_norm=1e9, source_distance=1e-9))
     passed = engine.predict([batch("far", 6, 1), batch("near", 6, 2)])
     proposals = engine.adapt(passed)
-    decided = {p.outlook.batch.stream: judge(engine, guard, p.outlook, proposals, p) for p in proposals.proposals}
+    decided = {p.prediction.batch.stream: judge(engine, guard, p.prediction, proposals, p) for p in proposals.proposals}
     assert {stream: one.ruling.decision for stream, one in decided.items()} == {"far": "applied", "near": "skipped"}
     before = float((engine.tensors("far")["affine"] - engine.like["affine"]).norm())
     engine.accept(proposals, [one.kept for one in decided.values() if one.kept is not None])
@@ -214,12 +214,12 @@ def test_hurried_frames_count_and_teach_nothing(engine: Engine) -> None:
     passed = engine.predict([replace(batch("a", 6, 3, adapt=False), hurried=True)])
     proposals = engine.adapt(passed)
     assert proposals.proposals == []
-    judgement = judge(engine, Fixed(Ruling("applied", "not asked")), passed.outlooks[0], proposals, None, 6)
+    judgement = judge(engine, Fixed(Ruling("applied", "not asked")), passed.predictions[0], proposals, None, 6)
     after = judgement.header
     assert (judgement.ruling.decision, judgement.kept) == ("skipped", None)
     assert (after.proxies, after.drift, after.step) == (before.proxies, before.drift, before.step)
     assert (after.frames, after.events) == (before.frames + 6, before.events + 1)
-    event = update_event(engine, "w", passed.outlooks[0], judgement, None).event
+    event = update_event(engine, "w", passed.predictions[0], judgement, None).event
     assert (event.loss, event.source_distance, event.layers, event.flipped) == (None, None, {}, None)
 
 
@@ -227,9 +227,9 @@ def test_hurried_frames_count_and_teach_nothing(engine: Engine) -> None:
 def test_what_moves_without_an_update_is_kept_where_it_is_finite(engine: Engine, finite: bool) -> None:
     passed = engine.predict([batch("a", 6, 3, adapt=False)])
     proposals = engine.adapt(passed)
-    (outlook,), (proposal,) = passed.outlooks, proposals.proposals
+    (prediction,), (proposal,) = passed.predictions, proposals.proposals
     proposal = replace(proposal, finite=finite)
-    judgement = judge(engine, Fixed(Ruling("applied", "not asked")), outlook, proposals, proposal)
+    judgement = judge(engine, Fixed(Ruling("applied", "not asked")), prediction, proposals, proposal)
     assert judgement.kept is (proposal if finite else None)
 
 
@@ -247,7 +247,7 @@ def test_baselines_are_not_held_to_the_gradients_of_the_bundles_own_generator(
     for seed in range(COSINE_SEEN + 2):
         passed = engine.predict([batch("a", 2, seed)])
         proposals = engine.adapt(passed)
-        judgement = judge(engine, guard, passed.outlooks[0], proposals, proposals.proposals[0])
+        judgement = judge(engine, guard, passed.predictions[0], proposals, proposals.proposals[0])
         assert judgement.ruling == Ruling("applied", "within limits")
         engine.resident("a").header = judgement.header
 

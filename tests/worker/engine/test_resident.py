@@ -60,7 +60,7 @@ def test_a_header_that_would_not_come_back_is_not_packed(broken: dict[str, objec
 def rest(engine: Engine) -> None:
     """Nobody uses any stream for a while."""
     for turn in range(100):
-        engine.rest((turn + 1) * LIFETIME_S)
+        engine.pack_idle_headers((turn + 1) * LIFETIME_S)
 
 
 def is_packed(engine: Engine, stream: str) -> bool:
@@ -78,7 +78,7 @@ def test_an_idle_stream_is_packed_and_goes_on_as_it_was(tiny_bundle) -> None:
     assert idle.resident("a").header == busy.resident("a").header
     assert not is_packed(idle, "a")
     rest(idle)
-    found, wanted = (engine.predict([batch("a", 6, 2)]).outlooks[0] for engine in (idle, busy))
+    found, wanted = (engine.predict([batch("a", 6, 2)]).predictions[0] for engine in (idle, busy))
     assert (found.step, found.top_index, found.top_confidence) == (1, wanted.top_index, wanted.top_confidence)
 
 
@@ -86,7 +86,7 @@ def test_what_is_used_stays_as_it_is_and_what_is_not_does_not(tiny_bundle) -> No
     engine = Engine(tiny_bundle)
     admit(engine, "used", *(f"idle-{i}" for i in range(100)))
     for turn in range(20):
-        engine.rest((turn + 1) * LIFETIME_S)
+        engine.pack_idle_headers((turn + 1) * LIFETIME_S)
         assert engine.resident("used").header.stream == "used"
     assert not is_packed(engine, "used")
     assert all(is_packed(engine, f"idle-{i}") for i in range(100))
@@ -114,4 +114,4 @@ def test_a_pass_under_way_still_knows_a_stream_that_is_released(tiny_bundle, idl
     if idle:
         rest(engine)
     engine.release(["a"])
-    assert passed.outlooks[0].resident.header.stream == "a"
+    assert passed.predictions[0].resident.header.stream == "a"

@@ -182,7 +182,7 @@ def test_of_frames_that_will_make_no_update_it_is_known_before(engine: Engine) -
 
     def rests(oldest: DecodedFrame, adapt: Adapt = ALWAYS, policy: Policy = ANYTHING) -> bool:
         settings = Batch(latency_budget_ms=1_000)
-        return Scheduler(Lateness(settings), 16, adapt, Policies(policy, {}), engine, WorkerMetrics(0)).rests(
+        return Scheduler(Lateness(settings), 16, adapt, Policies(policy, {}), engine, WorkerMetrics(0)).predicts_only(
             "a", oldest, 100.0
         )
 

@@ -28,8 +28,8 @@ from tests.conftest import SHIPPED_BUNDLE
 from worker.batch.batcher import MicroBatch
 from worker.engine.engine import Engine
 from worker.engine.judge import judge
-from worker.engine.outlook import temperature
-from worker.engine.passes import Outlook, Proposal, Proposals
+from worker.engine.passes import BatchPrediction, Proposal, Proposals
+from worker.engine.predictions import temperature
 from worker.engine.resident import pack, unpack
 from worker.engine.schedule import held_back
 from worker.guard.answer import Policies, answering, named
@@ -65,7 +65,7 @@ class Worker:
         observed = Observed(
             FRAMES, dict.fromkeys(OWN, 0.5), FRAMES, dict.fromkeys(SHADOW, 0.5) | {"source_rank": rank}, (1,) * FRAMES
         )
-        outlook = Outlook(
+        prediction = BatchPrediction(
             batch=MicroBatch("cam", frames, update, fold=True),
             resident=cast(Any, SimpleNamespace(header=header, token=1)),
             parameters="adapted",
@@ -78,8 +78,8 @@ class Worker:
             observed=observed,
             sight=Sight(range(FRAMES * number, FRAMES * (number + 1)), 0.0, number % 3, 0.5, rank),
         )
-        proposal = Proposal(outlook, 0, update, SIGNALS if update else {}, True)
-        judgement = judge(self.engine, self.guard, outlook, Proposals([proposal], {}, {}, {}), proposal, 2 * FRAMES)
+        proposal = Proposal(prediction, 0, update, SIGNALS if update else {}, True)
+        judgement = judge(self.engine, self.guard, prediction, Proposals([proposal], {}, {}, {}), proposal, 2 * FRAMES)
         after = judgement.header
         event = UpdateEvent(
             **header.next_in_chain(),

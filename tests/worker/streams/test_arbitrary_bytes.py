@@ -29,7 +29,7 @@ from worker.guard.answer import Policies
 from worker.publish.publisher import Publisher
 from worker.store.store import StateStore
 from worker.streams.last_events import after_last_event
-from worker.streams.obey import Place, Subject, obey
+from worker.streams.obey import Context, Subject, obey
 from worker.streams.streams import Streams
 
 FIELDS = ["token", "owner", "header", "event", "written"]
@@ -74,9 +74,9 @@ class Site:
     def _entry(self, worker: Streams, stream: str) -> Any:
         resident = worker.engine.resident(stream)
         tensors = {name: t.clone() for name, t in worker.engine.tensors(stream).items()}
-        place = Place.of(worker.engine, Policies(Policy(), {}), "w")
+        context = Context.of(worker.engine, Policies(Policy(), {}), "w")
         subject = Subject(resident.header, tensors, lambda back: worker.kept(stream, back))
-        entry = obey(Command(stream=stream, action="approve"), subject, place, resident.token)
+        entry = obey(Command(stream=stream, action="approve"), subject, context, resident.token)
         about = Snapshot(time=datetime.now(UTC), reason="due", header=entry.header)
         return replace(entry, tensors=tensors, snapshot=about)
 

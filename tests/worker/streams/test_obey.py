@@ -18,7 +18,7 @@ from schemas.update import UpdateEvent, seal
 from tests.worker.engine.test_engine import admit
 from worker.engine.engine import Engine
 from worker.guard.answer import Policies
-from worker.streams.obey import Place, Subject, obey
+from worker.streams.obey import Context, Subject, obey
 
 HEADER = StreamHeader(
     stream="cam",
@@ -41,8 +41,8 @@ def engine(tiny_bundle) -> Engine:
 
 
 @pytest.fixture
-def place(engine: Engine) -> Place:
-    return Place.of(engine, Policies(Policy(mode="approve"), {}), "w")
+def context(engine: Engine) -> Context:
+    return Context.of(engine, Policies(Policy(mode="approve"), {}), "w")
 
 
 @pytest.fixture
@@ -65,9 +65,9 @@ def command(action: str, **more) -> Command:
     return Command(stream="cam", action=action, by="kim", reason="audit", **more)
 
 
-def test_the_position_stays_whatever_is_commanded(subject: Subject, place: Place) -> None:
+def test_the_position_stays_whatever_is_commanded(subject: Subject, context: Context) -> None:
     for action in ("freeze", "unfreeze", "reset", "rollback", "approve"):
-        entry = obey(command(action), subject, place, token=5)
+        entry = obey(command(action), subject, context, token=5)
         header, (sealed,) = entry.header, entry.events
         assert (header.positions, header.folded, header.frames) == (HEADER.positions, HEADER.folded, HEADER.frames)
         assert header.events == 10
@@ -78,12 +78,12 @@ def test_the_position_stays_whatever_is_commanded(subject: Subject, place: Place
         assert "audit; by kim" in sealed.event.reason
 
 
-def test_reset_goes_to_source_and_takes_the_approval_back(subject: Subject, place: Place, engine: Engine) -> None:
-    approved = obey(command("approve"), subject, place, 1)
+def test_reset_goes_to_source_and_takes_the_approval_back(subject: Subject, context: Context, engine: Engine) -> None:
+    approved = obey(command("approve"), subject, context, 1)
     assert (approved.header.approved, approved.events[0].event.parameters) == (7, "approved")
     assert torch.equal(approved.approved["affine"], subject.tensors["affine"])
     assert approved.tensors is None
-    entry = obey(command("reset"), Subject(approved.header, subject.tensors, subject.snapshot), place, 1)
+    entry = obey(command("reset"), Subject(approved.header, subject.tensors, subject.snapshot), context, 1)
     event = entry.events[0].event
     assert entry.tensors is engine.like
     assert (entry.header.step, entry.header.approved) == (0, None)
@@ -93,21 +93,21 @@ def test_reset_goes_to_source_and_takes_the_approval_back(subject: Subject, plac
     assert set(event.layers) == {p.layer for p in engine.bundle.model.places}
 
 
-def test_the_way_back_from_anywhere_makes_an_event_that_can_be_read(subject: Subject, place: Place) -> None:
+def test_the_way_back_from_anywhere_makes_an_event_that_can_be_read(subject: Subject, context: Context) -> None:
     """Stored numbers may be any that are finite; their squares need not be."""
     far = torch.full_like(subject.tensors["affine"], 3e38)
     away = replace(subject, tensors={**subject.tensors, "affine": far})
-    (sealed,) = obey(command("reset"), away, place, 1).events
+    (sealed,) = obey(command("reset"), away, context, 1).events
     event = UpdateEvent.model_validate_json(sealed.content)
     assert event.decision == "reset"
     assert min(event.layers.values()) > 1e38
 
 
-def test_rollback_takes_a_snapshot_or_says_why_not(subject: Subject, place: Place) -> None:
-    entry = obey(command("rollback"), subject, place, 1)
+def test_rollback_takes_a_snapshot_or_says_why_not(subject: Subject, context: Context) -> None:
+    entry = obey(command("rollback"), subject, context, 1)
     assert (entry.header.step, entry.events[0].event.decision) == (3, "rolled_back")
     assert torch.equal(entry.tensors["affine"], subject.tensors["affine"] - 0.25)
-    refused = obey(command("rollback", snapshot=2), subject, place, 1)
+    refused = obey(command("rollback", snapshot=2), subject, context, 1)
     assert (refused.tensors, refused.header.step) == (None, 7)
     assert refused.events[0].event.decision == "skipped"
     assert "cannot rollback: stream 'cam' has 1 snapshots" in refused.events[0].event.reason
@@ -123,10 +123,10 @@ changes = st.builds(
 
 @given(said=st.lists(changes, max_size=5))
 def test_policies_lie_over_each_other_and_an_empty_one_takes_them_back(said: list[PolicyChange]) -> None:
-    place = Place({"affine": torch.zeros(2)}, ("affine",), lambda a, b: [{}], Policies(Policy(), {}), "b", "w")
+    context = Context({"affine": torch.zeros(2)}, ("affine",), lambda a, b: [{}], Policies(Policy(), {}), "b", "w")
     header, expected = HEADER, Policy()
     for change in said:
         subject = Subject(header, {"affine": torch.zeros(2)}, lambda back: None)
-        header = obey(command("policy", policy=change), subject, place, 1).header
+        header = obey(command("policy", policy=change), subject, context, 1).header
         expected = change.over(expected) if change != PolicyChange() else Policy()
-        assert place.policies.of(header) == expected
+        assert context.policies.of(header) == expected

@@ -30,7 +30,7 @@ from worker.publish.publisher import Publisher
 from worker.store.store import Claimed, StateStore, Write
 from worker.streams.entry import Entry
 from worker.streams.last_events import events_beside
-from worker.streams.obey import Place, Subject, obey
+from worker.streams.obey import Context, Subject, obey
 from worker.streams.streams import Streams
 
 
@@ -70,9 +70,9 @@ def change(streams: Streams, action: str, tensors=None) -> Entry:
     """What `action` makes of cam, not stored yet."""
     resident = streams.engine.resident("cam")
     own = {name: t.clone() for name, t in streams.engine.tensors("cam").items()}
-    place = Place.of(streams.engine, Policies(Policy(), {}), "w")
+    context = Context.of(streams.engine, Policies(Policy(), {}), "w")
     return obey(
-        Command(stream="cam", action=action), Subject(resident.header, own, lambda back: None), place, resident.token
+        Command(stream="cam", action=action), Subject(resident.header, own, lambda back: None), context, resident.token
     )
 
 

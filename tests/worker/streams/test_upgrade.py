@@ -159,7 +159,7 @@ def test_source_answers_while_the_carried_parameters_are_on_probation(lived, tin
             frames,
             frames=[replace(f, position=Position("frames", 0, 8 * number + i)) for i, f in enumerate(frames.frames)],
         )
-        header = next_header(header, engine.predict([frames]).outlooks[0], applied=True)
+        header = next_header(header, engine.predict([frames]).predictions[0], applied=True)
     assert answers == ["source", "source", "source", "adapted"]
 
 

@@ -16,7 +16,7 @@ from meta.proxies import Observed
 from schemas.bundle import Calibration
 from schemas.prediction import Parameters
 from schemas.state import RunningProxies, StreamHeader
-from worker.engine.passes import Fixed, Outlook, Part
+from worker.engine.passes import BatchPrediction, Fixed, Part
 from worker.guard.answer import named
 from worker.guard.guard import Sight
 
@@ -24,7 +24,7 @@ TOP = 3
 Look = tuple[list[int], float]  # checksums of a micro-batch's frames, and the share of them that is blank
 
 
-def outlooks(
+def batch_predictions(
     bundle: Bundle,
     part: Part,
     frames: Tensor,
@@ -32,7 +32,7 @@ def outlooks(
     observed: list[Observed] | None,
     looks: list[Look],
     source: Tensor | None = None,
-) -> list[Outlook]:
+) -> list[BatchPrediction]:
     """What a pass says of a part's micro-batches, from logits (B, K) of their frames (B, ch, h, w) under the parameters
     that adapt; `source` (n, K): its logits for the part's `shadow`."""
     said = on_cpu(_said(bundle, part, frames, logits, source))
@@ -42,7 +42,7 @@ def outlooks(
         end, step = start + len(batch.frames), _step_of(batch.answer, header)
         shown = observed[row] if observed is not None else None
         found.append(
-            Outlook(
+            BatchPrediction(
                 batch=batch,
                 resident=part.residents[row],
                 parameters=named(batch.answer, header),

@@ -75,7 +75,7 @@ class _Waiting:
         return urgent or now - self.since >= interval
 
 
-class Journal:
+class PendingWrites:
     """Belongs to the worker's loop."""
 
     def __init__(

@@ -30,7 +30,7 @@ from worker.guard.guard import Guard
 from worker.publish.publisher import Publisher
 from worker.step import Step
 from worker.store.store import StateStore
-from worker.streams.journal import Journal
+from worker.streams.pending import PendingWrites
 
 LONG_MS = 60_000
 FRAMES = 5
@@ -38,15 +38,15 @@ EXAMPLES = itertools.count()
 
 
 class Life:
-    """One worker's streams, step and journal, without its loop."""
+    """One worker's streams, step and pending, without its loop."""
 
     def __init__(self, bundle: Bundle, publisher: Publisher, store: StateStore, settings: Store, interval: int) -> None:
         metrics, self.offsets, engine = WorkerMetrics(4), Offsets(), Engine(bundle)
         self.streams = make_streams(engine, store, publisher, settings, metrics=metrics)
-        self.journal = Journal(self.streams, publisher, self.offsets, metrics, interval, lambda: None)
+        self.pending = PendingWrites(self.streams, publisher, self.offsets, metrics, interval, lambda: None)
         guard = Guard(GuardSettings(never_worse=False), bundle.manifest.limits)
         batcher = MicroBatcher(Batch())
-        self._step = Step(self.streams, batcher, guard, publisher, self.journal, metrics, "w", lambda: None, 1)
+        self._step = Step(self.streams, batcher, guard, publisher, self.pending, metrics, "w", lambda: None, 1)
 
     def fold(self, one: MicroBatch) -> list[str]:
         self.streams.ensure([one.stream])
@@ -112,7 +112,7 @@ def test_nothing_leaves_before_it_is_stored(life: Life, store: StateStore, topic
     assert life.offsets.committable() == {("frames", 0): 0}
     assert topic.read_quiet(kafka_settings.topics.updates, lambda records: False, 1) == []
     assert len(topic.read(kafka_settings.topics.predictions, lambda rs: len(rs) == 3 * FRAMES)) == 3 * FRAMES
-    assert life.journal.flush() == []
+    assert life.pending.flush() == []
     header = decode_header(store.read("a").header or b"")
     assert header.frames == 3 * FRAMES
     assert life.offsets.committable() == {("frames", 0): 3 * FRAMES}
@@ -123,11 +123,11 @@ def test_nothing_leaves_before_it_is_stored(life: Life, store: StateStore, topic
 def test_events_of_many_bytes_do_not_wait(life: Life, store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next owner reads so many of them and no more."""
     life.fold(nth(0, "a"))
-    life.journal.flush_due()
+    life.pending.flush_due()
     assert store.read("a").header is None
-    monkeypatch.setattr("worker.streams.journal.MOST_EVENT_BYTES", 1_000)
+    monkeypatch.setattr("worker.streams.pending.MOST_EVENT_BYTES", 1_000)
     life.fold(nth(1, "a"))
-    life.journal.flush_due()
+    life.pending.flush_due()
     assert decode_header(store.read("a").header or b"").frames == 2 * FRAMES
 
 
@@ -149,7 +149,7 @@ def test_a_snapshot_does_not_wait_for_later_tensors(
 
 
 def test_of_one_stream_only_so_many_events_wait(life: Life, store: StateStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.streams.journal.MOST_EVENTS", 3)
+    monkeypatch.setattr("worker.streams.pending.MOST_EVENTS", 3)
     for number, frames in enumerate((0, 0, 3, 3, 3, 6)):
         life.fold(nth(number, "a"))
         stored = store.read("a").header
@@ -167,12 +167,12 @@ def test_what_two_workers_want_does_not_wait(life: Life, store: StateStore) -> N
 def test_what_was_begun_before_a_stream_went_is_void_once_it_is_back(life: Life, store: StateStore) -> None:
     life.fold(nth(0, "a"))
     life.streams.release(["a"])
-    assert life.journal.flush(["a"]) == []
+    assert life.pending.flush(["a"]) == []
     assert store.read("a").header is None
     life.fold(nth(0, "a"))
     life.streams.release(["a"])
     life.fold(nth(0, "a"))
-    assert life.journal.flush() == []
+    assert life.pending.flush() == []
     header = decode_header(store.read("a").header or b"")
     assert (header.frames, header.events) == (FRAMES, 1)
 
@@ -183,7 +183,7 @@ def test_of_what_cannot_be_stored_only_the_offsets_are_left(
     client.set(store.keys("a")[0], "something else")
     life.fold(replace(nth(0, "a"), adapt=False, hurried=True, answer="source"))
     life.fold(nth(1, "b"))
-    assert life.journal.flush() == []
+    assert life.pending.flush() == []
     assert life.offsets.committable() == {("frames", 0): 2 * FRAMES}
     events = topic.read(kafka_settings.topics.updates, lambda records: len(records) == 1)
     assert [UpdateEvent.model_validate_json(record.value).stream for record in events] == ["b"]
@@ -193,7 +193,7 @@ def test_what_another_claims_is_given_up(life: Life, store: StateStore) -> None:
     life.fold(nth(0, "a"))
     life.fold(nth(0, "b"))
     store.claim(["a"], "another")
-    assert life.journal.flush() == ["a"]
+    assert life.pending.flush() == ["a"]
     assert store.read("a").header is None
     assert decode_header(store.read("b").header or b"").frames == FRAMES
 
@@ -213,7 +213,7 @@ def test_a_crash_repeats_what_was_not_written(
             done += 1
             goal = max(goal, done)
         elif action == "flush":
-            life.journal.flush()
+            life.pending.flush()
         else:
             life.end()
             life = Life(tiny_bundle, publisher, store, store_settings, LONG_MS)
@@ -222,7 +222,7 @@ def test_a_crash_repeats_what_was_not_written(
     while done < goal:
         life.fold(nth(done, stream))
         done += 1
-    life.journal.flush()
+    life.pending.flush()
     life.end()
     if not goal:
         return
@@ -273,14 +273,14 @@ def test_many_are_written_in_pieces(
         happened.append("alive")
         life.streams.release([streams[-1]])
 
-    monkeypatch.setattr(life.journal, "_keep_alive", one_goes)
-    monkeypatch.setattr("worker.streams.journal.PIECE_STREAMS", 3)
-    monkeypatch.setattr("worker.streams.journal.ALIVE_S", -1.0)
+    monkeypatch.setattr(life.pending, "_keep_alive", one_goes)
+    monkeypatch.setattr("worker.streams.pending.PIECE_STREAMS", 3)
+    monkeypatch.setattr("worker.streams.pending.ALIVE_S", -1.0)
     store.claim([streams[1], streams[4]], "another")
-    assert life.journal.flush() == [streams[1], streams[4]]
+    assert life.pending.flush() == [streams[1], streams[4]]
     assert happened == [3, "alive", 3, "alive", 1]
     assert [store.read(s).header is not None for s in streams] == [i not in {1, 4, 7} for i in range(8)]
-    assert life.journal.flush() == []
+    assert life.pending.flush() == []
 
 
 def test_predictions_are_acknowledged_before_a_position_moves_past_their_frames(
@@ -289,7 +289,7 @@ def test_predictions_are_acknowledged_before_a_position_moves_past_their_frames(
     life.fold(nth(0, "a"))
     settle = publisher.settle
     monkeypatch.setattr(publisher, "settle", lambda alive: happened.append("acknowledged") or settle(alive))
-    assert life.journal.flush() == []
+    assert life.pending.flush() == []
     assert happened == ["acknowledged", 1]
 
 
@@ -297,8 +297,8 @@ def test_large_states_are_written_in_smaller_pieces(
     life: Life, happened: list[int | str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     each_once(life, 3)
-    monkeypatch.setattr("worker.streams.journal.PIECE_BYTES", life.streams.engine.state_bytes - 1)
-    monkeypatch.setattr(life.journal, "_keep_alive", lambda: happened.append("alive"))
-    assert life.journal.flush([f"silent-{i}" for i in range(9)]) == []
-    assert life.journal.flush() == []
+    monkeypatch.setattr("worker.streams.pending.PIECE_BYTES", life.streams.engine.state_bytes - 1)
+    monkeypatch.setattr(life.pending, "_keep_alive", lambda: happened.append("alive"))
+    assert life.pending.flush([f"silent-{i}" for i in range(9)]) == []
+    assert life.pending.flush() == []
     assert happened == [1, 1, 1]  # They took no second.

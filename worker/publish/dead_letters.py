@@ -14,18 +14,18 @@ from worker.consume.offsets import Partition
 from worker.kafka.records import bytes_of
 from worker.publish.publisher import Publisher
 
-Bad = tuple[Any, FrameError]  # a record, and why it is no frame
+BadRecord = tuple[Any, FrameError]  # a record, and why it is no frame
 MAX_BYTES = 16 << 20  # of records that wait, above which no more are to be taken in
 OVERHEAD = 1_000  # bytes of a record beside what is in it
 
 
-class Letters:
+class DeadLetters:
     """Sends what it is given, in order, by a publisher that is nobody else's. Belongs to the worker's loop."""
 
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
-        self._waiting: list[Bad] = []
-        self._under_way: list[Bad] = []
+        self._waiting: list[BadRecord] = []
+        self._under_way: list[BadRecord] = []
         self._sent: Future[None] | None = None
         self._bytes = 0
 
@@ -34,13 +34,13 @@ class Letters:
         """Whether so much waits that no more should be taken in."""
         return self._bytes > MAX_BYTES
 
-    def send(self, bad: list[Bad]) -> None:
+    def send(self, bad: list[BadRecord]) -> None:
         """Returns at once."""
         self._waiting += bad
         self._bytes += _size(bad)
         self._begin()
 
-    def arrived(self, patience_s: float = 0.0) -> list[Position]:
+    def delivered(self, patience_s: float = 0.0) -> list[Position]:
         """Records that are in their topic, or given up, since the last call; with patience, after a wait for all.
 
         Raises UnreachableError where the broker is away and the worker is to stop.
@@ -81,7 +81,7 @@ class Letters:
             send = partial(self._deliver, self._under_way, self._sent)
             threading.Thread(target=send, name="letters", daemon=True).start()
 
-    def _deliver(self, bad: list[Bad], sent: Future[None]) -> None:
+    def _deliver(self, bad: list[BadRecord], sent: Future[None]) -> None:
         try:
             for record, error in bad:
                 self._publisher.dead_letter(record, error)
@@ -92,6 +92,6 @@ class Letters:
             sent.set_result(None)
 
 
-def _size(bad: list[Bad]) -> int:
+def _size(bad: list[BadRecord]) -> int:
     """Bytes that records and their messages take."""
     return sum(OVERHEAD + bytes_of(record) for record, _ in bad)
