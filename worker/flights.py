@@ -1,4 +1,4 @@
-"""The steps whose passes are under way: which begin, in which thread, and when they are finished."""
+"""The steps under way: which passes begin, in which thread, and when their steps are finished."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from schemas.config import WorkerConfig
 from worker.parts import Parts
 from worker.step import Flight
 
-GLANCE_S = 0.01  # between looks at the rest of the loop while passes run
-LATELY_S = 10.0  # for which the largest pass tells what the next ones take
+GLANCE_S = 0.01  # the longest wait for a pass before the loop does its other work
+LATELY_S = 10.0  # how long the largest pass is taken as the measure of the next ones
 HUNG_AFTER_S = 600.0  # no pass takes so long
-HERE_S = 0.25  # of processor time, of a pass in the loop's own thread; the loop stands still meanwhile
+HERE_S = 0.25  # the longest pass, in processor time, that may run in the loop's own thread, which stands still for it
 
 
 class Flights:
-    """Up to `threads` passes at a time, each in a thread; of a single lane short ones run in the caller's, the worker's
-    loop, to which this belongs."""
+    """Up to `threads` passes at a time, each in a thread. With a single thread, short passes run in the worker's loop
+    itself. Belongs to the loop."""
 
     def __init__(
         self, config: WorkerConfig, parts: Parts, metrics: WorkerMetrics, threads: int, stop: threading.Event
@@ -34,8 +34,8 @@ class Flights:
         self._full = config.batch.max_pass - config.batch.max_batch  # frames above which no further micro-batch fits
         self._alone = threads == 1 and config.device == "cpu"
         self._under_way: list[Flight] = []
-        self._span, self._frames = math.inf, 1  # of the largest pass lately: processor time, and how many frames it had
-        self._measured = self._ended = 0.0  # when that one ended, and the last
+        self._span, self._frames = math.inf, 1  # processor time and frames of the largest pass lately
+        self._measured = self._ended = 0.0  # when that pass ended, and when the newest one did
 
     def __bool__(self) -> bool:
         return bool(self._under_way)
@@ -47,7 +47,7 @@ class Flights:
 
     @property
     def hang(self) -> bool:
-        """Whether a thread has been at a pass for longer than any takes: on a device that does not answer, say."""
+        """Whether a pass in a thread takes longer than any does, as on a device that does not answer."""
         passes = (flight for flight in self._under_way if not (flight.here or flight.adapted.done()))
         return any(time.monotonic() - flight.started > HUNG_AFTER_S for flight in passes)
 
@@ -55,25 +55,27 @@ class Flights:
     def here(self) -> bool:
         """Whether passes run in the loop's own thread for now.
 
-        Of two threads that compute, each waits for the interpreter most of the time. Long passes hardly need it, and
-        would hold up the loop; nor does the loop wait for a GPU.
+        Two threads that compute wait for each other's interpreter lock most of the time. Long passes hardly need the
+        lock, and would hold up the loop; and the loop must not wait for a GPU.
         """
         return self._alone and self._span < HERE_S
 
     @property
     def takes_in(self) -> bool:
-        """Whether the next pass waits for what came during the last one to be decoded; as long as a pass computes."""
+        """Whether the next pass waits until frames that came during the last one are decoded, which fills it better.
+        It waits at most as long as a pass takes."""
         return self.here and self._parts.decoding.busy and time.monotonic() < self._ended + self._span
 
     def begin(self) -> None:
-        """Begin passes of what is due, as many as there are threads for, and a full one that waits for the next thread;
-        a stream is in one at a time. In the loop's own thread, a second one where the first was full.
+        """Begin passes of what is due, one for every idle thread; a full one may also wait for the next idle thread.
+        In the loop's own thread a second one begins where the first was full.
 
-        A small pass that waited for a thread would cost more a frame than the larger one that could begin in its place.
+        A pass that is not full does not wait for a thread: more frames may come until there is one, and a larger pass
+        costs less per frame.
         """
         parts = self._parts
         while (idle := self.threads - sum(not flight.adapted.done() for flight in self._under_way)) >= 0:
-            parts.intake.drop_late(parts.batcher)  # again, after a pass here
+            parts.intake.drop_late(parts.batcher)  # In every round: a pass in this thread takes time.
             busy, here = self.streams | parts.control.due, self.here and not self._thread_busy
             least = 1 if idle or here else self._most
             predicts_only = partial(parts.scheduler.predicts_only, now=time.time())
@@ -91,10 +93,10 @@ class Flights:
                     return
 
     def move_on(self, others: Sequence[Future[Any]]) -> Iterator[tuple[list[str], float]]:
-        """Wait a moment for passes or `others`, or compute the updates of passes in this thread; publish what is
+        """Wait a moment for passes or `others`, unless updates are to be computed in this thread. Publish what is
         predicted, finish what is adapted.
 
-        Of each finished step: streams that another worker has claimed, and how many seconds ago it began.
+        Yields for each finished step the streams that another worker has claimed, and how many seconds ago it began.
         """
         if not self._updates_due:
             wait_for([*(flight.next for flight in self._under_way), *others], GLANCE_S, FIRST_COMPLETED)
@@ -114,20 +116,20 @@ class Flights:
 
     @property
     def _thread_busy(self) -> bool:
-        """Whether a thread is at a pass."""
+        """Whether a pass runs in a thread."""
         return any(not (flight.here or flight.adapted.done()) for flight in self._under_way)
 
     @property
     def _updates_due(self) -> bool:
-        """Whether a pass here is still to make its updates."""
+        """Whether a pass in this thread has predicted and is still to compute its updates."""
         return any(flight.here and not flight.adapted.done() for flight in self._under_way)
 
     def _expected(self, frames: int) -> float:
-        """Seconds of a pass of so many frames, at most: a part of what one takes does not grow with them."""
+        """An upper bound of a pass's seconds, in proportion to its frames: some of the cost does not grow with them."""
         return self._span * max(1.0, frames / self._frames)
 
     def _took(self, flight: Flight) -> None:
-        # In this order: where a thread's forward has failed nobody says so but `adapted`.
+        # In this order: where a forward in a thread has failed, `adapted` has the error and `predicted` never ends.
         (_, adapted), (passed, predicted) = flight.adapted.result(), flight.predicted.result()
         frames = sum(len(prediction.batch.frames) for prediction in passed.predictions)
         span, self._ended = predicted.processor + adapted.processor, adapted.done

@@ -1,5 +1,5 @@
-"""From Kafka records to decoded frames: what is bad goes to the dead letters, what is folded already or comes too late
-is passed over."""
+"""From Kafka records to decoded frames. Bad records become dead letters; frames that are folded in already, or are too
+late, are passed over."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ IsFolded = Callable[[Frame], bool]
 
 
 class Intake:
-    """Validates; every record is returned decoded, dead-lettered, or passed over: folded in already, or too late."""
+    """Validates records and has them decoded. What is dead-lettered or passed over is finished for `Offsets` here; no
+    offset behind it can be committed before."""
 
     def __init__(
         self,
@@ -44,14 +45,14 @@ class Intake:
         self._lines = LineLimit()
 
     def hand_over(self, load: Load, is_folded: IsFolded) -> None:
-        """Have decoded what there are threads for. Offsets know of the records.
+        """Give the decoding threads what they have room for.
 
-        `load` makes streams resident; `is_folded` raises FrameError for a frame of one that may not begin.
+        `load` makes streams resident. `is_folded` raises FrameError for a frame of a new stream that has no room.
         """
         self._decoding.hand_over(partial(self._prepare, load, is_folded))
 
     def take(self) -> tuple[list[DecodedFrame], list[BadRecord]]:
-        """Decoded frames, of each stream in order; and records that cannot become any, to be buried."""
+        """Decoded frames, those of each stream in order; and bad records, which are to become dead letters."""
         frames: list[DecodedFrame] = []
         bad: list[BadRecord] = []
         for arrival in self._decoding.take():
@@ -62,7 +63,7 @@ class Intake:
         return frames, bad
 
     def drop_late(self, batcher: MicroBatcher) -> None:
-        """Give up frames that have become too late while they waited for their pass (`batch.drop_late`)."""
+        """Drop frames that have become too late while they waited for their pass (`batch.drop_late`)."""
         if self._lateness.drops:
             now = time.time()
             late = batcher.expire(lambda frame: self._lateness.dropped(frame.sent, frame.received, now))
@@ -70,7 +71,8 @@ class Intake:
             self._offsets.finished(frame.position for frame in late)
 
     def dead_letter(self, bad: list[BadRecord], patience_s: float = 0.0) -> None:
-        """To the dead letters. Records whose letter is there are finished; with patience, after a wait for all."""
+        """Send records to the dead-letter topic. Those that have arrived there, now or of earlier calls, are finished.
+        With `patience_s` it is waited until all have."""
         self._sum_up()
         for record, error in bad:
             if self._lines.one_more(error.kind):
@@ -80,7 +82,7 @@ class Intake:
         self._offsets.finished(self._dead_letters.delivered(patience_s))
 
     def _sum_up(self) -> None:
-        """Say of how many dead letters there was no line."""
+        """Log how many dead letters had no line of their own."""
         for kind, more in self._lines.left_out():
             text = "%d more frames became dead letters of class %s since then, without a line each"
             log.warning(text, more, kind, extra={"kind": kind})
@@ -93,7 +95,7 @@ class Intake:
             except FrameError as error:
                 self._decoding.finish(arrival, error)
         load([arrival.frame.stream for arrival in arrivals if arrival.frame])
-        # Some may have been dropped with their partition while the store was waited for.
+        # While `load` waited for the store, partitions may have been taken away: their arrivals have no frame any more.
         again = [arrival for arrival in arrivals if arrival.frame and self._is_again(arrival, is_folded)]
         self._metrics.frames_again.inc(len(again))
         self._pass_over(again)
@@ -134,6 +136,6 @@ class Intake:
 
 
 def _about(record: Any, error: FrameError) -> dict[str, str]:
-    """What a log line of a record can be found by."""
+    """The fields by which the log line of a record can be found."""
     stream = (record.key or b"")[:200].decode("utf-8", "replace")
     return {"kind": error.kind, "frame": str(Position.of(record)), "stream": stream}

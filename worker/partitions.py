@@ -1,4 +1,4 @@
-"""In which partitions streams were met: what is forgotten with one that goes, and what is read again."""
+"""Which streams came from which partition: what is forgotten when a partition goes, and what is read again then."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ class Partitions:
     """Keeps what is in memory in step with the partitions that the broker has given this worker."""
 
     def __init__(self, parts: Parts, max_streams: int) -> None:
-        """`max_streams` of the store, for what is said of a stream that may not begin."""
+        """`max_streams`: the store's limit, for the error of a new stream that it has no room for."""
         self._consumer, self._decoding, self._dead_letters = parts.consumer, parts.decoding, parts.dead_letters
         self._batcher, self._streams, self._control = parts.batcher, parts.streams, parts.control
         self._max_streams = max_streams
-        self._of: dict[str, set[Partition]] = {}
+        self._partitions_of: dict[str, set[Partition]] = {}
         self._beyond: dict[Partition, set[int]] = {}
 
     def load(self, streams: list[str]) -> None:
         """Make streams resident."""
-        self._control.met(self._streams.ensure(streams))
+        self._control.loaded(self._streams.ensure(streams))
 
     def is_folded(self, frame: Frame) -> bool:
-        """Whether a frame is in its stream's state already. Raises FrameError where the stream may not begin."""
+        """Whether a frame is in its stream's state already. Raises FrameError for a new stream that has no room."""
         engine = self._streams.engine
         if frame.stream not in engine:
             raise _no_room(self._max_streams)
         where = (frame.position.topic, frame.position.partition)
-        self._of.setdefault(frame.stream, set()).add(where)
+        self._partitions_of.setdefault(frame.stream, set()).add(where)
         header = engine.resident(frame.stream).header
         if not header.has_folded(frame.position):
             return False
@@ -45,50 +45,53 @@ class Partitions:
         return False
 
     def doubt(self) -> None:
-        """Streams claim to have folded more than their partition's log has: none of its frames was folded in, unless
-        these streams are found to be wrong."""
+        """Have partitions read again, and compared with the store, whose log ends before the position of a stream.
+
+        Either the log is another one, of which nothing was folded in yet, or the stream's position is wrong.
+        """
         while self._beyond:
             partition, folded = self._beyond.popitem()
             self._consumer.doubt(partition, folded)
             self.drop(partition)
 
     def drop(self, partition: Partition) -> set[Partition]:
-        """Forget a partition: whoever has it now reads again what was not finished.
+        """Forget a partition and its streams. Whoever has it now reads again what was not finished.
 
-        A stream that has moved goes with every partition in which it was met; what is ours of these is read again.
-        Returns all of these.
+        A stream that moved between partitions has frames in several, and their order would be lost if the others
+        went on. So these are dropped too, and read again where they are still ours. Returns all dropped partitions.
         """
         self._decoding.drop(partition)
         self._dead_letters.drop(partition)
-        streams = [stream for stream, where in self._of.items() if partition in where]
+        streams = [stream for stream, where in self._partitions_of.items() if partition in where]
         self._batcher.drop(streams)
         self._streams.release(streams)
         dropped = {partition}
-        for other in {other for stream in streams for other in self._of.pop(stream)} - dropped:
+        for other in {other for stream in streams for other in self._partitions_of.pop(stream)} - dropped:
             self._consumer.rewind(other)
             dropped |= self.drop(other)
         return dropped
 
     def rewind(self, fenced: list[str]) -> None:
-        """Streams of ours must be claimed again, mostly as another worker has them. Read their partitions again: the
-        broker decides whose they are."""
-        self._streams.contest(stream for stream in fenced if stream in self._of)
-        for partition in {p for stream in fenced for p in self._of.get(stream, ())}:
+        """Read the partitions of these streams again, which claims the streams again: another worker has claimed them.
+        The broker decides whose partitions they are."""
+        self._streams.contest(stream for stream in fenced if stream in self._partitions_of)
+        for partition in {p for stream in fenced for p in self._partitions_of.get(stream, ())}:
             log.warning("streams of partition %d must be claimed again; reading it again", partition[1])
             self._consumer.rewind(partition)
             self.drop(partition)
 
     def begin_again(self) -> None:
-        """A store that was away may have lost its last second: compare every partition and claim every stream anew."""
+        """After a new connection to the store, which may have lost its last writes: read every partition again. That
+        compares the partition's mark and claims its streams anew."""
         for partition in self._consumer.assignment():
             self._consumer.rewind(partition)
             self.drop(partition)
 
     def forget(self, streams: Iterable[str]) -> None:
-        """Streams that made room. All that is known of them is stored: they need not be read again with a partition
-        that goes."""
+        """Streams that were removed from memory to make room. The store has all of them, so that their other partitions
+        need not be read again when one goes."""
         for stream in streams:
-            self._of.pop(stream, None)
+            self._partitions_of.pop(stream, None)
 
 
 def _no_room(most: int) -> FrameError:

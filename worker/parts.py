@@ -1,4 +1,4 @@
-"""What a worker's loop moves, connected once at the start, with broker and store within reach."""
+"""The parts of a worker, constructed and connected once at the start, when broker and store have answered."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DEAD_LETTERS_PATIENCE_S = 5.0  # of a worker that stops
 
 @dataclass(frozen=True)
 class Parts:
-    """In the order of a frame's way through them, but for the store and the topic of commands."""
+    """In the order in which a frame passes through them; then what all of them use."""
 
     consumer: FrameConsumer
     offsets: Offsets
@@ -65,7 +65,7 @@ class Parts:
     dead_letters: DeadLetters
 
     def close(self) -> None:
-        """Let go of everything, whatever part of it fails."""
+        """Close everything, whatever part of it fails. The group is left last, after the offsets are committed."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.decoding.close)
             stack.callback(self.step.close)
@@ -75,9 +75,9 @@ class Parts:
             stack.callback(self.commands.close)
             stack.callback(self.consumer.close)
             stack.callback(self.consumer.commit, now=True)
-            with contextlib.suppress(UnreachableError):  # The next owner publishes the last events again.
+            with contextlib.suppress(UnreachableError):  # The streams' next owner publishes the last events again.
                 self.publisher.settle(lambda: None)
-            with contextlib.suppress(UnreachableError):  # It sends again what did not arrive.
+            with contextlib.suppress(UnreachableError):  # The partition's next owner sends the missing ones again.
                 self.intake.dead_letter([], DEAD_LETTERS_PATIENCE_S)
 
 
@@ -91,8 +91,8 @@ def connect(
     retry: StoreRetry,
     keep_alive: Callable[[], object],
 ) -> Parts:
-    """Wait for broker and store, and make the parts. `threads` passes run at a time. Raises UnreachableError, or
-    ConfigError where a topic is missing or a login refused.
+    """Wait for broker and store, and construct the parts. `threads` passes run at a time. Raises UnreachableError, or
+    ConfigError where a topic is missing or a login is refused.
 
     Parts that wait for the broker call `keep_alive`, and those that wait for the store use `retry`, which calls it too.
     It polls, so that the worker stays in its group. The broker may take partitions away in that poll: streams that were
@@ -138,26 +138,26 @@ def connect(
     if not commands.caught_up.wait(COMMANDS_PATIENCE_S):
         log.warning("topic %s is not read to its end yet; commands come later", config.kafka.topics.commands)
     return Parts(
-        consumer,
-        offsets,
-        decoding,
-        Intake(config.frames, lateness, decoding, offsets, dead_letters, metrics),
-        lateness,
-        batcher,
-        Scheduler(lateness, config.batch.max_batch, adapt, policies, engine, metrics),
-        streams,
-        step,
-        publisher,
-        pending,
-        store,
-        commands,
-        control,
-        dead_letters,
+        consumer=consumer,
+        offsets=offsets,
+        decoding=decoding,
+        intake=Intake(config.frames, lateness, decoding, offsets, dead_letters, metrics),
+        lateness=lateness,
+        batcher=batcher,
+        scheduler=Scheduler(lateness, config.batch.max_batch, adapt, policies, engine, metrics),
+        streams=streams,
+        step=step,
+        publisher=publisher,
+        pending=pending,
+        store=store,
+        commands=commands,
+        control=control,
+        dead_letters=dead_letters,
     )
 
 
 def _within_reach(config: WorkerConfig, metrics: WorkerMetrics, stop: threading.Event) -> StateStore:
-    """Wait for the store, which it returns, and for the broker with its topics."""
+    """The store, once it has answered, and the broker with its topics as well."""
     store = StateStore(config.store)
     metrics.store_answered.set(0)
     until_reached(store.ping, f"the store at {config.store.address}", config.store.connect_timeout_s, stop)

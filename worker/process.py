@@ -1,4 +1,4 @@
-"""A worker's process: its version, memory that stays, short pauses, quick turns of the interpreter."""
+"""Settings of a worker's process: memory, garbage collection, the interpreter lock; and its version."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SWITCH_S = 0.001
 def keep_freed_memory() -> None:
     """Have glibc keep what a pass frees for the next pass.
 
-    By default activations go back to the kernel after each pass and come again as page faults: a fifth of a pass's
-    processor time. Where the C library is another one, nothing happens.
+    By default activations go back to the kernel after each pass and come back as page faults, which costs a fifth of a
+    pass's processor time. With another C library nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -25,25 +25,25 @@ def keep_freed_memory() -> None:
 
 
 def spare_collections() -> None:
-    """Leave all that is there now out of garbage collections, for as long as the process lives.
+    """Exclude all objects that exist now from garbage collection, for as long as the process lives.
 
-    Torch alone has 300,000 objects. To go over them stops all threads, passes too, for a sixth of a second and more.
+    Torch alone has 300,000 objects. A collection that visits them stops all threads for a sixth of a second or more.
     """
     gc.collect()
     gc.freeze()
 
 
 def switch_often() -> None:
-    """Have the interpreter change hands within a millisecond.
+    """Have threads give up the interpreter lock after a millisecond.
 
-    Between two operations of torch a pass needs it for some microseconds. With Python's own 5 ms it waits longer for it
-    than the next operation takes, whenever the loop computes.
+    A pass needs the lock for some microseconds between two operations of torch. With Python's default of 5 ms it waits
+    longer for the lock than the next operation takes, whenever the loop computes.
     """
     sys.setswitchinterval(SWITCH_S)
 
 
 def installed_version() -> str:
-    """The distribution's version; `unknown` where it was not installed but copied."""
+    """The distribution's version; `unknown` where the code was copied and not installed."""
     try:
         return version("driftkeel")
     except PackageNotFoundError:

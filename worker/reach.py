@@ -1,5 +1,5 @@
-"""Whether broker and store answer, and the broker takes what is published, watched by a thread of its own: the loop may
-wait for either, or have no frames."""
+"""Whether broker and store answer, and whether the broker takes what is published. A thread of its own watches that,
+because the loop may be waiting for either, or have no frames."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from worker.store.store import StateStore
 
 log = logging.getLogger("driftkeel.reach")
 LOOK_S = 2.0
-# A broker that answers nothing for so long is away; an idle worker's asks many times in between. One that answers, and
-# for so long takes no record, refuses them: a worker that cannot publish stores and commits nothing.
+# A broker that answers nothing for so long is away: even an idle worker's client asks many times in between. A broker
+# that answers, and takes no record for so long, refuses them; a worker that cannot publish stores and commits nothing.
 SILENT_S = 30.0
 
 
 class Reach:
-    """Sets when each last answered in the metrics, and says so in the log where the broker does not, or takes nothing.
+    """Sets the metrics of when each last answered, and logs that the broker is away or takes nothing.
 
-    Nobody else would: the client's calls find nothing to read while it tries again.
+    Nobody else would notice: the client retries by itself, and its calls look as if there was nothing to read.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class Reach:
         untaken: Callable[[], tuple[float, str]],
         store_serves: Callable[[], bool],
     ) -> None:
-        """`broker_answered`: when, in monotonic seconds; `untaken`: for how long the broker has not taken what is
-        published, and why; `store_serves`: whether it did what the loop last asked for. They are called from other
-        threads."""
+        """`broker_answered`: when it last did, in monotonic seconds. `untaken`: for how long the broker has not taken
+        what is published, and why. `store_serves`: whether the loop's last call of the store succeeded. All three are
+        called from other threads."""
         self._bootstrap, self._address, self._metrics = config.kafka.bootstrap, config.store.address, metrics
         self._broker_answered, self._untaken, self._store_serves = broker_answered, untaken, store_serves
         self._store = StateStore(config.store)
@@ -56,7 +56,7 @@ class Reach:
         return [text for text in (away or self._refusal(), store) if text]
 
     def close(self) -> None:
-        """Stop looking; a call to a store that hangs is not waited for."""
+        """Stop watching. A call of a store that hangs is waited for no longer than a second."""
         self._done.set()
         self._thread.join(timeout=1)
 
@@ -65,7 +65,7 @@ class Reach:
         return time.monotonic() - self._broker_answered()
 
     def _refusal(self) -> str:
-        """What is wrong with a broker that does not take what is published; empty where it does."""
+        """What is wrong where the broker does not take what is published; empty where it does."""
         seconds, reason = self._untaken()
         if seconds < SILENT_S:
             return ""

@@ -44,8 +44,8 @@ class Worker:
     def __init__(self, config: WorkerConfig, stop: threading.Event) -> None:
         self._stop = stop
         keep_freed_memory()
-        # A pass per thread rather than all threads in one pass: small layers gain little from being divided. More than
-        # two passes would only wait for the interpreter; more workers is the way to use more processors.
+        # Several passes with a thread each, rather than one pass that uses all threads: small layers gain little from
+        # being divided. More than two would only wait for the interpreter lock; more workers use more processors.
         threads = config.threads or min(2, torch.get_num_threads())
         torch.set_num_threads(1)
         check_checksum_speed()
@@ -104,16 +104,16 @@ class Worker:
             ) from error
 
     def alive(self) -> bool:
-        """Whether the loop has turned lately, and no pass hangs."""
+        """Whether the loop has turned lately and no pass hangs."""
         return time.monotonic() - self._progress < STUCK_AFTER_S
 
     def unready(self) -> str:
-        """Why the worker is not ready; empty where it is: in its group, it reads each of its partitions, broker and
-        store answer, and the broker takes what is published.
+        """Why the worker is not ready; empty where it is. A ready worker is in its group and reads all of its
+        partitions, broker and store answer, and the broker takes what is published.
 
-        One without partitions is: it takes over as soon as another goes, and a rollout must not wait for it for ever.
+        A worker without partitions is ready, too: it is a spare, for which a rollout must not wait for ever.
         """
-        if not self._joined:  # Probes come from the start on, when there is nothing yet to ask further.
+        if not self._joined:  # Probes may come before the parts, which are asked below, are constructed.
             return f"not in group {self.config.kafka.group} yet"
         trouble = self._reach.trouble()
         if not (trouble or self._retry.answers):
@@ -129,7 +129,7 @@ class Worker:
         return "; ".join(trouble)
 
     def run(self) -> None:
-        """Turn the loop until told to stop, then finish the step in hand, commit and leave the group."""
+        """Turn the loop until told to stop; then finish the steps under way, commit, and leave the group."""
         try:
             while not self._stop.is_set():
                 self._turn()
@@ -139,13 +139,13 @@ class Worker:
         except UnreachableError as error:
             if not self._stop.is_set():
                 raise
-            # Nothing is lost: what is not committed is read again.
+            # Nothing is lost: what is not committed will be read again.
             log.warning("stopped without waiting any longer: %s", error)
         finally:
             self._close()
 
     def _turn(self) -> None:
-        """Move on what is under way, take up what is decoded, begin what is due, and look for more."""
+        """Move steps under way on, take up what is decoded, begin passes of what is due, and poll for more."""
         self._move_on(self._decoding.running)
         self._take_up()
         self._obey()
@@ -171,13 +171,13 @@ class Worker:
         self._partitions.doubt()
 
     def _take_up(self) -> None:
-        """Frames that are decoded wait for their pass from now on."""
+        """Hand decoded frames to the batcher, and bad records to the dead letters."""
         frames, bad = self._intake.take()
         self._batcher.add(frames)
         self._intake.dead_letter(bad)
 
     def _obey(self) -> None:
-        """Commands that have come, to streams that are in no step."""
+        """Have streams obey commands, except those that are in a step."""
         self._control.listen()
         if fenced := self._control.run(self._flights.streams):
             self._partitions.rewind(fenced)
@@ -187,22 +187,24 @@ class Worker:
             self._give_way(fenced, span)
 
     def _give_way(self, fenced: list[str], span: float = 0.0) -> None:
-        """Another worker has claimed these streams; `span` is how long the step took that found out."""
+        """Another worker has claimed these streams. `span`: how long the step took whose write was refused."""
         if fenced:
             self._partitions.rewind(fenced)
-            # Two workers with frames of one stream (it moved) would refuse each other for ever in lockstep.
-            # A step that waited for the store is no measure: the loop must not stand still as long again.
+            # Two workers that both have frames of a stream (it moved) would take it from each other in lockstep, and
+            # neither ever write. So wait at random, up to two steps; but no longer than LONGEST_PAUSE_S, because this
+            # step may have waited for the store, and the loop stands still meanwhile.
             span += self.config.batch.max_wait_ms / 1000
             self._stop.wait(random.uniform(0, min(2 * span, LONGEST_PAUSE_S)))  # noqa: S311
 
     def _trim(self) -> None:
+        """Remove the least recently used streams from memory where there are too many, once they are stored."""
         if self._streams.crowded:
             self._give_way(self._pending.flush())
             busy = self._batcher.streams | self._decoding.streams | self._flights.streams
             self._partitions.forget(self._streams.trim(busy))
 
     def _show_progress(self) -> None:
-        """The loop is no standstill, whatever it waits for; but for a pass that hangs."""
+        """The worker counts as alive whatever the loop waits for, unless a pass hangs."""
         hung, self._hung = self._hung, self._flights.hang
         if not self._hung:
             self._progress = time.monotonic()
@@ -220,14 +222,15 @@ class Worker:
             self.metrics.set_lag(self._consumer.lag())
 
     def _keep_alive(self) -> None:
-        """Keep the group membership while the loop waits for something else; lag grows meanwhile."""
+        """What the loop does while a part waits for broker or store: stay in the consumer group, and take over nothing.
+        Partitions may be taken away in this poll, and with them streams that the waiting part is about to use."""
         self._show_progress()
         self._consumer.pause(True)
         self._polling.receive(0.05)
 
     def _close(self) -> None:
-        """Let go of everything, whatever part of it fails. Nor is a broker that is away waited for after an error."""
-        self._stop.set()
+        """Close everything, whatever part of it fails."""
+        self._stop.set()  # Also after an error: nothing below must wait for a broker that is away.
         with contextlib.ExitStack() as stack:
             stack.callback(log.info, "worker %s stopped", self.config.worker)
             stack.callback(self._server.close)
@@ -238,7 +241,8 @@ class Worker:
 
 
 def _fitted(config: WorkerConfig, bundle: Bundle, threads: int) -> WorkerConfig:
-    """With micro-batches as there is memory for, and as the method had best learn from."""
+    """The configuration with as many buffered frames as fit into memory, and micro-batches no larger than the method
+    gains from."""
     preprocess = bundle.manifest.preprocess
     frame_bytes = preprocess.channels * preprocess.height * preprocess.width
     room = within_memory(config.batch, frame_bytes, threads)
@@ -249,7 +253,7 @@ def _fitted(config: WorkerConfig, bundle: Bundle, threads: int) -> WorkerConfig:
 
 
 def _metrics(config: WorkerConfig, bundle: Bundle) -> WorkerMetrics:
-    """What is known before the first frame."""
+    """The worker's metrics, with what is known before the first frame."""
     metrics = WorkerMetrics(config.metrics.max_stream_labels, config.metrics.silent_after_s)
     about = {"version": installed_version(), "bundle": bundle.hash, "worker": config.worker}
     metrics.build.info({**about, "group": config.kafka.group})
@@ -264,7 +268,7 @@ def run_worker(config: WorkerConfig) -> None:
 
     def on_signal(number: int, frame: object) -> None:
         if stop.is_set():
-            os._exit(128 + number)  # Asked twice: do not wait for anything.
+            os._exit(128 + number)  # Asked a second time: do not wait for anything.
         log.info("%s: finishing the step in hand", signal.Signals(number).name)
         stop.set()
 

@@ -1,14 +1,13 @@
-"""One step: predict, publish, adapt, judge, store. The order is the promise; each line below relies on it.
+"""One step: predict, publish, adapt, judge, store. All guarantees (docs/guarantees.md) rest on this order.
 
-1. Predictions leave before their frames change anything, and are acknowledged before the state moves past them:
-   a frame at or before a stored position has been predicted for certain, or was too late for it (`batch.drop_late`).
-2. State, position and update event are written together; a crash before that repeats the step, one after it does not.
-   With `store.write_interval_ms`, and within a second where there was no update to make, this holds for the steps
-   since the last write, together (see `worker.streams.pending`).
-3. Offsets may be committed only for frames whose state is stored.
+1. Predictions are sent before their frames change anything, and are acknowledged before the state moves past them. So
+   a frame at or before a stored position has its prediction in the topic, or was too late for one (`batch.drop_late`).
+2. State, position and update event are written together. A crash before the write repeats the step; one after it does
+   not. Several steps of a stream may share one write (see `worker.streams.pending`): a crash repeats all of them.
+3. Offsets may be committed only for frames whose state is stored. Otherwise a crash would lose these frames for good.
 
-A pass runs in a thread, or in the caller's (`worker.flights`). While a step is published, acknowledged and stored,
-others may be under way; a stream is in one step at a time.
+A pass runs in a thread of its own or in the caller's (see `worker.flights`). While one step waits for broker or store,
+the passes of others may run. A stream is in one step at a time.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Timed:
-    """When a part of a pass was done, how long it took, and how much of that its thread had a processor."""
+    """When a part of a pass ended, how long it took, and how many of these seconds its thread had a processor."""
 
     done: float
     seconds: float
@@ -48,8 +47,10 @@ class Timed:
 
 @dataclass(eq=False)
 class Flight:
-    """A step whose pass is under way. `streams` are in no other pass until `finish` is through. `here`: its updates are
-    computed by who asks for them, `Step.adapt`."""
+    """A step that has begun. Its `streams` must not be in another pass until `Step.finish` has returned.
+
+    `here`: the pass runs in the caller's thread, and `Step.adapt` has to be called to compute its updates.
+    """
 
     streams: frozenset[str]
     started: float
@@ -61,15 +62,13 @@ class Flight:
 
     @property
     def next(self) -> Future[Any]:
-        """What the worker's loop waits for."""
+        """What the worker's loop waits for next."""
         return self.adapted if self.published or self.adapted.done() else self.predicted
 
 
 class Step:
-    """Runs micro-batches through engine, guard, store and topics: `start`, `publish` or, here, `adapt`, and `finish`.
-
-    `drift_frames`: of a signal of drift detection; 0 where nothing is watched.
-    """
+    """Takes micro-batches through engine, guard, store and topics: `start`, `publish` and `finish`; or, where the pass
+    runs in the caller's thread, `start`, which publishes too, `adapt` and `finish`."""
 
     def __init__(
         self,
@@ -85,6 +84,7 @@ class Step:
         drift_frames: int = 0,
         trace: Trace | None = None,
     ) -> None:
+        """`drift_frames`: how many frames make one signal for drift detection; 0 switches it off."""
         self._streams, self._batcher, self._guard = streams, batcher, guard
         self._publisher, self._pending, self._metrics = publisher, pending, metrics
         self._worker, self._keep_alive = worker, keep_alive
@@ -94,10 +94,10 @@ class Step:
         self._threads = ThreadPoolExecutor(threads, "pass", use, (engine.device,))
 
     def start(self, batches: list[MicroBatch], here: bool = False) -> Flight:
-        """Begin a pass and return at once; or, `here`, predict in the caller's thread, and publish. Then the caller has
-        to `adapt`.
+        """Begin a pass in a thread and return at once; or, `here`, predict and publish in the caller's thread.
 
-        A pass beside a busy loop has to ask for the interpreter after each of its thousand operations.
+        The latter is faster for short passes: one in a thread has to wait for the interpreter lock, which the loop
+        holds, after each of its thousand operations.
         """
         gathered, streams = self._engine.gather(batches), frozenset(batch.stream for batch in batches)
         predicted: Future[tuple[Pass, Timed]] = Future()
@@ -114,9 +114,9 @@ class Step:
         flight.adapted.set_result(_timed(self._engine.adapt, flight.predicted.result()[0]))
 
     def publish(self, flight: Flight) -> None:
-        """Send the predictions as soon as they are there; the update is computed meanwhile."""
+        """Hand the predictions to the producer. The thread computes the updates meanwhile."""
         if flight.adapted.done():
-            flight.adapted.result()  # A pass that failed has no predictions to wait for; here is its error.
+            flight.adapted.result()  # Raises the error of a pass that failed, which may have left no predictions.
         passed, timed = flight.predicted.result()
         flight.published = True
         started = time.monotonic()
@@ -128,9 +128,9 @@ class Step:
         observe.took(self._metrics, predict=timed.seconds, publish=flight.publishing[1] - started)
 
     def finish(self, flight: Flight) -> list[str]:
-        """Judge and store, once the predictions are acknowledged.
+        """Judge the updates and store, once the predictions are acknowledged.
 
-        Returns streams that another worker has claimed; their frames have changed nothing in the store.
+        Returns the streams that another worker has claimed. Their frames have changed nothing in the store.
         """
         if not flight.published:
             self.publish(flight)
@@ -159,7 +159,7 @@ class Step:
 
     @staticmethod
     def _tell(trace: Trace, flight: Flight, stages: dict[str, Span]) -> None:
-        """A step that is over, to those who follow frames through several systems."""
+        """Export the step as a trace."""
         passed, predicted = flight.predicted.result()
         _, adapted = flight.adapted.result()
         frames = [frame for prediction in passed.predictions for frame in prediction.batch.frames]
@@ -205,7 +205,7 @@ class Step:
         self._publisher.predictions(batch.stream.encode(), sent)
 
     def _judge(self, predictions: list[BatchPrediction], proposals: Proposals) -> None:
-        """A decision for every micro-batch that counts as done with this step; in memory, streams are what it says."""
+        """Decide on every micro-batch that this step folds in, and make the streams in memory what was decided."""
         proposed = {id(p.prediction): p for p in proposals.proposals}
         folded, accepted = [], []
         for prediction in predictions:
@@ -218,7 +218,7 @@ class Step:
             if judgement.ruling.apply:
                 judgement.header.lately = judgement.header.lately.and_one(time.time())
             if not self._engine.holds(prediction.batch.stream, resident):
-                continue  # It went while the store was asked for a snapshot.
+                continue  # Its partition was taken away while `judge` waited for a snapshot from the store.
             sealed = update_event(self._engine, self._worker, prediction, judgement, proposal)
             header = judgement.header.behind(sealed)
             snapshot = self._streams.snapshot(resident.header, header, sealed.event)
@@ -240,7 +240,7 @@ class Step:
                 accepted.append(judgement.kept)
         self._engine.accept(proposals, accepted)
         for one in folded:
-            # A snapshot may have been waited for, and streams have gone meanwhile.
+            # A later `judge` may have waited for the store, so that streams judged before it have gone meanwhile.
             if self._engine.holds(one.header.stream, one.resident):
                 self._pending.add(one)
 

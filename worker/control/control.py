@@ -79,7 +79,7 @@ class Control:
         """Streams that must not begin another step before they have obeyed."""
         return self._due
 
-    def met(self, streams: Iterable[str]) -> None:
+    def loaded(self, streams: Iterable[str]) -> None:
         """Streams that have just become resident: what came while nobody held them is due now."""
         for stream in streams:
             resident = self._engine.resident(stream)
@@ -156,7 +156,7 @@ class Control:
         self._orphans.extend(waiting[AT_ONCE:])
         if not chosen:
             return []
-        self.met(self._streams.ensure(chosen))
+        self.loaded(self._streams.ensure(chosen))
         fenced = self._run([stream for stream in chosen if stream in self._due and stream not in busy])
         self._streams.release(chosen)
         return fenced

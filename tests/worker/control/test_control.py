@@ -78,7 +78,7 @@ def change_nothing(worker: Worker, stream: str) -> Entry:
 
 
 def test_a_stream_in_a_step_obeys_after_it(worker: Worker, commands: CommandList) -> None:
-    worker.control.met(worker.streams.ensure(["a", "b"]))
+    worker.control.loaded(worker.streams.ensure(["a", "b"]))
     tell(commands, 0, "*")
     worker.control.listen()
     assert worker.control.run({"a"}) == []
@@ -93,12 +93,12 @@ def test_a_stream_in_a_step_obeys_after_it(worker: Worker, commands: CommandList
 def test_nobodys_streams_obey_and_a_step_under_way_is_left_alone(
     worker: Worker, commands: CommandList, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker.control.met(worker.streams.ensure(["silent"]))
+    worker.control.loaded(worker.streams.ensure(["silent"]))
     tell(commands, 0, "silent", "unfreeze")
     worker.control.listen()
     worker.control.run(())
     worker.streams.release(["silent"])
-    worker.control.met(worker.streams.ensure(["busy"]))
+    worker.control.loaded(worker.streams.ensure(["busy"]))
     tell(commands, 1, "*")
     worker.control.listen()
     assert worker.control.look_after_the_rest({"busy"}) == []
@@ -109,7 +109,7 @@ def test_nobodys_streams_obey_and_a_step_under_way_is_left_alone(
     assert worker.policy("busy") is None
     # It has obeyed, and was let go.
     assert "silent" not in worker.streams.engine
-    worker.control.met(worker.streams.ensure(["silent"]))
+    worker.control.loaded(worker.streams.ensure(["silent"]))
     assert worker.policy("silent").frozen
     assert worker.control.due == {"busy"}
 
@@ -119,11 +119,11 @@ def test_a_command_to_all_does_not_hold_up_the_loop(
 ) -> None:
     """Some streams obey in each turn; and of those that nobody holds, the ones that were claimed for it."""
     tell(commands, 0, "*", "unfreeze")
-    worker.control.met(worker.streams.ensure(["silent"]))
+    worker.control.loaded(worker.streams.ensure(["silent"]))
     assert worker.control.run(()) == []
     worker.streams.release(["silent"])
     here = [f"cam-{i}" for i in range(2 * AT_ONCE + 1)]
-    worker.control.met(worker.streams.ensure(here))
+    worker.control.loaded(worker.streams.ensure(here))
     for left in (AT_ONCE + 1, 1, 0):
         assert worker.control.run(()) == []
         assert len(worker.control.due) == left
@@ -133,7 +133,7 @@ def test_a_command_to_all_does_not_hold_up_the_loop(
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert worker.control.look_after_the_rest(()) == []
     assert "silent" not in worker.streams.engine
-    worker.control.met(worker.streams.ensure(["silent"]))
+    worker.control.loaded(worker.streams.ensure(["silent"]))
     assert worker.policy("silent").frozen
     assert worker.control.due == set(here)
 
@@ -145,7 +145,7 @@ def test_a_command_to_all_goes_through_the_store_in_pieces(
     monkeypatch.setattr("worker.store.store.KEYS_AT_ONCE", 20)
     silent = [f"silent-{i}" for i in range(2 * AT_ONCE)]
     tell(commands, 0, "nobody")
-    worker.control.met(worker.streams.ensure(silent))
+    worker.control.loaded(worker.streams.ensure(silent))
     worker.streams.write([change_nothing(worker, stream) for stream in silent])
     worker.streams.release(silent)
     control, scans = worker.control, []
@@ -192,7 +192,7 @@ def test_a_stream_that_was_deleted_begins_like_any_other(
     worker: Worker, commands: CommandList, store: StateStore
 ) -> None:
     """What was done to it before means nothing to it; what holds for its name does. Its chain goes on."""
-    worker.control.met(worker.streams.ensure(["a"]))
+    worker.control.loaded(worker.streams.ensure(["a"]))
     tell(commands, 0, "a", "freeze")
     tell(commands, 1, "a", "reset")
     worker.control.listen()
@@ -202,7 +202,7 @@ def test_a_stream_that_was_deleted_begins_like_any_other(
     with pytest.raises(StateError, match="stream 'a' was deleted; 'driftkeel audit show"):
         listed_one(store, "a")
     assert retire.delete(store, "a", "gone", "operator")[0].event.previous == frozen.digest
-    worker.control.met(worker.streams.ensure(["a"]))
+    worker.control.loaded(worker.streams.ensure(["a"]))
     header = worker.streams.engine.resident("a").header
     assert (header.events, header.commands, header.step) == (2, {}, 0)
     worker.control.run(())
@@ -214,7 +214,7 @@ def test_a_stream_that_was_deleted_begins_like_any_other(
 def test_a_deletion_publishes_no_event_of_another_stream(
     worker: Worker, commands: CommandList, store: StateStore, client: redis.Redis
 ) -> None:
-    worker.control.met(worker.streams.ensure(["a", "b"]))
+    worker.control.loaded(worker.streams.ensure(["a", "b"]))
     tell(commands, 0, "b")
     worker.control.listen()
     worker.control.run(())
@@ -230,13 +230,13 @@ def test_what_means_nothing_to_a_stream_that_begins_is_not_done_to_it_later(
 ) -> None:
     """Also where the command comes when its first frames wait to be folded."""
     tell(commands, 0, "a", "reset")
-    worker.control.met(worker.streams.ensure(["a", "b"]))
+    worker.control.loaded(worker.streams.ensure(["a", "b"]))
     tell(commands, 1, "*", "approve")
     worker.control.listen()
     assert worker.control.run(()) == []
     assert worker.streams.write([change_nothing(worker, stream) for stream in ("a", "b")]) == [True, True]
     worker.streams.release(["a", "b"])
-    worker.control.met(worker.streams.ensure(["a", "b"]))
+    worker.control.loaded(worker.streams.ensure(["a", "b"]))
     assert worker.control.due == set()
 
 
@@ -247,7 +247,7 @@ def test_a_stream_whose_header_was_lost_does_not_obey_again_what_passes(
     for offset, action in enumerate(("approve", "freeze", "rollback")):
         tell(commands, offset, "cam", action)
     client.hset(store.keys("cam")[0], mapping={"token": 1, "header": b'{"version":2}'})
-    worker.control.met(worker.streams.ensure(["cam"]))
+    worker.control.loaded(worker.streams.ensure(["cam"]))
     assert worker.control.run(()) == []
     header = worker.streams.engine.resident("cam").header
     assert (header.events, header.approved, header.policy.frozen) == (2, None, True)  # "reset", and "frozen"
@@ -263,7 +263,7 @@ def test_many_commands_are_obeyed_in_pieces(
 ) -> None:
     """Their events lie beside the state, where they have a limit, until the broker has them."""
     monkeypatch.setattr("worker.control.control.COMMANDS_AT_ONCE", 3)
-    worker.control.met(worker.streams.ensure(["a"]))
+    worker.control.loaded(worker.streams.ensure(["a"]))
     for offset in range(8):
         tell(commands, offset, "a", "unfreeze" if offset % 2 else "freeze")
     worker.control.listen()
@@ -294,7 +294,7 @@ def test_a_stream_that_comes_back_from_its_file_is_not_told_again_what_it_has_do
     """Under its own name, after it was deleted here; what another site's file says of commands means nothing here."""
     for offset, action in enumerate(("freeze", "reset")):
         tell(commands, offset, "a", action)
-    worker.control.met(worker.streams.ensure(["a"]))
+    worker.control.loaded(worker.streams.ensure(["a"]))
     tell(commands, 2, "a", "reset")
     worker.control.listen()
     assert worker.control.run(()) == []
@@ -304,7 +304,7 @@ def test_a_stream_that_comes_back_from_its_file_is_not_told_again_what_it_has_do
     operator.import_file("a", file, "back")
     operator.import_file("b", file, "another's")
     worker.streams.release(["a"])
-    worker.control.met(worker.streams.ensure(["a", "b"]))
+    worker.control.loaded(worker.streams.ensure(["a", "b"]))
     headers = {stream: worker.streams.engine.resident(stream).header for stream in ("a", "b")}
     assert worker.control.due == set()
     assert (headers["a"].commands, headers["a"].policy.frozen) == ({"commands/0": 2}, True)
@@ -322,7 +322,7 @@ def test_one_damaged_snapshot_does_not_hide_the_others(worker: Worker, store: St
 
 
 def test_a_stream_that_another_claims_is_let_go(worker: Worker, commands: CommandList, store: StateStore) -> None:
-    worker.control.met(worker.streams.ensure(["a"]))
+    worker.control.loaded(worker.streams.ensure(["a"]))
     store.claim(["a"], "another")
     tell(commands, 0, "a")
     worker.control.listen()
@@ -334,7 +334,7 @@ def test_a_silent_stream_obeys_after_another_has_claimed_it(
     worker: Worker, commands: CommandList, store: StateStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `driftkeel streams` does, which lets go at once: no frame comes that would have it claimed again."""
-    worker.control.met(worker.streams.ensure(["a", "b"]))
+    worker.control.loaded(worker.streams.ensure(["a", "b"]))
     assert worker.streams.write([change_nothing(worker, stream) for stream in ("a", "b")]) == [True, True]
     store.claim(["a"], "operator")
     for offset, stream in enumerate(("a", "b")):
