@@ -1,7 +1,7 @@
-"""Logging to standard error: text for people, one JSON object a line for machines, with whatever else a process says.
+"""Logging to standard error: text for people, or for machines one JSON object per line, warnings and tracebacks too.
 
-A line about a stream has it as `stream`, one about a frame has its position as `frame`: the id of its prediction, and
-what its update event and its trace name too.
+A line about a stream has the field `stream`. A line about a frame has its position as `frame`, which is the id of its
+prediction and stands in its update event and its trace too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from schemas.errors import DriftkeelError
 from worker.terminal import printable
 
 log = logging.getLogger("driftkeel")
-SAY_AGAIN_S = 300.0  # of trouble that goes on
-LINES, LINES_S = 10, 60.0  # of one kind: what somebody sends without end would fill a disk with them
+SAY_AGAIN_S = 300.0  # between lines about trouble that goes on
+LINES, LINES_S = 10, 60.0  # so many lines of one kind per so many seconds: senders must not fill a disk with them
 _PLAIN = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -39,7 +39,7 @@ class _JsonLines(logging.Formatter):
 
 
 class _Text(logging.Formatter):
-    """Messages quote what comes from outside: it may neither steer a terminal nor look like a line of its own."""
+    """Messages quote text from outside, which must neither control a terminal nor look like a line of its own."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         record.message = printable(record.message)
@@ -47,14 +47,14 @@ class _Text(logging.Formatter):
 
 
 class Trouble:
-    """What is tried again until it succeeds: said where it begins, where its reason is another, now and then while it
-    goes on, and where it is over. Not at every try."""
+    """Logs an action that is tried again until it succeeds: the first failure, every new reason, now and then while it
+    goes on, and the success. Not every try."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log, self._kind, self._said = log, "", 0.0
 
     def goes_on(self, reason: str, text: str, *arguments: object) -> None:
-        """Another try has failed. A reason with other numbers in it is the same."""
+        """Another try has failed. Reasons that differ only in numbers count as the same."""
         now, kind = time.monotonic(), re.sub(r"\d+", "", reason) or "unknown"
         if kind != self._kind or now - self._said >= SAY_AGAIN_S:
             self._kind, self._said = kind, now
@@ -68,10 +68,10 @@ class Trouble:
 
 
 class LineLimit:
-    """Counts lines of each kind, so that a minute has some of them, and then one that says how many more there were."""
+    """Counts lines of each kind, so that only some per minute are written, and one with the number of the others."""
 
     def __init__(self) -> None:
-        self._of: dict[str, tuple[float, int]] = {}  # since when, and how many since then
+        self._of: dict[str, tuple[float, int]] = {}  # by kind: when its minute began, and how many lines since then
 
     def one_more(self, kind: str) -> bool:
         """Whether this one is to be written."""
@@ -80,7 +80,7 @@ class LineLimit:
         return before < LINES
 
     def left_out(self) -> list[tuple[str, int]]:
-        """The kinds whose minute is over, and how many lines each had that were not written, where there were some."""
+        """The kinds whose minute is over, with the number of lines that were not written, where there were any."""
         now = time.monotonic()
         over = [kind for kind, (since, _) in self._of.items() if now - since >= LINES_S]
         counts = [(kind, self._of.pop(kind)[1] - LINES) for kind in over]
@@ -88,12 +88,12 @@ class LineLimit:
 
 
 def set_up_logging(settings: Log) -> None:
-    """Configure the root logger; the Kafka client speaks only where everything is to be heard."""
+    """Configure the root logger. The Kafka client's own lines are written at level debug only."""
     as_json = settings.format == "json" or (settings.format == "auto" and not sys.stderr.isatty())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if as_json else _Text("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=settings.level.upper(), handlers=[handler], force=True)
-    # It says every error several times a second while the broker is away. We say that it is, with what to do.
+    # It logs every error several times a second while the broker is away. We log that once, with what to do.
     logging.getLogger("kafka").setLevel(logging.WARNING if settings.level == "debug" else logging.CRITICAL)
     logging.getLogger("PIL").setLevel(logging.INFO)
     if as_json:
@@ -101,7 +101,7 @@ def set_up_logging(settings: Log) -> None:
 
 
 def told_as_event(error: DriftkeelError) -> bool:
-    """Tell why a command ends as an event, where all others are; False where it is a line of text that is wanted."""
+    """Log why a command ends where the log is JSON; False where it is text, and the caller prints a line instead."""
     as_json = any(isinstance(handler.formatter, _JsonLines) for handler in logging.getLogger().handlers)
     if as_json:
         log.error("%s", error)
@@ -109,7 +109,7 @@ def told_as_event(error: DriftkeelError) -> bool:
 
 
 def _take_over() -> None:
-    """Have what Python itself would print as text, tracebacks over many lines, be events as well."""
+    """Log in JSON what Python itself would print as text: warnings, and tracebacks over many lines."""
     logging.captureWarnings(True)
     sys.excepthook = lambda kind, error, trace: log.critical(
         "ends by an error that was not foreseen: %s", _named(kind, error), exc_info=(kind, error, trace)
@@ -119,7 +119,7 @@ def _take_over() -> None:
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    if failed.exc_type is SystemExit:  # One may end so, as in Python's own.
+    if failed.exc_type is SystemExit:  # A thread may end that way, as it may with Python's own hook.
         return
     name = failed.thread.name if failed.thread else "unknown"
     log.error("thread %s ends: %s", name, _named(failed.exc_type, failed.exc_value), exc_info=failed.exc_value)

@@ -1,8 +1,8 @@
-"""Spans of steps for OpenTelemetry. Nothing is loaded and nothing is done unless `traces.endpoint` is set.
+"""Spans of steps for OpenTelemetry. Nothing is loaded or done unless `traces.endpoint` is set.
 
-A step serves many frames of many streams, so it is a trace of its own, linked to the traces that its frames belong to
-by their `traceparent` headers (W3C Trace Context). Its spans are made when it is over, from the times that the worker
-has taken anyhow.
+A step serves many frames of many streams. So it is a trace of its own, with links to the traces that its frames belong
+to by their `traceparent` headers (W3C Trace Context). Its spans are created when it is over, from times that the worker
+measures anyway.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Span = tuple[float, float]  # begin and end, monotonic seconds
 
 
 class Trace:
-    """Where a step's times go: spans through a tracer provider of the OpenTelemetry SDK."""
+    """Exports steps as spans, through a tracer provider of the OpenTelemetry SDK."""
 
     def __init__(self, provider: Any) -> None:
         from opentelemetry.trace import SpanKind
@@ -34,7 +34,7 @@ class Trace:
         """One step that is over: its stages, the frames' headers, and attributes."""
         from opentelemetry.trace import set_span_in_context
 
-        # Spans have the time of day; stages may have begun before the clock was set, so one moment is compared.
+        # Spans need the time of day. One offset for all of them: the clock may have been set during the step.
         offset = time.time_ns() - time.monotonic_ns()
         spans = {name: tuple(offset + int(t * 1e9) for t in span) for name, span in stages.items()}
         whole = self._tracer.start_span(

@@ -13,8 +13,8 @@ from schemas.config import Batch
 from schemas.prediction import Parameters
 from worker.decode.image import DecodedFrame
 
-MAX_TURNS = 1 << 16
-PREDICT_ONLY = 4  # times max_batch: what a stream that makes no update may put into one pass
+MAX_TURNS = 1 << 16  # streams whose last turn is remembered
+PREDICT_ONLY = 4  # times max_batch: the frames that a stream which makes no update may have in one pass
 SMALL_PASS = 32  # frames; smaller passes are not worth their overhead
 
 
@@ -22,9 +22,9 @@ SMALL_PASS = 32  # frames; smaller passes are not worth their overhead
 class MicroBatch:
     """Frames of one stream, oldest first.
 
-    `adapt`: they make an update. Otherwise, `fold` says whether they count as done without one, for `reason`, or
-    are only predicted now and come again with later frames. `answer`: whose parameters predict. `hurried`: they are
-    predicted as fast as can be, and teach nothing.
+    `adapt`: they make an update. `fold` without `adapt`: they are folded in without one, for `reason`. Neither: they
+    are predicted now, held, and come again with later frames. `answer`: whose parameters answer. `hurried`: they are
+    predicted as fast as possible and teach nothing.
     """
 
     stream: str
@@ -37,7 +37,7 @@ class MicroBatch:
 
     @property
     def unpublished(self) -> list[DecodedFrame]:
-        """Those whose prediction has not left yet."""
+        """Those whose prediction was not sent yet."""
         return [frame for frame in self.frames if not frame.published]
 
 
@@ -52,22 +52,22 @@ class _Waiting:
 
 
 def within_memory(settings: Batch, frame_bytes: int, threads: int) -> Batch:
-    """The same settings with no more frames buffered than there is room for; `frame_bytes` of pixels each. `threads`
-    passes at a time always find frames for two each."""
+    """The same settings with no more buffered frames, of `frame_bytes` each, than fit into `max_buffered_bytes`; but
+    with enough for two full passes for each of the `threads`."""
     room = max(settings.max_buffered_bytes // frame_bytes, 2 * threads * settings.max_pass)
     return settings.model_copy(update={"max_buffered": min(settings.max_buffered, room)})
 
 
 def within_method(settings: Batch, adapt: bool, method: Method) -> Batch:
-    """The same settings with micro-batches no larger than what `method` had best learn from, where it shall `adapt`."""
+    """The same settings; where frames `adapt`, with micro-batches no larger than `method` gains from."""
     most = max(settings.min_adapt, frames_an_update(method, settings.max_batch)) if adapt else settings.max_batch
     return settings.model_copy(update={"max_batch": most})
 
 
 class MicroBatcher:
-    """Collects frames per stream and closes micro-batches by size or by time, streams taking turns.
+    """Collects frames per stream and closes micro-batches by size or by time. Streams take turns.
 
-    All times are monotonic seconds given by the caller.
+    All times are monotonic seconds, given by the caller.
     """
 
     def __init__(self, settings: Batch, adapt: bool = True) -> None:
@@ -80,17 +80,17 @@ class MicroBatcher:
         self._turn = 0
 
     def __len__(self) -> int:
-        """Frames that wait."""
+        """How many frames wait."""
         return self._count
 
     def add(self, frames: Iterable[DecodedFrame]) -> None:
-        """Frames of a stream come in order."""
+        """Frames of a stream must come in order."""
         for frame in frames:
             self._streams.setdefault(frame.stream, _Waiting()).fresh.append(frame)
             self._count += 1
 
     def expire(self, is_late: Callable[[DecodedFrame], bool]) -> list[DecodedFrame]:
-        """Give up frames that are not predicted yet and too late for it, of each stream from the oldest on."""
+        """Remove and return frames that are not predicted yet and too late for it: of each stream the oldest ones."""
         late: list[DecodedFrame] = []
         for stream, waiting in list(self._streams.items()):
             if not waiting.fresh or not is_late(waiting.fresh[0]):
@@ -117,15 +117,14 @@ class MicroBatcher:
         least: int = 1,
         predicts_only: Callable[[str, DecodedFrame], bool] = lambda stream, oldest: False,
     ) -> list[MicroBatch]:
-        """Close what is due, one micro-batch a stream, up to `limit` frames in all; nothing of `busy` streams, and
-        nothing at all while fewer than `least` frames are due.
+        """The micro-batches of one pass: of what is due, one per stream, up to `limit` frames in all. None of `busy`
+        streams, and nothing at all while fewer than `least` frames are due.
 
-        The stream that had its last turn longest ago goes first: however much one sends, the others' turns come.
-        What is due is divided by `shares`, so that as many passes find work, unless they would become too small.
-        Where a pass goes anyway, micro-batches ride along that have nothing to gain by waiting longer: slow cameras
-        would else have a pass for a frame or two each.
-        Of a stream that `predicts_only`, and so will make no update, four times as many may go at once; it is asked
-        with the oldest of its frames that is not predicted yet.
+        The stream whose last turn is longest ago goes first, so that no stream can keep others from their turns.
+        What is due is divided by `shares`, so that as many passes find work, unless these would be too small.
+        Once there is a pass, streams that are not due ride along where they gain nothing by waiting (see `_riders`).
+        A stream that makes no update by `predicts_only`, which gets the oldest of its frames that is not predicted yet,
+        may have more frames than `max_batch` in the pass.
         """
         pressed = self._pressed
         due = [
@@ -138,7 +137,7 @@ class MicroBatcher:
         ready = 0
         for stream in closing:
             if ready >= max(least, limit * shares):
-                break  # What all passes can take; the others of a thousand streams need not be asked about.
+                break  # Enough for all passes. There may be a thousand more streams, which need not be looked at.
             most[stream] = self._most(stream, limit, predicts_only)
             ready += min(most[stream], self._streams[stream].frames)
         if ready < max(1, least):
@@ -159,13 +158,14 @@ class MicroBatcher:
         return batches
 
     def _riders(self, now: float, closing: list[str], busy: Container[str], timed: bool) -> list[str]:
-        """Streams that are not due, whose turn comes first: those that have enough frames for an update, and those that
-        expect no other frame before they are due. By the frames that have come: the next one as long after the last as
-        these came after each other, and not before as long again as there has been none.
+        """Streams that are not due and gain nothing by waiting, in the order of their turns: those that expect no
+        further frame before they are due, and, where `timed`, those that have enough frames for an update.
 
-        Fast cameras that are taken together once are due together from then on, in fewer and larger passes. Only
-        where a stream is due by time: beside one that is full in every pass, as of a backlog, the others would go with
-        few frames each time.
+        The next frame is expected after the mean gap between the waiting frames, and not before as much time again has
+        passed as since the last one. So slow cameras share a pass, rather than have one each for a frame or two. Fast
+        cameras that go together once are due together from then on, in fewer and larger passes. The latter only where
+        some stream is due by time (`timed`): beside a backlog, which fills a micro-batch for every pass, all others
+        would go with few frames each time.
         """
         enough = max(2, self._settings.min_adapt, self._settings.max_batch // 4) if timed else math.inf
         found = []
@@ -180,7 +180,7 @@ class MicroBatcher:
         return [stream for _, _, stream in sorted(found)]
 
     def hold(self, batch: MicroBatch) -> None:
-        """Take back frames that were predicted but not folded."""
+        """Take back frames that were predicted and not folded in. They wait for more, to make an update together."""
         waiting = self._streams.setdefault(batch.stream, _Waiting())
         for frame in batch.frames:
             frame.published = True
@@ -193,7 +193,7 @@ class MicroBatcher:
         return set(self._streams)
 
     def drop(self, streams: Iterable[str]) -> None:
-        """Forget the frames of streams that another worker has now, or that are read again."""
+        """Forget the frames of streams that another worker has now, or whose partitions are read again."""
         for stream in streams:
             waiting = self._streams.pop(stream, None)
             if waiting is not None:
@@ -204,7 +204,7 @@ class MicroBatcher:
             del self._streams[stream]
         self._turns.pop(stream, None)
         self._turns[stream] = self._turn
-        if len(self._turns) > MAX_TURNS:  # Streams that fell silent; the order of this dict is that of the turns.
+        if len(self._turns) > MAX_TURNS:  # Forget silent streams: the dict is in the order of the turns.
             self._turns = dict(list(self._turns.items())[MAX_TURNS // 2 :])
 
     def _most(self, stream: str, limit: int, predicts_only: Callable[[str, DecodedFrame], bool]) -> int:
@@ -241,7 +241,7 @@ class MicroBatcher:
 
     @property
     def _pressed(self) -> bool:
-        """Whether no more frames can come: then those that are only held have to go."""
+        """Whether the buffer is full. No more frames can come then, so that held ones would wait in vain."""
         return self._count >= self._settings.max_buffered
 
     def _put_back(self, batch: MicroBatch) -> None:

@@ -1,4 +1,4 @@
-"""Records between their arrival and their micro-batch: decoded beside the worker's loop, taken up in order."""
+"""Records between their arrival and their micro-batch: decoded in threads, taken up in order by the worker's loop."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from worker.decode.turns import Key, RoundRobin
 from worker.decode.weigh import weight
 from worker.kafka.records import bytes_of
 
-LIGHT = 1 << 20  # pixels that take no more than some thirty milliseconds, whatever the format
-MAX_SHARE = 32  # records decoded in one go: small frames decode faster than a task is handed over
-# Shares per thread, so that threads find work while the loop does something else, which may be a pass. Of large ones
-# fewer, for streams take their turns when these are handed over.
+LIGHT = 1 << 20  # pixels; so many take at most some thirty milliseconds, whatever the format
+MAX_SHARE = 32  # records per task of a thread: small frames decode faster than a task is handed over
+# Tasks per thread that are handed over ahead, so that threads have work while the loop does something else, which may
+# be a pass. Fewer tasks of large pictures, because streams take turns only until then.
 LIGHT_AHEAD, HEAVY_AHEAD = 8, 2
 
 
 @dataclass(eq=False, slots=True)
 class Arrival:
-    """A record on its way; `received` in monotonic seconds.
+    """A record that was received, at `received` in monotonic seconds, and not taken up yet.
 
-    `frame`: it has been handed over and is to become this, unless it was dropped. Once it is `done`, `result` is the
-    frame, or why there is none; None where it was folded in before, or is too late.
+    `frame`: what it is decoded from, once it was handed over; None again where its partition was dropped. Once it is
+    `done`, `result` is the decoded frame, or why there is none; None where it was folded in before, or is too late.
     """
 
     received: float
@@ -46,9 +46,9 @@ class Arrival:
 class Decoding:
     """All records that were received and not taken up. Belongs to the loop; only `decode` runs in threads.
 
-    Large pictures have threads of their own, so that small ones never wait for them. What a thread makes of a record
-    stays with its `Arrival`: where a partition is dropped these are forgotten, and the same offsets, read again, are
-    other arrivals, whatever is still under way.
+    Large pictures have threads of their own, so that small ones never wait for them. A thread's result belongs to its
+    `Arrival`. Dropping a partition forgets its arrivals; when the same offsets are read again they are new arrivals,
+    which no result that is still under way can reach.
     """
 
     def __init__(self, decode: Callable[[Frame, float], DecodedFrame | FrameError], threads: int) -> None:
@@ -60,26 +60,26 @@ class Decoding:
         self.held = 0  # bytes
 
     def __len__(self) -> int:
-        """Records."""
+        """How many records."""
         return self._count
 
     @property
     def running(self) -> list[Future[Any]]:
-        """What to wait for: `take` has something new as soon as one of these is done."""
+        """Tasks of the threads. `take` has something new as soon as one of these is done."""
         return [*self._light.running, *self._heavy.running]
 
     @property
     def busy(self) -> bool:
-        """Whether small pictures wait to be decoded, or are."""
+        """Whether small pictures wait for a thread or are being decoded."""
         return self._light.busy
 
     @property
     def streams(self) -> set[str]:
-        """Streams of records that were handed over."""
+        """Streams of the records that were handed over."""
         return {arrival.frame.stream for queue in self._order.values() for arrival in queue if arrival.frame}
 
     def add(self, received: float, record: Any) -> None:
-        """Records of a partition come in order."""
+        """Records of a partition must come in order."""
         arrival = Arrival(received, record, bytes_of(record))
         self._order.setdefault(record.key, deque()).append(arrival)
         heaviness = weight(record.value or b"")
@@ -88,9 +88,9 @@ class Decoding:
         self.held += arrival.size
 
     def hand_over(self, prepare: Callable[[list[Arrival]], None]) -> None:
-        """Give the threads what they have room for, of each stream by turns.
+        """Give the threads what they have room for. Streams take turns.
 
-        `prepare` sets the `frame` of those that are to be decoded, and finishes the others. It may drop partitions.
+        `prepare` sets the `frame` of those that are to be decoded and finishes the others. It may drop partitions.
         """
         begun = [(lane, share) for lane in (self._light, self._heavy) for share in lane.shares()]
         if begun:
@@ -99,16 +99,16 @@ class Decoding:
             lane.begin([arrival for arrival in share if arrival.frame and not arrival.done])
 
     def finish(self, arrival: Arrival, result: DecodedFrame | FrameError | None) -> None:
-        """Where it was dropped, nothing comes of it."""
+        """Note what came of an arrival. If it was dropped meanwhile, nobody asks for it."""
         if isinstance(result, FrameError):
-            # Its traceback leads by way of frames to whatever holds it. Such a circle stays, with the record and what a
-            # decoder has made of it, until garbage is collected; and that counts objects, not their bytes.
+            # An error refers by its traceback to the stack frames that hold it. Such a cycle would keep the record and
+            # its decoded bytes until garbage is collected, which is triggered by the number of objects, not by bytes.
             result.__traceback__ = result.__cause__ = result.__context__ = None
         arrival.result, arrival.done = result, True
         self._touched[arrival.record.key] = None
 
     def take(self) -> list[Arrival]:
-        """What is done; of each stream in order, none before all that came before it."""
+        """Arrivals that are done. Those of each stream in order: none before all that came before it are done."""
         for lane in (self._light, self._heavy):
             for arrival, result in lane.finished():
                 self.finish(arrival, result)
@@ -124,7 +124,7 @@ class Decoding:
         return taken
 
     def drop(self, partition: Partition) -> None:
-        """Forget all records of a partition, those too that threads are at."""
+        """Forget all records of a partition, also those that are being decoded."""
         for key, queue in list(self._order.items()):
             gone = [arrival for arrival in queue if arrival.partition == partition]
             for arrival in gone:
@@ -166,7 +166,7 @@ class _Lane:
         self._waiting.drop(lambda waiting: waiting[0].partition == partition)
 
     def shares(self) -> Iterator[list[Arrival]]:
-        """What the threads have room for."""
+        """Tasks for the threads, as many as they have room for."""
         for _ in range(self._room - len(self.running)):
             share: list[Arrival] = []
             heaviness = 0
@@ -183,7 +183,7 @@ class _Lane:
             self.running[self._pool.submit(self._part, share)] = share
 
     def finished(self) -> Iterator[tuple[Arrival, DecodedFrame | FrameError | None]]:
-        """What the threads have done since."""
+        """What the threads have decoded since the last call."""
         for future in [future for future in self.running if future.done()]:
             yield from zip(self.running.pop(future), future.result(), strict=True)
 
@@ -191,5 +191,5 @@ class _Lane:
         self._pool.shutdown(cancel_futures=True)
 
     def _part(self, share: list[Arrival]) -> list[DecodedFrame | FrameError | None]:
-        # Of a partition that was dropped meanwhile nothing is decoded.
+        # An arrival has no frame any more where its partition was dropped meanwhile.
         return [self._decode(frame, one.received) if (frame := one.frame) else None for one in share]

@@ -19,14 +19,13 @@ from schemas.frame import Frame, Position
 FORMATS = ("JPEG", "PNG", "WEBP")
 # MPO is several JPEGs in one file, as phones write for depth or brightness; the first is the picture.
 JPEG = ("JPEG", "MPO")
-MAX_SCANS = 64  # of a JPEG. Encoders write some ten; each makes the decoder go over the whole picture again.
-STRIP = 256  # rows
+MAX_SCANS = 64  # of a JPEG. Encoders write some ten; for each the decoder goes over the whole picture again.
+STRIP = 256  # rows that are converted at a time
 Pixels = npt.NDArray[np.uint8]
 
-# Sizes are checked here against the configured limits, before any pixel is decoded.
-Image.MAX_IMAGE_PIXELS = None
-# Of EXIF alone it warns with as many texts as somebody cares to send. Python would write each of them to the log, and
-# remember each for ever.
+Image.MAX_IMAGE_PIXELS = None  # `_check_size` has the configured limits.
+# Pillow's warnings quote the picture. Python would log each new text and remember it for ever, and senders can make up
+# any number of them.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -34,8 +33,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 class DecodedFrame:
     """A frame as the engine takes it. `pixels` is uint8 (h, w) or (h, w, 3).
 
-    `received` is monotonic seconds, `sent` the record's timestamp in seconds since the epoch. `published` says that
-    its prediction has left already and only its update is still to come.
+    `received` is in monotonic seconds, `sent` the record's timestamp in seconds since the epoch. `published`: its
+    prediction was sent, and only its update is still to come.
     """
 
     stream: str
@@ -49,7 +48,7 @@ class DecodedFrame:
 
 
 def decode_frame(frame: Frame, received: float, limits: Frames, preprocess: Preprocess) -> DecodedFrame | FrameError:
-    """A frame with its pixels; or its error, where it cannot be decoded."""
+    """A frame with its pixels, or the error where it cannot be decoded."""
     try:
         pixels = decode_image(frame.image, limits, preprocess)
     except FrameError as error:
@@ -75,22 +74,22 @@ def decode_image(content: bytes, limits: Frames, preprocess: Preprocess) -> Pixe
         if image.format not in JPEG and getattr(image, "n_frames", 1) != 1:
             raise FrameError("animated", "the image has several frames; send one record per frame")
         if image.format in JPEG:
-            # Let the decoder shrink by powers of two where that still leaves twice the pixels needed.
+            # Have the decoder shrink by powers of two, as long as that leaves twice the size that is needed.
             image.draft(preprocess.mode, (2 * preprocess.width, 2 * preprocess.height))
         converted = _converted(image, preprocess.mode)
         if converted.size != (preprocess.width, preprocess.height):
             converted = converted.resize((preprocess.width, preprocess.height), Image.Resampling.BILINEAR)
-        # What NumPy itself would ask for takes twice as long for a small image.
+        # np.asarray(image) takes twice as long for a small image.
         shape = (preprocess.height, preprocess.width) + ((3,) if preprocess.mode == "RGB" else ())
         return np.frombuffer(converted.tobytes(), np.uint8).reshape(shape)
     except FrameError:
         raise
-    except Exception as error:  # A damaged image may fail anywhere between its first and last byte.
+    except Exception as error:  # Decoders fail on damaged bytes in ways that no list of exceptions covers.
         raise FrameError("damaged", f"the image cannot be decoded: {error}") from error
 
 
 def open_image(content: bytes, limits: Frames) -> Image.Image:
-    """The image with its header read and its size checked, no pixel decoded yet.
+    """The image with its header read and its size checked. No pixel is decoded yet.
 
     Raises FrameError with kind not_an_image, too_large or damaged.
     """
@@ -98,10 +97,10 @@ def open_image(content: bytes, limits: Frames) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise FrameError("not_an_image", f"the bytes are none of {', '.join(FORMATS)}") from error
-    except Exception as error:  # Decoders fail on hostile bytes in ways that no list of exceptions covers.
+    except Exception as error:  # As above.
         raise FrameError("damaged", f"the image header cannot be read: {error}") from error
     _check_size(image, limits)
-    # Entropy-coded bytes never look like a marker, so that this counts scans, and those of thumbnails.
+    # Entropy-coded bytes never look like a marker, so this counts scans, also those of thumbnails.
     if image.format in JPEG and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
         raise FrameError("damaged", f"the JPEG has {scans} scans, more than the {MAX_SCANS} that are decoded")
     return image
@@ -124,9 +123,9 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Of sixteen bits a pixel the upper eight; a plain conversion would clip instead of scale.
+    """The upper eight of sixteen bits per pixel. Pillow's own conversion would clip instead of scale.
 
-    By strips: the numbers in between take eight times the space of the picture.
+    In strips, because the numbers in between take eight times the memory of the picture.
     """
     values = np.asarray(image)
     scaled = np.empty(values.shape, np.uint8)

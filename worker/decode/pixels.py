@@ -1,4 +1,4 @@
-"""Decoded frames as the model takes them, and whether there is anything on them."""
+"""Decoded frames as the model's input, and whether they are blank."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from meta.method import CPU
 from schemas.bundle import Preprocess
 from worker.decode.image import Pixels
 
-BLANK_DEVIATION, BLANK_PIXELS = 2.0, 1_024  # of 255 grey levels, over so many of the pixels
+BLANK_DEVIATION, BLANK_PIXELS = 2.0, 1_024  # standard deviation in grey levels, and over about how many pixels
 
 
 def blank_frames(frames: np.ndarray) -> np.ndarray:
     """(B,) bool: which frames uint8 (B, h, w) or (B, h, w, 3) are nearly one colour."""
     channels = 1 if frames.ndim == 3 else frames.shape[-1]
     some = frames.reshape(len(frames), -1, channels)
-    # Each channel's pixels side by side: over pixels that lie apart a sum takes ten times as long.
+    # Pixels of a channel side by side in memory: sums over pixels that lie apart take ten times as long.
     apart = np.ascontiguousarray(some[:, :: max(1, some.shape[1] // BLANK_PIXELS)].swapaxes(1, 2), np.float32)
     count = apart.shape[2]
     apart -= np.add.reduce(apart, 2, keepdims=True) / count
@@ -32,7 +32,7 @@ def normalise_pixels(
 ) -> Tensor:
     """Decoded pixels, uint8 (h, w) or (h, w, 3), to the model's input: float (B, ch, h, w), channels-last.
 
-    To a GPU they go as bytes, out of pinned memory, which the caller need not wait for.
+    They go to a GPU as bytes, from pinned memory, so that the caller need not wait for the copy.
     """
     stacked = torch.from_numpy(pixels if isinstance(pixels, np.ndarray) else np.stack(pixels))
     if device.type != "cpu":

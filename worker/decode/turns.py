@@ -1,4 +1,4 @@
-"""Whose frames are decoded next."""
+"""Which stream's frames are decoded next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ One = TypeVar("One")
 
 
 class RoundRobin(Generic[One]):
-    """Streams take turns, so that one camera's many pictures do not hold up another's. Each keeps its order."""
+    """Queues by stream that take turns, so that one camera's many pictures do not hold up another's."""
 
     def __init__(self) -> None:
         self._waiting: dict[Key, deque[One]] = {}  # in the order of the next turns
@@ -20,11 +20,11 @@ class RoundRobin(Generic[One]):
         return bool(self._waiting)
 
     def add(self, key: Key, one: One) -> None:
-        """Behind those of the same stream; a stream that had none waits for the others' turns."""
+        """Put one behind those of the same stream. A stream that had none has its turn after all others."""
         self._waiting.setdefault(key, deque()).append(one)
 
     def next(self) -> One:
-        """The first of the stream whose turn it is; there has to be one."""
+        """The first of the stream whose turn it is. Something must be waiting."""
         key = next(iter(self._waiting))
         queue = self._waiting.pop(key)
         one = queue.popleft()
@@ -33,6 +33,6 @@ class RoundRobin(Generic[One]):
         return one
 
     def drop(self, gone: Callable[[One], bool]) -> None:
-        """Forget some."""
+        """Remove those that are `gone`."""
         kept = {key: deque(one for one in queue if not gone(one)) for key, queue in self._waiting.items()}
         self._waiting = {key: queue for key, queue in kept.items() if queue}

@@ -1,21 +1,21 @@
-"""How much work a picture is, from its header alone: for scheduling, before anything of it is believed."""
+"""How much work it is to decode a picture, estimated from its unchecked header. For scheduling only."""
 
 from __future__ import annotations
 
 import struct
 
-HEAVY = 1 << 62  # of a picture whose header does not say
+HEAVY = 1 << 62  # weight of a picture whose header does not tell its size
 MAX_SEGMENTS = 64  # of a JPEG before its first scan; phones write some ten
-FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG's markers of a picture's size
+FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of the JPEG segments that have the picture's size
 SCAN = 0xDA
-JPEG_SHARE = 4  # decoders of JPEG shrink while they decode, and take a quarter of the time for as many pixels, or less
+JPEG_SHARE = 4  # decoders of JPEG shrink while they decode: a quarter of a PNG's time for as many pixels, or less
 
 
 def weight(content: bytes) -> int:
-    """Pixels of a PNG that takes as long, or bytes where these are more.
+    """The number of pixels of a PNG that takes as long to decode; at least the number of bytes.
 
     Bytes alone say little: a kilobyte may hold as many pixels as are allowed. What is in no known format fails at once,
-    and weighs its bytes.
+    so it weighs its bytes.
     """
     if content.startswith(b"\xff\xd8\xff"):
         pixels = _jpeg(content)
@@ -35,7 +35,7 @@ def _jpeg(content: bytes) -> int:
             break
         marker = content[at + 1]
         if marker == SCAN:
-            return pixels * content.count(b"\xff\xda", at) // JPEG_SHARE  # before, it may be of a thumbnail
+            return pixels * content.count(b"\xff\xda", at) // JPEG_SHARE  # Scans before this are a thumbnail's.
         if marker in FRAME:
             height, width = struct.unpack_from(">HH", content, at + 5)
             pixels = height * width
@@ -44,7 +44,7 @@ def _jpeg(content: bytes) -> int:
 
 
 def _png(content: bytes) -> int:
-    # A picture has one profile at most; each of a kilobyte may unpack to a megabyte.
+    # A valid picture has at most one colour profile. A kilobyte of one may unpack to a megabyte.
     if content[12:16] != b"IHDR" or len(content) < 24 or content.count(b"IHDR") > 1 or content.count(b"iCCP") > 1:
         return HEAVY
     width, height = struct.unpack_from(">II", content, 16)
