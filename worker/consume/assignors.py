@@ -1,8 +1,8 @@
-"""How workers of a group share its partitions, so that they can change from one way to the other one at a time.
+"""Assignment strategies that let the workers of a group change from one to the other, one worker at a time.
 
-A broker picks a way that all members offer. With `cooperative-sticky` a member keeps its partitions while it joins, and
-may offer no way in which that is wrong. With `range` it gives them up first, which is right in both: it offers both,
-and range wins where all prefer it. So a group shares by `cooperative-sticky` for as long as one worker asks for it.
+A broker picks a strategy that all members offer. With `cooperative-sticky` a member keeps its partitions while it joins
+and so must not offer `range`, where that is wrong. With `range` it gives them up first, which is right in both. So it
+offers both, and range wins where all members prefer it: a group uses `cooperative-sticky` while one worker asks for it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from kafka.coordinator.assignors.range import RangePartitionAssignor
 
 
 class GivesUpFirst(CooperativeStickyAssignor):  # type: ignore[misc]
-    """Of a member that has given up all its partitions by the time it joins, as kafka-python's own may not."""
+    """cooperative-sticky for a member that gives up all of its partitions before it joins, which kafka-python's own
+    class does not allow."""
 
     def supported_protocols(self) -> list[RebalanceProtocol]:
         return [RebalanceProtocol.EAGER]
 
     def on_assignment(self, assignment: Any, generation: int) -> None:
-        """Forget it: of what a member says it owns, a leader gives nothing to others until the member gave it up."""
+        """Remember nothing. A leader gives no partition that a member says it owns to another before it is given up."""
 
 
 ASSIGNORS: dict[str, list[type]] = {

@@ -1,7 +1,7 @@
-"""Partitions that are read from behind the end of their log: it lost its end, or is another one under the same name.
+"""Partitions whose next offset lies beyond the end of their log, which lost its end or is another one of the same name.
 
-Kafka says so to whoever reads there, and the client begins anew. Others, the embedded broker among them, answer that
-there is nothing, as they do at the end: what is in the log would not be read, and nobody would know.
+Kafka refuses such a fetch, and the client begins anew. Other brokers, such as the embedded one, answer that there is
+nothing, as they do at the end of a log. What is in the log would not be read, and nobody would notice.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from worker.kafka.inside import assigned
 
 log = logging.getLogger("driftkeel.consume")
 LOOK_S = 1.0
-PATIENCE_S = 5.0  # a new leader may know for a moment of less than was read before
+PATIENCE_S = 5.0  # a new leader may know of less than was read before, for a moment
 
 
 class Beyond:
-    """Looks once a second at what the fetches of a `KafkaConsumer` said. For the thread that polls."""
+    """Looks once a second at what a consumer's fetches said. For the thread that polls."""
 
     def __init__(self, settings: Kafka, consumer: Any, failed: Callable[[str], object]) -> None:
-        """`failed` hears where the broker does not answer."""
+        """`failed` is called where the broker does not answer."""
         self._settings, self._consumer, self._failed = settings, consumer, failed
         self._since: dict[Partition, float] = {}
         self._looked = time.monotonic()
 
     def begin_anew(self, known: Container[Partition]) -> set[Partition]:
-        """Have those that are not `known` to be so read anew, as the client does by itself where the broker says so.
-        Returns these."""
+        """Have partitions that are beyond their end read anew, as the client does by itself where the broker refuses
+        the fetch; except those that are `known` to be. Returns them."""
         try:
             beyond = self._found(known)
         except (KafkaError, OSError) as error:
@@ -52,7 +52,8 @@ class Beyond:
         return set(beyond)
 
     def _found(self, known: Container[Partition]) -> dict[Partition, ShortLog]:
-        """Once the broker has been asked, for some seconds. Raises KafkaError."""
+        """Partitions that have been beyond their end for some seconds, and of which the broker confirms it when asked.
+        Raises KafkaError."""
         now = time.monotonic()
         if now - self._looked < LOOK_S:
             return {}
@@ -61,7 +62,9 @@ class Beyond:
         self._since = {p: self._since.get(p, now) for p in beyond}
         due = {p: log for p, log in beyond.items() if now - self._since[p] >= PATIENCE_S}
         for partition in due:
-            del self._since[partition]  # Where the broker has that record after all, or does not answer.
+            del self._since[
+                partition
+            ]  # Begin to wait again if the broker has the record after all, or does not answer.
         return without_end(self._settings, due)
 
     def _seem(self) -> dict[Partition, ShortLog]:

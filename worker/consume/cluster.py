@@ -1,8 +1,8 @@
 """Which Kafka cluster the positions in the store are of.
 
-An offset means something in one log alone. Where two sites with a Kafka each share a store under one prefix, frames of
-either seem to be folded as far as the other has come, and have no prediction. So the store knows, per topic of frames,
-the cluster of who came first.
+An offset is valid in one log only. If two sites with a Kafka each shared a store and a prefix, frames of each would be
+taken for folded in as far as the other has come, and would get no prediction. So the store has, for each frames topic,
+the id of the cluster whose worker came first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def cluster_of(consumer: Any) -> str:
 
 
 def differ(cluster: str, noted: str) -> bool:
-    """Whether these are two clusters. Empty: it is not known."""
+    """Whether these are two different clusters; False where one is empty, which means not known."""
     return bool(cluster and noted) and cluster != noted
 
 

@@ -1,14 +1,14 @@
-"""Partitions as the broker has them beside what the store has folded of them: where to read from, and what is lost.
+"""Compares partitions with what the store has folded in of them: where to read from, and what is lost.
 
-Each of our partitions is new, sound or short.
+Each assigned partition is new, sound or short.
 
-    new    It is compared with its first records, and is sound or short then. While broker or store do not answer, it
-           stays new, and its records wait. Streams may say that they have folded more than its log seems to have: that
-           is compared with it, too.
+    new    When its first records come, it is compared with its mark in the store, and with positions of streams that
+           seem to be beyond its log. Then it is sound or short. While broker or store do not answer it stays new, and
+           its records wait.
     sound  Its records are taken.
-    short  Its log ends before what is said to be folded of it: nothing of it is taken until its log has grown so far.
+    short  Its log ends before offsets that are said to be folded in. Nothing is taken until the log has grown so far.
 
-Whenever it is read again, whatever for, it is new.
+A partition that is read again, for whatever reason, is new again.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ OFFSETS_TIMEOUT_MS = 5_000
 
 
 class Marks(Notes, Protocol):
-    """Up to where the store has folded each partition. Methods raise UnreachableError."""
+    """Up to which offset the store has folded in each partition. Methods raise UnreachableError."""
 
     def mark(self, group: str, offsets: dict[Partition, int], seen: Mapping[Partition, int]) -> None:
-        """Note that all frames before these offsets are in the states, or need not be. A mark further on is left,
-        unless it is as it was `seen`."""
+        """Note that all frames before these offsets are in the states, or need not be. A mark that is further on stays,
+        unless it is the one that was `seen`."""
 
     def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
         """What was noted."""
 
 
 class Comparison:
-    """Knows of each partition which of the three it is. Belongs to the worker's loop."""
+    """Knows which partitions are new, sound or short. Belongs to the worker's loop."""
 
     def __init__(
         self,
@@ -50,38 +50,39 @@ class Comparison:
         expired: Callable[[int], object],
         forgotten: Callable[[], object],
     ) -> None:
-        """`expired` hears how many records are lost because the topic no longer has them; `forgotten` of each partition
-        that the group has read and of which the store knows nothing."""
+        """The callbacks count. `expired`: records that the topic has dropped before they were read; `forgotten`:
+        partitions that the group has read and of which the store knows nothing."""
         self._settings, self._consumer, self._marks = settings, consumer, marks
         self._expired, self._forgotten = expired, forgotten
         self.sound: set[Partition] = set()
         self.short: dict[Partition, ShortLog] = {}
-        self._doubts: dict[Partition, set[int]] = {}  # offsets before which streams say that they have folded all
-        self._unfounded: dict[Partition, set[int]] = {}  # those that were found to be wrong
-        self._seen: dict[Partition, int] = {}  # marks, as they were read or written last
+        # Offsets behind positions of streams that seem to be beyond the log; and those that were found to be wrong.
+        self._doubts: dict[Partition, set[int]] = {}
+        self._unfounded: dict[Partition, set[int]] = {}
+        self._seen: dict[Partition, int] = {}  # marks, as this worker has read or written them last
 
     def note(self, offsets: dict[Partition, int]) -> None:
-        """Mark these as folded. Raises UnreachableError."""
+        """Set the marks of these partitions. Raises UnreachableError."""
         self._marks.mark(self._settings.group, offsets, self._seen)
         self._seen |= offsets
 
     def new(self, partition: Partition) -> bool:
-        """Whether it is to be compared."""
+        """Whether the partition is still to be compared."""
         return partition not in self.sound and partition not in self.short
 
     def read_again(self, partition: Partition) -> ShortLog | None:
-        """It is new; returns what was known of its log where that is short."""
+        """Make the partition new. Returns what was known of its log if that was short."""
         self.sound.discard(partition)
         self._doubts.pop(partition, None)
         return self.short.pop(partition, None)
 
     def doubt(self, partition: Partition, folded: set[int]) -> None:
-        """Streams say that they have folded a new partition up to these offsets, and its log seems to end before."""
+        """Streams have positions in a new partition, `folded` being the offsets behind them, beyond its log's end."""
         self._doubts[partition] = folded
 
     def beyond(self, positions: Mapping[str, int]) -> str:
         """What is wrong with a stream that has these positions, per topic/partition; empty where nothing is known to
-        be. Only partitions that are ours are looked at."""
+        be wrong. Only assigned partitions are looked at."""
         for (topic, number), unfounded in self._unfounded.items():
             where, folded = TopicPartition(topic, number), positions.get(f"{topic}/{number}", -1) + 1
             if folded in unfounded and where in self._consumer.assignment() and not self.reaches(where, folded):
@@ -89,19 +90,20 @@ class Comparison:
         return ""
 
     def void(self, partition: Partition) -> None:
-        """It is somebody else's, or another log: what streams said of it without reason is forgotten."""
+        """The partition was taken away, or has another log: forget which positions in it were found to be wrong."""
         self._unfounded.pop(partition, None)
 
     def grown(self) -> dict[Partition, ShortLog]:
-        """Short ones whose log reaches far enough by now."""
+        """Short partitions whose log reaches far enough by now."""
         ours = self._consumer.assignment() if self.short else ()
         return {p: log for p, log in self.short.items() if p in ours and self.reaches(p, log.reach)}
 
     def behind(self, first: dict[Partition, int]) -> dict[Partition, int]:
-        """Compare where new partitions begin with what the store has folded; where to read them from instead.
+        """Compare the `first` offsets of new partitions with their marks. Returns where to read them from instead.
 
-        The offset that Kafka has may be ahead of the store, by the second between two commits, or because the store has
-        lost what it knew: from a crash, or a backup. Raises KafkaError and UnreachableError.
+        Kafka's committed offset is ahead of the mark where the store has lost writes, by a crash, a failover or a
+        backup; and by some frames after a rebalance, where the last commit goes to Kafka alone (`group.Listener`).
+        Frames that are read again and in their streams' states are passed over. Raises KafkaError, UnreachableError.
         """
         if not first:
             return {}
@@ -117,28 +119,28 @@ class Comparison:
         return {partition: offset for partition, offset in behind.items() if offset < first[partition]}
 
     def skipped(self, reached: dict[Partition, int], first: dict[Partition, int]) -> None:
-        """Records go on at `first`, behind what was `reached`: count what the topic has thrown away between. The client
-        then begins anew, without a word. Raises KafkaError."""
+        """Records go on at `first`, later than they were read to (`reached`): count those between that the topic has
+        dropped. The client skips these without a word. Raises KafkaError."""
         for partition, beginning in self._beginnings(list(reached)).items():
             if beginning > reached[partition]:
                 self._lost(partition, reached[partition], min(beginning, first[partition]))
 
     def reaches(self, partition: Partition, offset: int) -> bool:
-        """Whether the log of an assigned partition ends at `offset` or later, as far as the last fetch knew."""
+        """Whether the log of an assigned partition ends at `offset` or later, by the last fetch."""
         end = self._consumer.highwater(TopicPartition(*partition))
         return end is not None and end >= offset
 
     def _note_expired(self, marks: dict[Partition, int], beginnings: dict[Partition, int]) -> None:
-        """Logs that begin behind their mark. Noted, so that the same records are not told of again when the partition
-        is compared again. Raises UnreachableError."""
+        """Count what is lost of logs that begin behind their mark. The mark is moved on, so that the same records are
+        not counted again when the partition is next compared. Raises UnreachableError."""
         if expired := {p: beginning for p, beginning in beginnings.items() if beginning > marks[p]}:
             self.note(expired)
             for partition, beginning in expired.items():
                 self._lost(partition, marks[partition], beginning)
 
     def _begin(self, unknown: dict[Partition, int]) -> None:
-        """Partitions of which the store knows nothing, and where they begin. It does from now on. Raises KafkaError and
-        UnreachableError."""
+        """Set the marks of partitions that have none, to where they begin. If the group has read of them before, the
+        store has lost its data. Raises KafkaError and UnreachableError."""
         read = {partition: self._committed(partition) for partition, offset in unknown.items() if offset > 0}
         if unknown:
             self.note(unknown)
@@ -159,12 +161,16 @@ class Comparison:
                 )
 
     def _too_short(self, first: dict[Partition, int], marks: dict[Partition, int]) -> dict[Partition, ShortLog]:
-        """Partitions whose log ends before what is said to be folded of it. Their marks stay as they are."""
+        """Partitions whose log ends before offsets that marks or streams say are folded in. Their marks stay.
+
+        A partition is not short because of a stream alone: if its mark lies within the log, and so does the offset that
+        the group has committed, then this is the log that was folded in, and the stream's position is wrong.
+        """
         said = {p: self._doubts.get(p, set()) | {marks.get(p, 0)} for p in first}
         reach = {p: max(offsets) for p, offsets in said.items()}
         asked = [TopicPartition(*p) for p, offset in reach.items() if offset > first[p] and not self.reaches(p, offset)]
         ends = self._consumer.end_offsets(asked, timeout_ms=OFFSETS_TIMEOUT_MS) if asked else {}
-        # Where a record is not there, none is behind it.
+        # If the lowest of these is beyond the log, so are all others.
         lowest = {p: [offset for offset in said[p] if offset > end] for p, end in ends.items()}
         short = {p: ShortLog(first[p], ends[p], min(offsets)) for p, offsets in lowest.items() if offsets}
         short = without_end(self._settings, short)
@@ -174,15 +180,15 @@ class Comparison:
         return {p: ShortLog(one.first, one.end, reach[p]) for p, one in short.items()}
 
     def _knows(self, partition: Partition, end: int) -> bool:
-        """Whether the group has committed an offset to this broker that the log has. Raises KafkaError."""
+        """Whether the group has committed an offset to this broker that lies within the log. Raises KafkaError."""
         return 0 < self._committed(partition) <= end
 
     def _committed(self, partition: Partition) -> int:
-        """The offset that the group has committed to this broker; 0 where there is none. Raises KafkaError."""
+        """The offset that the group has committed to this broker; 0 if none. Raises KafkaError."""
         return self._consumer.committed(TopicPartition(*partition), timeout_ms=OFFSETS_TIMEOUT_MS) or 0
 
     def _settle(self, compared: Iterable[Partition], short: dict[Partition, ShortLog]) -> None:
-        """Those that are not short are sound."""
+        """Make the compared partitions short or sound."""
         for partition in compared:
             self._doubts.pop(partition, None)
         for partition, found in short.items():

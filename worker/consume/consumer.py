@@ -1,11 +1,11 @@
 """Frames from Kafka: records, assignment and committed offsets.
 
-A poll takes nothing before these are asked, in this order. What is not taken is read again.
+A poll asks these questions in this order before it returns any record. Records that fail one are read again later.
 
-    topic.py       Is it the topic that the store knows?
+    topic.py       Is this the topic that the store has positions of?
     group.py       Was the partition taken away meanwhile?
-    beyond.py      Does its log end before it is read from? And, here: does it go on where it was read to?
-    comparison.py  Has its log all that the store has folded of it, and the store all before the first record?
+    beyond.py      Does the log end before the offset that is read next?  And, here: does it go on where it was read to?
+    comparison.py  Does the log have all that the store has folded in, and the store all before the first record?
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from worker.kafka.inside import assigned, last_answer
 log = logging.getLogger("driftkeel.consume")
 COMMIT_INTERVAL_S = 1.0
 ASK_AGAIN_S = 0.5
-LAST_CALL_MS, SILENT_S, BRIEF_MS = 5_000, 5.0, 500  # at the end; a broker that was silent before has half a second
+# The time for the last commit, and for leaving the group; and the shorter one if the broker has been silent before.
+LAST_CALL_MS, SILENT_S, BRIEF_MS = 5_000, 5.0, 500
 
 
 class FrameConsumer:
@@ -53,9 +54,9 @@ class FrameConsumer:
         expired: Callable[[int], object] = str,
         forgotten: Callable[[], object] = str,
     ) -> None:
-        """`failed` hears of every call that the broker did not answer or refused, `store_failed` of the store's,
-        `expired` how many records are lost because the topic no longer has them, and `forgotten` of each partition that
-        the group has read and of which the store knows nothing, to count them."""
+        """The callbacks count. `failed`: calls that the broker did not answer or refused, by operation; `store_failed`:
+        those of the store; `expired`: records that the topic has dropped before they were read; `forgotten`: partitions
+        that the group has read and of which the store knows nothing."""
         self._settings, self._failed, self._store_failed = settings, failed, store_failed
         self.offsets, self._stop = offsets, stop
         self._last_commit = 0.0
@@ -67,18 +68,20 @@ class FrameConsumer:
         self.listener = Listener(consumer, self.committable)
         topic, what = settings.topics.frames, f"the broker at {settings.bootstrap}"
         consumer.subscribe([topic], listener=self.listener)
-        # A member that joins before it has heard of the topic's partitions has none, and as leader has none to give.
+        # A member that joins before it knows the topic's partitions would, as leader of the group, assign none.
         until_reached(lambda: consumer.partitions_for_topic(topic), what, settings.connect_timeout_s, stop)
 
     def poll(self, timeout_s: float) -> tuple[list[Any], set[Partition]]:
         """Records that arrived, oldest first within a partition, and partitions that were taken away before them.
 
-        Some of the latter may have come back at once: the client then goes on behind the records it has handed
-        out, but those in hand are given up with the revocation. They are read again, from the oldest, and newer
-        records of the same poll are passed over until then. Never raises for an unreachable broker or store; raises
-        ConfigError for records in a compression that is not installed, where members of the group share partitions
-        in no way that this one offers, where another has taken its name, and where the user has no permission to read.
-        A record's value is `Unreadable` where it stands for records that nobody can read.
+        A partition may be taken away and come back at once. The client then goes on behind the records that it has
+        handed out, but the worker gives up those in hand with the revocation. So it is read again from the oldest of
+        these, and newer records of the same poll are passed over.
+
+        Never raises for an unreachable broker or store. Raises ConfigError for records in a compression that is not
+        installed, where the group's other members offer no assignment strategy of this one, where another worker has
+        taken its static name, and where the user has no permission to read. A record's value is `Unreadable` where it
+        stands for records that nobody can read.
         """
         self._topic.look()
         arrived = self._known(polled(self.consumer, self._settings, timeout_s, self._failed))
@@ -101,7 +104,8 @@ class FrameConsumer:
         return [record for p, part in arrived.items() if p not in self._comparison.short for record in part], gone
 
     def _known(self, arrived: dict[Partition, list[Any]]) -> dict[Partition, list[Any]]:
-        """Those of the topic that the store knows. Of another one nothing is taken, nor while it is not known."""
+        """The records, if the topic is the one that the store has positions of. None if it is another one, or while the
+        store does not answer: these are read again."""
         try:
             self._topic.check(begins=any(p not in self._comparison.sound for p in arrived))
             if not self._topic.other:
@@ -115,8 +119,8 @@ class FrameConsumer:
         return {}
 
     def _behind(self, first: dict[Partition, int]) -> dict[Partition, int]:
-        """Where to read partitions from instead, by what the store has folded. While that is not known they wait: they
-        are read again from where they are."""
+        """Where to read partitions from instead, because the store has folded in less. While broker or store do not
+        answer, that is where they are: they wait, and are read again."""
         try:
             return self._comparison.behind(first)
         except (KafkaError, UnreachableError) as error:
@@ -129,8 +133,8 @@ class FrameConsumer:
         self._stop.wait(ASK_AGAIN_S)
 
     def _other_logs(self, first: dict[Partition, int]) -> set[Partition]:
-        """Partitions that go on before what was read of them already, or end there: their log was cut, or is another
-        one. All that is known of them is forgotten, and they are compared again."""
+        """Partitions that go on, or end, before offsets that were read of them already: their log was cut, or is
+        another one. All that is known of them is forgotten, and they are compared with the store again."""
         cut = {p for p, offset in self.offsets.reached(first).items() if first[p] < offset}
         for partition in cut:
             log.warning("partition %d goes on at %d, which was read before", partition[1], first[partition])
@@ -139,8 +143,8 @@ class FrameConsumer:
         return others
 
     def _skipped(self, first: dict[Partition, int]) -> None:
-        """Where records go on behind those that were read, what is lost of those between. One offset is skipped by a
-        marker of a transaction, too."""
+        """Where records go on later than they were read to, count those between that the topic has dropped. A gap of
+        one offset is no sign of that: the marker of a transaction has an offset, too."""
         reached = {p: offset for p, offset in self.offsets.reached(first).items() if first[p] > offset + 1}
         try:
             self._comparison.skipped(reached, first)
@@ -149,37 +153,38 @@ class FrameConsumer:
             log.warning("partitions %s go on behind what was read (%s)", sorted(n for _, n in reached), error)
 
     def reaches(self, partition: Partition, offset: int) -> bool:
-        """Whether the log of an assigned partition ends at `offset` or later, as far as the last fetch knew."""
+        """Whether the log of an assigned partition ends at `offset` or later, by the last fetch."""
         return self._comparison.reaches(partition, offset)
 
     def doubt(self, partition: Partition, folded: set[int]) -> None:
-        """Streams say that they have folded this partition up to these offsets, and its log seems to end before them.
-        It is read again, once the broker has been asked."""
+        """Streams have positions in this partition, `folded` being the offsets behind them, beyond the end of its log.
+        It is read again, after it was compared with the store anew."""
         self.rewind(partition)
         self._comparison.doubt(partition, folded)
 
     def beyond(self, positions: Mapping[str, int]) -> str:
         """What is wrong with a stream that has these positions, per topic/partition; empty where nothing is known to
-        be. Only partitions that are ours are looked at."""
+        be wrong. Only assigned partitions are looked at."""
         return self._comparison.beyond(positions)
 
     @property
     def refused(self) -> int:
-        """Partitions that are ours and not read: the store knows more of them than their log has, or another topic."""
+        """How many assigned partitions are not read, because the store has positions beyond their log, or of another
+        topic."""
         return len(self.consumer.assignment()) if self._topic.other else len(self._comparison.short)
 
     @property
     def trouble(self) -> str:
-        """What is wrong with the topic as a whole, if anything."""
+        """What is wrong with the topic as a whole; empty where nothing is."""
         return self._topic.trouble
 
     @property
     def stuck(self) -> int:
-        """Partitions of which nothing has come for a minute although they have more."""
+        """How many partitions have brought nothing for a minute although they have more."""
         return len(self._standstill.stuck)
 
     def pause(self, paused: bool) -> None:
-        """Stop or go on taking records over; the group membership stays."""
+        """Stop or go on taking over records. The group membership stays."""
         assigned = self.consumer.assignment()
         if paused:
             self.consumer.pause(*assigned)
@@ -190,10 +195,8 @@ class FrameConsumer:
         self._paused = paused
 
     def rewind(self, partition: Partition, otherwise: int | None = None) -> None:
-        """Forget what is in hand of a partition; where it is still ours, read it again from the oldest of that.
-
-        `otherwise` is where to read from when nothing was in hand.
-        """
+        """Forget the records of a partition that are in hand. Where it is still assigned, read it again from the oldest
+        of these, or from `otherwise` where nothing was in hand."""
         offset, short = self.offsets.next_offset(partition), self._comparison.read_again(partition)
         self.offsets.forget([partition])
         if offset is None:
@@ -203,14 +206,14 @@ class FrameConsumer:
             self.consumer.seek(where, offset)
 
     def committable(self, partitions: Iterable[Partition] | None = None) -> dict[Partition, int]:
-        """Offsets to commit; none where the topic is another one than they are of."""
+        """Offsets to commit; none where the broker's topic is not the one that they are of."""
         return {} if self._topic.other else self.offsets.committable(partitions)
 
     def commit(self, now: bool = False) -> None:
         """Commit finished offsets, at most once a second unless `now`.
 
-        A failed commit loses nothing: the position in each stream's state decides what is folded. The store notes them
-        before Kafka does, so that it can be seen later where the store has fallen behind.
+        A failed commit loses nothing: the position in each stream's state decides what is folded in. The store's marks
+        are set before Kafka has the offsets, so that a store which has lost writes can be told by its older marks.
         """
         moment = time.monotonic()
         if not now and moment - self._last_commit < COMMIT_INTERVAL_S:
@@ -238,14 +241,14 @@ class FrameConsumer:
             self.offsets.committed({partition: meta.offset for partition, meta in offsets.items()})
 
     def _count(self, operation: str, error: Exception) -> None:
-        """Whoever did not answer: the store has the marks, the broker everything else."""
+        """Count a failed call: UnreachableError is the store's, which has the marks; all else is the broker's."""
         if isinstance(error, UnreachableError):
             self._store_failed()
         else:
             self._failed(operation)
 
     def assignment(self) -> set[Partition]:
-        """The partitions that are ours now."""
+        """The partitions that are assigned to this worker now."""
         return set(self.consumer.assignment())
 
     @property
@@ -255,12 +258,11 @@ class FrameConsumer:
 
     @property
     def joined(self) -> bool:
-        """Whether this is a member of the group, with partitions or without."""
+        """Whether this worker is a member of the group, with partitions or without."""
         return bool(self.consumer.group_metadata().generation_id >= 0)
 
     def answered(self) -> float:
-        """When the broker last answered anything, in monotonic seconds: a heartbeat, where there is nothing to fetch.
-        From any thread."""
+        """When the broker last answered anything, be it a heartbeat, in monotonic seconds. From any thread."""
         return last_answer(self.consumer)
 
     @property
@@ -268,8 +270,8 @@ class FrameConsumer:
         return LAST_CALL_MS if time.monotonic() - self.answered() < SILENT_S else BRIEF_MS
 
     def lag(self) -> dict[Partition, int]:
-        """Records of each assigned partition that are not finished, as far as the last fetch knew; while paused, as the
-        broker said lately, for which it is waited a moment every few seconds."""
+        """Records of each assigned partition that are not finished, by the last fetch. While partitions are paused
+        nothing is fetched, and the broker is asked every few seconds, which takes a moment."""
         lags, ends = {}, self._ends.now() if self._paused else {}
         in_hand = self.offsets.unfinished()
         for partition, state in assigned(self.consumer).items():
@@ -284,6 +286,6 @@ class FrameConsumer:
         return lags
 
     def close(self) -> None:
-        """Leave the group; nothing more is committed."""
-        self.offsets.forget(self.assignment())  # or the listener would, for as long as the broker takes
+        """Leave the group. Nothing more is committed."""
+        self.offsets.forget(self.assignment())  # Or the listener would commit, and wait for the broker.
         self.consumer.close(autocommit=False, timeout_ms=self._last_call_ms)

@@ -1,4 +1,4 @@
-"""Where partitions end while nothing is fetched from them: only the answer to a fetch says so by itself."""
+"""Where partitions end while nothing is fetched from them. Otherwise the answers to fetches tell it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SILENT_S = 2 * ASK_S  # a broker that has not answered for so long is not asked
 
 
 class Ends:
-    """The last answer, for the thread that polls. Empty while records are fetched, and at first when they are not."""
+    """Asks the broker, and keeps its last answer. Empty at first, and after `forget`. For the thread that polls."""
 
     def __init__(self, consumer: Any) -> None:
         self._consumer = consumer
@@ -30,10 +30,10 @@ class Ends:
         self._asked_at = time.monotonic()
 
     def now(self) -> dict[TopicPartition, int]:
-        """Of the assigned partitions, some seconds old at most where the broker answers."""
+        """The ends of the assigned partitions, at most some seconds old if the broker answers."""
         moment = time.monotonic()
         if moment - self._asked_at > ASK_S and moment - last_answer(self._consumer) < SILENT_S:
-            # Without an answer what is known stays; that the broker does not answer shows elsewhere.
+            # Without an answer, what is known stays. Others report that the broker does not answer.
             with contextlib.suppress(KafkaError):
                 self._found = self._consumer.end_offsets(self._consumer.assignment(), timeout_ms=PATIENCE_MS)
             self._asked_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""The worker as a member of its consumer group: the client, what its errors mean, and partitions that are taken."""
+"""The worker as a member of its consumer group: the client, its errors, and partitions that are taken away."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from worker.kafka.fenced import raise_when_fenced
 from worker.kafka.join import keep_joins, poll_timeout
 
 log = logging.getLogger("driftkeel.consume")
-FETCH_BYTES = 256 << 10  # of a partition at a time: what is fetched is served before the other partitions' next frames
-METADATA_MAX_AGE_MS = 30_000  # partitions added while running are found after so long
+FETCH_BYTES = 256 << 10  # of a partition at a time: all of it is handed out before the other partitions' next frames
+METADATA_MAX_AGE_MS = 30_000  # partitions that are added while workers run are found after so long
 LOST_MEMBERSHIP = (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError)
 
 
 def open_member(settings: Kafka, stop: threading.Event) -> Any:
-    """A `KafkaConsumer` of the group, once the broker is within reach. It is to subscribe."""
+    """A `KafkaConsumer` of the group, once the broker can be reached. The caller subscribes it."""
     arguments = connection(settings)
 
     def make() -> Any:
@@ -68,7 +68,7 @@ def open_member(settings: Kafka, stop: threading.Event) -> Any:
 def polled(
     consumer: Any, settings: Kafka, timeout_s: float, failed: Callable[[str], object]
 ) -> dict[Partition, list[Any]]:
-    """What the client has; nothing where that failed and it can be asked again, of which `failed` hears."""
+    """What the client has. Nothing where the poll failed in a way that another may not; then `failed` is called."""
     try:
         timeout_s = poll_timeout(consumer, timeout_s)
         return dict(consumer.poll(timeout_ms=max(0, int(timeout_s * 1000))))
@@ -100,7 +100,10 @@ def polled(
 
 
 class Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
-    """Runs on the client's thread while the loop waits inside poll: commits what is finished, notes what is taken."""
+    """Commits what is finished and notes what is taken away. Runs on the client's thread while the loop waits in poll.
+
+    It commits to Kafka alone and sets no marks, because this thread must not wait for the store.
+    """
 
     def __init__(self, consumer: Any, committable: Callable[[Iterable[Partition]], dict[Partition, int]]) -> None:
         """`committable`: the offsets of partitions that may be committed."""
@@ -108,7 +111,7 @@ class Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
         self._taken: deque[Partition] = deque()
 
     def taken(self) -> set[Partition]:
-        """Partitions that were taken away since this was asked last. For the loop."""
+        """Partitions that were taken away since the last call. For the loop."""
         return {self._taken.popleft() for _ in range(len(self._taken))}
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
@@ -124,10 +127,10 @@ class Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
         log.info("assigned partitions: %s", sorted(p.partition for p in assigned) or "none")
 
     async def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
-        # Somebody else has them already: nothing may be committed.
+        # Another member has them already, so nothing may be committed.
         self._taken.extend(lost)
 
 
 def with_metadata(offsets: dict[Partition, int]) -> dict[TopicPartition, OffsetAndMetadata]:
-    """As the client's commits want them."""
+    """Offsets as the client's commits take them."""
     return {TopicPartition(*partition): OffsetAndMetadata(offset, "", -1) for partition, offset in offsets.items()}

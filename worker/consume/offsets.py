@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from schemas.frame import Position
 
-Partition = tuple[str, int]  # kafka-python's TopicPartition is one, too
+Partition = tuple[str, int]  # topic and number; kafka-python's TopicPartition is such a tuple too
 
 
 @dataclass
@@ -20,7 +20,8 @@ class _Progress:
 
 
 class Offsets:
-    """Frames in hand per partition. Called from the loop, and from rebalance callbacks on the client's thread."""
+    """Records in hand, per partition: received and not finished. For the loop, and for the client's thread, which calls
+    it in a rebalance."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -28,25 +29,25 @@ class Offsets:
         self._committed: dict[Partition, int] = {}
 
     def received(self, position: Position) -> None:
-        """A record was taken over from the client; records of a partition come in order."""
+        """A record was taken over from the client. Records of a partition must come in order."""
         with self._lock:
             progress = self._progress.setdefault((position.topic, position.partition), _Progress())
             progress.waiting.append(position.offset)
             progress.newest = position.offset
 
     def finished(self, positions: Iterable[Position]) -> None:
-        """Nothing is left to do for these records."""
+        """Nothing is left to be done for these records, so that their offsets may be committed."""
         with self._lock:
             for position in positions:
                 progress = self._progress.get((position.topic, position.partition))
                 if progress is None:
-                    continue  # The partition has moved on to another worker since.
+                    continue  # Another worker has the partition now.
                 progress.finished.add(position.offset)
                 while progress.waiting and progress.waiting[0] in progress.finished:
                     progress.finished.remove(progress.waiting.popleft())
 
     def committable(self, partitions: Iterable[Partition] | None = None) -> dict[Partition, int]:
-        """The next offset to read, for each partition whose committed offset is behind it."""
+        """The next offset to be read by whoever takes over, for each partition where it is not committed yet."""
         with self._lock:
             chosen = self._progress if partitions is None else set(partitions) & set(self._progress)
             offsets = {partition: self._next(partition) for partition in chosen}
@@ -58,7 +59,7 @@ class Offsets:
             self._committed.update(offsets)
 
     def forget(self, partitions: Iterable[Partition]) -> None:
-        """Drop all that is known of partitions that were taken away or are read again."""
+        """Forget partitions that were taken away or are read again."""
         with self._lock:
             for partition in partitions:
                 self._progress.pop(partition, None)
@@ -70,12 +71,12 @@ class Offsets:
             return {partition: len(progress.waiting) for partition, progress in self._progress.items()}
 
     def reached(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        """The offset behind the last record that was received, of those partitions of which one was."""
+        """The offset behind the last record that was received; only of partitions that have received one."""
         with self._lock:
             return {p: self._progress[p].newest + 1 for p in partitions if p in self._progress}
 
     def next_offset(self, partition: Partition) -> int | None:
-        """The offset to read from when everything in hand of a partition is given up."""
+        """The offset to read a partition from when all of its records in hand are given up."""
         with self._lock:
             return self._next(partition) if partition in self._progress else None
 

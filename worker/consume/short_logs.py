@@ -1,11 +1,11 @@
-"""Partitions whose log ends before an offset that the store calls folded: of another broker, or of a topic that was
-deleted and created again under its name.
+"""Partitions whose log ends before an offset that the store says is folded in. The log is that of another broker, or of
+a topic that was deleted and created again under its name.
 
-Their frames would all seem to be folded already. So none of them is taken, and nothing is noted of these partitions,
-until the log has grown past that offset. A log that has lost its end (an unclean election of a leader) gets there soon.
+Its frames would all be taken for folded in. So none is taken, and the partition's mark stays, until the log has grown
+past that offset. A log that has lost its end (an unclean leader election) gets there soon.
 
-Where the partition's mark lies within the log, and so does an offset that the group has committed to this broker, this
-is the log that was folded. A stream that claims more is wrong by itself, and the partition is read.
+If the partition's mark lies within the log, and so does an offset that the group has committed to this broker, it is
+the log that was folded in. A stream with a position beyond it is wrong by itself, and the partition is read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REMEDY = (
 
 
 def cure(stream: str) -> str:
-    """What to do about a stream whose position no frame of its log has."""
+    """What to do about a stream whose position is beyond its log."""
     return (
         f"'driftkeel streams delete -- {quote(stream)}' lets it begin anew; to keep what it has learnt, 'driftkeel "
         "streams export' it before and 'import' it after that"
@@ -37,9 +37,9 @@ def cure(stream: str) -> str:
 
 @dataclass(frozen=True)
 class ShortLog:
-    """Reading is to begin at `first`, the log ends at `end`, and is to reach `reach`, all of them offsets.
+    """Offsets: reading would begin at `first`, the log ends at `end`, and has to reach `reach` before it is read.
 
-    `stream`: who says so, where that is known, and the partition's mark does not.
+    `stream`: whose position `reach` comes from, where that is known; otherwise from the partition's mark.
     """
 
     first: int
@@ -58,8 +58,8 @@ class ShortLog:
 
 
 def without_end(kafka: Kafka, short: dict[Partition, ShortLog]) -> dict[Partition, ShortLog]:
-    """Those of `short` that have not the last record that was read of them, either. The broker's word for where a log
-    ends is not enough to refuse it: the embedded one names the beginning of the last batch. Raises KafkaError."""
+    """Those of `short` whose last record that was read cannot be fetched either. Where a broker says that a log ends is
+    not enough to refuse it: the embedded one names the beginning of the last batch. Raises KafkaError."""
     if not short:
         return {}
     missing = dict(short)

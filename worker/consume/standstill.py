@@ -1,5 +1,5 @@
-"""Partitions of which nothing comes although they have more. To whoever polls, a client that is stuck looks like one
-without records."""
+"""Partitions that bring nothing although they have more: to whoever polls, a stuck client looks like one without
+records."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ STUCK_AFTER_S = 60.0
 
 
 class Standstill:
-    """Since when nothing has come of each. For the thread that polls."""
+    """Knows since when each partition has brought nothing. For the thread that polls."""
 
     def __init__(self, consumer: Any) -> None:
         self._consumer = consumer
         self._since: dict[Partition, float] = {}
-        self.stuck: Set[Partition] = frozenset()  # of which nothing has come for STUCK_AFTER_S
+        self.stuck: Set[Partition] = frozenset()  # those that have brought nothing for STUCK_AFTER_S
 
     def polled(self, arrived: Container[Partition], passed_over: Iterable[Partition]) -> None:
-        """After a poll that brought records of `arrived`; those `passed_over` are not read on purpose."""
+        """Call it after each poll, with the partitions that `arrived`; those `passed_over` are not read on purpose."""
         now = time.monotonic()
         unread = self._unread().difference(passed_over)
         self._since = {p: now if p in arrived else self._since.get(p, now) for p in unread}
@@ -38,7 +38,7 @@ class Standstill:
         self.stuck = stuck
 
     def _unread(self) -> set[Partition]:
-        """Partitions that are fetched and, as far as the last fetch knew, go on behind what was taken of them."""
+        """Partitions that are fetched and, by the last fetch, go on behind what was taken of them."""
         return {where for where, state in assigned(self._consumer).items() if _goes_on(state)}
 
 

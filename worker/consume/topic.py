@@ -1,7 +1,7 @@
-"""The topic of frames as the broker has it: whether it is there, and whether it is the one that the store knows.
+"""The frames topic as the broker has it: whether it exists, and whether it is the one that the store has positions of.
 
-To whoever polls, one that is deleted looks like one without records, and one that was created again under its name goes
-on where the old one was read to. Kafka gives every topic an id of its own; some brokers give none.
+To whoever polls, a deleted topic looks like one without records, and one that was created again under its name goes on
+where the old one was read to. Kafka gives every topic an id of its own; some brokers do not.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ class Notes(Protocol):
     """What the store knows of topics."""
 
     def topic_id(self, topic: str, found: str = "") -> str:
-        """The id of the topic that positions are of; `found` is noted where none is. Raises UnreachableError."""
+        """The id of the topic that positions are of; if none is noted yet, `found` is. Raises UnreachableError."""
 
 
 def another(settings: Kafka, found: str, noted: str) -> str:
-    """What is wrong where the store has positions of a topic with another id, in a line."""
+    """The line that says that the store has positions of a topic with another id."""
     topic = f"topic {settings.topics.frames} at {settings.bootstrap}"
     why = f"its id is {found}, and what the store has was read of {noted}"
     return f"{topic} was deleted and created again, or is another cluster's: {why}"
 
 
 class FramesTopic:
-    """Looks at what the client of a `KafkaConsumer` was told last. For the thread that polls."""
+    """Looks at the newest metadata of a consumer. For the thread that polls."""
 
     def __init__(self, settings: Kafka, consumer: Any, notes: Notes) -> None:
         self._settings, self._consumer, self._notes = settings, consumer, notes
@@ -45,12 +45,12 @@ class FramesTopic:
 
     @property
     def trouble(self) -> str:
-        """Why nothing is read; empty where nothing is wrong. `other`: because it is not the topic that was read before,
-        and stays so until somebody has seen to it and this worker begins again."""
+        """Why nothing is read; empty where nothing is wrong. `other` is the reason where the topic is not the one that
+        was read before. It stays until somebody has mended that and restarts this worker."""
         return self._gone or self.other
 
     def look(self) -> None:
-        """Say so where it is gone, and where it is back."""
+        """Log that the topic is gone, and that it is back."""
         bootstrap = self._settings.bootstrap
         if metadata(self._consumer).partitions_for_topic(self._topic) is not None:
             if self._gone:
@@ -68,7 +68,8 @@ class FramesTopic:
             )
 
     def check(self, begins: bool) -> None:
-        """Compare its id with the store's, which notes it once reading `begins`. Raises UnreachableError."""
+        """Compare the topic's id with the one in the store, which notes it when reading `begins`. Raises
+        UnreachableError."""
         found = topic_id(metadata(self._consumer), self._topic)
         if self.other or not found or not (begins or found != self._checked):
             return
