@@ -1,6 +1,6 @@
 """Where a worker computes: on the processor, or on a GPU that torch calls CUDA.
 
-Experimental: that every tensor is where it belongs is tested on a device that only pretends. No GPU has run this yet.
+Experimental: tests use a simulated device to check that every tensor is where it belongs. No GPU has run this yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ EXPERIMENTAL = "experimental: where tensors are is tested, but no GPU has run th
 
 
 def site_device(name: str) -> torch.device:
-    """The device that a configuration names: cpu, cuda or cuda:N; this thread uses it from here on. Raises ConfigError
+    """The device that a configuration names: cpu, cuda or cuda:N. This thread uses it from now on. Raises ConfigError
     where torch does not see it."""
     if name == "cpu":
         return torch.device(name)
@@ -25,15 +25,15 @@ def site_device(name: str) -> torch.device:
     if device.index >= seen:
         what = f"it is none of the {seen} that torch sees; look at nvidia-smi and CUDA_VISIBLE_DEVICES"
         raise ConfigError(f"device {name}: {what}, or set device: cpu")
-    # As on processors, for which bundles are calibrated; TF32 keeps ten bits of each factor.
+    # Bundles are calibrated on processors, with full precision; TF32 keeps ten bits of each factor.
     torch.backends.cudnn.allow_tf32 = False
     use(device)
     return device
 
 
 def use(device: torch.device) -> None:
-    """Let this thread use the device. Every thread begins with the first GPU, where torch would keep a context of some
-    hundred megabytes besides."""
+    """Have this thread use the device. Otherwise it begins with the first GPU, where torch would keep another context
+    of some hundred megabytes."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 

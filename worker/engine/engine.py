@@ -32,18 +32,17 @@ from worker.guard.guard import watched
 
 FIRST_SLOTS = 16
 SOURCE_SHARE = 1 / 16
-MOST_ASKED = 1 / 3  # of a pass's frames, that source answers in the same pass; more get one of their own, for memory
-# What of a state makes the model, and so can answer; the rest is for updates.
+MOST_ASKED = 1 / 3  # of a pass's frames: up to so many source answers in the same forward, more in one of their own
+# The tensors of a state that answer. The others serve updates alone.
 PARAMETERS = ("affine", "norm_mean", "norm_variance", "correction")
 
 
 class Engine:
-    """Holds the resident streams' tensors, row by row, where the bundle's model is, and runs passes over them.
+    """Holds the resident streams' tensors, a row each, on the model's device, and runs passes over them. All tensors
+    that others give it and get from it are on the CPU.
 
-    What others give and get, `like`, `source` (its parameters) and the tensors of a stream, is on the CPU.
-
-    `gather` and `accept` touch these tensors and belong to the worker's loop; `forward` and `adapt` work on what was
-    gathered, so that another thread may run them meanwhile. A stream must not be in two passes at once.
+    `gather` and `accept` read and write the rows and belong to the worker's loop. `forward` and `adapt` work on copies
+    that `gather` has made, so that another thread may run them. A stream must not be in two passes at once.
     """
 
     def __init__(
@@ -53,9 +52,10 @@ class Engine:
         observe: bool = True,
         source_share: float = SOURCE_SHARE,
     ) -> None:
-        """`observe` False: frames that do not adapt get the bare model's answer and leave no trace in the state.
+        """`observe` False: frames that make no update get the bare model's answer and leave no trace in the state.
 
-        `source_share`: micro-batches that source answers too; besides, all of new and doubtful streams. 0: none.
+        `source_share`: the share of micro-batches that source answers too; it answers all of new and doubtful streams.
+        0: none at all.
         """
         self.bundle, self._observe = bundle, observe
         calibration = bundle.manifest.calibration
@@ -64,12 +64,12 @@ class Engine:
         if bundle.is_estimated:
             self._observer = Observer(bundle.model, bundle.statistics, calibration.threshold, calibration.entropies)
             self.accuracy_model = AccuracyModel(calibration.estimator) if calibration.estimator else None
-        else:  # It reports no features, and the bundle's estimate does not hold for it.
+        else:  # Another method reports no features, and the bundle's accuracy estimate does not hold for it.
             self._observer = AnswerObserver(bundle.model, calibration.entropies)
         self._shadow_every = round(1 / source_share) if source_share else 0
         self.bundle_hash = bundle.hash
         self._method = bundle.method.for_site(step_scale)
-        # Not where what the model says of a frame depends on the others of its pass.
+        # Outputs of held frames are kept for the next pass, except where they depend on the other frames of the pass.
         self._keeps = isinstance(self._method, MGG) and not self._method.mixes
         self.device = bundle.model.device
         self._residents: dict[str, Resident] = {}
@@ -86,11 +86,11 @@ class Engine:
 
     @property
     def like(self) -> dict[str, Tensor]:
-        """The tensors of a stream that has seen nothing; also the pattern for stored ones."""
+        """The tensors of a new stream, which also tell the names and shapes that stored ones must have."""
         return self._fresh
 
     def begun(self, stream: str) -> StreamState:
-        """A stream that has seen nothing."""
+        """The state of a new stream."""
         header = StreamHeader(stream=stream, bundle=self.bundle_hash, method=self.bundle.method_name)
         return StreamState(header=header, tensors=self.like)
 
@@ -118,19 +118,20 @@ class Engine:
         return self._residents[stream]
 
     def holds(self, stream: str, resident: Resident) -> bool:
-        """Whether the stream is still the same resident: not released meanwhile, nor released and admitted again."""
+        """Whether the stream is still this resident. It is not if it was released, or released and admitted again: what
+        was computed for the old one is void then, and must be written neither to memory nor to the store."""
         return self._residents.get(stream) is resident
 
     def estimate(self, header: StreamHeader) -> Proxies:
-        """What a stream's running signals say of its accuracy, by the bundle's calibration."""
+        """The stream's estimated accuracy, from its running signals by the bundle's calibration."""
         manifest = self.bundle.manifest
         clean, classes = manifest.model.clean_accuracy, len(self.bundle.labels)
         return estimate(header.proxies, manifest.calibration, clean, classes, self.bundle.is_estimated)
 
     def reserve(self, slots: int) -> None:
-        """Have so many slots. Memory that no stream uses yet is only promised by the kernel, not taken.
+        """Have at least so many slots. The kernel gives memory only when a stream uses it.
 
-        To grow later copies all states, and what they leave behind stays with the process.
+        Growing later copies all states, and the process keeps the memory of the old ones.
         """
         used = self._slots
         size = max(slots, used)
@@ -150,7 +151,7 @@ class Engine:
             tensor[slot] = state.tensors[name]
 
     def release(self, streams: Iterable[str]) -> None:
-        """Forget streams; what they were is in the store."""
+        """Forget streams. Their states must be in the store, or are to be computed again."""
         for stream in streams:
             resident = self._residents.pop(stream, None)
             if resident is not None:
@@ -158,11 +159,11 @@ class Engine:
                 self._free.append(resident.slot)
 
     def pack_idle_headers(self, now: float) -> None:
-        """Let streams that are idle take less memory, some at a time; `now` is monotonic seconds."""
+        """Compress the headers of some idle streams to save memory; `now` is monotonic seconds."""
         self._headers.pack_idle(now)
 
     def least_recent(self, count: int, keep: Set[str]) -> list[str]:
-        """The `count` streams that were used longest ago, but for those in `keep`."""
+        """The `count` least recently used streams, except those in `keep`."""
         return [stream for stream in self._residents if stream not in keep][: max(0, count)]
 
     def tensors(self, stream: str) -> dict[str, Tensor]:
@@ -171,14 +172,14 @@ class Engine:
         return on_cpu({name: tensor[slot] for name, tensor in self._state.items()})
 
     def predict(self, batches: list[MicroBatch]) -> Pass:
-        """Predict every frame of every micro-batch under its stream's parameters as they are now."""
+        """Predict the frames of all micro-batches, each under its stream's present parameters."""
         return self.forward(self.gather(batches))
 
     def gather(self, batches: list[MicroBatch]) -> Gathered:
-        """Copy the states that the micro-batches need."""
+        """Copy what a pass over the micro-batches needs. From here on it does not read the engine's tensors."""
         hurried = [batch for batch in batches if self._hurries(batch)]
         adapting = [batch for batch in batches if batch.adapt]
-        # Of several frames our own generator takes the gradient from some, and only these need a graph.
+        # Our own generator takes the gradient of some of a micro-batch's frames, and runs only these with a graph.
         whole = not isinstance(self._method, MGG) or all(len(batch.frames) == 1 for batch in adapting)
         graphs = adapting if whole else []
         others = [batch for batch in batches if not self._hurries(batch) and not (whole and batch.adapt)]
@@ -225,7 +226,7 @@ class Engine:
         return found, forward
 
     def _hurry(self, part: Part) -> list[BatchPrediction]:
-        """One forward of the bare model under the parameters that answer: no class filter, no question to source."""
+        """One forward of the bare model under the parameters that answer, without class filter and source."""
         frames, looks = self._frames(part)
         parameters = {name: part.state[name] for name in PARAMETERS if name in part.state}
         if part.fixed is not None:
@@ -237,7 +238,7 @@ class Engine:
         return batch_predictions(self.bundle, part, frames, logits, None, looks)
 
     def adapt(self, passed: Pass) -> Proposals:
-        """The update of every micro-batch that adapts, and what the others have shown of their streams."""
+        """The updates of micro-batches that adapt, and what the others have moved in their streams' states."""
         proposals: list[Proposal] = []
         before, state = State(), State()
         if passed.forward is not None:
@@ -256,11 +257,12 @@ class Engine:
         return Proposals(proposals, before, state, passed.observed)
 
     def distances(self, before: Tensor, after: Tensor) -> list[dict[str, float]]:
-        """How far each norm layer is from where it was, for every row of two affines (S, P); four digits."""
+        """How far each norm layer moved between two affines (S, P), for each row; to four digits."""
         change = (after - before).detach()
-        layer_of = self._layer_of.to(change.device)  # of streams that people ask about, it is on the CPU
+        layer_of = self._layer_of.to(change.device)  # Commands call this with tensors on the CPU.
         squared = change.new_zeros(len(change), len(self._layers)).index_add_(1, layer_of, change * change)
-        # What was stored may be so far away that its square is infinite; JSON makes null of that, which is no distance.
+        # A stored state may be so far away that the square is infinite, which an event cannot carry: JSON has no number
+        # for it.
         far = squared.sqrt().clamp_max(torch.finfo(squared.dtype).max)
         return [
             {layer: float(f"{distance:.4g}") for layer, distance in zip(self._layers, row, strict=True)}
@@ -268,13 +270,13 @@ class Engine:
         ]
 
     def replace(self, stream: str, tensors: State) -> None:
-        """Give a stream other tensors, once they are in the store. It must be in no pass."""
+        """Give a stream other tensors, which must be in the store already. It must not be in a pass."""
         slot = self._residents[stream].slot
         for name, tensor in self._state.items():
             tensor[slot] = tensors[name]
 
     def accept(self, proposals: Proposals, accepted: list[Proposal]) -> None:
-        """Put accepted updates in place, once they are in the store."""
+        """Make accepted proposals the streams' states. Those of streams that have gone meanwhile are left out."""
         accepted = [p for p in accepted if self.holds(p.prediction.batch.stream, p.prediction.resident)]
         for update, state in ((True, proposals.state), (False, proposals.observed)):
             some = [proposal for proposal in accepted if proposal.update is update]
@@ -287,14 +289,14 @@ class Engine:
         return self._there(torch.tensor(values))
 
     def _there(self, tensor: Tensor) -> Tensor:
-        """Where the states are. The loop must not wait for what a GPU has still to do."""
+        """The tensor on the engine's device. The loop does not wait for a GPU's pending work."""
         return tensor.to(self.device, non_blocking=True)
 
     def _part(self, batches: list[MicroBatch]) -> Part | None:
         if not batches:
             return None
         residents = []
-        for batch in batches:  # The order of this dict is the order of use.
+        for batch in batches:  # Move it to the end: the dict is in the order of use.
             resident = self._residents[batch.stream] = self._residents.pop(batch.stream)
             residents.append(resident)
         headers = [resident.header for resident in residents]
@@ -323,24 +325,27 @@ class Engine:
         )
 
     def _known(self, batches: list[MicroBatch], residents: list[Resident], headers: list[StreamHeader]) -> Known | None:
-        """What the model has put out for held frames, which nobody else needs from now on."""
+        """The kept outputs of held frames. They are removed from the residents, as they are used once."""
         found = known(batches, [resident.seen for resident in residents], headers)
         for resident in residents:
             resident.seen = None
         return None if found is None else Known(self._there(found.places), found.output)
 
     def _asks(self, batch: MicroBatch, header: StreamHeader) -> bool:
-        """Whether source is asked for a micro-batch: every so many of a stream, by its own count, so that a step that
-        is repeated asks the same; all where the guard watches, and where source answers anyway. Whole ones: beside each
-        of their predictions stands what source says."""
+        """Whether source is asked about a micro-batch, all frames of it.
+
+        It is for every so many micro-batches of a stream, counted by its events, so that a step that is repeated after
+        a crash asks the same; for all while the guard watches the stream, and where source answers anyway.
+        """
         if not self._shadow_every or self._hurries(batch):
             return False
-        # Streams that began together do not all ask in the same pass.
+        # Shifted by the name, so that streams that began together do not all ask in the same pass.
         turn = header.events + zlib.crc32(batch.stream.encode())
         return batch.answer == "source" or watched(header.guard, header.proxies) or turn % self._shadow_every == 0
 
     def _fixed(self, batches: list[MicroBatch], residents: list[Resident], stream: Tensor, rows: list[int]) -> Fixed:
-        """What answers the micro-batches `rows`, beside source where it is asked."""
+        """The frames of the micro-batches `rows`, and the parameters that answer them: approved ones, or source's where
+        source is not asked anyway."""
         place = torch.full((len(batches),), -1)
         place[rows] = torch.arange(len(rows))
         place = place.index_select(0, stream)
@@ -350,7 +355,7 @@ class Engine:
         return Fixed(self._there(frames), self._there(place.index_select(0, frames)), parameters)
 
     def _frames(self, part: Part) -> tuple[Tensor, list[Look]]:
-        """The model's input; and of every micro-batch the frames' checksums and how many of them are blank."""
+        """The model's input; and for each micro-batch its frames' checksums and the share of blank ones."""
         pixels = [frame.pixels for batch in part.batches for frame in batch.frames]
         stacked = np.stack(pixels)
         blank = blank_frames(stacked)

@@ -1,4 +1,4 @@
-"""What is known of a stream once frames have been folded in: its header, and how well it is estimated to do."""
+"""A stream's header after frames were folded in."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def next_header(
     proxies: RunningProxies | None = None,
     guard: GuardState | None = None,
 ) -> StreamHeader:
-    """The header after these frames have been folded in, with or without an update.
+    """The header after these frames were folded in, with or without an update.
 
-    `proxies` and `guard` are what is known after them; as before where None. `drift_frames`: of a signal of drift
-    detection; 0 where nothing is watched.
+    `proxies` and `guard`: those after the frames; None leaves them as they are. `drift_frames`: how many frames make
+    one signal for drift detection; 0 switches it off.
     """
     frames = prediction.batch.frames
     positions, chain = dict(header.positions), header.folded
@@ -49,8 +49,8 @@ def next_header(
 
 
 def _next_watch(drift: DriftWatch | None, prediction: BatchPrediction, frames: int) -> DriftWatch | None:
-    """The watch after this micro-batch: a larger one gives several signals, each of about so many frames, because the
-    fewer frames there are, the more a mean spreads."""
+    """The watch after this micro-batch. A larger one is divided into several signals of about `frames` each, because
+    the spread of a mean depends on how many frames it is of."""
     total = len(prediction.batch.frames)
     parts = max(1, round(total / frames))
     for part in range(parts):
@@ -62,7 +62,7 @@ def _next_watch(drift: DriftWatch | None, prediction: BatchPrediction, frames: i
 def next_proxies(
     proxies: RunningProxies, prediction: BatchPrediction, generated: Mapping[str, float], model: AccuracyModel | None
 ) -> RunningProxies:
-    """What is known of the stream's accuracy after these frames; `generated` are the signals of their update."""
+    """The running proxies after these frames; `generated` are the signals of their update."""
     frames = len(prediction.batch.frames)
     if not (math.isfinite(prediction.mean_confidence) and math.isfinite(prediction.mean_entropy)):
         return proxies

@@ -1,6 +1,6 @@
-"""What the model has put out for frames that are predicted and held for `min_adapt`, so that it is not asked again.
+"""Keeps the model's outputs for frames that are predicted and held until there are `min_adapt`.
 
-A camera of few frames would else have its first one run in each pass until there are enough for an update.
+Otherwise the first frame of a slow camera would be run again in each pass until there are enough for an update.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from worker.decode.image import DecodedFrame
 
 @dataclass(frozen=True)
 class Seen:
-    """What came of a stream's held frames, under its parameters as they were after so many `events`."""
+    """The outputs for a stream's held frames, under its parameters as they were after so many `events`."""
 
     frames: Sequence[DecodedFrame]
     output: Output
     events: int
 
     def begins(self, batch: MicroBatch, header: StreamHeader) -> bool:
-        """Whether the micro-batch, which has all frames that are held, goes on from these; nothing changes parameters
-        without an event."""
+        """Whether these outputs hold for the first frames of the micro-batch: the frames are the same, and so are the
+        parameters, as nothing changes them without an event."""
         same = all(ours is theirs for ours, theirs in zip(self.frames, batch.frames, strict=False))
         return same and self.events == header.events
 
 
 def known(batches: Sequence[MicroBatch], seen: Sequence[Seen | None], headers: Sequence[StreamHeader]) -> Known | None:
-    """What has been `seen` of a part's frames."""
+    """The outputs that are known of a part's frames, from what was `seen` of each micro-batch's stream."""
     places: list[int] = []
     outputs: list[Output] = []
     start = 0
@@ -45,9 +45,9 @@ def known(batches: Sequence[MicroBatch], seen: Sequence[Seen | None], headers: S
 
 
 def kept(batches: Sequence[MicroBatch], headers: Sequence[StreamHeader], output: Output) -> list[Seen | None]:
-    """Of the micro-batches that are to be held, what came of their frames; `output` is of all frames of the part.
+    """The outputs to keep of each micro-batch that will be held; `output` is of all frames of the part.
 
-    Each stream's are copied: views would keep the memory of all until the last stream has made its update.
+    They are copied: views would keep the memory of all streams until the last one has made its update.
     """
     found: list[Seen | None] = []
     start = 0

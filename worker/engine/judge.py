@@ -1,4 +1,4 @@
-"""From what a pass proposes to what becomes of a stream: header, parameters, and why. Without broker and store."""
+"""What becomes of a stream after a pass: its header, its parameters, and why. Knows neither broker nor store."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ Earlier = tuple[Snapshot, State]
 
 
 def no_snapshot(stream: str) -> Earlier | None:
-    """Where none are kept."""
+    """For callers that keep no snapshots."""
     return None
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A ruling, the header after it, and the proposal whose tensors become the stream's; None: they stay.
-
-    `went_back_to`: the snapshot that the stream was rolled back to. `blind`: the camera seems to see nothing.
+    """A ruling and the header after it. `kept`: the proposal whose tensors become the stream's; None: they stay as they
+    are. `went_back_to`: the snapshot that the stream was rolled back to. `blind`: the camera seems to see nothing.
     """
 
     ruling: Ruling
@@ -44,15 +43,15 @@ def judge(
     drift_frames: int = 0,
     newest: Callable[[str], Earlier | None] = no_snapshot,
 ) -> Judgement:
-    """Judge one micro-batch. Where less than the whole update is accepted, its row in `proposals` changes.
+    """Judge one micro-batch. Where an update is not accepted as a whole, its row in `proposals` is changed.
 
-    A ruling that says `rolled_back` leads to the `newest` snapshot of the stream, and to source where it has none.
-    `drift_frames`: of a signal of drift detection; 0 where nothing is watched.
+    The ruling `rolled_back` leads to the stream's `newest` snapshot, and becomes a `reset` to source where it has none.
+    `drift_frames`: how many frames make one signal for drift detection; 0 switches it off.
     """
     before = prediction.resident.header
     update = proposal is not None and proposal.update
     signals = proposal.signals if proposal is not None else {}
-    # What hurried frames look like depends on who answered them.
+    # Hurried frames leave the proxies as they are: what these frames show depends on whose parameters answered them.
     proxies = before.proxies
     if not prediction.batch.hurried:
         proxies = next_proxies(before.proxies, prediction, signals, engine.accuracy_model)
@@ -69,10 +68,11 @@ def judge(
             proxies = as_source(proxies)
         elif ruling.share < 1:
             proposals.shrink(proposal, ruling.share)
-    # A stream that rests after going back would settle, and then not learn when it may again.
+    # Drift detection is off for a stream that rests after going back. It would find the stream settled, and the stream
+    # would not adapt when it may again.
     header = next_header(before, prediction, ruling.apply, 0 if state.rest else drift_frames, proxies, state)
     if ruling.back:
         header.step = header.snapshot = earlier[0].header.step if earlier else 0
-        header.drift = None  # It was learned under the parameters that are gone.
+        header.drift = None  # It was learnt under the parameters that are gone.
     taken = ruling.apply or ruling.back if update else proposal is not None and proposal.finite
     return Judgement(ruling, header, proposal if taken else None, earlier, blind)

@@ -18,14 +18,14 @@ from worker.engine.held import Seen
 from worker.engine.resident import Resident
 from worker.guard.guard import Sight
 
-WAY = {"affine", "offset", "student"}  # what of a state an update moves that can be gone in part
+WAY = {"affine", "offset", "student"}  # the tensors of a state of which an update can be accepted in part
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Frames of a part for which parameters answer that do not adapt, source or approved, without the class filter:
-    which frames (N,) of the part, each one's row (N,) in the parameters, and these. Not those that source answers and
-    is asked for besides."""
+    """Frames of a part that fixed parameters answer, source's or approved ones, without the class filter: which frames
+    (N,) of the part, each one's row (N,) in the parameters, and the parameters. Frames that source answers and is asked
+    about anyway are not among them."""
 
     frames: Tensor
     stream: Tensor
@@ -34,11 +34,11 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Part:
-    """Micro-batches gathered for one forward: pixels, each frame's row in `state`, and a copy of the streams' rows.
+    """Micro-batches gathered for one forward: each frame's row in `state`, and `state`, a copy of the streams' rows.
 
-    `shadow` (n,) are the places of the frames that the source model is asked for too, and `by_source` (m,) the places
-    in `shadow` of those for which it answers. `headers` are the residents' as they were when this was gathered, which
-    another thread may read. `known` is of held frames that the model has seen; `keep`: some of these are to be held.
+    `shadow` (n,): the places of the frames that source is asked about too. `by_source` (m,): the places in `shadow` of
+    those that it answers. `headers`: the residents' as they were when this was gathered; another thread may read them.
+    `known`: outputs that are known of held frames. `keep`: some micro-batches will be held, so keep their outputs.
     """
 
     batches: list[MicroBatch]
@@ -56,9 +56,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Gathered:
-    """All that a pass needs. From here on it runs without the engine's tensors, in any thread.
+    """All that a pass needs to run in any thread, without the engine's tensors.
 
-    `adapting` are predicted with a graph; `passive` without, which an update on some of the frames does not need.
+    `adapting` is predicted with a graph for the backward pass. `passive` is not: it makes no update, or the method runs
+    the frames that it takes the gradient of again.
     """
 
     adapting: Part | None
@@ -68,10 +69,10 @@ class Gathered:
 
 @dataclass(frozen=True)
 class BatchPrediction:
-    """What one pass says of the frames of one micro-batch, in order, before any update.
+    """What a pass says of one micro-batch's frames, in order, before any update.
 
-    `parameters` and their `step` are those that answered; the means are of the parameters that adapt, and so are the
-    entropy and confidence of each frame in `signals`. `seen`: what to keep of frames that are held.
+    `parameters` and `step`: those that answered. The means, and `signals` (entropy and confidence of each frame), are
+    of the parameters that adapt. `seen`: the outputs to keep where the frames will be held.
     """
 
     batch: MicroBatch
@@ -89,15 +90,15 @@ class BatchPrediction:
 
     @property
     def source_index(self) -> Sequence[int | None]:
-        """The class that source gives each frame, where it was asked: all of a micro-batch, or none."""
+        """The class that source gives each frame. Source is asked about all frames of a micro-batch or none."""
         source = self.observed.source if self.observed is not None else ()
         return source or [None] * len(self.batch.frames)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The predictions of a pass, and what its updates need: the streams of `forward` are those of `adapting`.
-    `observed`: those tensors that frames without an update have moved, a row for each of `passive`."""
+    """The predictions of a pass, and what its updates need: `forward` has a row for each of `adapting`. `observed`: the
+    tensors that frames move without an update, a row for each of `passive`."""
 
     predictions: list[BatchPrediction]
     adapting: list[BatchPrediction]
@@ -108,11 +109,8 @@ class Pass:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A stream's next state before the guard has seen it. `row` points into the tensors of all updates.
-
-    `update` is False where the parameters stay and only what is known of the stream has moved; then `row` points into
-    the tensors `observed`. `layers` says how far each norm layer moves.
-    """
+    """A stream's next state, before the guard has judged it: a `row` of `Proposals.state`. Where it is no `update`, the
+    parameters stay, and it is a row of `Proposals.observed`. `layers`: how far each norm layer moves."""
 
     prediction: BatchPrediction
     row: int
@@ -124,8 +122,8 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Proposals:
-    """The updates that a pass proposes: the rows of state that they would leave, and what was there `before`; and of
-    streams without an update those tensors that move all the same."""
+    """What a pass proposes. Rows of streams with an update: `state` after it and `before` it. Rows of the others:
+    `observed`, the tensors that move without an update."""
 
     proposals: list[Proposal]
     before: State
@@ -134,14 +132,14 @@ class Proposals:
 
     @torch.inference_mode()
     def shrink(self, proposal: Proposal, share: float) -> None:
-        """Go only so much of the way from the parameters that the stream had. All of it is where the pass was: the
-        loop must not wait for a GPU."""
+        """Accept only this share of the way from the parameters before the update. All tensors stay on the pass's
+        device, so that the loop does not wait for a GPU."""
         for name in WAY & set(self.state):
             row = self.state[name][proposal.row]
             row.copy_(torch.lerp(self.before[name][proposal.row], row, share))
 
     @torch.inference_mode()
     def replace(self, proposal: Proposal, state: State) -> None:
-        """Propose this state instead."""
+        """Propose `state` instead."""
         for name, tensor in state.items():
             self.state[name][proposal.row] = tensor

@@ -1,4 +1,4 @@
-"""From the logits of a pass to what it says of every micro-batch: calibrated answers, by whoever answers."""
+"""From the logits of a pass to the prediction of every micro-batch, calibrated, by the parameters that answer."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def batch_predictions(
     looks: list[Look],
     source: Tensor | None = None,
 ) -> list[BatchPrediction]:
-    """What a pass says of a part's micro-batches, from logits (B, K) of their frames (B, ch, h, w) under the parameters
-    that adapt; `source` (n, K): its logits for the part's `shadow`."""
+    """The predictions of a part's micro-batches, from the logits (B, K) of their frames (B, ch, h, w) under the
+    parameters that adapt; `source` (n, K): source's logits for the part's `shadow`."""
     said = on_cpu(_said(bundle, part, frames, logits, source))
     rows = {name: values.tolist() for name, values in said.items()}
     found, start = [], 0
@@ -61,7 +61,7 @@ def batch_predictions(
 
 
 def _said(bundle: Bundle, part: Part, frames: Tensor, logits: Tensor, source: Tensor | None) -> State:
-    """What leaves the device, together: (B, ...) of frames and (S,) of streams."""
+    """All that is copied from the device, together: tensors (B, ...) of frames and (S,) of streams."""
     each, calibration = entropy(logits), bundle.manifest.calibration
     source_temperature = calibration.source_temperature or calibration.temperature
     temperatures = torch.tensor([temperature(calibration, header.proxies) for header in part.headers])
@@ -93,12 +93,12 @@ def _sight(look: Look, classes: list[int], observed: Observed | None) -> Sight:
 
 
 def _likeliest(logits: Tensor) -> torch.return_types.topk:
-    """The first classes with their confidences, of logits that are calibrated."""
+    """The likeliest classes with their confidences, from calibrated logits."""
     return logits.softmax(1).nan_to_num().topk(min(TOP, logits.shape[1]), 1)
 
 
 def temperature(calibration: Calibration, proxies: RunningProxies) -> float:
-    """Of a stream's answers: the surer they are beyond their estimated accuracy, the softer they become."""
+    """The temperature of a stream's answers. It rises as their mean confidence exceeds their estimated accuracy."""
     if proxies.accuracy is None or not calibration.softening:
         return calibration.temperature
     excess = proxies.signals.get("answer_confidence", proxies.accuracy) - proxies.accuracy
@@ -106,7 +106,7 @@ def temperature(calibration: Calibration, proxies: RunningProxies) -> float:
 
 
 def answer_fixed(model: AdaptableModel, frames: Tensor, fixed: Fixed) -> Tensor:
-    """Logits (N, classes) of those of the frames (B, ch, h, w) alone, under their parameters."""
+    """Logits (N, classes) of those of the frames (B, ch, h, w) that `fixed` parameters answer."""
     return answer_barely(model, frames.index_select(0, fixed.frames), fixed.stream, fixed.parameters)
 
 

@@ -1,6 +1,6 @@
-"""Streams in memory: those that were used lately with a parsed header, the others with its bytes.
+"""Streams in memory. Those that were used lately have a parsed header, the others a packed one.
 
-A parsed header takes about 10 KB of small objects, packed it takes 1.2 KB; packing and checking one takes some 40
+A parsed header takes about 10 KB of small objects, a packed one 1.2 KB. Packing and checking one takes some 40
 microseconds, parsing 15. Most of a site's streams are idle at any moment.
 """
 
@@ -20,15 +20,16 @@ AT_ONCE = 32  # headers packed in one turn of the worker's loop
 
 
 class Resident:
-    """A stream whose state is in memory: its slot in the engine's tensors, its header, the worker's token.
+    """A stream whose state is in memory: its `slot` in the engine's tensors, its `header`, and the worker's `token`; a
+    token of 0 is no claim, as the store cannot keep the stream. A stream that is released and admitted again gets
+    another Resident, by which results of older passes are known to be void (`Engine.holds`).
 
-    `stored` says whether the store has these tensors; what is fresh or was reset is not there yet. A stream that
-    was released and admitted again has another object, by which what was begun before is known to be void. `approved`
-    are the parameters that a person approved, of those that make the model. `seen` is what the model has put out for
-    frames that are held. A token of 0 is no claim: the store cannot keep the stream. `written` is the number of the
-    last write under the token; 0: none yet. `lost` is when the place of a stored header was taken that could not be
-    read (monotonic seconds); 0: it could. `contested`: another worker claimed the stream before this one could write,
-    and nothing has been written since.
+    `stored`: the store has tensors of the stream; not yet where it is new or was reset.
+    `approved`: the parameters that a person approved, as far as they answer.
+    `seen`: outputs of the model for frames that are held.
+    `written`: the number of the last write under the token; 0: none yet.
+    `lost`: when this took the place of a stored header that could not be read, in monotonic seconds; 0: it could be.
+    `contested`: another worker claimed the stream before this one could write, and nothing was written since.
     """
 
     __slots__ = ("_headers", "approved", "contested", "lost", "packed", "seen", "slot", "stored", "token", "written")
@@ -45,7 +46,7 @@ class Resident:
 
     @property
     def homeless(self) -> bool:
-        """Whether nothing of the stream can be stored: source answers its frames, and nothing is made of them."""
+        """Whether the stream cannot be stored. Source answers its frames then, and they are not folded in."""
         return self.token == 0
 
     @property
@@ -58,10 +59,8 @@ class Resident:
 
 
 class Headers:
-    """The parsed headers, in two generations: what is used moves to the young one, the old one is packed bit by bit.
-
-    Belongs to the worker's loop.
-    """
+    """The parsed headers, in two generations. Headers that are used move to the young one; those of the old one are
+    packed little by little. Belongs to the worker's loop."""
 
     def __init__(self) -> None:
         self._young: dict[Resident, StreamHeader] = {}
@@ -88,12 +87,12 @@ class Headers:
             self._age()
 
     def forget(self, resident: Resident) -> None:
-        """It is released; passes under way may still ask it for its header."""
+        """The resident is released. Passes under way may still ask it for its header."""
         header = self._young.pop(resident, None) or self._old.pop(resident, None)
         resident.packed = header or resident.packed
 
     def pack_idle(self, now: float) -> None:
-        """Pack some of what has not been used for a while; `now` is monotonic seconds."""
+        """Pack some headers that have not been used for a while; `now` is monotonic seconds."""
         self._pack(AT_ONCE)
         if not self._old and now - self._born >= LIFETIME_S:
             self._age()
@@ -110,7 +109,7 @@ class Headers:
 
 
 def pack(header: StreamHeader) -> bytes | StreamHeader:
-    """The header's bytes, compressed; or itself, where these would not give it back as it is."""
+    """The header's bytes, compressed; or the header itself where the bytes would not give the same one back."""
     content = encode_header(header)
     try:
         same = StreamHeader.model_validate_json(content) == header
@@ -120,5 +119,5 @@ def pack(header: StreamHeader) -> bytes | StreamHeader:
 
 
 def unpack(packed: bytes | StreamHeader) -> StreamHeader:
-    """What was packed."""
+    """The header that was packed."""
     return packed if isinstance(packed, StreamHeader) else StreamHeader.model_validate_json(zlib.decompress(packed))

@@ -1,8 +1,7 @@
-"""Which micro-batches adapt, and whose parameters answer them.
+"""Which micro-batches make an update, and whose parameters answer them.
 
-No updates where the stream's policy says so, none of settled streams nor of those that rest after going back, and
-under overload none of those that are late: under overload the worker so saves time on adaptation before it lets
-predictions be late.
+These make none: streams whose policy says so, settled ones, those that rest after the guard took them back, and late
+frames. So an overloaded worker saves time on updates before it lets predictions be late.
 """
 
 from __future__ import annotations
@@ -24,17 +23,17 @@ from worker.guard.guard import resting
 
 HOMELESS = "something else lies under the stream's key in the store, or its position is wrong"
 CONTESTED = "too few frames, and another worker has frames of the stream, too"
-NARROW = 8  # streams in a pass; of more, some are due for an update anyway
+NARROW = 8  # micro-batches in a pass; among more, some make an update anyway
 SETTLED = "settled: drift detection sees no move (adapt.mode is on_demand)"
 
 
 class Scheduler:
-    """Decides for every micro-batch of a pass who answers, and whether its backward pass is worth it now."""
+    """Decides for every micro-batch of a pass who answers, and whether it makes an update."""
 
     def __init__(
         self, lateness: Lateness, most: int, adapt: Adapt, policies: Policies, engine: Engine, metrics: WorkerMetrics
     ) -> None:
-        """`most`: frames that a micro-batch has where it is no backlog of a stream at rest."""
+        """`most`: batch.max_batch. Only a stream that makes no update may have a micro-batch of more frames."""
         self._lateness, self._most = lateness, most
         self._overload = f"overload: frames had used half of batch.latency_budget_ms = {lateness.budget_ms}"
         self._spared = (
@@ -44,7 +43,10 @@ class Scheduler:
         self._policies, self._engine, self._metrics = policies, engine, metrics
 
     def decide(self, batches: list[MicroBatch], now: float) -> list[MicroBatch]:
-        """The same micro-batches, those that shall not adapt marked and counted. `now` is seconds since the epoch."""
+        """The same micro-batches, with those that make no update marked and counted. `now` is seconds since the epoch.
+
+        In a small pass, settled streams may join in where another stream makes an update (see `wants_update`).
+        """
         decided = [self._decided(batch, now) for batch in batches]
         if len(batches) <= NARROW and any(batch.adapt for batch in decided):
             decided = [replace(batch, adapt=True, reason="") if self._joins(batch) else batch for batch in decided]
@@ -52,8 +54,8 @@ class Scheduler:
         return decided
 
     def predicts_only(self, stream: str, oldest: DecodedFrame, now: float) -> bool:
-        """Whether the stream's next micro-batch, `oldest` being the first of its frames to predict, is known to make no
-        update. `now` is seconds since the epoch."""
+        """Whether the stream's next micro-batch is known to make no update; `oldest` is its first frame that is not
+        predicted yet. `now` is seconds since the epoch."""
         header = self._engine.resident(stream).header
         return (
             self._spares(oldest, now)
@@ -73,13 +75,13 @@ class Scheduler:
         fresh = batch.unpublished
         oldest = fresh[0] if fresh else None
         late = oldest is not None and self._lateness.hurried(oldest.sent, oldest.received, now)
-        # Before too few frames: a slow camera that is held back on purpose is not stuck.
+        # Before the reason "too few frames": a slow camera that its policy holds back is not short of frames.
         if batch.fold and (reason := held_back(policy, header, now)):
             self._metrics.left_out.labels("policy").inc()
             return replace(batch, adapt=False, hurried=late, reason=reason)
         if batch.fold and not batch.adapt:
             return replace(batch, hurried=late)
-        if late:  # Nor do these wait for an update, for which they would be predicted once more.
+        if late:  # Folded in now: if they were held for an update, they would have to be predicted once more.
             self._metrics.left_out.labels("overload").inc()
             return replace(batch, adapt=False, fold=True, hurried=True, reason=self._overload)
         if batch.adapt and self._spares(oldest, now):
@@ -93,8 +95,8 @@ class Scheduler:
         return batch
 
     def _joins(self, batch: MicroBatch) -> bool:
-        """Whether a settled stream makes an update as another of its pass does. Micro-batches of a backlog are large
-        because they were to make none."""
+        """Whether a settled stream makes an update because another one of its pass does. A micro-batch that is larger
+        than usual does not: it was taken that large because it would make no update."""
         usual = len(batch.frames) <= self._most
         return batch.reason == SETTLED and usual and not self._settled(batch.stream, company=True)
 

@@ -1,7 +1,7 @@
-"""What the first pass of a process costs beside its frames, paid before there are any.
+"""A pass before the first frames come, because the first one of a process takes longer.
 
-Torch imports a part of itself with the first backward pass: most of a second with the interpreter's lock held, which
-the first frames of all streams would wait for.
+Torch imports a part of itself in the first backward pass. That takes most of a second with the interpreter lock held,
+for which the first frames of all streams would wait.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FRAMES = 4
 
 
 def warm_up(engine: Engine, preprocess: Preprocess) -> None:
-    """Predict noise and adapt to it, and forget it. Before any stream is resident."""
+    """Predict noise, adapt to it, and forget it. Call it before any stream is resident."""
     engine.admit(engine.begun(STREAM), token=0, stored=False)
     shape = (preprocess.height, preprocess.width) + ((3,) if preprocess.mode == "RGB" else ())
     random, now = np.random.default_rng(0), datetime.now(UTC)

@@ -1,4 +1,4 @@
-"""Whose parameters answer for a stream: the one place where policy and guard have their say."""
+"""Whose parameters answer a stream's frames. Policy and guard are asked here and nowhere else."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from schemas.state import StreamHeader
 
 
 class Policies:
-    """The policy of every stream: the site's, changed by the site's word on the stream, changed by commands."""
+    """The policy of every stream: the site's, changed by the configuration for the stream, changed by commands."""
 
     def __init__(self, general: Policy, streams: Mapping[str, PolicyChange]) -> None:
         self._general, self._streams = general, dict(streams)
 
     def of(self, header: StreamHeader) -> Policy:
-        """What holds for this stream now."""
+        """The policy that holds for this stream now."""
         policy = self._general
         for change in (self._streams.get(header.stream), header.policy):
             if change is not None:
@@ -26,10 +26,10 @@ class Policies:
 
 
 def answering(policy: Policy, header: StreamHeader, trusted: bool = True) -> Parameters:
-    """`trusted`: whether the guard believes that the adapted parameters do no worse than source. After a change of
-    bundle they may be on probation too.
+    """Whose parameters answer. `trusted`: the guard believes that the adapted ones do no worse than source.
 
-    Parameters that a person approved answer whatever the guard thinks of their successors.
+    Parameters that a person approved answer whether or not the guard trusts their successors. After a change of bundle
+    a stream may be on probation, and source answers.
     """
     if policy.mode == "approve":
         return "source" if header.approved is None else "approved"
@@ -41,12 +41,12 @@ def answering(policy: Policy, header: StreamHeader, trusted: bool = True) -> Par
 
 
 def in_share(stream: str, share: float) -> bool:
-    """Whether the hash of the stream's name lies in the first `share` of all hashes: the same streams at every site,
-    and more of them, never others, as the share grows."""
+    """Whether the hash of the stream's name is among the first `share` of all hashes. So the same streams are in at
+    every site, and none of them drops out as the share grows."""
     digest = hashlib.sha256(stream.encode()).digest()
     return int.from_bytes(digest[:8]) < share * 2**64
 
 
 def named(answer: Parameters, header: StreamHeader) -> Parameters:
-    """As predictions and events say it: adapted parameters that no update has moved are those of source."""
+    """The answer's name for predictions and events: adapted parameters that no update has moved are source's."""
     return "source" if answer == "adapted" and not header.step else answer

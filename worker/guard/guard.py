@@ -1,7 +1,7 @@
-"""The guard: may this update become the stream's state, and do the adapted parameters still answer?
+"""The guard: may an update become the stream's state, and may the adapted parameters still answer?
 
-It keeps what it knows of a stream in the stream's header (`GuardState`), so that its decisions survive the worker and
-repeat after a crash. docs/trust.md lists the rules with their sources and numbers.
+All that it knows of a stream is in the stream's header (`GuardState`), so that its rulings survive the worker and are
+the same when a step is repeated after a crash. docs/trust.md lists the rules with their sources and numbers.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from schemas.config import Guard as GuardSettings
 from schemas.state import GuardState, Level, RunningProxies
 from schemas.update import Decision
 
-YOUNG = 256  # frames of a new stream that source answers in full
-WATCH = 256  # frames that it answers after an alarm or a doubt
-RECENT = 16  # checksums kept: a loop of so many frames is a repetition
-FILLS = 0.75  # share of a micro-batch at which one class fills it
-LEVEL_SEEN, LEVEL_WINDOW = 16, 64  # updates before a stream has a level of its own; and those it rests on
-LEAST_SPREAD = 0.25  # of a level, so that a steady stream is no trap
+YOUNG = 256  # frames of a new stream about which source is asked every time
+WATCH = 256  # frames about which it is asked every time after an alarm or a doubt
+RECENT = 16  # checksums kept, so that a loop of up to so many frames is noticed
+FILLS = 0.75  # share of a micro-batch's answers from which on one class fills it
+LEVEL_SEEN, LEVEL_WINDOW = 16, 64  # updates before a stream has a level of its own, and updates that the level averages
+LEAST_SPREAD = 0.25  # of a level; otherwise the limits of a very steady stream would be too narrow
 LEAST_SHARE = 0.1  # of an update that is shrunk
-COSINE_SEEN, COSINE_WINDOW = 64, 64
-TOLERATED, MOST_STAKE = 0.1, 1.2  # of the bet: mean rank from the middle; and its largest stake
-DISAGREES = 0.5  # share of frames where the adapted and the source model differ that makes a collapse of a doubt
-LEEWAY = 0.1  # of disagreement where nobody estimates accuracy: chance among so few frames
+COSINE_SEEN, COSINE_WINDOW = 64, 64  # the same for the mean cosine
+TOLERATED, MOST_STAKE = 0.1, 1.2  # of the bet: how far the mean rank may be from the middle, and the largest stake
+DISAGREES = 0.5  # share of frames on which source disagrees from which on low entropy is a collapse
+LEEWAY = 0.1  # disagreement beyond the expected that may be chance among so few frames, where nobody estimates accuracy
 ASTRAY = "answers leave source, which is as sure as on clean frames"
 ENOUGH = 64  # frames that both must have answered before trust may be lost
 PATIENCE = 128  # frames of doubt before the stream goes back
-REST, MOST_RESETS, FORGIVEN = 64, 6, 4_096  # frames after a reset, doubled with each until so many frames were sound
+# Frames of rest after a reset, which double with every further reset, at most so often, until so many sound frames.
+REST, MOST_RESETS, FORGIVEN = 64, 6, 4_096
 
 
 @dataclass(frozen=True)
 class Ruling:
-    """What to do with an update, and why. `share`: how much of the parameters' way is gone.
+    """What to do with an update, and why. `share`: the part of the parameters' change that is accepted.
 
-    `rolled_back` asks for the last good snapshot, and means source where there is none.
+    `rolled_back` asks for the newest snapshot, and means source where there is none.
     """
 
     decision: Decision
@@ -50,16 +51,16 @@ class Ruling:
 
     @property
     def back(self) -> bool:
-        """Whether the parameters go back to what they were before."""
+        """Whether the parameters go back to earlier ones or to source."""
         return self.decision in ("rolled_back", "reset")
 
 
 @dataclass(frozen=True)
 class Sight:
-    """What pixels and answers of a micro-batch say beside its signals.
+    """What the guard sees of a micro-batch's pixels and answers.
 
-    checksums of the frames; share of them that are `blank`; the class that is answered most often, and its share; the
-    mean `rank`, in [-0.5, 0.5], of the source model's entropy among those of clean frames, None where it was not asked.
+    `checksums` of the frames; the share of `blank` ones; the `dominant` class of the answers, and its `share`; the mean
+    `rank`, in [-0.5, 0.5], of source's entropy among its entropies on clean frames, None where source was not asked.
     """
 
     checksums: Sequence[int]
@@ -70,9 +71,9 @@ class Sight:
 
 
 class Guard:
-    """Judges updates. A skipped update leaves every part of the stream's parameters as they were.
+    """Judges updates. A skipped update leaves all of the stream's parameters as they were.
 
-    `clean_accuracy`: of source, for a method whose own accuracy nobody estimates; None where somebody does.
+    `clean_accuracy`: source's, for a method whose accuracy is not estimated; None where it is.
     """
 
     def __init__(self, settings: GuardSettings, limits: Limits, clean_accuracy: float | None = None) -> None:
@@ -81,7 +82,7 @@ class Guard:
         self.max_distance = settings.max_distance_factor * limits.source_distance
 
     def observe(self, before: GuardState, sight: Sight, proxies: RunningProxies) -> GuardState:
-        """What is known after a micro-batch, whether it makes an update or not. `proxies` are those after it."""
+        """The guard's state after a micro-batch, with or without an update. `proxies` are those after it."""
         own = {"gradient": before.gradient.model_copy(), "update": before.update.model_copy()}
         state = before.model_copy(update=own)
         frames = len(sight.checksums)
@@ -105,8 +106,11 @@ class Guard:
         signals: Mapping[str, float],
         finite: bool,
     ) -> Ruling:
-        """`state` is what `observe` made of `before`; its levels move here. `signals` of the stream as the method
-        reports them, and the `present_distance` from source; `finite`: all numbers of the proposed state are."""
+        """The ruling on an update. `state` is what `observe` made of `before`; this moves its levels.
+
+        `signals`: those that the method reports, and the `present_distance` from source, before the update. `finite`:
+        all numbers of the proposed state are.
+        """
         if not finite or not all(math.isfinite(value) for value in signals.values()):
             return Ruling("skipped", "not finite")
         if reason := self.blinded(before, sight):
@@ -121,8 +125,8 @@ class Guard:
         distance, present = signals["source_distance"], signals["present_distance"]
         if gradient > self._max_gradient:
             return Ruling("skipped", f"gradient norm {gradient:.3g} above its limit {self._max_gradient:.3g}")
-        # A state may be beyond the limit already, which was lowered since, or which it was imported past. Its way back
-        # is open: no update leads further out, and an update that is shrunk ends between two points that are allowed.
+        # A state may be beyond the limit already, because it was imported or the limit was lowered. Then updates may
+        # lead back towards source, not further out. A shrunk update ends between two points that are both allowed.
         if distance > max(self.max_distance, present):
             reason = f"distance from source {distance:.3g} above its limit {self.max_distance:.3g}"
             beyond = f" and the present {present:.3g}" if present > self.max_distance else ""
@@ -130,8 +134,8 @@ class Guard:
         return self._measured(state, signals)
 
     def blinded(self, before: GuardState, sight: Sight) -> str:
-        """Why the camera seems to see nothing, whether there is an update or not: most frames are blank or came before.
-        Empty where most are neither."""
+        """Why the camera seems to see nothing: most frames are blank or repeat earlier ones. Empty where most are
+        neither. This does not depend on whether there is an update."""
         most, frames = self.settings.max_repeats, len(sight.checksums)
         if sight.blank > most:
             return f"{sight.blank:.0%} of the frames are blank: covered camera?"
@@ -144,7 +148,8 @@ class Guard:
         return ""
 
     def _count_alike(self, state: GuardState, sight: Sight, frames: int) -> None:
-        """Up while one class fills the micro-batches, but for errors; down, and sooner, while others come."""
+        """Count up the frames in a row that one class fills, allowing for some errors; count down four times as fast
+        while others come."""
         if sight.share < FILLS:
             state.alike = max(0, state.alike - 4 * frames)
         elif sight.dominant == state.dominant:
@@ -155,8 +160,8 @@ class Guard:
     # --- rules -----------------------------------------------------------------------------------------------------
 
     def _taken_over(self, state: GuardState, proxies: RunningProxies) -> str:
-        """Of a method whose accuracy is not estimated: no update brings it back from one class, so it does not wait for
-        one. Source disagrees on less than in other collapses where it is about to see little else itself."""
+        """Why a method without accuracy estimate has collapsed to one class. No update brings it back, so it goes back
+        at once. Half the usual disagreement is enough: source itself may be about to see little but that class."""
         most, moved = self.settings.max_alike, proxies.signals.get("moved", 0.0)
         known = self._clean_accuracy is not None and proxies.shadowed >= ENOUGH
         if known and state.alike > most and moved >= DISAGREES / 2:
@@ -182,7 +187,7 @@ class Guard:
         return ""
 
     def _go_back(self, state: GuardState, reason: str) -> Ruling:
-        """Back, and rest; a second time soon after, a snapshot is no help either."""
+        """Go back to a snapshot, and rest. To source if that is the second time in short: the snapshot did not help."""
         decision: Decision = "reset" if state.resets else "rolled_back"
         state.rest = REST << min(MOST_RESETS, state.resets)
         state.resets = min(MOST_RESETS, state.resets + 1)
@@ -192,7 +197,7 @@ class Guard:
         return Ruling(decision, reason)
 
     def _measured(self, state: GuardState, signals: Mapping[str, float]) -> Ruling:
-        """Whole, or shrunk to the stream's own limits."""
+        """Apply the update as a whole, or shrunk to the stream's own limits."""
         share, reason = 1.0, "within limits"
         for name, level in (("raw_gradient_norm", state.gradient), ("generated_gradient_norm", state.update)):
             limit = level_limit(level, self.settings.max_jump)
@@ -220,9 +225,9 @@ class Guard:
     def _bet(self, state: GuardState, sight: Sight, proxies: RunningProxies) -> None:
         """Bet that the source model is less sure than on clean frames (see docs/trust.md).
 
-        The wealth is an e-detector of the CUSUM kind (Shin, Ramdas, Rinaldo, 2024): where the mean rank is within
-        what is tolerated, alarms come no more often than once in 1 / false_alarm micro-batches. The stake is learned as
-        in POEM (Bar et al., NeurIPS 2024).
+        The wealth is an e-detector of the CUSUM kind (Shin, Ramdas, Rinaldo, 2024): while the mean rank is within
+        TOLERATED, alarms come at most once in 1 / false_alarm micro-batches. The stake is learnt as in POEM (Bar et
+        al., NeurIPS 2024).
         """
         if sight.rank is None:
             return
@@ -240,8 +245,8 @@ class Guard:
             state.wealth = state.stake = state.slopes = 0.0
 
     def _trust(self, state: GuardState, frames: int, proxies: RunningProxies) -> None:
-        """Trust goes where source is estimated to do better by more than the estimate errs, and comes back when it
-        is not estimated to do better any more."""
+        """Trust is lost where source is estimated to do better by more than the estimate's error. It comes back when
+        source is no longer estimated to do better."""
         margin = self._limits.gain_error if self._clean_accuracy is None else LEEWAY
         gain = _estimated_gain(proxies) if self._clean_accuracy is None else self._most_gain(state, proxies)
         if not self.settings.never_worse or margin is None or gain is None:
@@ -257,9 +262,12 @@ class Guard:
             state.doubted = 0 if state.trusted else state.doubted + frames
 
     def _most_gain(self, state: GuardState, proxies: RunningProxies) -> float | None:
-        """The most that the adapted parameters can be ahead of source, where source is as sure as on clean frames and
-        so taken to be as right: they win at most where it is wrong, and lose wherever else they differ. Once trust is
-        gone, a source that grows unsure does not bring it back. None where nothing can be said."""
+        """The most by which the adapted parameters can be more accurate than source; None where nothing can be said.
+
+        While source is as sure as on clean frames, it is taken to be as accurate as there. Then the adapted parameters
+        can win only where source is wrong, and lose wherever else they differ. While they are trusted, nothing is said
+        when source is unsure. Once trust is lost, an unsure source does not bring it back.
+        """
         signals = proxies.signals
         if self._clean_accuracy is None or "moved" not in signals:
             return None
@@ -274,25 +282,26 @@ def _estimated_gain(proxies: RunningProxies) -> float | None:
 
 
 def resting(state: GuardState, frames: int = 0) -> str:
-    """Why a stream teaches nothing for now, `frames` from here; empty where it does."""
+    """Why a stream still rests after `frames` more; empty where it does not."""
     left = state.rest - frames
     return f"resting after a reset, {left} frames to go" if left > 0 else ""
 
 
 def watched(state: GuardState, proxies: RunningProxies) -> bool:
-    """Whether source should answer all frames of the stream's next micro-batch."""
+    """Whether source should be asked about all frames of the stream's next micro-batch."""
     return proxies.frames < YOUNG or state.watchful > 0 or not state.trusted
 
 
 def level_limit(level: Level, jump: float) -> float:
-    """The largest ordinary value: `jump` deviations above the level, of logarithms; infinite where it is new."""
+    """The largest ordinary value: `jump` deviations above the level, in logarithms; infinite while the level is new."""
     if level.seen < LEVEL_SEEN:
         return math.inf
     return math.exp(min(700.0, level.centre + jump * max(LEAST_SPREAD, level.spread)))
 
 
 def move_level(level: Level, value: float, jump: float) -> None:
-    """Follow `value`. One far off moves the level no more than one at the limit, so that it cannot be dragged."""
+    """Have the level follow `value`. An outlier moves it no more than a value at the limit, so that no stream of
+    outliers can drag it away quickly."""
     if value <= 0:
         return
     apart = math.log(value) - level.centre if level.seen else 0.0
