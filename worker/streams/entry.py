@@ -1,4 +1,4 @@
-"""What is written of a stream at a time, and as which bytes."""
+"""What one write stores of a stream, and as which bytes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from worker.store.store import Write
 class Entry:
     """A stream's next header, the events that explain it, and its tensors where they change.
 
-    `approved`: parameters that a person has just approved; `snapshot`: what to say of the tensors when they are kept;
-    `waiting`: earlier events as they lie beside the state, one a line, which may not be in the topic yet.
+    `approved`: parameters that a person has just approved. `snapshot`: keep the tensors for rollback, described so.
+    `waiting`: earlier events, one per line, that lie beside the state and may not be in the topic yet.
     """
 
     header: StreamHeader
@@ -29,7 +29,7 @@ class Entry:
 
 
 def as_write(entry: Entry, token: int, compression: Compression) -> Write:
-    """The bytes for the store."""
+    """The entry as bytes for the store."""
     header, tensors, approved = entry.header, entry.tensors, entry.approved
     return Write(
         header.stream,

@@ -1,4 +1,4 @@
-"""The last events of a stream, as they lie beside its state in the store, or in its place: one a line."""
+"""A stream's last events, one per line, as they lie beside its state in the store, or in place of a deleted one."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pydantic import ValidationError
 from schemas.state import MAX_COUNT, StreamHeader
 from schemas.update import SealedEvent, UpdateEvent
 
-MAX_EVENT_BYTES = 1_000_000  # a larger one is none of a worker's, and brokers refuse it for ever
-MAX_EVENTS = 1 << 14  # in as many bytes as they may have beside a state; none has 256 bytes or fewer
+MAX_EVENT_BYTES = 1_000_000  # no worker writes a larger one, and brokers would refuse it for ever
+MAX_EVENTS = 1 << 14  # lines: an event has more than 256 bytes, so that no more fit into MAX_EVENTS_BYTES
 
 
 def after_last_event(header: StreamHeader, content: bytes | None) -> StreamHeader:
-    """A header that is lost still has its last event beside it: the numbers and the chain go on from there."""
+    """The header with the number and the hash of the last event beside it, where the stored header is lost."""
     events = events_beside(header.stream, content)
     return header.behind(events[-1]) if events else header
 
 
 def events_beside(stream: str, content: bytes | None) -> list[SealedEvent]:
-    """The events that lie beside the state of a stream, one a line, or in its place. What no worker wrote there is left
-    out: another stream's, one that no broker takes, or a number that no header has room for."""
+    """The events beside a stream's state, or in its place. What no worker wrote is left out: events of other streams,
+    events that no broker takes, and numbers that are too large for a header."""
     found = []
     for line in lines_beside(content):
         if len(line) > MAX_EVENT_BYTES:
@@ -34,5 +34,5 @@ def events_beside(stream: str, content: bytes | None) -> list[SealedEvent]:
 
 
 def lines_beside(content: bytes | None) -> list[bytes]:
-    """What lies beside a state, one event a line. Where there are more than can be, the last line has the rest."""
+    """The lines beside a state. If there are more than MAX_EVENTS, the last one has the rest."""
     return content.split(b"\n", MAX_EVENTS) if content else []

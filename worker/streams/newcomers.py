@@ -1,6 +1,6 @@
-"""How many streams may still begin, where the store is to have so many at most.
+"""How many new streams may begin (`store.max_streams`).
 
-A sender that makes up a key for each frame would otherwise fill the store, and a full store stops every stream.
+Without a limit, a sender that makes up a key for each frame would fill the store, and a full store stops all streams.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 
 log = logging.getLogger("driftkeel.streams")
-SHARE = 10
-COUNT_AGAIN_S = 60.0  # where there was no room
+SHARE = 10  # one part in so many of the room is given away before the store's streams are counted again
+COUNT_AGAIN_S = 60.0  # after there was no room
 
 
 class Newcomers:
-    """Counts the store's streams when it has to, seldom: a tenth of the room that was there is given away before it is
-    counted again. As every worker does the same, several of them may go over the limit, by some percent each."""
+    """Counts the store's streams as seldom as possible: a tenth of the room is given away before the next count. All
+    workers do so on their own, so that several of them may exceed the limit, by some percent each."""
 
     def __init__(self, most: int, count: Callable[[], int]) -> None:
         self._most, self._count = most, count
@@ -24,7 +24,7 @@ class Newcomers:
         self._full_until = 0.0
 
     def admit(self, wanted: int) -> int:
-        """How many of so many new streams may begin."""
+        """How many of the `wanted` new streams may begin."""
         given = 0
         while given < wanted and (self._share or self._counted(given)):
             step = min(self._share, wanted - given)
@@ -33,7 +33,7 @@ class Newcomers:
         return given
 
     def _counted(self, given: int) -> int:
-        """The next share; 0 where there is no room. `given`: streams that begin and are not in the store yet."""
+        """The next share; 0 where there is no room. `given`: streams that may begin and are not in the store yet."""
         if time.monotonic() < self._full_until:
             return 0
         found = self._count()

@@ -1,4 +1,4 @@
-"""What a command makes of a stream: one handler for workers, and for operators who write to the store themselves."""
+"""What a command makes of a stream. One handler serves workers, and operators who write to the store themselves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_CHANGE = PolicyChange()
 
 @dataclass(frozen=True)
 class Subject:
-    """A stream that somebody holds: header, own tensors, and the way to its snapshots (which may raise StateError)."""
+    """The stream that is to obey: header, tensors, and a function that reads a snapshot, which may raise StateError."""
 
     header: StreamHeader
     tensors: State
@@ -33,8 +33,8 @@ class Subject:
 
 @dataclass(frozen=True)
 class Context:
-    """Where commands are obeyed: the tensors of a fresh stream, which of them are the model's parameters, and the words
-    for the event."""
+    """What all commands need besides the stream: the tensors of a new stream, the names of those that answer, and what
+    the events say of bundle and worker."""
 
     fresh: State
     parameters: Collection[str]
@@ -45,7 +45,7 @@ class Context:
 
     @classmethod
     def of(cls, engine: Engine, policies: Policies, worker: str) -> Context:
-        """With the bundle that the engine runs."""
+        """The context of the bundle that the engine runs."""
         return cls(engine.like, tuple(engine.source), engine.distances, policies, engine.bundle_hash, worker)
 
 
@@ -59,7 +59,7 @@ class _Change:
 
 
 def obey(command: Command, subject: Subject, context: Context, token: int) -> Entry:
-    """The stream after the command, with the event that says so; where it cannot be done, the event says why."""
+    """The stream after the command, with its event. If the command cannot be done, the event says why."""
     try:
         change = _ACTIONS[command.action](command, subject, context)
     except StateError as error:
@@ -68,18 +68,18 @@ def obey(command: Command, subject: Subject, context: Context, token: int) -> En
 
 
 def imported(tensors: State, step: int, reason: str, subject: Subject, context: Context, token: int) -> Entry:
-    """The stream with tensors that somebody brought."""
+    """The stream with the tensors of an imported file, and the event that says so."""
     change = _Change("imported", with_other_parameters(subject.header, step), reason, tensors)
     return _explained(change, None, subject, context, token)
 
 
 def taken_in(decision: Decision, reason: str, subject: Subject, context: Context, token: int) -> Entry:
-    """The stream as a worker takes it in, where that is not what was stored."""
+    """The stream as a worker loads it where that differs from what was stored, and the event that says why."""
     return _explained(_Change(decision, subject.header, reason), None, subject, context, token)
 
 
 def _explained(change: _Change, command: Command | None, subject: Subject, context: Context, token: int) -> Entry:
-    """The change with its event; it counts as the stream's next, and goes on its chain."""
+    """The change with its event, the next in the stream's chain."""
     header = change.header.model_copy(update={"bundle": context.bundle})
     affine = (change.tensors or subject.tensors)["affine"]
     layers = context.distances(subject.tensors["affine"][None], affine[None])[0] if change.tensors else {}
@@ -150,14 +150,14 @@ def _said(command: Command | None) -> tuple[str, ...]:
 
 
 def _under(header: StreamHeader, change: PolicyChange) -> StreamHeader:
-    """With `change` laid over what earlier commands said."""
+    """The header with `change` laid over the policy that earlier commands have set."""
     said = (header.policy or NO_CHANGE).model_copy(update=change.model_dump(exclude_none=True))
     return header.model_copy(update={"policy": said})
 
 
 def with_other_parameters(header: StreamHeader, step: int) -> StreamHeader:
-    """The header once a stream has the parameters of another step: what guard and drift detection knew of the old ones
-    is void; positions stay."""
+    """The header once a stream has the parameters of another step. What guard and drift detection knew of the old
+    parameters is void. The positions stay: no frame is folded in again."""
     proxies = as_source(header.proxies)
     return header.model_copy(
         update={"step": step, "snapshot": step, "drift": None, "guard": GuardState(), "proxies": proxies}

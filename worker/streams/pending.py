@@ -1,13 +1,14 @@
-"""What steps have made of streams and the store does not have yet.
+"""Results of steps that the store does not have yet.
 
-With `store.write_interval_ms` a stream's state is written so often, and not after every step: states of megabytes cost
-more to write than to compute. What is in between lives in memory alone, and nothing that follows from it leaves the
-worker: its update events are published, and its offsets finished, once the state that contains them is stored. Whoever
-owns the stream after a crash so begins at the stored position, with the stored parameters, and folds the same frames
-again; only their predictions, which left at once, appear twice, with the same ids.
+With `store.write_interval_ms` a stream's state is written once per interval rather than after every step, because
+states of megabytes cost more to write than to compute. Until it is written, a result is in memory alone, and nothing
+that follows from it leaves the worker: its update events are published, and its offsets finished, only once the state
+that contains them is stored. So after a crash the stream's next owner begins at the stored position with the stored
+parameters, and folds in the same frames again. Only their predictions, which were sent at once, appear twice, with the
+same ids.
 
-A micro-batch that was not meant to make an update leaves the parameters where they are, and may wait so for a second
-whatever the interval: with adaptation on demand such writes took a twelfth of the worker's processor time.
+A micro-batch that was not meant to make an update may always wait for a second, because it does not change parameters.
+With adaptation on demand, writing these at once took a twelfth of the worker's processor time.
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ from worker.streams.entry import Entry
 from worker.streams.streams import Streams
 
 log = logging.getLogger("driftkeel.journal")
-PATIENT_S = 1.0  # micro-batches without an update may wait so long
-MOST_EVENTS = 32  # of a stream that wait; they lie beside its state until the next write
-MOST_EVENT_BYTES = 1 << 20  # and that they have, but for the last; others read no more than MAX_EVENTS_BYTES
-PIECE_STREAMS, PIECE_BYTES = 256, 16 << 20  # of one write: what is packed for the store takes memory
-ALIVE_S = 1.0  # a write of many pieces tells the group so often that the worker lives; the loop stands still for it
+PATIENT_S = 1.0  # micro-batches that were not meant to make an update may wait so long
+# A stream is written when so many events wait, or so many bytes of them: they will lie beside its state in the store,
+# of which nobody reads more than MAX_EVENTS_BYTES.
+MOST_EVENTS, MOST_EVENT_BYTES = 32, 1 << 20
+PIECE_STREAMS, PIECE_BYTES = 256, 16 << 20  # of one write, as all that it packs is in memory at once
+ALIVE_S = 1.0  # between calls of keep_alive during a write of many pieces, for which the loop stands still
 
 
 @dataclass(frozen=True)
 class Folded:
-    """What a step has made of one micro-batch. The engine has its tensors; `moved` says whether they changed.
+    """The result of a step for one micro-batch that is folded in. Its tensors are in the engine.
 
-    `patient`: it was not meant to make an update. `blind`: most of its frames were blank or came before.
+    `moved`: the tensors have changed. `patient`: no update was meant. `blind`: most frames were blank or repeated.
     """
 
     resident: Resident
@@ -67,8 +69,9 @@ class _Waiting:
         self.event_bytes += len(folded.sealed.content)
 
     def due(self, now: float, interval: float) -> bool:
-        # A snapshot is taken of the tensors as they are now.
         full = len(self.folded) >= MOST_EVENTS or self.event_bytes >= MOST_EVENT_BYTES
+        # A snapshot must be of the tensors as they are now, before the next step changes them. A contested stream is
+        # written at once, because the other worker that claims it would never let it be written otherwise.
         urgent = full or self.folded[-1].snapshot is not None or self.folded[-1].resident.contested
         if all(one.patient for one in self.folded):
             interval = max(interval, PATIENT_S)
@@ -92,7 +95,7 @@ class PendingWrites:
         self._waiting: dict[str, _Waiting] = {}
 
     def add(self, folded: Folded) -> None:
-        """The stream in memory is now what `folded` says."""
+        """Give the stream in memory its new header, and write it later."""
         stream = folded.header.stream
         folded.resident.header = folded.header
         waiting = self._waiting.get(stream)
@@ -101,18 +104,17 @@ class PendingWrites:
         waiting.add(folded)
 
     def flush_due(self) -> list[str]:
-        """Write what has waited long enough; see `flush`."""
+        """Write what has waited long enough. Returns as `flush`."""
         now = time.monotonic()
         return self.flush([s for s, waiting in self._waiting.items() if waiting.due(now, self._interval)])
 
     def flush(self, streams: Collection[str] | None = None) -> list[str]:
-        """Write what waits, of these streams or of all, in pieces. Returns those that another worker has claimed
-        since."""
+        """Write what waits of these streams, or of all. Returns those that another worker has claimed."""
         chosen = list(self._waiting if streams is None else streams)
         if not chosen:
             return []
-        # Predictions are acknowledged before the position moves past their frames; and the events of the last write
-        # are in the topic before others take their place beside the state.
+        # Before the write, all that was sent must be acknowledged: the predictions of these frames, because the stored
+        # position says that they are in the topic; and the events of the last write, because these overwrite them.
         self._publisher.settle(self._keep_alive)
         chosen = [stream for stream in chosen if stream in self._waiting]
         fenced: list[str] = []
@@ -128,10 +130,10 @@ class PendingWrites:
 
     def _write(self, streams: Sequence[str]) -> list[str]:
         taken = [self._waiting.pop(stream).folded for stream in streams if stream in self._waiting]
-        # A stream that was given up meanwhile begins again from what is stored.
+        # Results of a stream that was given up meanwhile are void: it is loaded again from what is stored.
         taken = [folded for folded in taken if self._held(folded[0])]
         for folded in taken:
-            if folded[0].resident.homeless:  # Its frames are answered: that is all that becomes of them.
+            if folded[0].resident.homeless:  # Nothing of it can be stored. Its frames are predicted, and so finished.
                 self._offsets.finished(position for one in folded for position in one.positions)
         taken = [folded for folded in taken if not folded[0].resident.homeless]
         if not taken:
@@ -141,7 +143,8 @@ class PendingWrites:
             if good:
                 self._stored(folded)
         refused = [folded[0] for folded, good in zip(taken, accepted, strict=True) if not good]
-        return [one.header.stream for one in refused if self._held(one)]  # One that went was claimed by nobody.
+        # A stream that went during the write was refused for that reason, and not because another worker claimed it.
+        return [one.header.stream for one in refused if self._held(one)]
 
     def _held(self, folded: Folded) -> bool:
         return self._streams.engine.holds(folded.header.stream, folded.resident)
@@ -161,7 +164,7 @@ class PendingWrites:
 
 
 def _say(event: UpdateEvent) -> None:
-    """To the log: what took a stream back, for everybody; the rest for who asks. Found by stream and frame position."""
+    """Log a decision: at level warning where it took the stream back, otherwise at level debug."""
     level = logging.WARNING if event.decision in ("rolled_back", "reset") else logging.DEBUG
     if log.isEnabledFor(level):
         about = {"stream": event.stream, "frame": event.frames[-1], "decision": event.decision}

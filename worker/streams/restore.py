@@ -1,4 +1,4 @@
-"""What a claim found of a stream in the store, as a state; where that cannot be used a fresh one, and why."""
+"""The state that a claim found in the store; where it cannot be used, a fresh one, and why."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ log = logging.getLogger("driftkeel.streams")
 
 @dataclass(frozen=True)
 class Restored:
-    """What a claim found, and why it is not what was stored, where it is not. `lost`: not even a header was read."""
+    """The state to load. `change`: why it differs from what was stored; None where it does not. `lost`: not even the
+    stored header could be read."""
 
     state: StreamState
     change: str | None = None
@@ -32,13 +33,14 @@ class Restored:
 
 
 class Restorer:
-    """Reads what is stored for the bundle that `engine` runs."""
+    """Reads stored states for the bundle that `engine` runs."""
 
     def __init__(self, engine: Engine, upgrade: Upgrade, max_state_bytes: int) -> None:
         self._engine, self._upgrade, self._max_state_bytes = engine, upgrade, max_state_bytes
 
     def restored(self, stream: str, claimed: Claimed) -> Restored:
-        """What was stored; or a fresh state and the reason, which keeps the position wherever it can be read."""
+        """The stored state; or a fresh one and the reason. The position is kept wherever the header can be read, so
+        that no frame is folded in twice."""
         bundle, method = self._engine.bundle_hash, self._engine.bundle.method_name
         fresh = self._engine.begun(stream).header
         if claimed.header is None:  # New, or deleted before: then its last event is there.
@@ -68,7 +70,7 @@ class Restorer:
         return Restored(state, None, approved)
 
     def _moved(self, old: StreamHeader, claimed: Claimed) -> Restored:
-        """From another bundle."""
+        """A state of another bundle, carried over or reset."""
         if (tensors := claimed.tensors) is not None and len(tensors) > self._max_state_bytes:
             tensors = None
         carried = self._upgrade.moved(old, tensors)
@@ -82,7 +84,8 @@ class Restorer:
         return Restored(StreamState(header=header, tensors=self._engine.like), reason, approved)
 
     def _approved(self, header: StreamHeader, content: bytes | None) -> State | None:
-        """Where approved parameters are damaged or gone, source answers: nobody approved anything else."""
+        """The approved parameters. None where they are damaged or gone: source answers then, as nobody approved
+        anything else."""
         if header.approved is None:
             return None
         try:
@@ -97,8 +100,8 @@ class Restorer:
 def chosen_snapshot(
     store: StateStore, stream: str, back: int, like: State, bundle: str, max_bytes: int
 ) -> tuple[Snapshot, State]:
-    """The `back`th of stored snapshots, 1 being the newest. Raises StateError where there is none that fits, within
-    `max_bytes`."""
+    """The `back`th stored snapshot, 1 being the newest. Raises StateError where there is none, or none that fits the
+    bundle and `max_bytes`."""
     count, said, packed = store.snapshot(stream, back)
     if not count:
         raise StateError(f"stream {stream!r} has no snapshots yet; 'reset' leads back to the source model")

@@ -1,4 +1,4 @@
-"""Streams between store and engine: claimed and loaded when a frame needs them, written after every step."""
+"""Streams between store and engine: claimed and loaded when a frame needs them, written after steps."""
 
 from __future__ import annotations
 
@@ -31,18 +31,22 @@ from worker.streams.restore import Restored, Restorer, chosen_snapshot
 from worker.streams.upgrade import Upgrade
 
 log = logging.getLogger("driftkeel.streams")
-LOOK_AGAIN_S = 30.0  # for streams that cannot be stored
+LOOK_AGAIN_S = 30.0  # before it is checked again whether homeless streams can be stored
 LOST_EVENTS = (
     "the events beside the state of stream %s are empty or have more than %d bytes, and none of them is published; "
     "'driftkeel audit verify --store' says whether one is missing"
 )
 FORGOTTEN = "the stored state is gone, and all else that the store knew of the stream"
-MOST_KNOWN = 100_000  # streams; of others it is not noticed that the store has lost them
-CLAIM_BYTES = 16 << 20  # of states that one answer of the store brings, where none is larger
+MOST_KNOWN = 100_000  # streams that are remembered, so that it is noticed if the store has lost one
+CLAIM_BYTES = 16 << 20  # of states that are claimed at once; a larger state is claimed alone
 
 
 class Streams:
-    """Which streams are resident, and that what is stored and what is in memory agree."""
+    """Loads streams, writes them, and keeps memory and store in agreement. Belongs to the worker's loop.
+
+    Most methods call the store by way of `retry`. While that waits, partitions may be taken away and their streams
+    released. So every method looks up again afterwards which streams are still resident.
+    """
 
     def __init__(
         self,
@@ -58,7 +62,7 @@ class Streams:
         upgrade: Upgrade,
         beyond: Callable[[Mapping[str, int]], str] = lambda positions: "",
     ) -> None:
-        """`beyond` says what is wrong with a stream's positions; empty where nothing is known to be."""
+        """`beyond` says what is wrong with a stream's positions; empty where nothing is known to be wrong."""
         self._policies, self._beyond = policies, beyond
         self.engine, self._store, self._publisher, self._metrics = engine, store, publisher, metrics
         self._worker, self._restorer = worker, Restorer(engine, upgrade, settings.max_state_bytes)
@@ -71,16 +75,16 @@ class Streams:
         self._newcomers = Newcomers(settings.max_streams, lambda: retry(store.count))
         self._homeless: set[str] = set()
         self._contested: set[str] = set()
-        # Of streams that the store has had: events, and the last one's hash.
+        # Streams that the store has had: the number of events, and the hash of the last one.
         self._known: dict[str, tuple[int, str]] = {}
         self._looked = 0.0
 
     def ensure(self, wanted: Iterable[str]) -> list[str]:
-        """Make streams resident; returns those that were not. New ones for which the store has no room stay away."""
+        """Make streams resident. Returns those that were not. New ones for which the store has no room are left out."""
         wanted = list(dict.fromkeys(wanted))
         new: dict[str, None] = {}
         refused: set[str] = set()
-        # Again, because streams that were resident may go while a store that is away is waited for.
+        # In a loop, because streams that were resident may be released while a claim waits for the store.
         while missing := [stream for stream in wanted if stream not in self.engine and stream not in refused]:
             refused |= self._claim(missing)
             new |= dict.fromkeys(stream for stream in missing if stream not in refused)
@@ -88,60 +92,62 @@ class Streams:
         return list(new)
 
     def _claim(self, streams: list[str]) -> set[str]:
-        """Take streams in, but for new ones for which there is no room: these are returned."""
-        new = self._take_in(streams, "known")
+        """Load streams. Returns new ones for which the store has no room."""
+        new = self._load(streams, "known")
         begun = new[: self._newcomers.admit(len(new))]
         if begun:
-            self._take_in(begun, "any")
+            self._load(begun, "any")
         return set(new[len(begun) :])
 
-    def _take_in(self, streams: list[str], which: Which) -> list[str]:
-        """Claim streams and make them resident, piece by piece. Returns those that would have begun."""
+    def _load(self, streams: list[str], which: Which) -> list[str]:
+        """Claim streams and make them resident, piece by piece. Returns new ones, which `which` did not let begin."""
         size = max(1, CLAIM_BYTES // self.engine.state_bytes)
         pieces = (streams[start : start + size] for start in range(0, len(streams), size))
-        return [stream for piece in pieces for stream in self._take_in_at_once(piece, which)]
+        return [stream for piece in pieces for stream in self._load_piece(piece, which)]
 
-    def _take_in_at_once(self, streams: list[str], which: Which) -> list[str]:
+    def _load_piece(self, streams: list[str], which: Which) -> list[str]:
         with self._metrics.store_seconds.labels("claim").time():
             claims = self._retry(lambda: self._store.claim(streams, self._worker, which))
-        changed, new = [], []
-        self._name_rivals(dict(zip(streams, claims, strict=True)))
-        for stream, claimed in zip(streams, claims, strict=True):
-            if claimed.foreign:
-                self._take_in_homeless(stream, claimed.foreign)
-                continue
-            if not claimed.token:
-                new.append(stream)
-                continue
-            self._publish_again(stream, claimed.event)
-            restored = self._remembered(claimed, self._restorer.restored(stream, claimed))
-            if wrong := self._beyond(restored.state.header.positions):
-                self._take_in_homeless(stream, f"{wrong}; {cure(stream)}")
-                continue
-            stored = claimed.header is not None and not restored.change
-            if claimed.event == b"" and restored.state.header.events:
-                log.warning(LOST_EVENTS, stream, MAX_EVENTS_BYTES, extra=_of(stream))
-            self.engine.admit(restored.state, claimed.token, stored, restored.approved)
-            resident = self.engine.resident(stream)
-            resident.lost = time.monotonic() if restored.lost else 0.0
-            resident.contested = stream in self._contested
-            self._contested.discard(stream)
-            if restored.change:
-                changed.append(replace(self._changed(restored, restored.change), waiting=claimed.event or b""))
-        self._explain(changed)
+        claimed = dict(zip(streams, claims, strict=True))
+        self._name_rivals(claimed)
+        new = [stream for stream, found in claimed.items() if not (found.token or found.foreign)]
+        loaded = [self._load_one(stream, found) for stream, found in claimed.items() if found.token or found.foreign]
+        self._explain([changed for changed in loaded if changed is not None])
         return new
 
+    def _load_one(self, stream: str, claimed: Claimed) -> Entry | None:
+        """Make a claimed stream resident. Returns what is to be stored, where its state is not the stored one."""
+        if claimed.foreign:
+            self._load_homeless(stream, claimed.foreign)
+            return None
+        self._publish_again(stream, claimed.event)
+        restored = self._remembered(claimed, self._restorer.restored(stream, claimed))
+        if wrong := self._beyond(restored.state.header.positions):
+            self._load_homeless(stream, f"{wrong}; {cure(stream)}")
+            return None
+        if claimed.event == b"" and restored.state.header.events:
+            log.warning(LOST_EVENTS, stream, MAX_EVENTS_BYTES, extra=_of(stream))
+        stored = claimed.header is not None and not restored.change
+        self.engine.admit(restored.state, claimed.token, stored, restored.approved)
+        resident = self.engine.resident(stream)
+        resident.lost = time.monotonic() if restored.lost else 0.0
+        resident.contested = stream in self._contested
+        self._contested.discard(stream)
+        if not restored.change:
+            return None
+        return replace(self._changed(restored, restored.change), waiting=claimed.event or b"")
+
     def _name_rivals(self, claims: Mapping[str, Claimed]) -> None:
-        """Who had claimed streams of ours. Once it is a rebalance; without end, two sites that share a prefix."""
+        """Log who had claimed streams of ours. Once, that is a rebalance; without end, two sites share a prefix."""
         by: dict[str, list[str]] = {}
         for stream in claims.keys() & self._contested:
             by.setdefault(claims[stream].before, []).append(stream)
-        for owner in by.keys() - {"", self._worker}:  # A store that has lost the last claim names who had it before.
+        for owner in by.keys() - {"", self._worker}:  # A store that has lost the last claim may name this worker.
             log.warning("worker %s had claimed %d of our streams, such as %s", owner, len(by[owner]), min(by[owner]))
 
     def _remembered(self, claimed: Claimed, restored: Restored) -> Restored:
-        """The same; but where the store knows nothing of a stream that it had, its numbers and chain go on, and an
-        event says so. One that was deleted has left its last event."""
+        """The same, unless the store knows nothing of a stream that it has had. Then the numbers and the chain of its
+        events go on, and an event says so. A stream that was deleted is not that case: its last event is there."""
         header = restored.state.header
         if claimed.header is not None or claimed.event is not None:
             self._remember(header)
@@ -157,15 +163,15 @@ class Streams:
         if len(self._known) > MOST_KNOWN:
             del self._known[next(iter(self._known))]
 
-    def _take_in_homeless(self, stream: str, why: str) -> None:
+    def _load_homeless(self, stream: str, why: str) -> None:
         log.error("stream %s is answered by source, and nothing of it is kept: %s", stream, why, extra=_of(stream))
         self.engine.admit(self.engine.begun(stream), 0, False)
         self._homeless.add(stream)
         self._metrics.homeless.set(len(self._homeless))
 
     def returned(self) -> list[str]:
-        """Streams that could not be stored and can be now: they are to be claimed, and their frames read again from
-        the oldest that is not finished. The store is asked every half minute."""
+        """Homeless streams that can be stored now. They are to be claimed, and their frames read again from the oldest
+        that is not finished. The store is asked every half minute."""
         if not self._homeless or time.monotonic() - self._looked < LOOK_AGAIN_S:
             return []
         self._looked = time.monotonic()
@@ -180,26 +186,27 @@ class Streams:
         try:
             return not (seen.header and self._beyond(decode_header(seen.header).positions))
         except StateError:
-            return True  # It begins anew.
+            return True  # Then the stream begins anew.
 
     @property
     def crowded(self) -> bool:
-        """Whether more streams are resident than may be."""
+        """Whether more streams are resident than the limits allow."""
         return len(self.engine) > self._max_resident
 
     def trim(self, busy: Set[str]) -> list[str]:
-        """Where too many streams are resident, the least recently used that are not `busy` go; returns these."""
+        """Release the least recently used streams that are not `busy` until the limits hold. Returns these."""
         gone = self.engine.least_recent(len(self.engine) - self._max_resident, busy)
         self.release(gone)
         return gone
 
     def contest(self, fenced: Iterable[str]) -> None:
-        """Another worker has claimed these streams. Where both have frames of one (it moved), each would claim it while
-        the other holds its frames back, and neither ever write: once claimed again, nothing of it waits."""
+        """Another worker has claimed these streams. If both workers have frames of one (it moved), each could claim it
+        while the other holds results back, and neither would ever write. So once it is claimed again, its results are
+        written at once, until a write has succeeded."""
         self._contested |= {stream for stream in fenced if stream not in self._homeless}
 
     def release(self, streams: Iterable[str]) -> None:
-        """Forget streams; the store has them."""
+        """Remove streams from memory."""
         streams = list(streams)
         self.engine.release(streams)
         for stream in streams:
@@ -209,9 +216,9 @@ class Streams:
         self._metrics.resident.set(len(self.engine))
 
     def write(self, entries: Sequence[Entry]) -> list[bool]:
-        """Store states with the events that explain them; False for streams that another worker has claimed since.
+        """Store states with the events that explain them. False for streams that another worker has claimed.
 
-        In memory headers and approved parameters follow; the engine's tensors are the caller's.
+        Headers and approved parameters in memory follow. The engine's tensors are left to the caller.
         """
         writes = [self._as_write(entry) for entry in entries]
         residents = [self.engine.resident(entry.header.stream) for entry in entries]
@@ -233,11 +240,11 @@ class Streams:
         return accepted
 
     def _write_whole(self, entry: Entry, resident: Resident) -> bool:
-        """The store has the stream's tensors no more, or those that are approved: they expired or were evicted, or the
-        store has lost its last writes."""
+        """Write a stream again with all of its tensors. The store has lost the ones that were to stay, or the approved
+        ones: they have expired, were evicted, or their write was lost."""
         stream = entry.header.stream
         if not self.engine.holds(stream, resident):
-            return False  # It went while the store was waited for.
+            return False  # It was released while the store was waited for.
         log.info("parameters of stream %s are gone from the store and written again", stream, extra=_of(stream))
         resident.stored = False
         if entry.header.approved is not None:
@@ -246,7 +253,7 @@ class Streams:
         return bool(self._retry(lambda: self._store.write([write]))[0])
 
     def snapshot(self, before: StreamHeader, after: StreamHeader, event: UpdateEvent) -> Snapshot | None:
-        """What to keep of an update for rollback: one every `store.snapshot_every` updates, of streams that do well."""
+        """A snapshot, where one is due: one every `store.snapshot_every` updates, while the stream does well."""
         due = self._snapshot_every > 0 and abs(after.step - before.snapshot) >= self._snapshot_every
         if not due or event.decision != "applied" or not _does_well(after, event):
             return None
@@ -255,12 +262,12 @@ class Streams:
         return Snapshot(time=event.time, reason=reason, proxies=event.after, header=after)
 
     def kept(self, stream: str, back: int) -> tuple[Snapshot, State]:
-        """The stream's `back`th newest snapshot. Raises StateError where there is none that fits."""
+        """The stream's `back`th newest snapshot. Raises StateError where there is none that can be used."""
         like, bundle = self.engine.like, self.engine.bundle_hash
         return self._retry(lambda: chosen_snapshot(self._store, stream, back, like, bundle, self._max_state_bytes))
 
     def newest(self, stream: str) -> tuple[Snapshot, State] | None:
-        """The newest snapshot; None where there is none that fits."""
+        """The newest snapshot; None where there is none that can be used."""
         try:
             return self.kept(stream, 1)
         except StateError as error:
@@ -276,7 +283,7 @@ class Streams:
         return replace(write, keeps_approved=keeps, after=resident.written)
 
     def _changed(self, restored: Restored, reason: str) -> Entry:
-        """What restarts from source or goes on under another bundle, and says so."""
+        """The entry of a stream that restarts from source, or goes on under another bundle, with the event of that."""
         header = restored.state.header
         if restored.decision == "reset":
             log.warning("stream %s restarts from source: %s", header.stream, reason, extra=_of(header.stream))
@@ -290,7 +297,8 @@ class Streams:
         return taken_in(restored.decision, reason, subject, context, token)
 
     def _explain(self, entries: list[Entry]) -> None:
-        """Stored before they are published, like all events: a crash between must not make two different ones."""
+        """Store entries, then publish their events. In this order a crash between the two cannot lead to two events
+        with one number and different contents."""
         if not entries:
             return
         for entry, good in zip(entries, self.write(entries), strict=True):
@@ -300,14 +308,14 @@ class Streams:
                 self.release([entry.header.stream])
 
     def publish(self, entry: Entry) -> None:
-        """Events that are stored, to topic and metrics."""
+        """Publish the events of an entry that is stored, and count them."""
         header = entry.header if entry.header.stream in self.engine else None
         for sealed in entry.events:
             self._publisher.update(sealed)
             decided(self._metrics, sealed.event, header)
 
     def _publish_again(self, stream: str, content: bytes | None) -> None:
-        """The last events may not have reached the topic before their worker died. Consumers deduplicate on the id."""
+        """Publish the events beside the state: their worker may have died before it did. Consumers deduplicate them."""
         events = events_beside(stream, content)
         if strange := len(lines_beside(content)) - len(events):
             log.warning("%d lines beside the state of stream %s are no events of its own", strange, stream)
@@ -316,12 +324,12 @@ class Streams:
 
 
 def _of(stream: str) -> dict[str, str]:
-    """What a log line of a stream can be found by."""
+    """The fields by which the log line of a stream can be found."""
     return {"stream": stream}
 
 
 def _does_well(header: StreamHeader, event: UpdateEvent) -> bool:
-    """Whether a snapshot taken now would be one to return to: no worse than source, as far as anybody can tell."""
+    """Whether a snapshot that is taken now would be good to return to: no worse than source, as far as is known."""
     seen = event.after
     if not header.guard.trusted:
         return False

@@ -1,8 +1,8 @@
 """What becomes of a stream's state when the worker runs another bundle than the one that wrote it.
 
-`reset` starts the stream from the new source model. `carry` goes on with its parameters where they mean the same under
-the new bundle: the method, network, weights, preprocessing and labels are the same, and only the generator or what was
-calibrated is new. `shadow` carries where that is possible and resets elsewhere, and lets the source model answer first.
+`reset` starts the stream from the new source model. `carry` keeps its parameters where they mean the same under the new
+bundle: method, network, weights, preprocessing and labels are the same, and only the generator or the calibration is
+new. Elsewhere it resets. `shadow` does the same as `carry`, and has the source model answer at first.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from schemas.state import GuardState, RunningProxies, StreamHeader
 from schemas.state_tensors import decode_matching, decode_tensors
 from worker.engine.engine import Engine
 
-# Of the state of `mgg`: what only the generator that wrote it can read, and gradients in that generator's units.
+# The tensors of `mgg` that only the generator that wrote them can use: its memory, and gradients in its units.
 GENERATORS_OWN = frozenset({"memory_weight", "memory_bias", "first_moment", "second_moment", "age"})
 
 
 @dataclass(frozen=True)
 class Moved:
-    """A stream's header under the new bundle, and its tensors where they were carried over; `why` is for the event."""
+    """A stream's header under the new bundle, its tensors where they were carried over, and `why`, for the event."""
 
     header: StreamHeader
     tensors: State | None
@@ -36,7 +36,8 @@ class Moved:
 class Upgrade:
     """Moves states to the bundle that `engine` runs. `settings` name the bundles that states may come from.
 
-    `max_distance` from source is what the guard allows. What is beyond could go back only, while its shift may last.
+    `max_distance` from source is what the guard allows. A state beyond it is reset: the guard would let it only go back
+    towards source, while the shift that it has adapted to may last.
     """
 
     def __init__(self, settings: BundleSettings, engine: Engine, max_distance: float = math.inf) -> None:
@@ -45,14 +46,14 @@ class Upgrade:
         self._previous = dict(identified(path) for path in settings.previous)
 
     def moved(self, old: StreamHeader, blob: bytes | None) -> Moved:
-        """The state of another bundle or method under this one. `blob` are its tensors; the position stays."""
+        """The state of another bundle or method, with the tensors `blob`, under this one. The position stays."""
         bundle, method = self._engine.bundle_hash, self._engine.bundle.method_name
         header = old.model_copy(
             update={
                 "bundle": bundle,
                 "method": method,
                 "probation": self._shadow_frames if self._mode == "shadow" else 0,
-                # All of this was measured with the old bundle's calibration, or against its limits.
+                # These were measured with the old bundle's calibration, or against its limits.
                 "proxies": RunningProxies(),
                 "guard": GuardState(),
                 "drift": None,
@@ -70,7 +71,7 @@ class Upgrade:
         return Moved(header.model_copy(update={"step": 0, "approved": None}), None, why)
 
     def _carried(self, old: StreamHeader, blob: bytes | None) -> tuple[State, str]:
-        """Raises StateError where the state means nothing under this bundle."""
+        """The tensors, and what was the same. Raises StateError where they mean nothing under this bundle."""
         engine = self._engine
         before, now = self._previous.get(old.bundle), engine.bundle.manifest
         if before is None:
