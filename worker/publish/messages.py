@@ -1,7 +1,7 @@
 """Predictions as JSON bytes, for whole micro-batches.
 
-The contract is `schemas.prediction.Prediction`; building and validating one model per frame costs more than its
-forward pass. Here what a micro-batch shares is written once. A test holds the bytes to the contract.
+They follow `schemas.prediction.Prediction`. To construct and validate a model for each frame would cost more than its
+forward pass, so what a micro-batch shares is written once here. A test compares the bytes with the schema.
 """
 
 from __future__ import annotations

@@ -31,16 +31,18 @@ from worker.log import LineLimit, Trouble
 
 log = logging.getLogger("driftkeel.publish")
 ACKNOWLEDGE_TIMEOUT_S = 30.0
-STOP_PATIENCE_S = 5.0  # who is told to stop gives up on a broker that answers nothing for so long
+STOP_PATIENCE_S = 5.0  # once told to stop, a broker that answers nothing for so long is given up
 LOOK_S = 0.1
 MAX_REQUEST_BYTES = 64 << 20
 MAX_BLOCK_MS = 10_000
-PATIENT_ROUNDS = 5  # with growing pauses, each with a producer that has reached the broker
-IMPATIENT_ROUNDS, IMPATIENT_S = 2, 300.0  # once a dead letter was given up, for so long
+PATIENT_ROUNDS = (
+    5  # before a dead letter is given up, with growing pauses, each with a producer that reached the broker
+)
+IMPATIENT_ROUNDS, IMPATIENT_S = 2, 300.0  # the rounds after one was given up, for so many seconds
 
 
 class Message(NamedTuple):
-    """A record to send. `expendable`: given up where the broker refuses it for good, rather than tried for ever."""
+    """A record to send. `expendable`: it is given up if the broker refuses it for good; others are tried for ever."""
 
     topic: str
     key: bytes | None
@@ -50,13 +52,13 @@ class Message(NamedTuple):
 
     @property
     def without_value(self) -> Message:
-        """The same with its value dropped; a header keeps its size."""
+        """The same without its value, whose size is in a header."""
         headers = [*self.headers, ("driftkeel-value-dropped", str(len(self.value or b"")).encode())]
         return self._replace(value=b"", headers=headers)
 
 
 class EncodedPrediction(NamedTuple):
-    """A `schemas.prediction.Prediction` as bytes, and what its headers say; `time` is event time, ISO 8601."""
+    """A `schemas.prediction.Prediction` as bytes, and the contents of its headers; `time` is event time, ISO 8601."""
 
     frame_id: str
     time: str
@@ -65,7 +67,7 @@ class EncodedPrediction(NamedTuple):
 
 
 def open_producer(settings: Kafka, acknowledge_s: float, **more: Any) -> Any:
-    """An idempotent producer, which gives up a record that is not acknowledged in time. Raises as `open_client`."""
+    """An idempotent producer, which gives up records that are not acknowledged in time. Raises as `open_client`."""
     return open_client(
         KafkaProducer,
         **connection(settings),
@@ -92,7 +94,7 @@ class Publisher:
         failed: Callable[[str], object] = str,
         stop_patience_s: float = STOP_PATIENCE_S,
     ) -> None:
-        """`failed` hears of every round in which the broker did not take all or was not there, to count them."""
+        """`failed` is called for each round in which the broker was away or did not take all, to count them."""
         self._settings, self._worker, self._stop, self._failed = settings, worker, stop, failed
         self._stop_patience_s, self._gave_up = stop_patience_s, False
         self._waiting: list[tuple[Message, Any]] = []
@@ -114,11 +116,11 @@ class Publisher:
         self._waiting.append((message, self._try_send(message)))
 
     def settle(self, keep_alive: Callable[[], object]) -> None:
-        """Wait until all that was sent is acknowledged, however long the broker stays away.
+        """Wait until all that was sent is acknowledged, however long the broker stays away. `keep_alive` is called
+        meanwhile. Raises UnreachableError only once the worker is to stop.
 
-        A dead letter that a broker within reach does not take (no permission, no topic) is given up, with an error in
-        the log: the record itself is still in its topic. For some minutes further ones are given up sooner. Raises
-        UnreachableError only once the worker is to stop.
+        A dead letter that the broker answers and does not take (no permission, no topic) is given up, with an error in
+        the log; the record itself is still in the frames topic. For some minutes further ones are given up sooner.
         """
         since, refusal, pause, rounds = time.monotonic(), "", FIRST_PAUSE_S, 0
         self._sum_up()
@@ -146,15 +148,14 @@ class Publisher:
         self._untaken = None
 
     def untaken(self) -> tuple[float, str]:
-        """For how many seconds it has been waited until the broker takes what it was sent, and what came of the last
-        try. From any thread."""
+        """For how many seconds `settle` has been waiting, and why the last try failed. From any thread."""
         if (untaken := self._untaken) is None:
             return 0.0, ""
         since, refusal = untaken
         return time.monotonic() - since, refusal
 
     def _unacknowledged(self, patient: bool) -> tuple[list[Message], int, str]:
-        """Wait for every answer; what has to be sent again, how much is given up, and one reason for the former."""
+        """Wait for all answers. Returns what has to be sent again, how many are given up, and why it is sent again."""
         failed: list[Message] = []
         reason, given_up = "", 0
         since = time.monotonic()
@@ -178,16 +179,16 @@ class Publisher:
         return failed, given_up, reason
 
     def _sum_up(self) -> None:
-        """Say of how many dead letters that were given up there was no line."""
+        """Log how many dead letters were given up without a line of their own."""
         for _, more in self._lines.left_out():
             log.error("%d more dead letters were given up since then, without a line each", more)
 
     def _outcome(self, future: Any, since: float) -> KafkaError | None:
-        """Wait for an answer. `since`: when the wait for the first of them began.
+        """Wait for one answer; the error where there is one. `since`: when the wait for the first answer began.
 
-        By then the client has given up on all of them, unless it is kafka-python 3.0.12 and has lost its producer id:
-        that takes one away with a record that was sent and not answered in time, fetches no other, and leaves what it
-        still has unanswered for ever. So all of them together are waited for as long as one.
+        All of them together are waited for as long as one, because the client itself gives up on every record in that
+        time; except that kafka-python 3.0.12 may lose its producer id with a record that was not answered in time. It
+        fetches no other one, and leaves what it still has unanswered for ever.
         """
         until = since + ACKNOWLEDGE_TIMEOUT_S
         while not (future.is_done or time.monotonic() > until or self._gives_up(since)):
@@ -203,13 +204,13 @@ class Publisher:
         return None
 
     def _gives_up(self, since: float) -> bool:
-        """Whether we are to stop, and the broker has answered nothing for a while."""
+        """Whether the worker is to stop and the broker has answered nothing for a while."""
         if not self._stop.is_set():
             return False
         return time.monotonic() - max(since, last_answer(self._producer)) > self._stop_patience_s
 
     def _renew(self, keep_alive: Callable[[], object]) -> None:
-        """A new producer: indefinite errors leave an idempotent one in a state of its own."""
+        """Open a new producer. After an error of unknown outcome an idempotent one does not recover."""
         close_producer(self._producer, 0)
         bootstrap, pause = self._settings.bootstrap, FIRST_PAUSE_S
         while True:
@@ -234,7 +235,7 @@ class Publisher:
             self._stop.wait(min(0.05, seconds))
 
     def predictions(self, stream: bytes, answers: Iterable[EncodedPrediction]) -> None:
-        """Answers for frames of one stream."""
+        """Send predictions for frames of one stream."""
         topic, first = self._settings.topics.predictions, None
         for answer in answers:
             about = of_one(answer.frame_id, answer.time)
@@ -246,13 +247,13 @@ class Publisher:
             first = first or sent
 
     def update(self, sealed: SealedEvent) -> None:
-        """An update event, as sealed for the audit chain."""
+        """Send an update event, as sealed for the audit chain."""
         event = sealed.event
         headers = [*self._update_headers, *of_one(event.id, event.time.isoformat())]
         self.send(Message(self._settings.topics.updates, event.stream.encode(), sealed.content, headers))
 
     def dead_letter(self, record: Any, error: FrameError) -> None:
-        """The record as it was, with the reason in extra headers."""
+        """Send the record as it was, with the reason in extra headers."""
         reasons = {
             "driftkeel-error-class": error.kind,
             "driftkeel-error-message": str(error)[:1_000],
@@ -261,23 +262,23 @@ class Publisher:
             "driftkeel-offset": str(record.offset),
             "driftkeel-worker": self._worker,
         }
-        # Kafka allows a header without a value; the client's sender does not.
+        # Kafka allows headers without a value; kafka-python's producer does not.
         headers = [(name, value or b"") for name, value in record.headers]
         headers += [(name, text.encode()) for name, text in reasons.items()]
-        # The client sends no record that has neither key nor value.
+        # kafka-python sends no record that has neither key nor value.
         value = b"" if record.key is None and not record.value else record.value
         self.send(Message(self._settings.topics.dead_letters, record.key, value, headers, expendable=True))
 
     def close(self) -> None:
-        """Whatever is not acknowledged by now is published again by the streams' next owner."""
+        """Close the producer. The streams' next owner publishes again what is not acknowledged by now."""
         if not close_producer(self._producer, 0 if self._gave_up else 5):
             log.warning("left before the broker at %s had acknowledged everything", self._settings.bootstrap)
 
     def _try_send(self, message: Message, leader: Any = None) -> Any:
-        """The client's future, or the error that it met at once. `leader` is what came of a message of the same key to
-        the same topic."""
+        """The client's future, or the error that it raised. `leader`: the result for a message with the same key and
+        topic, behind which this one can be sent at less cost."""
         if self._away is not None:
-            return self._away  # Each further try would wait for the broker as long as the first.
+            return self._away  # Each further try would block as long as the first one did.
         try:
             if can_follow(leader):
                 return follow(self._producer, leader, message.key, message.value, message.headers)

@@ -20,20 +20,20 @@ TIMEOUT_S = 5
 
 
 def connect(settings: Store, opened: Callable[[], None] | None = None) -> Any:
-    """A client for `settings.url`. Nothing is sent yet, but for a Cluster, whose layout is read at once.
+    """A client for `settings.url`. It sends nothing yet, except to a Cluster, whose layout is read at once.
 
     redis://, rediss:// (TLS) and unix:// name one server; redis+cluster://host:port,host:port some nodes of a Cluster;
-    redis+sentinel://host:port,host:port/service/database the Sentinels of a service. The last two take TLS
-    as rediss+cluster and rediss+sentinel, and a user and password before the hosts, which are the servers';
-    Sentinels have `settings.sentinel_username` and `sentinel_password`.
-    `opened` is called for every connection that the client opens.
+    redis+sentinel://host:port,host:port/service/database the Sentinels of a service. The last two with TLS are
+    rediss+cluster and rediss+sentinel. A user and a password before the hosts are those of the servers; those of
+    Sentinels are `settings.sentinel_username` and `sentinel_password`. `opened` is called for every connection that is
+    opened.
 
-    No retries in the client: the worker's loop retries, and keeps its place in the consumer group meanwhile.
+    The client itself does not retry: the worker's loop does, and keeps its place in the consumer group meanwhile.
     """
     try:
         return _connect(settings, opened)
     except (ValueError, TypeError) as error:
-        # What the client says may quote parts of a password.
+        # The client's own message is left out, as it may quote parts of a password.
         raise ConfigError(
             f"store.url {settings.address} cannot be used: its port, its database or an option behind '?' is wrong; "
             "a password with / ? # @ or % in it must be percent-encoded"
@@ -50,9 +50,10 @@ def _connect(settings: Store, opened: Callable[[], None] | None) -> Any:
         options["redis_connect_func"] = _shake_hands(opened, alone=kind != "cluster")
     if not kind:
         if scheme != "unix":
-            int(parts.path.strip("/") or 0)  # The client takes database 0 where it is no number.
+            int(parts.path.strip("/") or 0)  # Raises here: the client takes database 0 where this is no number.
         client: Any = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options, **tls)
-        client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)  # knows all options?
+        # Raises TypeError for an unknown option in the URL, which otherwise the first call would.
+        client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
         return client
     credentials, _, hosts = parts.netloc.rpartition("@")
     user, _, password = credentials.partition(":")
@@ -70,7 +71,7 @@ def _connect(settings: Store, opened: Callable[[], None] | None) -> Any:
     asking = {
         "socket_timeout": TIMEOUT_S,
         "socket_connect_timeout": TIMEOUT_S,
-        "retry": Retry(NoBackoff(), 0),  # The client's own is ten times, before the next one is asked.
+        "retry": Retry(NoBackoff(), 0),  # By default the client tries a Sentinel ten times before it asks the next one.
         "username": settings.sentinel_username,
         "password": secret and secret.get_secret_value(),
         **tls,
@@ -92,7 +93,7 @@ def _tls(settings: Store) -> dict[str, Any]:
 
 
 def _shake_hands(opened: Callable[[], None], alone: bool) -> Callable[[Any], None]:
-    """What a client does with a new connection. `alone`: nobody else logs in and chooses the protocol."""
+    """What a client does with a new connection. `alone`: logging in and choosing the protocol is left to this."""
 
     def shake_hands(connection: Any) -> None:
         if alone:

@@ -1,4 +1,4 @@
-"""Stored tensors in fewer bytes, without loss."""
+"""Lossless compression of stored tensors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ import numpy as np
 import numpy.typing as npt
 
 Compression = Literal["none", "deflate"]
-_MAGIC = b"DKZ1"  # As the first bytes of a safetensors file it would announce a header of 800 MB.
+_MAGIC = b"DKZ1"  # No safetensors file begins so: these bytes would announce a header of 800 MB.
 _WIDTH = 4
 _HEAD, _END = b"\x78\x01", b"\x01\x00\x00\xff\xff"  # of a zlib stream: its settings, and an empty last block
-_BLOCK = 65_535  # bytes that a stored block can have
-_NOISE, _RICH = 7.5, 5.5  # bits a byte: more is stored as it is; in less than the second there are repetitions to find
-_SAMPLE = 4  # of so many bytes one is counted
+_BLOCK = 65_535  # the most bytes of a stored block
+_NOISE, _RICH = (
+    7.5,
+    5.5,
+)  # bits per byte: more than the first is stored as it is; less than the second has repetitions
+_SAMPLE = 4  # one of so many bytes is counted
 
 
 def pack(content: bytes, compression: Compression) -> bytes:
-    """`content`, a safetensors file, for the store.
+    """`content`, a safetensors file, as it is stored.
 
-    Bytes of equal significance are put together first: signs and exponents of neighbouring numbers resemble each
-    other, their mantissas are noise (the `shuffle` filter of HDF5). To search noise for repetitions, or to give it a
-    code, takes most of the time and saves nothing.
+    First, bytes of equal significance are put together (as the `shuffle` filter of HDF5 does), because signs and
+    exponents of neighbouring numbers resemble each other, while mantissas are noise. Noise is not compressed: that
+    would take most of the time and save nothing.
     """
     if compression == "none":
         return content
@@ -48,7 +51,7 @@ def _blocks(part: npt.NDArray[np.uint8]) -> bytes:
 
 
 def _entropy(part: npt.NDArray[np.uint8]) -> float:
-    """Bits a byte, of the bytes one by one."""
+    """The entropy of single bytes, in bits per byte."""
     some = part[:: _SAMPLE if len(part) > _SAMPLE << 10 else 1]
     counts = np.bincount(some)
     shares = counts[counts > 0] / max(1, len(some))
@@ -56,7 +59,7 @@ def _entropy(part: npt.NDArray[np.uint8]) -> float:
 
 
 def unpack(content: bytes, max_bytes: int) -> bytes:
-    """What `pack` got. Content that is damaged or unpacks to more than `max_bytes` comes back as it is."""
+    """The content that was packed. What is damaged, or unpacks to more than `max_bytes`, is returned as it is."""
     if not content.startswith(_MAGIC):
         return content
     inflater = zlib.decompressobj()

@@ -1,4 +1,4 @@
-"""What the store's client raises, in a line that says what is wrong and what to do."""
+"""Errors of the store's client as one line each, which says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def as_unreachable(address: str, error: Exception) -> UnreachableError:
     if isinstance(error, redis.exceptions.AuthenticationError):
         return _refusal(address, error)
     if isinstance(error, redis.exceptions.ResponseError):
-        # Loading its data, out of memory, read only after a failover: all may heal, and all are somebody's to mend.
+        # It loads its data, is out of memory, or is read-only after a failover. All of these may pass.
         return UnreachableError(f"the store at {address} refuses a command: {_cause(error)}")
     return _silence(address, error)
 
@@ -25,13 +25,13 @@ def _refusal(address: str, error: BaseException) -> LoginError:
 
 
 def _silence(address: str, error: Exception) -> UnreachableError:
-    """What redis-py takes for a store that does not answer, in a line; it need not be one."""
-    # Where a Cluster does not tell its layout, redis-py says that it cannot be reached, or that the node is in none.
+    """The error where redis-py calls the store unreachable, although it may be something else."""
+    # If a Cluster refuses to tell its layout, redis-py says that it cannot be reached, or that the node is in none.
     if denied := _reason(error, redis.exceptions.NoPermissionError):
         return UnreachableError(f"the store at {address} refuses a command: {denied}")
     if refused := _reason(error, redis.exceptions.AuthenticationError):
         return _refusal(address, refused)
-    # Of each Sentinel that does not help, it describes the whole client.
+    # For each Sentinel that does not help, the message has the description of the whole client.
     said = re.sub(r"<redis\..*?> - (?=\w)", "", str(error))
     if "AuthenticationError" in said:
         settings = "store.sentinel_username and store.sentinel_password"
@@ -48,6 +48,6 @@ def _reason(error: BaseException, kind: type[BaseException]) -> BaseException | 
 
 
 def _cause(error: Exception) -> str:
-    """What the store says, without the script around it, of which redis-py and the store quote a part."""
+    """The store's message, without the parts of the script that redis-py and the store quote."""
     said = str(error).rpartition(" of pipeline caused error: ")[2]
     return re.sub(r" script: ([0-9a-f]{40},? )?on @user_script.*", "", said, flags=re.DOTALL)

@@ -1,4 +1,5 @@
-"""What the store runs as one: Lua scripts for `worker.store.store`, which says what the keys are."""
+"""The Lua scripts of `worker.store.store`, which says what the keys are and what the scripts guarantee. The store runs
+each script as a whole, with no other command in between."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ from schemas.state import MAX_EVENTS_BYTES, MAX_HEADER_BYTES
 
 MAX_OWNER_BYTES = 1_000
 
-# The first key that no worker wrote, as {key, type}. The scripts below are given a stream's keys in this order.
-# A token has at most 15 digits: more are no number that Lua can tell from the next, and in the end none to be raised.
+# `strange`: the first of the stream's keys that no worker wrote, as {key, type}; nil where there is none. All scripts
+# that use it get the stream's keys in this order. A token has at most 15 digits, because Lua, whose numbers are floats,
+# cannot tell larger ones apart.
 _FOREIGN = """
 local function is_token(text)
   return string.match(text, '^[1-9]%d*$') and #text <= 15
@@ -26,8 +28,8 @@ end
 local strange = foreign()
 """
 
-# A string, or a field of the stream's hash; an empty one where it has more bytes than it may. Whoever reads it takes it
-# for damaged.
+# Read a string, or a field of the stream's hash. Empty where it has more bytes than it may: readers take that for
+# damaged.
 _WITHIN = f"""
 local most_of = {{header = {MAX_HEADER_BYTES}, event = {MAX_EVENTS_BYTES}, owner = {MAX_OWNER_BYTES}}}
 local function within(key, most)
@@ -40,9 +42,10 @@ local function field(name)
 end
 """
 
-# ARGV: owner; 'any', or 'known' where a new stream is not to begin, or 'last' where the stream is about to be deleted;
-# how many bytes of tensors are read.
-# A store that is full refuses a script whose first write may need memory, and only the first: so 'last' goes through.
+# ARGV: owner; 'any', or 'known' where a new stream must not begin, or 'last' where the stream is about to be deleted;
+# the most bytes of tensors that are read.
+# A full store refuses a script if the first command that writes may need memory, and looks at no later one. HDEL needs
+# none, so that 'last' works in a full store.
 CLAIM = (
     _FOREIGN
     + _WITHIN
@@ -66,7 +69,7 @@ return {token, field('header'), within(KEYS[2], ARGV[3]), field('event'), within
 """
 )
 
-# ARGV: how many bytes of tensors are read.
+# ARGV: the most bytes of tensors that are read.
 READ = (
     _FOREIGN
     + _WITHIN
@@ -87,8 +90,8 @@ return {token, field('owner'), field('header'), redis.call('STRLEN', KEYS[2]), r
 """
 )
 
-# KEYS: a stream's snapshots. ARGV: which, 0 the newest; how many bytes it may have. Returns how many there are, and
-# that one: empty where it has more. Nothing where something else is there.
+# KEYS: a stream's snapshots. ARGV: which one, 0 being the newest; the most bytes that are read. Returns how many there
+# are, and that one: empty where it has more bytes. Returns nothing where the key is something else.
 SNAPSHOT = """
 local count = redis.pcall('LLEN', KEYS[1])
 if type(count) == 'table' then return {} end
@@ -97,8 +100,8 @@ if #content > tonumber(ARGV[2]) then content = '' end
 return {count, content}
 """
 
-# KEYS: a stream's snapshots. ARGV: how many may be. Returns what is said of each, as `worker.store.store` puts it
-# before the tensors: empty where that is too much. Nothing where something else is there.
+# KEYS: a stream's snapshots. ARGV: the most that are read. Returns the description of each, which `worker.store.store`
+# puts before the tensors: empty where it is too long. Returns nothing where the key is something else.
 SAID = f"""
 local count = redis.pcall('LLEN', KEYS[1])
 if type(count) == 'table' then return false end
@@ -112,11 +115,11 @@ end
 return said
 """
 
-# ARGV: token, header, event, tensors or '', seconds to live or 0, snapshot or '', snapshots to keep, number,
-# approved or '', '1' where those that are there have to stay, number of the write that these are of or ''. Returns 1
-# where it is written, 0 where it is refused, 2 where what should stay is not there, or the store has lost that write.
-# A number that is there already is this write come twice only where the header is there, too.
-# Types are looked at where this would write only: the claim has seen all of them, and each look costs microseconds.
+# ARGV: 1 token, 2 header, 3 event, 4 tensors or '', 5 seconds to live or 0, 6 snapshot or '', 7 snapshots to keep,
+# 8 number, 9 approved or '', 10 '1' where the stored approved ones have to stay, 11 `Write.after` or ''.
+# Returns 1 where it is written, 0 where it is refused, 2 where what has to stay is gone or of an older write.
+# A write with the stored number is the same write come twice, and succeeds, only if the header is the same too.
+# Only types of keys that this write changes are checked: the claim has checked all, and each check takes microseconds.
 WRITE = """
 local function taken(i, kind)
   local found = redis.call('TYPE', KEYS[i])['ok']
@@ -148,7 +151,7 @@ end
 return 1
 """
 
-# ARGV: token, last event. What frees memory goes first: see CLAIM.
+# ARGV: token, last event. Deletes before it writes, so that it works in a full store: see CLAIM.
 DELETE = (
     _FOREIGN
     + """
@@ -160,16 +163,16 @@ return 1
 """
 )
 
-# KEYS: a partition's mark. ARGV: how many bytes it may have. False where there is none; empty where something else is
-# there.
+# KEYS: a partition's mark. ARGV: the most bytes of a mark. Returns false where there is none; '' where the key is
+# something else.
 MARK = """
 local length = redis.pcall('STRLEN', KEYS[1])
 if type(length) == 'table' or length > tonumber(ARGV[1]) then return '' end
 return redis.call('GET', KEYS[1])
 """
 
-# KEYS: a partition's mark. ARGV: offset, the mark as its writer last saw it or '', how many bytes a mark may have. One
-# that has gone on since is left: its partition is another worker's by now, or was.
+# KEYS: a partition's mark. ARGV: offset, the mark as its writer has last seen it or '', the most bytes of a mark. One
+# that has moved on since stays: another worker has the partition by now, or had it.
 NOTE = """
 local length = redis.pcall('STRLEN', KEYS[1])
 if type(length) == 'number' and length <= tonumber(ARGV[3]) then
@@ -181,8 +184,8 @@ redis.call('SET', KEYS[1], ARGV[1])
 return 1
 """
 
-# KEYS: what a topic's positions are of. ARGV: what to note where nothing is, or ''; how many bytes it may have. Empty
-# where nothing is noted, or something else is there.
+# KEYS: a note. ARGV: what to write where there is none, or ''; the most bytes of a note. Returns the note; '' where
+# there is none, or the key is something else.
 NOTE_ONCE = """
 local length = redis.pcall('STRLEN', KEYS[1])
 if type(length) == 'table' or length > tonumber(ARGV[2]) then return '' end
@@ -190,7 +193,7 @@ if length == 0 and ARGV[1] ~= '' then redis.call('SET', KEYS[1], ARGV[1]) end
 return redis.call('GET', KEYS[1]) or ''
 """
 
-# Nothing where something else is there.
+# Returns header and last events of a stream; nothing where the key is something else.
 END = (
     _WITHIN
     + """
@@ -199,7 +202,7 @@ return {field('header'), field('event')}
 """
 )
 
-# KEYS: what a stream left that was deleted. Nothing where something else is there.
+# KEYS: what a deleted stream has left. Returns it; nothing where the key is something else.
 LAST = (
     _WITHIN
     + """
@@ -208,7 +211,7 @@ return within(KEYS[1], most_of['event'])
 """
 )
 
-# ARGV: cursor, pattern, how many keys are looked at, how long a name may be; longer ones are left out.
+# ARGV: cursor, pattern, how many keys to look at, the longest name that is returned.
 NAMES = """
 local found = redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', ARGV[3])
 local names = {}

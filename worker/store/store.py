@@ -7,23 +7,26 @@ A stream has four keys, which share a hash tag and so lie on one node of a Clust
     {prefix}:{stream}:snapshots  list of earlier states, newest first
     {prefix}:{stream}:approved   parameters that a person approved, where one did
 
-A stream that was deleted leaves {prefix}:{stream}:deleted, its last token and its last event: tokens and the chain of
-events go on from there.
+A deleted stream leaves {prefix}:{stream}:deleted, with its last token and its last event. If it begins again, its
+tokens and its chain of events go on from there.
 
-A partition has one, {prefix}:mark:{group}/{topic}/{partition}: all of its frames before this offset are in the states.
-Where Kafka's committed offset is further, the store has lost what it knew, by a crash or from a backup. A topic of
-frames has {prefix}:cluster:{topic}, the id of the Kafka cluster that these offsets are of, and {prefix}:topic:{topic},
-the id that the topic has there.
+A partition has one key, {prefix}:mark:{group}/{topic}/{partition}: all of its frames before this offset are in the
+states. Where Kafka's committed offset is further on, the store may have lost writes. A frames topic has
+{prefix}:cluster:{topic}, the id of the Kafka cluster that these offsets are of, and {prefix}:topic:{topic}, the topic's
+id there.
 
-A claim raises the token; a write is taken only with the newest token. A worker that was paused while another took its
-streams over (a zombie) is so refused. Writes under one token are numbered: one that comes twice, because its answer was
-lost, counts once, and one that comes late, because a broken connection still held it, cannot undo a newer one. The last
-update event lies beside the state, so that a crash between writing the state and publishing the event cannot lose it.
-The header stays when tensors expire: an idle stream restarts from source and can say so. A worker that still has it in
-memory is asked for the tensors again, as no header may say more than the tensors beside it. So it is for parameters
-that the header calls approved, and where the store has lost the write that left either there.
+What the scripts guarantee:
 
-Where one of a stream's keys is of another type, somebody else put it there. No script touches such a stream.
+- A claim raises the token, and only the newest token may write. So a worker that was paused while another took over its
+  streams (a zombie) is refused.
+- Writes under one token are numbered. One that comes twice, because its answer was lost, counts once. One that comes
+  late, because a broken connection held it, cannot undo a newer one.
+- The last update events lie beside the state, so that a crash between writing the state and publishing them cannot
+  lose them.
+- No header says more than the tensors beside it. A write without tensors is not taken where the stored ones have
+  expired, or where the store has lost the write that left them; then the worker writes all of them. The same holds for
+  approved parameters. The header stays when tensors expire, so that a stream that restarts from source can say why.
+- A stream is left alone where one of its keys has another type: somebody else put that there.
 """
 
 from __future__ import annotations
@@ -52,21 +55,21 @@ from worker.store.refusals import as_unreachable
 log = logging.getLogger("driftkeel.store")
 Result = TypeVar("Result")
 Which = Literal["any", "known", "last"]
-KEYS_AT_ONCE = 2_000  # that a request looks at; a stream has up to four
-MOST_SNAPSHOTS = 100  # that any configuration keeps of a stream
+KEYS_AT_ONCE = 2_000  # that one request looks at; a stream has up to four
+MOST_SNAPSHOTS = 100  # of a stream, in any configuration
 NOTE_BYTES = 1_000
 NOTHING: Mapping[Partition, int] = {}
 
 
 @dataclass(frozen=True)
 class Claimed:
-    """A claim, and what was stored: header is None for a stream never written, `packed` (its tensors) also for an
-    expired one. Header, event and tensors are empty where they have more bytes than may be: nobody reads those.
+    """A claim, and what was stored. `header` is None for a stream that was never written; `packed`, its tensors, also
+    where they have expired. Header, event and tensors are empty where they have more bytes than are read.
 
-    `foreign` says what lies under one of the stream's keys that no worker wrote; then nothing is claimed, token is 0.
-    So it is for a new stream where only known ones were to be claimed. `before`: who claimed it last; empty for nobody.
+    `foreign`: what lies under one of the stream's keys that no worker wrote. Then nothing is claimed, and the token is
+    0. It also is for a new stream where only known ones were to be claimed. `before`: who claimed the stream last.
 
-    Tensors are unpacked where they are asked for, and not kept: a small value may become `max_bytes`, and those of
+    Tensors are unpacked whenever they are asked for, and not kept. A small value may become `max_bytes`, and those of
     many streams that are claimed at once would fill the memory.
     """
 
@@ -92,10 +95,8 @@ class Claimed:
 
 @dataclass(frozen=True)
 class Overview:
-    """A stream in short: who claimed it last, its header, the bytes of its tensors, how many snapshots it has.
-
-    `foreign` as in `Claimed`.
-    """
+    """A stream in short: who claimed it last, its header, the bytes of its tensors, how many snapshots it has, and
+    `foreign` as in `Claimed`."""
 
     token: int
     owner: str
@@ -107,12 +108,12 @@ class Overview:
 
 @dataclass(frozen=True)
 class Write:
-    """A state to write. `tensors` None leaves the stored ones as they are, and so does `approved`; where the header is
-    nothing without these, `keeps_approved`. `after`: the number of the write that left them there, 0 where the claim
-    found them; None where that does not matter.
+    """A state to write. `number` grows with every write of the stream. Tensors are as `pack` returns them.
 
-    `snapshot` keeps these tensors for rollback, under what it says of them. `number` grows from write to write of a
-    stream; tensors are as `pack` gave them.
+    `tensors` and `approved`: None leaves the stored ones as they are. `keeps_approved`: the header says that there are
+    approved parameters, so they must be there. `after`: the number of the write that left the stored ones there, 0
+    where the claim found them; None where that does not matter. `snapshot`: keep the tensors for rollback, under this
+    description.
     """
 
     stream: str
@@ -128,18 +129,18 @@ class Write:
 
 
 class StateStore:
-    """The store's client. Its methods raise UnreachableError where the store does not answer; LoginError, which is one,
+    """The store's client. Its methods raise UnreachableError where the store does not answer; LoginError, a subclass,
     where it refuses the login."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
-        # Tensors that cannot be packed are a little longer packed.
+        # Tensors that cannot be compressed become a little longer when they are packed.
         self._most = settings.max_state_bytes + settings.max_state_bytes // 1_000 + 1_000
         self._client: Any = None
         self._opened = self._noticed = 0
 
     def keys(self, stream: str) -> list[str]:
-        """The stream's keys; the braces make its name their hash tag."""
+        """The stream's keys. The braces make the stream's name their hash tag."""
         base = f"{self._settings.prefix}:{{{quote(stream, safe='')}}}"
         return [base, f"{base}:tensors", f"{base}:snapshots", f"{base}:approved"]
 
@@ -148,9 +149,9 @@ class StateStore:
         return [*keys, f"{keys[0]}:deleted"]
 
     def reconnected(self) -> bool:
-        """Whether connections were opened since the last call, but for the very first.
+        """Whether connections were opened since the last call, except for the very first one.
 
-        Behind a new connection may be a store that crashed and lost its last writes, or another one.
+        Behind a new connection may be a store that has crashed and lost its last writes, or another one.
         """
         noticed, self._noticed = self._noticed, self._opened
         return 0 < noticed < self._opened
@@ -159,37 +160,31 @@ class StateStore:
         self._reach(lambda client: client.ping())
 
     def claim(self, streams: list[str], owner: str, which: Which = "any") -> list[Claimed]:
-        """Take over streams, in order. Where only `known` ones are wanted, new ones are not begun: their token is 0.
-
-        `last`: known ones that are about to be deleted, which a store without memory takes, too.
-        """
+        """Claim streams. Returns them in order. `known`: new streams are not begun; their token is 0. `last`: the same,
+        for streams that are about to be deleted, which also works where the store has no memory left."""
         return self._claimed(
             scripts.CLAIM, [(self._all_keys(stream), [owner, which, self._most]) for stream in streams]
         )
 
     def write(self, writes: list[Write]) -> list[bool | None]:
-        """Write states, in order; False where another worker has claimed the stream since.
-
-        None where nothing was written, because tensors or approved parameters that should stay as they are, are gone,
-        or older than the write they should be of: the store has lost its last writes.
-        """
+        """Write states. Returns for each, in order: True where it is written; False where another worker has claimed
+        the stream; None where nothing was written, because tensors or approved parameters that were to stay are gone,
+        or older than `Write.after`: the store has lost writes."""
         calls = [(self.keys(w.stream), self._arguments(w)) for w in writes]
         return [None if outcome == 2 else bool(outcome) for outcome in self._scripts(scripts.WRITE, calls)]
 
     def delete(self, stream: str, token: int, event: bytes) -> bool:
-        """Remove a stream's keys, and keep its last event; False where it was claimed after `token`.
-
-        Whoever had it before finds the next write refused.
-        """
+        """Remove a stream's keys and keep its last event. False where it was claimed after `token`. The worker that had
+        the stream finds its next write refused."""
         return bool(self._scripts(scripts.DELETE, [(self._all_keys(stream), [token, event])])[0])
 
     def deleted(self, stream: str) -> bytes | None:
-        """The last event of a stream that was deleted; None where none was, or it has begun anew."""
+        """The last event of a deleted stream; None where it was not deleted, or has begun again."""
         (content,) = self._scripts(scripts.LAST, [(self._all_keys(stream)[-1:], [])])
         return None if content is None else content.partition(b"\n")[2]
 
     def deleted_streams(self) -> Iterator[str]:
-        """All streams that were deleted and have not begun anew, in no order."""
+        """All streams that were deleted and have not begun again, in no order."""
         return chain.from_iterable(self._named("}:deleted"))
 
     def read(self, stream: str) -> Claimed:
@@ -198,7 +193,7 @@ class StateStore:
         return found
 
     def overview(self, streams: list[str]) -> list[Overview]:
-        """What is stored, in order, without the tensors themselves."""
+        """What is stored of these streams, in order, without the tensors themselves."""
         rows = self._scripts(scripts.OVERVIEW, [(self.keys(stream), []) for stream in streams])
         return [
             Overview(0, "", None, 0, 0, said)
@@ -208,8 +203,8 @@ class StateStore:
         ]
 
     def snapshots(self, stream: str) -> list[bytes]:
-        """What was said of kept states, newest first; empty where that is damaged. Raises StateError where something
-        else is there."""
+        """The descriptions of a stream's snapshots, newest first; empty for a damaged one. Raises StateError where the
+        key is something else."""
         key = self.keys(stream)[2]
         (said,) = self._scripts(scripts.SAID, [([key], [MOST_SNAPSHOTS])])
         if said is None:
@@ -217,8 +212,9 @@ class StateStore:
         return list(said)
 
     def snapshot(self, stream: str, back: int) -> tuple[int, bytes, bytes]:
-        """How many states are kept; and of the `back`th newest what was said of it, and its packed tensors. Both are
-        empty where there is none, it is damaged, or has more bytes than may be. Raises StateError as `snapshots`."""
+        """How many snapshots there are; and the description and the packed tensors of the `back`th newest. Both are
+        empty where there is no such one, it is damaged, or has more bytes than are read. Raises StateError as
+        `snapshots`."""
         key = self.keys(stream)[2]
         (found,) = self._scripts(scripts.SNAPSHOT, [([key], [back - 1, self._most + MAX_HEADER_BYTES])])
         if not found:
@@ -234,14 +230,14 @@ class StateStore:
         return chain.from_iterable(self.pieces())
 
     def pieces(self) -> Iterator[list[str]]:
-        """The same, some hundred at a time, each of them by one short request.
+        """The same in pieces of some hundred streams, each read by one short request.
 
-        A stream that is there all the while comes once or, seldom, twice. After UnreachableError there are no more.
+        A stream that exists all the while comes once or, rarely, twice. After UnreachableError there are no more.
         """
         return self._named("}")
 
     def ends(self) -> Iterator[tuple[str, bytes | None, bytes]]:
-        """All streams that have a state: name, header, and the last events, which lie beside it, one a line."""
+        """All streams that have a state: name, header, and the last events, one per line."""
         for streams in self.pieces():
             rows = self._scripts(scripts.END, [(self.keys(stream)[:1], []) for stream in streams])
             for stream, (header, event) in zip(streams, rows, strict=True):
@@ -263,11 +259,11 @@ class StateStore:
     def mark(self, group: str, offsets: dict[Partition, int], seen: Mapping[Partition, int] = NOTHING) -> None:
         """Note that all frames before these offsets are in the states, or need not be.
 
-        A mark further on is left, unless it is as it was `seen`: somebody else has moved it, and who was paused
-        meanwhile (a zombie) would have all of that read again.
+        A mark that is further on stays, unless it is the one that was `seen` last: another worker has moved it, and a
+        zombie that moved it back would have all of that read again.
 
-        Raises UnreachableError over a new connection that `reconnected` has not told of: what is behind it may have
-        lost these states, and only an older mark shows that.
+        Raises UnreachableError over a new connection that `reconnected` has not reported yet: the store may have lost
+        these states, and only its older mark would show that.
         """
         self.ping()
         if 0 < self._noticed < self._opened:
@@ -276,7 +272,8 @@ class StateStore:
         self._scripts(scripts.NOTE, [([self._mark_key(group, p)], arguments) for p, arguments in noted])
 
     def marks(self, group: str, partitions: list[Partition]) -> dict[Partition, int]:
-        """What was noted; partitions without a note are left out, and those where it is none: it is written anew."""
+        """The marks of partitions. Those without one are left out, and those whose mark is no number: it will be
+        replaced."""
         keys = [self._mark_key(group, p) for p in partitions]
         marks = {}
         for partition, key, found in zip(
@@ -289,21 +286,20 @@ class StateStore:
         return marks
 
     def cluster(self, topic: str, cluster: str = "") -> str:
-        """The Kafka cluster whose topic the positions of streams are of; `cluster` is noted where none is. Empty where
-        none is known."""
+        """The id of the Kafka cluster that the positions in this topic are of. If none is noted yet, `cluster` is.
+        Empty where it is not known."""
         return self._note_once(self.cluster_key(topic), cluster)
 
     def cluster_key(self, topic: str) -> str:
-        """Where `cluster` is noted."""
+        """The key of what `cluster` returns."""
         return f"{self._settings.prefix}:cluster:{topic}"
 
     def topic_id(self, topic: str, found: str = "") -> str:
-        """The id of the topic of this name that positions are of; `found` is noted where none is. Empty where none is
-        known."""
+        """The id of the topic that the positions are of. If none is noted yet, `found` is. Empty if not known."""
         return self._note_once(f"{self._settings.prefix}:topic:{topic}", found)
 
     def close(self) -> None:
-        """Let go of all connections; the next call opens others."""
+        """Close all connections. The next call opens new ones."""
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -317,7 +313,7 @@ class StateStore:
         ]
 
     def _foreign(self, row: list[Any]) -> str:
-        """What a script found in place of a stream; empty where it is one."""
+        """What a script found in place of a stream; empty where it found a stream."""
         if isinstance(row[0], int):
             return ""
         key, kind = (part.decode(errors="replace") for part in row)
@@ -344,7 +340,7 @@ class StateStore:
         def run(client: Any) -> list[Any]:
             pipeline = client.pipeline(transaction=False)
             for keys, arguments in calls:
-                # EVAL rather than EVALSHA: a Cluster's pipeline takes only this, and the scripts are short.
+                # EVAL rather than EVALSHA: a Cluster's pipeline takes only EVAL, and the scripts are short.
                 pipeline.execute_command("EVAL", script, len(keys), *keys, *arguments)
             return list(pipeline.execute())
 
@@ -360,14 +356,14 @@ class StateStore:
             return action(self._client)
         except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException) as error:
             if isinstance(error, redis.exceptions.ReadOnlyError):
-                # A planned failover makes a replica of a primary and leaves its connections open. Where one address
-                # leads to whichever is primary, only a new connection does.
+                # A planned failover makes the primary a replica and leaves its connections open. Where one address
+                # always leads to the primary, it takes a new connection to reach the new one.
                 self.close()
             raise as_unreachable(self._settings.address, error) from error
 
 
 def _is_name(stream: str, written: str) -> bool:
-    """Whether a stream may have this name, and `keys` would write it so; somebody else put others there."""
+    """Whether a stream may have this name, and `keys` would write it so. Otherwise somebody else wrote the key."""
     return quote(stream, safe="") == written and len(stream.encode()) <= MAX_STREAM_BYTES
 
 
