@@ -1,9 +1,9 @@
-"""The commands topic as every worker reads it: whole, from its beginning, without a consumer group.
+"""The commands topic. Every worker reads all of it, from its beginning, without a consumer group.
 
-What a stream has obeyed stands in its own state, as the newest offset per partition of this topic, written together
-with what the command changed. So each command is obeyed once, by whichever worker holds the stream, now or later.
+A stream's state has the newest offset of this topic, per partition, that the stream has obeyed. It is written together
+with what the command changed. So each command is obeyed once, by whichever worker has the stream, now or later.
 
-The newest commands are kept, some thousand; of older ones what still stands (see `worker.control.standing`).
+The newest ten thousand commands are kept; of older ones those that still hold (see `worker.control.standing`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LOOK_AGAIN_S = 30.0
 
 @dataclass(frozen=True)
 class Numbered:
-    """A command, where it stands in the topic, and when it was read (monotonic seconds)."""
+    """A command, its position in the topic, and when it was read (monotonic seconds)."""
 
     command: Command
     position: Position
@@ -48,7 +48,7 @@ class CommandList:
     """The commands read so far. Filled by one thread, read by another."""
 
     def __init__(self, max_kept: int = MAX_KEPT, max_names: int = MAX_KEPT) -> None:
-        """`max_kept` of the newest commands; what stands of `max_names` streams, and of all of them together."""
+        """Keeps the newest `max_kept` commands, and those that still hold for up to `max_names` streams and for all."""
         self._lock = threading.Lock()
         self._max_kept = max_kept
         self._kept: deque[Numbered] = deque()
@@ -62,8 +62,8 @@ class CommandList:
         self.unreadable = 0
 
     def add(self, position: Position, content: bytes | None) -> None:
-        """A record as it was found. What is no command is logged and counted. An id counts once; another record that
-        has it is logged, as whoever sent it may have meant something new."""
+        """Add a record of the topic. One that is no command is logged and counted. A command whose id has come before
+        is passed over, and logged, because its sender may have meant a new one."""
         command = self._parsed(position, content)
         with self._lock:
             self._read[position.log] = position.offset
@@ -93,18 +93,18 @@ class CommandList:
             self._new[command.stream] = None
 
     def news(self) -> list[str]:
-        """The streams, or `*`, that something was said to since the last call."""
+        """The streams, or `*`, that commands have come for since the last call."""
         with self._lock:
             new, self._new = self._new, {}
             return list(new)
 
     def next_offset(self, partition: str) -> int:
-        """Where to read on in a topic/partition."""
+        """The offset to read on from in a topic/partition."""
         with self._lock:
             return self._read.get(partition, -1) + 1
 
     def after(self, header: StreamHeader) -> list[Numbered]:
-        """What the stream has still to obey, in order."""
+        """The commands that the stream has not obeyed yet, in order."""
         with self._lock:
             mine = {
                 numbered.position: numbered
@@ -122,7 +122,7 @@ class CommandList:
             del self._of[stream]
         del self._ids[oldest.command.id]
         self._forgotten += 1
-        if self._forgotten.bit_count() == 1:  # The first, and then seldom.
+        if self._forgotten.bit_count() == 1:  # The 1st, 2nd, 4th, ...
             log.warning(
                 "more than %d commands in the topic: the oldest, %d by now, up to %s, are forgotten, but for those "
                 "that still stand (freeze, policy) of the %d streams that were told one last",
@@ -139,7 +139,7 @@ class CommandList:
             if content is None or len(content) > MAX_BYTES:
                 raise ValueError(f"{len(content or b'')} bytes, where a command has 1 to {MAX_BYTES}")
             command = Command.model_validate_json(content)
-            if "id" not in command.model_fields_set:  # All workers must call it the same.
+            if "id" not in command.model_fields_set:  # All workers must give it the same id.
                 command = command.model_copy(update={"id": f"record:{position.partition}:{position.offset}"})
             return command
         except ValidationError as error:
@@ -151,8 +151,8 @@ class CommandList:
 
 
 class CommandReader:
-    """Reads the commands topic in a thread of its own, so that no frame waits for it; `caught_up` when all that was
-    there at the start is read, or there is no such topic."""
+    """Reads the commands topic in a thread of its own, so that no frame waits for it. `caught_up` is set once all that
+    was there at the start is read, or there is no such topic."""
 
     def __init__(self, settings: Kafka, commands: CommandList) -> None:
         self._settings, self._commands = settings, commands
@@ -177,7 +177,7 @@ class CommandReader:
             self._stop.wait(LOOK_AGAIN_S if warned else 1.0)
 
     def _follow(self, topic: str) -> bool | None:
-        """Read until told to stop, or the topic has other partitions. None where there is no such topic."""
+        """Read until told to stop, or the topic gets more partitions. None where there is no such topic."""
         consumer = open_client(
             KafkaConsumer,
             **connection(self._settings),
@@ -198,7 +198,7 @@ class CommandReader:
 
     def _read_all(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         consumer.assign(partitions)
-        for p in partitions:  # After an error, on from there; a command that is read twice counts once all the same.
+        for p in partitions:  # After an error it reads on where it was. A command that is read twice counts once.
             consumer.seek(p, self._commands.next_offset(f"{p.topic}/{p.partition}"))
         ends = consumer.end_offsets(partitions)
         topic = partitions[0].topic

@@ -1,7 +1,7 @@
-"""Commands on their way into streams: between a stream's steps, once each, with the event that says so.
+"""Brings commands to streams: to each between two of its steps, once, with an event that says so.
 
-The worker that holds a stream obeys. A stream that nobody holds is looked after a little later, by whichever worker
-is first; that two of them try is harmless, as the second finds its token refused or the command obeyed.
+The worker that has a stream in memory has it obey. A stream that no worker has is claimed for that a little later, by
+whichever worker is first. If two try, the second finds its token refused or the command obeyed.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from worker.streams.pending import PendingWrites
 from worker.streams.streams import Streams
 
 log = logging.getLogger("driftkeel.control")
-ORPHAN_AFTER_S = 2.0
-AT_ONCE = 32  # streams that obey in one turn of the loop, which stands still meanwhile
-LOOKED_AT_ONCE = 500
-COMMANDS_AT_ONCE = 500  # that a stream obeys with one write: their events lie beside its state, and have their limit
-STANDING = frozenset({"freeze", "unfreeze", "policy"})  # what also holds for a stream that begins later
+ORPHAN_AFTER_S = 2.0  # before a stream that is not here is claimed to obey, if no other worker has had it obey by then
+AT_ONCE = 32  # streams that obey in one turn of the loop, which stands still for them
+LOOKED_AT_ONCE = 500  # streams whose headers are read from the store in one turn
+COMMANDS_AT_ONCE = 500  # of a stream in one write: their events lie beside its state, where room is limited
+STANDING = frozenset({"freeze", "unfreeze", "policy"})  # actions that also hold for streams that begin later
 
 
 @dataclass(frozen=True)
 class _Obeyed:
-    """What becomes of a stream, the actions that its events are of, and whether it has more to obey."""
+    """What becomes of a stream, the action of each of its events, and whether it has `more` to obey."""
 
     entry: Entry
     actions: list[Action]
@@ -68,19 +68,23 @@ class Control:
         self._engine: Engine = streams.engine
         self._context = Context.of(self._engine, policies, worker)
         self._due: set[str] = set()
+        # Streams that are not here: first when their headers are to be read, then, when it is time, in a queue.
         self._nobodys: dict[str, float] = {}
         self._orphans: deque[str] = deque()
-        self._all: Iterator[list[str]] | None = None  # while a command to all goes through the store
-        self._all_again = False
+        self._all: Iterator[list[str]] | None = None  # the store's streams, while a command to all goes through them
+        self._all_again = False  # whether another command to all has come meanwhile
         self._unreadable = 0
 
     @property
     def due(self) -> set[str]:
-        """Streams that must not begin another step before they have obeyed."""
+        """Streams that must not begin another step before they have obeyed.
+
+        Otherwise a stream that is always in a step would never obey.
+        """
         return self._due
 
     def loaded(self, streams: Iterable[str]) -> None:
-        """Streams that have just become resident: what came while nobody held them is due now."""
+        """Streams have just become resident. What came while no worker had them is due now."""
         for stream in streams:
             resident = self._engine.resident(stream)
             waiting = self._commands.after(resident.header)
@@ -90,7 +94,7 @@ class Control:
                 resident.header = _done(resident.header, waiting)
 
     def listen(self) -> None:
-        """Take in what has come: for streams that are here now, and for those that may turn out to be nobody's."""
+        """Take in new commands: to streams that are here, and to those that perhaps no worker has."""
         for stream in self._commands.news():
             here = self._engine.streams
             if stream in here:
@@ -104,9 +108,9 @@ class Control:
         self._unreadable = unreadable
 
     def run(self, busy: Container[str]) -> list[str]:
-        """Have streams obey that are due and in no step, some at a time; returns those that another worker has
+        """Have some of the streams obey that are due and not `busy` in a step. Returns those that another worker has
         claimed."""
-        # Who left before obeying may be nobody's by now: claimed by an operator's command, it is silent all the same.
+        # A stream that was released before it obeyed may be no worker's: perhaps an operator's command has claimed it.
         self._look_later(self._due - self._engine.streams)
         self._due &= self._engine.streams
         return self._run(list(islice((stream for stream in self._due if stream not in busy), AT_ONCE)))
@@ -114,12 +118,13 @@ class Control:
     def _run(self, ready: list[str]) -> list[str]:
         if not ready:
             return []
-        # Commands find the stream as it is stored; and the events beside it are in the topic before theirs are there.
+        # First write and publish what steps have made of the streams: the commands' events will take the place beside
+        # the state where the events of these steps lie.
         refused = self._pending.flush(ready)
         self._streams.release(refused)
         obeyed = [found for stream in ready if (found := self._obeyed(stream)) is not None]
         self._due.difference_update(stream for stream in ready if stream in self._engine)
-        # Some may have gone to other workers while store or broker were waited for.
+        # Some may have been released while store or broker were waited for.
         obeyed = [found for found in obeyed if found.entry.header.stream in self._engine]
         if not obeyed:
             return refused
@@ -135,12 +140,12 @@ class Control:
         return refused + fenced + self._run(again)
 
     def _look_later(self, streams: Iterable[str]) -> None:
-        """See whether anybody has these streams: not at once, and not all workers at the same moment."""
+        """Have it checked whether any worker has these streams: later, and not by all workers at the same moment."""
         for stream in streams:
             self._nobodys[stream] = time.monotonic() + ORPHAN_AFTER_S * random.uniform(1, 2)  # noqa: S311
 
     def look_after_the_rest(self, busy: Container[str]) -> list[str]:
-        """Claim streams that nobody holds, have them obey, and let them go again; some at a time. Returns as `run`."""
+        """Claim streams that no worker has, some at a time, have them obey, and release them. Returns as `run`."""
         now = time.monotonic()
         for stream in [stream for stream, moment in self._nobodys.items() if moment <= now]:
             del self._nobodys[stream]
@@ -162,8 +167,8 @@ class Control:
         return fenced
 
     def _more(self) -> list[str]:
-        """The next of all that are stored, while a command to all wants them. One that comes meanwhile goes through
-        all of them, too, after it."""
+        """The next of the store's streams, while a command to all goes through them. For a command that comes meanwhile
+        it begins again afterwards."""
         if self._all is None and self._all_again:
             self._all, self._all_again = self._store.pieces(), False
         if self._all is None:
@@ -177,7 +182,7 @@ class Control:
         try:
             return next(self._all, None) if self._all is not None else None
         except UnreachableError:
-            self._all = self._store.pieces()  # From the beginning: who has obeyed is passed over.
+            self._all = self._store.pieces()  # From the beginning: streams that have obeyed are passed over.
             raise
 
     def _disobedient(self, streams: list[str]) -> list[str]:
@@ -190,15 +195,15 @@ class Control:
         try:
             return content is not None and bool(self._commands.after(decode_header(content)))
         except StateError:
-            return False  # Whoever loads it will say so.
+            return False  # Whoever loads the stream reports that its header is damaged.
 
     def _obeyed(self, stream: str) -> _Obeyed | None:
-        """The stream after all that it has to obey; None where it has gone, or there is nothing."""
+        """The stream after the commands that it has to obey; None where there are none, or it was released."""
         if stream not in self._engine:
             return None
         resident = self._engine.resident(stream)
         if resident.homeless:
-            return None  # They wait until it can be stored that they were obeyed.
+            return None  # Its commands wait until the store can note that they were obeyed.
         waiting = self._commands.after(resident.header)
         header, own, tensors, approved = resident.header, self._engine.tensors(stream), None, None
         events: tuple[SealedEvent, ...] = ()
@@ -230,15 +235,18 @@ class Control:
 
 
 def _meant(waiting: list[Numbered], resident: Resident) -> list[Numbered]:
-    """To a stream that only begins, what was once done to others means nothing; what holds for all of them does.
+    """The commands among these that the stream is to obey.
 
-    Nor to one whose header was lost, and with it what it has obeyed: all of that would be done to it once more.
+    A new stream obeys only what still holds (`STANDING`): resets, rollbacks and approvals were meant for the streams of
+    that time. So does a stream whose header was lost, and with it what it has obeyed already; it also obeys all
+    commands that have come since.
     """
     since = resident.lost if resident.stored else math.inf
     return [n for n in waiting if n.command.action in STANDING or n.arrived >= since]
 
 
 def _done(header: StreamHeader, obeyed: list[Numbered]) -> StreamHeader:
+    """The header with the newest of these commands, per partition of their topic, noted as obeyed."""
     newest = dict(header.commands)
     for numbered in obeyed:
         position = numbered.position

@@ -1,7 +1,7 @@
 """What an operator does to streams from outside of the workers.
 
-Every change claims the stream first. A worker that has it finds its next write refused, reads the stream again, and
-goes on from what was written here: no worker has to be stopped, and no frame is lost or folded twice.
+Every change claims the stream first. A worker that has the stream finds its next write refused, reads it again, and
+goes on from what was written here. So no worker has to be stopped, and no frame is lost or folded in twice.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from worker.streams.restore import chosen_snapshot
 
 
 class Operator:
-    """Changes stored streams; `engine` has none of them, and knows what they look like."""
+    """Changes stored streams. No stream is resident in `engine`, which only knows how their tensors look."""
 
     def __init__(self, config: WorkerConfig, store: StateStore, engine: Engine, name: str) -> None:
         self._limit, self._compression = config.store.max_state_bytes, config.store.compression
@@ -52,10 +52,10 @@ class Operator:
         return self._obey(command)
 
     def import_file(self, stream: str, content: bytes, reason: str) -> UpdateEvent:
-        """The parameters of a file; the stream keeps its own position, or starts without one.
+        """Give the stream the parameters of a file. It keeps its own position, or starts without one.
 
-        One that was deleted here and is to come back keeps, too, which commands it had obeyed, and the rules that came
-        of them: else all of them would be done to it once more, and a reset of long ago undo the import.
+        A stream that was deleted here and comes back also gets from the file which commands it had obeyed, and its
+        policy. Otherwise it would obey them all again, and a reset of long ago would undo the import.
         """
         try:
             state = decode_file(content, self._like, self._limit)
@@ -94,7 +94,7 @@ class Operator:
                 f"too many events of stream {stream!r} wait beside its state and nothing was changed; a worker that "
                 f"gets a frame or a command for it publishes them"
             )
-        # Events wait beside the state until the stream's next worker publishes them.
+        # The event waits beside the state, behind those that wait already, until a worker claims the stream.
         entry = replace(change(self._subject(stream, claimed), claimed.token), waiting=claimed.event or b"")
         if self._store.write([as_write(entry, claimed.token, self._compression)]) != [True]:
             raise StateError(
@@ -108,7 +108,7 @@ class Operator:
         try:
             header = decode_header(claimed.header) if claimed.header else header
             tensors = decode_state(claimed.header or b"", claimed.tensors or b"", self._like, self._limit).tensors
-        except StateError:  # What cannot be read is about to be replaced.
+        except StateError:  # What cannot be read is replaced by the change.
             header = header if header.events else after_last_event(header, claimed.event)
         return Subject(header, tensors, lambda back: self._chosen(stream, back))
 

@@ -1,7 +1,7 @@
-"""The end of a stream, for the record: what is stored of it goes, and its last event says so.
+"""Deletes streams. All that is stored of one is removed, and its last event says so.
 
-That event stays in the store in place of the stream. Numbers and chain go on from it, should the stream ever begin
-anew; and where it did not reach the topic, whoever asks for the deletion again sends it.
+That event stays in the store in place of the stream. If the stream begins again, the numbers and the chain of its
+events go on from there. If the event did not reach the topic, deleting the stream again sends it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from worker.streams.last_events import after_last_event, events_beside
 
 
 def delete(store: StateStore, stream: str, reason: str, name: str) -> list[SealedEvent]:
-    """Remove a stream. Returns what is to be published: events that may still be on their way, and its last one.
+    """Remove a stream. Returns the events to publish: those that may not be in the topic yet, and its last one.
 
-    Raises StateError where nothing is stored of it, and where a worker was faster.
+    Raises StateError where nothing is stored of it, and where a worker has claimed it at the same moment.
     """
     if store.read(stream).token == 0:
         before = store.deleted(stream)
@@ -39,16 +39,14 @@ def delete(store: StateStore, stream: str, reason: str, name: str) -> list[Seale
 
 
 def of_few_frames(store: StateStore, most: int, among: list[str] | None = None) -> list[str]:
-    """Streams with at most so many frames, of all or of these, by name.
-
-    Only sound ones: what cannot be read or used says nothing of how many frames it has had.
-    """
+    """Streams with at most so many frames, `among` these or all, in the order of their names. A stream that cannot be
+    read or used is not among them, as nobody knows how many frames it has had."""
     found = [one for one in listed(store, among) if one.condition == "ok"]
     return [one.stream for one in found if one.header is not None and one.header.frames <= most]
 
 
 def described(store: StateStore, stream: str, found: Overview) -> str:
-    """What there is to delete, in short. Raises StateError where that is nothing, or not ours."""
+    """What there is to delete, in short. Raises StateError where there is nothing, or what no worker wrote."""
     if found.foreign:
         raise StateError(f"stream {stream!r} cannot be deleted: {found.foreign}")
     if found.token:
@@ -59,10 +57,10 @@ def described(store: StateStore, stream: str, found: Overview) -> str:
 
 
 def publish(kafka: Kafka, name: str, events: list[SealedEvent]) -> None:
-    """Send events, and wait until the broker has them. Raises UnreachableError where it does not take them."""
+    """Send events and wait until the broker has them. Raises UnreachableError where it does not take them."""
     stop = threading.Event()
     publisher = Publisher(kafka, name, stop, stop_patience_s=ACKNOWLEDGE_TIMEOUT_S)
-    stop.set()  # One round, of half a minute at most: who asks can ask again.
+    stop.set()  # So `settle` tries once, for half a minute at most. The command can be given again.
     for sealed in events:
         publisher.update(sealed)
     try:
@@ -78,7 +76,7 @@ def publish(kafka: Kafka, name: str, events: list[SealedEvent]) -> None:
 def _last(stream: str, claimed: Claimed, waiting: list[SealedEvent], reason: str, name: str) -> SealedEvent:
     bundle = waiting[-1].event.bundle if waiting else ""
     header = after_last_event(StreamHeader(stream=stream, bundle=bundle, method=""), claimed.event)
-    # What cannot be read goes anyway; the event beside it says where the chain is.
+    # A header that cannot be read is deleted, too. The event beside it tells where the chain is.
     with contextlib.suppress(StateError):
         header = decode_header(claimed.header) if claimed.header else header
     return seal(

@@ -16,18 +16,17 @@ from schemas.errors import UnreachableError
 from schemas.update import UpdateEvent
 from worker.kafka.client import close_producer, connection, open_client, require_topics
 
-QUIET_S = 3.0  # without another confirmation, of a command to every stream
+QUIET_S = 3.0  # without a further confirmation end the wait for those of a command to every stream
 
 
 def send_command(
     settings: Kafka, command: Command, wait_s: float, sent: Callable[[], None] = lambda: None
 ) -> Iterator[UpdateEvent]:
-    """Send the command at once; then yield its update events as they come, for at most `wait_s` seconds.
+    """Send the command, and yield its update events as they come, for at most `wait_s` seconds: one for a command to a
+    single stream; for a command to every stream until no more come for a while.
 
-    `sent` is called once the broker has the command.
-
-    One confirms a command to a single stream; those of a command to every stream end when no more come for a while.
-    Raises ConfigError where the topics are missing, UnreachableError where the broker is.
+    `sent` is called once the broker has the command. Raises ConfigError where the topics are missing, UnreachableError
+    where the broker is away.
     """
     require_topics(settings, only=[settings.topics.commands, settings.topics.updates])
     try:

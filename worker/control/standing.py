@@ -1,10 +1,10 @@
-"""What stands of commands: for each stream, and for all of them, those that nothing later has overtaken.
+"""Commands that still hold, for each stream and for all streams: those that no later command has replaced.
 
-A freeze or a rule of a policy holds until the same is said again, however many commands come in between; so it also
-holds for a stream that begins much later. Each rule is kept once, the newest.
+A freeze, or a rule of a policy, holds until a command says otherwise, however many others come in between. So it also
+holds for a stream that begins much later. Of each rule only the newest command is kept.
 
-Names come and go, and nobody says when one has gone. So what stands is kept of so many names: the one that was told
-nothing of this kind for longest makes room. What its stream has obeyed stands in the stream's own state all the same.
+Streams come and go, and nothing tells when one is gone for good. So this is kept for a limited number of names. The one
+whose last such command is oldest makes room. What its stream has obeyed is in the stream's own state all the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EVERYTHING = "*"  # in place of a rule: back to the configuration's policy
 
 
 class HasCommand(Protocol):
-    """A command, and whatever is known of it besides."""
+    """Anything that has a command."""
 
     @property
     def command(self) -> Command:
@@ -30,17 +30,17 @@ Told = TypeVar("Told", bound=HasCommand)
 
 
 class Standing(Generic[Told]):
-    """Per stream, at most one command for each rule that a policy has, and one that cleared them. There are at most
-    `max_names` streams, and all of them together."""
+    """Per stream at most one command for each rule of a policy, and one that cleared them; for at most `max_names`
+    streams, and for all streams together."""
 
     def __init__(self, max_names: int) -> None:
         self._max_names = max_names
         self._of_all: dict[str, Told] = {}
-        # Who was told something last comes last. A plain dict would look for its first key past all that have gone.
+        # In the order of the last commands. To find the first key, a plain dict would scan past all removed ones.
         self._of: OrderedDict[str, dict[str, Told]] = OrderedDict()
 
     def add(self, told: Told) -> None:
-        """The next in order. What does not stand is passed over."""
+        """Add the next command. One that does not hold on, such as a reset, is passed over."""
         stream, rules = told.command.stream, rules_of(told.command)
         if not rules:
             return
@@ -54,12 +54,12 @@ class Standing(Generic[Told]):
             self._of.popitem(last=False)
 
     def of(self, stream: str) -> list[Told]:
-        """What stands for a name, in no order; one command may come twice."""
+        """The commands that still hold for a name, in no order. One command may come twice."""
         return list((self._of_all if stream == EVERY_STREAM else self._of.get(stream, {})).values())
 
 
 def rules_of(command: Command) -> list[str]:
-    """The rules that a command sets; none where it passes, as a reset does."""
+    """The rules that a command sets; none for commands that are over once obeyed, such as a reset."""
     if command.action in ("freeze", "unfreeze"):
         return ["frozen"]
     if command.action != "policy":

@@ -1,4 +1,4 @@
-"""What is stored of streams, as an operator sees it: all but the tensors, so that nothing here waits for torch."""
+"""What is stored of streams, for operators: all but the tensors, so that no command waits until torch is loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ListedStream:
 
     @property
     def condition(self) -> str:
-        """In a word: what a worker would find."""
+        """What a worker would find, in a word."""
         if self.foreign:
             return "foreign"
         if self.header is None:
@@ -38,9 +38,9 @@ class ListedStream:
 
 
 def listed(store: StateStore, streams: list[str] | None = None) -> list[ListedStream]:
-    """What is stored of these streams, or of all, by name; those of which nothing is, are left out."""
+    """These streams as they are stored, or all, in the order of their names. Those that are not stored are left out."""
     names = sorted(set(store.streams())) if streams is None else streams
-    # One that was deleted since the names were asked for is none of them any more.
+    # A stream may have been deleted since the names were read.
     known = [one for one in zip(names, store.overview(names), strict=True) if one[1].token or one[1].foreign]
     return [_as_listed(name, overview) for name, overview in known]
 
@@ -54,7 +54,7 @@ def _as_listed(stream: str, found: Overview) -> ListedStream:
 
 
 def listed_one(store: StateStore, stream: str) -> ListedStream:
-    """What is stored of a stream. Raises StateError where that is nothing."""
+    """A stream as it is stored. Raises StateError where it is not."""
     found = listed(store, [stream])
     if not found:
         raise unknown(store, stream)
@@ -62,7 +62,7 @@ def listed_one(store: StateStore, stream: str) -> ListedStream:
 
 
 def snapshots(store: StateStore, stream: str) -> list[Snapshot | None]:
-    """What is kept for rollback, newest first; None for what cannot be read."""
+    """A stream's snapshots, newest first; None for one that cannot be read."""
     return [_snapshot(said) for said in store.snapshots(stream)]
 
 
@@ -74,8 +74,7 @@ def _snapshot(said: bytes) -> Snapshot | None:
 
 
 def judged(config: WorkerConfig, found: ListedStream) -> tuple[Policy, Proxies]:
-    """The policy that holds for a stream, and what its state says of its accuracy under the site's bundle. Raises
-    BundleError."""
+    """The policy that holds for a stream, and its estimated accuracy under the site's bundle. Raises BundleError."""
     header = found.header or StreamHeader(stream=found.stream, bundle="", method="")
     manifest = read_manifest(config.bundle.path)
     classes = len(read_labels(config.bundle.path, manifest))
@@ -85,7 +84,7 @@ def judged(config: WorkerConfig, found: ListedStream) -> tuple[Policy, Proxies]:
 
 
 def unknown(store: StateStore, stream: str) -> StateError:
-    """The error for a stream of which nothing is stored."""
+    """The error for a stream that is not stored."""
     if store.deleted(stream) is not None:
         return StateError(f"stream {stream!r} was deleted; 'driftkeel audit show --stream' says when and by whom")
     return StateError(f"stream {stream!r} has no stored state; 'driftkeel streams list' shows those that have")

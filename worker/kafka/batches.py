@@ -1,7 +1,7 @@
-"""A way past record batches that cannot be read, for all consumers: `worker.kafka.client.open_client` sees to it.
+"""Has consumers pass over record batches that cannot be read.
 
-The client raises where it meets one, and again after every restart: nothing behind it is ever read. Here one record
-comes in place of what cannot be read, so that offsets go on as with any other.
+kafka-python raises for such a batch, and again after every restart, so that nothing behind it would ever be read. Here
+one record takes the place of what cannot be read, so that offsets go on as with any other record.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from schemas.errors import ConfigError
 log = logging.getLogger("driftkeel.kafka")
 FORMAT = 2  # of batches since Kafka 0.11; older ones have no last offset
 CODECS = range(5)  # none, gzip, snappy, lz4, zstd
-OURS = (UnsupportedCodecError, MemoryError)  # what is wrong here and not with the batch
+OURS = (UnsupportedCodecError, MemoryError)  # errors for which the batch is not to blame
 
 
 class Unreadable(bytes):
-    """The value of a record that stands for `records` records that cannot be read; empty. Its offset is their last."""
+    """The value, empty, of a record that stands for `records` records that cannot be read. It has the offset of the
+    last of them."""
 
     reason: str
     records: int
@@ -36,7 +37,7 @@ class Unreadable(bytes):
 
 
 class PassedOver:
-    """Tells those who only look on what they do not see: a line at the first batch, the second, the fourth, ..."""
+    """Leaves unreadable records out, for commands that only look on, and logs the 1st, the 2nd, the 4th batch, ..."""
 
     def __init__(self) -> None:
         self._batches = self._records = 0
@@ -52,17 +53,17 @@ class PassedOver:
     def _note(self, missing: Unreadable) -> None:
         self._batches += 1
         self._records += missing.records
-        if self._batches & (self._batches - 1) == 0:  # never a flood
+        if self._batches.bit_count() == 1:
             log.warning("%s passed over so far; newest: %s", counted(self._records), missing.reason)
 
 
 def counted(records: int) -> str:
-    """So many records, in words."""
+    """A number of records in words."""
     return f"{records} record{'' if records == 1 else 's'}"
 
 
 def pass_over_unreadable(consumer: Any) -> None:
-    """Have a KafkaConsumer hand out `Unreadable` values instead of raising for a batch, or for the rest of one."""
+    """Have a KafkaConsumer return an `Unreadable` value rather than raise for a batch, or for the rest of one."""
     doubted: dict[TopicPartition, int] = {}
 
     class PartitionRecords(Fetcher.PartitionRecords):  # type: ignore[misc]
@@ -74,14 +75,14 @@ def pass_over_unreadable(consumer: Any) -> None:
 
 
 class _Batches:
-    """What the client asks for the batches of a fetch."""
+    """Takes the place of the client's iterator over the batches of a fetch."""
 
     def __init__(self, part: Any, where: TopicPartition, records: Any, doubted: dict[TopicPartition, int]) -> None:
         self._part, self._where, self._records, self._doubted = part, where, records, doubted
         self._next, self._ended = 0, False
 
     def next_batch(self) -> _Batch | None:
-        """The next one, whole at least in its header, or one record for what is damaged there. None at the end."""
+        """The next batch, of which at least the header can be read, or one that stands for damage. None at the end."""
         if self._ended:
             return None
         first, batch, damage = max(self._next, self._part.next_fetch_offset), None, ""
@@ -102,7 +103,8 @@ class _Batches:
         return _Batch(batch, self._where, first, last)
 
     def _damaged(self, batch: Any, first: int, damage: str) -> _Batch | None:
-        """Damaged on its way, perhaps: asked for again, once. Where it ends is not sure, nor what follows."""
+        """A damaged batch. It may have been damaged on its way, so it is fetched again, once. Where it ends is not
+        sure, nor what follows, so that nothing more of this fetch is read."""
         self._ended = True
         if self._doubted.get(self._where) != first:
             self._doubted[self._where] = first
@@ -125,7 +127,7 @@ class _Batch:
         return getattr(self._batch, name)
 
     def validate_crc(self) -> bool:
-        """That was done before."""
+        """`_Batches` has validated it."""
         return True
 
     def __iter__(self) -> Iterator[Any]:

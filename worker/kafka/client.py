@@ -1,4 +1,4 @@
-"""What all Kafka clients of the worker share: the connection, and errors a person can act on."""
+"""How all of the worker's Kafka clients are opened, waited for and closed, with errors that a person can act on."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def _tls(settings: Kafka) -> ssl.SSLContext:
 
 
 def open_client(kind: Any, **arguments: Any) -> Any:
-    """A client of class `kind`. One that cannot reach its broker would leave its thread and sockets behind.
+    """A client of class `kind`, with the patches of this folder that all clients need.
 
-    It asks for no topic to be created: kafka-python 3.0.12 does so whenever it looks for one, whatever it is told, and
-    most brokers obey. A topic that is deleted would come back at once, with as many partitions as the broker likes.
+    - If it cannot reach its broker, its thread and its sockets are closed, which kafka-python leaves open.
+    - It never asks for a topic to be created. kafka-python 3.0.12 does so whenever it looks for one, whatever its
+      configuration says, and most brokers obey: a deleted topic would come back at once, with default partitions.
+    - A consumer returns `worker.kafka.batches.Unreadable` values in place of what cannot be read. Its poll raises
+      ConfigError for records in a compression that is not installed.
 
-    A consumer has `worker.kafka.batches.Unreadable` values in place of what cannot be read; its poll raises ConfigError
-    for records in a compression that is not installed.
-
-    Raises KafkaError or OSError; one of REFUSALS where the broker is there and does not let us in.
+    Raises KafkaError or OSError; one of REFUSALS where the broker answers and refuses the login.
     """
     forgive_header_names()
     bound_unpacking()
@@ -107,7 +107,7 @@ def open_client(kind: Any, **arguments: Any) -> Any:
 
 
 def _unreached(error: KafkaError, heard: list[KafkaError], arguments: dict[str, Any]) -> str:
-    """Why a client gave up; its error says only that it did."""
+    """Why a client gave up. Its own error says only that it did."""
     reasons = [reason for reason in heard if reason != error]
     text = ": ".join(str(part) for reason in [error, *reasons[-1:]] for part in reason.args[:1])
     text += _of_tls(text, arguments.get("security_protocol", "PLAINTEXT"))
@@ -116,7 +116,7 @@ def _unreached(error: KafkaError, heard: list[KafkaError], arguments: dict[str, 
 
 
 def _of_tls(text: str, protocol: str) -> str:
-    """What is likely where one side speaks TLS and the other does not, which nobody says outright."""
+    """A hint where it is likely that one side uses TLS and the other does not, of which no error says a word."""
     if protocol.endswith("SSL"):
         alone = "Handshake failed" in text and not any(word in text.upper() for word in ("CERTIFICATE", "ALERT"))
         return f": likely that listener is without TLS, and kafka.security_protocol is {protocol}" if alone else ""
@@ -126,25 +126,25 @@ def _of_tls(text: str, protocol: str) -> str:
 
 
 def close_producer(producer: Any, patience_s: float) -> bool:
-    """Close it, after a wait of at most `patience_s` for the broker to have everything; whether it has.
+    """Close a producer. It waits for at most `patience_s` until the broker has everything; returns whether it has.
 
-    The client's own close raises where the broker has not, and leaves its thread and connections behind: what was given
-    up would still be sent, whenever the broker is back.
+    The client's own close raises where the broker has not, and leaves its thread and connections open: what was given
+    up would still be sent when the broker is back.
     """
     try:
         producer.close(timeout=patience_s)
     except KafkaTimeoutError:
         producer._sender.force_close()
         producer._sender.join(FORCED_CLOSE_S)
-        producer._closed = True  # Or its finalizer waits once more, and raises where nobody can catch it.
+        producer._closed = True  # Otherwise its finalizer waits again, and raises where nobody can catch it.
         return False
     return True
 
 
 @contextlib.contextmanager
 def _listening() -> Iterator[list[KafkaError]]:
-    """Why the client did not get on. It tries again until its time is over, and raises only that it is; the log has the
-    errors."""
+    """Collects the errors that a client logs while it is opened. It retries until its time is over, and the error that
+    it raises then does not say why."""
     found: list[KafkaError] = []
 
     def note(record: logging.LogRecord) -> bool:
@@ -161,7 +161,8 @@ def _listening() -> Iterator[list[KafkaError]]:
 
 
 def _speak() -> int:
-    """Have the client's warnings made; the level at which somebody else reads them. Several threads may listen."""
+    """Have the client log its warnings. Returns the level from which on they were logged before. Several threads may
+    listen at the same time."""
     global _listeners, _levels
     with _speaking:
         if not _listeners:
@@ -180,7 +181,7 @@ def _fall_silent() -> None:
 
 
 def check_checksum_speed() -> None:
-    """Say so where the client would compute checksums in Python: forty times slower, and nothing else warns."""
+    """Warn where the client would compute checksums in Python, forty times slower. Nothing else says so."""
     if importlib.util.find_spec("crc32c") is None:
         log.warning("the package crc32c is missing, Kafka traffic will be slow; pip install 'kafka-python[crc32c]'")
 
@@ -188,9 +189,9 @@ def check_checksum_speed() -> None:
 def until_reached(
     action: Callable[[], Result], what: str, timeout_s: float, stop: threading.Event | None = None
 ) -> Result:
-    """Call `action` until it succeeds, with growing pauses; says what it waits for.
+    """Call `action` until it succeeds, with growing pauses, and log what it waits for.
 
-    Raises UnreachableError when `timeout_s` is over or `stop` is set, ConfigError when we are not let in.
+    Raises UnreachableError when `timeout_s` is over or `stop` is set, ConfigError where the login is refused.
     """
     deadline, pause = time.monotonic() + timeout_s, FIRST_PAUSE_S
     stop = stop or threading.Event()
@@ -214,10 +215,10 @@ def until_reached(
 
 
 def require_topics(settings: Kafka, stop: threading.Event | None = None, only: Sequence[str] | None = None) -> None:
-    """Wait until the broker answers and has the topics of a worker, or `only` these; says what it waits for.
+    """Wait until the broker answers and has the topics of a worker, or `only` these, and log what it waits for.
 
-    Whoever starts a site may make its topics a moment after its broker. Raises UnreachableError, also where `stop` is
-    set meanwhile, or ConfigError that names the topics still missing after the time for connecting.
+    A site's topics may be created a moment after its broker has started. Raises UnreachableError, also where `stop` is
+    set meanwhile; or ConfigError that names the topics which are still missing after the time for connecting.
     """
     deadline, stop = time.monotonic() + settings.connect_timeout_s, stop or threading.Event()
     what, arguments = f"the broker at {settings.bootstrap}", connection(settings)
@@ -244,7 +245,7 @@ def require_topics(settings: Kafka, stop: threading.Event | None = None, only: S
 
 
 def _creation(missing: str, topics: Topics) -> str:
-    """As docs/deploy.md has it."""
+    """The arguments that create a missing topic, as in docs/deploy.md."""
     settings = {
         topics.frames: "--partitions 12",
         topics.commands: "--partitions 1 --config retention.ms=-1",
@@ -262,7 +263,7 @@ def _missing(
 def create_topics(settings: Kafka, frame_partitions: int) -> None:
     """Create the five topics: frames with the given partitions, the others with one each.
 
-    Commands are kept for ever: they also hold for streams that come later.
+    Commands are retained for ever, because they also hold for streams that come later.
     """
     topics = settings.topics
     wanted = {

@@ -1,7 +1,7 @@
-"""A way around what kafka-python 3.0.12 does where a heartbeat says that another member has taken this one's name.
+"""Has poll raise when a heartbeat's answer says that another member has taken this one's static name.
 
-It sends no more heartbeats, and tells nobody: the member goes on reading partitions that are another's, until it next
-has something to commit.
+kafka-python 3.0.12 sends no more heartbeats then, and raises nothing: the member goes on reading partitions that
+another has, until it next has something to commit.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from kafka.errors import FencedInstanceIdError
 
 
 def raise_when_fenced(consumer: Any) -> None:
-    """From its next heartbeat on, poll of this `KafkaConsumer` raises FencedInstanceIdError, as it does after a commit
-    that says so."""
+    """Have poll of a `KafkaConsumer` raise FencedInstanceIdError after a heartbeat, as it does after a commit."""
     coordinator = consumer._coordinator
     handle = coordinator._handle_heartbeat_response
 

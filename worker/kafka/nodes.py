@@ -1,13 +1,13 @@
-"""Nodes of a cluster that are gone, as each is for a while in a rolling upgrade; kafka-python 3.0.12 has three flaws.
+"""Has clients wait for nodes of a cluster that are gone, as each is for a while in a rolling upgrade.
 
-It raises UnknownBrokerIdError where it would send to a node that newer metadata does not name, and nothing in it
-catches that. A poll ends with it, as if the broker refused to go on; and what was about to be sent is never heard of
-again: a producer waits for ever for its acknowledgement, a consumer for its fetch.
+kafka-python 3.0.12 has three flaws there:
 
-While a group's coordinator is known but cannot be reached, it asks for the coordinator a thousand times a second.
-
-And it takes a connection that ends before the node has said anything for one that was made: it connects again without
-a pause, where something in front of the node, such as a load balancer, takes connections that lead nowhere.
+- It raises UnknownBrokerIdError where it would send to a node that newer metadata does not name, and catches that
+  nowhere. A poll ends with it as with a fatal error; and what was to be sent is lost without a word: a producer waits
+  for ever for the acknowledgement, a consumer for the fetch.
+- While a group's coordinator is known and cannot be reached, it looks for the coordinator a thousand times a second.
+- It takes a connection for established although it ended before the node has answered anything. If something in front
+  of a node, such as a load balancer, accepts connections that lead nowhere, it connects again without a pause.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kafka.net.manager import KafkaConnectionManager
 
 
 def wait_for_gone_nodes() -> None:
-    """Treat them as nodes that cannot be reached: later, and with newer metadata. From here on, in this process. Again
+    """Patch this process: requests to nodes that are gone are tried again later, with newer metadata. Calling it again
     does nothing."""
     connect, ask = KafkaConnectionManager.get_connection, BaseCoordinator._send_group_coordinator_request
     begin = KafkaConnectionManager._connect
@@ -31,7 +31,7 @@ def wait_for_gone_nodes() -> None:
         try:
             return connect(manager, node, *arguments, **options)
         except UnknownBrokerIdError as error:
-            manager.update_backoff(node)  # By which a group's coordinator is known to be lost, and asked for anew.
+            manager.update_backoff(node)  # By this a group's coordinator is known to be lost, and looked for again.
             manager.cluster.request_update()
             raise NodeNotReadyError(node) from error
 
@@ -41,7 +41,7 @@ def wait_for_gone_nodes() -> None:
         before = manager._backoff.get(node.node_id)
         await begin(manager, node, conn, reset_backoff_on_connect=False, timeout_at=timeout_at)
         if not reset_backoff_on_connect:
-            return  # Who asks for that sees to the pauses.
+            return  # A caller that passes False sees to the pauses itself.
         if conn.connected:
             manager.reset_backoff(node.node_id)
         elif manager._backoff.get(node.node_id) is before:

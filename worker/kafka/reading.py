@@ -1,8 +1,8 @@
-"""Brokers that give up reading when a fetch has waited long enough, in kafka-python 3.0.12; for all consumers.
+"""Has consumers wait longer for brokers that stop reading when a fetch's time is over.
 
-`fetch_max_wait_ms` is how long a fetch may wait for records that are still to come. Kafka reads those that it has,
-however long that takes. The embedded broker does not: once a partition has some tens of thousands of records, every
-fetch is answered with nothing, for ever. So who is answered with nothing where there are records waits longer.
+`fetch_max_wait_ms` is how long a fetch may wait for records that are still to come. Records that are there Kafka reads
+however long that takes. The embedded broker does not: once a partition has some tens of thousands of records, it
+answers every fetch with nothing, for ever. So a consumer waits longer once it gets nothing where there are records.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from kafka import TopicPartition
 
 log = logging.getLogger("driftkeel.kafka")
-IN_VAIN = 3  # answers without records where there are some, above those with records
+IN_VAIN = 3  # so many more empty answers, where there are records, than answers with records
 LONGEST_MS = 5_000  # long before a request times out
 
 
 def wait_while_read(consumer: Any) -> None:
-    """Have a KafkaConsumer wait twice as long each time that most answers for a partition are empty without need."""
+    """Have a KafkaConsumer double its wait whenever most answers for a partition are empty although it has records."""
     fetcher = consumer._fetcher
     parse, in_vain = fetcher._parse_fetched_data, dict[TopicPartition, int]()
 

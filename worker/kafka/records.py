@@ -1,7 +1,7 @@
-"""A way around what kafka-python 3.0.12 does with a header whose name is no UTF-8 text: it reads no record of the
-batch, nor any behind it. Brokers take such names, and other clients read them, with a mark for what is none.
+"""Has consumers read headers whose names are not UTF-8, and limits the headers of compressed records.
 
-And a limit for headers of compressed records, where two bytes become seventy.
+kafka-python 3.0.12 reads no record of a batch with such a name, nor any behind it. Brokers take these names, and other
+clients read them with replacement characters. Compressed headers are limited because two bytes of them become seventy.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ PAIR_BYTES = 80  # of a header beside its name and value
 
 
 def bytes_of(record: Any) -> int:
-    """What a record takes in memory but for itself: its key, its value, and its headers, however small these are."""
+    """The memory of a record's key, value and headers. Headers take some even where they are empty."""
     headers = sum(PAIR_BYTES + getsizeof(name) + getsizeof(value) for name, value in record.headers)
     return len(record.key or b"") + len(record.value or b"") + headers
 
 
 class _Forgiving(bytearray):
-    """Bytes whose parts decode whatever they hold."""
+    """Bytes of which every slice can be decoded as text."""
 
     def __getitem__(self, where: Any) -> Any:
         found = super().__getitem__(where)
@@ -35,7 +35,7 @@ class _Forgiving(bytearray):
 
 
 def forgive_header_names() -> None:
-    """From here on, in this process. Again does nothing."""
+    """Patch this process. Calling it again does nothing."""
     strict = DefaultRecordBatch._read_msg
     if getattr(strict, "forgiving", False):
         return
@@ -45,7 +45,7 @@ def forgive_header_names() -> None:
             _check_headers(batch._buffer, batch._pos)
         try:
             return strict(batch, *arguments)
-        except UnicodeDecodeError:  # Only names are decoded; the batch has not moved on.
+        except UnicodeDecodeError:  # Only names are decoded; the batch's position has not moved on.
             batch._buffer = _Forgiving(batch._buffer)
             return strict(batch, *arguments)
 

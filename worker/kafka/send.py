@@ -1,7 +1,7 @@
-"""A shorter way into the producer of kafka-python 3.0.12 for a record that has the topic and the key of one just sent.
+"""A shorter way into the producer for a record that has the same topic and key as one just sent.
 
-`KafkaProducer.send` looks up the topic, hashes the key, and checks and measures all parts of every record, in Python:
-half of what it costs to publish a prediction. A record that follows another goes straight to the end of its partition.
+`KafkaProducer.send` of kafka-python 3.0.12 looks up the topic, hashes the key, and checks and measures every record, in
+Python: half of the cost of publishing a prediction. A record that follows another goes straight to its partition.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Headers = list[tuple[str, bytes]]
 
 
 def can_follow(leader: object) -> bool:
-    """Whether `leader`, what came of sending a record, tells the partition that was chosen for it."""
+    """Whether `leader`, the result of sending a record, tells the partition that was chosen for it."""
     return isinstance(leader, FutureRecordMetadata) and not leader.failed()
 
 

@@ -1,11 +1,11 @@
-"""Sockets that kafka-python 3.0 leaves open until the next full garbage collection.
+"""Closes sockets that kafka-python 3.0.12 leaves open, until the next full garbage collection or for ever:
 
-Those of connects that fail: a client tries again for as long as its broker is away, so that a long outage, or a
-certificate that does not fit, could cost a worker its file descriptors. And those of connections that are closed with
-something still to send, as each begins: they wait for that to be sent, and a client that is closed sends nothing more.
-
-And those of TLS handshakes that nobody answers, which it waits for without an end: a node that hangs, or a port without
-TLS. Whatever is to go to that node would wait as long.
+- Sockets of failed connects. A client tries again for as long as its broker is away, so that a long outage, or a wrong
+  certificate, could use up a worker's file descriptors.
+- Sockets of connections that are closed with something still to send, as every new one has. They wait until it is sent,
+  but a closed client sends nothing more.
+- Sockets of TLS handshakes that nobody answers, as with a node that hangs or a port without TLS. The client waits
+  without end, and so does all that is to be sent to that node.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ HANDSHAKE_S = 10.0  # as long as the client waits for a connection without TLS
 
 
 def leave_no_sockets() -> None:
-    """From here on, in this process. Again does nothing."""
+    """Patch this process. Calling it again does nothing."""
     connect, close = KafkaNetSocket.sock_connect, KafkaTCPTransport.close
     if getattr(connect, "closing", False):
         return
 
     async def sock_connect(factory: Any, net: Any, sock: Any, *arguments: Any, **options: Any) -> Any:
-        # However it ends: a client that is closed meanwhile ends it with GeneratorExit.
+        # An ExitStack closes it for whatever reason it ends: a client that is closed meanwhile raises GeneratorExit.
         with ExitStack() as failed:
             failed.callback(sock.close)
             connected = await connect(factory, net, sock, *arguments, **options)
@@ -43,7 +43,7 @@ def leave_no_sockets() -> None:
             failed.pop_all()
 
     def close_at_once(transport: Any) -> None:
-        transport._write_buffer.clear()  # Whoever wants an answer has waited for it before.
+        transport._write_buffer.clear()  # Whoever needs an answer has waited for it before.
         close(transport)
 
     sock_connect.closing = True  # type: ignore[attr-defined]

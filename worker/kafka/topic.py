@@ -1,4 +1,4 @@
-"""Which topic it is, and what it has now, for commands that look back."""
+"""A topic's id, and its records, for commands that look back."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from worker.kafka.client import connection, open_client, require_topics
 
 AT_ONCE = 500  # records
 PATIENCE_MS = 10_000  # for a broker that has records and does not send them
-SENT_EARLIER_S = 3_600  # than it says: clocks are set, and differ
+SENT_EARLIER_S = 3_600  # how much too late the timestamps of records may be, as clocks differ and are set
 
 
 def topic_id(cluster: Any, topic: str) -> str:
-    """As a client of kafka-python was told it last, in Kafka's own spelling; empty where the broker tells none.
-    `cluster`: what the client knows of the broker's."""
+    """The topic's id in Kafka's own spelling, from a client's metadata, `cluster`; empty if the broker tells none."""
     found = cluster.topic_id(topic)
     return base64.urlsafe_b64encode(found.bytes).decode().rstrip("=") if found and found.int else ""
 
 
 def records_now(settings: Kafka, topic: str, since: datetime | None = None) -> Iterator[Any]:
-    """All records of the topic, each partition in its order. With `since`, those that are about that time and later are
-    among them, and not all of the earlier ones: from the first on that was sent an hour before. What cannot be read has
-    an `Unreadable` value.
+    """All records of the topic, one partition after the other. With `since`, only those from the first on that was sent
+    an hour before that time, so that none of that time or later is missing. What cannot be read has an `Unreadable`
+    value.
 
     Raises ConfigError where there is no such topic, UnreachableError where the broker is away.
     """
@@ -57,7 +56,7 @@ def _partition(consumer: KafkaConsumer, partition: TopicPartition, since: dateti
         first = consumer.offsets_for_times({partition: sent_ms})[partition]
         consumer.seek(partition, end if first is None else first.offset)
     records: list[Any] = []
-    # Some brokers tell an end that is too early, within the last batch. The rest of it is there, where a poll was full.
+    # Some brokers name an end that is too early, within the last batch. If the last poll was full, the rest may follow.
     while (more := consumer.position(partition) < end) or len(records) == AT_ONCE:
         polled = consumer.poll(timeout_ms=PATIENCE_MS if more else 0, max_records=AT_ONCE)
         records = polled.get(partition, [])

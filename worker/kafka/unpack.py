@@ -1,7 +1,7 @@
-"""How much a batch of compressed records may become in memory.
+"""Limits how much memory a batch of compressed records may take.
 
-kafka-python unpacks a batch as a whole, whatever comes of it: 400 KB of gzip can be a gigabyte. These take its place,
-and give up at a limit.
+kafka-python decompresses a batch as a whole, however large it becomes: 400 KB of gzip can be a gigabyte. These
+functions take the place of its own, and give up at a limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ XERIAL_HEADER = 16  # bytes before the blocks of what Java's snappy writes
 
 
 def bound_unpacking() -> None:
-    """From here on, in this process. Again does nothing."""
+    """Patch this process. Calling it again does nothing."""
     bounded: dict[str, Callable[[Any], bytes | bytearray]] = {
         "gzip_decode": _gzip,
         "snappy_decode": _snappy,
@@ -58,7 +58,7 @@ def _read(stream: Any) -> bytearray:
 
 
 def _snappy(content: bytes) -> bytes | bytearray:
-    """Each block says how much it becomes, and is not believed to become anything else."""
+    """Every block says how large it becomes, and the decompressor refuses one that becomes anything else."""
     if not codec._detect_xerial_stream(content):
         _check(_declared(content))
         unpacked: bytes = codec.snappy.decompress(content)
@@ -74,7 +74,7 @@ def _snappy(content: bytes) -> bytes | bytearray:
 
 
 def _declared(block: bytes) -> int:
-    """The varint at the beginning of a snappy block: its size unpacked."""
+    """The decompressed size of a snappy block: the varint at its beginning."""
     size = 0
     for place, byte in enumerate(block[:5]):
         size |= (byte & 0x7F) << (7 * place)
