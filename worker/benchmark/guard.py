@@ -116,7 +116,7 @@ class Bench:
             DecodedFrame(stream, Position("frames", 0, first + i), one, self._now, 0.0) for i, one in enumerate(pixels)
         ]
         header = self.engine.resident(stream).header
-        return MicroBatch(stream, frames, True, True, answer=answering(Policy(), header, header.guard.trusted))
+        return MicroBatch(stream, frames, True, True, answer=answering(Policy(), header))
 
     def _turn(self, batches: list[MicroBatch], served: Mapping[str, Served]) -> None:
         passed: Pass = self.engine.predict(batches)

@@ -60,7 +60,7 @@ def _rows(found: ListedStream, policy: Policy, proxies: Proxies) -> Iterator[tup
 
 
 def _answer(header: StreamHeader, policy: Policy) -> str:
-    answer = named(answering(policy, header, header.guard.trusted), header)
+    answer = named(answering(policy, header), header)
     if answer != "source":
         return answer
     if policy.mode == "approve":

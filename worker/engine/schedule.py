@@ -71,7 +71,7 @@ class Scheduler:
             batch = replace(batch, fold=True, reason=CONTESTED)
         header = resident.header
         policy = self._policies.of(header)
-        batch = replace(batch, answer=answering(policy, header, header.guard.trusted))
+        batch = replace(batch, answer=answering(policy, header))
         fresh = batch.unpublished
         oldest = fresh[0] if fresh else None
         late = oldest is not None and self._lateness.hurried(oldest.sent, oldest.received, now)

@@ -25,15 +25,12 @@ class Policies:
         return policy
 
 
-def answering(policy: Policy, header: StreamHeader, trusted: bool = True) -> Parameters:
-    """Whose parameters answer. `trusted`: the guard believes that the adapted ones do no worse than source.
-
-    Parameters that a person approved answer whether or not the guard trusts their successors. After a change of bundle
-    a stream may be on probation, and source answers.
-    """
+def answering(policy: Policy, header: StreamHeader) -> Parameters:
+    """Whose parameters answer. Source does while the guard does not trust the adapted ones, and while a stream is on
+    probation after a change of bundle. Approved parameters answer whether or not the guard trusts their successors."""
     if policy.mode == "approve":
         return "source" if header.approved is None else "approved"
-    if policy.mode == "shadow" or not trusted or header.probation:
+    if policy.mode == "shadow" or not header.guard.trusted or header.probation:
         return "source"
     if policy.mode == "canary" and not in_share(header.stream, policy.canary_share):
         return "source"

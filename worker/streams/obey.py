@@ -92,7 +92,7 @@ def _explained(change: _Change, command: Command | None, subject: Subject, conte
             step=header.step,
             source_distance=float((affine - context.fresh["affine"]).norm()),
             layers=layers,
-            parameters=named(answering(context.policies.of(header), header, header.guard.trusted), header),
+            parameters=named(answering(context.policies.of(header), header), header),
             command=command.id if command else None,
             token=token,
             bundle=context.bundle,

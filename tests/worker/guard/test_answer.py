@@ -19,7 +19,8 @@ from worker.guard.answer import answering, in_share, named
 )
 def test_who_answers(mode: str, approved: int | None, trusted: bool, expected: str) -> None:
     header = StreamHeader(stream="a", bundle="b", method="mgg", approved=approved)
-    assert answering(Policy(mode=mode), header, trusted) == expected
+    header.guard.trusted = trusted
+    assert answering(Policy(mode=mode), header) == expected
 
 
 def test_after_a_change_of_bundle_source_answers_until_the_parameters_have_proved_themselves() -> None:
@@ -42,5 +43,6 @@ def test_a_canary_is_a_share_of_the_streams_that_only_grows() -> None:
     assert all(in_share(s, 1.0) for s in streams)
     header = StreamHeader(stream=min(small), bundle="b", method="mgg")
     assert answering(Policy(mode="canary", canary_share=0.1), header) == "adapted"
-    assert answering(Policy(mode="canary", canary_share=0.1), header, trusted=False) == "source"
     assert answering(Policy(mode="canary", canary_share=0.0), header) == "source"
+    header.guard.trusted = False
+    assert answering(Policy(mode="canary", canary_share=0.1), header) == "source"

@@ -87,7 +87,7 @@ class Worker:
             reason=judgement.ruling.reason,
             frames=[str(frame.position) for frame in frames],
             step=after.step,
-            parameters=named(answering(policy, header, header.guard.trusted), after),
+            parameters=named(answering(policy, header), after),
             before=self.look(header),
             after=self.look(after),
             token=1,
