@@ -219,7 +219,7 @@ class Step:
                 judgement.header.lately = judgement.header.lately.and_one(time.time())
             if not self._engine.holds(prediction.batch.stream, resident):
                 continue  # Its partition was taken away while `judge` waited for a snapshot from the store.
-            sealed = update_event(self._engine, self._worker, prediction, judgement, proposal)
+            sealed = update_event(self._engine, self._streams.policies, self._worker, prediction, judgement, proposal)
             header = judgement.header.behind(sealed)
             snapshot = self._streams.snapshot(resident.header, header, sealed.event)
             folded.append(

@@ -25,8 +25,8 @@ def test_nothing_is_kept_of_streams_that_made_room(config: WorkerConfig, topic: 
     worker = make_worker(config)
     turn_until(worker, lambda: metric(worker, "predictions_total") >= 40)
     turn_until(worker, lambda: not (worker._flights or worker._streams.crowded))
-    assert set(worker._partitions._of) == set(worker._streams.engine.streams)
-    assert len(worker._partitions._of) <= 4
+    assert set(worker._partitions._partitions_of) == set(worker._streams.engine.streams)
+    assert len(worker._partitions._partitions_of) <= 4
 
 
 def test_a_worker_is_ready_once_it_has_joined_with_partitions_or_without(

@@ -8,11 +8,16 @@ from schemas.update import SealedEvent, UpdateEvent, seal
 from worker.engine.engine import Engine
 from worker.engine.judge import Judgement
 from worker.engine.passes import BatchPrediction, Proposal
-from worker.guard.answer import named
+from worker.guard.answer import Policies, answering, named
 
 
 def update_event(
-    engine: Engine, worker: str, prediction: BatchPrediction, judgement: Judgement, proposal: Proposal | None
+    engine: Engine,
+    policies: Policies,
+    worker: str,
+    prediction: BatchPrediction,
+    judgement: Judgement,
+    proposal: Proposal | None,
 ) -> SealedEvent:
     """The event of a micro-batch that is folded in with this judgement; `proposal` is None where nothing was computed
     for it beyond its predictions."""
@@ -42,7 +47,7 @@ def update_event(
             source_distance=distance,
             layers=layers,
             flipped=prediction.observed.flipped if prediction.observed is not None else None,
-            parameters=named(prediction.batch.answer if after.guard.trusted else "source", after),
+            parameters=named(answering(policies.of(after), after), after),
             before=engine.estimate(before),
             after=engine.estimate(after),
             token=prediction.resident.token,

@@ -13,13 +13,16 @@ import torch
 from meta.bundle import load_bundle
 from schemas.bundle import Limits
 from schemas.config import Guard as GuardSettings
+from schemas.policy import Policy
 from schemas.state import DriftWatch, GuardState, Snapshot
 from tests.worker.engine.test_engine import admit, batch
 from worker.engine.engine import Engine
 from worker.engine.judge import Judgement, judge, no_snapshot
+from worker.guard.answer import Policies
 from worker.guard.guard import COSINE_SEEN, Guard, Ruling
 from worker.publish.event import update_event
 
+AUTO = Policies(Policy(), {})
 LIMITS = Limits(raw_gradient_norm=1e9, source_distance=1e9)
 
 
@@ -88,7 +91,7 @@ def test_the_event_says_how_far_the_stream_is_after_the_decision(engine: Engine,
     (prediction,), (proposal,) = passed.predictions, proposals.proposals
     decision = "applied" if share == 1 else "partial"
     judgement = judge(engine, Fixed(Ruling(decision, "", share)), prediction, proposals, proposal)
-    sealed = update_event(engine, "w", prediction, judgement, proposal)
+    sealed = update_event(engine, AUTO, "w", prediction, judgement, proposal)
     engine.accept(proposals, [proposal])
     distance = (engine.tensors("a")["affine"] - engine.like["affine"]).norm()
     assert sealed.event.source_distance == pytest.approx(float(distance), rel=1e-3)
@@ -109,7 +112,7 @@ def test_the_event_says_what_was_seen_and_what_became_of_it(
     guard = Fixed(Ruling(decision, "why", share))
     guard.observe = lambda guard_state, *_: guard_state  # type: ignore[method-assign]
     judgement = judge(engine, guard, prediction, proposals, proposal)
-    event = update_event(engine, "w", prediction, judgement, proposal).event
+    event = update_event(engine, AUTO, "w", prediction, judgement, proposal).event
     assert {name: getattr(event, name) for name in told} == told | {"loss": 1.0 if trusted else None}
     assert event.generated_gradient_norm == proposal.signals["generated_gradient_norm"]
     moved = {} if decision == "skipped" else {name: share * way for name, way in proposal.layers.items()}
@@ -121,6 +124,30 @@ def test_the_event_says_what_was_seen_and_what_became_of_it(
     assert (event.decision, event.reason, event.step) == (decision, "why", 1 + (decision != "skipped"))
     assert (event.parameters, event.token, event.worker) == ("adapted" if trusted else "source", 1, "w")
     assert event.frames == [f"frames/0/{number}" for number in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "answered", "before", "after", "expected"),
+    [
+        ("approve", "approved", True, False, "approved"),  # Approved parameters do not need the guard's trust.
+        ("auto", "source", False, True, "adapted"),
+        ("auto", "adapted", True, False, "source"),
+        ("shadow", "source", False, True, "source"),
+    ],
+)
+def test_the_event_says_who_answers_after_the_decision(
+    engine: Engine, mode: str, answered: str, before: bool, after: bool, expected: str
+) -> None:
+    header = engine.resident("a").header
+    header.guard, header.approved = GuardState(trusted=before), 1
+    passed = engine.predict([replace(batch("a", 6, 2), answer=answered)])
+    proposals = engine.adapt(passed)
+    (prediction,), (proposal,) = passed.predictions, proposals.proposals
+    guard = Fixed(Ruling("applied", ""))
+    guard.observe = lambda *_: GuardState(trusted=after)  # type: ignore[method-assign]
+    judgement = judge(engine, guard, prediction, proposals, proposal)
+    policies = Policies(Policy(mode=mode), {})
+    assert update_event(engine, policies, "w", prediction, judgement, proposal).event.parameters == expected
 
 
 @pytest.mark.parametrize("decision", ["rolled_back", "reset"])
@@ -135,7 +162,7 @@ def test_the_event_says_where_going_back_leads(engine: Engine, decision: str) ->
     (prediction,), (proposal,) = passed.predictions, proposals.proposals
     ruling = Ruling(decision, "why")
     judgement = judge(engine, Fixed(ruling), prediction, proposals, proposal, newest=lambda stream: (snapshot, kept))
-    event = update_event(engine, "w", prediction, judgement, proposal).event
+    event = update_event(engine, AUTO, "w", prediction, judgement, proposal).event
     there, reason = (good, "why; to the snapshot of step 1") if decision == "rolled_back" else (source, "why")
     assert (event.decision, event.reason, event.step) == (decision, reason, int(decision == "rolled_back"))
     assert event.source_distance == pytest.approx(float((there - source).norm()))
@@ -219,7 +246,7 @@ def test_hurried_frames_count_and_teach_nothing(engine: Engine) -> None:
     assert (judgement.ruling.decision, judgement.kept) == ("skipped", None)
     assert (after.proxies, after.drift, after.step) == (before.proxies, before.drift, before.step)
     assert (after.frames, after.events) == (before.frames + 6, before.events + 1)
-    event = update_event(engine, "w", passed.predictions[0], judgement, None).event
+    event = update_event(engine, AUTO, "w", passed.predictions[0], judgement, None).event
     assert (event.loss, event.source_distance, event.layers, event.flipped) == (None, None, {}, None)
 
 
