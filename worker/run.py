@@ -152,7 +152,7 @@ class Worker:
         if not self._flights.takes_in:
             self._flights.begin()
         self._give_way(self._pending.flush_due() + self._streams.returned())
-        if self._store.reconnected():
+        if self._store.reconnected():  # Before the commit, whose marks would hide that the store has lost writes.
             self._partitions.begin_again()
         self._trim()
         self._streams.engine.pack_idle_headers(time.monotonic())

@@ -154,11 +154,11 @@ class Step:
             all=done - flight.started,
         )
         if self._trace is not None:
-            self._tell(self._trace, flight, {"settle": (started, settled), "store": (settled, done)})
+            self._export(self._trace, flight, {"settle": (started, settled), "store": (settled, done)})
         return fenced
 
     @staticmethod
-    def _tell(trace: Trace, flight: Flight, stages: dict[str, Span]) -> None:
+    def _export(trace: Trace, flight: Flight, stages: dict[str, Span]) -> None:
         """Export the step as a trace."""
         passed, predicted = flight.predicted.result()
         _, adapted = flight.adapted.result()

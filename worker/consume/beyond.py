@@ -58,9 +58,9 @@ class Beyond:
         if now - self._looked < LOOK_S:
             return {}
         self._looked = now
-        beyond = {p: log for p, log in self._seem().items() if p not in known}
+        beyond = {p: short for p, short in self._seem().items() if p not in known}
         self._since = {p: self._since.get(p, now) for p in beyond}
-        due = {p: log for p, log in beyond.items() if now - self._since[p] >= PATIENCE_S}
+        due = {p: short for p, short in beyond.items() if now - self._since[p] >= PATIENCE_S}
         for partition in due:
             del self._since[
                 partition

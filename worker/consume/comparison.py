@@ -96,7 +96,7 @@ class Comparison:
     def grown(self) -> dict[Partition, ShortLog]:
         """Short partitions whose log reaches far enough by now."""
         ours = self._consumer.assignment() if self.short else ()
-        return {p: log for p, log in self.short.items() if p in ours and self.reaches(p, log.reach)}
+        return {p: short for p, short in self.short.items() if p in ours and self.reaches(p, short.reach)}
 
     def behind(self, first: dict[Partition, int]) -> dict[Partition, int]:
         """Compare the `first` offsets of new partitions with their marks. Returns where to read them from instead.

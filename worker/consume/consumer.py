@@ -49,10 +49,10 @@ class FrameConsumer:
         offsets: Offsets,
         marks: Marks,
         stop: threading.Event,
-        failed: Callable[[str], object] = str,
-        store_failed: Callable[[], object] = str,
-        expired: Callable[[int], object] = str,
-        forgotten: Callable[[], object] = str,
+        failed: Callable[[str], object] = lambda operation: None,
+        store_failed: Callable[[], object] = lambda: None,
+        expired: Callable[[int], object] = lambda records: None,
+        forgotten: Callable[[], object] = lambda: None,
     ) -> None:
         """The callbacks count. `failed`: calls that the broker did not answer or refused, by operation; `store_failed`:
         those of the store; `expired`: records that the topic has dropped before they were read; `forgotten`: partitions

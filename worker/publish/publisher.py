@@ -91,7 +91,7 @@ class Publisher:
         settings: Kafka,
         worker: str,
         stop: threading.Event,
-        failed: Callable[[str], object] = str,
+        failed: Callable[[str], object] = lambda operation: None,
         stop_patience_s: float = STOP_PATIENCE_S,
     ) -> None:
         """`failed` is called for each round in which the broker was away or did not take all, to count them."""
