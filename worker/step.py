@@ -22,8 +22,8 @@ from monitoring import observe
 from monitoring.metrics import WorkerMetrics
 from worker.batch.batcher import MicroBatch, MicroBatcher
 from worker.engine.device import use
-from worker.engine.judge import judge
-from worker.engine.passes import BatchPrediction, Gathered, Pass, Proposals
+from worker.engine.judge import Judgement, judge
+from worker.engine.passes import BatchPrediction, Gathered, Pass, Proposal, Proposals
 from worker.guard.guard import Guard
 from worker.publish.event import update_event
 from worker.publish.messages import PredictionWriter
@@ -215,27 +215,9 @@ class Step:
             proposal = proposed.get(id(prediction))
             newest = self._streams.newest
             judgement = judge(self._engine, self._guard, prediction, proposals, proposal, self._drift_frames, newest)
-            if judgement.ruling.apply:
-                judgement.header.lately = judgement.header.lately.and_one(time.time())
-            if not self._engine.holds(prediction.batch.stream, resident):
+            if not self._engine.holds(batch.stream, resident):
                 continue  # Its partition was taken away while `judge` waited for a snapshot from the store.
-            sealed = update_event(self._engine, self._streams.policies, self._worker, prediction, judgement, proposal)
-            header = judgement.header.behind(sealed)
-            snapshot = self._streams.snapshot(resident.header, header, sealed.event)
-            folded.append(
-                Folded(
-                    resident,
-                    header,
-                    sealed,
-                    moved=judgement.kept is not None,
-                    positions=[frame.position for frame in batch.frames],
-                    mean_entropy=prediction.mean_entropy,
-                    answered=prediction.parameters,
-                    snapshot=snapshot,
-                    patient=not batch.adapt,
-                    blind=judgement.blind,
-                )
-            )
+            folded.append(self._folded(prediction, judgement, proposal))
             if judgement.kept is not None:
                 accepted.append(judgement.kept)
         self._engine.accept(proposals, accepted)
@@ -243,6 +225,26 @@ class Step:
             # A later `judge` may have waited for the store, so that streams judged before it have gone meanwhile.
             if self._engine.holds(one.header.stream, one.resident):
                 self._pending.add(one)
+
+    def _folded(self, prediction: BatchPrediction, judgement: Judgement, proposal: Proposal | None) -> Folded:
+        """The judgement with its event, to be written."""
+        resident, batch = prediction.resident, prediction.batch
+        if judgement.ruling.apply:
+            judgement.header.lately = judgement.header.lately.and_one(time.time())
+        sealed = update_event(self._engine, self._streams.policies, self._worker, prediction, judgement, proposal)
+        header = judgement.header.behind(sealed)
+        return Folded(
+            resident,
+            header,
+            sealed,
+            moved=judgement.kept is not None,
+            positions=[frame.position for frame in batch.frames],
+            mean_entropy=prediction.mean_entropy,
+            answered=prediction.parameters,
+            snapshot=self._streams.snapshot(resident.header, header, sealed.event),
+            patient=not batch.adapt,
+            blind=judgement.blind,
+        )
 
 
 def _timed(part: Callable[[Given], Result], given: Given) -> tuple[Result, Timed]:
