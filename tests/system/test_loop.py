@@ -107,7 +107,7 @@ def test_what_is_decoded_counts_as_buffered(
     turn_until(worker, lambda: worker._polling.waiting >= 20)
     for _ in range(30):
         worker._turn()
-    assert worker._polling.waiting < 25
+    assert worker._polling.waiting < 30  # A look at the topic that comes late polls twice, for five records each.
     free.set()
     turn_until(worker, lambda: folded(worker, ["slow"]) == {"slow": 200})
 
