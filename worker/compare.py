@@ -1,4 +1,4 @@
-"""`driftkeel compare`: what two groups of workers say of the same frames, as with an old bundle and a new one."""
+"""`driftkeel compare`: how two groups of workers answer the same frames, such as with an old and a new bundle."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALL = "all"
 
 @dataclass(frozen=True, slots=True)
 class ComparedAnswer:
-    """What of a prediction is compared: there may be millions."""
+    """The part of a prediction that is compared, and no more of it, as there may be millions."""
 
     id: str
     stream: str
@@ -36,8 +36,8 @@ class ComparedAnswer:
 
 @dataclass
 class Agreement:
-    """Of the frames that both have answered: how many, how many with the same label, and the mean accuracy that either
-    estimates of its answers; None where it does not of all."""
+    """Of the frames that both have answered: how many, how many with the same label, and the mean estimated accuracy of
+    each; None where it is not estimated for all."""
 
     frames: int = 0
     alike: int = 0
@@ -45,7 +45,7 @@ class Agreement:
     second: float | None = 0.0
 
     def add(self, one: ComparedAnswer, other: ComparedAnswer) -> None:
-        """One frame more."""
+        """Count one more frame."""
         self.frames += 1
         self.alike += one.label == other.label
         self.first = _moved(self.first, one.estimated_accuracy, self.frames)
@@ -58,8 +58,8 @@ def _moved(mean: float | None, value: float | None, count: int) -> float | None:
 
 @dataclass
 class Comparison:
-    """`streams` are those with frames that both have answered, `differing` the pairs whose labels differ, newest
-    last; `alone` counts frames that only the first, or only the second, has answered."""
+    """`streams`: those with frames that both have answered. `differing`: the pairs whose labels differ, newest last.
+    `alone`: how many frames only the first has answered, and how many only the second."""
 
     streams: dict[str, Agreement] = field(default_factory=dict)
     total: Agreement = field(default_factory=Agreement)
@@ -85,8 +85,9 @@ def must_be_comparable(first: WorkerConfig, second: WorkerConfig) -> None:
 def answers(
     config: WorkerConfig, since: datetime | None = None, until: datetime | None = None
 ) -> Iterator[ComparedAnswer]:
-    """Of the predictions that a site's topic has now; what is none is passed over. `since` and `until` are times of
-    frames. Raises ConfigError where there is no such topic, UnreachableError where the broker is away."""
+    """The answers in a site's predictions topic, as far as it goes now. Records that are no prediction are passed over.
+    `since` and `until` are event times. Raises ConfigError where there is no such topic, UnreachableError where the
+    broker is away."""
     records = records_now(config.kafka, config.kafka.topics.predictions, since)
     for record in PassedOver().readable(records):
         found = parsed(record.value)
@@ -100,7 +101,7 @@ def _answer(found: Prediction) -> ComparedAnswer:
 
 
 def compared(first: Iterable[ComparedAnswer], second: Iterable[ComparedAnswer]) -> Comparison:
-    """Frame by frame. Of a frame that one has answered more than once, as after a crash, the last answer counts."""
+    """Compare frame by frame. If one has answered a frame more than once, as after a crash, the last answer counts."""
     ours, theirs = ({one.id: one for one in given} for given in (first, second))
     both = [(one, theirs[place]) for place, one in ours.items() if place in theirs]
     found = Comparison(
@@ -121,7 +122,7 @@ def _bundles(given: Iterable[ComparedAnswer]) -> list[str]:
 
 
 def table(comparison: Comparison) -> Table:
-    """A row a stream, those that differ most first, and one for all."""
+    """One row per stream, those that differ most first, and one row for all."""
     made = Table(box=None, header_style="bold")
     made.add_column("stream", overflow="fold")
     for name in ("frames", "same answer", "estimated accuracy", "of the second", "points more"):

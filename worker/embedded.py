@@ -28,10 +28,10 @@ import yaml
 from schemas.config import WorkerConfig
 from schemas.errors import DriftkeelError
 
-START_TIMEOUT_S = 60.0  # of a machine that is busy; one that cannot start ends long before
+START_TIMEOUT_S = 60.0  # for a busy machine; a process that cannot start ends long before
 STOP_TIMEOUT_S = 3.0
 PORTS = range(26_000, 32_000)  # none of those that systems give to outgoing connections, which may take one any time
-_given: set[int] = set()  # what was found free and may not be taken yet
+_given: set[int] = set()  # ports that were found free, and that nobody may listen on yet
 _PR_SET_PDEATHSIG = 1
 
 
@@ -58,7 +58,7 @@ class Child:
 
 
 def start_child(name: str, command: Sequence[str], log: Path | None = None) -> Child:
-    """Start a process that dies with this one: by signal on Linux even when this one is killed, else at exit."""
+    """Start a process that ends with this one: on Linux by a signal, even if this one is killed; elsewhere at exit."""
     output = log.open("ab") if log else subprocess.DEVNULL
     try:
         process = subprocess.Popen(  # noqa: S603 - the callers' commands are fixed, no shell
@@ -79,7 +79,7 @@ def start_child(name: str, command: Sequence[str], log: Path | None = None) -> C
 
 
 def _die_with_parent() -> None:
-    # A session of its own would not get Ctrl-C twice; the parent decides when its children stop.
+    # In a session of its own it does not get the terminal's Ctrl-C: the parent decides when its children stop.
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -174,7 +174,7 @@ def embedded_services(
         folder = Path(scratch)
         with contextlib.ExitStack() as stack:
             broker = start_broker(folder / "broker.log", broker_port)
-            # It takes seconds to act on a polite request, and has nothing to lose.
+            # Killed, because it takes seconds to end by itself, and its data is not needed any more.
             stack.callback(broker.child.stop, 0)
             store = start_store(folder / "store", folder / "store.log", store_port)
             stack.callback(store.child.stop)
@@ -183,7 +183,7 @@ def embedded_services(
 
 @contextlib.contextmanager
 def worker_process(config: WorkerConfig, folder: Path) -> Iterator[Child]:
-    """A worker, told by a file as any other: `folder` gets NAME.yaml and NAME.log, after the worker's name."""
+    """A worker as a child process. `folder` gets its configuration, NAME.yaml, and its log, NAME.log."""
     path, content = folder / f"{config.worker}.yaml", config.model_dump(mode="json", exclude_none=True)
     content["store"]["url"] = config.store.url.get_secret_value()
     path.write_text(yaml.safe_dump(content), encoding="utf-8")

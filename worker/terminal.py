@@ -13,18 +13,18 @@ WIDE = 200  # columns, where the output is no terminal
 
 
 def terminal() -> Console:
-    """The terminal; where the output is a file or a pipe, one that cuts nothing off."""
+    """The terminal. Where the output is a file or a pipe, it is wide enough to cut nothing off."""
     console = Console()
     return console if console.is_terminal else Console(width=WIDE)
 
 
 def printable(text: str) -> str:
-    """Names, labels and reasons come from outside: nothing in them may steer the terminal."""
+    """The text without what could control a terminal: names, labels and reasons come from outside."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Table:
-    """Names, and beside each what there is to say."""
+    """A table of names and texts."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -34,10 +34,11 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def printable_lines(text: str) -> str:
-    """The same of a text of several lines, whose ends are ours."""
+    """The same for a text of several lines, which keeps its line ends."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def printable_json(text: str) -> str:
-    """JSON that says the same. By itself it escapes a part of what steers a terminal, and not U+0080 to U+009F."""
+    """The same JSON with all unprintable characters escaped. JSON itself leaves some as they are, such as U+0080 to
+    U+009F, which control a terminal."""
     return "".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text)

@@ -1,4 +1,4 @@
-"""`driftkeel watch`: what workers say of their streams, as lines, JSON or a live table, or drawn into the frames."""
+"""`driftkeel watch`: workers' predictions as lines, JSON or a live table, or drawn into the frames."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MAX_NAME = 200  # letters of a file's name that are a stream's; file systems tak
 
 
 class Watcher:
-    """Reads the predictions topic without a group: watching changes nothing for anybody else."""
+    """Reads the predictions topic without a consumer group, so that watching changes nothing for others."""
 
     def __init__(self, config: WorkerConfig, streams: set[str], beginning: bool, stop: threading.Event) -> None:
         self._kafka, self._streams, self._stop = config.kafka, streams, stop
@@ -54,7 +54,7 @@ class Watcher:
             self._consumer.position(place)  # now, and not with the first poll
 
     def predictions(self) -> Iterator[Prediction]:
-        """Each once, until the run stops; a record that is no prediction is passed over."""
+        """Predictions, each once, until the run stops. Records that are no prediction are passed over."""
         passed_over, since = PassedOver(), time.monotonic()
         while not self._stop.is_set():
             polled = self._consumer.poll(timeout_ms=200)
@@ -64,11 +64,12 @@ class Watcher:
                     if prediction and self._wanted(prediction):
                         yield prediction
             if polled:
-                since = time.monotonic()  # Whoever takes the predictions may have taken long.
+                since = time.monotonic()  # The caller may have taken long over these predictions.
             self._look_at_broker(since)
 
     def _look_at_broker(self, since: float) -> None:
-        """Say once that it does not answer, and once that it does again: to poll it looks like one without records."""
+        """Log once that the broker does not answer, and once that it does again. To poll it looks like one without
+        records."""
         silence = time.monotonic() - max(since, last_answer(self._consumer))
         if silence > self._patience_s and not self._away:
             log.warning(
@@ -82,7 +83,7 @@ class Watcher:
             self._away = False
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._consumer.close(autocommit=False)
 
     def _wanted(self, prediction: Prediction) -> bool:
@@ -108,7 +109,7 @@ def _consumer(kafka: Kafka, stop: threading.Event) -> Any:
 
 
 def parsed(content: bytes | None) -> Prediction | None:
-    """A record's content as a prediction; None where it is none."""
+    """The prediction in a record's content; None where it is no prediction."""
     try:
         return Prediction.model_validate_json(content or b"")
     except ValidationError:
@@ -142,7 +143,7 @@ class LatestPredictions:
         self.counts[prediction.stream] = self.counts.get(prediction.stream, 0) + 1
 
     def table(self) -> Table:
-        """A row a stream."""
+        """One row per stream."""
         table = Table(box=None, header_style="bold")
         table.add_column("stream", overflow="fold")  # Two cameras may differ in their names' last letter alone.
         for name in ("frames", "label", "confidence", "answered by", "step", "estimated accuracy"):
@@ -172,7 +173,7 @@ class FrameMarker:
         self._consumer = _consumer(config.kafka, stop)
 
     def draw(self, prediction: Prediction) -> Path | None:
-        """Where the picture is; None where the topic has dropped the frame, or it is no picture within the limits."""
+        """The picture's path. None where the topic has dropped the frame, or it is no picture within the limits."""
         position = Position.read(prediction.id)
         content = self._frame(position) if position is not None and position.topic == self._topic else None
         picture = self._decoded(content) if content else None
@@ -187,7 +188,7 @@ class FrameMarker:
         return path
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._consumer.close(autocommit=False)
 
     def _frame(self, position: Position) -> bytes | None:
@@ -205,6 +206,6 @@ class FrameMarker:
 
 
 def _file_name(stream: str) -> str:
-    """The stream's name as part of a file's; of a long one the beginning, and a hash of all of it."""
+    """The stream's name for use in a file's name. A long one is cut, and has a hash of the whole behind it."""
     name = quote(stream, safe="")
     return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
