@@ -30,7 +30,7 @@ from worker.publish.publisher import Publisher
 from worker.streams.entry import Entry
 from worker.streams.streams import Streams
 
-log = logging.getLogger("driftkeel.journal")
+log = logging.getLogger("driftkeel.journal")  # the name by which sites may filter these lines
 PATIENT_S = 1.0  # micro-batches that were not meant to make an update may wait so long
 # A stream is written when so many events wait, or so many bytes of them: they will lie beside its state in the store,
 # of which nobody reads more than MAX_EVENTS_BYTES.
