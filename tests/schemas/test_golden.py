@@ -1,5 +1,6 @@
 """What earlier versions wrote means today what it meant then. The files in `golden` have every field that their writer
-knew, none at its default. They are never written anew: a format that cannot be read so any more needs a number of its
+knew, none at its default, but for `config.yaml` and `stream.json` (a stream as it lay in the store), which are just as
+0.1.0 wrote them. They are never written anew: a format that cannot be read so any more needs a number of its
 own."""
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from pydantic import BaseModel
 
 from schemas.bundle import Manifest
 from schemas.command import Command
+from schemas.config_file import effective_yaml, load_config
 from schemas.prediction import Prediction
 from schemas.state import Snapshot, StreamHeader, decode_header, read_snapshot
 from schemas.state_tensors import decode_file, decode_state
@@ -81,3 +84,8 @@ def test_a_bundle_keeps_its_hashes() -> None:
     del content["model"]["norm_order"], content["model"]["norm_layouts"]
     older = Manifest.model_validate(content)
     assert (older.content_hash, older.model_hash) == ("8edb4851c7e816f7", "a16fdca4e6339079")
+
+
+def test_a_configuration_with_every_key_of_0_1_0_is_taken_as_it_is() -> None:
+    path = GOLDEN / "config.yaml"
+    assert lost(yaml.safe_load(path.read_bytes()), yaml.safe_load(effective_yaml(load_config(path)))) == []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import tracemalloc
+from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -320,6 +323,36 @@ def test_what_a_later_version_wrote_is_read_but_for_fields_that_it_added(
     (read,) = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 1)
     assert read.value == content
     assert earlier.write([change(earlier, "unfreeze")]) == [True]
+
+
+def test_a_stream_that_0_1_0_left_in_the_store_goes_on(site: Site, topic, client: redis.Redis) -> None:
+    """As a worker of that version left it when it was killed: approved parameters answer, a snapshot is kept, and its
+    last event may not be in the topic."""
+    recorded = json.loads((Path(__file__).parents[2] / "schemas" / "golden" / "stream.json").read_bytes())
+    ours = site.bundle.hash.encode()  # other hardware may give the test's bundle another hash
+
+    def stored(text: str) -> bytes:
+        return b64decode(text).replace(b"cb8be0bf34ee8a22", ours)
+
+    event, header = b64decode(recorded["hash"]["event"]), stored(recorded["hash"]["header"])
+    state, tensors, snapshots, approved = site.store.keys("cam")
+    client.hset(state, mapping={name: b64decode(value) for name, value in recorded["hash"].items()})
+    client.hset(state, "header", header)
+    client.set(tensors, b64decode(recorded["tensors"]))
+    client.set(approved, b64decode(recorded["approved"]))
+    client.rpush(snapshots, *map(stored, recorded["snapshots"]))
+    later = site.worker("later")
+    later.ensure(["cam"])
+    site.settle()
+    resident = later.engine.resident("cam")
+    assert resident.header == decode_header(header)
+    assert (resident.header.step, resident.header.approved) == (4, 3)
+    assert resident.approved is not None
+    assert later.kept("cam", 1)[0].header.step == 4
+    (read,) = topic.read(site.kafka.topics.updates, lambda rs: len(rs) >= 1)
+    assert read.value == event
+    assert digest(event) == resident.header.last_event
+    assert later.write([change(later, "freeze")]) == [True]
 
 
 def taught(site: Site) -> Streams:
