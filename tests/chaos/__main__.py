@@ -24,8 +24,10 @@ parser.add_argument(
 )
 parser.add_argument("--threads", type=int, default=1, help="of each worker")
 parser.add_argument("--mode", choices=["always", "on_demand"], default="always", help="adapt.mode of the workers")
+parser.add_argument("--beside", type=Path, help="folder of another version, which about half of the workers run")
 arguments = parser.parse_args()
 chosen = {"open_broker": BROKERS[arguments.broker], "threads": arguments.threads, "mode": arguments.mode}
+chosen["beside"] = arguments.beside and arguments.beside.resolve()
 
 with tempfile.TemporaryDirectory(prefix="driftkeel-chaos-") as scratch:
     folder = Path(scratch)

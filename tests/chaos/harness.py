@@ -50,11 +50,14 @@ class Chaos:
     counts: dict[str, int] = field(default_factory=dict)
     commands: list[Command] = field(default_factory=list)
     longest_outage_s: float = 60
+    beside: Path | None = None
     assignments: dict[int, int] = field(default_factory=dict)  # by worker's process id, when membership last changed
 
     def add_worker(self) -> None:
         """One that writes after every step, or one that always has something in memory that the store has not."""
         store = {**self.site.config["store"], "write_interval_ms": self.random.choice(WRITE_INTERVALS_MS)}
+        if self.beside:
+            self.site.root = self.random.choice([None, self.beside])
         self.workers.append(self.site.start(store=store))
 
     def await_group(self) -> None:
@@ -252,16 +255,18 @@ def run(
     longest_outage_s: float = 60,
     threads: int = 1,
     mode: Literal["always", "on_demand"] = "always",
+    beside: Path | None = None,
 ) -> Outcome:
     """Inject `faults` faults, let everything settle, and check. Deterministic in its choices by `seed`.
 
-    `open_broker` is one of `tests.chaos.brokers`; `threads` of each worker, and its `adapt.mode`.
+    `open_broker` is one of `tests.chaos.brokers`; `threads` of each worker, and its `adapt.mode`. `beside` has another
+    version, which about half of the workers run.
     """
     began = time.monotonic()
     with _site(bundle, folder, seed, open_broker) as (chaos, direct):
         chaos.site.config["threads"] = threads
         chaos.site.config["adapt"] |= {"mode": mode}
-        chaos.longest_outage_s = longest_outage_s
+        chaos.longest_outage_s, chaos.beside = longest_outage_s, beside
         feeder = Feeder(direct, seed)
         for _ in range(chaos.broker.first_workers):
             chaos.add_worker()
@@ -325,7 +330,8 @@ def _site(
         site = Site(kafka, Store(url=store.url), bundle, folder, Topic(broker.bootstrap))
         site.module = broker.worker_module
         site.config["store"] = {"url": f"redis://127.0.0.1:{to_store.port}/0", "snapshot_every": 3}
-        site.config["kafka"]["connect_timeout_s"] = 60
+        # Without defaults: an earlier version does not know every key.
+        site.config["kafka"] = kafka.model_dump(mode="json", exclude_defaults=True) | {"connect_timeout_s": 60}
         site.config["store"]["connect_timeout_s"] = 60
         site.config["adapt"] = {"step_scale": STEP_SCALE}
         chaos = Chaos(site, broker, store, folder, to_store, random.Random(seed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -38,8 +39,15 @@ class WorkerProcess:
     process: subprocess.Popen[bytes] | Forked
 
     def __init__(
-        self, folder: Path, content: dict[str, Any], name: str, forked: bool = False, module: str = "worker"
+        self,
+        folder: Path,
+        content: dict[str, Any],
+        name: str,
+        forked: bool = False,
+        module: str = "worker",
+        root: Path | None = None,
     ) -> None:
+        """`root` has the version to run, if not this one; a forked worker is of this one."""
         self.port = free_port()
         content = {
             "worker": name,
@@ -57,7 +65,8 @@ class WorkerProcess:
             return
         with self.log.open("ab") as output:
             command = [sys.executable, "-m", module, *arguments]
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            environment = {**os.environ, "PYTHONPATH": str(root)} if root else None
+            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=root, env=environment)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -106,6 +115,7 @@ class Site:
         self._folder, self._workers = folder, 0
         self.forked = False  # whether workers are spared the seconds that imports take
         self.module = "worker"
+        self.root: Path | None = None
         self.running: list[WorkerProcess] = []
         self.config: dict[str, Any] = {
             "kafka": kafka.model_dump(mode="json", exclude_none=True),
@@ -125,7 +135,8 @@ class Site:
     def start(self, **sections: Any) -> WorkerProcess:
         self._workers += 1
         name = f"worker-{self._workers}"
-        worker = WorkerProcess(self._folder, {**self.config, **sections}, name, self.forked, self.module)
+        content = {**self.config, **sections}
+        worker = WorkerProcess(self._folder, content, name, self.forked, self.module, self.root)
         self.running.append(worker)
         return worker
 
