@@ -64,7 +64,7 @@ prometheus: install
 	} >/dev/null 2>&1 || echo "Debian's prometheus cannot be fetched here; the tests that need it will be skipped"
 
 test: install data lint types prometheus $(VENV)/.charts $(VENV)/.browser ## everything that is checked: format, lint, types, unit and system tests
-	$(BIN)/pytest -n 4 --dist worksteal $(ARGS)
+	$(BIN)/pytest -n 6 --dist worksteal $(ARGS)
 
 chaos: install ## faults by the hundred; ARGS='--faults 200 --seed 1 --report out.json'
 	$(BIN)/python -m tests.chaos $(ARGS)

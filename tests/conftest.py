@@ -64,6 +64,22 @@ settings.load_profile("driftkeel")
 SHIPPED_BUNDLE = Path(__file__).parents[1] / "bundles" / "fashion-mnist"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, each begins with some of the long ones: one that begins last has all
+    others wait for it. Each process gets an equal part of the list, one after another, and then takes from the rest of
+    others."""
+    if PROCESSES == 1:
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    short = [item for item in items if not item.get_closest_marker("long")]
+    begin = [len(short) * process // PROCESSES for process in range(PROCESSES + 1)]
+    items[:] = [
+        item
+        for process in range(PROCESSES)
+        for item in (*long[process::PROCESSES], *short[begin[process] : begin[process + 1]])
+    ]
+
+
 @pytest.fixture(scope="session")
 def bootstrap() -> Iterator[str]:
     """A broker: the one that DRIFTKEEL_TEST_BOOTSTRAP names, else the embedded one."""

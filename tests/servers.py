@@ -187,6 +187,6 @@ def prometheus_tool(name: str) -> str:
 def promtool(*arguments: str | Path, content: str | None = None) -> str:
     """What it has to complain of, having passed all; the test is skipped where there is none."""
     command = [prometheus_tool("promtool"), *map(str, arguments)]
-    result = subprocess.run(command, input=content, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, input=content, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stderr

@@ -50,6 +50,7 @@ def build(folder: Path, **content: object) -> torch.Tensor:
     return update.state["affine"]
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1_800)  # three whole builds: half a minute each where nothing else runs
 def test_ours_and_the_papers(tmp_path: Path) -> None:
     training = {"meta_steps": 2, "unroll": 2, "streams": 2}
@@ -62,6 +63,7 @@ def test_ours_and_the_papers(tmp_path: Path) -> None:
     assert (paper - source).abs().max() <= 1e-3 + 1e-6
 
 
+@pytest.mark.long
 def test_a_generator_can_be_trained_further(tmp_path: Path) -> None:
     training = {"meta_steps": 1, "unroll": 2, "streams": 2, "batches": [1], "learning_rate": 1e-6}
     build(tmp_path / "further", training=training, correction_draws=0, start=str(SHIPPED_BUNDLE))

@@ -25,6 +25,7 @@ from worker.demo.run import _standstill, _unwind_on_signals
 from worker.demo.summary import summarise
 
 
+@pytest.mark.long
 def test_small_demo(tmp_path: Path) -> None:
     report, page, picture = tmp_path / "demo.json", tmp_path / "demo.html", tmp_path / "demo.svg"
     result = run_cli(
@@ -52,6 +53,7 @@ def test_small_demo(tmp_path: Path) -> None:
     assert "five drifting cameras" in summarise([numbers])
 
 
+@pytest.mark.long
 def test_interrupted_demo_stops_all_it_started(tmp_path: Path) -> None:
     command = [
         sys.executable,

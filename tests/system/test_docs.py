@@ -181,6 +181,7 @@ def running_site(site: Site, tmp_path: Path) -> tuple[Path, dict[str, str]]:
     return folder, environment
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", TESTED_PAGES, ids=name)
 def test_the_page_s_commands_run(page: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     place = TESTED.match(page.read_text(encoding="utf-8"))
