@@ -212,6 +212,25 @@ def test_a_command_that_no_worker_answers_waits(browser: Any, site: Site, start:
     assert wrong == []
 
 
+def test_only_routine_events_of_one_kind_share_a_row(
+    browser: Any, site: Site, start: Callable[..., ConsoleProcess]
+) -> None:
+    console = start()
+    routine = [event("cam-1", number) for number in (1, 2, 3)]
+    undone = [event("cam-1", 4, decision="rolled_back"), event("cam-1", 5, decision="reset")]
+    publish_events(site, [*routine, *undone, event("cam-1", 6, decision="frozen", command="c1")])
+    page, wrong = open_page(browser, f"{console.url}#/stream/cam-1")
+    page.locator(".events li").first.wait_for()
+    rows = [row.inner_text().split("\n") for row in page.locator(".events summary").all()]
+    assert [(row[1], row[2][:1] == "\u00d7") for row in rows] == [
+        ("frozen", False),
+        ("reset", False),
+        ("rolled back", False),
+        ("applied", True),
+    ]
+    assert wrong == []
+
+
 def test_hostile_records_harm_nothing(browser: Any, site: Site, start: Callable[..., ConsoleProcess]) -> None:
     """Records that are none, frames that are none, numbers that JSON does not have: the rest goes on being shown."""
     console = start()

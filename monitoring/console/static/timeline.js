@@ -18,27 +18,28 @@ export class Timeline {
   add(events) {
     this.none.hidden = this.none.hidden || events.length > 0;
     for (const event of events) {
-      const newest = this.list.firstElementChild;
-      // A row of the same says it once, with a count: a healthy stream would bury its one refusal.
-      if (newest?.same === sameness(event)) repeat(newest, event);
-      else this.list.prepend(entry(event));
+      const newest = this.list.firstElementChild, kind = routineKind(event);
+      // Routine events of one kind share a row with a count. A healthy stream would otherwise bury its one refusal.
+      if (kind !== null && newest?.routine === kind) repeat(newest, event);
+      else this.list.prepend(entry(event, kind));
     }
     while (this.list.childElementCount > MOST) this.list.lastElementChild.remove();
   }
 }
 
-function sameness(event) {
+// What consecutive routine events must agree in to share a row; null for every other event.
+function routineKind(event) {
   return event.command === null && QUIET.has(event.decision) ? `${event.decision} ${event.reason} ${event.parameters}` : null;
 }
 
-function entry(event) {
+function entry(event, kind) {
   const count = h("span", { class: "count" });
   const time = h("time", { datetime: new Date(1000 * event.time).toISOString() }, clock(event.time));
   const facts = h("dl", {});
   const word = h("span", { class: "decision", "data-decision": event.decision }, WORDS[event.decision] ?? event.decision);
-  const node = h("li", { class: QUIET.has(event.decision) && event.command === null ? "quiet" : "" },
+  const node = h("li", { class: kind === null ? "" : "quiet" },
     h("details", {}, h("summary", {}, time, word, count, h("span", { class: "why" }, event.reason)), facts));
-  node.same = sameness(event);
+  node.routine = kind;
   node.parts = { count, time, facts, repeats: 1 };
   fill(facts, event);
   return node;
