@@ -76,7 +76,11 @@ def test_the_same_frames_are_set_side_by_side(configs: list[str]) -> None:
     }
     assert set(told["streams"]) == {"cam-a", "cam-b"}
     assert (told["all"]["frames"], told["all"]["alike"]) == (4, 2)
-    assert (told["alone"], told["bundles"]) == ([2, 1], [["old"], ["new", "new\x1b[2J"]])
+    assert (told["alone"], told["bundles"], told["differing"]) == ([2, 1], [["old"], ["new", "new\x1b[2J"]], [])
+    told = json.loads(run_cli("compare", *configs, "--json", "--show", "1").stdout)
+    ((first, second),) = told["differing"]
+    assert first["id"] == second["id"]
+    assert (first["label"], second["label"], first["event_time"][:10]) == ("nut", "bolt\x1b[2J", "2026-01-05")
 
 
 def test_what_differs_most_is_told_first_and_nothing_steers_the_terminal(configs: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`driftkeel compare`: two groups of workers, frame by frame."""
+"""`driftkeel compare`: the answers of two groups of workers to the same frames."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def compare(
     show: Annotated[
         int, typer.Option(min=0, help="Also list this many of the newest frames with different answers.")
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
     """Compare the answers of two groups of workers to the same frames, for example to try out a new bundle."""
     from worker import compare as side_by_side
@@ -40,17 +40,22 @@ def compare(
         raise DriftkeelError(
             f"no frame was answered by both: {found.alone[0]} by the first only, {found.alone[1]} by the second only"
         )
+    differing = found.differing[-show:] if show else []
     if as_json:
-        streams = {name: asdict(row) for name, row in sorted(found.streams.items())}
-        print(
-            json.dumps({"streams": streams, "all": asdict(found.total), "alone": found.alone, "bundles": found.bundles})
-        )
-    else:
-        terminal().print(side_by_side.table(found))
-        for name, path, bundles, alone in zip(
-            ("first", "second"), (first, second), found.bundles, found.alone, strict=True
-        ):
-            words = f"{name}: {path}, bundle {', '.join(bundles)}; {alone:,} frames that the other has not answered"
-            print(printable(words))
-    for pair in found.differing[-show:] if show else ():
+        content = {
+            "streams": {name: asdict(row) for name, row in sorted(found.streams.items())},
+            "all": asdict(found.total),
+            "alone": found.alone,
+            "bundles": found.bundles,
+            "differing": [[asdict(answer) for answer in pair] for pair in differing],
+        }
+        print(json.dumps(content, default=datetime.isoformat))
+        return
+    terminal().print(side_by_side.table(found))
+    for name, path, bundles, alone in zip(
+        ("first", "second"), (first, second), found.bundles, found.alone, strict=True
+    ):
+        words = f"{name}: {path}, bundle {', '.join(bundles)}; {alone:,} frames that the other has not answered"
+        print(printable(words))
+    for pair in differing:
         print(side_by_side.difference(*pair))
