@@ -37,6 +37,8 @@ def markdown(report: Path, plot: Path | None = None) -> str:
 def _read(report: Path) -> dict[str, Any] | list[Any]:
     try:
         content = json.loads(report.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DataError(f"{report} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise DataError(f"{report} is no report of a benchmark: {error}") from error
     return content if isinstance(content, dict | list) else {}

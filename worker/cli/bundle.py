@@ -12,6 +12,7 @@ import typer
 
 from schemas.config import Batch, Frames
 from schemas.errors import ConfigError, mistakes
+from worker.cli.options import pixels
 
 if TYPE_CHECKING:
     from schemas.verdict import Verdict
@@ -124,7 +125,7 @@ def bundle_create(
 
     keep_freed_memory()
     import_from(code)
-    width, height = _size(size)
+    width, height = pixels(size) if size is not None else (None, None)
     given: dict[str, Any] = {
         "architecture": model,
         "arguments": _arguments(model_args),
@@ -178,15 +179,6 @@ def _arguments(text: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise ConfigError('--model-args must be a JSON object, such as {"classes": 10}')
     return arguments
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ConfigError(f"--size {text!r} is not WIDTHxHEIGHT, such as 224x224")
-    return int(width), int(height)
 
 
 def _numbers(option: str, text: str) -> list[float]:

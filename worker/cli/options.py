@@ -33,3 +33,11 @@ def must_be_writable(*files: Path | None) -> None:
     for file in files:
         if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
             raise ConfigError(f"{file} cannot be written: name a file in an existing folder that you may write to")
+
+
+def pixels(size: str) -> tuple[int, int]:
+    """Width and height of a `--size`. Raises ConfigError."""
+    width, _, height = size.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT, such as 640x480")
+    return int(width), int(height)

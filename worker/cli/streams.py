@@ -95,14 +95,16 @@ def export(
 @streams_app.command("import")
 def import_(
     stream: StreamArgument,
-    file: Annotated[
-        Path, typer.Option("--input", "-i", help="File that 'streams export' wrote.", exists=True, dir_okay=False)
-    ],
+    file: Annotated[Path, typer.Option("--input", "-i", help="File that 'streams export' wrote.")],
     reason: ReasonOption = "imported by hand",
     config: ConfigOption = None,
 ) -> None:
     """Give a stream the parameters from a file; it keeps its position."""
-    _say(_operator(config).import_file(stream, file.read_bytes(), reason))
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise StateError(f"{file} cannot be read: {error.strerror}") from error
+    _say(_operator(config).import_file(stream, content, reason))
 
 
 @streams_app.command()

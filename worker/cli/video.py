@@ -18,7 +18,7 @@ from schemas.command import EVERY_STREAM
 from schemas.config import Kafka, WorkerConfig
 from schemas.config_file import load_config
 from schemas.errors import ConfigError, mistakes
-from worker.cli.options import ConfigOption
+from worker.cli.options import ConfigOption, pixels
 
 if TYPE_CHECKING:
     from schemas.prediction import Prediction
@@ -79,7 +79,7 @@ def produce(
 
     settings = _settings(config, bootstrap)
     set_up_logging(settings.log)
-    options = PlayOptions(Encoding(quality, _box(size), fps), fast, now, again, loop, limit)
+    options = PlayOptions(Encoding(quality, pixels(size) if size is not None else None, fps), fast, now, again, loop, limit)
     streams = _streams(sources, stream or [], settings.frames.max_stream_id_bytes)
     with _until_stopped() as stop:
         for tally in play(settings, streams, options, state, stop):
@@ -108,6 +108,8 @@ def watch(
     from worker.log import set_up_logging
     from worker.watch import FrameMarker, Watcher
 
+    if as_json and table:
+        raise ConfigError("--json and --table cannot be used together: leave one out")
     settings = _settings(config, bootstrap)
     set_up_logging(settings.log)
     with _until_stopped() as stop:
@@ -153,15 +155,6 @@ def _settings(config: Path | None, bootstrap: str | None) -> WorkerConfig:
     except ValidationError as error:
         raise ConfigError(f"--bootstrap: {mistakes(error)[0][1]}") from error
     return settings.model_copy(update={"kafka": kafka})
-
-
-def _box(size: str | None) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    width, _, height = size.lower().partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT, such as 640x480")
-    return int(width), int(height)
 
 
 def _streams(sources: list[str], names: list[str], max_bytes: int) -> dict[str, Iterable[Item]]:
