@@ -11,15 +11,11 @@ from typing import Any
 
 from schemas.errors import ConfigError, StateError
 from schemas.heads import Head, Heads
-from schemas.update import UpdateEvent
+from schemas.update import Proxies, UpdateEvent
 from worker.audit.read import Record
 
-PROXIES = ("estimated_accuracy", "low", "high", "source_accuracy", "confidence", "entropy", "flip_rate")
-PLAIN = (
-    *("id", "stream", "time", "decision", "reason", "step", "loss", "entropy", "discrepancy", "raw_gradient_norm"),
-    *("generated_gradient_norm", "cosine", "source_distance", "flipped", "parameters", "command", "previous"),
-    *("token", "bundle", "worker"),
-)
+NESTED = {"schema_version", "frames", "layers", "before", "after"}  # these have no column, or several
+PLAIN = tuple(name for name in UpdateEvent.model_fields if name not in NESTED)
 
 
 def write_lines(records: Iterable[Record], path: Path) -> int:
@@ -45,7 +41,7 @@ def table(events: Sequence[UpdateEvent], layers: Sequence[str]) -> dict[str, lis
     columns["first_frame"] = [event.frames[0] if event.frames else None for event in events]
     columns["last_frame"] = [event.frames[-1] if event.frames else None for event in events]
     for moment in ("before", "after"):
-        for name in PROXIES:
+        for name in Proxies.model_fields:
             columns[f"{moment}_{name}"] = [getattr(getattr(event, moment), name, None) for event in events]
     for layer in layers:
         columns[f"layer_{layer}"] = [event.layers.get(layer) for event in events]

@@ -354,7 +354,7 @@ def test_files_keep_the_bytes(tmp_path: Path) -> None:
 
 def test_tables_have_a_column_a_layer_and_no_formulas(tmp_path: Path) -> None:
     events, path = [sealed.event for sealed in chain("=cmd()", 4, reason="+1")], tmp_path / "t.csv"
-    assert write_csv([events, [event.model_copy(update={"layers": {"last": 1}}) for event in events]], path) == 41
+    assert write_csv([events, [event.model_copy(update={"layers": {"last": 1}}) for event in events]], path) == 43
     with path.open(newline="", encoding="utf-8") as file:
         assert [row["layer_last"] for row in csv.DictReader(file)] == [""] * 4 + ["1"] * 4
     write_csv([events], path)
@@ -364,6 +364,7 @@ def test_tables_have_a_column_a_layer_and_no_formulas(tmp_path: Path) -> None:
     assert {row["stream"] for row in rows} == {"'=cmd()"}
     assert {row["reason"] for row in rows} == {"'+1"}
     assert rows[0]["after_estimated_accuracy"] == "0.6"
+    assert {f"{moment}_{name}" for moment in ("before", "after") for name in Proxies.model_fields} <= set(rows[0])
     assert rows[0]["frames"] == "8"
 
 
