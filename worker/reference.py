@@ -49,10 +49,18 @@ def reference() -> dict[str, str]:
 def command_line() -> str:
     """Every command with its arguments and options, as the command line itself describes them."""
     command = typer.main.get_command(app)
+    _list_in_full(command)
     context = typer.Context(command)
     text = typer.cli.get_docs_for_click(obj=command, ctx=context, name="driftkeel")
     body = text.split("\n", 1)[1].strip()
     return f"# Command line\n\n{GENERATED}\n\n{body}\n"
+
+
+def _list_in_full(group: Any) -> None:
+    """Have lists of commands show the whole first line of each help text; by default it is cut after 45 letters."""
+    for command in getattr(group, "commands", {}).values():
+        command.short_help = (command.help or "").partition("\n")[0]
+        _list_in_full(command)
 
 
 def configuration() -> str:

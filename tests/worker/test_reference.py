@@ -12,7 +12,7 @@ import yaml
 
 from schemas.config import WorkerConfig
 from schemas.config_file import dotted_keys
-from worker.reference import SCHEMAS, asyncapi, configuration, reference, write
+from worker.reference import SCHEMAS, asyncapi, command_line, configuration, reference, write
 
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 
@@ -23,6 +23,12 @@ def test_the_reference_agrees_with_the_code() -> None:
     assert set(written) == set(expected), "run 'make reference'"
     for name, text in expected.items():
         assert written[name] == text, f"{name} is not what the code says; run 'make reference'"
+
+
+def test_lists_of_commands_say_the_whole_line() -> None:
+    listed = [line for line in command_line().splitlines() if line.startswith("* `")]
+    assert "* `worker`: Consume frames, predict and adapt, until SIGTERM or Ctrl-C." in listed
+    assert [line for line in listed if line.endswith("...")] == []
 
 
 def test_what_is_no_longer_generated_is_removed(tmp_path: Path) -> None:

@@ -101,7 +101,9 @@ def show_config(config: ConfigOption = None) -> None:
 def demo(
     frames: Annotated[int, typer.Option(min=32, max=9_000, help="Frames per camera.")] = 4_000,
     seed: Annotated[int, typer.Option(help="Random seed of images, their order and shifts.")] = 0,
-    report: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", "-o", help="Also write the results to this JSON file.")
+    ] = None,
     html: Annotated[Path, typer.Option(help="File for the report with charts.")] = Path("demo-report.html"),
     picture: Annotated[Path | None, typer.Option(help="Also write only the charts to this SVG file.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Bundle to run; default: the example.")] = None,

@@ -69,7 +69,9 @@ def tables(
 
 @benchmark_app.command()
 def throughput(
-    report: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", "-o", help="Also write all figures to this JSON file.")
+    ] = None,
     quick: Annotated[bool, typer.Option(help="Fewer and shorter runs: at most five minutes.")] = False,
     profile: Annotated[
         Path | None, typer.Option(help="Also write a trace of one engine pass to this file, for ui.perfetto.dev.")
