@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -32,7 +33,7 @@ def init(
 
     for path in write_site(folder, bootstrap, store, bundle, code):
         print(f"wrote {path}")
-    print(f"next: cd {folder} && driftkeel doctor --config driftkeel.yaml")
+    print(f"next: cd {quote(str(folder))} && driftkeel doctor --config driftkeel.yaml")
 
 
 def local(

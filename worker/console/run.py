@@ -110,9 +110,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise ConfigError(
-            f"console: cannot bind {host}:{port}: {error.strerror or error}; set console.host or console.port"
-        ) from error
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # The library repeats the address behind that.
+        raise ConfigError(f"console: cannot bind {host}:{port}: {reason}; set console.host or console.port") from error
 
 
 def _clean_accuracy(config: WorkerConfig) -> float | None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+from shlex import split
+
 import pytest
 from typer.testing import CliRunner
 
-from schemas.errors import DriftkeelError
+from schemas.config import WorkerConfig
+from schemas.errors import ConfigError, DriftkeelError
 from worker.cli.app import app
+from worker.console.run import run_console
 
 CREATE = "bundle create --model groupnorm-cnn --weights w.pt --data images --output out --mean 0 --std 1"
 
@@ -25,3 +31,18 @@ def test_a_mistake_is_named_as_it_was_written(command: str, said: str) -> None:
     result = CliRunner().invoke(app, command.split())
     assert isinstance(result.exception, DriftkeelError), result.output
     assert str(result.exception) == said
+
+
+def test_a_port_that_is_taken_is_named_once() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError) as refused:
+            run_console(WorkerConfig(console={"port": port}))
+    said = f"console: cannot bind 127.0.0.1:{port}: Address already in use; set console.host or console.port"
+    assert str(refused.value) == said
+
+
+def test_the_next_step_that_init_names_can_be_pasted(tmp_path: Path) -> None:
+    folder = tmp_path / "my site"
+    told = CliRunner().invoke(app, ["init", str(folder)]).stdout.splitlines()[-1]
+    assert split(told)[:3] == ["next:", "cd", str(folder)]
