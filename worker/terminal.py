@@ -23,6 +23,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
+def counted(number: int, noun: str) -> str:
+    """A count with its noun: `1 stream`, `2,000 streams`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def facts(rows: Iterable[tuple[str, str]]) -> Table:
     """A table of names and texts."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))

@@ -47,7 +47,7 @@ def test_delete_while_a_worker_runs(site: Site, site_file: str) -> None:
     assert "cam" not in streams(site_file, "list")
     assert "deleted before" in streams(site_file, "delete", "cam", "--yes")  # had the event been lost on its way
     verified = run_cli("audit", "verify", "--config", site_file, "--store", "--complete")
-    assert "sound: 1 streams, 4 events" in verified.stdout, verified.stdout
+    assert "sound: 1 stream, 4 events" in verified.stdout, verified.stdout
     # Should it send again after all, it begins anew, under the same worker.
     ids = site.feed(worker, "cam", 8)
     assert site.header("cam").step == 1
@@ -56,7 +56,7 @@ def test_delete_while_a_worker_runs(site: Site, site_file: str) -> None:
     assert [events[n].decision for n in (3, 4, 5)] == ["applied", "deleted", "applied"]
     assert (events[4].reason, events[4].previous) == ("line 3 is gone", seal(events[3]).digest)
     verified = run_cli("audit", "verify", "--config", site_file, "--complete")
-    assert "sound: 1 streams, 5 events" in verified.stdout, verified.stdout
+    assert "sound: 1 stream, 5 events" in verified.stdout, verified.stdout
 
 
 def put(store: Store, **frames: int) -> None:
@@ -75,7 +75,7 @@ def test_delete_what_a_sender_has_made_up(site: Site, site_file: str) -> None:
     asked = run_cli("streams", "delete", "--frames-at-most", "1", "--config", site_file)  # nobody there to answer
     assert asked.returncode == 1
     assert re.findall(r"(?m)^(.*): 1 bytes", asked.stdout) == ["--yes", "-c\N{REPLACEMENT CHARACTER}", "cam-1 0"]
-    assert "Delete 3 for good?" in asked.stdout
+    assert "Delete 3 streams for good?" in asked.stdout
     assert streams(site_file, "list").count("\n") == 7
 
     assert "deleted: 3" in streams(site_file, "delete", "--frames-at-most", "1", "--yes")

@@ -23,6 +23,7 @@ from schemas.update import UpdateEvent
 from worker.audit.export import layers_of
 from worker.audit.history import ROUTINE, Span, spans
 from worker.audit.show import BACK, change, number
+from worker.terminal import counted
 
 ADAPTED, SOURCE, UNDONE, TOLD = "#0b6e8f", "#9a5b13", "#b3261e", "#5b4b8a"
 BINS = 60  # of time, in the picture of the layers
@@ -62,7 +63,9 @@ def write_report(path: Path, histories: Mapping[str, Sequence[UpdateEvent]], cha
         f"{left_out} more streams, with less to tell, are left out; name them with --stream." if left_out > 0 else ""
     )
     page = _PAGE.format(
-        headline=html.escape(f"{len(histories)} streams, {sum(decisions.values()):,} update events: {said or 'none'}."),
+        headline=html.escape(
+            f"{counted(len(histories), 'stream')}, {counted(decisions.total(), 'update event')}: {said or 'none'}."
+        ),
         chain=f"<p>{html.escape(chain)}</p>" if chain else "",
         sections="\n".join(_section(stream, list(histories[stream])) for stream in shown),
         footer=html.escape(footer),

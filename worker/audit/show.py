@@ -11,7 +11,7 @@ from rich.text import Text
 
 from schemas.update import Decision, Proxies, UpdateEvent
 from worker.audit.history import Span, Summary, spans
-from worker.terminal import printable
+from worker.terminal import counted, printable
 
 STREAMS_FIT, SPANS_FIT = 120, 150  # columns below which a table's words would break
 COUNTS = ("events", "applied", "partial", "skipped", "undone", "commands")
@@ -66,13 +66,15 @@ def _cells_of(stream: str, summary: Summary) -> list[str]:
 def show_stream(console: Console, stream: str, events: Sequence[UpdateEvent], last: int) -> None:
     """A stream over time: spans of what was decided, newest last; on a narrow terminal each as a few lines."""
     found = spans(events)
-    console.print(Text(f"{printable(stream)}: {len(events)} events in {len(found)} spans", style="bold"))
+    console.print(
+        Text(f"{printable(stream)}: {counted(len(events), 'event')} in {counted(len(found), 'span')}", style="bold")
+    )
     if console.width < SPANS_FIT:
         for span in found[-last:]:
             _lines(console, span)
         return
     table = Table(box=None, header_style="bold")
-    for name in ("from", "to", "first", "decision", "events", "step", "distance", "layers that moved most"):
+    for name in ("from, UTC", "to, UTC", "first", "decision", "events", "step", "distance", "layers that moved most"):
         table.add_column(name, justify="right" if name in ("events", "step", "distance") else "left", overflow="fold")
     table.add_column("estimated accuracy", justify="right")
     table.add_column("flips", justify="right")
@@ -86,7 +88,7 @@ def _lines(console: Console, span: Span) -> None:
     """A span's cells, some in each line."""
     begin, end, first, decision, events, step, distance, layers, accuracy, flips, why = _cells(span)
     time = begin if begin == end else f"{begin} to {end}"
-    console.print(Text(printable(f"{time}  {first}  {decision}"), style=_colour(span)))
+    console.print(Text(printable(f"{time} UTC  {first}  {decision}"), style=_colour(span)))
     _indented(console, [("events", events), ("step", step), ("distance", distance), ("flips", flips)])
     _indented(console, [("estimated accuracy", accuracy), ("moved most", layers)])
     _indented(console, [("", why)])
@@ -100,8 +102,8 @@ def _cells(span: Span) -> list[str]:
     layers = ", ".join(f"{layer} {moved:.3g}" for layer, moved in span.most_moved())
     flips = f"{span.flipped}/{span.frames}" if span.compared else "-"
     return [
-        f"{span.begin:%m-%d %H:%M:%S}",
-        f"{span.end:%m-%d %H:%M:%S}",
+        f"{span.begin:%Y-%m-%d %H:%M:%S}",
+        f"{span.end:%Y-%m-%d %H:%M:%S}",
         f"@{span.first.rsplit('@', 1)[1]}",
         span.decision,
         str(span.events),

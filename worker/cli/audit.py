@@ -13,6 +13,7 @@ import typer
 from schemas.config_file import load_config
 from schemas.errors import ConfigError, StateError
 from worker.cli.options import ConfigOption, as_utc
+from worker.terminal import counted, printable, terminal
 
 if TYPE_CHECKING:
     from schemas.state import StreamHeader
@@ -43,7 +44,6 @@ def show(
     from worker.audit.history import summaries
     from worker.audit.read import Coverage, events_of
     from worker.audit.show import show_stream, show_streams
-    from worker.terminal import terminal
 
     console, wanted = terminal(), _wanted(stream, since, until)
     if not stream:
@@ -77,10 +77,11 @@ def report(
     verification = verify(_records(config, file))
     chain = "The record is sound: every event has the hash that the next one carries."
     if not verification.sound:
-        chain = f"The record is not sound: {len(verification.findings)} findings; 'driftkeel audit verify' names them."
+        findings = counted(len(verification.findings), "finding")
+        chain = f"The record is not sound: {findings}; 'driftkeel audit verify' names them."
     found = _histories(config, file, _wanted(stream, since, until))
     write_report(output, found, chain)
-    print(f"{output}: {len(found)} streams, {sum(map(len, found.values()))} events")
+    print(f"{output}: {counted(len(found), 'stream')}, {counted(_events(found), 'event')}")
 
 
 @audit_app.command()
@@ -101,11 +102,11 @@ def export(
     if format == "jsonl":
         if stream or since or until:
             raise ConfigError("jsonl exports the whole record as published: leave out --stream, --since and --until")
-        print(f"{output}: {write_lines(_readable(_records(config, file)), output)} records")
+        print(f"{output}: {counted(write_lines(_readable(_records(config, file)), output), 'record')}")
         return
     found = _histories(config, file, _wanted(stream, since, until))
     columns = (write_csv if format == "csv" else write_parquet)(found.values(), output)
-    print(f"{output}: {sum(map(len, found.values()))} events, {columns} columns")
+    print(f"{output}: {counted(_events(found), 'event')}, {counted(columns, 'column')}")
 
 
 @audit_app.command()
@@ -126,7 +127,6 @@ def verify(
     """Name every event that is missing, altered, reordered or forked; exit 1 if there is one."""
     from schemas.heads import read_heads
     from worker.audit.verify import verify as examine
-    from worker.terminal import printable
 
     heads = read_heads(known).streams if known is not None else None
     headers, beside = _ends(config) if store else (None, [])
@@ -135,7 +135,8 @@ def verify(
         print(printable(f"{finding.kind:10s} {finding.event} {finding.text}"))
     sound = verification.sound and (verification.complete or not complete)
     copies = f", {verification.copies} published again with the same bytes" if verification.copies else ""
-    print(f"{'sound' if sound else 'NOT SOUND'}: {verification.streams} streams, {verification.events} events{copies}")
+    counts = f"{counted(verification.streams, 'stream')}, {counted(verification.events, 'event')}"
+    print(f"{'sound' if sound else 'NOT SOUND'}: {counts}{copies}")
     raise typer.Exit(int(not sound))
 
 
@@ -155,7 +156,7 @@ def heads(
     verification = examine(_records(config, file))
     if not verification.sound:
         raise StateError("the trail is not sound, so no heads are written: 'driftkeel audit verify' says why")
-    print(f"{output}: {len(verification.heads)} streams, SHA-256 {write_heads(verification.heads, output)}")
+    print(f"{output}: {counted(len(verification.heads), 'stream')}, SHA-256 {write_heads(verification.heads, output)}")
 
 
 def _records(config: Path | None, file: Path | None, since: datetime | None = None) -> Iterator[Record]:
@@ -166,8 +167,6 @@ def _records(config: Path | None, file: Path | None, since: datetime | None = No
 
 def _readable(records: Iterable[Record]) -> Iterator[Record]:
     """Those that could be read; a line says at the end how many could not."""
-    from worker.kafka.batches import counted
-
     damaged: list[Record] = []
     for record in records:
         if record.damage:
@@ -175,7 +174,7 @@ def _readable(records: Iterable[Record]) -> Iterator[Record]:
         else:
             yield record
     if damaged:
-        missing = counted(sum(record.records for record in damaged))
+        missing = counted(sum(record.records for record in damaged), "record")
         print(f"driftkeel: {missing} left out; {damaged[0].damage}", file=sys.stderr)
 
 
@@ -194,17 +193,19 @@ def _histories(config: Path | None, file: Path | None, wanted: EventFilter) -> d
     return found
 
 
+def _events(histories: dict[str, History]) -> int:
+    return sum(map(len, histories.values()))
+
+
 def _explain(coverage: Coverage, found: set[str], wanted: EventFilter) -> None:
     """What else was there than was wanted. Raises StateError where that is all, or a stream is missing."""
-    from worker.kafka.batches import counted
-
     if coverage.strays and not (coverage.events or found):
         raise StateError(
             f"{coverage.first_stray} is not an update event, and there are none; --file needs a jsonl export"
         )
     if coverage.strays:
         print(
-            f"driftkeel: {counted(coverage.strays)} left out, not update events; first {coverage.first_stray}",
+            f"driftkeel: {counted(coverage.strays, 'record')} left out, no update events; first {coverage.first_stray}",
             file=sys.stderr,
         )
     if missing := sorted(wanted.streams - found):

@@ -125,7 +125,7 @@ def bundle_create(
 
     keep_freed_memory()
     import_from(code)
-    width, height = pixels(size) if size is not None else (None, None)
+    width, height = pixels(size) or (None, None)
     given: dict[str, Any] = {
         "architecture": model,
         "arguments": _arguments(model_args),

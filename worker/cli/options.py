@@ -35,8 +35,10 @@ def must_be_writable(*files: Path | None) -> None:
             raise ConfigError(f"{file} cannot be written: name a file in an existing folder that you may write to")
 
 
-def pixels(size: str) -> tuple[int, int]:
-    """Width and height of a `--size`. Raises ConfigError."""
+def pixels(size: str | None) -> tuple[int, int] | None:
+    """Width and height of a `--size`, None where it is not given. Raises ConfigError."""
+    if size is None:
+        return None
     width, _, height = size.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT, such as 640x480")

@@ -141,7 +141,7 @@ def delete(
     from worker.control import retire
     from worker.kafka.client import require_topics
     from worker.store.store import StateStore
-    from worker.terminal import printable
+    from worker.terminal import counted, printable
 
     if bool(streams) == (frames_at_most is not None):
         raise ConfigError("name the streams to delete, or give --frames-at-most instead of names")
@@ -152,7 +152,7 @@ def delete(
     for stream, found in zip(chosen, store.overview(chosen), strict=True):
         print(printable(f"{stream}: {retire.described(store, stream, found)}"))
     if chosen and not yes:
-        typer.confirm(f"Delete {len(chosen)} for good?", abort=True)
+        typer.confirm(f"Delete {counted(len(chosen), 'stream')} for good?", abort=True)
     deleted = 0
     for stream in chosen:
         # The answer, and the streams before it, take time: it may be a camera that has begun meanwhile.

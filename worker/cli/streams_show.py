@@ -13,7 +13,7 @@ from schemas.state import Snapshot, StreamHeader
 from schemas.update import Proxies
 from worker.control.stored import ListedStream
 from worker.guard.answer import answering, named
-from worker.terminal import facts, printable
+from worker.terminal import counted, facts, printable
 
 COLOURS = {"ok": "green", "expired": "yellow"}
 MEANING = {
@@ -55,8 +55,7 @@ def _rows(found: ListedStream, policy: Policy, proxies: Proxies) -> Iterator[tup
         if header.commands:
             yield "obeyed up to", _places(header.commands)
         yield "bundle", f"{header.bundle} ({header.method})"
-    kept = f"{found.snapshots} snapshot{'' if found.snapshots == 1 else 's'}"
-    yield "state", f"{found.tensor_bytes:,} bytes, {kept}"
+    yield "state", f"{counted(found.tensor_bytes, 'byte')}, {counted(found.snapshots, 'snapshot')}"
 
 
 def _answer(header: StreamHeader, policy: Policy) -> str:

@@ -19,6 +19,7 @@ from schemas.config import Kafka, WorkerConfig
 from schemas.config_file import load_config
 from schemas.errors import ConfigError, mistakes
 from worker.cli.options import ConfigOption, pixels
+from worker.terminal import counted
 
 if TYPE_CHECKING:
     from schemas.prediction import Prediction
@@ -77,15 +78,15 @@ def produce(
     from worker.produce.produce import produce as play
     from worker.produce.sources import Encoding
 
+    options = PlayOptions(Encoding(quality, pixels(size), fps), fast, now, again, loop, limit)
     settings = _settings(config, bootstrap)
     set_up_logging(settings.log)
-    options = PlayOptions(Encoding(quality, pixels(size) if size is not None else None, fps), fast, now, again, loop, limit)
     streams = _streams(sources, stream or [], settings.frames.max_stream_id_bytes)
     with _until_stopped() as stop:
         for tally in play(settings, streams, options, state, stop):
             extra = f", {tally.before} passed over: sent before" if tally.before else ""
             extra += f", {tally.dropped} dropped: the broker was too slow" if tally.dropped else ""
-            print(f"{tally.stream}: {tally.sent} frames sent, {tally.bytes / 1e6:.1f} MB{extra}")
+            print(f"{tally.stream}: {counted(tally.sent, 'frame')} sent, {tally.bytes / 1e6:.1f} MB{extra}")
 
 
 def watch(
@@ -104,7 +105,7 @@ def watch(
     bootstrap: BootstrapOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Show predictions as they come, until Ctrl-C; other consumers are not affected."""
+    """Show predictions as they come, with local times, until Ctrl-C; other consumers are not affected."""
     from worker.log import set_up_logging
     from worker.watch import FrameMarker, Watcher
 

@@ -16,6 +16,7 @@ from kafka.errors import UnsupportedCodecError
 from kafka.record.default_records import DefaultRecord
 
 from schemas.errors import ConfigError
+from worker.terminal import counted
 
 log = logging.getLogger("driftkeel.kafka")
 FORMAT = 2  # of batches since Kafka 0.11; older ones have no last offset
@@ -54,12 +55,7 @@ class PassedOver:
         self._batches += 1
         self._records += missing.records
         if self._batches.bit_count() == 1:
-            log.warning("%s passed over so far; newest: %s", counted(self._records), missing.reason)
-
-
-def counted(records: int) -> str:
-    """A number of records in words."""
-    return f"{records} record{'' if records == 1 else 's'}"
+            log.warning("%s passed over so far; newest: %s", counted(self._records, "record"), missing.reason)
 
 
 def pass_over_unreadable(consumer: Any) -> None:

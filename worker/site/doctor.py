@@ -27,6 +27,7 @@ from worker.site.folder import LOOPBACK
 from worker.site.positions import check_cluster, forgotten, short_logs
 from worker.store.client import connect
 from worker.store.store import StateStore, Write
+from worker.terminal import counted
 
 Level = Literal["ok", "warning", "failed"]
 Check = Callable[[WorkerConfig], Iterator["Finding"]]
@@ -183,7 +184,7 @@ def _store(config: WorkerConfig) -> Iterator[Finding]:
 
 def _room(config: WorkerConfig, streams: int) -> Finding:
     most = config.store.max_streams
-    text = f"{streams} streams, of at most {most} (store.max_streams)"
+    text = f"{counted(streams, 'stream')}, of at most {most:,} (store.max_streams)"
     if streams < NEARLY_FULL * most:
         return Finding("store", "ok", text)
     return Finding("store", "warning", f"{text}: delete those that are no cameras, or raise it and the store's memory")
@@ -286,7 +287,7 @@ def _partitions(kafka: Any, topic: str) -> Finding:
         count = len(consumer.partitions_for_topic(topic) or ())
     finally:
         consumer.close(autocommit=False)
-    text = f"topic {topic} has {count} partition{'s' if count != 1 else ''}: at most {count} workers share it"
+    text = f"topic {topic} has {counted(count, 'partition')}: at most {counted(count, 'worker')} can share it"
     return Finding("broker", "ok" if count > 1 else "warning", text)
 
 

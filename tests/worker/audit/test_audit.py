@@ -448,7 +448,18 @@ def test_no_word_breaks_at_the_width_of_the_terminal(width: int) -> None:
     words = " ".join(lines).split()
     for word in ("line-3/camera", "events", "applied", "partial", "skipped", "undone", "commands", "step", "distance"):
         assert word in words
-    for word in ("rolled_back", "@1234", "12345", "1.23e+03", "moved", "most", "collapse", "03-01", "00:00:08"):
+    for word in (
+        "rolled_back",
+        "@1234",
+        "12345",
+        "1.23e+03",
+        "moved",
+        "most",
+        "collapse",
+        "2026-03-01",
+        "00:00:08",
+        "UTC",
+    ):
         assert word in words
     assert any("50.0% → 60.0%" in line for line in lines)
 

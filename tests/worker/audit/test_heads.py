@@ -86,13 +86,13 @@ def test_heads_go_through_a_file_and_the_command_line(tmp_path: Path) -> None:
     write_lines(records(group[:4]), trail)
     code, output = run("heads", "--output", str(kept))
     assert code == 0
-    assert output.startswith(f"{kept}: 1 streams, SHA-256 ")
+    assert output.startswith(f"{kept}: 1 stream, SHA-256 ")
     assert read_heads(kept).streams == heads_of(group[:4])
 
     write_lines(records(group), trail)
-    assert run("verify", "--heads", str(kept)) == (0, "sound: 1 streams, 6 events\n")
+    assert run("verify", "--heads", str(kept)) == (0, "sound: 1 stream, 6 events\n")
     write_lines(records(written_anew(group, 1)), trail)
-    assert run("verify") == (0, "sound: 1 streams, 6 events\n")
+    assert run("verify") == (0, "sound: 1 stream, 6 events\n")
     code, output = run("verify", "--heads", str(kept))
     assert code == 1
     assert "altered    cam-\u00e9 1@4 does not have the hash of the stream's head" in output
