@@ -1,4 +1,4 @@
-"""The command line, `driftkeel ...`. What it loads takes half a second, in which Ctrl-C is no error either."""
+"""The command line, `driftkeel ...`. Its imports take half a second, and Ctrl-C during them is no error either."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 # Before torch and NumPy are loaded: threads that wait must not spin, or they take the processor from those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# NumPy's threads do spin, whatever that says: on a busy machine small equations take thirty times as long with them.
+# NumPy's own threads spin all the same. On a busy machine they make small equations thirty times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 

@@ -56,11 +56,11 @@ def worker(config: ConfigOption = None) -> None:
     import os
     import signal
 
-    # A container's first process gets no signal that it does not handle: a pod that is deleted while torch loads would
-    # go on, join the group, and be killed with its partitions.
+    # A container's first process receives only signals that it handles. Without this, a pod that is deleted while torch
+    # loads would go on, join the group, and be killed while it holds partitions.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    # While torch loads there is nothing to finish, and its code may lose the exception that Ctrl-C raises. Who started
-    # this may have it ignore Ctrl-C.
+    # While torch loads there is nothing to finish, and its code may swallow a KeyboardInterrupt: the signal itself ends
+    # the process. Where Ctrl-C is ignored, as in a background job, it stays ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from worker.log import set_up_logging
@@ -108,7 +108,7 @@ def demo(
     picture: Annotated[Path | None, typer.Option(help="Also write only the charts to this SVG file.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Bundle to run; default: the example.")] = None,
     view: Annotated[bool, typer.Option(help="Show a live table; --no-view prints plain lines.")] = True,
-    page: Annotated[
+    web_console: Annotated[
         bool, typer.Option("--console/--no-console", help="Also start the web console, if it is installed.")
     ] = True,
 ) -> None:
@@ -117,7 +117,9 @@ def demo(
     from worker.demo.run import run_demo
     from worker.site.folder import EXAMPLE_BUNDLE, shipped
 
-    raise typer.Exit(run_demo(frames, seed, report, html, bundle or shipped(EXAMPLE_BUNDLE), view, picture, page))
+    raise typer.Exit(
+        run_demo(frames, seed, report, html, bundle or shipped(EXAMPLE_BUNDLE), view, picture, web_console)
+    )
 
 
 @meta_app.command("train")
@@ -154,7 +156,7 @@ app.command()(compare)
 
 
 def run() -> None:
-    """What was asked for: errors meant for the user are one line each, exit code 1."""
+    """Run the command line. An error meant for the user is printed on standard error, with exit code 1."""
     try:
         app()
     except DriftkeelError as error:

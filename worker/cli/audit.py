@@ -1,4 +1,4 @@
-"""`driftkeel audit ...`: what changed in a stream, when, by how much and why; and whether the record is whole."""
+"""`driftkeel audit ...`: what changed in a stream, when, by how much and why, and whether the trail is complete."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def show(
         found = summaries(
             event for event, _ in events_of(_readable(_records(config, file, wanted.since)), wanted, coverage)
         )
-        _explain(coverage, set(found), wanted)
+        _say_coverage(coverage, set(found), wanted)
         show_streams(console, found)
         return
     for name, events in _histories(config, file, wanted).items():
@@ -119,7 +119,7 @@ def verify(
     complete: Annotated[
         bool, typer.Option("--complete", help="Require every stream to begin with its first event.")
     ] = False,
-    known: Annotated[
+    heads_file: Annotated[
         Path | None,
         typer.Option("--heads", help="File that 'audit heads' wrote: the trail must contain these very events."),
     ] = None,
@@ -128,9 +128,9 @@ def verify(
     from schemas.heads import read_heads
     from worker.audit.verify import verify as examine
 
-    heads = read_heads(known).streams if known is not None else None
-    headers, beside = _ends(config) if store else (None, [])
-    verification = examine(_records(config, file), headers, beside, lambda: _ends(config)[0], heads)
+    heads = read_heads(heads_file).streams if heads_file is not None else None
+    headers, beside = _stored_ends(config) if store else (None, [])
+    verification = examine(_records(config, file), headers, beside, lambda: _stored_ends(config)[0], heads)
     for finding in verification.findings:
         print(printable(f"{finding.kind:10s} {finding.event} {finding.text}"))
     sound = verification.sound and (verification.complete or not complete)
@@ -148,7 +148,7 @@ def heads(
 ) -> None:
     """Write every stream's newest event and its hash to a file, for verify --heads.
 
-    Keep the file where nobody can write who can write to topic and store.
+    Keep the file where those who can write to the topic or the store cannot change it.
     """
     from worker.audit.export import write_heads
     from worker.audit.verify import verify as examine
@@ -166,7 +166,7 @@ def _records(config: Path | None, file: Path | None, since: datetime | None = No
 
 
 def _readable(records: Iterable[Record]) -> Iterator[Record]:
-    """Those that could be read; a line says at the end how many could not."""
+    """The records that could be read; at the end a line on standard error says how many could not."""
     damaged: list[Record] = []
     for record in records:
         if record.damage:
@@ -189,7 +189,7 @@ def _histories(config: Path | None, file: Path | None, wanted: EventFilter) -> d
 
     coverage = Coverage()
     found = histories(_readable(_records(config, file, wanted.since)), wanted, coverage)
-    _explain(coverage, set(found), wanted)
+    _say_coverage(coverage, set(found), wanted)
     return found
 
 
@@ -197,8 +197,8 @@ def _events(histories: dict[str, History]) -> int:
     return sum(map(len, histories.values()))
 
 
-def _explain(coverage: Coverage, found: set[str], wanted: EventFilter) -> None:
-    """What else was there than was wanted. Raises StateError where that is all, or a stream is missing."""
+def _say_coverage(coverage: Coverage, found: set[str], wanted: EventFilter) -> None:
+    """Say what else was read. Raises StateError if there were no update events at all, or a stream has none."""
     if coverage.strays and not (coverage.events or found):
         raise StateError(
             f"{coverage.first_stray} is not an update event, and there are none; --file needs a jsonl export"
@@ -212,8 +212,8 @@ def _explain(coverage: Coverage, found: set[str], wanted: EventFilter) -> None:
         raise StateError(f"no events of stream {missing[0]!r} found; without --stream all streams are shown")
 
 
-def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
-    """Every stream's header in the store, and the events that lie beside them."""
+def _stored_ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
+    """Every stream's header in the store, and the events stored beside the headers, published or not yet."""
     from schemas.state import StreamHeader, decode_header
     from worker.audit.read import Record
     from worker.store.store import StateStore
@@ -227,7 +227,7 @@ def _ends(config: Path | None) -> tuple[dict[str, StreamHeader], list[Record]]:
         headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
         beside += [Record(line, f"where stream {name} was deleted in the store") for line in lines_beside(event)]
     for name, header, event in client.ends():
-        # Without a header that can be read the next worker goes on from the event beside it.
+        # If its header cannot be read, the next worker continues from the event beside it.
         headers[name] = after_last_event(StreamHeader(stream=name, bundle="", method=""), event)
         try:
             headers |= {name: decode_header(header)} if header else {}

@@ -1,4 +1,4 @@
-"""`driftkeel bundle ...`: look at bundles, and make one from somebody's classifier."""
+"""`driftkeel bundle ...`: show bundles, and make one from a trained classifier."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from schemas.errors import ConfigError, mistakes
 from worker.cli.options import pixels
 
 if TYPE_CHECKING:
+    from meta.create.subject import CreateSettings
     from schemas.verdict import Verdict
 
 bundle_app = typer.Typer(help="Show bundles, and make them from your own classifiers.", no_args_is_help=True)
@@ -27,8 +28,8 @@ def bundle_show(
         list[str] | None, typer.Option(help="module:function of your own model that the bundle may run.")
     ] = None,
     code: Annotated[Path, typer.Option(help="Folder that contains its module.")] = Path(),
-    whole: Annotated[
-        bool, typer.Option("--json", help="Print the whole manifest as it is, and the rest to standard error.")
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the manifest as JSON, and everything else on standard error.")
     ] = False,
 ) -> None:
     """Check every hash of a bundle, and show what it is and its verdict, if it has one."""
@@ -41,14 +42,14 @@ def bundle_show(
     if factory:
         import_from(code)
     bundle = load_bundle(path, factory or ())
-    besides = sys.stderr if whole else sys.stdout
-    if whole:
+    rest = sys.stderr if as_json else sys.stdout
+    if as_json:
         print(printable_json(bundle.manifest.model_dump_json(indent=2)))
     else:
         show(terminal(), bundle)
     if (verdict := read_verdict(path)) is not None:
-        print(f"\n{printable_lines(_table(verdict))}\n", file=besides)
-    print(f"sound: bundle {bundle.hash}", file=besides)
+        print(f"\n{printable_lines(_verdict_lines(verdict))}\n", file=rest)
+    print(f"sound: bundle {bundle.hash}", file=rest)
 
 
 @bundle_app.command("calibrate")
@@ -117,7 +118,6 @@ def bundle_create(
     from meta.bundle_folder import read_verdict
     from meta.create.piecewise import frames_in_pass
     from meta.create.run import create_bundle
-    from meta.create.subject import CreateSettings
     from meta.imports import import_from
     from worker.decode.image import decode_image
     from worker.process import keep_freed_memory
@@ -147,7 +147,7 @@ def bundle_create(
     }
     limits = Frames()
     manifest = create_bundle(
-        _settings(CreateSettings, given),
+        _settings(given),
         name or output.name,
         output,
         shlex.join(["driftkeel", *sys.argv[1:]]),
@@ -156,16 +156,18 @@ def bundle_create(
     )
     verdict = read_verdict(output)
     if verdict is not None:
-        print(_table(verdict))
+        print(_verdict_lines(verdict))
     print(f"\nbundle {manifest.content_hash} written to {output}. For the worker's config:\n")
-    print(_config(output, model, code, frames_in_pass(manifest.preprocess.height, manifest.preprocess.width)))
+    print(_config_section(output, model, code, frames_in_pass(manifest.preprocess.height, manifest.preprocess.width)))
 
 
-def _settings(kind: Any, given: dict[str, Any]) -> Any:
+def _settings(given: dict[str, Any]) -> CreateSettings:
     from pydantic import ValidationError
 
+    from meta.create.subject import CreateSettings
+
     try:
-        return kind(**given)
+        return CreateSettings(**given)
     except ValidationError as error:
         where, words = mistakes(error)[0]
         raise ConfigError(f"--{where.partition('.')[0].replace('_', '-')}: {words}") from error
@@ -188,7 +190,7 @@ def _numbers(option: str, text: str) -> list[float]:
         raise ConfigError(f"{option} {text!r} is not a list of numbers, such as 0.5 or 0.485,0.456,0.406") from error
 
 
-def _table(verdict: Verdict) -> str:
+def _verdict_lines(verdict: Verdict) -> str:
     what = "accuracy" if verdict.truth == "labels" else "agreement with the source model's undisturbed answers"
     lines = [f"{what}, %", f"{'setting':30s} {'frames':>7s} {'source':>7s} {'adapted':>8s} {'gain':>6s}"]
     for m in verdict.settings:
@@ -199,7 +201,7 @@ def _table(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def _config(output: Path, model: str, code: Path, frames: int) -> str:
+def _config_section(output: Path, model: str, code: Path, frames: int) -> str:
     lines = ["bundle:", f"  path: {output}"]
     if ":" in model:
         lines.append(f'  factories: ["{model}"]  # the bundle may run this code, and no other')

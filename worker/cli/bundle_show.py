@@ -14,7 +14,7 @@ MOST_LABELS = 12
 
 
 def show(console: Console, bundle: Bundle) -> None:
-    """A screenful; the manifest has all of it."""
+    """The most important facts; the manifest has all of them."""
     console.print(facts(_rows(bundle)))
 
 

@@ -1,11 +1,11 @@
-"""`driftkeel command ...`: tell the workers, through the commands topic, what shall become of streams."""
+"""`driftkeel command ...`: send commands about streams to the workers, through the commands topic."""
 
 from __future__ import annotations
 
 import getpass
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -14,10 +14,9 @@ from schemas.command import Action, Command
 from schemas.config_file import load_config
 from schemas.errors import ConfigError, mistakes
 from schemas.policy import Mode, PolicyChange
+from schemas.update import UpdateEvent
 from worker.cli.options import ConfigOption, ReasonOption
-
-if TYPE_CHECKING:
-    from schemas.update import UpdateEvent
+from worker.terminal import printable
 
 command_app = typer.Typer(
     help="Send workers a command for one stream or all of them; each is carried out once, and audited.",
@@ -33,8 +32,8 @@ WaitOption = Annotated[
 ]
 
 
-def _plain(action: Action, help: str) -> None:
-    """A command that says no more than which stream."""
+def _add(action: Action, help: str) -> None:
+    """Add a command that needs nothing but a stream."""
 
     def run(
         stream: StreamArgument,
@@ -48,9 +47,9 @@ def _plain(action: Action, help: str) -> None:
     command_app.command(action, help=help)(run)
 
 
-_plain("freeze", "Stop updates; the parameters stay as they are.")
-_plain("unfreeze", "Resume updates.")
-_plain("reset", "Go back to the source model; an approval is withdrawn too.")
+_add("freeze", "Stop updates; the parameters stay as they are.")
+_add("unfreeze", "Resume updates.")
+_add("reset", "Go back to the source model; an approval is withdrawn too.")
 
 
 @command_app.command()
@@ -62,11 +61,11 @@ def rollback(
     by: ByOption = "",
     wait: WaitOption = 15,
 ) -> None:
-    """Back to a snapshot."""
+    """Go back to a snapshot."""
     _send(config, wait, stream=stream, action="rollback", snapshot=back, reason=reason, by=by)
 
 
-_plain("approve", "Approve the present parameters: in mode approve these answer.")
+_add("approve", "Approve the present parameters: in mode approve these answer.")
 
 
 @command_app.command()
@@ -112,17 +111,17 @@ def _send(config: Path | None, wait: float, **fields: Any) -> None:
     answers = send_command(
         load_config(config).kafka, command, wait, lambda: print(f"command {command.id} sent", file=sys.stderr)
     )
-    events = [_say(event) for event in answers]
-    if not events and wait:
+    decisions = []
+    for event in answers:
+        _print_outcome(event)
+        decisions.append(event.decision)
+    if not decisions and wait:
         print(
-            f"no worker has confirmed it within {wait:g} s; one will obey once it runs and knows the stream",
+            f"no worker has confirmed it within {wait:g} s; it will be obeyed once a worker runs and knows the stream",
             file=sys.stderr,
         )
-    raise typer.Exit(int(bool(wait) and (not events or "skipped" in events)))
+    raise typer.Exit(int(bool(wait) and (not decisions or "skipped" in decisions)))
 
 
-def _say(event: UpdateEvent) -> str:
-    from worker.terminal import printable
-
+def _print_outcome(event: UpdateEvent) -> None:
     print(printable(f"{event.id}: {event.decision}, now at step {event.step}: {event.reason}"), flush=True)
-    return event.decision

@@ -1,4 +1,4 @@
-"""Options that several groups of commands have."""
+"""Options that several commands share, and how their values are checked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def as_utc(moment: datetime | None) -> datetime | None:
 
 
 def must_be_writable(*files: Path | None) -> None:
-    """Before a long run rather than after it. Raises ConfigError."""
+    """Check before a long run that its results can be written. Raises ConfigError."""
     for file in files:
         if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
             raise ConfigError(f"{file} cannot be written: name a file in an existing folder that you may write to")

@@ -1,4 +1,4 @@
-"""`driftkeel streams ...`: look at stored streams and change them while workers run."""
+"""`driftkeel streams ...`: show stored streams, and change them while workers run."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def show(
     found = listed_one(store, stream)
     kept = [] if found.foreign else snapshots(store, stream)
     if as_json:
-        print(json.dumps(_plain(found, kept), indent=2))
+        print(json.dumps(_as_json(found, kept), indent=2))
     else:
         show_stream(terminal(), found, kept, *judged(settings, found))
 
@@ -104,13 +104,13 @@ def import_(
         content = file.read_bytes()
     except OSError as error:
         raise StateError(f"{file} cannot be read: {error.strerror}") from error
-    _say(_operator(config).import_file(stream, content, reason))
+    _print_event(_operator(config).import_file(stream, content, reason))
 
 
 @streams_app.command()
 def reset(stream: StreamArgument, reason: ReasonOption = "reset by hand", config: ConfigOption = None) -> None:
     """Set a stream back to the source model."""
-    _say(_operator(config).reset(stream, reason))
+    _print_event(_operator(config).reset(stream, reason))
 
 
 @streams_app.command()
@@ -121,7 +121,7 @@ def rollback(
     config: ConfigOption = None,
 ) -> None:
     """Set a stream back to one of its snapshots."""
-    _say(_operator(config).rollback(stream, back, reason))
+    _print_event(_operator(config).rollback(stream, back, reason))
 
 
 @streams_app.command()
@@ -155,15 +155,15 @@ def delete(
         typer.confirm(f"Delete {counted(len(chosen), 'stream')} for good?", abort=True)
     deleted = 0
     for stream in chosen:
-        # The answer, and the streams before it, take time: it may be a camera that has begun meanwhile.
+        # The question and the streams before this one took time: the camera may have begun to send meanwhile.
         if frames_at_most is None or retire.of_few_frames(store, frames_at_most, [stream]):
             retire.publish(settings.kafka, name, retire.delete(store, stream, reason, name))
             deleted += 1
     print(f"deleted: {deleted}")
 
 
-def _plain(found: ListedStream, kept: list[Snapshot | None]) -> dict[str, Any]:
-    """The header is null where it cannot be read, and so is a snapshot."""
+def _as_json(found: ListedStream, kept: list[Snapshot | None]) -> dict[str, Any]:
+    """All that is stored but the tensors; a header or a snapshot that cannot be read is null."""
     return {
         "stream": found.stream,
         "condition": found.condition,
@@ -175,5 +175,5 @@ def _plain(found: ListedStream, kept: list[Snapshot | None]) -> dict[str, Any]:
     }
 
 
-def _say(event: UpdateEvent) -> None:
+def _print_event(event: UpdateEvent) -> None:
     print(f"{event.id}: {event.decision}, now at step {event.step}")

@@ -1,4 +1,4 @@
-"""A stored stream on the terminal: who answers for it, how it does, and where it could go back to."""
+"""A stored stream on the terminal: which parameters answer, how accurate they are, and its snapshots."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEANING = {
 def show(
     console: Console, found: ListedStream, snapshots: Sequence[Snapshot | None], policy: Policy, proxies: Proxies
 ) -> None:
-    """`policy` is what holds for the stream, `proxies` what its state says of its accuracy."""
+    """`policy` is the stream's effective policy, `proxies` what its state says about its accuracy."""
     colour = COLOURS.get(found.condition, "red")
     meaning = f": {found.foreign}" if found.foreign else MEANING[found.condition]
     console.print(Text.assemble((printable(found.stream), "bold"), "  ", (found.condition + meaning, colour)))

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -117,7 +117,7 @@ def watch(
         watcher = Watcher(settings, set(stream or []), beginning, stop)
         marker = FrameMarker(settings, draw, stop) if draw else None
         try:
-            for prediction in _shown(watcher, as_json, table, count):
+            for prediction in _printed(watcher, as_json, table, count):
                 if marker:
                     marker.draw(prediction)
         finally:
@@ -126,7 +126,7 @@ def watch(
                 marker.close()
 
 
-def _shown(watcher: Watcher, as_json: bool, table: bool, count: int | None) -> Iterator[Prediction]:
+def _printed(watcher: Watcher, as_json: bool, table: bool, count: int | None) -> Iterator[Prediction]:
     """Print each prediction as it passes."""
     from rich.live import Live
 
@@ -160,7 +160,7 @@ def _settings(config: Path | None, bootstrap: str | None) -> WorkerConfig:
 
 def _streams(sources: list[str], names: list[str], max_bytes: int) -> dict[str, Iterable[Item]]:
     """Items by stream. Sources of one stream follow each other; streams play at the same time."""
-    from worker.produce.sources import find
+    from worker.produce.sources import find, without_credentials
 
     if len(names) not in (0, 1, len(sources)):
         raise ConfigError(
@@ -172,7 +172,8 @@ def _streams(sources: list[str], names: list[str], max_bytes: int) -> dict[str, 
         suggested, items = find(source)
         name = names[number] if names else suggested
         if name is None:
-            raise ConfigError(f"{_shown_source(source)} has no name of its own; give --stream NAME")
+            shown = "standard input" if source == "-" else without_credentials(source)
+            raise ConfigError(f"{shown} has no name of its own; give --stream NAME")
         if name == EVERY_STREAM:
             raise ConfigError(
                 f"{EVERY_STREAM} means all streams in commands and cannot be a stream's name; give --stream NAME"
@@ -185,27 +186,16 @@ def _streams(sources: list[str], names: list[str], max_bytes: int) -> dict[str, 
             raise ConfigError(
                 f"stream {name}: a camera never ends, so the sources after it never start; give --stream for each"
             )
-    return {name: _chained(parts) for name, parts in streams.items()}
-
-
-def _chained(parts: list[Iterable[Item]]) -> Iterator[Item]:
-    for part in parts:
-        yield from part
-
-
-def _shown_source(source: str) -> str:
-    from worker.produce.sources import without_credentials
-
-    return "standard input" if source == "-" else without_credentials(source)
+    return {name: chain.from_iterable(parts) for name, parts in streams.items()}
 
 
 @contextmanager
 def _until_stopped() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set: both are the usual way to end."""
+    """An event that Ctrl-C and SIGTERM set. Both are the usual way to end, and so is a reader that goes away."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
         yield stop
-    except BrokenPipeError:  # `driftkeel watch | head`: whoever read is gone.
+    except BrokenPipeError:  # As in `driftkeel watch | head`.
         sys.stderr.close()

@@ -49,7 +49,7 @@ def run_demo(
     bundle_path: Path,
     view: bool,
     picture: Path | None,
-    page: bool,
+    web_console: bool,
 ) -> int:
     """Returns the exit code: 0 only if every frame has its prediction."""
     console = Console()
@@ -64,7 +64,7 @@ def run_demo(
             console.print(f"worker metrics: http://127.0.0.1:{config.metrics.port}/metrics", highlight=False)
             with (
                 worker_process(config, folder) as child,
-                _page(config, folder, page, console),
+                _web_console(config, folder, web_console, console),
                 open_view(view, console) as screen,
             ):
                 started = time.monotonic()
@@ -138,7 +138,7 @@ def _usual_port() -> int:
 
 
 @contextmanager
-def _page(config: WorkerConfig, folder: Path, wanted: bool, console: Console) -> Iterator[None]:
+def _web_console(config: WorkerConfig, folder: Path, wanted: bool, console: Console) -> Iterator[None]:
     """The web console, where it is wanted and its packages are there. The demo does not depend on it."""
     if not wanted or importlib.util.find_spec("uvicorn") is None:
         yield

@@ -26,7 +26,7 @@ from worker.audit.history import EventNumbers, spans, summaries
 from worker.audit.read import Coverage, EventFilter, Record, events_of, histories, read_file
 from worker.audit.show import change, show_stream, show_streams
 from worker.audit.verify import verify
-from worker.cli.audit import _ends
+from worker.cli.audit import _stored_ends
 from worker.store.store import StateStore, Write
 
 BEGIN = datetime(2026, 3, 1, tzinfo=UTC)
@@ -220,7 +220,7 @@ def test_a_state_that_cannot_be_read_is_named_and_hides_no_other(
     config = tmp_path / "site.yaml"
     url = store_settings.url.get_secret_value()
     config.write_text(json.dumps({"store": {"url": url, "prefix": store_settings.prefix}}))
-    stored, beside = _ends(config)
+    stored, beside = _stored_ends(config)
     verification = verify([], stored, beside)
     found = sorted((finding.kind, finding.event) for finding in verification.findings)
     waiting = [("waiting", "cam@1"), ("waiting", "other@1")]

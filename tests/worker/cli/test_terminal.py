@@ -19,7 +19,7 @@ from schemas.state import DriftWatch, GuardState, Snapshot, StreamHeader
 from schemas.update import Proxies
 from tests.monitoring.console.records import event, prediction
 from worker.cli.app import run
-from worker.cli.command import _say
+from worker.cli.command import _print_outcome
 from worker.cli.streams_show import show
 from worker.control.stored import ListedStream
 from worker.demo.score import Scoreboard
@@ -187,7 +187,7 @@ def test_a_bundle_from_outside_does_not_steer_the_terminal(
 def test_what_others_say_does_not_steer_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _say(event("cam", 3, reason=HOSTILE))
+    _print_outcome(event("cam", 3, reason=HOSTILE))
     monkeypatch.setattr(doctor, "examine", lambda config: [doctor.Finding("topics", "ok", HOSTILE)])
     as_run(monkeypatch, "doctor")
     said = capsys.readouterr().out
