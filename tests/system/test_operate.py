@@ -18,7 +18,7 @@ from tests.cluster import Cluster, told
 from tests.conftest import picture
 from tests.system.conftest import Site, run_cli
 from worker.embedded import free_port, start_store
-from worker.site.doctor import examine, kept
+from worker.site.doctor import examine, replication
 from worker.store.store import StateStore, Write
 
 pytestmark = pytest.mark.usefixtures("full_batches")
@@ -306,10 +306,10 @@ def test_doctor_sees_topics_that_one_broker_alone_keeps(tiny_bundle_path: Path, 
 
 def test_doctor_sees_partitions_that_nobody_leads() -> None:
     parts = [{"partition_index": i, "leader_id": leader, "replica_nodes": [1, 2]} for i, leader in enumerate([1, -1])]
-    (found,) = kept([{"name": "frames", "partitions": parts}])
+    (found,) = replication([{"name": "frames", "partitions": parts}])
     assert (found.level, found.text.split(",")[0]) == ("failed", "topic frames: nobody leads partitions [1]")
     one = [{"partition_index": 0, "leader_id": 1, "replica_nodes": [1]}]
-    assert list(kept([{"name": "frames", "partitions": one}])) == []  # a single broker keeps all once
+    assert list(replication([{"name": "frames", "partitions": one}])) == []  # a single broker keeps all once
 
 
 def test_there_is_no_snapshot_number_0() -> None:

@@ -11,6 +11,6 @@ from schemas.config import WorkerConfig
 
 
 def site_bundle(config: WorkerConfig, device: torch.device = CPU) -> Bundle:
-    """Checked and built on the device, with the code that the site allows and no other. Raises BundleError."""
+    """The checked bundle, built on `device` with no other code than the site allows. Raises BundleError."""
     import_from(config.bundle.code)
     return load_bundle(config.bundle.path, config.bundle.factories, config.adapt.method, device)

@@ -1,7 +1,7 @@
-"""`driftkeel doctor`: what a worker with this configuration would meet, and what to do about it.
+"""`driftkeel doctor`: checks everything that a worker with this configuration needs, and says what to do.
 
-Torch, which takes seconds and two hundred megabytes to load, is loaded for the last check alone: whether what is in the
-bundle fits together. A GPU and `bundle.previous` ask for it sooner.
+Torch takes seconds and two hundred megabytes to load. Only the last check, that the parts of the bundle fit together,
+needs it, and before that a GPU or `bundle.previous`.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Check = Callable[[WorkerConfig], Iterator["Finding"]]
 NEARLY_FULL = 0.9
 OLDEST_REDIS = (6, 2)
 PACKAGES = {"snappy": "python-snappy"}  # where the module has another name
-_NOBODY = "driftkeel-doctor"
-_FOR_A_TRY = " ('driftkeel local' starts both for a first try)"
+_PROBE = "driftkeel-doctor"
+_TRY_LOCAL = " ('driftkeel local' starts both for a first try)"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was looked at, how it is, and what to do where it is not well."""
+    """One result: what was checked, whether it is well, and in words what was found and what to do."""
 
     subject: str
     level: Level
@@ -48,16 +48,16 @@ class Finding:
 
 
 def examine(config: WorkerConfig) -> Iterator[Finding]:
-    """All checks, in the order in which a worker would need them; but what takes longest is the last.
+    """All checks, in the order in which a worker needs them; the slowest is the last.
 
-    Store and broker are waited for at the same time: each may be away.
+    Store and broker are asked at the same time, as each may be away until a timeout.
     """
     failed: set[Check] = set()
     with ThreadPoolExecutor() as pool:
         asked = {check: pool.submit(_findings, subject, check, config) for subject, check in CHECKS if check in REMOTE}
         for subject, check in CHECKS:
             if check is _model and _bundle in failed:
-                continue  # For the same reason.
+                continue  # It would fail for the same reason.
             found, complete = asked[check].result() if check in asked else _findings(subject, check, config)
             yield from found
             if not complete:
@@ -65,11 +65,11 @@ def examine(config: WorkerConfig) -> Iterator[Finding]:
 
 
 def _findings(subject: str, check: Check, config: WorkerConfig) -> tuple[list[Finding], bool]:
-    """What a check found, and whether it came to its end."""
+    """What a check found, and whether it ran to its end."""
     found: list[Finding] = []
     try:
         for one in check(config):
-            found.append(one)  # What came before an error counts.
+            found.append(one)  # One by one: what was found before an error counts.
     except (DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         if _away(check, error):
@@ -81,13 +81,13 @@ def _findings(subject: str, check: Check, config: WorkerConfig) -> tuple[list[Fi
 
 
 def _away(check: Check, error: Exception) -> bool:
-    """Whether it is the broker that does not answer."""
+    """Whether the error means that the broker does not answer."""
     return check is _broker and isinstance(error, KafkaConnectionError | KafkaTimeoutError)
 
 
 def _remedy(check: Check, error: Exception, config: WorkerConfig) -> str:
-    """What to do about somebody who does not answer; other errors say it themselves."""
-    trial = _FOR_A_TRY if config.kafka.bootstrap.rpartition(":")[0] in LOOPBACK else ""
+    """What to do about a server that does not answer or refuses the login; other errors say it themselves."""
+    trial = _TRY_LOCAL if config.kafka.bootstrap.rpartition(":")[0] in LOOPBACK else ""
     if _away(check, error):
         return f"; start the broker, or correct kafka.bootstrap{trial}"
     if check is _broker and isinstance(error, REFUSALS):
@@ -134,7 +134,7 @@ def _bundle(config: WorkerConfig) -> Iterator[Finding]:
     yield Finding("bundle", "ok", f"{manifest.name} {manifest.content_hash}, {len(labels)} labels, every hash matches")
 
 
-def _previous(config: WorkerConfig) -> Iterator[Finding]:
+def _previous_bundles(config: WorkerConfig) -> Iterator[Finding]:
     for folder in config.bundle.previous:
         from worker.streams.upgrade import identified
 
@@ -153,21 +153,21 @@ def _store(config: WorkerConfig) -> Iterator[Finding]:
     store = StateStore(config.store)
     store.ping()
     yield Finding("store", "ok", f"{config.store.address} answers")
-    # A round of what workers do, on a stream of its own, shows permissions as well as reachability.
+    # Do once what workers do, on a stream of our own: this checks permissions as well as reachability.
     client = connect(config.store)
     try:
-        (claimed,) = store.claim([_NOBODY], config.worker)
-        store.write([Write(_NOBODY, claimed.token, 1, b"{}", b"", b"tensors", snapshot=b"{}")])
-        store.overview([_NOBODY])
+        (claimed,) = store.claim([_PROBE], config.worker)
+        store.write([Write(_PROBE, claimed.token, 1, b"{}", b"", b"tensors", snapshot=b"{}")])
+        store.overview([_PROBE])
         store.marks(config.kafka.group, [])
     except DriftkeelError:
-        # A full store takes the claim and refuses the write: what is left would be listed as a stream.
+        # A full store accepts the claim and refuses the write. The claim left behind would be listed as a stream.
         with contextlib.suppress(redis.exceptions.RedisError):
-            client.delete(*store.keys(_NOBODY))
+            client.delete(*store.keys(_PROBE))
         raise
-    client.delete(*store.keys(_NOBODY))
+    client.delete(*store.keys(_PROBE))
     yield Finding("store", "ok", "states can be claimed, written and read")
-    yield _room(config, store.count())
+    yield _stream_limit(config, store.count())
     yield from _memory(client)
     yield _server_version(client)
     settings = {
@@ -182,7 +182,7 @@ def _store(config: WorkerConfig) -> Iterator[Finding]:
     store.close()
 
 
-def _room(config: WorkerConfig, streams: int) -> Finding:
+def _stream_limit(config: WorkerConfig, streams: int) -> Finding:
     most = config.store.max_streams
     text = f"{counted(streams, 'stream')}, of at most {most:,} (store.max_streams)"
     if streams < NEARLY_FULL * most:
@@ -191,10 +191,10 @@ def _room(config: WorkerConfig, streams: int) -> Finding:
 
 
 def _memory(client: Any) -> Iterator[Finding]:
-    """A store that is nearly full may take the small state above, and refuse a worker's.
+    """A store that is nearly full may accept the small state above, and refuse a worker's.
 
-    Nothing is said where it has no limit, or does not tell: a user may lack the permission, and a Cluster answers per
-    node. As the store itself does, it leaves out what waits for a slow disk: that is gone a moment later.
+    No finding if it has no limit, or does not tell: the user may lack the permission, and a Cluster answers per node.
+    What waits for a slow disk does not count, for the store does not count it either.
     """
     try:
         told = client.info("memory")
@@ -212,14 +212,16 @@ def _server_version(client: Any) -> Finding:
         found = str(client.info("server").get("redis_version", ""))
         old = bool(found) and tuple(int(part) for part in found.split(".")[:2]) < OLDEST_REDIS
     except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, ValueError, AttributeError):
-        return Finding("store", "ok", "its version is not told; Redis 6.2 or newer is needed")
+        return Finding("store", "ok", "it does not tell its version; Redis 6.2 or newer is needed")
     if old:
-        return Finding("store", "warning", f"Redis {found} is older than 6.2, with which nothing is tested; update it")
+        return Finding(
+            "store", "warning", f"Redis {found} is older than 6.2, the oldest version that is tested; update it"
+        )
     return Finding("store", "ok", f"speaks as Redis {found}")
 
 
 def _server_setting(client: Any, name: str) -> str | None:
-    """None where the server does not tell: managed ones often refuse, and a Cluster answers per node."""
+    """None if the server does not tell: managed ones often refuse, and a Cluster answers per node."""
     try:
         found = client.config_get(name).get(name)
     except (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, AttributeError):
@@ -244,11 +246,11 @@ def _broker(config: WorkerConfig) -> Iterator[Finding]:
         yield Finding("broker", "warning", f"{text} and retention.ms=-1")
     if topics.frames in known:
         yield _partitions(kafka, topics.frames)
-    yield from kept(details)
+    yield from replication(details)
 
 
-def kept(topics: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """Partitions that nobody leads, and topics of which a cluster has one copy, by the broker's description of them."""
+def replication(topics: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Partitions without a leader, and topics without a replica, by the broker's description of the topics."""
     nodes = {node for topic in topics for part in topic["partitions"] for node in part["replica_nodes"]}
     for topic in topics:
         name, parts = topic["name"], topic["partitions"]
@@ -260,8 +262,8 @@ def kept(topics: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
             yield Finding("broker", "warning", f"{text}; give it a replication factor of 3")
 
 
-def _folded(config: WorkerConfig) -> Iterator[Finding]:
-    """Whether broker and store belong together. Nothing is said where one of them is away: that was said before."""
+def _positions(config: WorkerConfig) -> Iterator[Finding]:
+    """Whether broker and store belong together. Silent if one of them is away: that has been said by then."""
     store = StateStore(config.store)
     with contextlib.suppress(DriftkeelError, KafkaError, OSError, redis.exceptions.RedisError):
         try:
@@ -295,10 +297,10 @@ CHECKS: tuple[tuple[str, Check], ...] = (
     ("versions", _versions),
     ("device", _device),
     ("bundle", _bundle),
-    ("bundle", _previous),
+    ("bundle", _previous_bundles),
     ("store", _store),
     ("broker", _broker),
-    ("positions", _folded),
+    ("positions", _positions),
     ("bundle", _model),
 )
-REMOTE = (_store, _broker, _folded)
+REMOTE = (_store, _broker, _positions)

@@ -1,4 +1,4 @@
-"""What an installation carries besides code, and what `driftkeel init` makes of it: a folder to run a site from."""
+"""The files that an installation carries besides code, and the folder that `driftkeel init` makes of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from meta.bundle_folder import read_manifest
-from schemas.config import Kafka, WorkerConfig
+from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, DriftkeelError, mistakes
 from worker.embedded import embedded_services
 from worker.kafka.client import create_topics
@@ -34,14 +34,14 @@ _ON_THE_SITE = """\
       - ./driftkeel.yaml:/site/driftkeel.yaml:ro
       - ./bundles:/site/bundles:ro
 """
-# Of the compose file's broker and store: services, the variable that names them, and the words of the first lines.
+# How the compose file mentions its own broker and store: services, variable with the address, words of its header.
 _FRAMES = "Frames go to 127.0.0.1:9092, topic `frames`; "
 _BROKER = (("kafka", "topics"), "DRIFTKEEL__KAFKA__BOOTSTRAP", ("broker, ", _FRAMES))
 _STORE = (("store",), "DRIFTKEEL__STORE__URL", ("store, ",))
 
 
 def shipped(name: str) -> Path:
-    """A file or folder of the repository, also where only the wheel is installed. Raises DriftkeelError."""
+    """A file or folder of the repository, or its copy in the installed package. Raises DriftkeelError."""
     for root in (Path(__file__).parents[1] / "shipped", Path(__file__).parents[2]):
         if (root / name).exists():
             return root / name
@@ -49,13 +49,12 @@ def shipped(name: str) -> Path:
 
 
 def site_config(changes: dict[str, Any]) -> str:
-    """Every option of a worker with its meaning and its default, `threads` as a site needs it; `changes` are values by
-    the last part of their keys.
+    """The example configuration, with every option explained, adjusted to a site. Raises ConfigError.
 
-    Raises ConfigError.
+    `changes` are values by the last part of their keys.
     """
     text = shipped("driftkeel.example.yaml").read_text(encoding="utf-8")
-    # Workers that share a file must not share a name.
+    # Workers that share this file need different names: leave it to the default, which is unique.
     text = text.replace("\nworker: ", "\n# worker: ", 1)
     # A site runs a worker for every processor rather than several passes in one (docs/performance.md).
     text = text.replace("\nthreads: 0 ", "\nthreads: 1 ", 1)
@@ -63,16 +62,17 @@ def site_config(changes: dict[str, Any]) -> str:
         quoted = json.dumps(value).replace("\\", r"\\")
         text = re.sub(rf"(?m)^(  {key}: )\S+", rf"\g<1>{quoted}", text, count=1)
     try:
-        WorkerConfig(**yaml.safe_load(text))  # what is written can be read
+        WorkerConfig(**yaml.safe_load(text))  # A value in `changes` may be wrong.
     except ValidationError as error:
         raise ConfigError("; ".join(f"{where}: {words}" for where, words in mistakes(error))) from error
     return text
 
 
 def site_compose(own_broker: bool = False, own_store: bool = False) -> str:
-    """The repository's compose file, with the site's configuration and bundles, and an image that is there already.
+    """The repository's compose file for the site's configuration and bundles, with an image that is built already.
 
-    Without its broker and store where the configuration names others: variables go before the file.
+    Without its broker or store if the site has its own, and without their variables, which would override the
+    configuration.
     """
     text = shipped("deploy/compose.yaml").read_text(encoding="utf-8")
     text = text.replace("-f deploy/compose.yaml up --build", "up")
@@ -89,7 +89,7 @@ def site_compose(own_broker: bool = False, own_store: bool = False) -> str:
 
 
 def _without(service: str, text: str) -> str:
-    """A compose file without a service, its volume, and the word that others wait for it."""
+    """A compose file without a service, its volume, and the conditions of others to wait for it."""
     text = re.sub(rf"(?m)^      {service}: {{condition: .*\n", "", text)
     return re.sub(rf"(?m)^(?:  #.*\n)*  {service}:\n(?:    .*\n|\n)*", "", text)
 
@@ -97,10 +97,10 @@ def _without(service: str, text: str) -> str:
 def write_site(
     folder: Path, bootstrap: str | None, store: str | None, bundle: Path | None, code: Path | None = None
 ) -> list[Path]:
-    """Write configuration, compose file with what it mounts, and a copy of the bundle; returns what was written.
+    """Write the configuration, the compose file with what it mounts, and a copy of the bundle; return what was written.
 
-    `bootstrap` and `store` are addresses, None keeps the defaults. `code` is the folder of the function that builds the
-    bundle's model, where it is not one of ours: to name it allows the bundle to run that function. Overwrites nothing.
+    `bootstrap` and `store` are addresses; None keeps the defaults. `code` is the folder of the function that builds the
+    bundle's model, if it is not built in; naming it allows the bundle to run that function. Nothing is overwritten.
     Raises ConfigError.
     """
     source = bundle or shipped(EXAMPLE_BUNDLE)
@@ -136,7 +136,7 @@ def write_site(
 
 
 def _factory(bundle: Path) -> str:
-    """The `module:function` that a bundle's model is built by. Raises ConfigError or BundleError."""
+    """The `module:function` that builds a bundle's model. Raises ConfigError or BundleError."""
     architecture = read_manifest(bundle).model.architecture
     if ":" not in architecture:
         raise ConfigError(f"{bundle} needs no code: its model {architecture} is built in; leave --code out")
@@ -145,12 +145,12 @@ def _factory(bundle: Path) -> str:
 
 @contextmanager
 def local_services(config: WorkerConfig) -> Iterator[None]:
-    """A broker and a store at the configured addresses, with the topics, all gone afterwards. Raises DriftkeelError."""
+    """Run a broker with the topics, and a store, at the configured addresses. Raises DriftkeelError."""
     broker_port = _local_port("kafka.bootstrap", config.kafka.bootstrap)
     address = urlsplit(config.store.url.get_secret_value())
     store_port = _local_port("store.url", f"{address.hostname}:{address.port or 6379}")
     with embedded_services(broker_port, store_port):
-        create_topics(_plain(config.kafka), LOCAL_PARTITIONS)
+        create_topics(config.kafka.model_copy(update={"security_protocol": "PLAINTEXT"}), LOCAL_PARTITIONS)
         yield
 
 
@@ -162,16 +162,12 @@ def _local_port(key: str, address: str) -> int:
         if probe.connect_ex(("127.0.0.1", int(port))) == 0:
             raise ConfigError(f"{key}: something listens on port {port} already; stop it, or configure another port")
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do, after others that have just ended
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # As servers do, to restart at once.
         try:
             probe.bind(("127.0.0.1", int(port)))
-        except OSError as error:  # The embedded broker ends without a word.
+        except OSError as error:  # The embedded broker would end without a message.
             raise ConfigError(
                 f"{key}: port {port} cannot be had: {error.strerror}; an outgoing connection may use it, "
                 "so configure another"
             ) from error
     return int(port)
-
-
-def _plain(kafka: Kafka) -> Kafka:
-    return kafka.model_copy(update={"security_protocol": "PLAINTEXT"})

@@ -1,4 +1,4 @@
-"""What the store says was read of each partition, beside where the broker's log ends: for the doctor."""
+"""For the doctor: compares what the store says was read of each partition with where the broker's log ends."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from worker.kafka.inside import metadata
 from worker.kafka.topic import topic_id
 from worker.store.store import StateStore
 
-PIECES = 4  # of the store's streams: one that is wrong is seldom alone
+PIECES = 4  # pages of streams that are looked at: a fault seldom affects one stream alone
 
 
 def check_cluster(config: WorkerConfig, store: StateStore) -> None:
-    """Raises ConfigError where the store's positions are of another Kafka cluster, or another topic of the same name;
+    """Raises ConfigError if the store's positions are of another Kafka cluster, or of another topic of the same name;
     UnreachableError and KafkaError."""
     topic = config.kafka.topics.frames
     consumer = open_client(KafkaConsumer, **connection(config.kafka))
@@ -40,28 +40,28 @@ def check_cluster(config: WorkerConfig, store: StateStore) -> None:
 
 
 def short_logs(kafka: Kafka, store: StateStore) -> dict[Partition, ShortLog]:
-    """Partitions of frames and commands whose log ends before what marks or streams say was read of it. Where there
-    are many streams, some are asked. Raises UnreachableError and KafkaError."""
+    """Partitions of frames and commands whose log ends before what marks or streams say was read of it. Looks at all
+    marks, and at some hundred streams. Raises UnreachableError and KafkaError."""
     consumer = open_client(KafkaConsumer, **connection(kafka))
     try:
         topics = kafka.topics.frames, kafka.topics.commands
         partitions = [(topic, number) for topic in topics for number in consumer.partitions_for_topic(topic) or ()]
         marks = store.marks(kafka.group, partitions)
-        reach, by = _read(store, marks, partitions)
-        asked = [TopicPartition(*p) for p in reach]  # After the marks: workers go on meanwhile.
+        furthest, said_by = _furthest(store, marks, partitions)
+        asked = [TopicPartition(*p) for p in furthest]  # After the marks, as workers go on meanwhile.
         ends = {(where.topic, where.partition): end for where, end in consumer.end_offsets(asked).items()}
     finally:
         consumer.close(autocommit=False)
     short = {
-        p: ShortLog(0, ends[p], offset, "" if marks.get(p, 0) > ends[p] else by[p])
-        for p, offset in reach.items()
+        p: ShortLog(0, ends[p], offset, "" if marks.get(p, 0) > ends[p] else said_by[p])
+        for p, offset in furthest.items()
         if ends[p] < offset
     }
     return without_end(kafka, short)
 
 
 def forgotten(kafka: Kafka, store: StateStore) -> list[int]:
-    """Partitions of frames that the group has read, and of which the store knows nothing. Raises UnreachableError and
+    """Partitions of frames that the group has read, and for which the store has no mark. Raises UnreachableError and
     KafkaError."""
     admin = open_client(KafkaAdminClient, **connection(kafka))
     try:
@@ -74,12 +74,12 @@ def forgotten(kafka: Kafka, store: StateStore) -> list[int]:
     return sorted(number for _, number in set(read) - set(store.marks(kafka.group, read)))
 
 
-def _read(
+def _furthest(
     store: StateStore, marks: dict[Partition, int], partitions: list[Partition]
 ) -> tuple[dict[Partition, int], dict[Partition, str]]:
-    """Per partition the offset before which, by the furthest of all witnesses, records were folded or obeyed; and which
-    stream that is, where it is not the mark."""
-    reach, by = dict(marks), dict.fromkeys(marks, "")
+    """Per partition the furthest offset before which a mark or a stream says that all was read, and the name of that
+    stream, "" for a mark."""
+    furthest, said_by = dict(marks), dict.fromkeys(marks, "")
     logs = {f"{topic}/{number}": (topic, number) for topic, number in partitions}
     for streams in islice(store.pieces(), PIECES):
         for stream, found in zip(streams, store.overview(streams), strict=True):
@@ -89,6 +89,6 @@ def _read(
                 continue
             positions = header.positions | header.commands if header else {}
             for name in positions.keys() & logs.keys():
-                if positions[name] + 1 > reach.get(logs[name], -1):
-                    reach[logs[name]], by[logs[name]] = positions[name] + 1, stream
-    return reach, by
+                if positions[name] + 1 > furthest.get(logs[name], -1):
+                    furthest[logs[name]], said_by[logs[name]] = positions[name] + 1, stream
+    return furthest, said_by
