@@ -1,1 +1,1 @@
-"""Reads the audit trail: what became of every stream's parameters, when, by how much, and why."""
+"""The audit trail: how every stream's parameters changed, when, by how much, and why."""

@@ -1,4 +1,4 @@
-"""The audit trail as files: the published bytes one a line, or a table."""
+"""The audit trail as files: the published bytes, one event per line, or a table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = tuple(name for name in UpdateEvent.model_fields if name not in NESTED)
 
 
 def write_lines(records: Iterable[Record], path: Path) -> int:
-    """Every event's bytes as published, once for each time it was; `driftkeel audit verify --file` reads them."""
+    """Write every record as published, repeated ones too, for `driftkeel audit verify --file`. Returns their number."""
     count = 0
     with _open(path, "wb") as file:
         for record in records:
@@ -29,12 +29,12 @@ def write_lines(records: Iterable[Record], path: Path) -> int:
 
 
 def layers_of(histories: Iterable[Iterable[UpdateEvent]]) -> list[str]:
-    """All layers that events name, in the order in which they do."""
+    """All layers that the events name, in the order of their first mention."""
     return list(dict.fromkeys(layer for events in histories for event in events for layer in event.layers))
 
 
 def table(events: Sequence[UpdateEvent], layers: Sequence[str]) -> dict[str, list[Any]]:
-    """Column by column; each of the layers has one."""
+    """The events as columns by name, one of them for each layer."""
     columns: dict[str, list[Any]] = {"number": [event.number for event in events]}
     columns |= {name: [getattr(event, name) for event in events] for name in PLAIN}
     columns["frames"] = [len(event.frames) for event in events]
@@ -49,7 +49,7 @@ def table(events: Sequence[UpdateEvent], layers: Sequence[str]) -> dict[str, lis
 
 
 def write_csv(histories: Collection[Iterable[UpdateEvent]], path: Path) -> int:
-    """Stream by stream, with a header line; times in ISO 8601, what is not known left empty. Returns the columns."""
+    """Write stream by stream below a header. Times are ISO 8601, unknown ones empty. Returns the number of columns."""
     layers = layers_of(histories)
     with _open(path, "w") as file:
         writer = csv.writer(file)
@@ -61,7 +61,7 @@ def write_csv(histories: Collection[Iterable[UpdateEvent]], path: Path) -> int:
 
 
 def write_parquet(histories: Collection[Iterable[UpdateEvent]], path: Path) -> int:
-    """All in memory at a time. Returns the columns. Raises ConfigError where pyarrow is not installed."""
+    """Write all events, which have to fit into memory. Returns the number of columns. Raises ConfigError."""
     try:
         import pyarrow as arrow
         from pyarrow import parquet
@@ -74,7 +74,7 @@ def write_parquet(histories: Collection[Iterable[UpdateEvent]], path: Path) -> i
 
 
 def write_heads(heads: dict[str, Head], path: Path) -> str:
-    """What `driftkeel audit verify --heads` reads; returns the file's SHA-256."""
+    """Write the file for `driftkeel audit verify --heads`. Returns its SHA-256."""
     content = Heads(time=datetime.now(UTC), streams=heads).model_dump_json(indent=1).encode() + b"\n"
     with _open(path, "wb") as file:
         file.write(content)
@@ -85,7 +85,7 @@ def _cell(value: Any) -> Any:
     if value is None:
         return ""
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return f"'{value}"  # Stream names and reasons come from outside: no spreadsheet shall compute them.
+        return f"'{value}"  # Stream names and reasons come from outside: a spreadsheet must not take them for formulas.
     return value.isoformat() if hasattr(value, "isoformat") else value
 
 

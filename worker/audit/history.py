@@ -1,4 +1,4 @@
-"""What a stream's events say, in short: spans of events of one kind."""
+"""A stream's events in short: a summary of all, and spans of consecutive events of one kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROUTINE = frozenset({"applied", "partial", "skipped"})
 
 @dataclass
 class Span:
-    """Events in a row that decided the same for the same kind of reason; `layers` moved so far in all of them."""
+    """Consecutive events with one decision for one kind of reason. `layers`: how far each moved, summed over them."""
 
     decision: Decision
     reason: str
@@ -49,14 +49,14 @@ class Span:
 
 
 class EventNumbers:
-    """Which numbers there were, in little memory where nearly all follow each other."""
+    """A set of event numbers that takes little memory while nearly all of them are consecutive."""
 
     def __init__(self) -> None:
-        self._first = self._last = 0  # all from the first to the last were there
+        self._first = self._last = 0  # the ends of a run without gaps
         self._others: set[int] = set()
 
     def add(self, number: int) -> bool:
-        """Whether it was not there before."""
+        """Add a number; False if it is there already."""
         if self._first <= number <= self._last or number in self._others:
             return False
         if not self._first:
@@ -74,18 +74,18 @@ class EventNumbers:
 
 @dataclass
 class Summary:
-    """A stream's events in short, in whatever order they come, each counted once."""
+    """Counts and ends of a stream's events. They may come in any order; each counts once."""
 
     decisions: Counter[Decision] = field(default_factory=Counter)
     commands: int = 0
-    begun: UpdateEvent | None = None  # the first that has estimates of before
+    begun: UpdateEvent | None = None  # the first with estimates from before it
     last: UpdateEvent | None = None
-    judged: UpdateEvent | None = None  # the last that has estimates of after
-    measured: UpdateEvent | None = None  # the last that has a distance
+    judged: UpdateEvent | None = None  # the last with estimates from after it
+    measured: UpdateEvent | None = None  # the last with a distance
     numbers: EventNumbers = field(default_factory=EventNumbers)
 
     def add(self, event: UpdateEvent) -> None:
-        """One more; nothing where it came before."""
+        """Take one event; one that has come before changes nothing."""
         if not self.numbers.add(event.number):
             return
         self.decisions[event.decision] += 1
@@ -104,7 +104,7 @@ def _later(known: UpdateEvent | None, event: UpdateEvent) -> UpdateEvent:
 
 
 def summaries(events: Iterable[UpdateEvent]) -> dict[str, Summary]:
-    """Of every stream, by name."""
+    """The summary of every stream, by name."""
     found: dict[str, Summary] = {}
     for event in events:
         found.setdefault(event.stream, Summary()).add(event)
@@ -112,7 +112,7 @@ def summaries(events: Iterable[UpdateEvent]) -> dict[str, Summary]:
 
 
 def spans(events: Iterable[UpdateEvent]) -> list[Span]:
-    """A stream's events in order, those of one kind together; what people and the guard undid stands alone."""
+    """Group a stream's events, given in order. Only routine events share a span; undone ones and commands do not."""
     found: list[Span] = []
     for event in events:
         last = found[-1] if found else None

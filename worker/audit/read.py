@@ -1,4 +1,4 @@
-"""Update events from their topic, or from a file with one a line, as they were published: byte by byte."""
+"""Update events as published, byte by byte, from their topic or from a file with one per line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_LINE_BYTES = 4 << 20
 class Record:
     """Bytes that should be an event, and where they were found.
 
-    Where `records` records of the topic could not be read, they are one of these without bytes, and `damage` says why.
+    A run of `records` records that could not be read is one Record without bytes, and `damage` says why.
     """
 
     content: bytes
@@ -35,7 +35,7 @@ class Record:
 
     @property
     def event(self) -> UpdateEvent | None:
-        """None where they are no event."""
+        """The event; None if the bytes are not one."""
         try:
             return UpdateEvent.model_validate_json(self.content)
         except ValidationError:
@@ -43,10 +43,10 @@ class Record:
 
 
 def read_topic(settings: Kafka, since: datetime | None = None) -> Iterator[Record]:
-    """All records that are in the updates topic now, each partition in its order; also what cannot be read of it. With
-    `since`, events of that time and later are among them, and not all of the earlier ones.
+    """All records that are in the updates topic now, each partition in order, unreadable ones too.
 
-    Raises ConfigError where there is no such topic, UnreachableError where the broker is away.
+    With `since`, most events before that time are left out, and none after it. Raises ConfigError if there is no such
+    topic, UnreachableError if the broker is away.
     """
     yield from map(_found, records_now(settings, settings.topics.updates, since))
 
@@ -59,7 +59,7 @@ def _found(record: Any) -> Record:
 
 
 def read_file(path: Path) -> Iterator[Record]:
-    """One record a line, as `driftkeel audit export` writes them. Raises StateError where it cannot be read."""
+    """The records of a file that `driftkeel audit export` wrote, one per line. Raises StateError."""
     try:
         with path.open("rb") as lines:
             number = 0
@@ -75,14 +75,14 @@ def read_file(path: Path) -> Iterator[Record]:
 
 @dataclass(frozen=True)
 class EventFilter:
-    """Which events are asked for; all where nothing is said."""
+    """Which events are wanted; all by default. `since` is included, `until` is not."""
 
     streams: Set[str] = frozenset()
     since: datetime | None = None
     until: datetime | None = None
 
     def takes(self, event: UpdateEvent) -> bool:
-        """Whether this is one of them."""
+        """Whether the event is wanted."""
         return (
             (not self.streams or event.stream in self.streams)
             and (self.since is None or event.time >= self.since)
@@ -90,12 +90,12 @@ class EventFilter:
         )
 
     def may_take(self, content: bytes) -> bool:
-        """Whether these can be the bytes of one of them: cheaper than to read them, of one camera among many."""
+        """Whether the bytes may be a wanted event. Saves parsing most records if one camera of many is wanted."""
         return not self._needles or any(needle in content for needle in self._needles)
 
     @cached_property
     def _needles(self) -> tuple[bytes, ...]:
-        """What an event of the streams has in it; nothing where JSON may write a name in another way."""
+        """Bytes of which a wanted event contains at least one; empty if JSON could escape a letter of a name."""
         plain = all(name.isascii() and name.isprintable() and not {'"', "\\"} & set(name) for name in self.streams)
         return tuple(name.encode() for name in self.streams) if plain else ()
 
@@ -105,16 +105,16 @@ ALL_EVENTS = EventFilter()
 
 @dataclass
 class Coverage:
-    """What a reading has met that is not among its results."""
+    """What was read besides the wanted events. `events` counts update events that were not wanted."""
 
     events: int = 0
-    strays: int = 0  # records that are no events
-    first_stray: str = ""  # where it was
+    strays: int = 0  # records that are no update events
+    first_stray: str = ""  # where the first of them was
 
 
 class History(Sequence[UpdateEvent]):
-    """A stream's events in order, each once. They are kept as bytes, and read anew whenever they are looked at: the
-    objects take six times as much."""
+    """A stream's events in order, each once. Kept as bytes and parsed at each access, as objects take six times the
+    memory."""
 
     def __init__(self, contents: Mapping[int, bytes]) -> None:
         self._contents = [contents[number] for number in sorted(contents)]
@@ -139,9 +139,9 @@ class History(Sequence[UpdateEvent]):
 def histories(
     records: Iterable[Record], wanted: EventFilter = ALL_EVENTS, coverage: Coverage | None = None
 ) -> dict[str, History]:
-    """The events that are wanted of every stream; what is no event is left out.
+    """The wanted events of every stream, by its name.
 
-    Where a number has several contents, because the store had fallen behind, the last one counts.
+    If a number has several contents, because the store had fallen behind, the last one counts.
     """
     found: dict[str, dict[int, bytes]] = {}
     for event, content in events_of(records, wanted, coverage):
@@ -152,7 +152,7 @@ def histories(
 def events_of(
     records: Iterable[Record], wanted: EventFilter, coverage: Coverage | None = None
 ) -> Iterator[tuple[UpdateEvent, bytes]]:
-    """The events that are wanted, as they come, with their bytes."""
+    """The wanted events in the order of the records, with their bytes."""
     coverage = coverage or Coverage()
     for record in records:
         if not wanted.may_take(record.content):

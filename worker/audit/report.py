@@ -22,13 +22,13 @@ from schemas.errors import StateError
 from schemas.update import UpdateEvent
 from worker.audit.export import layers_of
 from worker.audit.history import ROUTINE, Span, spans
-from worker.audit.show import BACK, change, number
+from worker.audit.show import UNDONE, change, number
 from worker.terminal import counted
 
-ADAPTED, SOURCE, UNDONE, TOLD = "#0b6e8f", "#9a5b13", "#b3261e", "#5b4b8a"
-BINS = 60  # of time, in the picture of the layers
+ADAPTED, SOURCE, UNDONE_COLOUR, COMMANDED_COLOUR = "#0b6e8f", "#9a5b13", "#b3261e", "#5b4b8a"
+BINS = 60  # spans of time in the chart of the layers
 MAX_STREAMS, MAX_ROWS = 24, 200
-LARGEST = 1e100  # in a chart; what is far larger has no ticks, and no worker wrote it
+LARGEST = 1e100  # value in a chart: no worker writes larger ones, and matplotlib has no ticks for them
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -38,7 +38,7 @@ max-width:1100px;margin:2rem auto;padding:0 1rem}}
 h1{{font-size:1.6rem;margin-bottom:.2rem}} h2{{font-size:1.2rem;margin-top:2.4rem;overflow-wrap:anywhere}}
 table{{border-collapse:collapse;margin:1rem 0;font-size:.9rem}}
 th,td{{padding:.3rem .6rem;text-align:left;border-bottom:1px solid #dde4e9;vertical-align:top;overflow-wrap:anywhere}}
-svg{{width:100%;height:auto}} .undone{{color:#b3261e}} .told{{color:#5b4b8a}}
+svg{{width:100%;height:auto}} .undone{{color:#b3261e}} .commanded{{color:#5b4b8a}}
 footer{{color:#5c6b76;font-size:.9rem;margin-top:2rem}}
 </style></head><body>
 <h1>Driftkeel audit</h1>
@@ -54,17 +54,17 @@ lines: undone by the guard or a person. Violet lines: other commands. All times 
 
 
 def write_report(path: Path, histories: Mapping[str, Sequence[UpdateEvent]], chain: str) -> None:
-    """Write the page; `chain` is what verification found, in words. Raises StateError where it cannot be written."""
-    order = sorted(histories, key=lambda stream: (-_trouble(histories[stream]), stream))
+    """Write the page; `chain` is the result of the verification in words. Raises StateError if it cannot be written."""
+    order = sorted(histories, key=lambda stream: (-_notable(histories[stream]), stream))
     shown, left_out = order[:MAX_STREAMS], len(order) - MAX_STREAMS
     decisions = Counter(event.decision for events in histories.values() for event in events)
-    said = ", ".join(f"{count:,} {decision}" for decision, count in decisions.most_common())
+    counts = ", ".join(f"{count:,} {decision}" for decision, count in decisions.most_common())
     footer = (
         f"{left_out} more streams, with less to tell, are left out; name them with --stream." if left_out > 0 else ""
     )
     page = _PAGE.format(
         headline=html.escape(
-            f"{counted(len(histories), 'stream')}, {counted(decisions.total(), 'update event')}: {said or 'none'}."
+            f"{counted(len(histories), 'stream')}, {counted(decisions.total(), 'update event')}: {counts or 'none'}."
         ),
         chain=f"<p>{html.escape(chain)}</p>" if chain else "",
         sections="\n".join(_section(stream, list(histories[stream])) for stream in shown),
@@ -76,7 +76,7 @@ def write_report(path: Path, histories: Mapping[str, Sequence[UpdateEvent]], cha
         raise StateError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _trouble(events: Sequence[UpdateEvent]) -> int:
+def _notable(events: Sequence[UpdateEvent]) -> int:
     return sum(event.decision not in ROUTINE or event.command is not None for event in events)
 
 
@@ -124,7 +124,7 @@ def _line(axes: Axes, times: npt.NDArray[np.float64], values: Sequence[float | N
 
 
 def _layers(axes: Axes, times: npt.NDArray[np.float64], events: Sequence[UpdateEvent]) -> None:
-    """How far each layer moved in each span of time, the first layer of the model on top."""
+    """How far each layer moved in each span of time, with the model's first layer on top."""
     names = layers_of([events])
     if not names:
         axes.set_yticks([])
@@ -145,10 +145,10 @@ def _layers(axes: Axes, times: npt.NDArray[np.float64], events: Sequence[UpdateE
 
 def _mark(axes: Axes, times: npt.NDArray[np.float64], events: Sequence[UpdateEvent]) -> None:
     for moment, event in zip(times, events, strict=True):
-        if event.decision in BACK:
-            axes.axvline(moment, color=UNDONE, linewidth=1)
+        if event.decision in UNDONE:
+            axes.axvline(moment, color=UNDONE_COLOUR, linewidth=1)
         elif event.command is not None or event.decision not in ROUTINE:
-            axes.axvline(moment, color=TOLD, linewidth=0.8, linestyle="--")
+            axes.axvline(moment, color=COMMANDED_COLOUR, linewidth=0.8, linestyle="--")
 
 
 def _table(found: Sequence[Span]) -> str:
@@ -167,7 +167,7 @@ def _table(found: Sequence[Span]) -> str:
     }
     rows = []
     for span in found[-MAX_ROWS:]:
-        style = "undone" if span.decision in BACK else "" if span.decision in ROUTINE else "told"
+        style = "undone" if span.decision in UNDONE else "" if span.decision in ROUTINE else "commanded"
         cells = "".join(f"<td>{html.escape(cell(span))}</td>" for cell in columns.values())
         rows.append(f'<tr class="{style}">{cells}</tr>')
     head = "".join(f"<th>{name}</th>" for name in columns)

@@ -13,10 +13,10 @@ from schemas.update import Decision, Proxies, UpdateEvent
 from worker.audit.history import Span, Summary, spans
 from worker.terminal import counted, printable
 
-STREAMS_FIT, SPANS_FIT = 120, 150  # columns below which a table's words would break
+STREAMS_FIT, SPANS_FIT = 120, 150  # columns that the two tables need without breaking words
 COUNTS = ("events", "applied", "partial", "skipped", "undone", "commands")
 COLUMNS = (*COUNTS, "step", "distance", "estimated accuracy", "answers")
-BACK: tuple[Decision, ...] = ("rolled_back", "reset")
+UNDONE: tuple[Decision, ...] = ("rolled_back", "reset")
 COLOURS = {
     **{"applied": "green", "partial": "yellow", "skipped": "dim"},
     **{"rolled_back": "red", "reset": "red", "deleted": "red"},
@@ -25,7 +25,7 @@ COLOURS = {
 
 def show_streams(console: Console, found: Mapping[str, Summary]) -> None:
     """One line per stream; on a narrow terminal three."""
-    rows = [_cells_of(stream, summary) for stream, summary in found.items()]
+    rows = [_stream_cells(stream, summary) for stream, summary in found.items()]
     if console.width < STREAMS_FIT:
         for stream, *cells in rows:
             console.print(Text(printable(stream), style="bold"))
@@ -42,19 +42,19 @@ def show_streams(console: Console, found: Mapping[str, Summary]) -> None:
 
 
 def _indented(console: Console, named: Iterable[tuple[str, str]]) -> None:
-    """Cells in a line, each after its name; those that say nothing are left out."""
+    """A line of names and cells, without empty cells."""
     text = "  ".join(f"{name} {cell}".strip() for name, cell in named if cell != "-")
     if text:
         console.print(Padding(Text(printable(text)), (0, 0, 0, 2)))
 
 
-def _cells_of(stream: str, summary: Summary) -> list[str]:
+def _stream_cells(stream: str, summary: Summary) -> list[str]:
     decisions, last, measured = summary.decisions, summary.last, summary.measured
     return [
         stream,
         str(decisions.total()),
         *(str(decisions[name]) for name in ("applied", "partial", "skipped")),
-        str(sum(decisions[name] for name in BACK)),
+        str(sum(decisions[name] for name in UNDONE)),
         str(summary.commands),
         str(last.step) if last else "-",
         number(measured.source_distance if measured else None),
@@ -64,14 +64,14 @@ def _cells_of(stream: str, summary: Summary) -> list[str]:
 
 
 def show_stream(console: Console, stream: str, events: Sequence[UpdateEvent], last: int) -> None:
-    """A stream over time: spans of what was decided, newest last; on a narrow terminal each as a few lines."""
+    """A stream's `last` newest spans, the newest at the end: a table, or on a narrow terminal a few lines each."""
     found = spans(events)
     console.print(
         Text(f"{printable(stream)}: {counted(len(events), 'event')} in {counted(len(found), 'span')}", style="bold")
     )
     if console.width < SPANS_FIT:
         for span in found[-last:]:
-            _lines(console, span)
+            _span_lines(console, span)
         return
     table = Table(box=None, header_style="bold")
     for name in ("from, UTC", "to, UTC", "first", "decision", "events", "step", "distance", "layers that moved most"):
@@ -80,13 +80,13 @@ def show_stream(console: Console, stream: str, events: Sequence[UpdateEvent], la
     table.add_column("flips", justify="right")
     table.add_column("why", overflow="fold")
     for span in found[-last:]:
-        table.add_row(*[Text(printable(cell), style=_colour(span)) for cell in _cells(span)])
+        table.add_row(*[Text(printable(cell), style=_colour(span)) for cell in _span_cells(span)])
     console.print(table)
 
 
-def _lines(console: Console, span: Span) -> None:
-    """A span's cells, some in each line."""
-    begin, end, first, decision, events, step, distance, layers, accuracy, flips, why = _cells(span)
+def _span_lines(console: Console, span: Span) -> None:
+    """A span on a narrow terminal."""
+    begin, end, first, decision, events, step, distance, layers, accuracy, flips, why = _span_cells(span)
     time = begin if begin == end else f"{begin} to {end}"
     console.print(Text(printable(f"{time} UTC  {first}  {decision}"), style=_colour(span)))
     _indented(console, [("events", events), ("step", step), ("distance", distance), ("flips", flips)])
@@ -98,7 +98,7 @@ def _colour(span: Span) -> str:
     return COLOURS.get(span.decision, "cyan")
 
 
-def _cells(span: Span) -> list[str]:
+def _span_cells(span: Span) -> list[str]:
     layers = ", ".join(f"{layer} {moved:.3g}" for layer, moved in span.most_moved())
     flips = f"{span.flipped}/{span.frames}" if span.compared else "-"
     return [
@@ -122,7 +122,7 @@ def number(value: float | None) -> str:
 
 
 def change(before: Proxies | None, after: Proxies | None) -> str:
-    """Estimated accuracy before and after."""
+    """Estimated accuracy before and after, or a dash."""
     ends = [one.estimated_accuracy if one is not None else None for one in (before, after)]
     if None in ends:
         return "-"

@@ -1,4 +1,4 @@
-"""Is the audit trail whole, and as it was written? Each event carries the hash of its stream's previous one."""
+"""Whether the audit trail is complete and unaltered. Each event carries the hash of its stream's previous one."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ class Finding:
 
 @dataclass
 class Verification:
-    """All that was found. `beginning`s are no faults where the topic keeps events for a limited time, `waiting` ones
-    never."""
+    """The result. `beginning` findings are no faults if the topic keeps events for a limited time, `waiting` ones never
+    are."""
 
     streams: int = 0
     events: int = 0
     copies: int = 0
     findings: list[Finding] = field(default_factory=list)
-    heads: dict[str, Head] = field(default_factory=dict)  # of streams with events here, the newest
+    heads: dict[str, Head] = field(default_factory=dict)  # the newest event of every stream in the trail
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong but for what is older than the topic keeps."""
+        """Whether nothing is wrong, apart from events that are older than the topic keeps."""
         return all(finding.kind in {"beginning", "waiting"} for finding in self.findings)
 
     @property
@@ -50,10 +50,10 @@ class Verification:
 
 @dataclass
 class _Stream:
-    """What is kept of a stream's events: hashes, as a trail may have millions of them.
+    """What is kept of a stream's events: only hashes, as a trail may have millions of events.
 
-    `hashes` by number, one behind the other where an event has several contents. `unlinked`: what events carry whose
-    previous one was not there with that hash when they came. `last`: the highest number in the trail so far.
+    `hashes`: by number, concatenated if an event has several contents. `unlinked`: by number, the previous hashes that
+    did not match when the event came. `last`: the highest number in the trail so far.
     """
 
     hashes: dict[int, bytes] = field(default_factory=dict)
@@ -63,15 +63,15 @@ class _Stream:
     last: int = 0
 
     def knows(self, number: int, hash: bytes) -> bool:
-        """Whether the event has a content with this hash."""
+        """Whether event `number` has a content with this hash."""
         found = self.hashes.get(number, b"")
         return any(found[i : i + HASH_BYTES] == hash for i in range(0, len(found), HASH_BYTES))
 
     def add(self, event: UpdateEvent, hash: bytes) -> None:
-        """A content that the event did not have so far."""
-        number, previous = event.number, _raw(event.previous)
+        """Add a content that the event has not had so far."""
+        number, previous = event.number, _hash_bytes(event.previous)
         self.hashes[number] = self.hashes.get(number, b"") + hash
-        # The previous event, or the content of it that is meant, may still come.
+        # The previous event, or its content with this hash, may still come.
         if not self.knows(number - 1, previous):
             self.unlinked.setdefault(number, []).append(previous)
         if self.newest is None or number >= self.newest.number:
@@ -85,13 +85,13 @@ def verify(
     now: Callable[[], Mapping[str, StreamHeader]] | None = None,
     heads: Mapping[str, Head] | None = None,
 ) -> Verification:
-    """Check all records, in the order in which they lie in the topic or the file.
+    """Check all records, in the order of the topic or the file.
 
-    The chain cannot tell what is wrong with a stream's last events, as none follows them: `stored`, the headers in
-    the store, can. `beside` are the events that lie there beside the states: one that is not in the topic yet comes
-    with the stream's next worker, and is a link of the chain all the same. `now`: the headers once the records are
-    read, as workers may have written more since `stored` was; where None, they have not. `heads`: what the trail ended
-    with at some time before, kept where nobody could change it.
+    The chain cannot show that a stream's last event is missing or altered, because no event follows it; three other
+    witnesses can. `stored` are the headers in the store, and `beside` the events stored beside them: one that is not in
+    the topic yet is published by the stream's next worker, and belongs to the chain. `now` gives the headers after the
+    records were read, as workers may have written more meanwhile; None: they have not. `heads` are the newest events
+    at an earlier time, kept where nobody could change them.
     """
     verification, streams = Verification(), dict[str, _Stream]()
     oldest: datetime | None = None
@@ -104,7 +104,7 @@ def verify(
             _add_waiting(streams.setdefault(event.stream, _Stream()), event, record, verification)
     verification.streams = len(streams)
     for name, stream in sorted(streams.items()):
-        verification.findings += _links(name, stream)
+        verification.findings += _broken_links(name, stream)
         verification.findings += stream.misplaced
         if stream.newest is not None:
             hash = stream.hashes[stream.newest.number][-HASH_BYTES:].hex()
@@ -112,13 +112,13 @@ def verify(
     for name, header in sorted((stored or {}).items()):
         if header.events:
             stream, what = streams.get(name, _Stream()), "the newest in the store"
-            verification.findings += _end(name, stream, header.events, header.last_event, what)
+            verification.findings += _compare_last(name, stream, header.events, header.last_event, what)
     for name, head in sorted((heads or {}).items()):
-        verification.findings += _since(name, streams.get(name, _Stream()), head, oldest)
+        verification.findings += _compare_head(name, streams.get(name, _Stream()), head, oldest)
     if stored is not None:
         newest = stored if now is None else now()
         for name, stream in sorted(streams.items()):
-            verification.findings += _beyond(name, stream, newest[name].events if name in newest else 0)
+            verification.findings += _unstored(name, stream, newest[name].events if name in newest else 0)
     return verification
 
 
@@ -136,11 +136,11 @@ def _add_waiting(stream: _Stream, event: UpdateEvent, record: Record, verificati
     if event.number not in stream.hashes:
         text = f"is {record.where}; the stream's next worker publishes it"
         verification.findings.append(Finding("waiting", event.id, text))
-        stream.add(event, _raw(digest(record.content)))
+        stream.add(event, _hash_bytes(digest(record.content)))
 
 
 def _collect(stream: _Stream, event: UpdateEvent, record: Record, verification: Verification) -> None:
-    number, hash = event.number, _raw(digest(record.content))
+    number, hash = event.number, _hash_bytes(digest(record.content))
     if stream.knows(number, hash):
         verification.copies += 1  # Published again after a crash.
         return
@@ -155,15 +155,15 @@ def _collect(stream: _Stream, event: UpdateEvent, record: Record, verification: 
     stream.add(event, hash)
 
 
-def _raw(hash: str) -> bytes:
-    """Half as long as it is written; what is no hash is like none."""
+def _hash_bytes(hash: str) -> bytes:
+    """A hash as bytes, half as long as its text; anything else becomes bytes that match no hash."""
     try:
         return bytes.fromhex(hash)
     except ValueError:
         return b"no hash"
 
 
-def _links(name: str, stream: _Stream) -> list[Finding]:
+def _broken_links(name: str, stream: _Stream) -> list[Finding]:
     """Gaps in the numbers, and events that do not carry the hash of the one before them."""
     findings = []
     numbers = sorted(stream.hashes)
@@ -182,29 +182,28 @@ def _links(name: str, stream: _Stream) -> list[Finding]:
     return findings
 
 
-def _end(name: str, stream: _Stream, number: int, expected: str, what: str) -> list[Finding]:
-    """Compare with what somebody else says was the last event."""
+def _compare_last(name: str, stream: _Stream, number: int, expected: str, what: str) -> list[Finding]:
+    """Compare with what another witness, `what`, says is the last event."""
     last = f"{name}@{number}"
     if number not in stream.hashes:
         return [Finding("missing", last, f"is {what}")]
-    if not stream.knows(number, _raw(expected)):
+    if not stream.knows(number, _hash_bytes(expected)):
         return [Finding("altered", last, f"does not have the hash of {what}")]
     return []
 
 
-def _since(name: str, stream: _Stream, head: Head, oldest: datetime | None) -> list[Finding]:
-    """Compare with what was the last event once. Where that is older than what the topic keeps, nothing follows from
-    it."""
+def _compare_head(name: str, stream: _Stream, head: Head, oldest: datetime | None) -> list[Finding]:
+    """Compare with the last event of an earlier time, unless it is older than what the topic keeps."""
     older = head.event < min(stream.hashes) if stream.hashes else oldest is not None and head.time < oldest
     if older:
         return [
             Finding("beginning", f"{name}@{head.event}", f"is the stream's head of {head.time}, older than all here")
         ]
-    return _end(name, stream, head.event, head.hash, "the stream's head")
+    return _compare_last(name, stream, head.event, head.hash, "the stream's head")
 
 
-def _beyond(name: str, stream: _Stream, newest: int) -> list[Finding]:
-    """Events that come after the newest in the store, where each is before it is published."""
+def _unstored(name: str, stream: _Stream, newest: int) -> list[Finding]:
+    """Events after the newest in the store. There can be none, as each is stored before it is published."""
     found = sorted(number for number in stream.hashes if number > newest)
     if not found:
         return []
