@@ -1,4 +1,4 @@
-"""The console's way to broker and store: blocking clients, called from threads of their own."""
+"""The console's access to broker and store: blocking clients, called in a pool of threads."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class SiteBackend:
         return await asyncio.get_running_loop().run_in_executor(self._threads, action, *arguments)
 
     def _send(self, command: Command) -> None:
-        """Acknowledged by the broker, or an error."""
+        """Send, and wait for the broker's acknowledgement. Raises UnreachableError."""
         kafka = self._config.kafka
         try:
             with self._producer_lock:
@@ -97,7 +97,7 @@ class SiteBackend:
         if not found.token:
             return None
         header = None
-        with contextlib.suppress(StateError):  # A damaged header is the worker's to mend; the rest can be shown.
+        with contextlib.suppress(StateError):  # The worker replaces a damaged header; the rest can be shown.
             header = decode_header(found.header or b"")
         drift = header and header.drift
         return {

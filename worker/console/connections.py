@@ -1,4 +1,4 @@
-"""The console's connections: one that asks for nothing is closed, for there are only so many."""
+"""The console's connections. Their number is limited, so idle ones are closed."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ HEAD_S = 10.0
 
 
 class Impatient(H11Protocol):
-    """Closes a connection whose next request has not begun with a whole head in `HEAD_S`, however slowly bytes come.
+    """Closes a connection that does not send the complete head of its next request within `HEAD_S`.
 
-    uvicorn does so only after a request that was answered, and only where no byte comes at all.
+    uvicorn itself does so only after an answered request, and only if no byte arrives at all.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._patience: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait()
+        self._start_or_cancel()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._wait()
+        self._start_or_cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._end()
+        self._cancel()
 
-    def _wait(self) -> None:
+    def _start_or_cancel(self) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            self._end()
-        elif self._patience is None:
-            self._patience = self.loop.call_later(HEAD_S, self.transport.close)
+            self._cancel()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(HEAD_S, self.transport.close)
 
-    def _end(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,4 +1,4 @@
-"""`driftkeel console`: threads that read, one loop that serves."""
+"""`driftkeel console`: threads read topics and metrics, an event loop serves the pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MAX_CONNECTIONS = 256
 
 
 class _Server(uvicorn.Server):
-    """Stops on SIGTERM and Ctrl-C as a worker does: with exit code 0, and not by the signal itself."""
+    """Stops on SIGTERM and Ctrl-C with exit code 0, as a worker does, and not by raising the signal again."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -43,7 +43,7 @@ class _Server(uvicorn.Server):
 
 
 def overridden(config: WorkerConfig, host: str | None, port: int | None, token: str | None) -> WorkerConfig:
-    """`config` with what the command line says of the console. Raises ConfigError."""
+    """`config` with the command line's options for the console. Raises ConfigError."""
     given = {name: value for name, value in (("host", host), ("port", port), ("token", token)) if value is not None}
     try:
         console = Console.model_validate({**config.console.model_dump(), **given})
@@ -54,7 +54,7 @@ def overridden(config: WorkerConfig, host: str | None, port: int | None, token: 
 
 
 def run_console(config: WorkerConfig) -> None:
-    """Serve until SIGTERM or Ctrl-C. Raises ConfigError for an address without a token, or one that is taken."""
+    """Serve until SIGTERM or Ctrl-C. Raises ConfigError if a token is missing, or the address is taken."""
     settings = config.console
     if not is_loopback(settings.host) and settings.token is None:
         raise ConfigError(
@@ -98,7 +98,7 @@ def _serve(fleet: Fleet, backend: SiteBackend, config: WorkerConfig, listening: 
             timeout_graceful_shutdown=3,
         )
     )
-    # It has a line or two for all that is no request, and whoever reaches the port may send that without end.
+    # It logs every malformed request: whoever reaches the port could fill the disk.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     host, port = listening.getsockname()[:2]
     print(f"console: http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)  # noqa: T201
@@ -115,7 +115,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _clean_accuracy(config: WorkerConfig) -> float | None:
-    """What the bundle promises on clean frames; a console may run where the bundle is not."""
+    """The bundle's accuracy on clean frames; None if there is no bundle where the console runs."""
     try:
         return read_manifest(config.bundle.path).model.clean_accuracy
     except BundleError as error:

@@ -1,4 +1,4 @@
-"""What the workers' own /metrics say of the whole site: are they there, how fast, how far behind."""
+"""Reads the workers' metrics: which workers answer, their throughput and their lag."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Worker:
 
 
 class WorkerScrape(threading.Thread):
-    """Asks every worker every two seconds."""
+    """A thread that scrapes every worker every two seconds."""
 
     def __init__(self, urls: list[str], stop: threading.Event) -> None:
         super().__init__(name="console-metrics", daemon=True)
@@ -48,7 +48,7 @@ class WorkerScrape(threading.Thread):
             self._stop_event.wait(EVERY_S)
 
     def figures(self) -> dict[str, Any]:
-        """Sums over the workers that answer."""
+        """Totals of the workers that answer."""
         workers = list(self._workers.values())
         up = [worker for worker in workers if worker.up]
         return {
@@ -61,16 +61,16 @@ class WorkerScrape(threading.Thread):
 
 
 def every_address(url: str) -> list[str]:
-    """A name that stands for several workers (a headless service) as one URL for each of their addresses."""
+    """A URL for each address of the host: the name of a headless service stands for several workers."""
     parts = urlsplit(url)
-    if parts.scheme != "http" or parts.hostname is None:  # A certificate is for the name.
+    if parts.scheme != "http" or parts.hostname is None:  # A certificate is for the name, not for addresses.
         return [url]
     try:
         found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)
     except OSError:
         return [url]
     hosts = sorted({str(address[0]) for _, _, _, _, address in found})
-    # One that has both kinds of address is still one worker.
+    # A worker may have an IPv4 and an IPv6 address: count it once.
     chosen = [host for host in hosts if ":" not in host] or [f"[{host}]" for host in hosts]
     return [parts._replace(netloc=f"{host}:{parts.port or 80}").geturl() for host in chosen]
 
@@ -90,9 +90,9 @@ def _ask(worker: _Worker) -> None:
 
 
 def read_sums(text: str) -> dict[str, float]:
-    """Of the series wanted here, summed over their labels. Raises ValueError for text that is no exposition."""
+    """The three metrics shown here, summed over their labels. Raises ValueError if the text is no exposition."""
     sums = dict.fromkeys((PREDICTIONS, LAG, BAD), 0.0)
-    # The parser takes time for every line; most are of histograms.
+    # Parsing is slow, and most lines are of histograms.
     lines = [line for line in text.splitlines() if line.startswith(tuple(sums))]
     for family in text_string_to_metric_families("\n".join(lines) + "\n"):
         for sample in family.samples:

@@ -1,7 +1,7 @@
-"""Small pictures of the frames on a page: fetched one by one at the place that a prediction names, never all of them.
+"""Small pictures of the frames on a page, fetched one by one from the positions that predictions name.
 
-The frames topic is most of a site's traffic. A console that followed it would double what the broker sends; one that
-nobody looks at reads no frame at all.
+The frames topic is most of a site's traffic. A console that consumed all of it would double what the broker sends. This
+one reads a frame only while somebody looks at its page.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from worker.decode.image import open_image
 from worker.kafka.client import connection, open_client
 
 SMALL, LARGE = 160, 480  # pixels of the longer side
-CRISP = 96  # up to this side a frame is kept as it is, as PNG
-EVERY_S = 0.9  # a stream's picture is made at most so often
-PATIENCE_S = 2.0  # for one request's frames
-TRIES = 5  # for one frame: it may have come late, or be gone
-KEPT = 1_024  # pictures
+CRISP = 96  # pixels: smaller frames are shown as PNG, without loss
+EVERY_S = 0.9  # least time between two pictures of a stream
+PATIENCE_S = 2.0  # longest time to wait for the frames of one request
+TRIES = 5  # of fetching one frame, which may have been deleted
+KEPT = 1_024  # pictures in memory
 
 
 def thumbnail(content: bytes, limits: Frames, side: int) -> bytes:
-    """`content` decoded, shrunk to `side` pixels and written anew: nothing of its own bytes reaches a browser.
+    """`content` decoded, shrunk to `side` pixels and encoded again, so that none of its own bytes reach a browser.
 
     Raises FrameError as `worker.decode.image.open_image` does.
     """
@@ -61,11 +61,11 @@ def thumbnail(content: bytes, limits: Frames, side: int) -> bytes:
 class _Kept:
     made: float
     picture: Picture
-    tries: int = TRIES  # as many as there are where nothing better can come
+    tries: int = TRIES  # all of them used up, unless the frame could not be fetched
 
 
 class Thumbnails:
-    """Pictures by stream, made when asked for. One caller at a time reads from the broker; others wait for it."""
+    """Pictures by stream, made on request. One caller at a time reads from the broker; others wait."""
 
     def __init__(self, kafka: Kafka, limits: Frames) -> None:
         self._kafka, self._limits = kafka, limits
@@ -74,7 +74,7 @@ class Thumbnails:
         self._reader = FrameReader(kafka)
 
     def get(self, wanted: list[Prediction], large: bool) -> list[Picture]:
-        """At most one picture per prediction; without those whose frame cannot be had soon, or cannot be decoded."""
+        """At most one picture per prediction, none if its frame cannot be fetched soon or cannot be decoded."""
         with self._lock:
             missing = self._missing(wanted, large)
             if missing:
@@ -93,7 +93,7 @@ class Thumbnails:
         missing = []
         for prediction in wanted:
             kept = self._kept.get((prediction.stream, large))
-            if kept is not None and (_is_last(kept, prediction) or now - kept.made < EVERY_S):
+            if kept is not None and (_is_final(kept, prediction) or now - kept.made < EVERY_S):
                 continue
             position = Position.read(prediction.id)
             if position is not None and position.topic == self._kafka.topics.frames:
@@ -104,14 +104,14 @@ class Thumbnails:
         key = (prediction.stream, large)
         before = self._kept.get(key)
         if content is None and before is not None and before.picture.image:
-            return  # Not there in time: the older picture is better than none.
+            return  # It did not arrive in time: an older picture is better than none.
         if content is None:
             tried = before.tries if before is not None and before.picture.prediction.id == prediction.id else 0
             self._keep(key, _Kept(time.monotonic(), Picture(prediction, b""), tried + 1))
             return
         image = b""
         if len(content) <= self._limits.max_bytes:
-            # The worker has told of a bad frame with a dead letter; here the last good picture gives way to none.
+            # The worker has written a dead letter for a bad frame. Here its stream loses its picture.
             with contextlib.suppress(FrameError):
                 image = thumbnail(content, self._limits, LARGE if large else SMALL)
         self._keep(key, _Kept(time.monotonic(), Picture(prediction, image)))
@@ -123,20 +123,20 @@ class Thumbnails:
             self._kept.popitem(last=False)
 
 
-def _is_last(kept: _Kept, prediction: Prediction) -> bool:
-    """Whether there is no sense in asking for this prediction's frame again."""
+def _is_final(kept: _Kept, prediction: Prediction) -> bool:
+    """Whether the picture is of this prediction's frame, and fetching that again would not help."""
     return kept.picture.prediction.id == prediction.id and kept.tries >= TRIES
 
 
 class FrameReader:
-    """Single records by their position."""
+    """Fetches single records by their positions."""
 
     def __init__(self, kafka: Kafka) -> None:
         self._kafka = kafka
         self._consumer: Any = None
 
     def read(self, wanted: set[Position]) -> dict[Position, bytes]:
-        """The values found within a short while. A broker that does not answer gives none."""
+        """The values that arrive within `PATIENCE_S`; none if the broker does not answer."""
         try:
             if self._consumer is None:
                 self._consumer = open_client(
@@ -184,14 +184,14 @@ def _pick(
     found: dict[Position, bytes],
     seek: Callable[[TopicPartition, int], object],
 ) -> None:
-    """Take what was asked for from `records`, and go on at the next offset that is."""
+    """Take the wanted offsets from `records`, and seek to the next one that is left."""
     offsets = left.get(partition, [])
     values = {record.offset: record.value for record in records}
     newest = max(values, default=-1)
     for offset in offsets:
         if values.get(offset) is not None:
             found[Position(partition.topic, partition.partition, offset)] = values[offset]
-    # What lies before the newest record and did not come has been deleted or compacted away.
+    # A wanted offset before the newest record did not come: it has been deleted or compacted away.
     left[partition] = [offset for offset in offsets if offset > newest]
     if left[partition] and left[partition][0] > newest + 1:
         seek(partition, left[partition][0])

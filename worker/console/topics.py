@@ -1,7 +1,7 @@
-"""Predictions and update events from their topics into the console's fleet.
+"""Reads predictions and update events from their topics into the console's fleet.
 
-No consumer group: a console takes nothing from anybody, and several may run. It begins a little before the end, and
-where it falls far behind it goes back there: what is on a page is what is new.
+Without a consumer group, so that several consoles may run and nobody else is affected. Reading starts shortly before
+the ends of the topics, and skips ahead when it falls far behind: a page shows what is new.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from worker.kafka.client import LONGEST_PAUSE_S, connection, open_client
 
 log = logging.getLogger("driftkeel.console")
 HISTORY = 2_000  # records of each partition before its end
-BEHIND = 20_000  # records; further behind than this, go back to the end
-PAUSE_S = 0.25  # between two polls: pages are told twice a second, and many small fetches cost more than few large ones
-LOOK_ROUND_S = 10.0  # how often to look for new partitions, and how far behind this is
-MAX_BYTES = 1 << 20  # of one record; larger ones are nothing that a worker of ours wrote
+BEHIND = 20_000  # records of lag, from which on reading skips ahead
+PAUSE_S = 0.25  # between polls: pages are updated twice a second, and few large fetches cost less than many small ones
+LOOK_ROUND_S = 10.0  # between two checks for new partitions and for lag
+MAX_BYTES = 1 << 20  # of one record: workers write none that is larger
 
 
 class TopicReader(threading.Thread):
-    """Reads until `stop` is set; a broker that goes away is waited for."""
+    """Reads until `stop` is set, and waits for a broker that goes away."""
 
     def __init__(self, settings: Kafka, fleet: Fleet, stop: threading.Event) -> None:
         super().__init__(name="console-topics", daemon=True)
@@ -72,7 +72,7 @@ class TopicReader(threading.Thread):
             self._stop_event.wait(PAUSE_S)
 
     def _assign(self, consumer: Any) -> None:
-        """All partitions there are, each where reading goes on."""
+        """Assign all existing partitions, and seek in those that are new or too far behind."""
         topics = (self._settings.topics.predictions, self._updates)
         known = {
             TopicPartition(topic, number) for topic in topics for number in consumer.partitions_for_topic(topic) or ()
@@ -94,7 +94,7 @@ class TopicReader(threading.Thread):
         self.reached = True
 
     def take(self, topic: str, records: list[Any]) -> None:
-        """Records of one topic, oldest first. Of a stream's predictions only the newest is looked into."""
+        """Take records of one topic, oldest first. Only the newest prediction of each stream is parsed."""
         records = list(self._passed_over.readable(records))
         if topic == self._updates:
             for record in records:
@@ -118,6 +118,6 @@ class TopicReader(threading.Thread):
             return kind.model_validate_json(content)
         except (ValidationError, ValueError) as error:
             self._refused += 1
-            if self._refused & (self._refused - 1) == 0:  # the first, second, fourth, ...: never a flood
+            if self._refused & (self._refused - 1) == 0:  # the first, second, fourth, ...: few lines for many records
                 log.warning("%d records are no %s of this version: %s", self._refused, kind.__name__, str(error)[:200])
             return None
