@@ -1,4 +1,4 @@
-"""Six cameras of a sorting line. Five drift and recover; one has nothing wrong.
+"""Six cameras of a sorting line. Five drift and recover; one stays healthy.
 
 Their shifts are the held-out ones of `meta.shifts`: neither model nor generator was trained on them, and the images
 are test images.
@@ -18,14 +18,14 @@ from torch import Tensor
 from meta.data import LabelledImages
 from meta.shifts import HELD_OUT
 
-ITEM_FRAMES = 2  # each garment passes by in so many frames
-RUN_ITEMS = 40  # so many garments in a row share a mix of classes
+ITEM_FRAMES = 2  # frames that show one garment
+RUN_ITEMS = 40  # consecutive garments that share a mix of classes
 MIX = 1.0  # Dirichlet concentration of that mix; lower is more one-sided
 
 
 @dataclass(frozen=True)
 class DemoCamera:
-    """A camera: what goes wrong, how far, and when (shares of the whole replay)."""
+    """A camera: what goes wrong with it, how severely, and when (as shares of the replay)."""
 
     stream: str
     shift: str | None
@@ -66,7 +66,7 @@ class Reel:
 
 
 def film(camera: DemoCamera, data: LabelledImages, frames: int, seed: int) -> Reel:
-    """Film `frames` frames: garments in runs of similar classes, each seen twice, slightly moved."""
+    """Make `frames` frames: garments in runs of similar classes, each seen twice, slightly moved."""
     random = torch.Generator().manual_seed(seed * 1_000 + CAMERAS.index(camera))
     chosen = _items(data.labels, -(-frames // ITEM_FRAMES), random)
     order = np.repeat(chosen, ITEM_FRAMES)[:frames]
@@ -82,7 +82,7 @@ def film(camera: DemoCamera, data: LabelledImages, frames: int, seed: int) -> Re
 
 
 def _items(labels: npt.NDArray[np.int64], count: int, random: torch.Generator) -> npt.NDArray[np.int64]:
-    """Indices of the garments that pass: every run draws its own mix of classes."""
+    """Indices of the garments. Every run draws its own mix of classes."""
     by_class = [np.flatnonzero(labels == c) for c in range(int(labels.max()) + 1)]
     parts = []
     for start in range(0, count, RUN_ITEMS):

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from worker.demo.score import CameraScore, Scoreboard
 
 SOURCE, ADAPTED, SHIFT, ESTIMATE = "#9a5b13", "#0b6e8f", "#c9d3da", "#7a8791"
-POINTS = 320  # of a line; more cannot be seen, and the file stays small
+POINTS = 320  # per line: more cannot be seen, and make the file larger
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

@@ -36,9 +36,9 @@ from worker.embedded import Broker, Child, EmbeddedStore, embedded_services, fre
 from worker.kafka.client import close_producer, connection, create_topics
 
 PARTITIONS = 4
-LEAD = 256  # frames of a camera that may be on their way
-STALLED_S = 60.0  # without an answer, the worker makes no progress
-STARTING_S = 240.0  # before its first: on a busy machine torch alone takes a minute to be imported
+LEAD = 256  # frames of a camera that are sent ahead of their predictions
+STALLED_S = 60.0  # without a prediction, after which the demo gives up
+STARTING_S = 240.0  # the same before the first: on a busy machine importing torch alone takes a minute
 
 
 def run_demo(
@@ -127,7 +127,7 @@ def _config(broker: Broker, store: EmbeddedStore, bundle: Path) -> WorkerConfig:
 
 
 def _usual_port() -> int:
-    """The console's own port, so that a bookmark works; another one where it is taken."""
+    """The console's usual port, so that a bookmark works; another one if it is taken."""
     usual = ConsoleSettings().port
     with socket.socket() as probe:
         try:
@@ -139,7 +139,7 @@ def _usual_port() -> int:
 
 @contextmanager
 def _web_console(config: WorkerConfig, folder: Path, wanted: bool, console: Console) -> Iterator[None]:
-    """The web console, where it is wanted and its packages are there. The demo does not depend on it."""
+    """Run the web console, if it is wanted and its packages are installed. The demo does not depend on it."""
     if not wanted or importlib.util.find_spec("uvicorn") is None:
         yield
         return
@@ -153,10 +153,10 @@ def _web_console(config: WorkerConfig, folder: Path, wanted: bool, console: Cons
 
 
 def _unwind_on_signals() -> Callable[[], None]:
-    """From here on Ctrl-C, and a supervisor's SIGTERM like it, unwind, so that every child is stopped.
+    """From here on Ctrl-C and SIGTERM raise an exception, so that every child process is stopped.
 
-    What is returned does so again for a signal that came before: where one arrives inside kafka-python, whose event
-    loop catches whatever is raised in it, that is the end of it.
+    kafka-python's event loop swallows what is raised inside it. The function returned raises the exception again, if a
+    signal has come.
     """
     asked: list[BaseException] = []
 
@@ -176,7 +176,7 @@ def _unwind_on_signals() -> Callable[[], None]:
 def _replay(
     kafka: Kafka, board: Scoreboard, worker: Child, worker_log: Path, screen: Any, unwind: Callable[[], None]
 ) -> None:
-    """Send frames, a bounded lead ahead of their predictions, until every one is answered or nothing moves."""
+    """Send frames, at most `LEAD` ahead of their predictions, until all are answered or the worker stands still."""
     arguments = connection(kafka)
     producer = KafkaProducer(**arguments, linger_ms=2, batch_size=64 << 10)
     outputs = KafkaConsumer(**arguments, auto_offset_reset="earliest", fetch_max_wait_ms=20, enable_auto_commit=False)
@@ -202,7 +202,7 @@ def _replay(
 
 
 def _standstill(exit_code: int | None, silent: float, worker_log: Path) -> str:
-    """What there is to say of a worker that has ended, or has not answered for so many seconds."""
+    """The message about a worker that has ended, or has not answered for `silent` seconds."""
     what = f"has answered no frame for {silent:.0f} s" if exit_code is None else f"has ended with code {exit_code}"
     lines = worker_log.read_text(errors="replace").splitlines()[-8:]
     if not lines:
@@ -241,7 +241,7 @@ def _collect(outputs: Any, kafka: Kafka, board: Scoreboard, timeout_ms: int = 50
 
 
 def _collect_last_updates(outputs: Any, kafka: Kafka, board: Scoreboard) -> None:
-    """Events follow their predictions by a moment: read on until none has come for a while."""
+    """Read until none has come for a while, as events follow their predictions by a moment."""
     quiet = 0
     while quiet < 10:
         quiet = 0 if _collect(outputs, kafka, board) else quiet + 1

@@ -1,4 +1,4 @@
-"""Keeping the score: predictions and update events against labels that the worker never sees."""
+"""The score: predictions and update events, compared with labels that the worker never sees."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worker.demo.cameras import Reel
 
 @dataclass
 class CameraScore:
-    """One camera. The arrays have one place per frame, in order."""
+    """The score of one camera. The arrays have one element per frame, in order."""
 
     reel: Reel
     source_right: npt.NDArray[np.bool_]
@@ -59,14 +59,14 @@ class CameraScore:
         return int(self.predicted.sum())
 
     def accuracies(self) -> tuple[float, float]:
-        """Of source and adapted, on the frames predicted so far."""
+        """Accuracy of source and adapted model on the frames predicted so far."""
         if not self.answered:
             return 0.0, 0.0
         return float(self.source_right[self.predicted].mean()), float(self.adapted_right[self.predicted].mean())
 
 
 class Scoreboard:
-    """All cameras."""
+    """The scores of all cameras. Predictions may come before the broker has told their frame's position."""
 
     def __init__(self, cameras: list[CameraScore]) -> None:
         self.cameras = {score.reel.camera.stream: score for score in cameras}

@@ -1,4 +1,4 @@
-"""What a person sees while the demo runs: a live table on a terminal, plain lines elsewhere."""
+"""The demo's progress: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class _Live:
 
 @contextlib.contextmanager
 def open_view(live: bool, console: Console) -> Iterator[View]:
-    """The live view where it is wanted and the output is a terminal."""
+    """The live view, if it is wanted and the output is a terminal."""
     if not (live and console.is_terminal):
         yield _Plain(console)
         return
