@@ -1,1 +1,1 @@
-"""Pictures of files and cameras into the frames topic."""
+"""Sends pictures of files and cameras to the frames topic."""

@@ -1,4 +1,4 @@
-"""`driftkeel produce`: pictures of files and cameras into the frames topic, at their own pace, each once."""
+"""`driftkeel produce`: sends pictures of files and cameras to the frames topic, at their own pace, each once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from worker.produce.sources import Encoding, Item, Picture
 from worker.publish.publisher import open_producer
 
 log = logging.getLogger("driftkeel.produce")
-MAX_ON_THE_WAY = 32 << 20  # bytes not acknowledged yet, of all streams
+MAX_ON_THE_WAY = 32 << 20  # bytes that are not acknowledged yet, of all streams together
 ACKNOWLEDGE_TIMEOUT_S = 120.0
 NOTE_EVERY_S = 1.0
 STOP_PATIENCE_S = 2.0
@@ -35,9 +35,10 @@ STOP_PATIENCE_S = 2.0
 
 @dataclass(frozen=True)
 class PlayOptions:
-    """How to play. `fast`: as fast as the broker takes it. `now`: event time is when a frame is sent.
+    """How to play. `fast`: as fast as the broker accepts. `now`: a frame's event time is when it is sent.
 
-    `again`: also what was sent before. `loop`: for ever, and nothing is remembered. `limit`: frames of each stream.
+    `again`: also send what was sent before. `loop`: repeat until stopped, and remember nothing. `limit`: most frames of
+    each stream.
     """
 
     encoding: Encoding = field(default_factory=Encoding)
@@ -50,7 +51,7 @@ class PlayOptions:
 
 @dataclass
 class Tally:
-    """What became of one stream's frames in this run. `before`: passed over, they were sent in an earlier one."""
+    """Counts of one stream's frames in this run. `before`: passed over, as an earlier run had sent them."""
 
     stream: str
     sent: int = 0
@@ -60,9 +61,9 @@ class Tally:
 
 
 class Sender:
-    """An idempotent producer that holds a bounded number of bytes. Safe to use from several threads.
+    """An idempotent producer with a bounded number of bytes on the way. Safe to use from several threads.
 
-    The first record that the broker refuses for good is `error`; nothing after it counts as sent.
+    `error` is about the first record that the broker refused for good; nothing after it counts as sent.
     """
 
     def __init__(self, config: WorkerConfig, stop: threading.Event) -> None:
@@ -77,11 +78,11 @@ class Sender:
         self.topic_id = topic_id(metadata(self._producer), self._kafka.topics.frames)
 
     def partition(self, stream: str) -> int:
-        """Where a stream's frames go: as Kafka's own producers have it."""
+        """The partition of a stream's frames, chosen as Kafka's own producers do."""
         return int(self._partitions[(murmur2(stream.encode()) & 0x7FFFFFFF) % len(self._partitions)])
 
     def make_room(self, size: int, wait: bool) -> bool:
-        """Reserve `size` bytes; False where there is no room and `wait` is False, or the run ends."""
+        """Reserve `size` bytes. False if there is no room and `wait` is False, or if the run ends."""
         with self._room:
             while self._on_the_way and self._on_the_way + size > MAX_ON_THE_WAY:
                 if not wait or self._stop.is_set() or self.error:
@@ -93,7 +94,7 @@ class Sender:
     def send(
         self, stream: str, item: str, number: str, picture: Picture, taken: datetime, sent: Callable[[Any], None]
     ) -> None:
-        """Hand a frame to the client, its room reserved before. `sent` gets the record's place. Raises SourceError."""
+        """Send a frame whose room is reserved. `sent` is called with the record's position. Raises SourceError."""
         size = len(picture.content)
         if size > self._max_bytes:
             raise SourceError(
@@ -112,11 +113,11 @@ class Sender:
             )
         except KafkaError as error:
             raise explained(error, self._kafka, stream, size) from error
-        future.add_callback(self._taken, size, sent)
+        future.add_callback(self._accepted, size, sent)
         future.add_errback(self._refused, size, stream)
 
     def finish(self) -> None:
-        """Wait for all answers. Raises SourceError where a frame was refused."""
+        """Wait for all acknowledgements. Raises SourceError if a frame was refused."""
         try:
             self._producer.flush(timeout=ACKNOWLEDGE_TIMEOUT_S)
         except KafkaError as error:
@@ -125,10 +126,10 @@ class Sender:
             raise self.error
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         close_producer(self._producer, 2)
 
-    def _taken(self, size: int, sent: Callable[[Any], None], place: Any) -> None:
+    def _accepted(self, size: int, sent: Callable[[Any], None], place: Any) -> None:
         with self._room:
             self._on_the_way -= size
             if self.error is None:
@@ -143,7 +144,7 @@ class Sender:
 
 
 def explained(error: Exception, kafka: Kafka, stream: str, size: int) -> SourceError:
-    """What a refusal means and what to do about it."""
+    """The broker's refusal as an error that says what to do."""
     topic = kafka.topics.frames
     if isinstance(error, MessageSizeTooLargeError | RecordListTooLargeError):
         wanted = -(-(size + 2_048) // 65_536) * 65_536
@@ -154,8 +155,8 @@ def explained(error: Exception, kafka: Kafka, stream: str, size: int) -> SourceE
         )
     reason = " ".join(str(error).split()) or type(error).__name__
     return SourceError(
-        f"the broker at {kafka.bootstrap} did not take frames for topic {topic}: {reason}; see to it and run the same "
-        "command again, it goes on where this one stopped"
+        f"the broker at {kafka.bootstrap} did not take frames for topic {topic}: {reason}; correct that and run the "
+        "same command again, it continues where this one stopped"
     )
 
 
@@ -176,10 +177,10 @@ class Player:
         self.tally = Tally(self.stream)
         self._acknowledged, self._lock = Acknowledged(), threading.Lock()
         self._noted = self._began = time.monotonic()
-        self._clock: float | None = None  # when the item in hand began, had it played at its own speed
+        self._clock: float | None = None  # when the current item would have begun, played at its own speed
 
     def play(self) -> None:
-        """Until the items end, the limit is reached or the run stops. Raises SourceError and UnreachableError."""
+        """Play until the items end, the limit is reached or the run stops. Raises SourceError and UnreachableError."""
         if self.memory:
             start = self.memory.reached(self.stream)
             partition = self.sender.partition(self.stream)
@@ -188,7 +189,7 @@ class Player:
         for number, item in self._rounds():
             if self.stop.is_set() or self._enough():
                 break
-            # A round's frames are no item's frames by number: what is read back later must not take them for these.
+            # Frames of a loop get other numbers, so that they are not taken for the item's own when read back later.
             self._play(item, f"{number}." if self.options.loop else "")
 
     def remember(self) -> None:
@@ -209,7 +210,7 @@ class Player:
             sent = self.tally.sent
             for item in items:
                 yield rounds, item
-            if not self.options.loop or self.tally.sent == sent:  # a pipe gives its frames once
+            if not self.options.loop or self.tally.sent == sent:  # Nothing was sent: a pipe gives its frames once.
                 return
             rounds += 1
 
@@ -221,8 +222,8 @@ class Player:
         encoding = self.options.encoding
         pictures = _reconnecting(item, encoding, self.stop) if item.live else item.pictures(encoding, skip)
         nothing = True
-        # Of what comes as it is taken, no frame waits for the next one.
-        marked = _knowing_the_last(pictures) if item.remembered else ((picture, False) for picture in pictures)
+        # A live source is not asked for the next frame before this one is sent.
+        marked = _with_last(pictures) if item.remembered else ((picture, False) for picture in pictures)
         for picture, last in marked:
             nothing = False
             if not self._send(item, picture, round_name, last):
@@ -231,7 +232,7 @@ class Player:
             self._acknowledged.done.add(item.name)
 
     def _sent_before(self, item: Item) -> int | None:
-        """How many frames of an item to pass over; None for all of them."""
+        """How many frames of an item to pass over; None: all of them."""
         if self.memory is None:
             return 0
         if self.options.again:
@@ -242,7 +243,7 @@ class Player:
         return None if done else frames
 
     def _send(self, item: Item, picture: Picture, round_name: str, last: bool) -> bool:
-        """False where the run ends here."""
+        """Send one picture; False if the run ends here."""
         if not item.live:
             self._pace(picture)
         if self.sender.error or self.stop.is_set() or self._enough():
@@ -264,7 +265,7 @@ class Player:
         return not self._enough()
 
     def _pace(self, picture: Picture) -> None:
-        """Wait until it is the picture's turn: by its video's clock; where it has none, by `fps`."""
+        """Wait until the picture is due: by the clock of its video, or by `fps` if it has none."""
         fps = self.options.encoding.fps
         if self.options.fast or (picture.at is None and fps is None):
             return
@@ -280,8 +281,8 @@ class Player:
         return self.options.limit is not None and self.tally.sent >= self.options.limit
 
 
-def _knowing_the_last(pictures: Iterator[Picture]) -> Iterator[tuple[Picture, bool]]:
-    """Each picture, and whether none follows."""
+def _with_last(pictures: Iterator[Picture]) -> Iterator[tuple[Picture, bool]]:
+    """Each picture, and whether it is the last."""
     held = next(pictures, None)
     while held is not None:
         following = next(pictures, None)
@@ -290,7 +291,7 @@ def _knowing_the_last(pictures: Iterator[Picture]) -> Iterator[tuple[Picture, bo
 
 
 def _reconnecting(item: Item, encoding: Encoding, stop: threading.Event) -> Iterator[Picture]:
-    """A camera's pictures; once it has shown one, it is waited for when it is gone."""
+    """A camera's pictures. Once it has given one, the camera is waited for when it goes away."""
     index, pause = 0, FIRST_PAUSE_S
     while not stop.is_set():
         try:
@@ -322,11 +323,11 @@ def produce(
     def attempt(action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # noqa: BLE001 - nobody else sees what ends a thread
+        except Exception as error:  # noqa: BLE001 - raised again below, in the main thread
             failures.append(error)
             stop.set()
 
-    # Daemons: a thread that waits for standard input must not keep the process.
+    # Daemons, as a thread that waits for standard input must not keep the process alive.
     threads = [threading.Thread(target=attempt, args=(player.play,), daemon=True) for player in players]
     for thread in threads:
         thread.start()

@@ -1,7 +1,7 @@
-"""What `driftkeel produce` has sent, in a small file, so that a rerun goes on where the last one stopped.
+"""Remembers in a small file what `driftkeel produce` has sent, so that a rerun continues where the last one stopped.
 
-The file follows the broker's acknowledgements by up to a second. What it missed in a crash is read back from the topic:
-the file knows how far it had got there, and every record names its item and its number.
+The file is up to a second behind the broker's acknowledgements. What it misses after a crash is read back from the
+topic, from the offset that the file has: every record names its item and its frame's number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from schemas.errors import SourceError, UnreachableError
 from schemas.frame import FRAME_TYPE
 from worker.kafka.client import connection, open_client
 
-LOCKED_S = 60.0  # a run for each camera share the file: on a slow disk one waits for its turn longer than the usual 5 s
+LOCKED_S = 60.0  # longest wait for the file: runs for many cameras may share it, on a slow disk
 _TABLES = """
 CREATE TABLE IF NOT EXISTS items (
     topic TEXT, stream TEXT, item TEXT, frames INTEGER NOT NULL, done INTEGER NOT NULL,
@@ -44,7 +44,7 @@ INSERT INTO reached VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET next_offset = max
 
 @dataclass
 class Acknowledged:
-    """What has been acknowledged: frames by item, items of which nothing is left, and the offset after the newest."""
+    """What the broker has acknowledged: frames by item, items that are complete, and the offset after the newest."""
 
     frames: dict[str, int] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
@@ -59,10 +59,10 @@ class Acknowledged:
 
 
 class Sent:
-    """The file, for any number of streams and threads, and one topic of frames. Topics are told apart by their broker's
-    address and, where it tells one, by the id of the topic: one that was created again has nothing yet.
+    """The file, for any number of streams and threads, and one topic of frames. Raises SourceError.
 
-    Raises SourceError where the file cannot be used.
+    A topic is identified by its broker's address and, if the broker tells it, the topic's id: a topic that was created
+    again has nothing yet.
     """
 
     def __init__(self, path: Path, kafka: Kafka, topic_id: str) -> None:
@@ -77,7 +77,7 @@ class Sent:
             self._adopt(address)
 
     def frames(self, stream: str, item: str) -> tuple[int, bool]:
-        """How many frames of an item are in the topic, and whether that is all of them."""
+        """How many frames of an item are in the topic, and whether these are all."""
         query = "SELECT frames, done FROM items WHERE topic = ? AND stream = ? AND item = ?"
         with self._using():
             row = self._file.execute(query, (self._topic, stream, item)).fetchone()
@@ -110,7 +110,7 @@ class Sent:
 
     @contextlib.contextmanager
     def _using(self) -> Iterator[None]:
-        """One thread at a time, and an error that says what to do."""
+        """Let one thread at a time use the file, and say what to do about its errors."""
         try:
             with self._lock:
                 yield
@@ -120,14 +120,14 @@ class Sent:
             ) from error
 
     def _adopt(self, address: str) -> None:
-        """Files of older releases know topics by their address alone; what they say is taken to be of this one."""
+        """Take entries without an id, which older releases wrote, to be of this topic."""
         with self._using(), self._file:
             for table in ("items", "reached"):
                 self._file.execute(f"UPDATE OR IGNORE {table} SET topic = ? WHERE topic = ?", (self._topic, address))  # noqa: S608
 
 
 def read_back(kafka: Kafka, partition: int, stream: str, start: int | None) -> Acknowledged:
-    """What the topic holds of a stream from offset `start` on; where it is None, only where the topic ends now. Raises
+    """What the topic has of a stream from offset `start` on; if that is None, only the topic's end. Raises
     UnreachableError."""
     try:
         return _read_back(kafka, TopicPartition(kafka.topics.frames, partition), stream, start)
@@ -153,7 +153,7 @@ def _read_back(kafka: Kafka, place: TopicPartition, stream: str, start: int | No
             return acknowledged
         consumer.seek(place, max(start, int(consumer.beginning_offsets([place])[place])))
         last = time.monotonic()
-        # Some brokers tell an end that is too early: read on until nothing comes.
+        # Some brokers report an end that is too early: read until nothing comes.
         while (records := consumer.poll(timeout_ms=1_000).get(place, [])) or consumer.position(place) < end:
             for record in records:
                 _take(acknowledged, record, stream.encode())

@@ -1,7 +1,7 @@
 """Where pictures come from: video files, cameras, folders, standard input. Each source is a list of items.
 
-Pictures are sent as they are unless a size or quality is asked for; video frames become JPEGs. PyAV (FFmpeg) reads
-everything that moves; it is the extra `video`.
+Pictures are sent unchanged unless a size or quality is given; video frames become JPEGs. PyAV (FFmpeg), the extra
+`video`, reads videos and cameras.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from schemas.errors import SourceError
 MAGIC = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"RIFF": "image/webp"}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 DEFAULT_QUALITY = 90
-LIVE_TIMEOUT_S = 10.0  # a camera silent for so long counts as gone
+LIVE_TIMEOUT_S = 10.0  # of silence, after which a camera counts as gone
 _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """What becomes of frames: JPEG quality (1 to 95), box in pixels that they shrink into, frames kept per second."""
+    """How frames are encoded: JPEG quality (1 to 95), box in pixels to shrink them into, frames kept per second."""
 
     quality: int | None = None
     size: tuple[int, int] | None = None
@@ -39,14 +39,14 @@ class Encoding:
 
     @property
     def keeps_pictures(self) -> bool:
-        """Whether encoded pictures pass unchanged."""
+        """Whether pictures are sent unchanged."""
         return self.quality is None and self.size is None
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One encoded frame. `index` counts within its item, frames left out included; `at` is seconds on the item's own
-    clock, None where it has none; `time` is when it was taken, None for now."""
+    """One encoded frame. `index` counts the item's frames, also those left out; `at` is seconds on the item's clock, if
+    it has one; `time` is when the frame was taken, None for now."""
 
     content: bytes
     content_type: str
@@ -56,8 +56,8 @@ class Picture:
 
 
 class Item(Protocol):
-    """A file or a camera. `name` identifies it in records; what is `remembered` is the same when played again; what is
-    `live` waits for nobody."""
+    """A file or a camera. `name` identifies it in records. A `remembered` item has the same frames when played again; a
+    `live` one does not wait for its reader."""
 
     name: str
     remembered: bool
@@ -69,7 +69,7 @@ class Item(Protocol):
 
 
 def find(source: str) -> tuple[str | None, Iterable[Item]]:
-    """The stream's name that a source suggests, and its items in order. Raises SourceError.
+    """The name that a source suggests for its stream, and its items in order. Raises SourceError.
 
     A source is a path, a pattern, a URL, a device as FORMAT:NAME or /dev/videoN, or `-` for standard input.
     """
@@ -103,12 +103,12 @@ def _is_picture(path: Path) -> bool:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Order in which frame-9 comes before frame-10."""
+    """A sort key by which frame-9 comes before frame-10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def _device(source: str) -> tuple[str, str | None] | None:
-    """What FFmpeg opens and with which input format, where the source is a URL or a device."""
+    """For a URL or a device, what FFmpeg has to open and with which input format."""
     if "://" in source:
         return source, None
     if source.startswith("/dev/video"):
@@ -120,7 +120,7 @@ def _device(source: str) -> tuple[str, str | None] | None:
 
 
 def _identity(path: Path) -> str:
-    """Changes with place, size and time of change, so that a new recording under an old name is a new item."""
+    """A name from path, size and time of change, so that a new recording under an old name is a new item."""
     found = path.stat()
     content = f"{path.resolve()}\n{found.st_size}\n{found.st_mtime_ns}".encode()
     return f"{quote(path.name)}#{sha256(content).hexdigest()[:16]}"
@@ -148,7 +148,7 @@ class PictureFile:
         if kind is None:
             raise SourceError(f"{self._path} is none of JPEG, PNG, WebP; rename it, or take it out")
         if not encoding.keeps_pictures:
-            content, kind = _again(content, encoding, str(self._path)), "image/jpeg"
+            content, kind = _encoded_again(content, encoding, str(self._path)), "image/jpeg"
         yield Picture(content, kind, 0, time=changed)
 
 
@@ -163,14 +163,14 @@ class Video:
 
     def pictures(self, encoding: Encoding, skip: int) -> Iterator[Picture]:
         """Its frames, as JPEGs."""
-        with _opened(str(self._path), None) as container:
+        with _open(str(self._path), None) as container:
             began = _recorded(container, self._path)
             for picture in _frames(container, encoding, skip, str(self._path)):
                 yield replace(picture, time=began + timedelta(seconds=picture.at or 0))
 
 
 class LiveCamera:
-    """A network stream or a device of this machine; what it shows is now."""
+    """A network stream or a device of this machine. Its frames are of the present moment."""
 
     remembered, live = False, True
 
@@ -180,8 +180,8 @@ class LiveCamera:
         self.name = f"{quote(self.address, safe='/:')}#{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
 
     def pictures(self, encoding: Encoding, skip: int) -> Iterator[Picture]:
-        """Its frames as they come; `skip` is where numbers go on after a reconnection. Raises SourceError once gone."""
-        with _opened(self._address, self._format) as container:
+        """Its frames as they come, numbered from `skip` on after a reconnection. Raises SourceError once it is gone."""
+        with _open(self._address, self._format) as container:
             for picture in _frames(container, encoding, 0, self.address):
                 yield Picture(picture.content, picture.content_type, skip + picture.index)
             if "://" in self._address and not container.duration:
@@ -189,7 +189,7 @@ class LiveCamera:
 
 
 class JpegPipe:
-    """JPEGs one after another, as `ffmpeg -f mjpeg -` writes them."""
+    """Concatenated JPEGs, as `ffmpeg -f mjpeg -` writes them."""
 
     remembered, live = False, False
 
@@ -198,9 +198,9 @@ class JpegPipe:
         self.name = f"stdin#{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
 
     def pictures(self, encoding: Encoding, skip: int) -> Iterator[Picture]:
-        """Each JPEG as it is, unless a size or quality is asked for."""
+        """Each JPEG unchanged, unless a size or quality is given."""
         index = 0
-        with _opened(self._pipe, "mjpeg", probesize="32", analyzeduration="0") as container:
+        with _open(self._pipe, "mjpeg", probesize="32", analyzeduration="0") as container:
             for packet in container.demux(video=0):
                 content = bytes(packet)
                 if not content:
@@ -208,13 +208,13 @@ class JpegPipe:
                 if not content.startswith(b"\xff\xd8"):
                     raise SourceError("standard input has something that is no JPEG between its JPEGs")
                 if not encoding.keeps_pictures:
-                    content = _again(content, encoding, "standard input")
+                    content = _encoded_again(content, encoding, "standard input")
                 yield Picture(content, "image/jpeg", index)
                 index += 1
 
 
 class Pipe:
-    """Standard input without a buffer, so that nothing waits for more than has come."""
+    """Standard input without a buffer, so that no read waits for more bytes than have come."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -222,7 +222,7 @@ class Pipe:
 
     @property
     def has_pictures(self) -> bool:
-        """Whether it begins as a JPEG does; no path does."""
+        """Whether it begins like a JPEG. No path does."""
         return self._first.startswith(b"\xff")
 
     def read(self, size: int) -> bytes:
@@ -233,7 +233,7 @@ class Pipe:
         return os.read(self._descriptor, size)
 
     def lines(self) -> Iterator[str]:
-        """Its lines as text, empty ones left out."""
+        """Its lines as text, without empty ones."""
         rest = b""
         while part := self.read(_CHUNK):
             *whole, rest = (rest + part).split(b"\n")
@@ -262,7 +262,7 @@ def without_credentials(address: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _opened(what: Any, format: str | None, **options: str) -> Any:
+def _open(what: Any, format: str | None, **options: str) -> Any:
     """An FFmpeg container. Raises SourceError."""
     try:
         import av
@@ -295,18 +295,19 @@ def _frames(container: Any, encoding: Encoding, skip: int, name: str) -> Iterato
             first = moment if first is None else first
             at = moment - first
             if encoding.fps is not None:
-                # A grid of the frames wanted: the first one in each of its slots is kept.
-                if int(at * encoding.fps + 1e-6) <= slot:
+                # Keep the first frame of each slot of 1 / fps seconds.
+                due = int(at * encoding.fps + 1e-6)
+                if due <= slot:
                     continue
-                slot = int(at * encoding.fps + 1e-6)
+                slot = due
             if index >= skip:
                 yield Picture(_jpeg(frame.to_image(), encoding), "image/jpeg", index, at)
     except (av.FFmpegError, OSError) as error:
         raise SourceError(f"{name} broke off: {_reason(error)}") from error
 
 
-def _again(content: bytes, encoding: Encoding, name: str) -> bytes:
-    """A picture encoded anew. Raises SourceError."""
+def _encoded_again(content: bytes, encoding: Encoding, name: str) -> bytes:
+    """The picture as a new JPEG. Raises SourceError."""
     try:
         image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
         if encoding.size:
@@ -325,10 +326,10 @@ def _jpeg(image: Image.Image, encoding: Encoding) -> bytes:
 
 
 def _recorded(container: Any, path: Path) -> datetime:
-    """When a recording began: as the file says, else its last change less its length."""
-    told = container.metadata.get("creation_time", "")
+    """When a recording began: as the file says, or else its last change minus its length."""
+    written = container.metadata.get("creation_time", "")
     try:
-        moment = datetime.fromisoformat(told)
+        moment = datetime.fromisoformat(written)
         return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
     except ValueError:
         length = timedelta(microseconds=max(0, container.duration or 0))
