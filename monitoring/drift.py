@@ -1,11 +1,11 @@
-"""Drift detection per stream: switches adaptation on when a stream moves, and off when it has settled.
+"""Drift detection per stream: switches adaptation on when a stream drifts, and off when it has settled.
 
-Each micro-batch gives a few signals: the worker's are mean entropy and mean confidence. While a stream adapts, their
-running mean and variance are learned. Once it has settled these are the reference, and a two-sided cumulative sum
+Each micro-batch gives a few signals; the worker uses mean entropy and mean confidence. While a stream adapts, their
+running mean and variance are learned. Once it has settled, these are the reference, and a two-sided cumulative sum
 (Page, "Continuous inspection schemes", Biometrika 1954) of the standardised signals watches for a change. On
-independent normal signals a lasting move of two deviations is found after four micro-batches (median; 95% within
-six), one of four after two (95% within three); a stream that stands still adapts on 8% of its micro-batches, alone in
-its passes.
+independent normal signals a lasting change of two deviations is found after four micro-batches (median; 95% within
+six), one of four deviations after two (95% within three). A stream that stands still and is alone in its passes adapts
+on 8% of its micro-batches.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Sequence
 
 from schemas.state import DriftWatch
 
-ACTIVE, AGAIN = 12, 5  # micro-batches that adapt after a stream began, and after it moved
+ACTIVE, AGAIN = 12, 5  # least micro-batches of an active phase: of a new stream, and after an alarm
 RATE, SLOW_RATE = 1 / 16, 1 / 48  # of the running mean and variance, while settling and while watching
 SLACK, ALARM = 0.5, 6.0  # of the cumulative sums, in standard deviations
-CLIP = 4.0  # one strange micro-batch alone is no move
+CLIP = 4.0  # deviations: one strange micro-batch alone raises no alarm
 CALM = 1.5  # deviations between the newest micro-batch and the running mean that count as settled
-PATIENCE = 4  # active phases after which a stream counts as settled all the same
+PATIENCE = 4  # times the least length of an active phase, after which a stream counts as settled in any case
 LEAST_DEVIATION = 1e-3
-MOST = 1e100  # of a mean or variance: what is computed of it stays finite
-HEALTHY = 0.05  # estimated accuracy may be so far below that of clean frames
-UPKEEP, CHECK = 5, 16  # one micro-batch of so many of a settled stream adapts: of an unhealthy, of a healthy one
+MOST = 1e100  # largest mean or variance, so that what is computed from it stays finite
+HEALTHY = 0.05  # how far estimated accuracy may be below that of clean frames
+UPKEEP, CHECK = 5, 16  # a settled stream adapts on one micro-batch of so many: an unhealthy, a healthy one
 UPKEEP_JOINED, CHECK_JOINED = 2, 8  # the same beside another stream's update
 
 
@@ -33,9 +33,8 @@ def wants_update(
 ) -> bool:
     """Whether the stream's next micro-batch should make an update.
 
-    A stream that has settled still makes one now and then: a slow way further, and more often where it has settled well
-    below the accuracy of clean frames, if anybody estimates that; and sooner in `company` of another stream's update,
-    beside which it costs a quarter.
+    A settled stream still makes one now and then. It makes more if its estimated accuracy, if there is one, is well
+    below that of clean frames, and also in `company`: beside another stream's update it costs a quarter.
     """
     if watch is None or watch.adapting:
         return True
@@ -45,9 +44,9 @@ def wants_update(
 
 
 def observe(watch: DriftWatch | None, signals: Sequence[float], adapted: bool) -> DriftWatch:
-    """The watch after one more micro-batch, None for a new stream; signals that are not finite change nothing.
+    """The watch after one more micro-batch; signals that are not finite change nothing.
 
-    `adapted`: it was meant to make an update.
+    `watch` is None for a new stream. `adapted`: whether the micro-batch was meant to make an update.
     """
     if watch is None or not _fits(watch, len(signals)):
         watch = DriftWatch()
@@ -59,7 +58,7 @@ def observe(watch: DriftWatch | None, signals: Sequence[float], adapted: bool) -
 
 
 def _fits(watch: DriftWatch, count: int) -> bool:
-    """Whether it is a watch of so many signals; what was stored may be anything."""
+    """Whether this is a valid watch of `count` signals; what was stored may be anything."""
     sums, known = [watch.rise, watch.fall], [watch.mean, watch.variance]
     if not watch.adapting:
         known += sums
@@ -70,8 +69,8 @@ def _fits(watch: DriftWatch, count: int) -> bool:
 
 
 def _settling(watch: DriftWatch, signals: Sequence[float]) -> DriftWatch:
-    """Learn the reference; done when it has stood still for long enough. Of a stream that has moved it is known how far
-    its signals spread, so that it has less to learn; its cumulative sums are there, at zero."""
+    """Learn the reference, until the signals have been calm for long enough. After an alarm the variance is known, so
+    that there is less to learn; the cumulative sums, which are there then, tell this case."""
     if not watch.mean:
         variance = watch.variance or [0.0] * len(signals)
         return DriftWatch(seen=1, mean=list(signals), variance=variance, rise=watch.rise, fall=watch.fall)
@@ -91,7 +90,7 @@ def _settling(watch: DriftWatch, signals: Sequence[float]) -> DriftWatch:
 
 
 def _watching(watch: DriftWatch, signals: Sequence[float]) -> DriftWatch:
-    """Add up what lies outside; the reference goes on learning, but so slowly that a move shows long before."""
+    """Add to the cumulative sums. The reference learns on, so slowly that a change raises the alarm long before."""
     mean, variance, rise, fall = [], [], [], []
     for value, m, v, up, down in zip(signals, watch.mean, watch.variance, watch.rise, watch.fall, strict=True):
         deviation = _deviation(v)

@@ -1,4 +1,5 @@
-"""A histogram that takes a whole pass at a time: the client's own costs more per value than a prediction."""
+"""A histogram that takes the values of a whole pass at once: the client library's costs more per value than a
+prediction."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ LONGEST_EXEMPLAR = 120  # OpenMetrics allows 128 characters for an exemplar's la
 
 
 class FrameHistogram(Collector):
-    """Classic buckets; of each bucket, the last frame that was named is its exemplar in OpenMetrics scrapes."""
+    """Classic buckets. In OpenMetrics scrapes the exemplar of a bucket is the last frame that was named in it."""
 
     def __init__(self, name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
         self._name, self._text = name, text
@@ -25,7 +26,7 @@ class FrameHistogram(Collector):
         registry.register(self)
 
     def observe_many(self, values: Iterable[float], named: tuple[float, str] | None = None) -> None:
-        """Finite values. Called from one thread only. `named` is one of them with its frame's position."""
+        """Add finite values. Called from one thread only. `named` is one of them with its frame's position."""
         bounds, counts, total = self._bounds, self._counts, 0.0
         for value in values:
             counts[bisect_left(bounds, value)] += 1

@@ -1,4 +1,4 @@
-"""The worker's HTTP port: /metrics for Prometheus, /healthz and /readyz for whoever restarts pods."""
+"""The worker's HTTP port: /metrics for Prometheus, /healthz and /readyz for Kubernetes or another supervisor."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 log = logging.getLogger("driftkeel.http")
 TIMEOUT_S = 10.0
-MAX_OPEN = 64  # connections: a thread and a file descriptor each, which broker and store need, too
-MAX_HEAD_BYTES = 32 << 10  # of a request, without its last line; what scrapes and probes ask has some hundred
+MAX_OPEN = 64  # connections: each takes a thread and a file descriptor, which broker and store need as well
+MAX_HEAD_BYTES = 32 << 10  # of a request; those of scrapes and probes have some hundred
 
 
 @dataclass
@@ -37,9 +37,9 @@ class MetricsServer:
         self._thread.join(timeout=5)
 
 
-class _Threads(ThreadingMixIn, WSGIServer):
-    """Where too many connections are open, the oldest goes. A scrape or a probe is over long before it is that; one
-    that sends a byte now and then is not."""
+class _LimitedServer(ThreadingMixIn, WSGIServer):
+    """Closes the oldest connection if too many are open. A scrape or a probe ends long before it is the oldest; a
+    connection that sends a byte now and then does not."""
 
     daemon_threads = True
 
@@ -49,13 +49,13 @@ class _Threads(ThreadingMixIn, WSGIServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self._open) >= MAX_OPEN:
-            with contextlib.suppress(KeyError, OSError):  # It has ended by itself meanwhile.
+            with contextlib.suppress(KeyError, OSError):  # It may have ended meanwhile.
                 self._open.popitem(last=False)[0].shutdown(socket.SHUT_RDWR)
         self._open[request] = None
         super().process_request(request, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """In the log, as all else; the library would print it."""
+        """Log it; the library would print it."""
         log.exception("a connection to the metrics port failed")
 
     def shutdown_request(self, request: Any) -> None:
@@ -64,7 +64,8 @@ class _Threads(ThreadingMixIn, WSGIServer):
 
 
 class _Head(io.BufferedReader):
-    """A request, up to `MAX_HEAD_BYTES`: the library takes a hundred lines of 64 KB, and five times that to parse."""
+    """A request's head, up to `MAX_HEAD_BYTES`. The library would accept a hundred lines of 64 KB, and take five times
+    that memory to parse them."""
 
     _left = MAX_HEAD_BYTES
 
@@ -72,12 +73,12 @@ class _Head(io.BufferedReader):
         line = super().readline(size)
         self._left -= len(line)
         if self._left < 0:
-            raise ConnectionError("nobody who wants an answer has so much to say")
+            raise ConnectionError("the request's head is too large")
         return line
 
 
-class _Silent(WSGIRequestHandler):
-    timeout = TIMEOUT_S  # Each connection has a thread; one that asks nothing must not keep it.
+class _QuietHandler(WSGIRequestHandler):
+    timeout = TIMEOUT_S  # A connection without a request must not keep its thread.
     rbufsize = 0
 
     def setup(self) -> None:
@@ -85,26 +86,25 @@ class _Silent(WSGIRequestHandler):
         self.rfile: io.BufferedReader = _Head(self.rfile)
 
     def handle(self) -> None:
-        """Connections that break off or never ask are no news either."""
+        """Without a message about connections that break off or send nothing."""
         with contextlib.suppress(TimeoutError, ConnectionError):
             super().handle()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Scrapes every few seconds are no news."""
+        """Nothing: scrapes come every few seconds."""
 
 
 def serve_metrics(
     registry: CollectorRegistry, host: str, port: int, alive: Callable[[], bool], unready: Callable[[], str]
 ) -> MetricsServer:
-    """Serve in a thread. `unready` says why not, in a line; nothing where it is ready. Raises OSError where the port is
-    taken."""
+    """Serve in a thread. `unready` gives the reason in a line, "" when ready. Raises OSError if the port is taken."""
     metrics = make_wsgi_app(registry)
     probes = {"/healthz": lambda: "" if alive() else "the loop stands still", "/readyz": unready}
 
     def app(environ: dict, start_response: Callable) -> Iterable[bytes]:  # type: ignore[type-arg]
         path = environ.get("PATH_INFO", "")
         if path == "/metrics":
-            # Not every Accept header that somebody sends can be read by the library; text is what all scrapers take.
+            # The library fails on some Accept headers. Every scraper accepts plain text.
             with contextlib.suppress(TypeError, ValueError):
                 return metrics(environ, start_response)
             return metrics(environ | {"HTTP_ACCEPT": "text/plain"}, start_response)
@@ -123,7 +123,7 @@ def serve_metrics(
             start_response("500 Internal Server Error", [("Content-Type", "text/plain")], sys.exc_info())
             return [b"an error: see the log\n"]
 
-    server = make_server(host, port, answer, _Threads, handler_class=_Silent)
+    server = make_server(host, port, answer, _LimitedServer, handler_class=_QuietHandler)
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     return MetricsServer(server.server_port, server, thread)

@@ -27,9 +27,6 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 FRAMES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 RATIOS = tuple(i / 20 for i in range(1, 21))
 NATS = tuple(i / 5 for i in range(1, 16))
-# Every counter and histogram would have one more series that says when it began, which Prometheus does not read.
-disable_created_metrics()
-
 LATENCIES = (*SECONDS[2:], 30, 60, 300)
 BYTES = tuple(float(1 << i) for i in range(10, 27, 2))
 STAGES = ("predict", "publish", "adapt", "settle", "store", "all")
@@ -60,11 +57,15 @@ DECISIONS = (
 )
 
 
+# Every counter and histogram would have another series with the time of its creation, which Prometheus does not read.
+disable_created_metrics()
+
+
 class WorkerMetrics:
     """All series of one worker, on a registry of its own.
 
-    Fleet-wide series have no stream label. At most `max_streams` streams have series of their own, those that need
-    it most. Several workers on one machine are several processes with a port each, and Prometheus adds them up.
+    Fleet-wide series have no stream label. At most `max_streams` streams, those with the greatest need, have series of
+    their own.
     """
 
     def __init__(self, max_streams: int, silent_after_s: float = 600.0) -> None:
@@ -229,7 +230,7 @@ class WorkerMetrics:
             "driftkeel_store_last_answer_timestamp_seconds",
             "When the store last did what was asked of it. 0: not since the worker started; NaN: not asked yet.",
         )
-        # Not the present: a worker that starts again and again would seem to have just been answered.
+        # Not the present time: a worker that restarts over and over would seem to have just been answered.
         for answered in (self.broker_answered, self.store_answered):
             answered.set(math.nan)
         self.clock = gauge(
@@ -243,7 +244,7 @@ class WorkerMetrics:
         self._begin_at_zero()
 
     def _begin_at_zero(self) -> None:
-        """A counter that is there from the start: its first increase counts, and shows."""
+        """Create all series with known labels, so that `increase` sees the first one from zero."""
         for parameters in get_args(Parameters):
             self.answers.labels(parameters)
         for action in get_args(Action):
@@ -266,15 +267,15 @@ class WorkerMetrics:
             self.store_seconds.labels(operation)
 
     def broker_error(self, operation: str) -> None:
-        """The broker did not answer a call, or refused it."""
+        """Count a call that the broker did not answer, or refused."""
         self.broker_errors.labels(operation).inc()
 
     def set_lag(self, lags: dict[tuple[str, int], int]) -> None:
-        """Lag of the assigned partitions, and of no others."""
+        """Set the lag of the assigned partitions, and remove all others."""
         shown = {(topic, str(partition)): records for (topic, partition), records in lags.items()}
         for labels, records in shown.items():
             self.lag.labels(*labels).set(records)
-        # Not all at first: a scrape in between would see no partition.
+        # Not cleared before: a scrape in between would see no partition.
         for gone in self._lagging - set(shown):
             self.lag.remove(*gone)
         self._lagging = set(shown)

@@ -1,4 +1,4 @@
-"""From what happens in a step to the series that show it."""
+"""Enters what happens in a step into the metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from schemas.update import UpdateEvent
 
 @dataclass
 class Answers:
-    """What the answers of one pass took, frame by frame. `done` is when they were there, monotonic seconds."""
+    """The answers of one pass: times and confidence by frame. `done`: when they were ready, in monotonic seconds."""
 
     done: float
     waits: list[float] = field(default_factory=list)
@@ -30,7 +30,7 @@ class Answers:
         self._done_at = time.time() - (time.monotonic() - self.done)
 
     def add(self, position: Position, received: float, sent: float, confidence: float) -> None:
-        """One frame: when it was received (monotonic) and sent (since the epoch; 0 where its record does not say)."""
+        """Add a frame: when it was received (monotonic) and sent (since the epoch; 0 if its record does not say)."""
         self.waits.append(max(0.0, self.done - received))
         self.confidences.append(confidence)
         if sent > 0:
@@ -41,7 +41,7 @@ class Answers:
 
     @property
     def slowest(self) -> tuple[float, str] | None:
-        """Its latency and position."""
+        """Latency and position of the slowest frame."""
         return (self._slowest[0], str(self._slowest[1])) if self._slowest else None
 
 
@@ -66,17 +66,17 @@ def judged(metrics: WorkerMetrics, event: UpdateEvent, entropy: float, answered_
         metrics.generated_norm.observe(event.generated_gradient_norm)
     source, adapted = (event.after.source_accuracy, event.after.estimated_accuracy) if event.after else (None, None)
     if source is None or adapted is None or answered_by == "approved":
-        return  # Nothing to compare: the two counters below count the same frames or none.
+        return  # Both counters below must count the same frames.
     metrics.estimated_frames.inc(frames)
     metrics.correct.labels("source").inc(frames * source)
     metrics.correct.labels("answered").inc(frames * (source if answered_by == "source" else adapted))
 
 
 def decided(metrics: WorkerMetrics, event: UpdateEvent, header: StreamHeader | None, blind: bool | None = None) -> None:
-    """Something was decided of a stream, with or without frames.
+    """A decision about a stream was made, with or without frames.
 
-    `header` is the stream's after it; None where the stream has left this worker meanwhile. `blind`: whether most
-    frames were blank or came before; None where there are no frames.
+    `header` is the stream's after it; None if the stream has left this worker meanwhile. `blind`: whether most frames
+    were blank or repeated; None without frames.
     """
     metrics.updates.labels(event.decision, reason_kind(event)).inc()
     if header is not None:

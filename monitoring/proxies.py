@@ -1,4 +1,4 @@
-"""Accuracy without labels: what a stream's running signals say of its accuracy."""
+"""Estimates a stream's accuracy without labels, from its running signals."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from schemas.update import Proxies
 def estimate(
     proxies: RunningProxies, calibration: Calibration, clean_accuracy: float, classes: int, estimated: bool = True
 ) -> Proxies:
-    """The estimate for a stream's recent frames, as `meta.proxies` made it. None where it is not made for the method
-    (`estimated`): confidence in its place would call a collapse a success.
+    """What is shown of a stream's recent frames; `meta.proxies` has made the estimates.
 
-    Bundles without an estimator have a line from mean confidence to accuracy (a regression form of the difference of
-    confidences, Guillory et al., ICCV 2021). A stream that has shown nothing yet counts as clean.
+    If the method has no estimator (`estimated` is false), its accuracies are None: confidence in their place would call
+    a collapse a success. A bundle without an estimator has a line from mean confidence to accuracy (a regression form
+    of the difference of confidences, Guillory et al., ICCV 2021). A stream without frames counts as clean.
     """
     accuracy = proxies.accuracy
     if not estimated:

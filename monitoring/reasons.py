@@ -1,10 +1,10 @@
-"""The kind of an update event's reason: a few words for a metric's label, where the reason itself has numbers in it."""
+"""The kind of an update event's reason, for a metric's label: the reason itself has numbers in it."""
 
 from __future__ import annotations
 
 from schemas.update import UpdateEvent
 
-# The first text that the reason has in it decides.
+# The first text that the reason contains decides.
 _KINDS = (
     ("policy:", "policy"),
     ("shrunk", "shrunk"),
@@ -28,9 +28,9 @@ _KINDS = (
     ("the stored", "stored_state"),
 )
 OTHER, COMMAND = "other", "command"
-# Nobody wants an update just now; a line that shows one class for long teaches nothing more.
+# No update is wanted now, which includes a camera that shows one class for long.
 HELD_BACK = frozenset({"policy", "switched_off", "one_class"})
-# Not "camera", blank or repeated frames: that is no trouble of the updates.
+# Without "camera": blank or repeated frames are no fault of the updates.
 TROUBLE = frozenset({"not_finite", "turned", "gradient", "collapse", "worse", "distance"})
 
 

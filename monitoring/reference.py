@@ -39,7 +39,7 @@ def rows() -> Iterable[tuple[str, str, str, str]]:
     """Name as scraped, type, labels, help; in the order of the code."""
     registry = WorkerMetrics(1).registry
     for collector in list(registry._collector_to_names):
-        # What the client's own metric calls its labels is not public, and no sample has them before the first value.
+        # The client library does not publish a metric's label names, and before its first value no sample has them.
         own_labels = getattr(collector, "_labelnames", ())
         families: Iterable[Metric] = getattr(collector, "describe", collector.collect)() or collector.collect()
         for family in families:

@@ -1,9 +1,8 @@
-"""Series of single streams, for those that need to be looked at, and of all streams together.
+"""Series of single streams, for those with the greatest need, and of all streams together.
 
-A site may have thousands of streams, and Prometheus pays for each series. So a stream's newest values are kept in
-memory, and only at a scrape becomes clear which streams show theirs: those in trouble first, then those that drift,
-the newest, and then those with the lowest estimated accuracy. All streams count in the distributions and numbers of
-the fleet.
+A site may have thousands of streams, and Prometheus pays for each series. So the newest values of all streams are kept
+in memory, and each scrape shows those of some: streams in trouble first, then those that drift, the newest, and then
+those with the lowest estimated accuracy. All streams count in the distributions and numbers of the fleet.
 """
 
 from __future__ import annotations
@@ -26,19 +25,18 @@ from schemas.config import Guard
 from schemas.state import StreamHeader
 from schemas.update import Decision, UpdateEvent
 
-CHOICE_S = 30.0  # a choice of streams stands for so long, so that series do not come and go with every scrape
-NEW_S = 600.0  # a stream counts as new for so long
+CHOICE_S = 30.0  # between two choices of streams, so that series do not come and go with every scrape
+NEW_S = 600.0  # age up to which a stream counts as new
 STAY = 0.05  # estimated accuracy by which another stream must be worse to take a shown one's place
-TROUBLED_S = 300.0  # and as in trouble for so long after the last refused or undone update
-EVIDENCE = -math.log(Guard().false_alarm)  # at which the guard's bet is won, with the default of that setting
+TROUBLED_S = 300.0  # time that a stream counts as in trouble after its last refused or undone update
+EVIDENCE = -math.log(Guard().false_alarm)  # log wealth at which the guard's test alarms, by default
 DRIFTING = 0.5  # of the drift score, which is 1 at the alarm
 RATIOS = tuple(i / 20 for i in range(1, 20))
-STEP_S = 1.0  # by which a clock is set anew; what it is slowed down or hastened by is less
+STEP_S = 1.0  # a larger jump means that the clock was set; a clock that is slewed jumps less
 
 
 class StreamView(NamedTuple):
-    """What is shown of a stream; None is not shown. Times are monotonic seconds: ages stay what they are when somebody
-    sets the clock."""
+    """What is shown of a stream; None is not shown. Times are monotonic, so ages stay right if the clock is set."""
 
     first_seen: float
     last_decision: float
@@ -68,8 +66,8 @@ class StreamView(NamedTuple):
     adapting: float | None = None
 
     def in_trouble(self, now: float) -> bool:
-        """Whether an update was refused or undone lately, the guard does not trust the adapted parameters, or most
-        frames are blank or repeat."""
+        """Whether an update was refused or undone lately, the guard distrusts the adapted parameters, or the camera is
+        blind."""
         return not self.trusted or self.blind == 1.0 or (self.troubled or 0.0) > now - TROUBLED_S
 
     @property
@@ -151,68 +149,67 @@ DISTRIBUTIONS = (
 )
 _TIMES = frozenset({"last_decision", "last_update", "troubled"})
 _BACK = ("rolled_back", "reset", "imported", "carried")
+# Fields of the view by the fields of an event, and of its estimates, that they come from.
+_GRADIENTS = {
+    "raw_norm": "raw_gradient_norm",
+    "generated_norm": "generated_gradient_norm",
+    "cosine": "cosine",
+    "distance": "source_distance",
+}
+_ESTIMATES = {
+    "accuracy": "estimated_accuracy",
+    **{
+        name: name
+        for name in ("low", "high", "source_accuracy", "confidence", "entropy", "marginal_entropy", "flip_rate")
+    },
+}
 
 
 def next_view(
     before: StreamView | None, event: UpdateEvent, header: StreamHeader, now: float, blind: bool | None = None
 ) -> StreamView:
-    """The view after one more event. What an event does not say of its gradients stays as it was, and so does what an
-    event without frames does not say of the camera: whether it is `blind`, or held back. `now` is monotonic seconds."""
-    if before is None:
-        before = StreamView(now, now, 0.0, 0.0, 0.0, 0.0)
-    kept: dict[str, float | None] = {
-        "raw_norm": before.raw_norm,
-        "generated_norm": before.generated_norm,
-        "cosine": before.cosine,
-        "distance": before.distance,
-    }
-    if event.decision in _BACK:
-        kept = dict.fromkeys(kept)
-    for field, value in (
-        ("raw_norm", event.raw_gradient_norm),
-        ("generated_norm", event.generated_gradient_norm),
-        ("cosine", event.cosine),
-        ("distance", event.source_distance),
-    ):
-        if value is not None:
-            kept[field] = value
-    after, watch = event.after, header.drift
+    """The view after one more event; `now` is monotonic seconds.
+
+    What an event does not say stays as it was: its gradients, its estimates and, for an event without frames, whether
+    the camera is `blind` or held back.
+    """
+    view = before or StreamView(now, now, 0.0, 0.0, 0.0, 0.0)
     kind = reason_kind(event)
-    return StreamView(
-        first_seen=before.first_seen,
-        last_decision=now if event.frames else before.last_decision,
-        decision=float(DECISIONS.index(event.decision)),
-        step=float(event.step),
-        answers_source=float(event.parameters == "source"),
-        frozen=float(bool(header.policy and header.policy.frozen)),
-        last_update=now if event.decision in ("applied", "partial") else before.last_update,
-        troubled=now if kind in TROUBLE else before.troubled,
-        blind=before.blind if blind is None else float(blind),
-        held_back=float(kind in HELD_BACK) if event.frames else before.held_back,
-        accuracy=after.estimated_accuracy if after else before.accuracy,
-        low=after.low if after else before.low,
-        high=after.high if after else before.high,
-        source_accuracy=after.source_accuracy if after else before.source_accuracy,
-        confidence=after.confidence if after else before.confidence,
-        entropy=after.entropy if after else before.entropy,
-        marginal_entropy=after.marginal_entropy if after else before.marginal_entropy,
-        flip_rate=after.flip_rate if after else before.flip_rate,
-        drift=_drift(header),
-        trusted=float(header.guard.trusted),
-        shifted=float(header.guard.shifted),
-        adapting=float(watch.adapting) if watch else None,
-        **kept,
-    )
+    changes: dict[str, float | None] = {
+        "decision": float(DECISIONS.index(event.decision)),
+        "step": float(event.step),
+        "answers_source": float(event.parameters == "source"),
+        "frozen": float(bool(header.policy and header.policy.frozen)),
+        "trusted": float(header.guard.trusted),
+        "shifted": float(header.guard.shifted),
+        "drift": _drift(header),
+        "adapting": float(header.drift.adapting) if header.drift else None,
+    }
+    if event.frames:
+        changes |= {"last_decision": now, "held_back": float(kind in HELD_BACK)}
+    if blind is not None:
+        changes["blind"] = float(blind)
+    if event.decision in ("applied", "partial"):
+        changes["last_update"] = now
+    if kind in TROUBLE:
+        changes["troubled"] = now
+    if event.after is not None:
+        changes |= {field: getattr(event.after, name) for field, name in _ESTIMATES.items()}
+    for field, name in _GRADIENTS.items():
+        value = getattr(event, name)
+        if value is not None or event.decision in _BACK:
+            changes[field] = value
+    return view._replace(**changes)  # type: ignore[arg-type]
 
 
 def _drift(header: StreamHeader) -> float:
-    """Of the cumulative sums and of the guard's bet, the one that is nearer to its alarm."""
+    """Of the cumulative sums and the guard's test, how near the nearer one is to its alarm."""
     sums = max((0.0, *header.drift.rise, *header.drift.fall)) if header.drift else 0.0
     return max(sums / ALARM, header.guard.wealth / EVIDENCE)
 
 
 class StreamSeries(Collector):
-    """The newest view of every resident stream, and at a scrape the series of those that are chosen.
+    """Has the newest view of every resident stream, and gives a scrape the series of the chosen ones.
 
     The worker's loop calls `put` and `forget`; a scrape comes from another thread and sees whole views.
     """
@@ -232,7 +229,7 @@ class StreamSeries(Collector):
         self._views[stream] = view
 
     def forget(self, stream: str) -> None:
-        """Another worker has it: no stale value stays."""
+        """Drop a stream that has left this worker: no stale value stays."""
         self._views.pop(stream, None)
 
     def describe(self) -> Iterable[Metric]:
@@ -240,12 +237,12 @@ class StreamSeries(Collector):
 
     def collect(self) -> Iterable[Metric]:
         now, views = monotonic(), dict(self._views)
-        return self._families(views, self._choice(views, now), now)
+        return self._families(views, self._choose(views, now), now)
 
     def _families(
         self, views: dict[str, StreamView], chosen: list[tuple[str, StreamView]], now: float
     ) -> Iterable[Metric]:
-        epoch = self._began()
+        epoch = self._epoch_now()
         for field, name, text in GAUGES:
             family = GaugeMetricFamily(f"driftkeel_stream_{name}", text, labels=["stream"])
             for stream, view in chosen:
@@ -258,14 +255,14 @@ class StreamSeries(Collector):
             yield _distribution(f"driftkeel_fleet_{name}", text, values)
         yield self._conditions(list(views.values()), len(chosen), now)
 
-    def _began(self) -> float:
-        """What the clock says of when monotonic seconds began; the same at each scrape, until it is set anew."""
+    def _epoch_now(self) -> float:
+        """Time since the epoch at which monotonic seconds began; the same at each scrape until the clock is set."""
         epoch = time() - monotonic()
         if abs(epoch - self._epoch) > STEP_S:
             self._epoch = epoch
         return self._epoch
 
-    def _choice(self, views: dict[str, StreamView], now: float) -> list[tuple[str, StreamView]]:
+    def _choose(self, views: dict[str, StreamView], now: float) -> list[tuple[str, StreamView]]:
         self._chosen &= set(views)
         places_free = len(self._chosen) < min(self._most, len(views))
         if places_free or now - self._chosen_at > CHOICE_S:
@@ -274,7 +271,7 @@ class StreamSeries(Collector):
         return [(stream, views[stream]) for stream in sorted(self._chosen)]
 
     def _need(self, stream: str, view: StreamView, now: float) -> tuple[bool, bool, bool, float]:
-        """The larger, the more it should be seen; of nearly equal need, those that are seen stay."""
+        """Sort key: the larger, the more the stream should be shown. Of nearly equal streams the shown one stays."""
         new = view.first_seen > now - NEW_S
         accuracy = 1.0 if view.accuracy is None else view.accuracy
         return view.in_trouble(now), view.drifting, new, STAY * (stream in self._chosen) - accuracy
