@@ -1,4 +1,4 @@
-"""The console's pages and their data: a small ASGI application that knows neither Kafka nor the store."""
+"""The console's pages and their data: a small ASGI application without Kafka and store."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ MAX_THUMBNAILS = 64  # of one request
 
 @dataclass(frozen=True)
 class Picture:
-    """A small JPEG or PNG, and what was said of the frame it shows."""
+    """A small JPEG or PNG, and the prediction of the frame it shows."""
 
     prediction: Prediction
     image: bytes
 
 
 class Backend(Protocol):
-    """What the application needs from the outside."""
+    """What the application needs of broker, store and workers."""
 
     async def thumbnails(self, wanted: list[Prediction], large: bool) -> list[Picture]:
-        """Small pictures of the frames of these predictions, or of slightly older ones; as many as can be had soon."""
+        """Small pictures of the frames of these predictions, or of slightly older ones, if they can be fetched soon."""
 
     async def send(self, command: Command) -> None:
-        """Hand a command to the workers. Raises UnreachableError."""
+        """Send a command to the workers. Raises UnreachableError."""
 
     async def stored(self, stream: str) -> dict[str, Any] | None:
         """What the store says of a stream. Raises UnreachableError."""
 
     def site(self) -> dict[str, Any]:
-        """What the workers' metrics say, and whether topics and store can be reached."""
+        """Figures from the workers' metrics, and whether the topics can be read."""
 
 
 class _Login(BaseModel):
@@ -66,8 +66,8 @@ class _Login(BaseModel):
     token: str = Field(min_length=1, max_length=1_000)
 
 
-class _Ask(BaseModel):
-    """What a button sends."""
+class _Action(BaseModel):
+    """The request that a button sends."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -105,8 +105,8 @@ class Pages:
             given = _Login.model_validate_json(await _body(request))
         except ValidationError:
             return JSONResponse({"error": 'expected {"token": ...}'}, 400)
-        # Of the connection, as a header says what its sender likes; and once all of the request is there, as any number
-        # may wait for their ends.
+        # The address of the connection, as a header can be forged. Checked after the whole request has come: otherwise
+        # many unfinished requests could pass the check and then guess at once.
         address = request.client.host if request.client else ""
         if self._session.blocked(address):
             return JSONResponse({"error": "too many wrong tokens; wait a minute"}, 429)
@@ -151,7 +151,7 @@ class Pages:
             self._viewers -= 1
 
     async def thumbnails(self, request: Request) -> Response:
-        """`s=1.0,7.35`: numbers of streams, each with the count of frames that the page has a picture of."""
+        """`s=1.0,7.35`: indices of streams, each with the count of frames when the page's picture was made."""
         if not self._session.knows(request):
             return _must_log_in()
         wanted, counts = [], {}
@@ -174,11 +174,11 @@ class Pages:
             return JSONResponse({"error": str(error)}, 503)
 
     async def command(self, request: Request) -> Response:
-        """Send a command; the answer has its id, its outcome comes as an update event with this id."""
+        """Send a command and answer with its id. Its outcome comes as an update event with this id."""
         if not self._session.allows(request):
             return _must_log_in() if not self._session.knows(request) else JSONResponse({"error": "reload"}, 403)
         try:
-            command = _Ask.model_validate_json(await _body(request)).command()
+            command = _Action.model_validate_json(await _body(request)).command()
         except ValidationError as error:
             where, words = mistakes(error)[0]
             return JSONResponse({"error": f"{where or 'command'}: {words}"}, 400)
@@ -212,7 +212,7 @@ def make_app(fleet: Fleet, backend: Backend, settings: Console, stopping: Callab
 
 class _Static(StaticFiles):
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        """Kept by browsers, but asked for again: an update of the console must not meet half of an old one."""
+        """Have browsers ask whether their copy is current, so that files of two versions are never mixed."""
         response = super().file_response(*args, **kwargs)
         response.headers["cache-control"] = "no-cache"
         return response
@@ -233,7 +233,7 @@ def _row(picture: Picture, index: int, frames: int) -> dict[str, Any]:
 def _event(kind: str, content: dict[str, Any]) -> str:
     try:
         text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    except ValueError:  # Some record has a number that JSON does not know.
+    except ValueError:  # A record has a NaN or an infinity, which JSON does not have.
         text = json.dumps(_finite(content), allow_nan=False, separators=(",", ":"))
     return f"event: {kind}\ndata: {text}\n\n"
 
@@ -247,7 +247,7 @@ def _finite(content: Any) -> Any:
 
 
 async def _body(request: Request) -> bytes:
-    """Empty where the connection ended before it: nobody waits for an answer."""
+    """The request's body; empty if the connection has ended, as then nobody waits for an answer."""
     try:
         return await request.body()
     except ClientDisconnect:

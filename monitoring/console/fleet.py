@@ -1,4 +1,4 @@
-"""What the console knows of every stream: fed by records in threads, read by pages; all in bounded memory."""
+"""What the console knows about every stream, in bounded memory. Threads add records, pages read."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from monitoring.console.series import Series
 from schemas.prediction import Prediction
 from schemas.update import Proxies, UpdateEvent
 
-EVENTS = 200  # of a stream, kept for its timeline, as text: an event's object takes ten times as much
+EVENTS = 200  # in a stream's timeline; kept as text, as objects take ten times the memory
 SPARK = 60  # points of a tile's line
 UNSEEN = Health("silent", "no frames yet", 0.5)
-STEADY = 12  # estimates that count for the health
+STEADY = 12  # newest estimates whose mean is judged
 RESULTS = 500  # commands whose outcome is remembered
 
 
 @dataclass
 class Stream:
-    """One stream. `changed` is the fleet's version at its last change, `index` its number for as long as it is kept."""
+    """One stream. `changed` is the fleet's version at its last change, `index` identifies it as long as it is kept."""
 
     index: int
     name: str
     changed: int = 0
     prediction: Prediction | None = None
-    compared: Prediction | None = None  # the newest that says what source calls the frame
+    compared: Prediction | None = None  # the newest that has the source model's label too
     frames: int = 0
     last: float = 0.0
     points: Series = field(default_factory=Series)
@@ -42,7 +42,7 @@ class Stream:
 
     @property
     def accuracy(self) -> float | None:
-        """The newest estimate: of the last event, or of the last prediction where no event has one."""
+        """The newest estimate: of the last event, or of the last prediction if no event has one."""
         if self.proxies is not None:
             return self.proxies.estimated_accuracy
         return self.prediction.estimated_accuracy if self.prediction else None
@@ -54,15 +54,15 @@ class Stream:
 
     @property
     def steady_accuracy(self) -> float | None:
-        """The mean of the last estimates: a single one says too little to call for somebody."""
+        """The mean of the newest estimates: a single one is too uncertain to raise an alarm."""
         values = self.points.known("accuracy", STEADY)
         return float(values.mean()) if len(values) else self.accuracy
 
 
 class Fleet:
-    """All streams, at most `max_streams`: the one that was silent for longest makes room.
+    """All streams, at most `max_streams`: a new one replaces the one that has been silent for longest.
 
-    `clean` is the accuracy on clean frames that the bundle promises, None where no bundle could be read.
+    `clean` is the bundle's accuracy on clean frames, None if no bundle could be read.
     """
 
     def __init__(self, max_streams: int, clean: float | None = None) -> None:
@@ -76,7 +76,7 @@ class Fleet:
         self._version = self._next_index = 0
 
     def take_prediction(self, prediction: Prediction, frames: int = 1) -> None:
-        """The newest of `frames` predictions of a stream."""
+        """Take the newest of `frames` predictions of a stream."""
         with self._lock:
             stream = self._stream(prediction.stream)
             stream.prediction = prediction
@@ -87,7 +87,7 @@ class Fleet:
             self._touch(stream)
 
     def take_update(self, event: UpdateEvent) -> None:
-        """An update event; one that comes again changes nothing. A stream that was deleted is not shown any more."""
+        """Take an update event; a repeated one changes nothing. A deleted stream is no longer shown."""
         with self._lock:
             if event.decision == "deleted":
                 if event.stream in self._streams:
@@ -102,21 +102,21 @@ class Fleet:
             stream.event_count += 1
             stream.proxies = event.after or stream.proxies
             stream.points.add(event, was_refused(event))
-            # The clock of the worker may be ahead: its stream would seem to go on long after its last frame.
+            # The worker's clock may be ahead, and would make the stream seem alive after its last frame.
             stream.last = max(stream.last, min(event.time.timestamp(), time.time()))
             self._touch(stream)
             if event.command is not None:
                 self._results.append((self._version, event))
 
     def note_stored(self, names: list[str]) -> None:
-        """Streams that the store knows, though no record of them has come."""
+        """Show streams of the store even before a record of them comes."""
         with self._lock:
             for name in names[: self._max]:
                 if name not in self._streams and len(self._streams) < self._max:
                     self._touch(self._stream(name))
 
     def find(self, index: int) -> Stream | None:
-        """The stream with this number."""
+        """The stream with this index."""
         return self._by_index.get(index)
 
     def named(self, name: str) -> Stream | None:
@@ -124,7 +124,7 @@ class Fleet:
         return self._streams.get(name)
 
     def changes(self, since: int) -> dict[str, Any]:
-        """What has changed after version `since`, for the fleet page; everything for 0."""
+        """What has changed since version `since`, for the fleet page; everything if that is 0."""
         with self._lock:
             self._judge_all()
             tiles = [self._tile(s) for s in self._streams.values() if s.changed > since]

@@ -1,4 +1,4 @@
-"""How a stream is doing, in one word and one sentence, so that a page can put first what needs somebody."""
+"""Judges a stream in a level and a sentence, so that a page can show first what needs attention."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from schemas.update import UpdateEvent
 
 Level = Literal["act", "watch", "good", "silent"]
 ACT_DROP, WATCH_DROP = 0.08, 0.04  # of estimated accuracy below that of clean frames
-EASE = 0.015  # a level that holds goes on holding until the drop is so much smaller: no tile flickers
-SOURCE_POINTS = 0.05  # the source model does so much better
+EASE = 0.015  # hysteresis: a level ends only when the drop is so much smaller, so that no tile flickers
+SOURCE_POINTS = 0.05  # difference of accuracies from which on the better model is named
 REFUSED = 4  # proposed updates in a row that the guard refused
 RECENT = 12  # events that still count as news
 SILENT_S = 20.0
@@ -21,7 +21,7 @@ SILENT_S = 20.0
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a stream. Accuracies are estimates in [0, 1], None where nothing has been said yet.
+    """What is known about a stream. Accuracies are estimates in [0, 1], None if there is none yet.
 
     `clean` is the accuracy to expect without drift, `last` seconds since the epoch of the newest record, `events` the
     newest ones, oldest first.
@@ -45,7 +45,7 @@ class Health:
 
 
 def judge(evidence: Evidence, now: float, before: Level = "good") -> Health:
-    """The worst that holds; `now` is seconds since the epoch, `before` the level so far."""
+    """The worst level that applies; `now` is seconds since the epoch, `before` the level so far."""
     drop = _drop(evidence)
     if now - evidence.last > SILENT_S:
         since = datetime.fromtimestamp(evidence.last, UTC).strftime("%H:%M:%S")
@@ -67,7 +67,7 @@ def _praise(evidence: Evidence) -> str:
 
 
 def _findings(evidence: Evidence, drop: float, before: Level) -> Iterator[tuple[Level, str]]:
-    """What is the matter, the worst first."""
+    """All problems, the worst first."""
     recent = list(evidence.events)[-RECENT:]
     if drop >= ACT_DROP - (EASE if before == "act" else 0.0):
         yield "act", f"drifted: {100 * drop:.0f} points below clean"
@@ -94,7 +94,7 @@ def _drop(evidence: Evidence) -> float:
 
 
 def was_refused(event: UpdateEvent) -> bool:
-    """Whether an update was proposed and the guard said no; other skipped frames proposed none."""
+    """Whether an update was proposed and the guard refused it; other skipped frames proposed none."""
     return event.decision == "skipped" and event.raw_gradient_norm is not None
 
 

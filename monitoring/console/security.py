@@ -1,4 +1,4 @@
-"""Who may talk to the console: the checks that stand before every page and every action."""
+"""Access to the console: the checks before every page and every action."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from schemas.config import Console
 COOKIE = "driftkeel_console"
 CSRF_HEADER = "x-driftkeel-csrf"
 MAX_BODY_BYTES = 8_192
-WRONG_TOKENS, PER_S = 10, 60.0  # so many wrong tokens in so many seconds, from one address
-MOST_GUESSERS = 50  # addresses that wrong tokens came from in this time; further ones have to wait
+WRONG_TOKENS, PER_S = 10, 60.0  # most wrong tokens from one address, and the seconds for which they count
+MOST_GUESSERS = 50  # most addresses with wrong tokens in this time; further ones have to wait
 NETWORK_BITS = 64
 
 _HEADERS = {
-    # Nothing but our own files; images also as data, which is how thumbnails come. No inline script, no inline style.
+    # Only our own files, and images as data URLs for thumbnails. No inline script, no inline style.
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
         "manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -46,14 +46,14 @@ def is_loopback(host: str) -> bool:
 
 
 class Guesses:
-    """Wrong tokens of the last minute, by where they came from: who guesses shuts out nobody else, and all guessers
-    together have so many guesses."""
+    """Wrong tokens of the last minute by address. A guesser does not lock out others, and the guesses of all addresses
+    together are limited."""
 
     def __init__(self) -> None:
         self._at: dict[str, list[float]] = {}
 
     def used_up(self, address: str) -> bool:
-        """Whether no further token is taken from there for now."""
+        """Whether no further token is accepted from the address for now."""
         since = time.monotonic() - PER_S
         lately = {guesser: [moment for moment in at if moment > since] for guesser, at in self._at.items()}
         self._at = {guesser: at for guesser, at in lately.items() if at}
@@ -61,12 +61,12 @@ class Guesses:
         return len(self._at) >= MOST_GUESSERS if wrong is None else len(wrong) >= WRONG_TOKENS
 
     def add(self, address: str) -> None:
-        """One more, where they are not used up."""
+        """Count a wrong token."""
         self._at.setdefault(_guesser(address), []).append(time.monotonic())
 
 
 def _guesser(address: str) -> str:
-    """Whom a guess counts for: an IPv4 address, or a network of IPv6, of which one machine may use every address."""
+    """What a guess counts for: an IPv4 address, or an IPv6 network, as one machine may use all its addresses."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -90,11 +90,11 @@ class Session:
         return self._token is not None
 
     def blocked(self, address: str) -> bool:
-        """Whether too many wrong tokens came lately from an address, or from too many others."""
+        """Whether too many wrong tokens came lately from this address, or from too many addresses."""
         return self._guesses.used_up(address)
 
     def login(self, token: str, address: str) -> str | None:
-        """The cookie for a right token, of who is not `blocked`."""
+        """The cookie for the right token, else None. Call it only if the address is not `blocked`."""
         if self._token is not None and hmac.compare_digest(token.encode(), self._token.encode()):
             return self._cookie
         self._guesses.add(address)
@@ -106,13 +106,13 @@ class Session:
         return not self.needs_login or hmac.compare_digest(cookie.encode(), self._cookie.encode())
 
     def allows(self, request: Request) -> bool:
-        """Whether the request may act: it carries what only a page of ours can have read."""
+        """Whether the request may act: it has the header that only our own page can know."""
         given = request.headers.get(CSRF_HEADER, "")
         return self.knows(request) and hmac.compare_digest(given.encode(), self.csrf.encode())
 
 
 class Gate:
-    """Refuses foreign hosts and origins, and large bodies; adds the headers that keep browsers strict."""
+    """Refuses foreign hosts and origins and large bodies, and adds security headers."""
 
     def __init__(self, app: ASGIApp, settings: Console) -> None:
         self._app = app
@@ -136,7 +136,7 @@ class Gate:
     def _refusal(self, method: str, headers: Headers) -> JSONResponse | None:
         host = headers.get("host", "")
         if not self._is_ours(host):
-            # A page elsewhere may point a name of its own at this address (DNS rebinding); the browser then says so.
+            # DNS rebinding: another site points its own name at this address, and the browser sends that name.
             return _refuse(421, "this host name is not one of the console's; add it to console.hosts")
         if method in {"GET", "HEAD"}:
             return None
@@ -159,7 +159,7 @@ class Gate:
             return False
         if name in self._hosts:
             return True
-        try:  # An address is no name, and cannot be pointed elsewhere.
+        try:  # An address cannot be rebound as a name can.
             ipaddress.ip_address(name)
         except ValueError:
             return False

@@ -1,4 +1,4 @@
-"""The last points of a stream, for charts, in memory that does not grow."""
+"""The newest points of a stream for its charts, in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from schemas.update import Decision, UpdateEvent
 
-DECISIONS = (*get_args(Decision), "refused")  # the last: skipped, and the guard's doing; stream.js has the same list
+DECISIONS = (*get_args(Decision), "refused")  # "refused": skipped by the guard; stream.js has the same list
 COLUMNS = (
     *("time", "accuracy", "low", "high", "source", "entropy", "raw", "generated", "cosine", "distance", "flips"),
     "decision",  # place in DECISIONS
@@ -19,16 +19,16 @@ CAPACITY = 480
 
 
 class Series:
-    """A ring of points, one per update event. A point's number counts all there have been."""
+    """A ring of points, one per update event. Points are numbered from the first one ever."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self.count = 0
-        # Allotted as points come: most of many streams are never looked at for long.
+        # Allocated as points come, as most of many streams have few.
         self._capacity = capacity
         self._values: npt.NDArray[np.float64] = np.empty((0, len(COLUMNS)))
 
     def add(self, event: UpdateEvent, refused: bool) -> None:
-        """A point from `event`."""
+        """Add the point of an event."""
         if self.count >= len(self._values) and len(self._values) < self._capacity:
             grown = np.full((min(self._capacity, max(32, 2 * len(self._values))), len(COLUMNS)), np.nan)
             grown[: len(self._values)] = self._values
@@ -37,21 +37,21 @@ class Series:
         self.count += 1
 
     def since(self, number: int) -> dict[str, list[float | None]]:
-        """The columns of the points from `number` on, as far as they are kept; None where a value was not known."""
+        """The columns of the points from `number` on that are kept; None for unknown values."""
         rows = self._rows(max(number, self.count - self._capacity))
         return {name: [_plain(value) for value in rows[:, i].tolist()] for i, name in enumerate(COLUMNS)}
 
     def known(self, column: str, points: int = CAPACITY) -> npt.NDArray[np.float64]:
-        """The newest `points` values of a column, but for those not known."""
+        """The known values among the newest `points` of a column."""
         values = self._rows(max(0, self.count - min(points, self._capacity)))[:, COLUMNS.index(column)]
         return values[np.isfinite(values)]
 
     def outline(self, column: str, points: int) -> npt.NDArray[np.float64]:
-        """All that is kept of a column as at most `points` means of neighbours."""
+        """The whole column as at most `points` means of neighbours."""
         values = self.known(column)
         if len(values) <= points:
             return values
-        # Blocks are counted from the first value of all, so that a mean does not change with every new one.
+        # Blocks are aligned to the first value ever, so that a new value does not change all means.
         size = -(-len(values) // points)
         skip = (size - (self.count - len(values)) % size) % size
         whole = (len(values) - skip) // size * size

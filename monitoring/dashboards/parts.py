@@ -1,4 +1,4 @@
-"""Panels and variables as all dashboards have them: a title, what question it answers, queries, a unit."""
+"""Panels and variables that the dashboards share."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 TAG = "driftkeel"
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
-JOB = 'job="$job"'  # a site; one at a time, as cameras of two may have the same name
+JOB = 'job="$job"'  # one site at a time, as two may have cameras of the same name
 RATE = "[$__rate_interval]"
 GREEN, YELLOW, ORANGE, RED, BLUE, GREY = "green", "#EAB839", "orange", "red", "blue", "#888888"
 ADAPTED, SOURCE_MODEL = "blue", "#8B5A2B"  # as in the demo's picture: blue adapted, brown source
 Query = tuple[str, str]  # PromQL, legend
-Steps = Sequence[tuple[float | None, str]]  # from which value on, colour; the first from the beginning
+Steps = Sequence[tuple[float | None, str]]  # least value and colour; None for the first
 CALM: Steps = ((None, BLUE),)
 NONE_IS_GOOD: Steps = ((None, GREEN), (1, RED))
 ACCURACY: Steps = ((None, RED), (0.6, ORANGE), (0.75, YELLOW), (0.85, GREEN))
 
 
-# Lag as the alert on it sees it: the more frames come, the more are held on purpose.
+# In seconds, as in the alert: the more frames come, the more are held on purpose.
 LAG_IS = (
     "How far the slowest worker is behind, in seconds of its present work. Red: more than a minute. Up to "
     "batch.max_hold_ms (10 s by default) is normal: predicted frames that are held for their camera's next update."
@@ -62,18 +62,18 @@ LAG_STEPS: Steps = ((None, GREEN), (30, YELLOW), (60, RED))
 
 
 def lag_seconds(chosen: str) -> str:
-    """Of the workers that the labels choose, the most."""
+    """PromQL of the largest lag among the workers that the labels choose."""
     predicted = f"sum by (instance) (rate(driftkeel_predictions_total{{{chosen}}}{RATE}))"
     return f"max(sum by (instance) (driftkeel_consumer_lag_records{{{chosen}}}) / clamp_min({predicted}, 0.01))"
 
 
 def ages(metric: str, chosen: str) -> str:
-    """How long ago, by the clock of the worker that says when."""
+    """PromQL of the age of a worker's timestamp, by that worker's clock."""
     return f"driftkeel_clock_timestamp_seconds{{{chosen}}} - driftkeel_{metric}_timestamp_seconds{{{chosen}}}"
 
 
 def stream_age(metric: str, chosen: str, by: str = "") -> str:
-    """The same of a stream's timestamps, the newest; `chosen` are labels of workers, the stream's first."""
+    """The same for the newest of a stream's timestamps; `chosen` are labels of streams and workers."""
     when = f"driftkeel_stream_{metric}_timestamp_seconds{{{chosen}}}"
     return f"-max{by} ({when} - ignoring (stream) group_left () driftkeel_clock_timestamp_seconds{{{JOB}}})"
 
@@ -104,7 +104,7 @@ def board(title: str, uid: str, description: str) -> dashboard.Dashboard:
 
 
 def filled(board: dashboard.Dashboard, *parts: Any) -> dashboard.Dashboard:
-    """The board with these panels, and rows between them that begin a chapter."""
+    """The board with these panels and rows."""
     for part in parts:
         (board.with_row if isinstance(part, dashboard.Row) else board.with_panel)(part)
     return board
@@ -204,7 +204,7 @@ def lines(
 
 
 def colored(panel: timeseries.Panel, colors: Mapping[str, str]) -> timeseries.Panel:
-    """The same with fixed colours by legend."""
+    """The panel with fixed colours by legend."""
     for legend, color in colors.items():
         panel.override_by_name(legend, [DynamicConfigValue("color", {"mode": "fixed", "fixedColor": color})])
     return panel

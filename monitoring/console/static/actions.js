@@ -1,4 +1,4 @@
-// What a person may ask of a stream. Each asks first, and says afterwards what came of it.
+// The actions on a stream. Each asks for confirmation, and then shows its outcome.
 
 import { h, text } from "./dom.js";
 import { sendCommand } from "./api.js";
@@ -14,7 +14,7 @@ const ACTIONS = [
 ];
 
 export class Actions {
-  #waiting = new Map(); // command id to what shall be said of it
+  #waiting = new Map(); // names of the actions by command id
   #snapshots = 0;
 
   constructor(stream) {
@@ -29,7 +29,7 @@ export class Actions {
     this.#snapshots = count;
   }
 
-  // Update events that answer commands, of whichever page.
+  // Update events that answer commands, also those of other pages.
   answered(events) {
     for (const event of events) {
       const name = this.#waiting.get(event.command);

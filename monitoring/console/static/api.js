@@ -1,4 +1,4 @@
-// Calls to the console's server. Answers that are errors become Errors with the server's own sentence.
+// Calls to the console's server. An error answer becomes an Error with the server's message.
 
 let csrf = "";
 

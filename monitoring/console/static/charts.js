@@ -6,7 +6,7 @@ import { clock, h, number, percent, text } from "./dom.js";
 const HEIGHT = 150, STRIP_HEIGHT = 64;
 const SYNC = uPlot.sync("stream");
 
-// name, unit, lines as [column, label, colour variable, dash]; `band` are two columns to fill between.
+// Lines are [column, label, colour variable, dash]; `band` names two columns to fill the area between.
 const CHARTS = [
   { title: "Estimated accuracy", wide: true, show: (v) => percent(v, 1), range: accuracyRange, band: ["high", "low"], lines: [
     ["accuracy", "adapted", "--adapted"], ["source", "source", "--source", [5, 4]], ["clean", "clean frames", "--faint", [2, 4]]] },
@@ -28,7 +28,7 @@ export class Charts {
     this.resized.observe(this.node);
   }
 
-  // `columns` is what there is to draw: arrays of one length, by name.
+  // `columns`: arrays of one length, by name.
   show(columns) {
     this.#columns = columns;
     if (this.#plots.length === 0) this.#build();
@@ -108,7 +108,7 @@ function line(chart, colour) {
   };
 }
 
-// A tick per decision, coloured and at a height of its own, so that colour is not all that tells.
+// A tick per decision. Kinds differ in height as well as in colour.
 function strip(decisions, colour) {
   const KINDS = { applied: ["--good", 0], partial: ["--good", 0], skipped: ["--faint", 1], refused: ["--watch", 1] };
   const box = h("div", { class: "plot" });
@@ -161,7 +161,7 @@ function timeAxis(colour) {
   return { ...axis(colour), size: 26, space: 70, grid: { show: false }, values: (_, ticks) => ticks.map(clock) };
 }
 
-// Of a logarithmic axis only the powers of ten: lines in between say nothing that the eye could use.
+// Ticks of a logarithmic axis at powers of ten only.
 function decades(colour) {
   const whole = (_, ticks) => ticks.map((tick) => (Math.abs(Math.log10(tick) % 1) < 1e-6 ? tick : null));
   return { grid: { stroke: colour("--rule"), width: 1, filter: whole }, filter: whole };

@@ -1,4 +1,4 @@
-// Elements from plain values. Text always becomes a text node: nothing from a record is ever read as markup.
+// Makes elements from plain values. Text always becomes a text node, so that no record is parsed as markup.
 
 export function h(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
@@ -21,7 +21,7 @@ export function svg(tag, properties = {}, ...children) {
   return node;
 }
 
-// Writes only what is new: an unchanged text costs no layout.
+// Writes a changed text only: writing costs a layout.
 export function text(node, value) {
   if (node.textContent !== value) node.textContent = value;
 }

@@ -24,8 +24,8 @@ export class FleetData {
     return counts;
   }
 
-  // Numbers of the streams to show, in order. Need is rounded to ten points, so that tiles do not change places for
-  // nothing; what is equal stays in the order of names.
+  // Indices of the streams to show, in order. Need is rounded to tenths so that tiles do not swap for nothing; equal ones
+  // are ordered by name.
   order({ level, words, sort }) {
     const shown = [];
     for (const tile of this.tiles.values()) {
@@ -38,7 +38,7 @@ export class FleetData {
   }
 }
 
-// Whether a stream stands behind one that needs somebody less: then the order is not right even for a moment.
+// Whether a stream stands behind one of a less urgent level: then the order must change at once.
 export function isUpset(order, tiles) {
   return order.some((index, i) => i > 0 && RANK[tiles.get(index)?.level] < RANK[tiles.get(order[i - 1])?.level]);
 }

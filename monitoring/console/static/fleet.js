@@ -1,4 +1,4 @@
-// The first page: all cameras, those that need somebody first.
+// The first page: all cameras, those that need attention first.
 
 import { Grid } from "./grid.js";
 import { LEVELS, LEVEL_WORDS, isUpset } from "./fleet-data.js";
@@ -47,7 +47,8 @@ export class FleetPage {
     removeEventListener("keydown", this.onkey);
   }
 
-  // New data has come. Tiles change at once, their order at most every two seconds (at once where a level changed) and never under a pointer or a focus.
+  // New data has come. Tiles change at once, their order at most every two seconds (at once if a level changed), and not
+  // while a tile has the pointer or the focus.
   update() {
     this.#count();
     const due = performance.now() - this.#sorted > SORT_EVERY_MS
@@ -57,7 +58,7 @@ export class FleetPage {
       return;
     }
     this.grid.draw();
-    this.later ??= setTimeout(() => { this.later = null; this.update(); }, SORT_EVERY_MS); // There may be no news for long.
+    this.later ??= setTimeout(() => { this.later = null; this.update(); }, SORT_EVERY_MS); // No further data may come for long.
   }
 
   sort() {

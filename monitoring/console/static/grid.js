@@ -1,4 +1,4 @@
-// A grid of many tiles of which only those on screen exist. Rows have one height; tiles are moved by transform.
+// A grid of many tiles, of which only those on screen exist. All rows have one height; a transform places each tile.
 
 import { Tile } from "./tile.js";
 import { h } from "./dom.js";
@@ -37,7 +37,7 @@ export class Grid {
     return this.#tiles;
   }
 
-  // Bring the tiles on screen up to date; others have no element and cost nothing.
+  // Update the tiles on screen; others have no element and cost nothing.
   draw() {
     const width = this.node.clientWidth;
     if (width === 0) return;
@@ -52,7 +52,7 @@ export class Grid {
     const wanted = this.#order.slice(first * this.#columns, last * this.#columns);
     this.#keepOnly(new Set(wanted));
     wanted.forEach((index, i) => this.#place(index, first * this.#columns + i, tileWidth, rowHeight, i === 0));
-    this.#line(wanted);
+    this.#arrange(wanted);
   }
 
   // Move the focus to the tile at `place` in the order, scrolling where needed.
@@ -69,15 +69,15 @@ export class Grid {
 
   #keepOnly(wanted) {
     for (const [index, tile] of this.#tiles) {
-      // The one with the focus stays: a keyboard must not lose its place because tiles were sorted anew.
+      // Keep the tile with the focus, so that sorting does not take it from a keyboard user.
       if (wanted.has(index) || tile.link === document.activeElement) continue;
       tile.node.remove();
       this.#tiles.delete(index);
     }
   }
 
-  // Elements in the order that is seen, for those who hear it. Moving the one with the focus would lose it.
-  #line(wanted) {
+  // Keep elements in visible order, for screen readers. Moving the element with the focus would lose the focus.
+  #arrange(wanted) {
     const focused = document.activeElement;
     let next = this.list.firstChild;
     for (const index of wanted) {

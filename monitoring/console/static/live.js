@@ -1,4 +1,4 @@
-// The stream of server-sent events, as events of our own; says how the connection stands.
+// The server-sent events as DOM events, and the state of the connection.
 
 export class Live extends EventTarget {
   #source = null;

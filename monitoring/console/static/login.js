@@ -1,4 +1,4 @@
-// Asks for the token where the console can be reached from elsewhere.
+// Asks for the token, if the console needs one.
 
 import { h, text } from "./dom.js";
 import { login } from "./api.js";

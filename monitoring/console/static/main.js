@@ -1,4 +1,4 @@
-// Which page is shown, and what reaches it.
+// Chooses the page, and passes it what the server sends.
 
 import { FleetData } from "./fleet-data.js";
 import { FleetPage } from "./fleet.js";
@@ -12,7 +12,7 @@ import { startTheme } from "./theme.js";
 const main = document.getElementById("main");
 const data = new FleetData();
 const live = new Live();
-const MEASURED = 300; // updates whose time is kept for whoever looks at the page's performance entries
+const MEASURED = 300; // updates whose times are kept as performance entries
 let page = null;
 let measured = 0;
 
@@ -30,7 +30,7 @@ live.addEventListener("link", ({ detail }) => {
   const link = document.getElementById("link");
   link.dataset.up = detail.up;
   text(link, detail.up ? "live" : "connection lost, trying again");
-  if (detail.ended) setTimeout(start, 3000); // The server refused rather than went away: perhaps it forgot the login.
+  if (detail.ended) setTimeout(start, 3000); // The server refused, perhaps as it was restarted and the login is void.
 });
 
 function showSite(site) {
@@ -43,7 +43,7 @@ function showSite(site) {
 function route() {
   const found = /^#\/stream\/(.+)$/.exec(location.hash);
   let name = null;
-  try { name = found && decodeURIComponent(found[1]); } catch { /* A hand-made address that is none: the fleet. */ }
+  try { name = found && decodeURIComponent(found[1]); } catch { /* A malformed address: show the fleet. */ }
   page?.close();
   page = name === null ? new FleetPage(data) : new StreamPage(data, name);
   main.replaceChildren(page.node);
@@ -55,7 +55,7 @@ function route() {
   live.open(name);
 }
 
-// From the message to what the browser has drawn of it.
+// Measure from the message to the end of drawing.
 function measure(began) {
   performance.measure("apply", { start: began, end: performance.now() });
   requestAnimationFrame(() => {

@@ -1,4 +1,4 @@
-// Asks for pictures of the tiles on screen, once a second and in one request; a hidden page asks for none.
+// Requests pictures of the tiles on screen once a second, in one request; a hidden page requests none.
 
 import { get } from "./api.js";
 
@@ -11,7 +11,7 @@ export function keepPictures(shown, data) {
   const round = async () => {
     try {
       if (document.visibilityState === "visible") await ask(shown(), data);
-    } catch { /* The connection's own line says that the console is away. */ }
+    } catch { /* The page shows that the connection is lost. */ }
     if (!stopped) timer = setTimeout(round, EVERY_MS);
   };
   timer = setTimeout(round, 50);

@@ -1,4 +1,4 @@
-// One stream in depth.
+// The page of one stream.
 
 import { Actions } from "./actions.js";
 import { Charts } from "./charts.js";
@@ -86,7 +86,7 @@ export class StreamPage {
     if (tile === null || tile.frames === this.#pictured || document.visibilityState !== "visible") return;
     for (const row of await get(`/api/thumbnails?large=1&s=${tile.i}.${this.#pictured}`)) {
       this.#pictured = row.frames;
-      this.#answer(row); // The answer shown is the one to the picture shown.
+      this.#answer(row); // The answer must belong to the picture.
       this.image.src = row.src;
       this.image.onload = () => this.image.classList.toggle("crisp", this.image.naturalWidth <= 96);
     }
@@ -104,13 +104,13 @@ export class StreamPage {
 
   async #every(pause, action) {
     while (!this.#stopped) {
-      await action().catch(() => {}); // The connection's own line says that the console is away.
+      await action().catch(() => {}); // The page shows that the connection is lost.
       await new Promise((done) => setTimeout(done, pause));
     }
   }
 }
 
-// Source and adapted side by side: who answers, how well by the estimates, what they call one frame, how often they differ.
+// Source and adapted model side by side: which answers, their estimated accuracy, their labels of one frame, how often they differ.
 function versus() {
   const side = (name, variable) => {
     const value = h("b", {}, "–"), said = h("span", { class: "said" }), note = h("span", { class: "note" });
@@ -126,7 +126,7 @@ function versus() {
       text(adapted.value, percent(proxies?.estimated_accuracy, 1));
       text(source.note, answers === "source" ? "answers" : "");
       text(adapted.note, answers === "source" || answers === null ? "" : answers === "approved" ? "answers, as approved" : "answers");
-      // Of the newest frame that source was asked about too; where source answers, both would be its own.
+      // Labels of the newest frame that both models have. If source answers, both labels would be its own.
       const both = compared !== null && compared.parameters !== "source";
       text(source.said, both ? `“${compared.source_label}”` : "");
       text(adapted.said, both ? `“${compared.label}”` : "");
@@ -139,7 +139,7 @@ function versus() {
 function joined(old, fresh, clean) {
   const columns = {};
   for (const name of Object.keys(fresh)) columns[name] = [...(old?.[name] ?? []), ...fresh[name]].slice(-MOST_POINTS);
-  // A time axis runs forwards; events of two workers may not.
+  // The time axis must not run backwards; events of two workers may.
   columns.time = columns.time.map((time, i, all) => (i > 0 && time < all[i - 1] ? all[i - 1] : time));
   columns.clean = columns.time.map(() => clean);
   return columns;

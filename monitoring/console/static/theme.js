@@ -1,4 +1,4 @@
-// Colours: as the system says, or light, or dark; remembered where the browser lets us.
+// Colours: the system's, light or dark; remembered if the browser allows it.
 
 const KINDS = ["system", "light", "dark"], SIGNS = { system: "◐", light: "○", dark: "●" };
 const KEY = "driftkeel-theme";

@@ -30,14 +30,14 @@ export class Tile {
     this.node = h("li", { class: "cell" }, this.link);
   }
 
-  // Draw `tile`; the same one again costs nothing.
+  // Draw `tile`; the same object again costs nothing.
   show(tile) {
     const last = this.#last;
     if (last === tile) return;
     if (last === null || last.i !== tile.i) this.#become(tile);
     if (last?.level !== tile.level) this.link.dataset.level = tile.level;
     text(this.state, LEVEL_WORDS[tile.level]);
-    if (this.pictured < 0) this.#answer(tile); // Later the answer shown is the one to the picture shown.
+    if (this.pictured < 0) this.#answer(tile); // Later the answer must belong to the picture.
     text(this.accuracy, percent(tile.accuracy));
     text(this.reason, tile.reason);
     const points = sparkPoints(tile.spark);
@@ -72,7 +72,7 @@ export class Tile {
   }
 }
 
-// Accuracies in thousandths to a line that fills its box from left to right; cut off below its floor.
+// The points of a line across the box, from accuracies in thousandths; values below the floor are cut off.
 export function sparkPoints(values) {
   if (values.length < 2) return "";
   const step = WIDTH / (values.length - 1);
