@@ -1,4 +1,4 @@
-"""Write docs/reference from the code: `make reference`. A test holds the folder to what this writes.
+"""Writes docs/reference from the code: `make reference`. A test compares the folder with the code.
 
 Command line and configuration as Markdown, messages as JSON Schemas and as one AsyncAPI 3 document.
 """
@@ -93,7 +93,7 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _plain(value: Any) -> str:
-    """A default as YAML would have it."""
+    """A default value as in YAML."""
     if isinstance(value, Path):
         value = str(value)
     if isinstance(value, BaseModel):
@@ -175,7 +175,7 @@ def _message(
     payload: dict[str, Any],
     required: tuple[str, ...] = ("ce_specversion", "ce_type", "ce_source", "ce_id", "ce_time", "content-type"),
 ) -> dict[str, Any]:
-    """CloudEvents 1.0 in Kafka's binary mode, key = stream id. `required` are the headers that always stand there."""
+    """CloudEvents 1.0 in Kafka's binary mode, key = stream id. `required` are the headers that are always there."""
     text = {"type": "string"}
     headers: dict[str, Any] = {
         "type": "object",
@@ -219,7 +219,7 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _embedded(model: type[BaseModel]) -> dict[str, Any]:
-    """A schema that stands inside another document: its own references resolved in place."""
+    """A schema for use inside another document, with its references resolved."""
     schema = _schema(model)
     definitions = schema.pop("$defs", {})
 
@@ -238,7 +238,7 @@ def _embedded(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def write(folder: Path) -> None:
-    """Write every file below `folder`; others there are removed, so that nothing stale stays."""
+    """Write every file below `folder`, and remove all others there."""
     files = reference()
     for old in folder.rglob("*"):
         if old.is_file() and str(old.relative_to(folder)) not in files:

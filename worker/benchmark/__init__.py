@@ -1,1 +1,1 @@
-"""What worker and guard cost and what they are worth, measured."""
+"""Measures what worker and guard cost, and what they are worth."""

@@ -1,7 +1,7 @@
-"""What the guard is worth and what it costs: attacks on engine and guard, without broker or store.
+"""What the guard is worth and what it costs: attacks on engine and guard, without broker and store.
 
-Every attack begins on a stream that has seen ordinary frames, and ends in a probe of ordinary frames, which go through
-predict, guard and update as in a worker. Both are compared with what source says of the same frames.
+Every attack begins on a stream that has seen ordinary frames, and is followed by a probe of ordinary frames. All go
+through predict, guard and update as in a worker. Results are compared with the source model's on the same frames.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from worker.guard.guard import Guard
 BATCH, PASS = 16, 256
 SEEDS = 3
 WARM, PROBE = 512, 1_000
-WINDOW = 128  # frames over which recovery is looked for
-HEALING = 128  # frames after an attack before the probe; what they lose is stated beside it
-RECOVERED, COLLAPSED = 0.05, 0.5  # below source by less than this; and share of source's accuracy left
+WINDOW = 128  # frames whose mean accuracy decides on recovery
+HEALING = 128  # frames between attack and probe; their loss is reported separately
+RECOVERED, COLLAPSED = 0.05, 0.5  # largest difference from source's accuracy; least share of it
 BARS = {"probe_drop_points": 1.0, "below_source_points": 0.5, "gain_kept": 0.95, "cost_share": 0.08}
 SETTINGS: tuple[Setting, ...] = ("continual", "reset", "gradual", "recurring", "mixed", "correlated", "healthy", "long")
 
 
 class NanEngine(Engine):
-    """Frames that are marked become NaN on their way to the model: the worst that preprocessing could do."""
+    """Turns marked frames into NaN before the model: the worst that preprocessing could do."""
 
     def _frames(self, part: Part) -> tuple[Tensor, list[tuple[list[int], float]]]:
         frames, looks = super()._frames(part)
@@ -70,7 +70,7 @@ class NanEngine(Engine):
 
 @dataclass
 class Served:
-    """What a stream was told, frame by frame: `answers` (N,); whose they were; and the guard's decisions."""
+    """A stream's answers by frame, how many of them were source's, and the guard's decisions with their reasons."""
 
     answers: list[int] = field(default_factory=list)
     by_source: int = 0
@@ -79,7 +79,7 @@ class Served:
 
 
 class Bench:
-    """Streams through engine and guard, as `worker.step` runs them."""
+    """Runs streams through engine and guard as `worker.step` does."""
 
     def __init__(self, bundle: Bundle, settings: GuardSettings | None = None) -> None:
         settings = settings or GuardSettings()
@@ -93,7 +93,7 @@ class Bench:
         self.engine.admit(self.engine.begun(stream), 1, stored=False)
 
     def serve(self, reels: Mapping[str, np.ndarray]) -> dict[str, Served]:
-        """Frames uint8 (N, h, w) of every stream, side by side; streams that are new are admitted."""
+        """Serve the frames of all streams, uint8 (N, h, w), side by side; new streams are admitted."""
         served = {stream: Served() for stream in reels}
         for stream in reels:
             if stream not in self.engine:
@@ -106,7 +106,7 @@ class Bench:
                     at = place[stream]
                     place[stream] = at + BATCH
                     batches.append(self._batch(stream, reels[stream][at : at + BATCH]))
-                self._turn(batches, served)
+                self._step(batches, served)
         return served
 
     def _batch(self, stream: str, pixels: np.ndarray) -> MicroBatch:
@@ -118,7 +118,7 @@ class Bench:
         header = self.engine.resident(stream).header
         return MicroBatch(stream, frames, True, True, answer=answering(Policy(), header))
 
-    def _turn(self, batches: list[MicroBatch], served: Mapping[str, Served]) -> None:
+    def _step(self, batches: list[MicroBatch], served: Mapping[str, Served]) -> None:
         passed: Pass = self.engine.predict(batches)
         proposals = self.engine.adapt(passed)
         kept = []
@@ -139,8 +139,8 @@ class Bench:
 def run_guard(
     folder: Path, report: Path, command: str, quick: bool, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Measure, write the report, and return it. What is finished lies beside the report, line by line: the same
-    command goes on from there, as long as bundle and commit are the same."""
+    """Measure, write the report, and return it. Finished parts are kept in a file beside it: the same command continues
+    from there, while bundle and commit are the same."""
     torch.set_num_threads(2)
     bundle = load_bundle(folder)
     journal = Journal(report.with_suffix(".jsonl"))
@@ -167,7 +167,7 @@ def run_guard(
 
 
 def _work(bundle: Bundle, quick: bool) -> dict[str, Callable[[], Any]]:
-    """What there is to measure, by name, in the order of its worth."""
+    """The measurements by name, the most important first."""
     work: dict[str, Callable[[], Any]] = {}
     seeds = range(1 if quick else SEEDS)
     settings: tuple[Setting, ...] = ("continual", "correlated", "healthy") if quick else SETTINGS
@@ -202,7 +202,7 @@ def _summary(done: dict[str, Any]) -> dict[str, Any]:
 
 
 def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means of drops, the longest recovery, and every run."""
+    """Means of the drops, the longest recovery, and every run."""
     recovered = [run["recovery_frames"] for run in runs]
     return {
         "frames": runs[0]["frames"],
@@ -216,19 +216,20 @@ def _over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def source_answers(bundle: Bundle, pixels: np.ndarray) -> np.ndarray:
-    """What source calls frames (N, h, w), (N,)."""
+def _answers(bundle: Bundle, pixels: np.ndarray, affine: Tensor | None = None) -> np.ndarray:
+    """Labels of frames (N, h, w) by the source model, or by the norm affine (P,) given; (N,)."""
     parts = []
     with torch.inference_mode():
         for start in range(0, len(pixels), 500):
             frames = normalise_pixels(pixels[start : start + 500], bundle.manifest.preprocess)
-            parts.append(bundle.model(frames).argmax(1).numpy())
+            rows = None if affine is None else affine.expand(len(frames), -1)
+            parts.append(bundle.model(frames, rows).argmax(1).numpy())
     return np.concatenate(parts)
 
 
 def _attacks(bundle: Bundle, quick: bool, seed: int) -> dict[str, dict[str, Any]]:
     test = data.fashion_mnist("test")
-    # What warms up and probes is never part of an attack.
+    # Images for warm-up and probe are never part of an attack.
     pool, ordinary = test.part(0, 6_000), test.part(6_000, 10_000)
     reels, probes = {}, {}
     for number, (name, (attack, frames)) in enumerate(ATTACKS.items()):
@@ -240,12 +241,12 @@ def _attacks(bundle: Bundle, quick: bool, seed: int) -> dict[str, dict[str, Any]
         probes[name] = LabelledImages(ordinary.images[chosen], ordinary.labels[chosen])
     bench = Bench(bundle)
     under = bench.serve(reels)
-    left = {name: _left(bench, name, probe) for name, probe in probes.items()}
+    affine_left = {name: bench.engine.tensors(name)["affine"].clone() for name in probes}
     after = bench.serve({name: probe.images for name, probe in probes.items()})
     result = {}
     for name, probe in probes.items():
         right = np.array(after[name].answers) == probe.labels
-        source = source_answers(bundle, probe.images) == probe.labels
+        source = _answers(bundle, probe.images) == probe.labels
         finite = all(bool(torch.isfinite(t).all()) for t in bench.engine.tensors(name).values())
         result[name] = {
             "frames": len(reels[name]) - WARM,
@@ -255,7 +256,9 @@ def _attacks(bundle: Bundle, quick: bool, seed: int) -> dict[str, dict[str, Any]
             "probe_drop_points": _points(source[HEALING:], right[HEALING:]),
             "healing_drop_points": _points(source[:HEALING], right[:HEALING]),
             "recovery_frames": recovery(right, source),
-            "parameters_left_drop_points": round(100 * float(source.mean() - left[name]), 2),
+            "parameters_left_drop_points": _points(
+                source, _answers(bundle, probe.images, affine_left[name]) == probe.labels
+            ),
             "answered_by_source": under[name].by_source + after[name].by_source,
             "decisions": dict(under[name].decisions),
             "reasons": dict(under[name].reasons.most_common(4)),
@@ -267,20 +270,8 @@ def _points(source: np.ndarray, right: np.ndarray) -> float:
     return round(100 * float(source.mean() - right.mean()), 2)
 
 
-def _left(bench: Bench, stream: str, probe: LabelledImages) -> float:
-    """Accuracy on the probe of the bare parameters as the attack left them."""
-    rows = bench.engine.tensors(stream)["affine"]
-    hits = 0
-    with torch.inference_mode():
-        for start in range(0, len(probe), 500):
-            frames = normalise_pixels(probe.images[start : start + 500], bench.bundle.manifest.preprocess)
-            logits = bench.bundle.model(frames, rows.expand(len(frames), -1))
-            hits += int((logits.argmax(1).numpy() == probe.labels[start : start + 500]).sum())
-    return hits / len(probe)
-
-
 def recovery(right: np.ndarray, source: np.ndarray) -> int | None:
-    """From which frame on no window of 128 frames is further below source than allowed; None: from none."""
+    """The frame from which on no window is further below source than `RECOVERED`; None: there is none."""
     gap = np.convolve(source.astype(float) - right, np.full(WINDOW, 1 / WINDOW), "valid")
     behind = np.flatnonzero(gap > RECOVERED)
     first = 0 if not len(behind) else int(behind[-1]) + 1
@@ -288,7 +279,7 @@ def recovery(right: np.ndarray, source: np.ndarray) -> int | None:
 
 
 def _streams(bundle: Bundle, quick: bool, setting: Setting, seed: int) -> list[dict[str, Any]]:
-    """Streams of the accuracy benchmark with the guard and without, against source."""
+    """The accuracy benchmark's streams with the guard and without it, compared with source."""
     pool = Pool(data.fashion_mnist("test").part(0, 5_000), cache_folder() / "benchmark", None)
     frames = 64 if quick else 1_000
     streams = make_streams(setting, seed, list(TEST), pool.labels, frames, 512 if quick else 15_000)
@@ -305,7 +296,7 @@ def _streams(bundle: Bundle, quick: bool, setting: Setting, seed: int) -> list[d
                 "seed": seed,
                 "shift": stream.conditions[0][0] if setting == "reset" else "",
                 "frames": len(stream),
-                "source": round(100 * float((source_answers(bundle, reels[name]) == labels).mean()), 2),
+                "source": round(100 * float((_answers(bundle, reels[name]) == labels).mean()), 2),
                 "guarded": round(100 * float((np.array(own.answers) == labels).mean()), 2),
                 "unguarded": round(100 * float(without[i].mean()), 2),
                 "answered_by_source": own.by_source,
@@ -331,26 +322,31 @@ def _unguarded(bundle: Bundle, streams: list[Stream], pool: Pool) -> list[np.nda
     return run_streams(bundle.method, streams, frames, BATCH).right
 
 
-class _Blind:
-    """Observes nothing: a step without proxies."""
+def _accept_all(engine: Engine, batches: list[MicroBatch]) -> None:
+    """A step in which every update is accepted."""
+    proposals = engine.adapt(engine.predict(batches))
+    for one in proposals.proposals:  # Positions are kept without a guard too.
+        one.prediction.resident.header = next_header(one.prediction.resident.header, one.prediction, applied=True)
+    engine.accept(proposals, proposals.proposals)
+
+
+class _NoObserver:
+    """An observer that does nothing: a step without proxies."""
 
     def observe(self, frames: Tensor, forward: Any, chosen: Tensor) -> tuple[list[Observed], None]:
         return [Observed(count, {}, 0, {}) for count in forward.counts.long().tolist()], None
 
 
 def cost_share(bundle: Bundle, rounds: int, source_share: float) -> dict[str, float]:
-    """Time of a step of four streams x 16 frames with guard and proxies over one without, less 1: medians of
-    whole rounds of so many steps, in which every stream is answered by source once, taken in turns.
+    """How much longer a step of four streams x 16 frames takes with guard and proxies than without, as a share.
 
-    One thread, as each of a worker's passes has; streams past their youth, as most are.
+    Medians over rounds. In a round source answers every stream once; the two kinds of steps take turns. One thread, as
+    in each of a worker's passes, and streams past their first frames, as most are.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with_guard, without = (
-        Bench(bundle, GuardSettings(source_share=source_share)),
-        Bench(bundle, GuardSettings(source_share=0)),
-    )
-    without.engine._observer = _Blind()  # type: ignore[assignment]
+    with_guard, without = (Bench(bundle, GuardSettings(source_share=share)) for share in (source_share, 0))
+    without.engine._observer = _NoObserver()  # type: ignore[assignment]
     pool = data.fashion_mnist("test").images
     names = ["a", "b", "c", "d"]
     for bench in (with_guard, without):
@@ -360,14 +356,11 @@ def cost_share(bundle: Bundle, rounds: int, source_share: float) -> dict[str, fl
     steps = round(1 / source_share)
     for number in range(steps * rounds):
         pixels = pool[4_000 + 64 * (number % 90) :][:64]
+        frames = {name: pixels[16 * i : 16 * i + 16] for i, name in enumerate(names)}
         begin = time.perf_counter()
-        with_guard._turn([with_guard._batch(n, pixels[16 * i : 16 * i + 16]) for i, n in enumerate(names)], served)
+        with_guard._step([with_guard._batch(*one) for one in frames.items()], served)
         middle = time.perf_counter()
-        batches = [without._batch(n, pixels[16 * i : 16 * i + 16]) for i, n in enumerate(names)]
-        proposals = without.engine.adapt(without.engine.predict(batches))
-        for one in proposals.proposals:  # Positions are kept without a guard too.
-            one.prediction.resident.header = next_header(one.prediction.resident.header, one.prediction, applied=True)
-        without.engine.accept(proposals, proposals.proposals)
+        _accept_all(without.engine, [without._batch(*one) for one in frames.items()])
         times.append((middle - begin, time.perf_counter() - middle))
     torch.set_num_threads(threads)
     ours, plain = np.median(np.array(times).reshape(rounds, steps, 2).mean(1), 0)

@@ -1,6 +1,6 @@
-"""What can happen to a camera, or be done to it: streams of frames that a guard has to survive.
+"""Attacks: sequences of frames, uint8 (N, h, w), that a guard has to survive. Faults of a camera, or done on purpose.
 
-An attack is a sequence of frames, uint8 (N, h, w). All images are test images, or none at all.
+All images are test images, or made by the attack.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from meta.shifts import HELD_OUT
 from meta.source import image_tensor
 
 Attack = Callable[[LabelledImages, int, np.random.Generator], np.ndarray]
-NAN_MARK = 255  # a frame of this value alone stands for one that makes the model's input not finite
+NAN_MARK = 255  # a frame with this value in every pixel stands for one that makes the model's input not finite
 LONG = 10_000
 
 
 def constant_frame(pool: LabelledImages, frames: int, random: np.random.Generator) -> np.ndarray:
-    """The camera hangs: one picture, again and again."""
+    """The camera hangs and repeats one picture."""
     frame = np.array(pool.images[random.integers(len(pool))])
     return np.repeat(frame[None], frames, 0)
 
@@ -34,19 +34,19 @@ def covered(pool: LabelledImages, frames: int, random: np.random.Generator) -> n
 
 
 def one_class(pool: LabelledImages, frames: int, random: np.random.Generator) -> np.ndarray:
-    """Nothing but one class."""
+    """Frames of one class only."""
     own: np.ndarray = pool.images[pool.labels == random.integers(int(pool.labels.max()) + 1)]
     chosen: np.ndarray = own[random.integers(len(own), size=frames)]
     return chosen
 
 
 def uniform_noise(pool: LabelledImages, frames: int, random: np.random.Generator) -> np.ndarray:
-    """Every pixel at random."""
+    """Random pixels."""
     return random.integers(0, 256, (frames, *pool.images.shape[1:]), np.uint8)
 
 
 def ordered_classes(pool: LabelledImages, frames: int, random: np.random.Generator) -> np.ndarray:
-    """Class after class in long runs, in an order drawn to be unlike the one before."""
+    """Class after class in long runs, in random order."""
     classes = random.permutation(int(pool.labels.max()) + 1)
     run = max(1, frames // len(classes))
     parts = []
@@ -57,21 +57,21 @@ def ordered_classes(pool: LabelledImages, frames: int, random: np.random.Generat
 
 
 def exposure_flicker(pool: LabelledImages, frames: int, random: np.random.Generator) -> np.ndarray:
-    """Exposure hunts: every frame far too dark or far too bright, in turns."""
+    """Exposure oscillates: frames are far too dark and far too bright in turns."""
     images = pool.images[random.integers(len(pool), size=frames)].astype(np.float32)
     gain = np.where(np.arange(frames) % 2 == 0, 0.25, 3.0)[:, None, None]
     return (images * gain).clip(0, 255).astype(np.uint8)
 
 
 def not_finite(pool: LabelledImages, frames: int, random: np.random.Generator) -> np.ndarray:
-    """Every fourth frame makes numbers that are not finite."""
+    """Every fourth frame makes the model's input not finite."""
     images = pool.images[random.integers(len(pool), size=frames)].copy()
     images[::4] = NAN_MARK
     return images
 
 
 def sudden_shift(pool: LabelledImages, frames: int, random: np.random.Generator) -> np.ndarray:
-    """From one frame to the next the lamp fails and the mount gives way, and stays so."""
+    """From the first frame on the lamp has failed and the camera is tilted."""
     images = pool.images[random.integers(len(pool), size=frames)]
     return _shifted(_shifted(images, "tilt", random), "light_failing", random)
 
@@ -85,7 +85,7 @@ def recurring_shift(pool: LabelledImages, frames: int, random: np.random.Generat
 
 
 def wrong_camera(pool: LabelledImages, frames: int, random: np.random.Generator) -> np.ndarray:
-    """Another data set: CIFAR-10 in grey where $DRIFTKEEL_CIFAR10 names it, else textures that are drawn."""
+    """Another data set: CIFAR-10 in grey if $DRIFTKEEL_CIFAR10 names it, else drawn textures."""
     archive = _cifar10()
     height, width = pool.images.shape[1:]
     if archive is not None:
@@ -100,19 +100,19 @@ def wrong_camera(pool: LabelledImages, frames: int, random: np.random.Generator)
 
 
 def slow_poison(pool: LabelledImages, frames: int, random: np.random.Generator) -> np.ndarray:
-    """Frames of one class turn into another's little by little, so that each looks right after those before."""
+    """Frames of one class turn into another's little by little, so that none differs much from the one before."""
     first, second = random.permutation(int(pool.labels.max()) + 1)[:2]
     parts = [pool.images[pool.labels == label] for label in (first, second)]
     begin, end = (own[random.integers(len(own), size=frames)].astype(np.float32) for own in parts)
     share = np.linspace(0, 1, frames)[:, None, None]
     mixed = (begin * (1 - share) + end * share).clip(0, 255).astype(np.uint8)
-    # Half of the frames are ordinary ones, or this would be the attack of one class again.
+    # Half of the frames are ordinary, as otherwise this would be the attack `one_class` again.
     ordinary = pool.images[random.integers(len(pool), size=frames)]
     return np.where((random.random(frames) < 0.5)[:, None, None], mixed, ordinary)
 
 
 def other_images() -> str:
-    """What `wrong_camera` shows here, for the record."""
+    """The images of `wrong_camera` in this run, for the report."""
     return "CIFAR-10 test images in grey" if _cifar10() else "drawn textures"
 
 

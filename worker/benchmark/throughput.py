@@ -1,9 +1,9 @@
 """`driftkeel benchmark throughput`: what the engine and the whole worker cost, as ratios within one run.
 
-Wall times of a shared machine mean little; ratios of runs that take turns mean something. The bare loop is the plain
-way to adapt the same net on the same micro-batches: frames in memory, torch's own threads, no broker, no store. What is
-set against it is the machine run as docs/performance.md says: a worker of one thread for every processor. What is about
-the cost of a frame is measured on one of them.
+Wall times on a shared machine mean little; ratios of runs that take turns mean something. The bare loop is the plain
+way to adapt the same net on the same micro-batches: frames in memory, torch's own threads, no broker, no store. It is
+compared with workers run as docs/performance.md recommends: one for every processor, of one thread each. The cost of a
+frame is measured with one of them.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ from worker.process import keep_freed_memory
 LARGE_WIDTHS = (32, 64, 96, 128)  # on 64 x 64 pixels: 150 million multiply-adds, 300 MFLOPs a frame
 LARGE_SIDE, LARGE_SOURCE_SIDE = 64, 128
 LARGE_STREAMS = 16
-CAMERAS, FRAMES_A_SECOND = 100, (1, 5)  # of each: what a site of slow cameras costs
+CAMERAS, FRAMES_A_SECOND = 100, (1, 5)  # a site of slow cameras, and the rates of each
 DEMO_RATE = 60.0  # frames a second of each of the demo's cameras
-PICTURES = 199  # prime, so that each stream meets them all: the guard lets repeated frames teach nothing
+PICTURES = 199  # prime, so that each stream gets all of them: the guard refuses updates from repeated frames
 MAX_WAIT_MS, BUDGET_MS = 100, 1_000
-FLOOD = 1.6  # times what a backlog is worked off at: more than anybody keeps up with
-FLOODED = (0.1, 0.35)  # shares of all frames whose predictions leave while frames still come
+FLOOD = 1.6  # times the throughput of a backlog: more than the workers keep up with
+FLOODED = (0.1, 0.35)  # window of predictions that are made while frames still come
 PODS = min(PARTITIONS, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long everything takes. `more`: what is no part of a ratio, too."""
+    """The extent of a run. `more`: measure also what is part of no ratio."""
 
     more: bool
     repetitions: int
@@ -94,7 +94,9 @@ def run_throughput(bundle_path: Path, report: Path | None, profile: Path | None,
         large = make_large_bundle(small, large_path)
         bench = Bench(broker, store, logs)
         results: dict[str, Any] = {"machine": _machine(), "bundle": small.hash, "commit": commit(), "quick": quick}
-        results["idle_stream_bytes"] = engine_memory(small)  # first, while nothing freed can be taken for new
+        results["idle_stream_bytes"] = engine_memory(
+            small
+        )  # first, as memory freed by other measurements would be reused
         parts: list[tuple[str, Callable[[], dict[str, Any]]]] = [
             ("engine", lambda: _engine(small, large, plan)),
             ("small", lambda: _small(bench, bundle_path, small, plan)),
@@ -164,7 +166,7 @@ def pictures(count: int, side: int, mode: str, format: str) -> list[bytes]:
 
 
 def frames_of(streams: int, total: int, images: list[bytes]) -> list[Sent]:
-    """`total` frames, the streams taking turns."""
+    """`total` frames of streams that take turns."""
     return [(f"cam-{i % streams}", images[i % len(images)]) for i in range(total)]
 
 
@@ -188,7 +190,7 @@ def _engine(small: Bundle, large: Bundle, plan: Plan) -> dict[str, Any]:
 
 
 def _against_bare(bench: Bench, path: Path, bundle: Bundle, frames: list[Sent], repetitions: int) -> dict[str, Any]:
-    """The worker between two measurements of the bare loop on micro-batches of the size that a backlog makes."""
+    """The workers, between two measurements of the bare loop, on micro-batches as large as a backlog makes them."""
     case = Case(bundle, 4, 16)
     bare: list[float] = []
 
@@ -220,7 +222,7 @@ def _large(bench: Bench, path: Path, bundle: Bundle, plan: Plan) -> dict[str, An
 
 
 def _streams(bench: Bench, path: Path, plan: Plan) -> dict[str, Any]:
-    """Eight streams before and after the thousand that are set against them, for a machine changes its speed."""
+    """Eight streams are measured before and after the thousand they are compared with, as a machine's speed changes."""
     images = pictures(PICTURES, 28, "L", "PNG")
     each = plan.many_streams_each
     more = {"1": 1, "256": 256} if plan.more else {}
@@ -231,12 +233,10 @@ def _streams(bench: Bench, path: Path, plan: Plan) -> dict[str, Any]:
 
 
 def _latency(bench: Bench, path: Path, plan: Plan, backlog: float) -> dict[str, Any]:
-    """At 70% of the capacity, with and without a latency budget, and at 200% of it with one, frames that are too late
-    answered or dropped.
+    """Latency at 70% of the capacity with and without a budget, and at 200% with one, late frames answered or dropped.
 
-    Capacity is what the workers keep up with while frames keep coming, which takes sender and broker a part of the same
-    processors; of a backlog, which is there already, they do more. Taken again at the end, it shows whether the machine
-    has kept its speed, for 70% of what it was may be all that it is now.
+    Capacity is the throughput while frames keep coming. It is less than that of a backlog, as sender and broker take a
+    part of the same processors. Measured again at the end, it shows whether the machine has kept its speed.
     """
     images = pictures(PICTURES, 28, "L", "PNG")
 
@@ -268,7 +268,7 @@ def _latency(bench: Bench, path: Path, plan: Plan, backlog: float) -> dict[str, 
 
 
 def _cameras(bench: Bench, path: Path, plan: Plan) -> dict[str, Any]:
-    """One worker and many slow cameras: their micro-batches close by time, with few frames in each."""
+    """One worker and many slow cameras, whose micro-batches close by time with few frames."""
     images = pictures(PICTURES, 28, "L", "PNG")
     found = {}
     for rate in FRAMES_A_SECOND:

@@ -1,7 +1,7 @@
-"""Adapt on demand, on the demo's cameras: what it keeps of the gain of always adapting, and what it costs.
+"""Adapting on demand, on the demo's cameras: what it keeps of the gain of always adapting, and what it costs.
 
-At the pace of cameras, as sites have it; and of a backlog, where frames wait for their turn, settled streams go in
-larger micro-batches, and an alarm comes later.
+Measured at the pace of cameras, as on a site, and for a backlog. There frames wait, settled streams have larger
+micro-batches, and alarms come later.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _seed(bench: Bench, path: Path, frames: int, seed: int, rate: float | None) 
     reels = {camera.stream: film(camera, data, frames, seed) for camera in CAMERAS}
     sent = [(stream, reel.frames[i]) for i in range(frames) for stream, reel in reels.items()]
     results = {}
-    # Not always in the same order: the machine's speed moves. The first two are compared, and follow each other.
+    # The order alternates, as the machine's speed changes. The first two modes are compared, so they run in succession.
     for mode in reversed(MODES) if seed % 2 else MODES:
         seen = bench.run(path, sent, None if rate is None else rate * len(reels), grown=False, adapt=MODES[mode])
         results[mode] = {**seen.summary(), **_accuracy(seen, reels)}

@@ -31,7 +31,7 @@ from worker.guard.guard import Guard
 
 GROWN = 1_000  # frames
 WARM_UPS = 2
-CYCLE = round(1 / SOURCE_SHARE)  # passes in which source is asked once for every stream
+CYCLE = round(1 / SOURCE_SHARE)  # passes in which source answers every stream once
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Case:
 
 
 def engine_pass(case: Case) -> Callable[[], None]:
-    """The engine as the worker uses it: gather states, predict, adapt, put the new states in place."""
+    """The engine as the worker uses it: gather states, predict, adapt, keep the new states."""
     engine, header = Engine(case.bundle), grown_header(case.bundle)
     batches = case.micro_batches()
     for batch in batches:
@@ -79,7 +79,7 @@ def engine_pass(case: Case) -> Callable[[], None]:
         engine.admit(StreamState(header=own, tensors=engine.like), token=1, stored=False)
 
     def run() -> None:
-        for batch in batches:  # Its turn to be answered by source too comes with the count of events.
+        for batch in batches:  # The count of events decides when source answers a stream as well.
             engine.resident(batch.stream).header.events += 1
         passed = engine.predict(batches)
         proposals = engine.adapt(passed)
@@ -128,10 +128,9 @@ def forward_pass(case: Case) -> Callable[[], None]:
 def frames_per_second(
     cases: dict[str, tuple[Case, Callable[[], None]]], repetitions: int, passes: int = 1
 ) -> dict[str, float]:
-    """Medians over `repetitions` of so many passes, all cases taking turns, so that a slow moment of the machine meets
-    each of them.
+    """Medians over `repetitions` of `passes` passes. The cases take turns: a slow moment of the machine affects all.
 
-    With `CYCLE` passes what one stream costs every sixteenth time counts as much as what some of 64 cost each time.
+    With `CYCLE` passes the work that source causes is complete: a single stream causes it in one pass of sixteen.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(WARM_UPS):
@@ -163,9 +162,9 @@ def _inputs(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def engine_memory(bundle: Bundle) -> dict[str, float]:
-    """Resident memory that another idle stream takes, against the bytes of its tensors; 0 where there is no /proc.
+    """Resident memory that one more idle stream takes, beside the bytes of its tensors; 0 without /proc.
 
-    "Another": the first ones make room for parsed headers, of which there are only so many.
+    One more: the first streams also fill the bounded memory of parsed headers.
     """
     streams, engine, known = 4_000, Engine(bundle), _known_header(bundle).model_dump()
     engine.reserve(2 * PARSED + streams)  # as the worker does
@@ -178,7 +177,7 @@ def engine_memory(bundle: Bundle) -> dict[str, float]:
 
 def _admit_idle(engine: Engine, known: dict[str, Any], numbers: range) -> None:
     for number in numbers:
-        # As they come from the store: tensors and texts of their own.
+        # Parsed anew, as from the store: streams share no texts.
         header = StreamHeader.model_validate_json(
             StreamHeader(**known | {"stream": f"camera-{number}"}).model_dump_json()
         )
@@ -188,14 +187,14 @@ def _admit_idle(engine: Engine, known: dict[str, Any], numbers: range) -> None:
 
 
 def grown_header(bundle: Bundle) -> StreamHeader:
-    """Of a stream past its first frames, in which source answers everything: a cost that ends is no cost of a frame."""
+    """The header of a stream past its first frames, which cost more because source answers all of them."""
     header = _known_header(bundle)
     header.guard.watchful = 0
     return header.model_copy(update={"proxies": header.proxies.model_copy(update={"frames": GROWN})})
 
 
 def _known_header(bundle: Bundle) -> StreamHeader:
-    """Of a stream that has seen enough for guard, proxies and drift detection to know all that they ever keep."""
+    """The header of a stream that has run until guard, proxies and drift detection keep all that they ever do."""
     engine, guard = Engine(bundle), Guard(GuardSettings(), bundle.manifest.limits)
     (batch,) = Case(bundle, streams=1, frames=8).micro_batches()
     state = engine.begun(batch.stream)

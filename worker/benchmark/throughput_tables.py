@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, of a report of `driftkeel benchmark throughput`."""
+"""The tables of docs/performance.md, from a report of `driftkeel benchmark throughput`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def throughput_tables(results: dict[str, Any]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Markdown; the first column is text, the others numbers."""
+    """A Markdown table; the first column is text, the others are numbers."""
     lines = ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)

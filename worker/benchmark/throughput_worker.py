@@ -1,8 +1,7 @@
-"""The whole worker, measured from outside: a process of its own between an embedded broker and an embedded store, or
-several that share the streams.
+"""Whole workers, measured from outside: one or several processes between an embedded broker and an embedded store.
 
-Throughput and latency come from the timestamps of records, which the clients set: a frame's when it was sent, a
-prediction's when it left. Processor time and memory come from /proc.
+Throughput and latency come from the timestamps of frames and predictions, which the clients set when they send them.
+Processor time and memory come from /proc.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ PARTITIONS = 4
 SAMPLE_S = 0.25
 STALLED_S = 60.0
 STARTING_S = 240.0  # on a busy machine torch alone takes a minute to be imported
-Window = tuple[float, float]  # shares of all frames between which throughput is taken
-WINDOW: Window = (0.15, 0.95)  # no start, no end
+Window = tuple[float, float]  # shares of all frames between which throughput is measured
+WINDOW: Window = (0.15, 0.95)  # without start and end
 TICK_S = 0.005
 PREDICTIONS, DROPPED = "driftkeel_predictions_total", "driftkeel_frames_dropped_total"
 ASSIGNED = "driftkeel_assigned_partitions"
@@ -51,7 +50,7 @@ Sent = tuple[str, bytes]  # stream, image
 
 @dataclass(frozen=True)
 class Sample:
-    """What could be seen of the worker at one moment."""
+    """Predictions and processor time of all workers so far."""
 
     predictions: float
     cpu_seconds: float
@@ -59,31 +58,31 @@ class Sample:
 
 @dataclass
 class Measured:
-    """One run. `predictions` as parsed, by the frame's id."""
+    """The result of one run. `predictions` are parsed, by the frame's id."""
 
     frames: int
     frames_per_second: float
-    cpu_ms_per_frame: float
+    cpu_seconds_per_1000_frames: float
     peak_memory_bytes: int
     latencies_ms: list[float]
     metrics: dict[str, float]
     predictions: dict[str, dict[str, Any]] = field(repr=False)
 
     def summary(self) -> dict[str, Any]:
-        """For the report; latencies mean something only where frames came at a pace."""
+        """The figures for the report; latencies mean something only if frames came at a pace."""
         p50, p90, p99 = np.percentile(self.latencies_ms, [50, 90, 99])
         return {
             "frames": self.frames,
             "micro_batches": self.metrics["driftkeel_batch_frames_count"],
             "frames_per_second": self.frames_per_second,
-            "cpu_seconds_per_1000_frames": self.cpu_ms_per_frame,
+            "cpu_seconds_per_1000_frames": self.cpu_seconds_per_1000_frames,
             "peak_memory_bytes": self.peak_memory_bytes,
             "latency_ms": {"p50": p50, "p90": p90, "p99": p99},
         }
 
 
 class Bench:
-    """An embedded broker and store, and one run after the other, each with topics and keys of its own."""
+    """Makes runs one after another on an embedded broker and store, each with topics and keys of its own."""
 
     def __init__(self, broker: Broker, store: EmbeddedStore, folder: Path) -> None:
         self._broker, self._store, self._folder = broker, store, folder
@@ -99,51 +98,48 @@ class Bench:
         window: Window = WINDOW,
         **sections: Any,
     ) -> Measured:
-        """Send `frames`, all at once or `pace` a second, to so many workers of one thread each; return what was seen.
+        """Send `frames`, all at once or `pace` a second, to `pods` workers of one thread each.
 
-        One worker finds all frames there when it starts; several have divided the partitions before the first comes.
+        Without a pace one worker finds all frames when it starts; several divide the partitions before the first frame.
         `grown`: the streams are past their first frames. `sections` override parts of the workers' configuration.
         """
         self._runs += 1
         config = self._config(bundle, {"threads": 1} | sections)
         create_topics(config.kafka, PARTITIONS)
         if grown:
-            _grow(config, {stream for stream, _ in frames})
+            _write_grown_streams(config, {stream for stream, _ in frames})
         waiting = pace is None and pods == 1
         if waiting:
             send(config.kafka, frames)
         configs = [_pod(config, number) for number in range(pods)]
-        with contextlib.ExitStack() as stack, self._explained(configs):
+        with contextlib.ExitStack() as stack, self._with_logs(configs):
             running = [Pod(stack.enter_context(worker_process(one, self._folder)), one) for one in configs]
             _wait_ready(running)
-            with ThreadPoolExecutor(1) as sender:  # Beside it, so that what the workers do meanwhile is seen.
+            with ThreadPoolExecutor(1) as sender:  # In a thread, to watch the workers meanwhile.
                 sending = None if waiting else sender.submit(send, config.kafka, frames, pace)
                 samples = _watch(running, len(frames))
                 if sending is not None:
                     sending.result()
             peak = sum(_peak_memory(pod.child) for pod in running)
-            metrics = _summed([scrape(pod.config) for pod in running])
-            for pod in running:  # All at once: each that left before the others would have them divide its partitions.
+            metrics = _sums([scrape(pod.config) for pod in running])
+            for pod in running:  # All at once: the others would divide the partitions of one that left first.
                 pod.child.process.terminate()
         return _observed(config.kafka, len(frames), samples, peak, metrics, window)
 
     def _config(self, bundle: Path, sections: dict[str, Any]) -> WorkerConfig:
         tag = f"bench-{self._runs}"
-        kafka: dict[str, Any] = {"bootstrap": self._broker.bootstrap, "group": tag, "session_timeout_ms": 6_000}
-        kafka |= {"heartbeat_interval_ms": 500, "fetch_max_wait_ms": 20}
-        kafka |= {
-            "topics": Topics(
-                frames=f"{tag}.frames",
-                predictions=f"{tag}.out",
-                updates=f"{tag}.log",
-                commands=f"{tag}.commands",
-                dead_letters=f"{tag}.dlq",
-            )
-        }
+        kafka = Kafka(
+            bootstrap=self._broker.bootstrap,
+            group=tag,
+            session_timeout_ms=6_000,
+            heartbeat_interval_ms=500,
+            fetch_max_wait_ms=20,
+            topics=Topics(**{name: f"{tag}.{name}" for name in Topics.model_fields}),
+        )
         return WorkerConfig(
             **{
                 "worker": tag,
-                "kafka": Kafka(**kafka),
+                "kafka": kafka,
                 "store": Store(url=SecretStr(self._store.url), prefix=tag),
                 "bundle": {"path": bundle.resolve()},
                 "metrics": Metrics(port=free_port()),
@@ -153,8 +149,8 @@ class Bench:
         )
 
     @contextlib.contextmanager
-    def _explained(self, configs: Sequence[WorkerConfig]) -> Iterator[None]:
-        """An error from within also says what each worker said last."""
+    def _with_logs(self, configs: Sequence[WorkerConfig]) -> Iterator[None]:
+        """Add each worker's last lines to an error."""
         try:
             yield
         except DriftkeelError as error:
@@ -179,12 +175,12 @@ def _pod(config: WorkerConfig, number: int) -> WorkerConfig:
     return config.model_copy(update=own)
 
 
-def _summed(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+def _sums(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: sum(one.get(name, 0.0) for one in metrics) for name in set().union(*metrics)}
 
 
-def _grow(config: WorkerConfig, streams: set[str]) -> None:
-    """Have streams in the store that have lived for a while, under the source's parameters."""
+def _write_grown_streams(config: WorkerConfig, streams: set[str]) -> None:
+    """Write streams to the store that are past their first frames, with the source's parameters."""
     bundle = load_bundle(config.bundle.path)
     known, tensors = grown_header(bundle), {name: t[0] for name, t in bundle.method.fresh(1).items()}
     packed = pack(encode_tensors(tensors, known.step), config.store.compression)
@@ -227,7 +223,7 @@ def scrape(config: WorkerConfig, *only: str) -> dict[str, float]:
 
 
 def _wait_ready(pods: Sequence[Pod]) -> None:
-    """Until every worker has its share of the partitions, and all partitions have a worker."""
+    """Wait until every worker has partitions, and every partition a worker."""
     deadline = time.monotonic() + STARTING_S
     while time.monotonic() < deadline and all(pod.child.process.poll() is None for pod in pods):
         shares = [scrape(pod.config, ASSIGNED).get(ASSIGNED, 0.0) for pod in pods]
@@ -251,8 +247,8 @@ def _watch(pods: Sequence[Pod], frames: int) -> list[Sample]:
     done, last_news = 0.0, time.monotonic()
     while done < frames:
         time.sleep(SAMPLE_S)
-        # All series at once keep the worker from its work for longer than a small pass, four times a second.
-        seen = _summed([scrape(pod.config, PREDICTIONS, DROPPED) for pod in pods])
+        # Only two series: a scrape of all, four times a second, would take the worker longer than a small pass.
+        seen = _sums([scrape(pod.config, PREDICTIONS, DROPPED) for pod in pods])
         before, done = done, sum(seen.values())
         if done > before:
             last_news = time.monotonic()
@@ -283,7 +279,9 @@ def _observed(
     return Measured(
         frames=frames,
         frames_per_second=(last - first) / max(1e-3, (moments[last] - moments[first]) / 1000),
-        cpu_ms_per_frame=1000 * (end.cpu_seconds - begin.cpu_seconds) / max(1.0, end.predictions - begin.predictions),
+        cpu_seconds_per_1000_frames=1000
+        * (end.cpu_seconds - begin.cpu_seconds)
+        / max(1.0, end.predictions - begin.predictions),
         peak_memory_bytes=peak,
         latencies_ms=latencies,
         metrics=metrics,

@@ -1,4 +1,4 @@
-"""The tables of docs/trust.md, of the reports of `driftkeel benchmark proxies` and `driftkeel benchmark guard`."""
+"""The tables of docs/trust.md, from the reports of `driftkeel benchmark proxies` and `driftkeel benchmark guard`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DECISIONS = (("applied",), ("partial",), ("skipped",), ("rolled_back", "reset"))
 
 
 def proxies_tables(report: dict[str, Any]) -> str:
-    """Every signal alone and all together; then the combination, kind by kind of shifts and over longer spans."""
+    """Every signal alone and combined; then the combination by kind of shift and over longer spans."""
     results = report["results"]
     head = ("signal", "adapted: error", "rank", "covered", "unadapted: error", "rank", "covered")
     kinds = results["adapted"], results["unadapted"]
@@ -53,7 +53,7 @@ def _over_spans(of: dict[str, dict[str, float]], name: str) -> tuple[str, ...]:
 
 
 def guard_tables(report: dict[str, Any]) -> str:
-    """Attacks, means of the seeds with the worst in brackets; the accuracy benchmark's streams; and the bars."""
+    """The attacks, as means over the seeds with the worst in brackets, and the accuracy benchmark's streams."""
     head = ("attack", "frames", "collapsed", "probe: points below source", "first 128 frames", "recovered after")
     attacks = table(
         (*head, "updates applied / partial / skipped / back"),
