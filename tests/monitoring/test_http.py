@@ -64,7 +64,7 @@ def test_no_accept_header_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_connection_that_asks_nothing_is_closed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("monitoring.http._Silent.timeout", 0.1)
+    monkeypatch.setattr("monitoring.http._QuietHandler.timeout", 0.1)
     server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: "")
     try:
         with socket.create_connection(("127.0.0.1", server.port), timeout=60) as idle:
@@ -75,7 +75,7 @@ def test_a_connection_that_asks_nothing_is_closed(
 
 
 def test_slow_connections_take_no_more_than_some_threads_and_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("monitoring.http._Silent.timeout", 600)  # None ends by itself.
+    monkeypatch.setattr("monitoring.http._QuietHandler.timeout", 600)  # None ends by itself.
     server = serve_metrics(WorkerMetrics(0).registry, "127.0.0.1", 0, lambda: True, lambda: "")
     before = threading.active_count()
     try:
