@@ -23,6 +23,7 @@ command_app = typer.Typer(
     no_args_is_help=True,
 )
 
+ARGUMENTS = {"stream": "stream", "snapshot": "back"}  # by the command's field; all other fields are options
 StreamArgument = Annotated[
     str, typer.Argument(help="Stream id, after -- if it begins with a dash; '*' for all streams.")
 ]
@@ -107,7 +108,8 @@ def _send(config: Path | None, wait: float, **fields: Any) -> None:
         command = Command(**{**fields, "by": fields["by"] or getpass.getuser()})
     except ValidationError as error:
         where, words = mistakes(error)[0]
-        raise ConfigError(f"--{where.rpartition('.')[2].replace('_', '-')}: {words}") from error
+        field = where.rpartition(".")[2]
+        raise ConfigError(f"{ARGUMENTS.get(field) or '--' + field.replace('_', '-')}: {words}") from error
     answers = send_command(
         load_config(config).kafka, command, wait, lambda: print(f"command {command.id} sent", file=sys.stderr)
     )

@@ -23,12 +23,14 @@ CREATE = "bundle create --model groupnorm-cnn --weights w.pt --data images --out
         (f"{CREATE} --size 0x28", "--size '0x28' is not WIDTHxHEIGHT, such as 640x480"),
         ("produce a.mp4 --size 640", "--size '640' is not WIDTHxHEIGHT, such as 640x480"),
         ("watch --json --table", "--json and --table cannot be used together: leave one out"),
+        ("command freeze ''", "stream: String should have at least 1 character"),
+        ("command rollback cam 2000", "back: Input should be less than or equal to 1000"),
         ("streams import cam --input none.state", "none.state cannot be read: No such file or directory"),
         ("benchmark tables none.json", "none.json cannot be read: No such file or directory"),
     ],
 )
 def test_a_mistake_is_named_as_it_was_written(command: str, said: str) -> None:
-    result = CliRunner().invoke(app, command.split())
+    result = CliRunner().invoke(app, split(command))
     assert isinstance(result.exception, DriftkeelError), result.output
     assert str(result.exception) == said
 
