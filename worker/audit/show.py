@@ -102,8 +102,8 @@ def _span_cells(span: Span) -> list[str]:
     layers = ", ".join(f"{layer} {moved:.3g}" for layer, moved in span.most_moved())
     flips = f"{span.flipped}/{span.frames}" if span.compared else "-"
     return [
-        f"{span.begin:%Y-%m-%d %H:%M:%S}",
-        f"{span.end:%Y-%m-%d %H:%M:%S}",
+        f"{span.begin:%m-%d %H:%M:%S}",  # Without the year, to leave room for the reasons.
+        f"{span.end:%m-%d %H:%M:%S}",
         f"@{span.first.rsplit('@', 1)[1]}",
         span.decision,
         str(span.events),
