@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,6 @@ def accuracy(
     """Measure the accuracy of every method under drift. Run it again to continue where it stopped."""
     must_be_writable(report)
     import math
-    import shlex
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -90,6 +90,12 @@ def throughput(
 BundleOption = Annotated[Path, typer.Option(help="Bundle to measure.")]
 
 
+def _invoked(name: str, report: Path, quick: bool, bundle: Path) -> str:
+    """The command line that made a report, to be written into it."""
+    quickly = ["--quick"] * quick
+    return shlex.join(["driftkeel", "benchmark", name, "--report", str(report), *quickly, "--bundle", str(bundle)])
+
+
 @benchmark_app.command()
 def proxies(
     report: Annotated[Path, typer.Option("--report", "-o", help="JSON file to write.")],
@@ -100,8 +106,7 @@ def proxies(
     must_be_writable(report)
     from meta.benchmark.proxies import run_proxies
 
-    command = f"driftkeel benchmark proxies --report {report}{' --quick' if quick else ''} --bundle {bundle}"
-    run_proxies(bundle, report, command, quick)
+    run_proxies(bundle, report, _invoked("proxies", report, quick, bundle), quick)
 
 
 @benchmark_app.command()
@@ -114,5 +119,4 @@ def guard(
     must_be_writable(report)
     from worker.benchmark.guard import run_guard
 
-    command = f"driftkeel benchmark guard --report {report}{' --quick' if quick else ''} --bundle {bundle}"
-    run_guard(bundle, report, command, quick)
+    run_guard(bundle, report, _invoked("guard", report, quick, bundle), quick)

@@ -77,7 +77,7 @@ function line(chart, colour) {
     ...chart.lines.map(([, , variable, dash]) => ({
       stroke: colour(variable), width: dash ? 1.25 : 1.75, dash, spanGaps: true, points: { show: false } }))];
   const options = {
-    ...common(colour, HEIGHT), series,
+    ...common(HEIGHT), series,
     bands: band.length ? [{ series: [1, 2], fill: colour("--band") }] : [],
     scales: { x: { time: true }, y: chart.log ? { distr: 3 } : { range: chart.range } },
     axes: [timeAxis(colour), { ...axis(colour), ...(chart.log ? decades(colour) : {}), size: 46, values: (_, ticks) => ticks.map((t) => (t === null ? "" : chart.show(t).replace(".0%", "%"))) }],
@@ -129,7 +129,7 @@ function strip(decisions, colour) {
     ctx.restore();
   };
   const options = {
-    ...common(colour, STRIP_HEIGHT), series: [{}, { show: true, stroke: "transparent", points: { show: false }, paths: () => null }],
+    ...common(STRIP_HEIGHT), series: [{}, { show: true, stroke: "transparent", points: { show: false }, paths: () => null }],
     scales: { x: { time: true }, y: { range: [0, 1] } },
     axes: [timeAxis(colour), { size: 46, stroke: "transparent", grid: { show: false }, ticks: { show: false }, values: (_, ticks) => ticks.map(() => "") }],
     hooks: { draw: [drawTicks], setCursor: [(plot) => {
@@ -146,7 +146,7 @@ function strip(decisions, colour) {
   };
 }
 
-function common(colour, height) {
+function common(height) {
   return {
     width: 300, height, legend: { show: false }, padding: [8, 8, 0, 0],
     cursor: { sync: { key: SYNC.key }, y: false, points: { size: 6 }, drag: { setScale: false, x: false, y: false } },

@@ -2,7 +2,7 @@
 
 export const LEVELS = ["act", "watch", "good", "silent"];
 export const LEVEL_WORDS = { act: "needs you", watch: "watch", good: "fine", silent: "silent" };
-const RANK = { act: 0, watch: 1, good: 2, silent: 3 };
+const RANK = Object.fromEntries(LEVELS.map((level, rank) => [level, rank]));
 
 export class FleetData {
   tiles = new Map();
