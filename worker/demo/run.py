@@ -31,7 +31,7 @@ from worker.decode.image import decode_image
 from worker.decode.pixels import normalise_pixels
 from worker.demo.cameras import CAMERAS, Reel, film
 from worker.demo.score import CameraScore, Scoreboard
-from worker.demo.view import open_view, table
+from worker.demo.view import Show, open_view, table
 from worker.embedded import Broker, Child, EmbeddedStore, embedded_services, free_port, start_child, worker_process
 from worker.kafka.client import close_producer, connection, create_topics
 
@@ -65,10 +65,10 @@ def run_demo(
             with (
                 worker_process(config, folder) as child,
                 _web_console(config, folder, web_console, console),
-                open_view(view, console) as screen,
+                open_view(view, console) as show,
             ):
                 started = time.monotonic()
-                _replay(config.kafka, board, child, folder / f"{config.worker}.log", screen, unwind)
+                _replay(config.kafka, board, child, folder / f"{config.worker}.log", show, unwind)
                 board.seconds = time.monotonic() - started
     except KeyboardInterrupt:
         console.print("stopped; broker, store and worker are gone")
@@ -174,7 +174,7 @@ def _unwind_on_signals() -> Callable[[], None]:
 
 
 def _replay(
-    kafka: Kafka, board: Scoreboard, worker: Child, worker_log: Path, screen: Any, unwind: Callable[[], None]
+    kafka: Kafka, board: Scoreboard, worker: Child, worker_log: Path, show: Show, unwind: Callable[[], None]
 ) -> None:
     """Send frames, at most `LEAD` ahead of their predictions, until all are answered or the worker stands still."""
     arguments = connection(kafka)
@@ -194,7 +194,7 @@ def _replay(
             silent, most = time.monotonic() - last_news, STALLED_S if answered > 0 else STARTING_S
             if worker.process.poll() is not None or silent > most:
                 raise DriftkeelError(_standstill(worker.process.poll(), silent, worker_log))
-            screen.show(board, board.answered / max(1e-9, time.monotonic() - began))
+            show(board, board.answered / max(1e-9, time.monotonic() - began))
         _collect_last_updates(outputs, kafka, board)
     finally:
         close_producer(producer, 2)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -19,50 +18,41 @@ from worker.demo.score import Scoreboard
 PLAIN_EVERY_S = 5.0
 
 
-class View(Protocol):
-    """Called after every poll."""
-
-    def show(self, board: Scoreboard, per_second: float) -> None:
-        """Draw the present state."""
+Show = Callable[[Scoreboard, float], None]  # called after every poll, with the frames per second so far
 
 
-class _Plain:
-    def __init__(self, console: Console) -> None:
-        self._console, self._last = console, 0.0
+@contextlib.contextmanager
+def open_view(live: bool, console: Console) -> Iterator[Show]:
+    """The live view, if it is wanted and the output is a terminal; else plain lines."""
+    if not (live and console.is_terminal):
+        yield _plain_view(console)
+        return
+    with Live(console=console, refresh_per_second=8) as screen:
+        yield lambda board, per_second: screen.update(_live_view(board, per_second))
 
-    def show(self, board: Scoreboard, per_second: float) -> None:
-        if time.monotonic() - self._last < PLAIN_EVERY_S:
+
+def _plain_view(console: Console) -> Show:
+    last = 0.0
+
+    def show(board: Scoreboard, per_second: float) -> None:
+        nonlocal last
+        if time.monotonic() - last < PLAIN_EVERY_S:
             return
-        self._last = time.monotonic()
-        parts = []
-        for name, score in board.cameras.items():
-            source, adapted = score.accuracies()
-            parts.append(f"{name} {source:.3f}->{adapted:.3f}")
-        self._console.print(
-            f"{board.answered}/{board.total} frames, {per_second:.0f} frames/s, source->adapted: {', '.join(parts)}",
+        last = time.monotonic()
+        scores = {name: score.accuracies() for name, score in board.cameras.items()}
+        parts = ", ".join(f"{name} {source:.3f}->{adapted:.3f}" for name, (source, adapted) in scores.items())
+        console.print(
+            f"{board.answered}/{board.total} frames, {per_second:.0f} frames/s, source->adapted: {parts}",
             highlight=False,
             soft_wrap=True,
         )
 
-
-class _Live:
-    def __init__(self, live: Live) -> None:
-        self._live = live
-
-    def show(self, board: Scoreboard, per_second: float) -> None:
-        bar = ProgressBar(total=max(1, board.total), completed=board.answered, width=60)
-        line = Text(f"{board.answered:,} of {board.total:,} frames, {per_second:,.0f} frames/s")
-        self._live.update(Group(table(board), line, bar))
+    return show
 
 
-@contextlib.contextmanager
-def open_view(live: bool, console: Console) -> Iterator[View]:
-    """The live view, if it is wanted and the output is a terminal."""
-    if not (live and console.is_terminal):
-        yield _Plain(console)
-        return
-    with Live(console=console, refresh_per_second=8) as screen:
-        yield _Live(screen)
+def _live_view(board: Scoreboard, per_second: float) -> Group:
+    line = Text(f"{board.answered:,} of {board.total:,} frames, {per_second:,.0f} frames/s")
+    return Group(table(board), line, ProgressBar(total=max(1, board.total), completed=board.answered, width=60))
 
 
 def table(board: Scoreboard) -> Table:

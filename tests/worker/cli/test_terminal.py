@@ -145,8 +145,8 @@ def test_confidence_is_not_shown_as_the_accuracy_that_nobody_estimates() -> None
 
 def test_the_demo_s_count_of_frames_is_whole_at_eighty_columns() -> None:
     console = Console(width=80, force_terminal=True)
-    with console.capture() as capture, open_view(True, console) as view:
-        view.show(Scoreboard([]), 1_234)
+    with console.capture() as capture, open_view(True, console) as update:
+        update(Scoreboard([]), 1_234)
     assert "0 of 0 frames, 1,234 frames/s" in capture.get()
 
 
