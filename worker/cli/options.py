@@ -1,8 +1,13 @@
-"""Options that several commands share, and how their values are checked."""
+"""What several commands share: options, checks of their values, and the usual way to end."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -43,3 +48,15 @@ def pixels(size: str | None) -> tuple[int, int] | None:
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise ConfigError(f"--size {size!r} is not WIDTHxHEIGHT, such as 640x480")
     return int(width), int(height)
+
+
+@contextmanager
+def until_stopped() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set. Both are the usual way to end, and so is a reader that goes away."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        yield stop
+    except BrokenPipeError:  # As in `driftkeel watch | head`.
+        sys.stderr.close()

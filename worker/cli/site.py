@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -11,7 +9,7 @@ from typing import Annotated
 import typer
 
 from schemas.config_file import load_config
-from worker.cli.options import ConfigOption
+from worker.cli.options import ConfigOption, until_stopped
 
 
 def init(
@@ -43,10 +41,7 @@ def local(
     from worker.site.folder import local_services
 
     settings = load_config(config)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with local_services(settings):
+    with until_stopped() as stop, local_services(settings):
         topics = ", ".join(settings.kafka.topics.model_dump().values())
         print(
             f"broker {settings.kafka.bootstrap}, store {settings.store.address}, topics {topics}; Ctrl-C ends",

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +14,7 @@ from schemas.command import EVERY_STREAM
 from schemas.config import Kafka, WorkerConfig
 from schemas.config_file import load_config
 from schemas.errors import ConfigError, mistakes
-from worker.cli.options import ConfigOption, pixels
+from worker.cli.options import ConfigOption, pixels, until_stopped
 from worker.terminal import counted
 
 if TYPE_CHECKING:
@@ -82,7 +78,7 @@ def produce(
     settings = _settings(config, bootstrap)
     set_up_logging(settings.log)
     streams = _streams(sources, stream or [], settings.frames.max_stream_id_bytes)
-    with _until_stopped() as stop:
+    with until_stopped() as stop:
         for tally in play(settings, streams, options, state, stop):
             extra = f", {tally.before} passed over: sent before" if tally.before else ""
             extra += f", {tally.dropped} dropped: the broker was too slow" if tally.dropped else ""
@@ -113,7 +109,7 @@ def watch(
         raise ConfigError("--json and --table cannot be used together: leave one out")
     settings = _settings(config, bootstrap)
     set_up_logging(settings.log)
-    with _until_stopped() as stop:
+    with until_stopped() as stop:
         watcher = Watcher(settings, set(stream or []), beginning, stop)
         marker = FrameMarker(settings, draw, stop) if draw else None
         try:
@@ -187,15 +183,3 @@ def _streams(sources: list[str], names: list[str], max_bytes: int) -> dict[str, 
                 f"stream {name}: a camera never ends, so the sources after it never start; give --stream for each"
             )
     return {name: chain.from_iterable(parts) for name, parts in streams.items()}
-
-
-@contextmanager
-def _until_stopped() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set. Both are the usual way to end, and so is a reader that goes away."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    try:
-        yield stop
-    except BrokenPipeError:  # As in `driftkeel watch | head`.
-        sys.stderr.close()
