@@ -76,47 +76,50 @@ def throughput(
     profile: Annotated[
         Path | None, typer.Option(help="Also write a trace of one engine pass to this file, for ui.perfetto.dev.")
     ] = None,
-    bundle: Annotated[Path, typer.Option(help="Bundle with the small net; the large net is built in.")] = Path(
-        "bundles/fashion-mnist"
-    ),
+    bundle: Annotated[
+        Path | None, typer.Option(help="Bundle with the small net; default: the example. The large net is built in.")
+    ] = None,
 ) -> None:
     """Compare engine and worker with a bare loop of the same net: ratios, latencies, CPU time and memory."""
     must_be_writable(report, profile)
     from worker.benchmark.throughput import run_throughput
+    from worker.site.folder import EXAMPLE_BUNDLE, shipped
 
-    raise typer.Exit(run_throughput(bundle, report, profile, quick))
-
-
-BundleOption = Annotated[Path, typer.Option(help="Bundle to measure.")]
+    raise typer.Exit(run_throughput(bundle or shipped(EXAMPLE_BUNDLE), report, profile, quick))
 
 
-def _invoked(name: str, report: Path, quick: bool, bundle: Path) -> str:
+BundleOption = Annotated[Path | None, typer.Option(help="Bundle to measure; default: the example.")]
+
+
+def _invoked(name: str, report: Path, quick: bool, bundle: Path | None) -> str:
     """The command line that made a report, to be written into it."""
-    quickly = ["--quick"] * quick
-    return shlex.join(["driftkeel", "benchmark", name, "--report", str(report), *quickly, "--bundle", str(bundle)])
+    options = ["--quick"] * quick + (["--bundle", str(bundle)] if bundle else [])
+    return shlex.join(["driftkeel", "benchmark", name, "--report", str(report), *options])
 
 
 @benchmark_app.command()
 def proxies(
     report: Annotated[Path, typer.Option("--report", "-o", help="JSON file to write.")],
     quick: Annotated[bool, typer.Option(help="One seed, shorter streams: at most five minutes.")] = False,
-    bundle: BundleOption = Path("bundles/fashion-mnist"),
+    bundle: BundleOption = None,
 ) -> None:
     """Measure how far estimated accuracies are from the truth on held-out shifts, per signal and combined."""
     must_be_writable(report)
     from meta.benchmark.proxies import run_proxies
+    from worker.site.folder import EXAMPLE_BUNDLE, shipped
 
-    run_proxies(bundle, report, _invoked("proxies", report, quick, bundle), quick)
+    run_proxies(bundle or shipped(EXAMPLE_BUNDLE), report, _invoked("proxies", report, quick, bundle), quick)
 
 
 @benchmark_app.command()
 def guard(
     report: Annotated[Path, typer.Option("--report", "-o", help="JSON file to write.")],
     quick: Annotated[bool, typer.Option(help="Shorter attacks, three kinds of streams: at most five minutes.")] = False,
-    bundle: BundleOption = Path("bundles/fashion-mnist"),
+    bundle: BundleOption = None,
 ) -> None:
     """Attack engine and guard, and measure the gain that the guard leaves and what it costs."""
     must_be_writable(report)
     from worker.benchmark.guard import run_guard
+    from worker.site.folder import EXAMPLE_BUNDLE, shipped
 
-    run_guard(bundle, report, _invoked("guard", report, quick, bundle), quick)
+    run_guard(bundle or shipped(EXAMPLE_BUNDLE), report, _invoked("guard", report, quick, bundle), quick)

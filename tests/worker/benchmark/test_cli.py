@@ -46,3 +46,15 @@ def test_a_long_run_begins_only_where_its_report_can_be_written(run: str, file: 
     result = CliRunner().invoke(app, [*run.split(), str(tmp_path / file)])
     assert isinstance(result.exception, ConfigError)
     assert "cannot be written" in str(result.exception)
+
+
+def test_the_example_is_measured_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[tuple[Path, Path, str]] = []
+    monkeypatch.setattr("worker.benchmark.guard.run_guard", lambda *given: measured.append(given[:3]))
+    monkeypatch.chdir(tmp_path)
+    for options in ([], ["--bundle", "my bundle"]):
+        CliRunner().invoke(app, ["benchmark", "guard", "--report", "r.json", *options], catch_exceptions=False)
+    (example, _, command), (own, _, own_command) = measured
+    assert (example / "manifest.json").is_file()
+    assert command == "driftkeel benchmark guard --report r.json"
+    assert (str(own), own_command) == ("my bundle", f"{command} --bundle 'my bundle'")
