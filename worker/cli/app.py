@@ -118,7 +118,7 @@ def demo(
     from worker.site.folder import EXAMPLE_BUNDLE, shipped
 
     raise typer.Exit(
-        run_demo(frames, seed, report, html, bundle or shipped(EXAMPLE_BUNDLE), view, picture, web_console)
+        run_demo(frames, seed, bundle or shipped(EXAMPLE_BUNDLE), report, html, picture, view, web_console)
     )
 
 

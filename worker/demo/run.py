@@ -44,11 +44,11 @@ STARTING_S = 240.0  # the same before the first: on a busy machine importing tor
 def run_demo(
     frames: int,
     seed: int,
+    bundle_path: Path,
     report: Path | None,
     html: Path,
-    bundle_path: Path,
-    view: bool,
     picture: Path | None,
+    view: bool,
     web_console: bool,
 ) -> int:
     """Returns the exit code: 0 only if every frame has its prediction."""
