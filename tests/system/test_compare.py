@@ -80,7 +80,7 @@ def test_the_same_frames_are_set_side_by_side(configs: list[str]) -> None:
     told = json.loads(run_cli("compare", *configs, "--json", "--show", "1").stdout)
     ((first, second),) = told["differing"]
     assert first["id"] == second["id"]
-    assert (first["label"], second["label"], first["event_time"][:10]) == ("nut", "bolt\x1b[2J", "2026-01-05")
+    assert (first["label"], second["label"], first["event_time"]) == ("nut", "bolt\x1b[2J", "2026-01-05T00:00:00Z")
 
 
 def test_what_differs_most_is_told_first_and_nothing_steers_the_terminal(configs: list[str]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic_core import to_json
 
 from schemas.config_file import load_config
 from schemas.errors import DriftkeelError
@@ -30,7 +29,7 @@ def compare(
 ) -> None:
     """Compare the answers of two groups of workers to the same frames, for example to try out a new bundle."""
     from worker import compare as side_by_side
-    from worker.terminal import printable, terminal
+    from worker.terminal import printable, printable_json, terminal
 
     one, other = load_config(first), load_config(second)
     side_by_side.must_be_comparable(one, other)
@@ -43,13 +42,13 @@ def compare(
     differing = found.differing[-show:] if show else []
     if as_json:
         content = {
-            "streams": {name: asdict(row) for name, row in sorted(found.streams.items())},
-            "all": asdict(found.total),
+            "streams": dict(sorted(found.streams.items())),
+            "all": found.total,
             "alone": found.alone,
             "bundles": found.bundles,
-            "differing": [[asdict(answer) for answer in pair] for pair in differing],
+            "differing": differing,
         }
-        print(json.dumps(content, default=datetime.isoformat))
+        print(printable_json(to_json(content).decode()))
         return
     terminal().print(side_by_side.table(found))
     for name, path, bundles, alone in zip(
