@@ -239,10 +239,10 @@ class AdaptableModel(nn.Module):
                 sequence[index].rectify, sequence[index + 1] = False, rectifier
 
 
-def norm_layers(network: nn.Module, own: Collection[str] = ()) -> dict[str, nn.Module]:
+def norm_layers(network: nn.Module, custom: Collection[str] = ()) -> dict[str, nn.Module]:
     """The norm layers that can adapt, as the network names them, which need not be the order in which they run; each
-    once, by its first name. `own` are those of the network's own classes. Raises BundleError where there is none, one
-    that would mix streams, or none of an `own` name."""
+    once, by its first name. `custom` names layers of the network's own classes (`meta.custom_norms`). Raises BundleError
+    where there is no layer, one that would mix streams, or none of a name in `custom`."""
     found: dict[str, nn.Module] = {}
     for name, module in network.named_modules():
         if isinstance(module, BATCH_NORM) and module.running_mean is None:
@@ -250,7 +250,7 @@ def norm_layers(network: nn.Module, own: Collection[str] = ()) -> dict[str, nn.M
                 f"norm layer {name!r} keeps no running statistics, so frames of different streams would mix; "
                 "train the model with track_running_stats=True"
             )
-        if name in own or (is_norm(module) and module.weight is not None):
+        if name in custom or (is_norm(module) and module.weight is not None):
             if is_parametrized(module) or "weight" not in module._parameters:
                 raise BundleError(
                     f"norm layer {name!r} works its weights out from others, as a parametrization or weight_norm does; "
@@ -266,7 +266,7 @@ def norm_layers(network: nn.Module, own: Collection[str] = ()) -> dict[str, nn.M
             "torch's GroupNorm, LayerNorm, RMSNorm, InstanceNorm or BatchNorm (or a class of your own that holds a "
             "weight, and no more than a bias besides, of one value per channel)"
         )
-    if missing := sorted(set(own) - found.keys()):
+    if missing := sorted(set(custom) - found.keys()):
         raise BundleError(
             f"the bundle adapts norm layer {missing[0]!r}, which the network does not have; where the network's code "
             "has changed, make the bundle anew"
@@ -275,14 +275,14 @@ def norm_layers(network: nn.Module, own: Collection[str] = ()) -> dict[str, nn.M
 
 
 @torch.no_grad()
-def run_order(network: nn.Module, frames: Tensor, own: Collection[str] = ()) -> list[str]:
+def run_order(network: nn.Module, frames: Tensor, custom: Collection[str] = ()) -> list[str]:
     """The names of `norm_layers` as one pass runs them, each as often as it does, over frames (B, ch, h, w) and before
     they are swapped."""
     _without_shortcuts(network)
     ran: list[str] = []
     hooks = [
         layer.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
-        for name, layer in norm_layers(network, own).items()
+        for name, layer in norm_layers(network, custom).items()
     ]
     try:
         network(frames.contiguous())

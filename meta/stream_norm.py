@@ -70,7 +70,7 @@ class StreamNorm(nn.Module):
     """One swapped normalisation layer: x_hat = normalise(x), then per-frame scale and shift.
 
     `part`: which of the pass's `rows` are its scales; its shifts, if it has any, come next. `layout`: where the
-    channels lie, for a layer of a class that does not tell (`meta.own_norms`).
+    channels lie, for a layer of a class that does not tell (`meta.custom_norms`).
     """
 
     def __init__(

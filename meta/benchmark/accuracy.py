@@ -19,12 +19,12 @@ from meta.baselines.own import Oracle
 from meta.benchmark.controls import without_memory
 from meta.benchmark.corruptions import TEST, TUNING
 from meta.benchmark.datasets import DataSet, Pool, open_dataset
-from meta.benchmark.own import check_own
 from meta.benchmark.plan import MGG_NAME, BenchmarkConfig, Cell, cells_of
 from meta.benchmark.report import Journal, Record, commit, records_of, write_report
 from meta.benchmark.run import Frames, load_frames, relative_cost, run_streams, source_hits
 from meta.benchmark.sources import SourceModel, open_source
 from meta.benchmark.streams import Setting, Stream, make_streams
+from meta.benchmark.user_code import check_streams_apart
 from meta.bundle import load_bundle
 from meta.data import cache_folder
 from meta.imports import import_from
@@ -175,7 +175,7 @@ class _Bench:
         frames = self.source.setup.source_frames
         if cell.method not in self.config.own_methods or frames is None:
             return
-        if not check_own(cell.method, configured(self.config.kinds[cell.method], self.source.setup), frames):
+        if not check_streams_apart(cell.method, configured(self.config.kinds[cell.method], self.source.setup), frames):
             self.progress.say(
                 f"{cell.name}: the same frames give something else each time, so nothing shows whether its streams "
                 "stay apart; draw with meta.baselines.base.uniforms, and keep what it remembers in the state"

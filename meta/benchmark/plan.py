@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from meta.baselines import BASELINES, Baseline
 from meta.benchmark.datasets import DataConfig
-from meta.benchmark.own import code_digest, network_code, own_method
 from meta.benchmark.sources import ModelConfig
 from meta.benchmark.streams import DRIFT, Setting
+from meta.benchmark.user_code import code_digest, network_code, user_method
 from meta.bundle_folder import MGG_NAME
 from meta.mgg import GRADIENT_SHARE, MOST_FRAMES
 from meta.yaml_file import read_yaml
@@ -103,7 +103,7 @@ class BenchmarkConfig(BaseModel):
     @cached_property
     def kinds(self) -> dict[str, type[Baseline]]:
         """All methods but the generators, by name. Raises ConfigError where one of the user's cannot be had."""
-        return BASELINES | {name: own_method(where) for name, where in self.own_methods.items()}
+        return BASELINES | {name: user_method(where) for name, where in self.own_methods.items()}
 
     def generator(self, cell: Cell) -> GeneratorConfig:
         """The one that the cell measures."""

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from meta.custom_norms import find_custom_norms
 from meta.norms import AdaptableModel, norm_layers, run_order
-from meta.own_norms import find_own_norms
 from schemas.errors import BundleError
 
 NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training loops put the weights in a checkpoint
@@ -118,14 +118,14 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
     _one_input(network)
     network.float().eval()
     before = _sound_logits(network, frames, classes)
-    swapped = _own_norms(network)
-    own = find_own_norms(network, frames)
-    for kind, count in sorted(own.others.items()):
+    swapped = _norm_subclasses(network)
+    custom = find_custom_norms(network, frames)
+    for kind, count in sorted(custom.others.items()):
         say(
             f"network: {count} {kind} will not adapt: layers of classes of one's own do where they run once a pass and "
             "hold a weight, and no more than a bias besides, of one value per channel; use one of torch's instead"
         )
-    model = AdaptableModel(network, _order(network, frames, own.layouts), own.layouts)
+    model = AdaptableModel(network, _order(network, frames, custom.layouts), custom.layouts)
     _predicts_as_before(model, frames, before, f"; suspect: {', '.join(swapped)}" if swapped else "")
     kinds = Counter(type(layer.norm).__name__ for layer in model.layers)
     found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
@@ -236,24 +236,24 @@ def _same(expected: Tensor, found: Tensor, problem: str) -> None:
         raise BundleError(f"{problem} (logits differ by up to {off:.3g})")
 
 
-def _order(network: nn.Module, frames: Tensor, own: Collection[str]) -> list[str]:
+def _order(network: nn.Module, frames: Tensor, custom: Collection[str]) -> list[str]:
     """The names of the norm layers in the order in which they run, for which each frame speaks alone, too.
 
     As they are named where not each runs once: what is wrong shows once they are swapped.
     """
-    order = run_order(network, frames, own)
+    order = run_order(network, frames, custom)
     for frame in frames.split(1):
-        if (other := run_order(network, frame, own)) != order:
+        if (other := run_order(network, frame, custom)) != order:
             odd = next(pair for pair in zip_longest(order, other, fillvalue="none") if pair[0] != pair[1])
             raise BundleError(
                 f"the order in which norm layers run varies with the frames ({odd[0]!r} in one pass, where another has "
                 f"{odd[1]!r}): what is learned of a layer would meet another; make the network run all of them in turn"
             )
-    named = list(norm_layers(network, own))
+    named = list(norm_layers(network, custom))
     return order if sorted(order) == sorted(named) else named
 
 
-def _own_norms(network: nn.Module) -> list[str]:
+def _norm_subclasses(network: nn.Module) -> list[str]:
     """Norm layers of classes outside of torch: those may do more than normalise."""
     kinds = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
     return sorted(

@@ -13,7 +13,7 @@ from meta.baselines.base import Adam, Sgd, position_in_stream, uniforms
 from meta.baselines.entropy import shuffle_patches
 from meta.baselines.own import Oracle
 from meta.baselines.roid import soft_likelihood_ratio
-from meta.benchmark.own import check_own
+from meta.benchmark.user_code import check_streams_apart
 from meta.method import State, finite_rows
 from meta.models import batchnorm_cnn, groupnorm_cnn
 from meta.norms import AdaptableModel
@@ -99,7 +99,7 @@ def test_company_changes_nothing(key: tuple[str, str], sizes: list[int], seed: i
 
 @pytest.mark.parametrize("key", [key for key in METHODS if key[0] != "oracle"], ids="-".join)
 def test_the_check_of_users_own_methods_lets_them_pass(key: tuple[str, str]) -> None:
-    assert check_own(key[0], METHODS[key], drawn(12, 6))
+    assert check_streams_apart(key[0], METHODS[key], drawn(12, 6))
 
 
 @pytest.mark.parametrize("key", METHODS, ids="-".join)

@@ -13,8 +13,8 @@ from meta.bundle import load_bundle
 from meta.create.network import adaptable
 from meta.create.run import create_bundle
 from meta.create.subject import CreateSettings
+from meta.custom_norms import find_custom_norms
 from meta.norms import AdaptableModel
-from meta.own_norms import find_own_norms
 from schemas.config import Frames
 from schemas.errors import BundleError
 from tests.foreign import SIDE, OwnNormNet, own_norm_net, trained, write_folder
@@ -34,7 +34,7 @@ def scrambled() -> OwnNormNet:
 
 
 def test_each_kind_is_told_by_what_it_does() -> None:
-    found = find_own_norms(scrambled(), torch.randn(6, 1, SIDE, SIDE))
+    found = find_custom_norms(scrambled(), torch.randn(6, 1, SIDE, SIDE))
     assert found.layouts == LAYOUTS
     assert found.others == {"FrozenBatchNorm2d": 1}
 
@@ -108,7 +108,7 @@ class ResponseNorm(Scale):
 @pytest.mark.parametrize(("layer", "others"), [(Scale(), {}), (ResponseNorm(), {"ResponseNorm": 1})])
 def test_what_does_less_or_more_than_normalise_is_left(layer: nn.Module, others: dict[str, int]) -> None:
     network = nn.Sequential(nn.Conv2d(1, 8, 3), layer, nn.GroupNorm(2, 8)).eval()
-    found = find_own_norms(network, torch.randn(4, 1, SIDE, SIDE))
+    found = find_custom_norms(network, torch.randn(4, 1, SIDE, SIDE))
     assert (found.layouts, found.others) == ({}, others)
 
 
@@ -116,5 +116,5 @@ def test_one_that_runs_twice_stays_as_it_is() -> None:
     """It would have no place of its own; the network's other layers adapt as ever."""
     norm = own_norm()
     network = nn.Sequential(nn.Conv2d(1, 8, 3), norm, nn.ReLU(), norm, nn.GroupNorm(2, 8)).eval()
-    found = find_own_norms(network, torch.randn(4, 1, SIDE, SIDE))
+    found = find_custom_norms(network, torch.randn(4, 1, SIDE, SIDE))
     assert (found.layouts, found.others) == ({}, {"ChannelNorm": 1})

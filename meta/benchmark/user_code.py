@@ -20,7 +20,7 @@ from schemas.errors import ConfigError
 APART = 0.25  # share of what a state moves by that rounding alone does not explain
 
 
-def own_method(name: str) -> type[Baseline]:
+def user_method(name: str) -> type[Baseline]:
     """The class behind `module:Class`, of what is installed or else in the current folder. Raises ConfigError."""
     import_from(Path.cwd())
     try:
@@ -47,7 +47,7 @@ def code_digest(of: type[Baseline] | ModuleType) -> str:
     return hashlib.sha256(code).hexdigest()
 
 
-def check_own(name: str, method: Baseline, frames: Tensor) -> bool:
+def check_streams_apart(name: str, method: Baseline, frames: Tensor) -> bool:
     """Whether a stream of the user's method gets what it gets alone; standardised frames (B, ch, h, w), a few.
 
     The benchmark runs many streams in one pass, so that a mean over all of its frames gives wrong results and no error.

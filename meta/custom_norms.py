@@ -20,7 +20,7 @@ UNSCALED = 0.05  # how far what is normalised may move, of about 1, when its inp
 
 
 @dataclass(frozen=True)
-class OwnNorms:
+class CustomNorms:
     """`layouts`: where the channels of those that can adapt lie, by name. `others`: how many of a class cannot."""
 
     layouts: dict[str, Layout]
@@ -28,7 +28,7 @@ class OwnNorms:
 
 
 @torch.no_grad()
-def find_own_norms(network: nn.Module, frames: Tensor) -> OwnNorms:
+def find_custom_norms(network: nn.Module, frames: Tensor) -> CustomNorms:
     """What the network's norm layers of its own classes do with frames (B, ch, h, w); those that do not run are left
     out. Nothing is changed."""
     seen: dict[str, list[Tensor]] = {}
@@ -53,7 +53,7 @@ def find_own_norms(network: nn.Module, frames: Tensor) -> OwnNorms:
             others[type(module).__name__] += 1
         if layout is not None:
             layouts[name] = layout
-    return OwnNorms(layouts, dict(others))
+    return CustomNorms(layouts, dict(others))
 
 
 def _candidates(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
