@@ -131,7 +131,7 @@ def load_bundle(
     if CORRECTION in contents:
         model.correction = _correction(_tensors(contents, folder, CORRECTION), model).to(device)
     _check_output(model, manifest, labels, folder)
-    model.place(device)
+    model.move_to(device)
     source = source.to(device)
     if method != MGG_NAME:
         return Bundle(manifest, labels, model, _baseline(method, manifest, model, source, len(labels)), method)

@@ -227,7 +227,7 @@ class MGG:
                 features = torch.cat(pooled, 1)
         else:
             logits, features = self.model.forward_with_features(frames, rows, moments, correction)
-        head = self.model.frame_affine.head
+        head = self.model.context.head
         if head is not None and len(head) != len(frames):
             head = None  # a layer that sees something else than frames
         output, shadow = Output(logits, features, head), None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from meta.moments import NormMoments
-from meta.stream_norm import BATCH_NORM, FrameAffine, LayerCorrection, StreamNorm, is_norm
+from meta.stream_norm import BATCH_NORM, PassContext, LayerCorrection, StreamNorm, is_norm
 from schemas.bundle import Layout
 from schemas.errors import BundleError
 
@@ -53,7 +53,7 @@ class AdaptableModel(nn.Module):
     ) -> None:
         super().__init__()
         self.memory_format = torch.channels_last
-        self.frame_affine = FrameAffine()
+        self.context = PassContext()
         self.correction: Corrector | None = None
         self.layers: list[StreamNorm] = []
         self.layouts = dict(layouts)
@@ -62,7 +62,7 @@ class AdaptableModel(nn.Module):
         self.order = [] if ordered == list(found) else ordered
         offset = channel = part = 0
         for name in ordered:
-            layer = StreamNorm(found[name], name, offset, self.frame_affine, channel, part, layouts.get(name))
+            layer = StreamNorm(found[name], name, offset, self.context, channel, part, layouts.get(name))
             offset, channel, part = layer.place.end, layer.channels.stop, part + 1 + layer.has_shift
             self.layers.append(layer)
         _swap(network, {id(found[layer.place.layer]): layer for layer in self.layers})
@@ -124,7 +124,7 @@ class AdaptableModel(nn.Module):
         del mode
         return super().train(False)
 
-    def place(self, device: torch.device) -> None:
+    def move_to(self, device: torch.device) -> None:
         """Move to the device. On a GPU nothing is laid out channels-last, which its group normalisation refuses."""
         if device.type != "cpu":
             self.memory_format = torch.contiguous_format
@@ -139,7 +139,7 @@ class AdaptableModel(nn.Module):
         return torch.cat(parts)
 
     def _remember_head(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.frame_affine.head = inputs[0].detach() if inputs[0].dim() == 2 else None
+        self.context.head = inputs[0].detach() if inputs[0].dim() == 2 else None
 
     def forward(
         self,
@@ -152,13 +152,13 @@ class AdaptableModel(nn.Module):
 
         BatchNorm layers use their running statistics, or what `moments` says.
         """
-        self.frame_affine.rows = None if rows is None else rows.split(self._sizes, 1)
-        self.frame_affine.moments, self.frame_affine.correction = moments, correction
+        self.context.rows = None if rows is None else rows.split(self._sizes, 1)
+        self.context.moments, self.context.correction = moments, correction
         try:
             logits: Tensor = self.network(frames.contiguous(memory_format=self.memory_format))
             return logits.float()
         finally:
-            self.frame_affine.rows = self.frame_affine.moments = self.frame_affine.correction = None
+            self.context.rows = self.context.moments = self.context.correction = None
 
     def forward_with_features(
         self,
@@ -168,17 +168,17 @@ class AdaptableModel(nn.Module):
         correction: LayerCorrection | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, classes) and the pooled outputs of all norm layers, joined: (B, F)."""
-        at = self.frame_affine
-        at.features = []
+        context = self.context
+        context.features = []
         try:
             logits = self(frames, rows, moments, correction)
             # By place, not by when they ran: a bundle of before may have its layers as the network names them.
-            features = dict(at.features)
-            if len(features) != len(self.layers) or len(at.features) != len(features):
-                raise BundleError(self._misuse([place for place, _ in at.features]))
+            features = dict(context.features)
+            if len(features) != len(self.layers) or len(context.features) != len(features):
+                raise BundleError(self._misuse([place for place, _ in context.features]))
             return logits, torch.cat([features[place] for place in sorted(features)], 1)
         finally:
-            at.features = None
+            context.features = None
 
     def forward_with_inputs(
         self,
@@ -189,13 +189,13 @@ class AdaptableModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward_with_features`, and what the first norm layer would put out under the source affine, pooled:
         (B, F1). The latter tells how unusual the frames are, whatever has been adapted."""
-        at = self.frame_affine
-        at.first = True
+        context = self.context
+        context.first = True
         try:
             logits, features = self.forward_with_features(frames, rows, moments, correction)
-            return logits, features, cast(Tensor, at.first_features)
+            return logits, features, cast(Tensor, context.first_features)
         finally:
-            at.first, at.first_features = False, None
+            context.first, context.first_features = False, None
 
     def _misuse(self, used: list[int]) -> str:
         for layer in self.layers:

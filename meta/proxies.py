@@ -117,7 +117,7 @@ class Observer:
         return [Observed(*one) for one in each], asked.logits
 
     def _ask(self, frames: Tensor) -> Output:
-        return Output(*self.model.forward_with_features(frames), self.model.frame_affine.head)
+        return Output(*self.model.forward_with_features(frames), self.model.context.head)
 
     def _own(self, passed: State, seen: _Seen) -> dict[str, Numbers]:
         """Signals (S,) of the frames that `_shown` is of."""

@@ -45,7 +45,7 @@ class LayerCorrection(Protocol):
         ...
 
 
-class FrameAffine(threading.local):
+class PassContext(threading.local):
     """What the pass under way asks of every layer, shared by all layers of one model; each thread has its own pass.
 
     `rows` are scales and shifts of every layer in turn, (B, ...) each, one row a frame, or None for the source affine;
@@ -78,7 +78,7 @@ class StreamNorm(nn.Module):
         norm: nn.Module,
         name: str,
         offset: int,
-        frame_affine: FrameAffine,
+        context: PassContext,
         channel: int = 0,
         part: int = 0,
         layout: Layout | None = None,
@@ -99,7 +99,7 @@ class StreamNorm(nn.Module):
         self.place = NormSlice(name, offset, offset + size, offset + size * (2 if self.has_shift else 1))
         self.register_buffer("scale", scale.detach().clone().float())
         self.register_buffer("shift", shift.detach().clone().float() if isinstance(shift, Tensor) else None)
-        self.frame_affine = frame_affine
+        self.context = context
         self.part = part
         # Where this layer's running statistics lie in those of all BatchNorm layers; empty where it has none.
         self.channels = slice(channel, channel + (size if isinstance(norm, BATCH_NORM) else 0))
@@ -110,22 +110,22 @@ class StreamNorm(nn.Module):
         self.rectify = False  # whether it does the work of the ReLU behind it
 
     def forward(self, x: Tensor) -> Tensor:
-        at, rows = self.frame_affine, self.frame_affine.rows
-        if rows is None and at.correction is None and not (x.requires_grad and torch.is_grad_enabled()):
+        context, rows = self.context, self.context.rows
+        if rows is None and context.correction is None and not (x.requires_grad and torch.is_grad_enabled()):
             return self._as_source(x)
         scale, shift = self._source_rows(x) if rows is None else self._frame_rows(x, rows)
         inverse = None
-        if self.groups and at.correction is None:
+        if self.groups and context.correction is None:
             x_hat, inverse = _group_normalised(x.detach(), self.groups, self.epsilon)
         else:
             x = self._normalised(x)
             x_hat = x.detach()
-        if at.correction is not None:
-            scale, shift = self._corrected(x, scale, shift, at.correction)
-        positions = self._positions(x) if at.features is not None else None
-        if at.first and self.place.scale == 0 and rows is not None:
+        if context.correction is not None:
+            scale, shift = self._corrected(x, scale, shift, context.correction)
+        positions = self._positions(x) if context.features is not None else None
+        if context.first and self.place.scale == 0 and rows is not None:
             as_source = scaled(x_hat, *self._source_rows(x_hat)).relu_()
-            at.first_features = rectified_mean(as_source, self._positions(x), rectified=True)
+            context.first_features = rectified_mean(as_source, self._positions(x), rectified=True)
         # Inference mode keeps nothing, also where gradients are enabled within it.
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             out, pooled = Affine.apply(x, x_hat, inverse, scale, shift, self.rectify, positions)
@@ -135,11 +135,11 @@ class StreamNorm(nn.Module):
         return cast(Tensor, out)
 
     def _collect(self, pooled: Tensor | None) -> None:
-        at = self.frame_affine
-        if at.features is not None and pooled is not None:
-            at.features.append((self.place.scale, pooled))
-            if at.first and self.place.scale == 0 and at.first_features is None:
-                at.first_features = pooled
+        context = self.context
+        if context.features is not None and pooled is not None:
+            context.features.append((self.place.scale, pooled))
+            if context.first and self.place.scale == 0 and context.first_features is None:
+                context.first_features = pooled
 
     def _corrected(
         self, x: Tensor, scale: Tensor, shift: Tensor | None, correction: LayerCorrection
@@ -166,12 +166,12 @@ class StreamNorm(nn.Module):
             out = scaled(self._normalised(x), *self._source_rows(x))
         if self.rectify:
             out.relu_()
-        if self.frame_affine.features is not None:
+        if self.context.features is not None:
             self._collect(rectified_mean(out, self._positions(x), self.rectify))
         return out
 
     def _normalised(self, x: Tensor) -> Tensor:
-        moments = self.frame_affine.moments
+        moments = self.context.moments
         if moments is None or self.channels.start == self.channels.stop:
             return cast(Tensor, self.norm(x))
         return moments.normalise(x, self.channels, self.norm.eps)

@@ -265,7 +265,7 @@ def test_source_answers_in_the_same_pass_and_changes_nothing_else(kind: str, ada
         logits, features = method.model.forward_with_features(frames[asked])
         torch.testing.assert_close(forward.shadow.logits, logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(forward.shadow.features[:, : features.shape[1]], features, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(forward.shadow.head, method.model.frame_affine.head, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(forward.shadow.head, method.model.context.head, rtol=1e-4, atol=1e-5)
 
 
 def test_a_last_layer_that_sees_something_else_than_frames_is_not_taken_for_one() -> None:
