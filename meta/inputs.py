@@ -1,10 +1,10 @@
-"""What the generator sees of each coordinate of the affine, beside its memory."""
+"""The inputs of the generator: what it is given for each coordinate of the affine, beside its memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,27 +12,26 @@ from torch import Tensor
 from meta.method import State
 from meta.norms import AdaptableModel
 
+# fmt: off
 Input = Literal[
-    *("momentum", "gradient", "agreement", "offset", "size", "raw", "gap_mean", "gap_std", "kind", "depth"),
-    *("norm", "entropy", "discrepancy", "age", "batch"),
+    "momentum", "gradient", "agreement", "offset", "size", "raw", "gap_mean", "gap_std", "kind", "depth",
+    "norm", "entropy", "discrepancy", "age", "batch",
 ]
-A_COORDINATE: tuple[Input, ...] = (
-    *("momentum", "gradient", "agreement", "offset", "size", "raw", "gap_mean", "gap_std", "kind", "depth"),
-)
-A_STREAM: tuple[Input, ...] = ("norm", "entropy", "discrepancy", "age", "batch")
-ALL_INPUTS = A_COORDINATE + A_STREAM
+# fmt: on
+ALL_INPUTS: tuple[Input, ...] = get_args(Input)
+PER_STREAM = ("norm", "entropy", "discrepancy", "age", "batch")  # the same for all coordinates of a stream
 TINY = 1e-8
 
 
 class Inputs:
-    """Makes the inputs `names` for one model; `decays` are those of the gradient's first and second moment."""
+    """Computes the inputs `names` for one model. `decays`: of the gradient's running first and second moment."""
 
     def __init__(
         self, model: AdaptableModel, names: Sequence[Input], decays: tuple[float, float], classes: int
     ) -> None:
         self._decays, self._classes = decays, classes
-        self._coordinate = [name for name in names if name in A_COORDINATE]
-        self._stream = [name for name in names if name in A_STREAM]
+        self._coordinate = [name for name in names if name not in PER_STREAM]
+        self._stream = [name for name in names if name in PER_STREAM]
         made = [*self._coordinate, *self._stream]
         order = [made.index(name) for name in names]
         self._order = None if made == list(names) else torch.tensor(order, device=model.device)
@@ -51,10 +50,16 @@ class Inputs:
         offset: Tensor,
         signals: State,
     ) -> Tensor:
-        """Inputs (S, d, P), in the order of the names; per-stream ones are spread over P.
+        """Inputs (S, d, P), in the order of `names`; those of a stream are repeated for all P coordinates.
 
-        counts, the gradient's norm and age (S,), the rest (S, P): gradient, the sum of the frames' squared ones,
-        running moments, and how far the stream is from source. `signals` are those of `MGG.objective`.
+        counts (S,): frames of each stream
+        gradient (S, P): sum of the frames' gradients, in units of `gradient_scale`
+        norm (S,): its Euclidean norm
+        power (S, P): sum of the frames' squared gradients
+        moments: running first and second moment of the gradient, (S, P) each
+        age (S,): updates, this one included
+        offset (S, P): what past updates have added to the source affine, before anchor and dose
+        signals: of the `Objective`
         """
         (first, second), (b1, b2) = moments, self._decays
         steps = age.unsqueeze(1)
@@ -63,7 +68,7 @@ class Inputs:
         coordinate: dict[str, Callable[[], Tensor]] = {
             "momentum": lambda: first / _bias_correction(b1, steps) / root,
             "gradient": lambda: gradient / root,
-            # Of the frames' own gradients: +-1 where all agree, near 0 where they cancel out.
+            # +-1 if the gradients of all frames agree, near 0 if they cancel out.
             "agreement": lambda: gradient / ((counts.unsqueeze(1) * power).sqrt() + TINY),
             "offset": lambda: (5 * offset).clamp(-3, 3),
             "size": lambda: (gradient.abs() + TINY).log10().clamp(-3, 3) / 2,
@@ -91,12 +96,12 @@ class Inputs:
 
 
 def _bias_correction(decay: float, steps: Tensor) -> Tensor:
-    """1 - decay^steps, as in Adam: how much of a running mean is made of what it has seen."""
+    """1 - decay^steps, Adam's correction of a running mean that starts at zero."""
     return torch.expm1(steps * math.log(decay)).neg() if decay else torch.ones_like(steps)
 
 
 def _layout(model: AdaptableModel) -> tuple[Tensor, Tensor]:
-    """For every coordinate (P,): the feature of its own channel, and its layer's depth in [-1, 1]."""
+    """For every coordinate (P,): the index of its channel's feature, and the depth of its layer, from -1 to 1."""
     channel, depth, first = [], [], 0
     last = max(1, len(model.layers) - 1)
     for number, layer in enumerate(model.layers):

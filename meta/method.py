@@ -1,8 +1,8 @@
-"""What every adaptation method looks like to the engine, the benchmark and the meta-training.
+"""The interface of every adaptation method, for the engine, the benchmark and the meta-training.
 
-A method holds no stream's state. State is a dict of tensors whose first dimension is the stream; `predict` runs
-the forward of a micro-batch under it, and `update` returns the next state. Predictions can so leave before the
-backward pass starts.
+A method keeps no state of a stream. The state is a dict of tensors whose first dimension is the stream. `predict` runs
+the forward pass of a micro-batch under a state, and `update` returns the next state. Predictions can therefore be
+published before the backward pass starts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,20 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Forward:
-    """A forward pass that `update` can go on from.
+    """The forward pass of B frames of S streams, from which `update` continues.
 
-    logits (B, classes), features (B, F), rows (B, P), None where there is no graph, stream (B,) int64 in [0, S), counts
-    (S,) float, and the state it ran under. logits carry a graph; use `detach` before they leave. `frames` and `kept`
-    are what some methods need again: the frames themselves, and whatever else `predict` worked out, of each stream
-    (S, ...), but for `probability` (B, classes). `giving`: where there is no graph, those frames once more that give an
-    update its gradient, with one. `shadow`: where source was asked in the same pass, what it says. `head` as in
-    `Output`.
+    logits (B, classes): with a graph; detach them before they leave the method
+    features (B, F): pooled outputs of the norm layers
+    rows (B, P): each frame's affine, the leaf that the gradient is taken for; None if there is no graph
+    stream (B,): each frame's stream, int64 in [0, S)
+    counts (S,): frames of each stream, float
+    state: the state that the pass ran under
+    frames (B, ch, h, w): for methods whose update needs them
+    kept: other results of `predict`, (S, ...) each. `probability` is per frame, (B, classes), and so are results that
+        baselines keep for their own `update`
+    gradient_forward: if this pass has no graph, a pass with one over the frames that give the gradient
+    source_output: the source model's output for the frames that it was asked about in the same pass
+    head: as in `Output`
     """
 
     logits: Tensor
@@ -40,27 +46,29 @@ class Forward:
     state: State
     frames: Tensor | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
-    giving: Forward | None = None
-    shadow: Output | None = None
+    gradient_forward: Forward | None = None
+    source_output: Output | None = None
     head: Tensor | None = None
 
     @property
     def output(self) -> Output:
-        """What the model has put out for the frames."""
+        """The model's output for the frames."""
         return Output(self.logits, self.features, self.head)
 
     @property
     def answer(self) -> Tensor:
-        """What the method answers, as logits (B, classes) without a graph: its `kept` class probabilities if it has
-        any, else the model's logits."""
+        """The method's answer as logits (B, classes) without a graph: the logarithm of `kept["probability"]` if the
+        method has it, else the model's logits."""
         probability = self.kept.get("probability")
         return self.logits.detach() if probability is None else probability.clamp_min(TINY).log()
 
 
 @dataclass(frozen=True)
 class Update:
-    """The state that a method proposes, and per-stream signals (S,) for guard, metrics and audit. Its tensors may be
-    torch's inference tensors: whoever changes them in place does so in inference mode."""
+    """The proposed next state, and signals (S,) of each stream for guard, metrics and audit.
+
+    The tensors may be inference tensors, which can be changed in place in inference mode only.
+    """
 
     state: State
     signals: dict[str, Tensor]
@@ -70,7 +78,7 @@ class Method(Protocol):
     """Stateless adaptation of many streams."""
 
     def fresh(self, streams: int) -> State:
-        """The state of streams that have seen nothing: they predict as the source model does."""
+        """The state of new streams, under which they predict as the source model does."""
         ...
 
     def predict(self, frames: Tensor, stream: Tensor, state: State) -> Forward:
@@ -82,12 +90,12 @@ class Method(Protocol):
         ...
 
     def observe(self, forward: Forward) -> State:
-        """The next state without an update: what is known of the stream may move, its parameters do not."""
+        """The next state without an update: statistics of the stream may move, its parameters do not."""
         ...
 
 
 def where_seen(forward: Forward, state: State) -> State:
-    """`state` of the streams that have a frame in the pass; the others keep what they had."""
+    """`state` for streams that have a frame in the pass, `forward.state` for the others."""
     seen = forward.counts > 0
     if bool(seen.all()):
         return state
@@ -95,18 +103,20 @@ def where_seen(forward: Forward, state: State) -> State:
 
 
 def narrowed(forward: Forward, streams: list[int]) -> Forward:
-    """The same for some of the streams alone, with their frames; without a graph, but for `giving`, whose streams must
-    be among these."""
+    """The forward of some streams and their frames alone.
+
+    It has no graph, but for `gradient_forward`, whose streams must be among these.
+    """
     device = forward.stream.device
     index = torch.tensor(streams, device=device)
-    place = torch.full((len(forward.counts),), -1, device=device)
-    place.index_copy_(0, index, torch.arange(len(index), device=device))
-    stream = place.index_select(0, forward.stream)
+    row = torch.full((len(forward.counts),), -1, device=device)
+    row.index_copy_(0, index, torch.arange(len(index), device=device))
+    stream = row.index_select(0, forward.stream)
     frames = (stream >= 0).nonzero().flatten()
-    state, giving = take(forward.state, index), forward.giving
-    if giving is not None:
-        counts = giving.counts.index_select(0, index)
-        giving = replace(giving, stream=place.index_select(0, giving.stream), counts=counts, state=state)
+    state, part = take(forward.state, index), forward.gradient_forward
+    if part is not None:
+        counts = part.counts.index_select(0, index)
+        part = replace(part, stream=row.index_select(0, part.stream), counts=counts, state=state)
     return Forward(
         forward.logits.detach().index_select(0, frames),
         forward.features.detach().index_select(0, frames),
@@ -116,7 +126,7 @@ def narrowed(forward: Forward, streams: list[int]) -> Forward:
         state,
         None if forward.frames is None else forward.frames.index_select(0, frames),
         {name: t.index_select(0, frames if name == "probability" else index) for name, t in forward.kept.items()},
-        giving,
+        part,
     )
 
 
@@ -126,14 +136,13 @@ def take(state: State, index: Tensor) -> State:
 
 
 def put(state: State, index: Tensor, rows: State) -> None:
-    """Write `rows` over the rows `index` (S,) of those tensors of `state` that they have, in place."""
+    """Write `rows` to the rows `index` (S,) of the tensors of `state` with the same names, in place."""
     for name, tensor in rows.items():
         state[name].index_copy_(0, index, tensor.to(state[name].dtype))
 
 
 def on_cpu(tensors: State) -> State:
-    """The same on the CPU. Each copy waits until the device has done all that it was asked for before, so that tensors
-    of a type come in one."""
+    """The tensors on the CPU. A copy from the device waits for all work queued there, so there is one per dtype."""
     if all(tensor.is_cpu for tensor in tensors.values()):
         return tensors
     found: State = {}
@@ -146,8 +155,8 @@ def on_cpu(tensors: State) -> State:
 
 
 def finite_rows(tensors: dict[str, Tensor]) -> Tensor:
-    """(S,) bool: whether all numbers of a row are finite in every tensor."""
-    # Only what is finite is zero when multiplied by it; `isfinite` takes six times as long.
+    """(S,) bool: whether all values in a row are finite, in every tensor."""
+    # x * 0 is 0 only if x is finite. `isfinite` takes six times as long.
     sums = [
         (t * 0).sum(tuple(range(1, t.dim())), dtype=torch.float32) if t.dim() > 1 else t * 0 for t in tensors.values()
     ]

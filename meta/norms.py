@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from meta.moments import NormMoments
-from meta.stream_norm import BATCH_NORM, PassContext, LayerCorrection, StreamNorm, is_norm
+from meta.stream_norm import BATCH_NORM, LayerCorrection, PassContext, StreamNorm, is_norm
 from schemas.bundle import Layout
 from schemas.errors import BundleError
 
@@ -240,9 +240,12 @@ class AdaptableModel(nn.Module):
 
 
 def norm_layers(network: nn.Module, custom: Collection[str] = ()) -> dict[str, nn.Module]:
-    """The norm layers that can adapt, as the network names them, which need not be the order in which they run; each
-    once, by its first name. `custom` names layers of the network's own classes (`meta.custom_norms`). Raises BundleError
-    where there is no layer, one that would mix streams, or none of a name in `custom`."""
+    """The norm layers that can adapt, by name, in the order of `named_modules`, which need not be that of execution.
+
+    A shared layer occurs once, under its first name. `custom` names layers of the network's own classes
+    (`meta.custom_norms`). Raises BundleError if there is no layer, if one would mix streams, or if one of `custom` does
+    not exist.
+    """
     found: dict[str, nn.Module] = {}
     for name, module in network.named_modules():
         if isinstance(module, BATCH_NORM) and module.running_mean is None:

@@ -107,7 +107,7 @@ class Observer:
         counts = passed["counts"].long().tolist()
         if not len(chosen):
             return [Observed(count, mine, 0, {}) for count, mine in zip(counts, own, strict=True)], None
-        asked = forward.shadow or self._ask(frames.index_select(0, chosen))
+        asked = forward.source_output or self._ask(frames.index_select(0, chosen))
         with _calmly():
             source = self._seen(_near({"logits": asked.logits, "features": asked.features}, asked.head))
             stream = passed["stream"].index_select(0, passed["chosen"])

@@ -146,8 +146,8 @@ def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[
         batch, labels, stream = draw(cameras, frames, problem.preprocessing)
         forward = method.predict(batch, stream, problem.state)
         right += int((forward.logits.argmax(1) == labels).sum())
-        some, chosen = method.thinned(forward)
-        slope, statistics, signals = method.gradient(some, retain_graph=True, whole=forward)
+        part, chosen = method.subsampled(forward)
+        slope, statistics, signals = method.gradient(part, retain_graph=True, whole=forward)
         frame_gradient = slope.index_select(0, chosen)
         if settings.objective == "labelled":
             each = F.cross_entropy(forward.logits, labels, reduction="none")
@@ -156,7 +156,7 @@ def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[
         affine = problem.state["affine"]
         per_stream = torch.zeros_like(affine).index_add(0, stream, slope)
         objective = objective + (per_stream.detach() * affine).sum() / len(cameras)
-        problem.state = method.generate(some, frame_gradient, statistics, signals).state
+        problem.state = method.generate(part, frame_gradient, statistics, signals).state
     return objective / settings.unroll, right / (settings.unroll * frames * len(cameras))
 
 

@@ -212,7 +212,7 @@ def _generator_digest(generator: GeneratorConfig, batch: int) -> str:
     if not generator.memory:
         content["memory"] = False
     if batch > MOST_FRAMES and content["method"]["name"] == MGG_NAME:
-        content["frames_an_update"] = MOST_FRAMES
+        content["frames_per_update"] = MOST_FRAMES
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

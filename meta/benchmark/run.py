@@ -15,7 +15,7 @@ from meta.baselines.own import Oracle
 from meta.benchmark.datasets import Pool
 from meta.benchmark.streams import Condition, Stream
 from meta.method import Method, State, finite_rows
-from meta.mgg import as_served, frames_an_update
+from meta.mgg import as_served, frames_per_update
 from meta.source import as_frames, image_tensor
 
 MAX_PASS = 512  # frames of all streams in one pass
@@ -74,7 +74,7 @@ def run_streams(
     order = sorted(range(len(streams)), key=lambda i: -len(streams[i]))
     right = [np.zeros(len(stream), bool) for stream in streams]
     refused = 0
-    batch = frames_an_update(method, batch)
+    batch = frames_per_update(method, batch)
     at_once = max(1, MAX_PASS // batch)
     for start in range(0, len(order), at_once):
         group = order[start : start + at_once]
@@ -139,7 +139,7 @@ def relative_cost(method: Method, model: torch.nn.Module, frames: Tensor, labels
 
     Of the processor, because what else runs on the machine must not decide how many batches a method misses.
     """
-    parts = frames.split(frames_an_update(method, len(frames)))
+    parts = frames.split(frames_per_update(method, len(frames)))
     state = {name: tensor.detach() for name, tensor in method.fresh(1).items()}
     plain, adapted, predict = [], [], as_served(method)
     if isinstance(method, Oracle):

@@ -13,7 +13,7 @@ from meta.method import Forward, State, Update
 from meta.mgg import MGG
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics
-from meta.outputs import joined
+from meta.outputs import concatenated
 
 PASS_PIXELS = 1 << 20
 
@@ -54,9 +54,9 @@ class PiecewiseMGG(MGG):
             part = {name: tensor[first:last] for name, tensor in state.items()}
             forward = super().serve(frames[chosen], stream[chosen] - first, part, adapts and adapts[first:last])
             updated.append(super().update(forward))
-            passed.append(replace(forward, giving=None))  # Its graph would fill the memory.
+            passed.append(replace(forward, gradient_forward=None))  # Its graph would fill the memory.
         kept = {name: torch.cat([forward.kept[name] for forward in passed]) for name in passed[0].kept}
-        output = joined([forward.output for forward in passed])
+        output = concatenated([forward.output for forward in passed])
         return _Served(
             logits=output.logits,
             features=output.features,

@@ -165,8 +165,8 @@ def test_source_is_not_corrected_in_the_pass_of_a_stream_that_is(method) -> None
     moved = method.update(method.predict(frames, stream, method.fresh(1))).state
     with torch.inference_mode():
         forward = method.serve(frames, stream, moved, [False], torch.tensor([5, 2]))
-    torch.testing.assert_close(forward.shadow.logits, method.model(frames[[5, 2]]))
-    assert not torch.allclose(forward.shadow.logits, forward.logits[[5, 2]], atol=1e-3)
+    torch.testing.assert_close(forward.source_output.logits, method.model(frames[[5, 2]]))
+    assert not torch.allclose(forward.source_output.logits, forward.logits[[5, 2]], atol=1e-3)
 
 
 def test_equal_seeds_give_equal_corrections(fitted) -> None:

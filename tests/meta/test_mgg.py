@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meta.affine import Affine
-from meta.division import divided
+from meta.gradient_frames import gradient_frames
 from meta.inputs import Input, Inputs
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.method import Forward, finite_rows, narrowed
@@ -132,7 +132,7 @@ def test_training_makes_the_updates_that_sites_make(interleaved: bool) -> None:
         stream = stream[torch.randperm(len(stream), generator=torch.Generator().manual_seed(3))]
     served = METHOD.update(METHOD.serve(frames, stream, state))
     whole = METHOD.predict(frames, stream, state)
-    some, chosen = METHOD.thinned(whole)
+    some, chosen = METHOD.subsampled(whole)
     slope, statistics, signals = METHOD.gradient(some, whole=whole)
     trained = METHOD.generate(some, slope.index_select(0, chosen), statistics, signals)
     for name, tensor in served.state.items():
@@ -168,9 +168,9 @@ def test_what_is_served_is_what_is_predicted(adapts: list[bool] | None) -> None:
     torch.testing.assert_close(served.logits, plain.logits.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(served.features, plain.features.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(served.head, plain.head, rtol=1e-4, atol=1e-5)
-    assert served.giving is not None
+    assert served.gradient_forward is not None
     wanted = [2, 1, 4] if adapts is None else [few * one for few, one in zip([2, 1, 4], adapts, strict=True)]
-    assert torch.bincount(served.giving.stream, minlength=3).tolist() == wanted
+    assert torch.bincount(served.gradient_forward.stream, minlength=3).tolist() == wanted
     if adapts is not None:  # The others' frames do not matter to an update.
         some = [row for row, one in enumerate(adapts) if one]
         alone = METHOD.update(METHOD.serve(frames, stream, state)).state["affine"][some]
@@ -186,13 +186,13 @@ def test_single_frames_are_served_with_their_graph() -> None:
 
 def test_the_gradient_comes_from_frames_that_are_spread_evenly() -> None:
     stream = torch.tensor([1, 0, 0, 1, 0, 0, 0, 0, 0, 0])
-    assert divided(stream, 3, 2).chosen.tolist() == [2, 5, 7, 9, 3]
-    found = divided(stream, 3, 4)
+    assert gradient_frames(stream, 3, 2).chosen.tolist() == [2, 5, 7, 9, 3]
+    found = gradient_frames(stream, 3, 4)
     assert found.chosen.tolist() == [4, 8, 3]
-    assert found.stream.tolist() == [0, 0, 1]
-    assert (found.counts.tolist(), found.few.tolist()) == ([8, 2, 0], [2, 1, 0])
+    assert found.chosen_stream.tolist() == [0, 0, 1]
+    assert (found.counts.tolist(), found.chosen_counts.tolist()) == ([8, 2, 0], [2, 1, 0])
     assert torch.cat([found.rest, found.chosen]).index_select(0, found.order).tolist() == list(range(10))
-    assert divided(stream, 3, 4, [False, True, True]).chosen.tolist() == [3]
+    assert gradient_frames(stream, 3, 4, [False, True, True]).chosen.tolist() == [3]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 16, 64])
@@ -252,7 +252,7 @@ def test_source_answers_in_the_same_pass_and_changes_nothing_else(kind: str, ada
         return method.serve(frames, stream, state, adapts, asked)
 
     plain = passed(None)
-    assert plain.shadow is None
+    assert plain.source_output is None
     for asked in (torch.tensor([], dtype=torch.long), torch.tensor([14, 3]), torch.arange(15)):
         forward = passed(asked)
         torch.testing.assert_close(forward.logits, plain.logits, rtol=1e-4, atol=1e-5)
@@ -260,12 +260,14 @@ def test_source_answers_in_the_same_pass_and_changes_nothing_else(kind: str, ada
         torch.testing.assert_close(forward.head, plain.head, rtol=1e-4, atol=1e-5)
         assert {name: t.shape for name, t in forward.kept.items()} == {n: t.shape for n, t in plain.kept.items()}
         if not len(asked):
-            assert forward.shadow is None
+            assert forward.source_output is None
             continue
         logits, features = method.model.forward_with_features(frames[asked])
-        torch.testing.assert_close(forward.shadow.logits, logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(forward.shadow.features[:, : features.shape[1]], features, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(forward.shadow.head, method.model.context.head, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(forward.source_output.logits, logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            forward.source_output.features[:, : features.shape[1]], features, rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(forward.source_output.head, method.model.context.head, rtol=1e-4, atol=1e-5)
 
 
 def test_a_last_layer_that_sees_something_else_than_frames_is_not_taken_for_one() -> None:
@@ -279,7 +281,7 @@ def test_a_last_layer_that_sees_something_else_than_frames_is_not_taken_for_one(
         for asked in (None, torch.tensor([1])):
             forward = method.serve(frames, stream, method.fresh(1), [False], asked)
             assert forward.head is None
-    assert forward.shadow.head is None
+    assert forward.source_output.head is None
     assert method.serve(frames, stream, method.fresh(1), [True]).head is None
 
 
@@ -311,7 +313,7 @@ def test_source_is_asked_for_each_frame_alone() -> None:
     frames[1] = torch.nan
     with torch.inference_mode():
         forward = method.serve(frames, stream, method.fresh(2), [False] * 2, torch.arange(6))
-    assert torch.isfinite(forward.shadow.logits).all(1).tolist() == [True, False, True, True, True, True]
+    assert torch.isfinite(forward.source_output.logits).all(1).tolist() == [True, False, True, True, True, True]
 
 
 def test_without_memory_of_gradients_updates_are_finite() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from meta.benchmark.plan import read_benchmark
-from meta.mgg import frames_an_update
+from meta.mgg import frames_per_update
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ def test_the_lines_in_the_page_run(monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, Any] = {}
     exec(lines, found)
     frames, method = found["frames"], found["method"]
-    assert found["labels"].shape == (2 * frames_an_update(method, frames.shape[1]),)
+    assert found["labels"].shape == (2 * frames_per_update(method, frames.shape[1]),)
     assert (found["state"]["age"] == 4).all()  # of 64 frames, as worker and benchmark do it
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import dropwhile
 
 from meta.method import Method
-from meta.mgg import frames_an_update
+from meta.mgg import frames_per_update
 from schemas.config import Batch
 from schemas.prediction import Parameters
 from worker.decode.image import DecodedFrame
@@ -60,7 +60,7 @@ def within_memory(settings: Batch, frame_bytes: int, threads: int) -> Batch:
 
 def within_method(settings: Batch, adapt: bool, method: Method) -> Batch:
     """The same settings; where frames `adapt`, with micro-batches no larger than `method` gains from."""
-    most = max(settings.min_adapt, frames_an_update(method, settings.max_batch)) if adapt else settings.max_batch
+    most = max(settings.min_adapt, frames_per_update(method, settings.max_batch)) if adapt else settings.max_batch
     return settings.model_copy(update={"max_batch": most})
 
 

@@ -70,7 +70,7 @@ class Engine:
         self.bundle_hash = bundle.hash
         self._method = bundle.method.for_site(step_scale)
         # Outputs of held frames are kept for the next pass, except where they depend on the other frames of the pass.
-        self._keeps = isinstance(self._method, MGG) and not self._method.mixes
+        self._keeps = isinstance(self._method, MGG) and not self._method.uses_batch_statistics
         self.device = bundle.model.device
         self._residents: dict[str, Resident] = {}
         self._headers = Headers()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from meta.outputs import Known, Output, joined
+from meta.outputs import Known, Output, concatenated
 from schemas.state import StreamHeader
 from worker.batch.batcher import MicroBatch
 from worker.decode.image import DecodedFrame
@@ -41,7 +41,7 @@ def known(batches: Sequence[MicroBatch], seen: Sequence[Seen | None], headers: S
             places += range(start, start + len(before.frames))
             outputs.append(before.output)
         start += len(batch.frames)
-    return Known(torch.tensor(places), joined(outputs)) if places else None
+    return Known(torch.tensor(places), concatenated(outputs)) if places else None
 
 
 def kept(batches: Sequence[MicroBatch], headers: Sequence[StreamHeader], output: Output) -> list[Seen | None]:
@@ -53,7 +53,7 @@ def kept(batches: Sequence[MicroBatch], headers: Sequence[StreamHeader], output:
     start = 0
     for batch, header in zip(batches, headers, strict=True):
         end = start + len(batch.frames)
-        own = None if batch.fold else output.of(start, end).copied()
+        own = None if batch.fold else output.rows(start, end).clone()
         found.append(None if own is None else Seen(batch.frames, own, header.events))
         start = end
     return found
