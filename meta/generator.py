@@ -1,9 +1,12 @@
 """The Meta Gradient Generator (MGG) and its gradient memory layer.
 
 Source: Deng et al., "Learning to Generate Gradients for Test-Time Adaptation via Test-Time Training Layers",
-AAAI 2025, arXiv 2412.16901. Every coordinate of the norm affine has its own fast weights; all share the learned
-ones. Coordinates lie in the last dimension, so that the small matrix products become wide arithmetic over S x P
-contiguous numbers.
+AAAI 2025, arXiv 2412.16901. Every coordinate of the norm affine has its own fast weights; the slow (meta-learned)
+weights are shared. Coordinates are the last dimension, so that the small matrix products become wide arithmetic over
+S x P contiguous numbers.
+
+For one stream the time goes into launching operations, not into arithmetic. Hence precomputed weights
+(`MemoryWeights`), fused operations such as `addcmul`, and sums instead of `mean`, which takes twice as long.
 """
 
 from __future__ import annotations
@@ -22,18 +25,17 @@ LAYER_NORM_EPSILON = 1e-6
 
 @lru_cache
 def _epsilon(device: torch.device) -> Tensor:
-    """As a tensor, which torch else makes of the number each time. For a stream of its own the time goes into starting
-    operations, not into numbers; hence also the sums below, as `mean` takes twice as long."""
+    """LAYER_NORM_EPSILON as a tensor: torch would convert the number at every call."""
     return torch.tensor(LAYER_NORM_EPSILON, device=device)
 
 
 def _centred(x: Tensor) -> Tensor:
-    """x less its mean over dimension 1."""
+    """x minus its mean over dimension 1."""
     return torch.add(x, x.sum(1, keepdim=True), alpha=-1 / x.shape[1])
 
 
 def _standardised(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero mean and unit variance over dimension 1; also 1 / deviation."""
+    """Layer normalisation of x over dimension 1, without affine; also the inverse standard deviations."""
     centred = _centred(x)
     squares = (centred * centred).sum(1, keepdim=True)
     inverse = torch.rsqrt(torch.add(_epsilon(x.device), squares, alpha=1 / x.shape[1]))
@@ -46,13 +48,18 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _column(parameter: Tensor) -> Tensor:
+    """A vector (h,) as (1, h, 1)."""
     return parameter.view(1, -1, 1)
 
 
 class MemoryWeights(NamedTuple):
-    """What a step of the gradient memory needs of its learned numbers: `projections` (r, d) make query, key, target
-    and rate of the inputs, and whatever else is wanted of them, in one product, as most of its cost is to go over the
-    inputs; `scale` and `shift` (1, h, 1)."""
+    """The learned weights of a gradient memory in the form in which a step uses them.
+
+    projections (3h + 1 + n, d): query, key, target v - k, learning rate, and n more rows that a caller needs. One
+        product computes all of them, since most of its cost is reading the inputs
+    scale, shift (1, h, 1): of the layer norm
+    rate_bias, rate_scale (): of the inner learning rate
+    """
 
     projections: Tensor
     scale: Tensor
@@ -62,7 +69,8 @@ class MemoryWeights(NamedTuple):
 
 
 class RuleWeights(NamedTuple):
-    """The same of an update rule: `output` (1, 3, h) and `bias` (1, 3, 1) of what is read from the memory."""
+    """The learned weights of an `UpdateRule` likewise: `output` (1, 3, h) and `bias` (1, 3, 1) map the memory's output
+    to gate, push and pull."""
 
     memory: MemoryWeights
     output: Tensor
@@ -72,7 +80,8 @@ class RuleWeights(NamedTuple):
 class GradientMemory(nn.Module):
     """A test-time-training layer (TTT-Linear, mini-batch 1, one head) over the gradients of each coordinate.
 
-    `inputs` numbers a coordinate in, `hidden` numbers out. Fast weights: weight (S, h, h, P) and bias (S, h, P).
+    `inputs` (d) and `hidden` (h) are the sizes of its input and output for each coordinate. The fast weights are
+    weight (S, h, h, P) and bias (S, h, P).
     """
 
     def __init__(self, inputs: int, hidden: int) -> None:
@@ -90,21 +99,21 @@ class GradientMemory(nn.Module):
         self.token_scale = nn.Parameter(torch.zeros(()))
 
     def fresh(self, streams: int, coordinates: int) -> tuple[Tensor, Tensor]:
-        """Fast weights of streams that have seen nothing yet."""
+        """The initial fast weights, as expanded views: differentiable, and not to be written to."""
         weight = self.initial_weight[None, :, :, None].expand(streams, -1, -1, coordinates)
         return weight, self.initial_bias[None, :, None].expand(streams, -1, coordinates)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Memorise x (S, d, P), then read with it: output (S, h, P) and the new fast weights.
 
-        The inner loss is l = 1/2 ||LN(k W + b) - (v - k)||^2; its gradient D with respect to z = k W + b is in
-        closed form, and W <- W - eta k^T D, b <- b - eta D.
+        One step of gradient descent on the inner loss l = 1/2 ||LN(k W + b) - (v - k)||^2, whose gradient D with
+        respect to z = k W + b has a closed form: W <- W - eta k^T D, b <- b - eta D.
         """
         weights = self.weights()
         return self.step(weights, (weights.projections @ x).split(self.sizes, 1), weight, bias)
 
     def weights(self, *beside: Tensor) -> MemoryWeights:
-        """With projections (n, d) that are wanted `beside` its own. The numbers of rows of these are `sizes`."""
+        """The weights for `step`, with the projections (n, d) `beside` after its own, whose row counts are `sizes`."""
         return MemoryWeights(
             torch.cat([self.query, self.key, self.value - self.key, self.rate_weight.unsqueeze(0), *beside]),
             _column(self.norm_scale),
@@ -116,7 +125,7 @@ class GradientMemory(nn.Module):
     def step(
         self, weights: MemoryWeights, projected: Sequence[Tensor], weight: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward`, from what the projections make of x, (S, h, P) three times and (S, 1, P)."""
+        """As `forward`, from the projected inputs: query, key, target (S, h, P) and rate (S, 1, P)."""
         query, key, target, rate = projected
         _, scale, shift, rate_bias, rate_scale = weights
         z_hat, inverse = _standardised(_linear(key, weight, bias))
@@ -141,7 +150,7 @@ class MetaGradientGenerator(nn.Module):
         self.output = nn.Parameter(torch.randn(1, hidden) * 0.5 / hidden**0.5)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (S, d, P) and fast weights to u (S, P) in (-1, 1) and new fast weights."""
+        """Maps x (S, d, P) and fast weights to the update direction (S, P), in (-1, 1), and new fast weights."""
         out, weight, bias = self.memory(x, weight, bias)
         post, _ = _standardised(out)
         direction = (self.output * self.post_scale) @ post + _column(self.output @ self.post_shift)
@@ -149,12 +158,13 @@ class MetaGradientGenerator(nn.Module):
 
 
 class UpdateRule(nn.Module):
-    """Our generator: from gradient features to what each coordinate does with its gradient.
+    """Our generator: it decides for each coordinate what to do with its gradient.
 
-    Three numbers a coordinate, read from the gradient memory and, by a learned linear path, from the inputs: a `gate`
-    in (1/e^2, e^2) that multiplies the raw gradient, a `push` in (-1, 1) beside it, and a `pull` in (0, 1) back to the
-    anchor. Before training it is plain gradient descent with a weak pull, so that training only has to find what is
-    better. Normalised inputs alone, as in the paper, cannot tell a large gradient from a small one.
+    Its three outputs are sums of a read-out of the gradient memory and a learned linear map of the inputs: `gate` in
+    (1/e^2, e^2) multiplies the raw gradient, `push` in (-1, 1) is added to the step, and `pull` in (0, 1) is the
+    relaxation rate towards the anchor. At initialisation the rule is nearly gradient descent with a weak pull of 1%, so
+    that training starts from a method that works. The raw gradient is kept because normalised inputs, as the paper has
+    them, do not tell a large gradient from a small one.
     """
 
     def __init__(self, inputs: int, hidden: int) -> None:
@@ -169,14 +179,14 @@ class UpdateRule(nn.Module):
         self.pull_logit = nn.Parameter(torch.tensor(math.log(0.01 / 0.99)))
 
     def weights(self) -> RuleWeights:
-        """What `forward` needs of the learned numbers, which a site works out but once."""
+        """The weights for `forward`, which a site computes only once."""
         output, bias = self.output * self.post_scale, self.output @ self.post_shift + self.bias
         return RuleWeights(self.memory.weights(self.shortcut), output.unsqueeze(0), _column(bias))
 
     def forward(
         self, x: Tensor, weight: Tensor, bias: Tensor, weights: RuleWeights | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x (S, d, P) and fast weights to gate, push and pull (S, P) and new fast weights."""
+        """Maps x (S, d, P) and fast weights to gate, push and pull (S, P) and new fast weights."""
         streams, known = len(x), self.weights() if weights is None else weights
         projections = known.memory.projections.expand(streams, -1, -1)
         *projected, shortcut = torch.bmm(projections, x).split(self.sizes, 1)
@@ -190,11 +200,11 @@ class UpdateRule(nn.Module):
 
 
 class Anchor(nn.Module):
-    """Where the norm affine of a stream should rest, from how its feature statistics differ from the source's.
+    """Predicts where a stream's norm affine should rest, from the gaps between its feature statistics and the source's.
 
-    A low-rank map from the gaps of all features (S, 2F) to offsets from the source affine (S, P), zero where there is
-    no gap. It belongs to one source model, knows all of its channels, and answers after a few frames; the update rule
-    then works from there, coordinate by coordinate.
+    A low-rank map with tanh from the gaps of all features (S, 2F) to offsets from the source affine (S, P); it is 0 at
+    no gap. It is specific to one source model, since it sees all channels together. It responds within a few frames;
+    the update rule then continues from there, coordinate by coordinate.
     """
 
     def __init__(self, features: int, coordinates: int, rank: int) -> None:
@@ -204,6 +214,6 @@ class Anchor(nn.Module):
         self.expand = nn.Parameter(torch.zeros(coordinates, rank))
 
     def forward(self, gaps: Tensor) -> Tensor:
-        """(S, 2F) to (S, P)."""
+        """Maps gaps (S, 2F) to offsets (S, P)."""
         reduced = torch.tanh(F.linear(gaps, self.reduce, self.bias)) - torch.tanh(self.bias)
         return F.linear(reduced, self.expand)

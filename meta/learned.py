@@ -1,4 +1,4 @@
-"""What meta-training learns of the generator, and the settings that it does not."""
+"""The meta-learned parameters of the generator, and the settings that are not learned."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from meta.generator import Anchor, RuleWeights, UpdateRule
 from meta.inputs import ALL_INPUTS, Input
 from meta.norms import AdaptableModel
 
-# Settings that hold a trained generator back.
+# These settings make a trained generator more cautious. They are at their defaults during training.
 AFTER_TRAINING = ("dose_shift", "correction_start", "correction_slope")
 
 
 class GeneratorSettings(BaseModel):
-    """Everything about the generator that is not learned; part of the bundle."""
+    """The generator's hyperparameters, which are stored in the bundle."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -52,13 +52,15 @@ class GeneratorSettings(BaseModel):
     )
 
     def in_training(self) -> GeneratorSettings:
-        """The same, but for what changes a generator once training is over."""
+        """The settings with those of AFTER_TRAINING at their defaults."""
         return self.model_copy(update={name: type(self).model_fields[name].default for name in AFTER_TRAINING})
 
 
 class LearnedWeights(NamedTuple):
-    """What an update needs of the learned numbers: the rule's, the step `rate` in units of its limit, the bias of the
-    dose."""
+    """The learned weights in the form in which an update uses them.
+
+    rule: of the update rule; rate (): learned step size / `step_limit`; dose_bias (): with `dose_shift`.
+    """
 
     rule: RuleWeights
     rate: Tensor
@@ -66,9 +68,9 @@ class LearnedWeights(NamedTuple):
 
 
 class LearnedOptimizer(nn.Module):
-    """All that meta-training trains: the rule, which serves any model, and the anchor of one model.
+    """All meta-learned parameters: the update rule, which serves any model, and the anchor, which serves one.
 
-    `gradient_scale` is the usual size of a coordinate's gradient for this model, measured before training.
+    `gradient_scale` is the root mean square of a coordinate's gradient in this model, measured before training.
     """
 
     gradient_scale: Tensor
@@ -80,21 +82,21 @@ class LearnedOptimizer(nn.Module):
         self.rule = UpdateRule(len(settings.inputs), settings.hidden)
         self.rate = nn.Parameter(torch.tensor(math.log(settings.step_size)))
         self.anchor = Anchor(features, model.coordinates, settings.anchor_rank) if settings.anchor_rank else None
-        # Of the logarithms of novelty and discrepancy, and of the entropy; at first nearly everything is let through.
+        # Weights of log novelty, log discrepancy and entropy. The dose starts near 1.
         self.dose_weight = nn.Parameter(torch.tensor([0.5, 0.0, 0.0]))
         self.dose_bias = nn.Parameter(torch.tensor(4.0))
         self.register_buffer("gradient_scale", torch.tensor(1.0))
 
     def weights(self) -> LearnedWeights:
-        """As they are now; differentiable."""
+        """The weights for an update, from the present parameters; differentiable."""
         rate = self.rate.exp() / self.settings.step_limit
         return LearnedWeights(self.rule.weights(), rate, self.dose_bias + self.settings.dose_shift)
 
 
 def transplant(learned: LearnedOptimizer, model: AdaptableModel) -> LearnedOptimizer:
-    """The same rule for another source model, without the anchor, which belongs to its own.
+    """The rule for another source model, without the anchor, which is specific to its model.
 
-    The new model's `gradient_scale` is still to be measured (`meta.train.measure_gradient`).
+    `gradient_scale` must be measured for the new model afterwards (`meta.train.measure_gradient`).
     """
     moved = LearnedOptimizer(learned.settings.model_copy(update={"anchor_rank": 0}), model)
     own = {name: t for name, t in learned.state_dict().items() if not name.startswith("anchor.")}

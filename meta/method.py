@@ -105,7 +105,8 @@ def where_seen(forward: Forward, state: State) -> State:
 def narrowed(forward: Forward, streams: list[int]) -> Forward:
     """The forward of some streams and their frames alone.
 
-    It has no graph, but for `gradient_forward`, whose streams must be among these.
+    It has no graph, but for `gradient_forward`, whose streams must be among these. In `kept` only `probability` may be
+    per frame.
     """
     device = forward.stream.device
     index = torch.tensor(streams, device=device)

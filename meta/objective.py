@@ -1,12 +1,14 @@
 """The unsupervised objective: entropy plus feature discrepancy, for many streams in one pass.
 
-L = mean_i H(softmax z_i) + weight * D, per stream, where D compares the stream's feature statistics with those of
-clean source data (MGTTA, AAAI 2025, section 3). Three things differ from the paper. D is standardised per feature,
-so that one weight serves nets of any width. The statistics are running means over `window` frames, starting
-at the source's: a batch of one then has sound statistics. Its gradient passes through the newest frames as if they
-were the whole window, so its size does not depend on the batch. And the source statistics may be those of the
-classes that the stream shows: a camera that sees nothing but shoes has other features than the source data, with
-nothing wrong, and should not be pulled towards shirts.
+For each stream L = mean_i H(softmax z_i) + weight * D, where D compares the stream's feature statistics with those of
+clean source data (MGTTA, AAAI 2025, section 3). There are three differences from the paper:
+
+- D is standardised per feature, so that one weight serves networks of any width.
+- The statistics are running means over `window` frames that start at the source's, so that they are defined for a
+  batch of one. The gradient is that of the newest frames as if they were the whole window; its size then does not
+  depend on the batch.
+- The source statistics are those of the classes that the stream shows. A camera that sees only shoes has other
+  features than the source data without any shift, and must not be pulled towards shirts.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ class SourceStatistics:
     class_square: Tensor | None = None
 
     def as_tensors(self) -> dict[str, Tensor]:
-        """By name, for a file."""
+        """The tensors by name, without those that are None, as they are stored in a file."""
         known = {name: getattr(self, name) for name in ("mean", "std", "class_mean", "class_square")}
         return {name: tensor for name, tensor in known.items() if tensor is not None}
 
     def to(self, device: torch.device) -> SourceStatistics:
-        """The same on a device."""
+        """The statistics on a device."""
         return SourceStatistics(**{name: tensor.to(device) for name, tensor in self.as_tensors().items()})
 
     @property
@@ -76,14 +78,14 @@ def per_stream_mean(values: Tensor, stream: Tensor, counts: Tensor) -> Tensor:
 def running(old: Tensor, new: Tensor, counts: Tensor, window: int) -> Tensor:
     """Exponential mean over about `window` frames after `counts` (S,) more frames with mean `new` (S, F).
 
-    The value is the running mean; the gradient is that of `new`, undamped.
+    The value is the running mean, but the gradient that of `new` (a straight-through estimator).
     """
     value = torch.lerp(new.detach(), old, _kept(counts, window))
     return value + (new - new.detach())
 
 
 def _kept(counts: Tensor, window: int) -> Tensor:
-    """How much of a running mean over about `window` frames is left after `counts` (S,) more frames, (S, 1)."""
+    """The weight (S, 1) of the old value in a running mean over about `window` frames after `counts` (S,) more."""
     return (1 - 1 / window) ** counts.unsqueeze(1)
 
 
@@ -101,8 +103,8 @@ def discrepancy(mean: Tensor, square: Tensor, source: SourceStatistics) -> Tenso
 def feature_statistics(source_features: Tensor, probability: Tensor | None = None) -> SourceStatistics:
     """Statistics of pooled features (N, F) of clean source frames.
 
-    With the source model's own class probabilities (N, K) also those per class, weighted by them: a stream's class mix
-    is measured with the same soft predictions.
+    With the source model's class probabilities (N, K), also statistics per class, weighted by them. They are soft
+    because a stream's class mix is measured with soft predictions, too.
     """
     std, mean = torch.std_mean(source_features, 0, correction=0)
     if probability is None:
@@ -113,11 +115,13 @@ def feature_statistics(source_features: Tensor, probability: Tensor | None = Non
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss with its gradient written out, for that is a few lines: autograd took a tenth of a small pass for it.
+    """The loss, with its gradient in closed form: autograd took a tenth of the time of a small pass.
 
-    `source` are statistics of F + F1 features: those of all norm layers, F of them, and again those of the first
-    layer, for what it would put out under the source affine; the latter are outside of the distance. `window`: frames
-    over which feature statistics are averaged. `class_share`: how far the class mix of a stream explains its features.
+    source: statistics of F + F1 features: the F of all norm layers, then the F1 of the first layer under the source
+        affine. D is over the former; the latter give `novelty`
+    features: F
+    window: frames over which feature statistics are averaged
+    class_share: weight of the stream's class mix in the expected statistics; the rest is an even mix
     """
 
     source: SourceStatistics
@@ -132,18 +136,22 @@ class Objective:
         return self.source.scale
 
     @cached_property
-    def _usual(self) -> Tensor:
-        """What the gap of a feature (F + F1,) counts for in the slope: nothing for those outside of the distance."""
-        usual = 2 * self.discrepancy_weight / self.features / self._scale
-        usual[self.features :] = 0
-        return usual
+    def _gap_weight(self) -> Tensor:
+        """The factor (F + F1,) of a feature's gap in the gradient of D; 0 for the first layer's, which are not in D."""
+        weight = 2 * self.discrepancy_weight / self.features / self._scale
+        weight[self.features :] = 0
+        return weight
 
     @torch.no_grad()
     def __call__(self, forward: Forward, whole: Forward | None = None) -> tuple[tuple[Tensor, Tensor], State, State]:
-        """The gradient of the streams' losses with respect to logits (B, K) and features (B, F + F1), the moved
-        statistics, and the signals: per-stream `loss` and its parts (S,), and the gaps (S, F + F1).
+        """Returns three things.
 
-        `whole`: all frames of the micro-batches, of which `forward` has some; the statistics are theirs.
+        - The gradient of the sum of the streams' losses with respect to logits (B, K) and features (B, F + F1).
+        - The next statistics: feature_mean and feature_square (S, F + F1), feature_classes (S, K).
+        - The signals: loss, entropy (nats), discrepancy and novelty (S,); gap_mean and gap_std (S, F + F1).
+
+        `whole`: the forward of all frames, if `forward` has only those that give the gradient; the statistics and the
+        loss are then of all.
         """
         source, state, stream = self.source, forward.state, forward.stream
         frames, features = forward.counts.clamp_min(1), forward.features.detach()
@@ -156,7 +164,7 @@ class Objective:
         mean_entropy = means.pop().squeeze(1)
 
         names = ("feature_mean", "feature_square", "feature_classes")
-        # See `MGG.observe`: large micro-batches must not replace the whole window either.
+        # A large micro-batch must not replace the whole window either: see `MGG.observe`.
         kept = _kept(counted.clamp(max=self.window / 2), self.window)
         old = [state[name] for name in names]
         mean, square, classes = (torch.lerp(new, before, kept) for new, before in zip(means, old, strict=True))
@@ -178,16 +186,16 @@ class Objective:
 
         each = frames.unsqueeze(1)
         of_logits = torch.addcmul(weighted, p, frame_entropy) * (-self.entropy_weight / each).index_select(0, stream)
-        # d distance / d feature = a + b * (feature - mean), the newest frames counting as the whole window.
-        usual = self._usual / each
-        slope = torch.where(variance > EPSILON, usual * std_gap / std, 0)  # else the deviation is clamped
-        constant = usual * mean_gap - slope * mean
+        # d D / d feature = a + b * (feature - mean), with the newest frames as the whole window.
+        weight = self._gap_weight / each
+        slope = torch.where(variance > EPSILON, weight * std_gap / std, 0)  # 0 where the deviation is clamped
+        constant = weight * mean_gap - slope * mean
         of_features = torch.addcmul(constant.index_select(0, stream), slope.index_select(0, stream), features)
         return (of_logits, of_features), dict(zip(names, (mean, square, classes), strict=True)), signals
 
 
 def _uncertainty(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p log p and the probabilities p (B, K), and entropies (B, 1), without a graph."""
+    """p log p (B, K), the probabilities p (B, K) and the entropies (B, 1) in nats, without a graph."""
     log_p = logits.detach().log_softmax(1)
     p = log_p.exp()
     weighted = p * log_p
@@ -195,8 +203,8 @@ def _uncertainty(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _means(forward: Forward, counts: Tensor, p: Tensor, frame_entropy: Tensor) -> list[Tensor]:
-    """Of each stream's frames, of which it has `counts` (S,): features and their squares (S, F or F + F1), class
-    probabilities (S, K) and entropy (S, 1)."""
+    """Means over each stream's frames, `counts` (S,) of them: features and their squares (S, F or F + F1), class
+    probabilities (S, K), entropy (S, 1)."""
     features, probability = forward.features.detach(), forward.kept.get("probability", p)
     joined = torch.cat([features, features.square(), probability, frame_entropy], 1)
     width = features.shape[1]
