@@ -1,7 +1,7 @@
-"""Scale, shift, rectify and pool what a norm layer has normalised, with the gradient written out.
+"""Scale, shift, ReLU and pooling of normalised activations, with the gradient in closed form.
 
-Left to autograd, each norm layer of a net kept four tensors of the size of its input and went over them a dozen times
-in the backward. Here it keeps two at most, and takes the gradients of normalisation, affine, rectifier and pooled
+With autograd each norm layer kept four tensors of the size of its input, and its backward pass read and wrote such
+tensors a dozen times. Here it keeps two at most, and computes the gradients of normalisation, affine, ReLU and pooled
 features together.
 """
 
@@ -16,13 +16,14 @@ from torch.autograd.function import once_differentiable
 
 
 class Affine(torch.autograd.Function):
-    """x_hat * scale + shift, and its rectified mean over positions.
+    """x_hat * scale + shift, and the mean of its positive part over positions.
 
-    `x` carries the graph: it is `x_hat` itself, or what group normalisation made `x_hat` of; then `inverse` (B, groups)
-    are the inverse deviations that it used. `x_hat` (B, C, ...) or (B, ..., C) carries none. `scale` and `shift` have
-    the same number of dimensions, 1 where they are the same for all; `shift` may be None. `rectify`: the layer behind
-    is a ReLU, whose work is done here. `positions` are the dimensions over which the features (B, C) are pooled; None:
-    they are not wanted.
+    x: the input with the graph: `x_hat` itself, or the input of the group normalisation that gave `x_hat`
+    x_hat: normalised activations without a graph, (B, C, ...) or (B, ..., C)
+    inverse (B, groups): inverse standard deviations of that group normalisation; None: x is `x_hat`
+    scale, shift: broadcast against x_hat, with the same number of dimensions; shift may be None
+    rectify: whether a ReLU after the layer is fused in
+    positions: the dimensions over which the features (B, C) are pooled; None: no features are computed
     """
 
     @staticmethod
@@ -40,7 +41,7 @@ class Affine(torch.autograd.Function):
         if rectify:
             out.relu_()
         pooled = None if positions is None else rectified_mean(out, positions, rectify)
-        # What is not rectified may be changed in place by the layers behind, and is worked out again where needed.
+        # Without a fused ReLU, later layers may change `out` in place; `backward` computes it again if needed.
         context.save_for_backward(x_hat, inverse, scale, shift, out if rectify else None)
         context.rectify, context.positions = rectify, positions
         context.set_materialize_grads(False)
@@ -51,7 +52,7 @@ class Affine(torch.autograd.Function):
     def backward(context: Any, of_out: Tensor | None, of_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
         x_hat, inverse, scale, shift, out = context.saved_tensors
         if of_out is not None and of_out.stride() != x_hat.stride():
-            # A mix of two layouts is slow in every operation behind.
+            # Mixed memory layouts would slow down every following operation.
             of_out = torch.empty_like(x_hat).copy_(of_out)
         if of_pooled is not None:
             if out is None:
@@ -77,14 +78,14 @@ class Affine(torch.autograd.Function):
 
 
 def scaled(x_hat: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """x_hat * scale + shift, where there is a shift."""
+    """x_hat * scale + shift; without a shift, x_hat * scale."""
     return x_hat * scale if shift is None else torch.addcmul(shift, x_hat, scale)
 
 
 def scaled_in_place(
     x_hat: Tensor, scale: Tensor, shift: Tensor | None, rectify: bool, positions: tuple[int, ...] | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What `Affine` puts out, for passes that no gradient follows: nothing is kept, and `x_hat` is overwritten."""
+    """The output of `Affine` for passes without a gradient: nothing is kept, and `x_hat` is overwritten."""
     out = x_hat.mul_(scale) if shift is None else torch.addcmul(shift, x_hat, scale, out=x_hat)
     if rectify:
         out.relu_()
@@ -92,8 +93,10 @@ def scaled_in_place(
 
 
 def rectified_mean(x: Tensor, positions: tuple[int, ...], rectified: bool = False) -> Tensor:
-    """relu(x).mean(positions), of an x that may be rectified already: as the layer behind mostly sees it, which tells
-    shifts apart better than the plain mean."""
+    """relu(x).mean(positions); `rectified`: x has passed a ReLU already.
+
+    A ReLU follows most norm layers. The mean of what the next layer sees separates shifts better than the plain mean.
+    """
     if not positions:
         return torch.relu(x)
     # A sum, because `mean` over the positions of a channels-last tensor takes half as long again.
@@ -104,7 +107,10 @@ def rectified_mean(x: Tensor, positions: tuple[int, ...], rectified: bool = Fals
 def _through_mean(
     of_out: Tensor | None, of_pooled: Tensor, out: Tensor, positions: tuple[int, ...], rectify: bool
 ) -> Tensor:
-    """The gradient of what lies before the rectifier; where `rectify`, that of `out` has to pass it as well."""
+    """The gradient of scale * x_hat + shift, from those of the output and of the pooled features.
+
+    That of the features always passes a ReLU, that of the output only with `rectify`.
+    """
     spread = of_pooled.view([1 if dim in positions else size for dim, size in enumerate(out.shape)])
     share = 1 / math.prod([out.shape[dim] for dim in positions])
     if of_out is not None and rectify:
@@ -117,13 +123,15 @@ def _through_mean(
 def _through_groups(
     gradient: Tensor, x_hat: Tensor, inverse: Tensor, scale: Tensor, total: Tensor, along: Tensor, room: Tensor
 ) -> Tensor:
-    """The gradient of x (B, C, ...): with g = gradient * scale, and means over each group's channels and positions,
-    inverse * (g - mean(g) - x_hat * mean(g * x_hat)). `total` and `along` (B, C, 1, ...) are the sums of gradient and
-    of gradient * x_hat over positions; `room` is overwritten."""
+    """The gradient of group normalisation's input x (B, C, ...): with g = gradient * scale, and means over each group's
+    channels and positions, inverse * (g - mean(g) - x_hat * mean(g * x_hat)).
+
+    total, along (B, C, 1, ...): sums of gradient and of gradient * x_hat over positions. `room` is overwritten.
+    """
     groups, channels = inverse.shape[1], x_hat.shape[1] // inverse.shape[1]
     factor = (scale.reshape(len(scale), groups, channels) * inverse.unsqueeze(2)).view_as(total)
     own = torch.stack([total, along]) * factor
-    # One product takes the means and gives them to all channels, for few frames in half the time of single operations.
+    # One matrix product computes the means and spreads them over the channels; for few frames it takes half the time.
     spread = own.new_full((channels, channels), -groups / math.prod(x_hat.shape[1:]))
     constant, slope = torch.mm(own.view(-1, channels), spread).view_as(own).unbind()
     return torch.addcmul(constant, x_hat, slope, out=room).addcmul_(gradient, factor)

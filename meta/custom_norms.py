@@ -1,6 +1,6 @@
-"""Norm layers of a network's own classes, such as ConvNeXt's LayerNorm over the channels of pictures.
+"""Norm layers of classes outside of torch, such as ConvNeXt's LayerNorm over the channels of images.
 
-What they do is found out by trying, when a bundle is made, and stands in its manifest: a worker tries nothing.
+`driftkeel bundle create` finds out what they do by experiment, and writes it into the manifest for the workers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from meta.stream_norm import CHANNELS_LAST, is_norm, with_affine
 from schemas.bundle import Layout
 
 TOLERANCE = 1e-4
-UNSCALED = 0.05  # how far what is normalised may move, of about 1, when its input is three times as large
+UNSCALED = 0.05  # tolerance for normalised values, of about 1, when the input is multiplied by 3
 
 
 @dataclass(frozen=True)
 class CustomNorms:
-    """`layouts`: where the channels of those that can adapt lie, by name. `others`: how many of a class cannot."""
+    """layouts: name and layout of each layer that can adapt. others: class name and number of those that cannot."""
 
     layouts: dict[str, Layout]
     others: dict[str, int]
@@ -29,8 +29,8 @@ class CustomNorms:
 
 @torch.no_grad()
 def find_custom_norms(network: nn.Module, frames: Tensor) -> CustomNorms:
-    """What the network's norm layers of its own classes do with frames (B, ch, h, w); those that do not run are left
-    out. Nothing is changed."""
+    """Examine the network's custom norm layers in a pass over frames (B, ch, h, w); those that do not run are ignored.
+    The network is not changed."""
     seen: dict[str, list[Tensor]] = {}
     hooks = [
         module.register_forward_pre_hook(lambda _, given, name=name: seen.setdefault(name, []).extend(given[:1]))
@@ -47,7 +47,7 @@ def find_custom_norms(network: nn.Module, frames: Tensor) -> CustomNorms:
         module = network.get_submodule(name)
         once = len(inputs) == 1 and isinstance(inputs[0], Tensor) and len(inputs[0]) == len(frames)
         layout = _layout(module, inputs[0]) if once else None
-        if is_norm(module):  # A class made from torch's has that one's layout, if no other is found.
+        if is_norm(module):  # A subclass of torch's has the layout of its base, unless found otherwise.
             layout = layout if layout == "channels-first" else None
         elif layout is None and _called_norm(module):
             others[type(module).__name__] += 1
@@ -57,7 +57,7 @@ def find_custom_norms(network: nn.Module, frames: Tensor) -> CustomNorms:
 
 
 def _candidates(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules without parts, of classes that are not torch's, that hold something."""
+    """Leaf modules with parameters or buffers, of classes outside of torch, that may be norm layers."""
     for name, module in network.named_modules():
         held = [*module.parameters(), *module.buffers()]
         whole = bool(name) and bool(held) and next(module.children(), None) is None
@@ -73,8 +73,7 @@ def _called_norm(module: nn.Module) -> bool:
 
 
 def _layout(module: nn.Module, x: Tensor) -> Layout | None:
-    """Where the channels lie that `weight` scales and `bias` shifts, if that is all that these do to what the module
-    has normalised."""
+    """The layout of the channels if weight and bias only scale and shift the normalised input x, else None."""
     held = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
     weight = held.get("weight")
     if weight is None or weight.dim() != 1 or held.keys() - {"weight", "bias"} or module._buffers or x.dim() < 2:
@@ -87,7 +86,7 @@ def _layout(module: nn.Module, x: Tensor) -> Layout | None:
         out = with_affine(module, scale, shift).forward(x)
         if not x_hat.shape == out.shape == x.shape:
             return None
-    except Exception:  # noqa: BLE001 - somebody else's code, asked for what it may not expect
+    except Exception:  # noqa: BLE001 - foreign code with unexpected arguments
         return None
     if not (_called_norm(module) or torch.allclose(x_hat, larger, rtol=UNSCALED, atol=UNSCALED)):
         return None

@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm layers that are each stream's own."""
+"""BatchNorm with separate statistics for each stream."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from torch.autograd.function import once_differentiable
 
 
 class NormMoments:
-    """With which statistics the BatchNorm layers normalise each stream of one pass.
+    """The statistics with which BatchNorm layers normalise each stream in one pass.
 
-    A layer normalises stream s with (1 - share[s]) * given[s] + share[s] * batch[s], means and variances alike, where
-    `batch` are the moments of the stream's own frames in this pass, over frames and positions. The gradient passes
-    through them, as in Tent. `share` 0 is source inference or a running mean; 1 is BN-1 (Nado et al., 2020); N
-    frames with a prior of 16 have N / (N + 16) (Schneider et al., NeurIPS 2020); a constant is the exponential mean
-    of RobustBN (RoTTA, CVPR 2023). A single frame has its positions to count, so nothing is ever undefined.
+    Mean and variance of stream s are (1 - share[s]) * given[s] + share[s] * batch[s], where `batch` are the moments of
+    the stream's own frames in this pass, over frames and positions. The gradient passes through them, as in Tent.
+    Values of `share`:
 
-    stream (B,) int64 in [0, S); share (S,); mean and variance (S, C), C the channels of all BatchNorm layers joined.
-    After the pass, `mixed()` gives the mean and variance (S, C) that were used, for who wants to keep them.
+    - 0: source or running statistics
+    - 1: BN-1 (Nado et al., 2020)
+    - N / (N + 16) for N frames: a prior of 16 (Schneider et al., NeurIPS 2020)
+    - a constant: the exponential mean of RobustBN (RoTTA, CVPR 2023)
+
+    The statistics of a single frame are over its positions, so they are always defined.
+
+    stream (B,) int64 in [0, S); share (S,); mean and variance (S, C) for the C channels of all BatchNorm layers. After
+    the pass `mixed()` returns the mean and variance (S, C) that were used.
     """
 
     def __init__(self, stream: Tensor, share: Tensor, mean: Tensor, variance: Tensor) -> None:
@@ -29,7 +34,7 @@ class NormMoments:
         self._used: dict[int, tuple[Tensor, Tensor]] = {}
 
     def normalise(self, x: Tensor, place: slice, epsilon: float) -> Tensor:
-        """x (B, C, ...) of the layer that has the channels `place`, normalised without affine."""
+        """Normalise x (B, C, ...) of the layer with the channels `place` among all, without affine."""
         given = (self.mean[:, place], self.variance[:, place])
         out: Tensor
         out, mean, variance = _StreamNormalise.apply(x, self.stream, self.share, self.frames, *given, epsilon)
@@ -37,14 +42,14 @@ class NormMoments:
         return out
 
     def mixed(self) -> tuple[Tensor, Tensor]:
-        """The mean and variance (S, C) of the last pass."""
+        """The mean and variance (S, C) that the pass used."""
         used = [self._used[start] for start in sorted(self._used)]
         return torch.cat([mean for mean, _ in used], 1), torch.cat([variance for _, variance in used], 1)
 
 
 class _StreamNormalise(torch.autograd.Function):
-    """What `NormMoments` does in one layer. Written out, its gradient needs the output alone, which is kept anyway;
-    left to autograd, every large net kept four more tensors of the size of each layer's input.
+    """`NormMoments` in one layer, with the gradient in closed form: it needs only the output, which is kept anyway.
+    Autograd kept four more tensors of the size of the layer's input.
 
     x (B, C, ...), stream (B,), share (S, 1), frames (S,), given mean and variance (S, C). Returns the normalised x and
     the mean and variance (S, C) that were used.
@@ -62,15 +67,15 @@ class _StreamNormalise(torch.autograd.Function):
         epsilon: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dims, positions = tuple(range(2, x.dim())), frames.unsqueeze(1) * math.prod(x.shape[2:])
-        # Around the given mean, so that a large mean does not cost the variance its digits. (var_mean would do, at ten
-        # times the cost on channels-last input.)
+        # Moments about the given mean, so that a large mean does not cancel the variance's digits. (var_mean takes ten
+        # times as long on channels-last input.)
         centred = x - _spread(given_mean, stream, x)
         total, squares = centred, centred * centred
         if dims:
             total, squares = total.sum(dims), squares.sum(dims)
         moved = _stream_sum(total, stream, frames) / positions
         batch_variance = (_stream_sum(squares, stream, frames) / positions - moved * moved).clamp_min(0)
-        # Where nothing of the batch counts, neither does what of it is not finite.
+        # `where`, so that values that are not finite do not spread where the share is 0.
         step = torch.where(share > 0, share * moved, 0)
         mean = given_mean + step
         variance = given_variance + torch.where(share > 0, share * (batch_variance - given_variance), 0)
@@ -88,7 +93,7 @@ class _StreamNormalise(torch.autograd.Function):
         total, along = gradient, gradient * out
         if dims:
             total, along = total.sum(dims), along.sum(dims)
-        # Of the mean and the variance used, which all frames of a stream moved, by their share of its positions.
+        # Gradients of the mean and variance used, for each position of the stream, all of which contribute equally.
         weight = share / (frames.unsqueeze(1) * math.prod(out.shape[2:]))
         of_mean = -inverse * _stream_sum(total, stream, frames) * weight
         of_variance = -inverse * inverse * _stream_sum(along, stream, frames) * weight
@@ -99,10 +104,10 @@ class _StreamNormalise(torch.autograd.Function):
 
 
 def _stream_sum(rows: Tensor, stream: Tensor, frames: Tensor) -> Tensor:
-    """Sums (S, C) over each stream's frames of rows (B, C)."""
+    """Sums (S, C) of rows (B, C) over each stream's frames."""
     return rows.new_zeros(len(frames), rows.shape[1]).index_add(0, stream, rows)
 
 
 def _spread(rows: Tensor, stream: Tensor, x: Tensor) -> Tensor:
-    """Rows (S, C) of each frame's stream, to be combined with x (B, C, ...)."""
+    """The row of each frame's stream, (S, C) to (B, C, 1, ...), for broadcasting with x (B, C, ...)."""
     return rows.index_select(0, stream).view(*x.shape[:2], *[1] * (x.dim() - 2))

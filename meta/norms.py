@@ -1,7 +1,7 @@
-"""A trained classifier whose norm affine is an argument.
+"""A trained classifier that takes the affine of its norm layers as an argument, frame by frame.
 
-Every normalisation layer is swapped once, at load time, for a `StreamNorm`. One forward pass can so serve many streams,
-and the gradient of the affine comes out per frame.
+Every norm layer is replaced once, at load time, by a `StreamNorm`. One forward pass can then serve many streams, and
+its backward pass gives the gradient of the affine per frame.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from schemas.errors import BundleError
 
 
 class Corrector(Protocol):
-    """What a source model knows of shifts (`meta.correction`)."""
+    """A bundle's correction of single frames (`meta.correction`)."""
 
     def under(self, strength: Tensor) -> LayerCorrection:
-        """The correction of one pass with the strength (B,) for each of its frames, in [0, 1]."""
+        """The correction for one pass, with a strength (B,) in [0, 1] for each of its frames."""
         ...
 
 
 class AdaptableModel(nn.Module):
-    """A frozen classifier in eval mode whose norm affine is an argument.
+    """A frozen classifier in eval mode that takes its norm affine as an argument. `network` is changed in place.
 
-    `correction` is what the model's bundle knows of shifts, if anything; a pass uses it only where it is given to it.
-    `source_affine` is (P,); `places` says which coordinates belong to which layer. Layers without affine stay
-    as they are; a layer object used at several places is swapped once and keeps one set of coordinates.
-    The network given is changed in place.
+    `source_affine` (P,) holds scale and shift of all layers, and `places` says which coordinates belong to which layer.
+    Layers without an affine are left alone. A layer object that occurs at several places of the network is replaced
+    everywhere and has one set of coordinates. `correction` is the bundle's correction of single frames, if it has one;
+    a pass uses it only if it is given as an argument.
 
-    `order`: the layers' names as they run (`run_order`), in which affine, features and statistics lie side by side;
-    without it the order of `norm_layers` is taken for it. The attribute is empty where both are the same.
-    `layouts`: norm layers of the network's own classes that adapt too, and where their channels lie.
+    order: names of the layers in the order of execution (`run_order`). Affine, features and statistics are concatenated
+        in this order; by default in that of `norm_layers`. The attribute is empty if both orders are the same.
+    layouts: norm layers of the network's own classes that adapt too, and the layout of their channels.
 
-    Raises BundleError where no layer has an affine, where a weight is not finite, where a BatchNorm layer keeps no
-    running statistics and would so mix the streams of a pass, or where `order` or `layouts` name other layers.
+    Raises BundleError if no layer has an affine, if a weight is not finite, if a BatchNorm layer keeps no running
+    statistics (it would mix the streams of a pass), or if `order` or `layouts` do not name the network's layers.
     """
 
     source_affine: Tensor
@@ -96,13 +96,13 @@ class AdaptableModel(nn.Module):
 
     @property
     def feature_count(self) -> int:
-        """F, the pooled features of all norm layers."""
+        """F, the number of pooled features of all norm layers."""
         return sum(layer.feature_count for layer in self.layers)
 
     @property
     def batch_channels(self) -> int:
-        """C, the channels of all BatchNorm layers; 0 where there is none. Their source statistics are
-        `source_mean` and `source_variance`, (C,)."""
+        """C, the number of channels of all BatchNorm layers; 0 without one. Their running statistics are `source_mean`
+        and `source_variance`, (C,)."""
         return int(self.source_mean.numel())
 
     @property
@@ -115,17 +115,17 @@ class AdaptableModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and so everything that a pass puts in and gets out."""
+        """The device of the model, and of all tensors that a pass takes and returns."""
         return self.source_affine.device
 
     def train(self, mode: bool = True) -> AdaptableModel:
-        """Stay in eval mode, whatever is asked: in train mode a pass would move BatchNorm's running statistics, which
-        are the source's, and dropout would answer by chance."""
+        """Stays in eval mode for any `mode`: in train mode a pass would change BatchNorm's running statistics, and
+        dropout would make it random."""
         del mode
         return super().train(False)
 
     def move_to(self, device: torch.device) -> None:
-        """Move to the device. On a GPU nothing is laid out channels-last, which its group normalisation refuses."""
+        """Move to the device; on a GPU in the contiguous layout, the only one of its group normalisation."""
         if device.type != "cpu":
             self.memory_format = torch.contiguous_format
         self.to(device, memory_format=self.memory_format)
@@ -148,9 +148,9 @@ class AdaptableModel(nn.Module):
         moments: NormMoments | None = None,
         correction: LayerCorrection | None = None,
     ) -> Tensor:
-        """Logits (B, classes) of frames (B, ch, h, w) under affine rows (B, P), or the source affine.
+        """Logits (B, classes), float32, of frames (B, ch, h, w) under affine `rows` (B, P); None: the source affine.
 
-        BatchNorm layers use their running statistics, or what `moments` says.
+        BatchNorm layers normalise with `moments`; None: with the source's running statistics.
         """
         self.context.rows = None if rows is None else rows.split(self._sizes, 1)
         self.context.moments, self.context.correction = moments, correction
@@ -167,12 +167,12 @@ class AdaptableModel(nn.Module):
         moments: NormMoments | None = None,
         correction: LayerCorrection | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, classes) and the pooled outputs of all norm layers, joined: (B, F)."""
+        """Logits (B, classes), and the pooled outputs of all norm layers, concatenated: (B, F)."""
         context = self.context
         context.features = []
         try:
             logits = self(frames, rows, moments, correction)
-            # By place, not by when they ran: a bundle of before may have its layers as the network names them.
+            # Sorted by place in the affine: in bundles without `norm_order` that is not the order of execution.
             features = dict(context.features)
             if len(features) != len(self.layers) or len(context.features) != len(features):
                 raise BundleError(self._misuse([place for place, _ in context.features]))
@@ -187,8 +187,10 @@ class AdaptableModel(nn.Module):
         moments: NormMoments | None = None,
         correction: LayerCorrection | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `forward_with_features`, and what the first norm layer would put out under the source affine, pooled:
-        (B, F1). The latter tells how unusual the frames are, whatever has been adapted."""
+        """As `forward_with_features`, and the first norm layer's pooled output (B, F1) under the source affine.
+
+        The latter shows how unusual the frames are, independently of adaptation.
+        """
         context = self.context
         context.first = True
         try:
@@ -198,6 +200,7 @@ class AdaptableModel(nn.Module):
             context.first, context.first_features = False, None
 
     def _misuse(self, used: list[int]) -> str:
+        """The error message for a pass that does not use every layer exactly once; `used`: starts of their scales."""
         for layer in self.layers:
             if (times := used.count(layer.place.scale)) != 1:
                 return (
@@ -207,11 +210,14 @@ class AdaptableModel(nn.Module):
         return "the forward pass used none of the model's norm layers"
 
     def fit_layout(self, frames: Tensor) -> None:
-        """Lay weights and frames out channels-last, which is fastest, unless the network takes pictures apart with
-        `view` and cannot run so; (B, ch, h, w) frames to try it with. Raises RuntimeError where neither runs."""
+        """Choose the memory layout: channels-last, which is fastest, or contiguous if the network does not run with
+        that, as where it reshapes images with `view`.
+
+        frames (B, ch, h, w): to try it with. Raises RuntimeError if the network runs with neither.
+        """
         for self.memory_format in (torch.channels_last, torch.contiguous_format):
             try:
-                self.network.to(memory_format=self.memory_format)  # weights of Conv3d cannot be channels-last
+                self.network.to(memory_format=self.memory_format)  # fails for weights of Conv3d
                 with torch.no_grad():
                     self(frames)
                 break
@@ -222,8 +228,10 @@ class AdaptableModel(nn.Module):
 
     @torch.no_grad()
     def _take_rectifiers(self, shape: torch.Size) -> None:
-        """Let norm layers do the work of a ReLU behind them, where a Sequential says that there is one: the gradient
-        then passes both at once. Whoever else uses what lies between shows in the answers; then nothing changes."""
+        """Fuse each norm layer with the ReLU after it in a Sequential; the backward pass then runs over both at once.
+
+        If the logits change, something else uses the tensor between the two, and all of it is undone.
+        """
         frames = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         before = self(frames)
         taken: list[tuple[nn.Sequential, int, nn.ReLU]] = []
@@ -279,8 +287,10 @@ def norm_layers(network: nn.Module, custom: Collection[str] = ()) -> dict[str, n
 
 @torch.no_grad()
 def run_order(network: nn.Module, frames: Tensor, custom: Collection[str] = ()) -> list[str]:
-    """The names of `norm_layers` as one pass runs them, each as often as it does, over frames (B, ch, h, w) and before
-    they are swapped."""
+    """The names of `norm_layers` in the order in which a pass over frames (B, ch, h, w) runs them, with repetitions.
+
+    To be called before the layers are replaced.
+    """
     _without_shortcuts(network)
     ran: list[str] = []
     hooks = [
@@ -296,7 +306,7 @@ def run_order(network: nn.Module, frames: Tensor, custom: Collection[str] = ()) 
 
 
 def _in_order(named: Iterable[str], order: Sequence[str]) -> list[str]:
-    """The names in the order given, or as they are where none is. Raises BundleError where these are other names."""
+    """`order`, or `named` if it is empty. Raises BundleError if it is no permutation of `named`."""
     names = list(named)
     given = list(order) or names
     times, wanted = Counter(given), Counter(names)
@@ -310,7 +320,7 @@ def _in_order(named: Iterable[str], order: Sequence[str]) -> list[str]:
 
 
 def _swap(network: nn.Module, layers: dict[int, StreamNorm]) -> None:
-    """Put layers, by the id of the module each replaces, wherever the network has that."""
+    """Replace modules of the network, at all their places, by `layers`, whose keys are ids of the modules."""
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if id(module) in layers:
             parent, _, child = name.rpartition(".")
@@ -318,8 +328,8 @@ def _swap(network: nn.Module, layers: dict[int, StreamNorm]) -> None:
 
 
 def _without_shortcuts(network: nn.Module) -> None:
-    """In eval mode torch's transformer layers take their norm layers' weights and call none of them, unless told that
-    their activation does not fit into that."""
+    """Turn off the fast path of torch's transformer layers, which in eval mode reads the weights of the norm layers and
+    does not call them. The layers take it for known activations only."""
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0

@@ -1,8 +1,7 @@
 """A normalisation layer whose scale and shift may differ from frame to frame.
 
-It normalises without affine and then applies the scale and shift of the stream that each frame belongs to. Normalising
-without affine also avoids a crash of torch 2.13 in the backward of `group_norm` with affine weights on channels-last
-input.
+It normalises without affine, and then applies the scale and shift of each frame's stream. This also avoids a crash of
+torch 2.13 in the backward pass of `group_norm` with affine weights on channels-last input.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ CHANNELS_LAST = (nn.LayerNorm, nn.RMSNorm)
 
 @dataclass(frozen=True)
 class NormSlice:
-    """Where one layer's affine lies in the flat vector: [scale, shift) then [shift, end)."""
+    """The coordinates of a layer in the norm affine: scales in [scale, shift), shifts in [shift, end)."""
 
     layer: str
     scale: int
@@ -37,23 +36,25 @@ class NormSlice:
 
 
 class LayerCorrection(Protocol):
-    """What changes normalised activations, channel by channel, before scale and shift (`meta.correction`)."""
+    """A change of normalised activations, channel by channel, before scale and shift (`meta.correction`)."""
 
     def of(self, channels: slice, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-        """Gain and offset (B, C) of a layer that has `channels` of those of all layers joined, from each frame's first
-        and second moments (B, C) over its positions."""
+        """Gain and offset (B, C) for the layer with `channels` among the F of all layers.
+
+        mean, square (B, C): first and second moment of each frame's normalised activations over positions.
+        """
         ...
 
 
 class PassContext(threading.local):
-    """What the pass under way asks of every layer, shared by all layers of one model; each thread has its own pass.
+    """Arguments and results of the current pass, shared by all layers of a model. Each thread has its own.
 
-    `rows` are scales and shifts of every layer in turn, (B, ...) each, one row a frame, or None for the source affine;
-    `moments` replaces the running statistics of BatchNorm layers where it is set; `correction` changes what is
-    normalised before scale and shift; `features` collects each layer's
-    rectified and pooled output (B, C), with the layer's place in the affine, where it is a list; `first_features` is
-    that of the first layer as the source affine would make it, where `first` asks for it. `head` is what went into the
-    last linear layer in the thread's last pass.
+    rows: scales and shifts of all layers in turn, (B, ...) each; None: the source affine
+    moments: replaces the running statistics of BatchNorm layers; None: it does not
+    correction: changes the normalised activations before scale and shift; None: it does not
+    features: collects (first coordinate, rectified and pooled output (B, C)) of each layer; None: it does not
+    first: whether `first_features` is wanted, the pooled output (B, F1) of the first layer under the source affine
+    head: input of the last linear layer in the thread's last pass
     """
 
     def __init__(self) -> None:
@@ -67,10 +68,12 @@ class PassContext(threading.local):
 
 
 class StreamNorm(nn.Module):
-    """One swapped normalisation layer: x_hat = normalise(x), then per-frame scale and shift.
+    """Replaces one normalisation layer: x_hat = normalise(x), then per-frame scale and shift.
 
-    `part`: which of the pass's `rows` are its scales; its shifts, if it has any, come next. `layout`: where the
-    channels lie, for a layer of a class that does not tell (`meta.custom_norms`).
+    offset: its first coordinate in the norm affine
+    channel: its first channel in `NormMoments`, for BatchNorm layers
+    part: index of its scales in `PassContext.rows`; those of its shifts, if it has any, follow
+    layout: dimension of the channels, for a layer of a custom class (`meta.custom_norms`)
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class StreamNorm(nn.Module):
         self.has_shift = isinstance(shift, Tensor)
         if layout is None:
             self.norm = with_affine(norm, None, None)
-        else:  # Its own code may do with a weight what cannot be done with none.
+        else:  # The code of a custom class may need a weight.
             self.norm = with_affine(norm, torch.ones_like(scale), torch.zeros_like(scale) if self.has_shift else None)
         self.shape = tuple(scale.shape)
         self.channels_first = isinstance(norm, CHANNELS_FIRST) if layout is None else layout == "channels-first"
@@ -101,13 +104,13 @@ class StreamNorm(nn.Module):
         self.register_buffer("shift", shift.detach().clone().float() if isinstance(shift, Tensor) else None)
         self.context = context
         self.part = part
-        # Where this layer's running statistics lie in those of all BatchNorm layers; empty where it has none.
+        # Its channels in the statistics of all BatchNorm layers; empty for other layers.
         self.channels = slice(channel, channel + (size if isinstance(norm, BATCH_NORM) else 0))
-        self.own_features = slice(0, 0)  # of those of all layers joined
+        self.own_features = slice(0, 0)  # among the F features of all layers; set by AdaptableModel
         self.groups, self.epsilon = 0, 0.0
         if type(norm).forward is nn.GroupNorm.forward:
             self.groups, self.epsilon = norm.num_groups, norm.eps
-        self.rectify = False  # whether it does the work of the ReLU behind it
+        self.rectify = False  # whether the ReLU after it is fused into it
 
     def forward(self, x: Tensor) -> Tensor:
         context, rows = self.context, self.context.rows
@@ -144,10 +147,10 @@ class StreamNorm(nn.Module):
     def _corrected(
         self, x: Tensor, scale: Tensor, shift: Tensor | None, correction: LayerCorrection
     ) -> tuple[Tensor, Tensor]:
-        """Scale and shift that also do what the correction does to x, which is normalised: going over it once will do.
+        """Scale and shift with the correction of the normalised x folded in, so that one operation applies both.
 
-        The gradient passes through what is estimated: a change of scale or shift in a layer before is partly taken back
-        here, and whoever adapts has to know.
+        The gradient passes through the estimated correction: it partly cancels a change of scale or shift in an earlier
+        layer, and the adaptation has to account for that.
         """
         positions = self._positions(x)
         mean, square = (t.mean(positions) if positions else t for t in (x, x * x))
@@ -159,7 +162,7 @@ class StreamNorm(nn.Module):
         return scale * gain, moved if shift is None else shift + moved
 
     def _as_source(self, x: Tensor) -> Tensor:
-        """What the trained layer puts out, as fast as that."""
+        """The output of the trained layer, at its speed."""
         if self.groups:
             out = nn.functional.group_norm(x, self.groups, self.scale, self.shift, self.epsilon)
         else:
@@ -178,7 +181,7 @@ class StreamNorm(nn.Module):
 
     @property
     def feature_count(self) -> int:
-        """How many pooled features this layer has: one a channel."""
+        """The number of pooled features of this layer: one per channel."""
         return int(self.scale.shape[0 if self.channels_first else -1])
 
     def _frame_rows(self, x: Tensor, rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
@@ -201,22 +204,22 @@ class StreamNorm(nn.Module):
         return rows.view(rows.shape[0], *([1] * lead), *self.shape)
 
     def _positions(self, x: Tensor) -> tuple[int, ...]:
-        """The dimensions of x that are neither frames nor channels."""
+        """The dimensions of x other than frames and channels."""
         return tuple(range(2, x.dim()) if self.channels_first else range(1, x.dim() - 1))
 
 
 def _group_normalised(x: Tensor, groups: int, epsilon: float) -> tuple[Tensor, Tensor]:
-    """x (B, C, ...) normalised over each group's channels and positions, and the inverse deviations (B, groups)."""
+    """x (B, C, ...) normalised over each group's channels and positions; inverse standard deviations (B, groups)."""
     frames, channels = x.shape[:2]
     size = math.prod(x.shape[2:])
     if not x.is_cpu:
-        x = x.contiguous()  # CUDA's refuses anything else
+        x = x.contiguous()  # CUDA takes no other layout.
     x_hat, _, inverse = torch.native_group_norm(x, None, None, frames, channels, size, groups, epsilon)
     return x_hat, inverse
 
 
 def with_affine(norm: nn.Module, weight: Tensor | None, bias: Tensor | None) -> nn.Module:
-    """A norm layer like this one with another weight and bias; where it has none of either, it still has none."""
+    """A copy of a norm layer with another weight and bias. A parameter that the layer does not have stays absent."""
     bare, given = copy.copy(norm), {"weight": weight, "bias": bias}
     held = {name: given.get(name) if tensor is not None else None for name, tensor in norm._parameters.items()}
     bare._parameters = {
@@ -227,5 +230,5 @@ def with_affine(norm: nn.Module, weight: Tensor | None, bias: Tensor | None) -> 
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether it is a normalisation layer of a kind that a `StreamNorm` can take the place of."""
+    """Whether a `StreamNorm` can replace the module."""
     return isinstance(module, CHANNELS_FIRST + CHANNELS_LAST)
