@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from meta.objective import per_stream_sum
+
 
 class NormMoments:
     """The statistics with which BatchNorm layers normalise each stream in one pass.
@@ -73,8 +75,8 @@ class _StreamNormalise(torch.autograd.Function):
         total, squares = centred, centred * centred
         if dims:
             total, squares = total.sum(dims), squares.sum(dims)
-        moved = _stream_sum(total, stream, frames) / positions
-        batch_variance = (_stream_sum(squares, stream, frames) / positions - moved * moved).clamp_min(0)
+        moved = per_stream_sum(total, stream, len(frames)) / positions
+        batch_variance = (per_stream_sum(squares, stream, len(frames)) / positions - moved * moved).clamp_min(0)
         # `where`, so that values that are not finite do not spread where the share is 0.
         step = torch.where(share > 0, share * moved, 0)
         mean = given_mean + step
@@ -95,17 +97,12 @@ class _StreamNormalise(torch.autograd.Function):
             total, along = total.sum(dims), along.sum(dims)
         # Gradients of the mean and variance used, for each position of the stream, all of which contribute equally.
         weight = share / (frames.unsqueeze(1) * math.prod(out.shape[2:]))
-        of_mean = -inverse * _stream_sum(total, stream, frames) * weight
-        of_variance = -inverse * inverse * _stream_sum(along, stream, frames) * weight
+        of_mean = -inverse * per_stream_sum(total, stream, len(frames)) * weight
+        of_variance = -inverse * inverse * per_stream_sum(along, stream, len(frames)) * weight
         # x minus the batch's own mean is out / inverse plus (share - 1) moved.
         constant = of_mean + of_variance * (share - 1) * moved
         passed = torch.addcmul(_spread(constant, stream, out), gradient, _spread(inverse, stream, out))
         return passed.addcmul_(out, _spread(of_variance / inverse, stream, out)), *[None] * 6
-
-
-def _stream_sum(rows: Tensor, stream: Tensor, frames: Tensor) -> Tensor:
-    """Sums (S, C) of rows (B, C) over each stream's frames."""
-    return rows.new_zeros(len(frames), rows.shape[1]).index_add(0, stream, rows)
 
 
 def _spread(rows: Tensor, stream: Tensor, x: Tensor) -> Tensor:

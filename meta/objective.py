@@ -69,10 +69,14 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
 
 
+def per_stream_sum(values: Tensor, stream: Tensor, streams: int) -> Tensor:
+    """Sum over each stream's frames: values (B,) or (B, F), stream (B,) in [0, S)."""
+    return values.new_zeros(streams, *values.shape[1:]).index_add(0, stream, values)
+
+
 def per_stream_mean(values: Tensor, stream: Tensor, counts: Tensor) -> Tensor:
     """Mean over each stream's frames: values (B,) or (B, F), stream (B,) in [0, S), counts (S,) float."""
-    total = values.new_zeros(counts.shape[0], *values.shape[1:]).index_add(0, stream, values)
-    return total / counts.view(-1, *[1] * (values.dim() - 1))
+    return per_stream_sum(values, stream, len(counts)) / counts.view(-1, *[1] * (values.dim() - 1))
 
 
 def running(old: Tensor, new: Tensor, counts: Tensor, window: int) -> Tensor:

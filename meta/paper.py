@@ -18,7 +18,7 @@ from torch import Tensor
 from meta.generator import MetaGradientGenerator
 from meta.method import Forward, State, Update, where_seen
 from meta.norms import AdaptableModel
-from meta.objective import SourceStatistics, entropy, per_stream_mean
+from meta.objective import SourceStatistics, entropy, per_stream_mean, per_stream_sum
 
 FIRST_DECAY, SECOND_DECAY, EPSILON = 0.9, 0.99, 1e-8
 DISCREPANCY_WEIGHT, DISCREPANCY_SCALE = 0.4, 64.0
@@ -119,8 +119,7 @@ class PaperMGG:
         """The loss (S,) and its gradient (S, P)."""
         loss = self.loss(forward)
         (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
-        zeros = torch.zeros_like(forward.state["affine"])
-        return loss.detach(), zeros.index_add(0, forward.stream, frame_gradient)
+        return loss.detach(), per_stream_sum(frame_gradient, forward.stream, len(forward.counts))
 
     def update(self, forward: Forward) -> Update:
         loss, gradient = self.gradient(forward)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from meta.method import State
 from meta.mgg import GRADIENT_SHARE, MGG
-from meta.objective import per_stream_mean
+from meta.objective import per_stream_mean, per_stream_sum
 from meta.shifts import TUNING
 from meta.simulate import SimulatedStream
 from meta.source import as_frames
@@ -154,7 +154,7 @@ def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[
             labelled = per_stream_mean(each, stream, forward.counts).sum()
             (slope,) = torch.autograd.grad(labelled, [forward.rows])
         affine = problem.state["affine"]
-        per_stream = torch.zeros_like(affine).index_add(0, stream, slope)
+        per_stream = per_stream_sum(slope, stream, len(cameras))
         objective = objective + (per_stream.detach() * affine).sum() / len(cameras)
         problem.state = method.generate(part, frame_gradient, statistics, signals).state
     return objective / settings.unroll, right / (settings.unroll * frames * len(cameras))
@@ -171,7 +171,7 @@ def measure_gradient(method: MGG, cameras: list[SimulatedStream], preprocessing:
         batch, _, stream = draw(cameras, 8, preprocessing)
         forward = method.predict(batch, stream, state)
         frame_gradient, _, _ = method.gradient(forward)
-        gradient = torch.zeros_like(state["affine"]).index_add(0, stream, frame_gradient)
+        gradient = per_stream_sum(frame_gradient, stream, len(cameras))
         squares.append(float((gradient**2).mean()))
     for camera in cameras:
         camera.begin()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from meta.method import Forward, State, Update, where_seen
 from meta.moments import NormMoments
 from meta.norms import AdaptableModel
-from meta.objective import SourceStatistics, entropy, per_stream_mean
+from meta.objective import SourceStatistics, entropy, per_stream_mean, per_stream_sum
 from schemas.errors import BundleError
 
 Statistics = Literal["source", "batch", "prior", "running"]
@@ -148,8 +148,7 @@ class Baseline:
 
     def observe(self, forward: Forward) -> State:
         """Running statistics of BatchNorm move with every frame that is predicted."""
-        kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
-        return forward.state | kept
+        return forward.state | next_moments(forward)
 
     # --- what subclasses change ---
 
@@ -197,7 +196,7 @@ class Baseline:
     def descend(self, forward: Forward, loss: Tensor, active: Tensor, memory: State) -> Update:
         """One step of the optimizer down the loss, for the active streams; memory changes for all that have frames."""
         (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
-        gradient = torch.zeros_like(forward.state["affine"]).index_add(0, forward.stream, frame_gradient)
+        gradient = per_stream_sum(frame_gradient, forward.stream, len(forward.counts))
         return self.step(forward, loss.detach(), gradient, active, memory)
 
     def step(self, forward: Forward, loss: Tensor, gradient: Tensor, active: Tensor, memory: State) -> Update:
@@ -205,8 +204,7 @@ class Baseline:
         state = forward.state
         direction, optimizer_state = self.optimizer.direction(state, gradient)
         moved = {"affine": state["affine"] - self.size(state) * direction, **optimizer_state}
-        kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
-        new = state | choose(active, moved, state) | kept | where_seen(forward, memory)
+        new = state | choose(active, moved, state) | next_moments(forward) | where_seen(forward, memory)
         return Update(new, self.signals(forward, loss, gradient, direction, new))
 
     def signals(self, forward: Forward, loss: Tensor, gradient: Tensor, direction: Tensor, new: State) -> State:
@@ -229,8 +227,7 @@ class Baseline:
     def unmoved(self, forward: Forward, memory: State) -> Update:
         """The update of a method without gradients: what it remembers changes, the affine does not."""
         still = torch.zeros_like(forward.state["affine"])
-        kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
-        new = forward.state | kept | memory
+        new = forward.state | next_moments(forward) | memory
         return Update(new, self.signals(forward, still.new_zeros(len(still)), still, still, new))
 
     def logits_under(self, frames: Tensor, stream: Tensor, affine: Tensor, state: State) -> Tensor:
@@ -245,6 +242,11 @@ class NoOptimizer(Sgd):
         return {}
 
 
+def next_moments(forward: Forward) -> State:
+    """BatchNorm's running moments after the pass; empty unless the method's statistics are `running`."""
+    return {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
+
+
 def choose(mask: Tensor, yes: State, no: State) -> State:
     """Rows of `yes` where mask (S,) is true, of `no` elsewhere."""
     return {name: torch.where(mask.view(-1, *[1] * (t.dim() - 1)), t, no[name]) for name, t in yes.items()}
@@ -255,8 +257,8 @@ def weighted_mean(
 ) -> tuple[Tensor, Tensor]:
     """Mean of weights * values over each stream's chosen frames (S,), 0 where there is none; and how many (S,)."""
     kept = torch.where(chosen, values * weights, torch.zeros_like(values))
-    total = values.new_zeros(streams).index_add(0, stream, kept)
-    count = values.new_zeros(streams).index_add(0, stream, chosen.to(values.dtype))
+    total = per_stream_sum(kept, stream, streams)
+    count = per_stream_sum(chosen.to(values.dtype), stream, streams)
     return total / count.clamp_min(1), count
 
 
@@ -281,10 +283,16 @@ def next_age(state: State) -> Tensor:
     return (state["age"] + 1) % 2**24
 
 
-def uniforms(keys: Tensor, slots: int) -> Tensor:
-    """(N, slots) numbers in [0, 1) that depend on each key (N,) int64 alone: chance that knows no company.
+def frame_keys(state: State, stream: Tensor) -> Tensor:
+    """A key (B,) int64 for `uniforms` for each frame of a pass, from its stream's `age` and its place in the stream."""
+    return state["age"].long().index_select(0, stream) * 65_536 + position_in_stream(stream)
 
-    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) over key * slots + slot.
+
+def uniforms(keys: Tensor, slots: int) -> Tensor:
+    """Pseudo-random numbers (N, slots) in [0, 1) that depend on each key (N,) int64 alone.
+
+    A generator's numbers would depend on which streams share the pass. SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)
+    of key * slots + slot.
     """
     x = (keys.unsqueeze(1) * slots + torch.arange(slots, device=keys.device) + 1) * -0x61C8864680B583EB
     x = (x ^ _logical_shift(x, 30)) * -0x40A7B892E31B1A47

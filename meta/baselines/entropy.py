@@ -15,13 +15,13 @@ from meta.baselines.base import (
     Setup,
     Sgd,
     choose,
+    frame_keys,
     next_age,
-    position_in_stream,
     uniforms,
     weighted_mean,
 )
 from meta.method import Forward, State, Update
-from meta.objective import entropy, per_stream_mean
+from meta.objective import entropy, per_stream_mean, per_stream_sum
 
 
 class Tent(Baseline):
@@ -83,7 +83,7 @@ class Eata(Baseline):
         used = (surprise.detach() < self.limit) & (cosine.abs() < self.margin)
         loss, count = weighted_mean(surprise, torch.exp(self.limit - surprise.detach()), used, stream, streams)
         anchored = loss + self.fisher_weight * self._drift(forward)
-        total = torch.zeros_like(old).index_add(0, stream, probability * used.unsqueeze(1))
+        total = per_stream_sum(probability * used.unsqueeze(1), stream, streams)
         mean = total / count.clamp_min(1).unsqueeze(1)
         first = (old.sum(1) == 0).unsqueeze(1)
         new = torch.where(first, mean, 0.9 * old + 0.1 * mean)
@@ -93,7 +93,7 @@ class Eata(Baseline):
         """sum_i F_i (theta_i - source_i)^2 per stream, through the rows, so that its gradient is found there."""
         share = 1 / forward.counts.clamp_min(1).index_select(0, forward.stream)
         squares = (self.fisher * (forward.rows - self.model.source_affine) ** 2).sum(1) * share
-        return torch.zeros_like(forward.counts).index_add(0, forward.stream, squares)
+        return per_stream_sum(squares, forward.stream, len(forward.counts))
 
 
 class Sar(Baseline):
@@ -129,7 +129,7 @@ class Sar(Baseline):
             reliable = surprise.detach() < self.limit
             loss, count = weighted_mean(surprise, torch.ones_like(surprise), reliable, stream, streams)
             (slope,) = torch.autograd.grad(loss.sum(), [forward.rows])
-            slope = torch.zeros_like(state["affine"]).index_add(0, stream, slope)
+            slope = per_stream_sum(slope, stream, streams)
             climb = self.radius * slope / (slope.norm(dim=1, keepdim=True) + 1e-12)
             sharp = (state["affine"] + climb).detach().requires_grad_()
             second = entropy(self.logits_under(forward.frames, stream, sharp, state))
@@ -170,7 +170,7 @@ class Deyo(Baseline):
         first = surprise.detach() < self.limit
         fall = torch.zeros(len(stream), device=self.device)
         if bool(first.any()):
-            keys = state["age"].long().index_select(0, stream) * 65_536 + position_in_stream(stream)
+            keys = frame_keys(state, stream)
             shuffled = shuffle_patches(forward.frames[first], self.patches, keys[first])
             with torch.no_grad():
                 broken = self.logits_under(shuffled, stream[first], state["affine"], state).softmax(1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from meta.baselines.augment import augmented
-from meta.baselines.base import Baseline, Options, Setup, choose, next_age, position_in_stream
+from meta.baselines.base import Baseline, Options, Setup, choose, frame_keys, next_age
 from meta.method import Forward, State, Update
 from meta.objective import entropy, per_stream_mean
 
@@ -67,7 +67,7 @@ class Roid(Baseline):
         weights = torch.exp(diversity * certainty / self.temperature) * chosen
         total = soft_likelihood_ratio(logits) * weights
         if bool(chosen.any()):
-            keys = state["age"].long().index_select(0, stream) * 65_536 + position_in_stream(stream)
+            keys = frame_keys(state, stream)
             seen = augmented(forward.frames[chosen], self.setup.mean, self.setup.std, keys[chosen])
             second = self.logits_under_graph(forward, seen, chosen)
             agree = symmetric_cross_entropy(second, logits[chosen]) * weights[chosen]

@@ -9,10 +9,21 @@ import torch
 from torch import Tensor
 
 from meta.baselines.augment import augmented
-from meta.baselines.base import Baseline, Options, Setup, choose, longest_stream, next_age, position_in_stream, uniforms
+from meta.baselines.base import (
+    Baseline,
+    Options,
+    Setup,
+    choose,
+    frame_keys,
+    longest_stream,
+    next_age,
+    next_moments,
+    position_in_stream,
+    uniforms,
+)
 from meta.method import Forward, State, Update
 from meta.moments import NormMoments
-from meta.objective import entropy, per_stream_mean
+from meta.objective import entropy, per_stream_mean, per_stream_sum
 
 
 def consistency(student: Tensor, teacher: Tensor) -> Tensor:
@@ -68,7 +79,7 @@ class Cotta(Baseline):
         return self.forward_of(frames, rows, stream, state, logits, moments, student=student)
 
     def _averaged(self, frames: Tensor, stream: Tensor, chosen: Tensor, state: State) -> Tensor:
-        keys = state["age"].long().index_select(0, stream) * 65_536 + position_in_stream(stream)
+        keys = frame_keys(state, stream)
         keys, own = keys[chosen] * self.augmentations, stream[chosen]
         total = torch.zeros((), device=self.device)
         for turn in range(self.augmentations):
@@ -82,15 +93,14 @@ class Cotta(Baseline):
             loss = consistency(forward.kept["student"], forward.logits.detach())
             loss = per_stream_mean(loss, forward.stream, counts)
             (gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
-        gradient = torch.zeros_like(state["affine"]).index_add(0, forward.stream, gradient)
+        gradient = per_stream_sum(gradient, forward.stream, len(forward.counts))
         direction, optimizer_state = self.optimizer.direction(state, gradient)
         student = state["student"] - self.size(state) * direction
         teacher = torch.lerp(student, state["affine"], self.decay)
         back = uniforms(state["age"].long(), self.model.coordinates) < self.restore
         student = torch.where(back, self.model.source_affine, student)
         moved = {"affine": teacher, "student": student, "age": next_age(state), **optimizer_state}
-        kept = {name: forward.kept[name] for name in ("norm_mean", "norm_variance") if name in forward.kept}
-        new = state | choose(forward.counts > 0, moved, state) | kept
+        new = state | choose(forward.counts > 0, moved, state) | next_moments(forward)
         return Update(new, self.signals(forward, loss.detach(), gradient, direction, new))
 
 
@@ -209,7 +219,7 @@ class Rotta(Baseline):
             loss = consistency(self.model(strong, rows, student_moments), target) * weight
             loss = per_stream_mean(loss, owner, counts.clamp_min(1))
             (frame_gradient,) = torch.autograd.grad(loss.sum(), [rows])
-        gradient = torch.zeros_like(mine["student"]).index_add(0, owner, frame_gradient)
+        gradient = per_stream_sum(frame_gradient, owner, len(due))
         direction, changed = self.optimizer.direction(mine, gradient)
         changed["student"] = mine["student"] - self.size(mine) * direction
         changed["affine"] = torch.lerp(mine["affine"], changed["student"], self.rate)
