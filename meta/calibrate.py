@@ -21,8 +21,7 @@ from meta.objective import SourceStatistics, entropy, feature_statistics
 from meta.paper import PaperMGG
 from meta.proxies import Observer
 from meta.shifts import Shift
-from meta.source import as_frames, frames_at_once
-from meta.train import Preprocessing
+from meta.source import Preprocessing, frames_at_once
 from meta.watch import WINDOW_STEPS, Watched, cameras, watch
 from schemas.bundle import Calibration, Limits
 
@@ -49,8 +48,7 @@ def source_statistics(model: AdaptableModel, images: Tensor, preprocessing: Prep
     """Feature statistics on clean images uint8 (N, ch, h, w), over all and per class."""
     features, probability = [], []
     for part in images.split(frames_at_once(images)):
-        frames = as_frames(part.float() / 255, preprocessing.mean, preprocessing.std)
-        logits, pooled = model.forward_with_features(frames)
+        logits, pooled = model.forward_with_features(preprocessing.frames(part))
         features.append(pooled)
         probability.append(logits.softmax(1))
     return feature_statistics(torch.cat(features), torch.cat(probability))
@@ -141,12 +139,7 @@ def _clean(
     model: AdaptableModel, images: Tensor, labels: Tensor, preprocessing: Preprocessing
 ) -> tuple[float, list[float]]:
     """ATC's threshold, above which as many clean frames lie as are right; and quantiles of the entropy, in ln K."""
-    logits = torch.cat(
-        [
-            model(as_frames(part.float() / 255, preprocessing.mean, preprocessing.std))
-            for part in images.split(frames_at_once(images))
-        ]
-    )
+    logits = torch.cat([model(preprocessing.frames(part)) for part in images.split(frames_at_once(images))])
     right = float((logits.argmax(1) == labels).float().mean())
     threshold = float(logits.softmax(1).amax(1).quantile(1 - right))
     steps = torch.linspace(0, 1, QUANTILES + 2)[1:-1]

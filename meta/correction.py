@@ -23,7 +23,7 @@ from torch import Tensor
 
 from meta.norms import AdaptableModel
 from meta.shifts import TUNING, Shift
-from meta.source import as_frames
+from meta.source import Preprocessing
 
 RANK = 16
 FLOOR = 0.02  # of a frame's own variances, in units of the usual one: a channel may be flat in one picture
@@ -103,8 +103,7 @@ def _unusual(mean: Tensor, square: Tensor, usual: Tensor, deviation: Tensor) -> 
 def fit_correction(
     model: AdaptableModel,
     images: Tensor,
-    mean: Tensor,
-    std: Tensor,
+    preprocessing: Preprocessing,
     seed: int,
     draws: int = 200,
     frames: int = 64,
@@ -124,7 +123,7 @@ def fit_correction(
     part = images[: draws * frames // 4]
     for some in part.split(at_once):
         probe = _Probe()
-        model(as_frames(some.float() / 255, mean, std), correction=probe)
+        model(preprocessing.frames(some), correction=probe)
         for start, (m, q) in probe.seen.items():
             channels = slice(start, start + m.shape[1])
             first[channels] += m.sum(0) / len(part)
@@ -138,7 +137,7 @@ def fit_correction(
         fitted = [_Moments(layer.own_features, frames) for layer in layers[start : start + size]]
         for some in _shifted(images, shifts or TUNING, draws, frames, at_once, seed):
             probe = _Probe(found.under(torch.ones(len(some))))
-            model(as_frames(some, mean, std), correction=probe)
+            model(preprocessing.frames(some), correction=probe)
             for moments in fitted:
                 moments.add(found, *probe.seen[moments.channels.start])
         for moments in fitted:

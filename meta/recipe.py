@@ -25,13 +25,14 @@ from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics
 from meta.paper import PaperMGG, PaperSettings, meta_train_paper
-from meta.source import accuracy, as_frames, train_source
-from meta.train import Preprocessing, Problem, TrainingSettings, meta_train
+from meta.source import Preprocessing, accuracy, image_tensor, train_source
+from meta.train import Problem, TrainingSettings, meta_train
 from meta.yaml_file import read_yaml
 from schemas.bundle import Manifest, MethodPart, ModelPart, Preprocess
 from schemas.errors import BundleError
 
-PREPROCESSING = Preprocessing(torch.tensor([data.MEAN]), torch.tensor([data.STD]))
+PREPROCESS = Preprocess(mode="L", width=28, height=28, mean=[data.MEAN], std=[data.STD])
+PREPROCESSING = Preprocessing.of(PREPROCESS)
 
 
 class SourceRecipe(BaseModel):
@@ -102,9 +103,7 @@ def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str]
     source = source_statistics(model, clean, PREPROCESSING)
     correction = None
     if recipe.paper is None and recipe.correction_draws:
-        correction = fit_correction(
-            model, clean, PREPROCESSING.mean, PREPROCESSING.std, recipe.training.seed, recipe.correction_draws
-        )
+        correction = fit_correction(model, clean, PREPROCESSING, recipe.training.seed, recipe.correction_draws)
         model.correction = correction
     made = _ours if recipe.paper is None else _paper
     method, settings, tensors = made(recipe, model, source, train, say)
@@ -124,7 +123,7 @@ def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str]
         created_by=command,
         model=part,
         method=MethodPart(name="mgg" if recipe.paper is None else "mgg-paper", settings=settings),
-        preprocess=Preprocess(mode="L", width=28, height=28, mean=[data.MEAN], std=[data.STD]),
+        preprocess=PREPROCESS,
         calibration=calibration,
         limits=limits,
         files={},
@@ -149,7 +148,9 @@ def calibrate_bundle(
     if isinstance(bundle.method, Baseline):
         raise BundleError(f"{folder} has no generator to calibrate")
     unseen = _tensors(data.fashion_mnist("train").part(*data.CALIBRATION_PART))
-    calibration, limits = calibrate(bundle.method, *unseen, preprocessing_of(bundle.manifest), seed, windows, say=say)
+    calibration, limits = calibrate(
+        bundle.method, *unseen, Preprocessing.of(bundle.manifest.preprocess), seed, windows, say=say
+    )
     say(f"calibration: temperature {calibration.temperature:.2f}, estimate off by {calibration.error:.3f}")
     manifest = bundle.manifest.model_copy(
         update={"calibration": calibration, "limits": limits, "calibrated_by": command}
@@ -172,11 +173,6 @@ def _of_fashion_mnist(folder: Path) -> Bundle:
     )
 
 
-def preprocessing_of(manifest: Manifest) -> Preprocessing:
-    """The standardisation that a bundle states."""
-    return Preprocessing(torch.tensor(manifest.preprocess.mean), torch.tensor(manifest.preprocess.std))
-
-
 def _source(
     recipe: SourceRecipe, train: data.LabelledImages, say: Callable[[str], None]
 ) -> tuple[ModelPart, dict[str, Tensor]]:
@@ -189,8 +185,7 @@ def _source(
     images = train.part(*data.SOURCE_PART)
     train_source(network, images, recipe.epochs, recipe.seed, peak_rate=recipe.learning_rate, say=say)
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    test = _tensors(data.fashion_mnist("test"), scaled=True)
-    clean = accuracy(network, *test, PREPROCESSING.mean, PREPROCESSING.std)
+    clean = accuracy(network, *_tensors(data.fashion_mnist("test")), PREPROCESSING)
     say(f"source model: {clean:.3f} on clean test images")
     return ModelPart(architecture=recipe.architecture, arguments=recipe.arguments, clean_accuracy=clean), weights
 
@@ -265,9 +260,8 @@ def _corrupted(images: data.LabelledImages, count: int, severity: int) -> tuple[
         corruptions.corrupt(images.images[i * quarter : (i + 1) * quarter], name, severity)
         for i, name in enumerate(corruptions.TUNING)
     ]
-    pixels = torch.from_numpy(np.concatenate(frames)).unsqueeze(1).float() / 255
     labels = torch.from_numpy(images.labels[: quarter * len(frames)])
-    return as_frames(pixels, PREPROCESSING.mean, PREPROCESSING.std), labels
+    return PREPROCESSING.frames(image_tensor(np.concatenate(frames))), labels
 
 
 def _streamed_accuracy(method: PaperMGG, frames: Tensor, labels: Tensor, batch: int = 64) -> float:
@@ -280,6 +274,6 @@ def _streamed_accuracy(method: PaperMGG, frames: Tensor, labels: Tensor, batch: 
     return right / len(labels)
 
 
-def _tensors(part: data.LabelledImages, scaled: bool = False) -> tuple[Tensor, Tensor]:
-    images = torch.from_numpy(part.images.copy()).unsqueeze(1)
-    return images.float() / 255 if scaled else images, torch.from_numpy(part.labels)
+def _tensors(part: data.LabelledImages) -> tuple[Tensor, Tensor]:
+    """Images uint8 (N, ch, h, w) and labels (N,)."""
+    return image_tensor(part.images), torch.from_numpy(part.labels)

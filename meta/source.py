@@ -1,8 +1,9 @@
-"""Train the example source model: an ordinary supervised classifier that knows nothing of drift."""
+"""The example's source model, an ordinary supervised classifier, and the images that it is trained and tested on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meta.data import MEAN, STD, LabelledImages
+from schemas.bundle import Preprocess
 
 
 def as_frames(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -17,13 +19,30 @@ def as_frames(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return ((images - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).contiguous(memory_format=torch.channels_last)
 
 
+@dataclass(frozen=True)
+class Preprocessing:
+    """The standardisation of frames: mean and standard deviation (ch,) of images in [0, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, preprocess: Preprocess) -> Preprocessing:
+        """That of a bundle's manifest."""
+        return cls(torch.tensor(preprocess.mean), torch.tensor(preprocess.std))
+
+    def frames(self, images: Tensor) -> Tensor:
+        """Standardised frames of images (B, ch, h, w), uint8 or float in [0, 1]."""
+        return as_frames(images.float() / 255 if images.dtype == torch.uint8 else images, self.mean, self.std)
+
+
 def frames_at_once(images: Tensor) -> int:
-    """How many images (N, ch, h, w) of this size to pass at a time where no gradient is wanted."""
+    """The batch size for images (N, ch, h, w) in passes without a gradient."""
     return max(1, 400_000 // (images.shape[2] * images.shape[3]))
 
 
 def image_tensor(images: np.ndarray) -> Tensor:
-    """Images uint8 (N, h, w) or (N, h, w, 3) as (N, ch, h, w)."""
+    """Images uint8 (N, h, w) or (N, h, w, 3) as (N, ch, h, w), copied."""
     tensor = torch.from_numpy(images.copy())
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2)
 
@@ -39,7 +58,7 @@ def train_source(
     mean: Sequence[float] = (MEAN,),
     std: Sequence[float] = (STD,),
 ) -> nn.Module:
-    """AdamW with a one-cycle rate, label smoothing 0.05, flips and shifts of up to two pixels.
+    """Train in place with AdamW, one-cycle learning rate, label smoothing 0.05, flips, and shifts of up to two pixels.
 
     mean and std, per channel, are those of the training images in [0, 1].
     """
@@ -74,10 +93,11 @@ def _augmented(images: Tensor, random: torch.Generator) -> Tensor:
 
 
 @torch.inference_mode()
-def accuracy(network: nn.Module, images: Tensor, labels: Tensor, mean: Tensor, std: Tensor) -> float:
-    """Share of images (N, ch, h, w) in [0, 1] that the network labels as `labels` (N,) says."""
-    right, size = 0, frames_at_once(images)
-    for start in range(0, len(labels), size):
-        frames = as_frames(images[start : start + size], mean, std)
-        right += int((network(frames).argmax(1) == labels[start : start + size]).sum())
-    return right / len(labels)
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor, preprocessing: Preprocessing) -> float:
+    """The share of images uint8 (N, ch, h, w) whose predicted class is that of `labels` (N,)."""
+    size = frames_at_once(images)
+    right = [
+        int((network(preprocessing.frames(part)).argmax(1) == truth).sum())
+        for part, truth in zip(images.split(size), labels.split(size), strict=True)
+    ]
+    return sum(right) / len(labels)

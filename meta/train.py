@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,7 +24,7 @@ from meta.mgg import GRADIENT_SHARE, MGG
 from meta.objective import per_stream_mean, per_stream_sum
 from meta.shifts import TUNING
 from meta.simulate import SimulatedStream
-from meta.source import as_frames
+from meta.source import Preprocessing
 
 
 class TrainingSettings(BaseModel):
@@ -47,14 +46,6 @@ class TrainingSettings(BaseModel):
         description="one of so many frames gives an update its gradient; sites have the default",
     )
     seed: int = 0
-
-
-@dataclass
-class Preprocessing:
-    """Per-channel mean and standard deviation of images in [0, 1], each (ch,)."""
-
-    mean: Tensor
-    std: Tensor
 
 
 class Problem:
@@ -134,7 +125,7 @@ def draw(cameras: list[SimulatedStream], frames: int, preprocessing: Preprocessi
     images = torch.cat([images for images, _ in drawn])
     labels = torch.cat([labels for _, labels in drawn])
     stream = torch.arange(len(cameras)).repeat_interleave(frames)
-    return as_frames(images, preprocessing.mean, preprocessing.std), labels, stream
+    return preprocessing.frames(images), labels, stream
 
 
 def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[Tensor, float]:

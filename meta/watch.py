@@ -15,7 +15,8 @@ from meta.mgg import as_served
 from meta.proxies import SIGNALS, WINDOW, Observer, fold
 from meta.shifts import Shift
 from meta.simulate import SimulatedStream
-from meta.train import Preprocessing, draw
+from meta.source import Preprocessing
+from meta.train import draw
 from schemas.state import RunningProxies
 
 FRAMES = 16  # of a micro-batch

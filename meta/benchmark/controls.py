@@ -15,8 +15,8 @@ from meta.mgg import MGG
 from meta.paper import PaperMGG
 from meta.shifts import TUNING
 from meta.simulate import SimulatedStream
-from meta.source import image_tensor
-from meta.train import Preprocessing, draw
+from meta.source import Preprocessing, image_tensor
+from meta.train import draw
 from schemas.errors import BundleError
 
 CAMERAS, FRAMES = 16, 4  # simulated cameras, and frames of each in one step

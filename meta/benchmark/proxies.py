@@ -29,8 +29,7 @@ from meta.calibration_shifts import CALIBRATION
 from meta.estimator import AccuracyModel, Array, Table, fit_estimator, joined
 from meta.proxies import SIGNALS, Observer
 from meta.shifts import HELD_OUT, Shift
-from meta.source import image_tensor
-from meta.train import Preprocessing
+from meta.source import Preprocessing, image_tensor
 from meta.watch import WINDOW_STEPS, Watched, cameras, watch
 from schemas.bundle import Estimator
 from schemas.errors import BundleError
@@ -114,11 +113,10 @@ def _watched(
     bundle: Bundle, shifts: dict[str, Shift], seed: int, windows: int, adapt: bool, part: str = "test"
 ) -> Watched:
     own = data.fashion_mnist("test") if part == "test" else data.fashion_mnist("train").part(*data.CALIBRATION_PART)
-    preprocess, calibration = bundle.manifest.preprocess, bundle.manifest.calibration
+    preprocessing, calibration = Preprocessing.of(bundle.manifest.preprocess), bundle.manifest.calibration
     random = torch.Generator().manual_seed(10_000 + 2 * seed + adapt)
     images, labels = image_tensor(own.images), torch.from_numpy(own.labels)
     observer = Observer(bundle.model, bundle.statistics, calibration.threshold, calibration.entropies)
-    preprocessing = Preprocessing(torch.tensor(preprocess.mean), torch.tensor(preprocess.std))
     streams = cameras(images, labels, shifts, CAMERAS, random)
     model = AccuracyModel(calibration.estimator) if calibration.estimator is not None else None
     return watch(bundle.method, observer, streams, preprocessing, windows * WINDOW_STEPS, adapt, model)

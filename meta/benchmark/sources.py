@@ -29,8 +29,8 @@ from meta.norms import AdaptableModel
 from meta.paper import PaperMGG
 from meta.shifts import TUNING
 from meta.simulate import SimulatedStream
-from meta.source import accuracy, as_frames, image_tensor, train_source
-from meta.train import Preprocessing, measure_gradient
+from meta.source import Preprocessing, accuracy, image_tensor, train_source
+from meta.train import measure_gradient
 from schemas.errors import BundleError, ConfigError
 
 SOURCE_FRAMES = 2_000
@@ -124,16 +124,14 @@ def open_source(
     """Load or train. `factories` are the `module:function` names of bundles' networks that the plan trusts. Raises
     BundleError where a bundle does not fit the data."""
     for_source, unseen = parts(dataset.train())
-    mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
+    preprocessing = Preprocessing(torch.tensor(dataset.mean), torch.tensor(dataset.std))
     bundle = None if config.bundle is None else load_bundle(config.bundle, factories)
     if bundle is not None:
         _check(config, bundle, dataset, unseen)
-        preprocess = bundle.manifest.preprocess
-        mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+        preprocessing = Preprocessing.of(bundle.manifest.preprocess)
     if bundle is not None and not config.shift_steps:
         model, source = bundle.model, bundle.statistics
     else:
-        preprocessing = Preprocessing(mean, std)
         if config.bundle is not None:
             network = _network_of(config.bundle, factories)
         elif config.weights is not None:
@@ -149,9 +147,10 @@ def open_source(
         model = AdaptableModel(network.eval().to(memory_format=torch.channels_last), *known)
         source = source_statistics(model, image_tensor(unseen.images), preprocessing)
     test = dataset.test()
-    clean = accuracy(model, image_tensor(test.images).float() / 255, torch.from_numpy(test.labels), mean, std)
-    frames = as_frames(image_tensor(unseen.images[:SOURCE_FRAMES]).float() / 255, mean, std)
-    setup = Setup(model, source, len(dataset.labels), mean, std, frames, tuple(frames.shape[1:]))
+    clean = accuracy(model, image_tensor(test.images), torch.from_numpy(test.labels), preprocessing)
+    frames = preprocessing.frames(image_tensor(unseen.images[:SOURCE_FRAMES]))
+    shape = tuple(frames.shape[1:])
+    setup = Setup(model, source, len(dataset.labels), preprocessing.mean, preprocessing.std, frames, shape)
     return SourceModel(config, setup, clean, unseen)
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from meta.create.images import Images
 from meta.create.piecewise import PiecewiseMGG, frames_in_pass
 from meta.shifts import HELD_OUT, Shift
-from meta.source import as_frames
-from meta.train import Preprocessing
+from meta.source import Preprocessing
 from schemas.verdict import Measured, Recommendation
 
 BATCH = 16
@@ -59,7 +58,7 @@ def measure(
             picture if camera.shift is None else camera.shift(picture, severity, camera.traits, random)
             for camera, picture in zip(cameras, pictures, strict=True)
         ]
-        batch = as_frames(torch.cat(seen), preprocessing.mean, preprocessing.std)
+        batch = preprocessing.frames(torch.cat(seen))
         truth = labels[index]
         right[0, :, step] = (_source(method, batch).argmax(1) == truth).view(len(cameras), BATCH).float()
         forward = method.serve(batch, stream, state)

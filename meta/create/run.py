@@ -147,8 +147,7 @@ def _correction(subject: Subject, work: Path, say: Say) -> Correction:
         found = fit_correction(
             subject.model,
             images,
-            preprocessing.mean,
-            preprocessing.std,
+            preprocessing,
             subject.settings.seed,
             draws,
             min(64, at_once),

@@ -18,8 +18,7 @@ from meta.create.network import adaptable, built_again, load_weights, read_weigh
 from meta.create.piecewise import frames_in_pass
 from meta.models import build_network
 from meta.norms import AdaptableModel
-from meta.source import as_frames
-from meta.train import Preprocessing
+from meta.source import Preprocessing
 from schemas.bundle import Preprocess
 from schemas.errors import BundleError, ConfigError, DataError, mistakes
 
@@ -86,10 +85,10 @@ def prepare(settings: CreateSettings, decode: Decode, say: Say) -> Subject:
     labels = data.read_labels(settings.labels, settings.data)
     images, preprocess = _images(settings, labels, decode, say)
     images = data.without_duplicates(images, say)
-    preprocessing = Preprocessing(torch.tensor(preprocess.mean), torch.tensor(preprocess.std))
+    preprocessing = Preprocessing.of(preprocess)
     network = _network(settings)
     weights = load_weights(network, read_weights(settings.weights, say), settings.weights, say)
-    shown = as_frames(images.images[:SHOWN].float() / 255, preprocessing.mean, preprocessing.std)
+    shown = preprocessing.frames(images.images[:SHOWN])
     model = adaptable(network, shown, len(labels), say)
     built_again(_network(settings), weights, model, shown)
     truth: Literal["labels", "source"] = "labels"
@@ -138,17 +137,13 @@ def _preprocess(settings: CreateSettings, mode: str, width: int | None, height: 
 @torch.no_grad()
 def first_logits(subject: Subject) -> Tensor:
     """Of the first images for the generator."""
-    preprocessing, images = subject.preprocessing, subject.parts["generator"].images[:SHOWN]
-    return subject.model(as_frames(images.float() / 255, preprocessing.mean, preprocessing.std))
+    return subject.model(subject.preprocessing.frames(subject.parts["generator"].images[:SHOWN]))
 
 
 @torch.inference_mode()
 def answers(model: AdaptableModel, images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """The source model's classes (N,) of images uint8 (N, ch, h, w)."""
-    found = [
-        model(as_frames(part.float() / 255, preprocessing.mean, preprocessing.std)).argmax(1)
-        for part in images.split(frames_in_pass(*images.shape[2:]))
-    ]
+    found = [model(preprocessing.frames(part)).argmax(1) for part in images.split(frames_in_pass(*images.shape[2:]))]
     return torch.cat(found).clone()
 
 

@@ -11,7 +11,7 @@ from meta.mgg import MGG
 from meta.models import batchnorm_cnn
 from meta.norms import AdaptableModel, run_order
 from meta.objective import feature_statistics
-from meta.source import as_frames
+from meta.source import Preprocessing, as_frames
 from meta.stream_norm import StreamNorm
 from tests.meta.test_norms import NETWORKS, Backwards, scrambled
 
@@ -91,7 +91,9 @@ def settled() -> nn.Module:
 
 
 def fit(model: AdaptableModel) -> Correction:
-    return fit_correction(model, pictures(512, 1), MEAN, STD, 0, draws=40, frames=32, shifts={"lit": lit})
+    return fit_correction(
+        model, pictures(512, 1), Preprocessing(MEAN, STD), 0, draws=40, frames=32, shifts={"lit": lit}
+    )
 
 
 @pytest.fixture(scope="module")

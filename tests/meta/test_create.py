@@ -34,7 +34,8 @@ from meta.mgg import MGG
 from meta.models import build_network
 from meta.norms import AdaptableModel
 from meta.objective import feature_statistics
-from meta.train import Preprocessing, Problem
+from meta.source import Preprocessing
+from meta.train import Problem
 from schemas.bundle import Manifest, Preprocess
 from schemas.config import Frames
 from schemas.errors import BundleError, ConfigError, DataError

@@ -10,7 +10,8 @@ from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.mgg import MGG
 from meta.models import groupnorm_cnn
 from meta.norms import AdaptableModel
-from meta.train import Preprocessing, Problem, TrainingSettings, meta_train
+from meta.source import Preprocessing
+from meta.train import Problem, TrainingSettings, meta_train
 
 PREPROCESSING = Preprocessing(torch.tensor([0.5]), torch.tensor([0.3]))
 

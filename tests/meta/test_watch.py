@@ -10,7 +10,7 @@ from meta.benchmark.proxies import SPANS, Told, _best
 from meta.bundle import Bundle
 from meta.proxies import SIGNALS, Observer
 from meta.shifts import TUNING
-from meta.train import Preprocessing
+from meta.source import Preprocessing
 from meta.watch import FRAMES, WINDOW_STEPS, Watched, cameras, watch
 
 
