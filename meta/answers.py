@@ -1,8 +1,8 @@
-"""What answers alone show of a stream: for methods other than a bundle's generator.
+"""Signals from a method's answers alone, for methods other than a bundle's generator.
 
-Every method has its answers, and the source model can be asked beside it. That is enough to see that answers go to one
-class, or leave source. It is not enough for their accuracy: the bundle's estimate was fitted to its own generator, and
-does not hold for what adapts otherwise (docs/trust.md has the numbers). Names and meanings are those of `meta.proxies`.
+The answers of a method and those of the source model show whether the method collapses to one class, or departs from
+the source model. They do not tell the accuracy: the bundle's estimator is fitted to its own generator, and is wrong for
+other methods (numbers in docs/trust.md). Names and meanings of the signals are those of `meta.proxies`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from meta.threads import one_thread
 
 
 class AnswerObserver:
-    """Measures the signals of a method's answers. `entropies` as for `meta.proxies.Observer`."""
+    """Computes the signals of a method's answers. `entropies` as for `meta.proxies.Observer`."""
 
     def __init__(self, model: AdaptableModel, entropies: Sequence[float] = ()) -> None:
         self._model, self._entropies = model, torch.tensor(list(entropies))
 
     @torch.no_grad()
     def observe(self, frames: Tensor, forward: Forward, chosen: Tensor) -> tuple[list[Observed], Tensor | None]:
-        """As `Observer.observe`: `chosen` (n,) are the places of the frames that source answers too, now."""
+        """As `Observer.observe`; the source model always runs now."""
         source = self._model(frames.index_select(0, chosen)) if len(chosen) else None
         passed = {"answer": forward.answer, "stream": forward.stream, "counts": forward.counts, "chosen": chosen}
         passed = on_cpu(passed if source is None else passed | {"source": source})
@@ -54,7 +54,7 @@ def _observed(passed: State, entropies: Tensor) -> list[Observed]:
 
 
 def _own(answer: Tensor, stream: Tensor, counts: Tensor) -> list[dict[str, float]]:
-    """`marginal` as a share of the most that so few frames can have; of a single frame it says nothing."""
+    """Signals of the answers (B, K). `marginal` is in units of its maximum for as many frames; one frame has none."""
     classes = answer.shape[1]
     own = _means({"entropy": entropy(answer) / math.log(classes)}, stream, counts)
     mixed = per_stream_mean(answer.softmax(1), stream, counts.clamp_min(1))
@@ -66,6 +66,6 @@ def _own(answer: Tensor, stream: Tensor, counts: Tensor) -> list[dict[str, float
 
 
 def _means(frames: dict[str, Tensor], stream: Tensor, counts: Tensor) -> list[dict[str, float]]:
-    """Of signals (B,), over each stream's frames; 0 for what is not finite, as the method's own numbers say that."""
+    """Means of signals (B,) over each stream's frames. Values that are not finite become 0: other signals show them."""
     table = per_stream_mean(torch.stack(list(frames.values()), 1), stream, counts.clamp_min(1))
     return [dict(zip(frames, row, strict=True)) for row in table.nan_to_num(posinf=0.0, neginf=0.0).tolist()]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meta.calibration_shifts import CALIBRATION
-from meta.estimator import AccuracyModel, Array, fit_estimator, joined
+from meta.estimator import AccuracyModel, Array, concatenated, fit_estimator
 from meta.mgg import MGG
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, entropy, feature_statistics
@@ -84,7 +84,7 @@ def calibrate(
 
     rounds = _side_by_side(play, say)
     adapted = [with_updates for with_updates, _ in rounds]
-    groups = [joined([seen.table(FITTED) for seen in both]) for both in rounds]
+    groups = [concatenated([seen.table(FITTED) for seen in both]) for both in rounds]
     estimator, guess, truth = fit_estimator(FITTED, groups)
     plain = torch.cat([part for seen in adapted for part in seen.plain])
     answers = torch.cat([part for seen in adapted for part in seen.answers])
@@ -158,7 +158,7 @@ def _excess(adapted: Sequence[Watched], model: AccuracyModel) -> Tensor:
             parts.append(torch.from_numpy(excess).float().repeat_interleave(frames))
             values = np.array([[one.signals.get(name, math.nan) for name in FITTED] for one in seen.proxies[step]])
             confidence = np.array([one.signals["answer_confidence"] for one in seen.proxies[step]])
-            before = confidence - model.of(values)[:, 0]
+            before = confidence - model.predict(values)[:, 0]
     return torch.cat(parts)
 
 

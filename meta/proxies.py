@@ -1,10 +1,10 @@
-"""Accuracy without labels: what a stream's frames show of it, per micro-batch and over recent frames.
+"""Signals of a stream's accuracy without labels, per micro-batch and as running means over recent frames.
 
-Every signal is a mean over frames, so that it can be averaged on. Those in `OWN` come from the answers and the
-parameters that adapt; those in `SHADOW` from a sample of the same frames under the source affine. Sources: mean
+Every signal is a mean over frames, so that means can be averaged further. Those in `OWN` are of the adapted model and
+its parameters, those in `SHADOW` of the source model on a sample of the same frames. Sources: mean
 confidence (Hendrycks and Gimpel, ICLR 2017); the share above a threshold (ATC, Garg et al., ICLR 2022); disagreement
-under dropout before the last layer (after AETTA, Lee et al., CVPR 2024, which drops in every block); disagreement
-with the source model (after ASR's flip rate); discrepancy of features and the generator's own signals (ours).
+under dropout before the last layer (after AETTA, Lee et al., CVPR 2024, which drops in every block); disagreement with
+the source model (after ASR's flip rate); discrepancy of features and the generator's own signals (ours).
 """
 
 from __future__ import annotations
@@ -27,29 +27,33 @@ from meta.outputs import Output
 from meta.threads import one_thread
 from schemas.state import RunningProxies
 
-# Numbers of few frames and classes: NumPy starts an operation on these in a fraction of the time that torch needs.
+# For arrays of few frames and classes a NumPy call takes a fraction of the time of a torch call.
 Numbers = np.ndarray[Any, np.dtype[Any]]
+Signals = dict[str, Numbers]
 
 OWN = (
     *("confidence", "answer_confidence", "entropy", "above", "energy", "dropout", "marginal", "changed", "stay"),
     *("discrepancy", "discrepancy_middle", "discrepancy_last", "distance", "odd", "odd_last", "off_prototype"),
 )
-GENERATED = ("novelty", "dose")  # by methods that have them, where they update
+GENERATED = ("novelty", "dose")  # signals of an update, of methods that have them
 SHADOW = (
     *("source_confidence", "source_entropy", "source_above", "source_energy", "source_dropout", "source_rank"),
     *("flips", "moved", "source_backing", "gap", "source_odd", "source_odd_last", "source_off_prototype"),
 )
 SIGNALS = OWN + GENERATED + SHADOW
-WINDOW = 128  # frames over which signals are averaged, exponentially once there are so many
-SHADOW_SPAN = 256  # frames in which source's answers fade where they are few, so that they are not older than the rest
-DROPPED, MASKS = 0.4, 4
+WINDOW = 128  # frames of the running means, which are exponential once a stream has had as many
+SHADOW_SPAN = 256  # frames after which signals of the source model fade, however few they are
+DROPPED, MASKS = 0.4, 4  # dropout probability and number of masks
 TINY = 1e-12
 
 
 @dataclass(frozen=True)
 class Observed:
-    """The signals of one micro-batch: means over `frames`, of those in `SHADOW` over `shadowed` of them, and the
-    classes that source gives these."""
+    """The signals of one stream's micro-batch.
+
+    own: means over its `frames`; shadow: means over the `shadowed` frames that the source model predicted too; source:
+    the source model's class for each of these.
+    """
 
     frames: int
     own: dict[str, float]
@@ -59,20 +63,20 @@ class Observed:
 
     @property
     def rank(self) -> float | None:
-        """For the guard's bet."""
+        """The source model's mean entropy as a rank (`rank_among`), for the guard's bet; None without such frames."""
         return self.shadow["source_rank"] if self.shadowed else None
 
     @property
     def flipped(self) -> int | None:
-        """How many of the shadowed frames source calls otherwise."""
+        """For how many shadowed frames the answer differs from the source model's class."""
         return round(self.shadow["flips"] * self.shadowed) if self.shadowed else None
 
 
 class Observer:
-    """Measures the signals of one model's passes.
+    """Computes the signals of a model's passes.
 
-    `threshold` is ATC's, of the highest probability; `entropies` are quantiles of the source model's entropy on clean
-    frames.
+    threshold: ATC's, for the highest class probability
+    entropies: quantiles of the source model's entropy on clean frames, in units of ln K
     """
 
     def __init__(
@@ -91,25 +95,27 @@ class Observer:
         if source.class_mean is not None and source.class_square is not None:
             spread = source.class_square - source.class_mean**2
             self._class_weight = (1 / spread.clamp_min(1e-4 * source.scale**2)).numpy()
-            # The nearest class mean in the last layer, each feature in source deviations: |m|^2 / 2 - x m is smallest.
+            # The nearest class mean m in the last layer, in standardised features, has the largest x m - |m|^2 / 2.
             means = source.class_mean[:, self._last] / source.scale[self._last]
-            self._class_way = (means / source.scale[self._last]).T.contiguous()
-            self._class_bias = -(means**2).sum(1) / 2
+            self._prototypes = (means / source.scale[self._last]).T.contiguous()
+            self._prototype_bias = -(means**2).sum(1) / 2
 
     @torch.no_grad()
     def observe(self, frames: Tensor, forward: Forward, chosen: Tensor) -> tuple[list[Observed], Tensor | None]:
-        """What a pass shows, stream by stream; `chosen` (n,) are the places of the frames that source answers too: in
-        the pass, or now. And these answers, as logits (n, K); None where there are none."""
-        with _calmly():
-            passed = _near(_shown(forward, chosen, self.model.source_affine), forward.head)
-            seen = self._seen(passed)
+        """The signals of each stream in a pass, and the source model's logits (n, K) for the frames `chosen` (n,).
+
+        The source model runs now unless the pass has its output already. Without chosen frames the logits are None.
+        """
+        with _one_thread_without_warnings():
+            passed = _on_cpu(_pass_tensors(forward, chosen, self.model.source_affine), forward.head)
+            seen = self._frame_signals(passed)
             own = _rows(self._own(passed, seen))
         counts = passed["counts"].long().tolist()
         if not len(chosen):
             return [Observed(count, mine, 0, {}) for count, mine in zip(counts, own, strict=True)], None
         asked = forward.source_output or self._ask(frames.index_select(0, chosen))
-        with _calmly():
-            source = self._seen(_near({"logits": asked.logits, "features": asked.features}, asked.head))
+        with _one_thread_without_warnings():
+            source = self._frame_signals(_on_cpu({"logits": asked.logits, "features": asked.features}, asked.head))
             stream = passed["stream"].index_select(0, passed["chosen"])
             signals, shadowed = self._shadow(source, stream, passed, seen)
         said = said_to(stream, source.said.tolist(), len(counts))
@@ -119,8 +125,8 @@ class Observer:
     def _ask(self, frames: Tensor) -> Output:
         return Output(*self.model.forward_with_features(frames), self.model.context.head)
 
-    def _own(self, passed: State, seen: _Seen) -> dict[str, Numbers]:
-        """Signals (S,) of the frames that `_shown` is of."""
+    def _own(self, passed: State, seen: _FrameSignals) -> Signals:
+        """The signals (S,) of OWN, from the tensors of `_pass_tensors`."""
         answer = seen.probability if (kept := passed.get("probability")) is None else kept.numpy()
         counts, stream = passed["counts"].clamp_min(1), passed["stream"]
         each = seen.signals | {"answer_confidence": answer.max(1), "changed": answer.argmax(1) != seen.said}
@@ -131,7 +137,7 @@ class Observer:
         gap = (features - self._mean) / self._scale
         gap *= gap
         return means | {
-            # Of the mean prediction, over the method's own window where it keeps one.
+            # Entropy of the mean prediction, over the window of the class filter if there is one.
             "marginal": -(mixed * np.log(np.maximum(mixed, TINY))).sum(1) / math.log(mixed.shape[1]),
             "stay": np.zeros(len(mixed), np.float32) if stay is None else stay.numpy(),
             "discrepancy": np.log1p(gap.mean(1)),
@@ -140,10 +146,12 @@ class Observer:
             "distance": passed["distance"].log1p().numpy(),
         }
 
-    def _shadow(self, source: _Seen, stream: Tensor, passed: State, seen: _Seen) -> tuple[dict[str, Numbers], Tensor]:
-        """What the source model says of the chosen frames (n,), which are of `stream` (n,), beside what the pass says.
+    def _shadow(
+        self, source: _FrameSignals, stream: Tensor, passed: State, seen: _FrameSignals
+    ) -> tuple[Signals, Tensor]:
+        """The signals (S,) of SHADOW, from the source model's output for the chosen frames of `stream` (n,).
 
-        Returns signals (S,), zero where a stream has no such frame, and how many it has (S,).
+        They are 0 for a stream without chosen frames. Also the number of chosen frames of each stream (S,).
         """
         counts = torch.bincount(stream, minlength=len(passed["counts"])).float()
         places = passed["chosen"].numpy()
@@ -157,8 +165,8 @@ class Observer:
         each["gap"] = seen.signals["confidence"][places] - source.signals["confidence"]
         return _means(each, stream, counts.clamp_min(1))[0], counts
 
-    def _seen(self, near: State) -> _Seen:
-        """Signals frame by frame, from logits, pooled features (B, F or more) and the last layer's input."""
+    def _frame_signals(self, near: State) -> _FrameSignals:
+        """Per-frame signals from logits (B, K), pooled features (B, F or more) and the last layer's input (B, d)."""
         number, features = near["logits"].numpy(), near["features"].numpy()[:, : len(self._mean)]
         most = number.max(1, keepdims=True)
         shifted = number - most
@@ -175,10 +183,10 @@ class Observer:
             "energy": amount + most[:, 0],
             "dropout": self._dropout(near.get("head"), said),
         }
-        return _Seen(features, likely, said, signals | self._oddness(features, said))
+        return _FrameSignals(features, likely, said, signals | self._feature_distance(features, said))
 
     def _dropout(self, head: Tensor | None, said: Numbers) -> Numbers:
-        """The share of votes under dropout masks before the last layer that differ from the classes (B,)."""
+        """The share (B,) of dropout masks before the last layer under which the class differs from `said` (B,)."""
         if head is None or self._dropped is None or len(head) != len(said):
             return np.zeros(len(said), np.float32)
         weight, bias = self._dropped
@@ -186,8 +194,8 @@ class Observer:
         differ: Numbers = np.add.reduce(votes != said[:, None], 1, np.float32)
         return differ / MASKS
 
-    def _oddness(self, features: Numbers, said: Numbers) -> dict[str, Numbers]:
-        """How far a frame's features (B, F) lie from those of clean frames of the class (B,) that it is called."""
+    def _feature_distance(self, features: Numbers, said: Numbers) -> Signals:
+        """Distance of features (B, F) from those of clean frames of the predicted class (B,)."""
         if self._class_mean is None:
             apart = (features - self._mean) / self._scale
             apart *= apart
@@ -197,7 +205,7 @@ class Observer:
             apart *= apart
             apart *= self._class_weight[said]
             last = torch.from_numpy(features[:, self._last])
-            off = torch.addmm(self._class_bias, last, self._class_way).argmax(1).numpy() != said
+            off = torch.addmm(self._prototype_bias, last, self._prototypes).argmax(1).numpy() != said
         np.minimum(apart, 100, out=apart)
         total, last_total = np.add.reduce(apart, 1), np.add.reduce(apart[:, self._last], 1)
         odd, odd_last = np.log1p(total / apart.shape[1]), np.log1p(last_total / (self._last.stop - self._last.start))
@@ -205,24 +213,24 @@ class Observer:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """Of each frame: features (B, F), class probabilities (B, K), the class it is called (B,), and signals (B,)."""
+class _FrameSignals:
+    """For each frame: features (B, F), class probabilities (B, K), predicted class `said` (B,), and signals (B,)."""
 
     features: Numbers
     probability: Numbers
     said: Numbers
-    signals: dict[str, Numbers]
+    signals: Signals
 
 
 @contextmanager
-def _calmly() -> Iterator[None]:
-    """Numbers of few frames need one thread; and broken parameters show in the signals, without a warning."""
+def _one_thread_without_warnings() -> Iterator[None]:
+    """Small arrays need one thread. Parameters that are not finite show in the signals; NumPy need not warn."""
     with np.errstate(invalid="ignore", over="ignore"), one_thread():
         yield
 
 
 def said_to(stream: Tensor, classes: Sequence[int], streams: int) -> list[tuple[int, ...]]:
-    """The classes (n,) of frames of `stream` (n,), stream by stream."""
+    """The classes (n,) of frames of `stream` (n,), grouped by stream."""
     said: list[list[int]] = [[] for _ in range(streams)]
     for row, index in zip(stream.tolist(), classes, strict=True):
         said[row].append(index)
@@ -230,20 +238,20 @@ def said_to(stream: Tensor, classes: Sequence[int], streams: int) -> list[tuple[
 
 
 def rank_among(known: Tensor, share: Tensor) -> Tensor:
-    """Where entropies (as shares of ln K) lie among `known` quantiles of those of clean frames, from -0.5 to 0.5."""
+    """The rank of entropies, in units of ln K, among the quantiles `known` of clean frames: -0.5 to 0.5."""
     if not len(known):
         return torch.zeros_like(share)
     middle = torch.searchsorted(known, share) + torch.searchsorted(known, share, right=True)
     return middle / (2 * len(known)) - 0.5
 
 
-def _near(shown: State, head: Tensor | None) -> State:
-    """On the CPU, with what went into the last layer."""
+def _on_cpu(shown: State, head: Tensor | None) -> State:
+    """The tensors and the last layer's input on the CPU."""
     return on_cpu(shown if head is None else shown | {"head": head})
 
 
-def _shown(forward: Forward, chosen: Tensor, source_affine: Tensor) -> State:
-    """What signals are made of, without a graph."""
+def _pass_tensors(forward: Forward, chosen: Tensor, source_affine: Tensor) -> State:
+    """The tensors that signals are computed from, without a graph."""
     kept = {name: forward.kept[name] for name in ("probability", "class_mix", "class_stay") if name in forward.kept}
     return kept | {
         "logits": forward.logits.detach(),
@@ -255,10 +263,8 @@ def _shown(forward: Forward, chosen: Tensor, source_affine: Tensor) -> State:
     }
 
 
-def _means(
-    frames: dict[str, Numbers], stream: Tensor, counts: Tensor, features: Numbers | None = None
-) -> tuple[dict[str, Numbers], Numbers]:
-    """Of signals (B,) and of features (B, F), over each stream's frames: (S,) and (S, F)."""
+def _means(frames: Signals, stream: Tensor, counts: Tensor, features: Numbers | None = None) -> tuple[Signals, Numbers]:
+    """Means of signals (B,) and of features (B, F) over each stream's frames: (S,) and (S, F)."""
     count = len(frames)
     joined = np.empty((len(stream), count + (0 if features is None else features.shape[1])), np.float32)
     for place, values in enumerate(frames.values()):
@@ -271,7 +277,7 @@ def _means(
 
 
 def _dropped_heads(model: AdaptableModel) -> tuple[Tensor, Tensor] | None:
-    """The last layer under fixed dropout masks, side by side: weight (d, masks x K) and bias."""
+    """The last layer under each of the fixed dropout masks, concatenated: weight (d, MASKS x K) and bias."""
     if model.head is None:
         return None
     weight, bias = model.head.weight.detach().cpu(), model.head.bias
@@ -281,7 +287,7 @@ def _dropped_heads(model: AdaptableModel) -> tuple[Tensor, Tensor] | None:
     return heads, torch.zeros(heads.shape[1]) if bias is None else bias.detach().cpu().repeat(MASKS)
 
 
-def _rows(signals: dict[str, Numbers]) -> list[dict[str, float]]:
+def _rows(signals: Signals) -> list[dict[str, float]]:
     table = np.stack(list(signals.values()), 1)
     table[~np.isfinite(table)] = 0
     return [dict(zip(signals, row, strict=True)) for row in table.tolist()]
@@ -290,9 +296,9 @@ def _rows(signals: dict[str, Numbers]) -> list[dict[str, float]]:
 def fold(
     before: RunningProxies, seen: Observed, generated: Mapping[str, float], model: AccuracyModel | None
 ) -> RunningProxies:
-    """The running signals after one more micro-batch, and the accuracies that they say.
+    """The running signals after one more micro-batch, and the accuracies estimated from them.
 
-    `generated` are the signals of the update, empty where there was none. Confidence and entropy stay.
+    `generated`: the signals of the update; empty without one. The fields confidence and entropy are left alone.
     """
     return before.model_copy(update=folded(before, seen, generated, model))
 
@@ -300,7 +306,7 @@ def fold(
 def folded(
     before: RunningProxies, seen: Observed, generated: Mapping[str, float], model: AccuracyModel | None
 ) -> dict[str, Any]:
-    """What `fold` changes."""
+    """The fields that `fold` changes."""
     signals = dict(before.signals)
     _move(signals, seen.own, seen.frames, before.frames)
     frames = before.frames + seen.frames
@@ -316,13 +322,13 @@ def folded(
         "generated": before.generated + (seen.frames if sound else 0),
     }
     if model is not None:
-        after["accuracy"], after["source_accuracy"] = model.accuracies(signals)
-        after["low"], after["high"] = model.ends(after["accuracy"])
+        after["accuracy"], after["source_accuracy"] = model.predict_one(signals)
+        after["low"], after["high"] = model.interval_of_one(after["accuracy"])
     return after
 
 
 def as_source(proxies: RunningProxies) -> RunningProxies:
-    """What is known of a stream whose parameters have just become source's: what source was seen to do."""
+    """The proxies of a stream whose parameters were just reset to the source's: the source model's signals."""
     signals = dict(proxies.signals)
     for name in SHADOW:
         own = name.removeprefix("source_")
@@ -339,7 +345,7 @@ def as_source(proxies: RunningProxies) -> RunningProxies:
 
 
 def _move(signals: dict[str, float], new: Mapping[str, float], frames: int, seen: int, least: float = 0.0) -> None:
-    """A plain mean until the window is full, then an exponential one; the new ones weigh no less than `least`."""
+    """Update running means: plain until the window is full, then exponential, with a weight of at least `least`."""
     if not frames:
         return
     weight = max(least, frames / (frames + max(0, min(seen, WINDOW - frames))))

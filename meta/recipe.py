@@ -148,9 +148,8 @@ def calibrate_bundle(
     if isinstance(bundle.method, Baseline):
         raise BundleError(f"{folder} has no generator to calibrate")
     unseen = _tensors(data.fashion_mnist("train").part(*data.CALIBRATION_PART))
-    calibration, limits = calibrate(
-        bundle.method, *unseen, Preprocessing.of(bundle.manifest.preprocess), seed, windows, say=say
-    )
+    preprocessing = Preprocessing.of(bundle.manifest.preprocess)
+    calibration, limits = calibrate(bundle.method, *unseen, preprocessing, seed, windows, say=say)
     say(f"calibration: temperature {calibration.temperature:.2f}, estimate off by {calibration.error:.3f}")
     manifest = bundle.manifest.model_copy(
         update={"calibration": calibration, "limits": limits, "calibrated_by": command}

@@ -26,7 +26,7 @@ from meta.benchmark import corruptions
 from meta.benchmark.report import commit
 from meta.bundle import Bundle, load_bundle
 from meta.calibration_shifts import CALIBRATION
-from meta.estimator import AccuracyModel, Array, Table, fit_estimator, joined
+from meta.estimator import AccuracyModel, Array, Table, concatenated, fit_estimator
 from meta.proxies import SIGNALS, Observer
 from meta.shifts import HELD_OUT, Shift
 from meta.source import Preprocessing, image_tensor
@@ -127,7 +127,7 @@ def _single_signals(bundle: Bundle, windows: int) -> dict[str, Estimator]:
     for number in range(3):
         shifts = {name: CALIBRATION[name] for name in names[number::3]}
         groups.append(
-            joined(
+            concatenated(
                 [_watched(bundle, shifts, 100 + number, windows, adapt, "tuning").table() for adapt in (True, False)]
             )
         )
@@ -165,7 +165,7 @@ def _all_scores(tables: Sequence[Told], estimator: Estimator, fitted: dict[str, 
 def _scores(tables: Sequence[Told], places: list[int], estimator: Estimator, target: int = 0) -> dict[str, float]:
     """Of one estimator on the windows of these streams. Rows are moments, camera by camera."""
     model = AccuracyModel(estimator)
-    guesses = [model.of(table.values[:, places])[:, target] for table in tables]
+    guesses = [model.predict(table.values[:, places])[:, target] for table in tables]
     truths = [table.truth[:, target] for table in tables]
     low, high = model.interval(np.concatenate(guesses))
     real = np.concatenate(truths)

@@ -26,19 +26,19 @@ def estimator() -> Estimator:
 
 def test_two_signals_together_say_what_neither_says_alone(estimator: Estimator) -> None:
     unseen = table(9)
-    together = np.abs(AccuracyModel(estimator).of(unseen.values) - unseen.truth).mean(0)
+    together = np.abs(AccuracyModel(estimator).predict(unseen.values) - unseen.truth).mean(0)
     assert together[0] < 0.03
     assert together[1] < 0.06
     for place, name in enumerate(NAMES[:2]):
         groups = [Table(t.values[:, [place]], t.truth) for t in map(table, range(3))]
         alone = AccuracyModel(fit_estimator([name], groups)[0])
-        error = np.abs(alone.of(unseen.values[:, [place]])[:, 0] - unseen.truth[:, 0]).mean()
+        error = np.abs(alone.predict(unseen.values[:, [place]])[:, 0] - unseen.truth[:, 0]).mean()
         assert error > 2 * together[0]
 
 
 def test_intervals_cover_about_nine_of_ten(estimator: Estimator) -> None:
     unseen, model = table(9, 2_000), AccuracyModel(estimator)
-    low, high = model.interval(model.of(unseen.values)[:, 0])
+    low, high = model.interval(model.predict(unseen.values)[:, 0])
     inside = (unseen.truth[:, 0] >= low) & (unseen.truth[:, 0] <= high)
     assert 0.85 < inside.mean() < 0.95
 
@@ -101,7 +101,7 @@ def test_intervals_hold_on_a_group_that_errs_in_a_way_of_its_own() -> None:
     model, unseen = AccuracyModel(fit_estimator(NAMES, groups)[0]), [biased(seed) for seed in range(20, 80)]
     held = []
     for one in unseen:
-        guess = model.of(one.values)[:, 0]
+        guess = model.predict(one.values)[:, 0]
         low, high = model.interval(guess)
         held.append(float(((one.truth[:, 0] >= low) & (one.truth[:, 0] <= high)).mean()))
     assert 0.85 < np.mean(held) < 0.97
@@ -110,20 +110,20 @@ def test_intervals_hold_on_a_group_that_errs_in_a_way_of_its_own() -> None:
 def test_estimates_stay_shares_whatever_the_signals(estimator: Estimator) -> None:
     model = AccuracyModel(estimator)
     for signals in ({}, {"confidence": 1.0, "odd": 1e9, "flips": -1e9}, {"confidence": 0.0, "odd": -1e9}):
-        adapted, source = model.accuracies(signals)
+        adapted, source = model.predict_one(signals)
         assert 0 <= adapted <= 1
         assert 0 <= source <= 1
     usual = dict.fromkeys(NAMES, math.nan)
-    assert model.accuracies({}) == model.accuracies(usual)
+    assert model.predict_one({}) == model.predict_one(usual)
 
 
 def test_one_stream_is_estimated_as_many_are(estimator: Estimator) -> None:
     model, rows = AccuracyModel(estimator), table(9, 50).values
     rows[::7, 1], rows[3, 0] = math.nan, 2.0
-    both = model.of(rows)
+    both = model.predict(rows)
     low, high = model.interval(both[:, 0])
     for row, expected, ends in zip(rows, both, zip(low, high, strict=True), strict=True):
-        assert model.accuracies(dict(zip(NAMES, row, strict=True))) == pytest.approx(tuple(expected))
-        assert model.ends(float(expected[0])) == pytest.approx(ends)
-    assert model.ends(0.0) == pytest.approx([float(end[0]) for end in model.interval(np.zeros(1))])
-    assert model.ends(1.0) == pytest.approx([float(end[0]) for end in model.interval(np.ones(1))])
+        assert model.predict_one(dict(zip(NAMES, row, strict=True))) == pytest.approx(tuple(expected))
+        assert model.interval_of_one(float(expected[0])) == pytest.approx(ends)
+    assert model.interval_of_one(0.0) == pytest.approx([float(end[0]) for end in model.interval(np.zeros(1))])
+    assert model.interval_of_one(1.0) == pytest.approx([float(end[0]) for end in model.interval(np.ones(1))])
