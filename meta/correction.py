@@ -1,16 +1,16 @@
-"""What a frame's own activations say of the shift that it was taken under, and what that changes in them.
+"""The correction of single frames: it estimates a frame's shift from its activations, and normalises for that shift.
 
-Under a shift, a channel's normalised activations have another mean and deviation over all images than they had in
-training; normalising with those instead (AdaBN, Li et al., 2016) undoes much of the harm. To measure them takes many
-frames under one shift and with an even class mix, which a stream may never show. But a shift that moves them moves
-those of every single frame, beside what is in the picture. So they are estimated, frame by frame: a linear
-regression per layer, fitted once at the centre on simulated shifts, goes from the moments of the frame's own channels
-to those that all images would have under its shift. What differs from image to image, classes too, is noise to it, and
-weighs less the less a shift moves it (the linear estimator of empirical Bayes). Nothing is kept of a stream, so a
-mixture of shifts, runs of one class and single frames are all the same to it.
+Under a shift, a channel's normalised activations have another mean and deviation over all images than in training.
+Normalising with the new moments (AdaBN, Li et al., 2016) undoes much of the harm. Measuring them takes many frames
+under one shift with an even class mix, which a stream may never show. But the shift also moves the moments of each
+single frame, in addition to the image's content. So the new moments are estimated frame by frame: a linear regression
+per layer, fitted once at the centre on simulated shifts, maps the moments of the frame's own channels to those of all
+images under its shift. Differences between images, those of classes included, are noise to the regression, and it
+weighs a direction the less, the less shifts move it (linear empirical Bayes). No state of a stream is involved, so
+mixed shifts, runs of one class and single frames make no difference.
 
-Small estimates are held back: with h the mean of their squares in units of how they vary among frames under one shift,
-each is multiplied by h / (h + 1).
+Estimates are shrunk: with h the mean of their squares, in units of their variance among frames under one shift, each is
+multiplied by h / (h + 1).
 """
 
 from __future__ import annotations
@@ -26,20 +26,23 @@ from meta.shifts import TUNING, Shift
 from meta.source import Preprocessing
 
 RANK = 16
-FLOOR = 0.02  # of a frame's own variances, in units of the usual one: a channel may be flat in one picture
+FLOOR = 0.02  # added to a frame's variance, in units of the clean one: a channel may be constant in an image
 MOST = 3.0  # largest change of a log deviation
-WIDEST = 512  # channels of a layer that is corrected: the regression's cost grows with their cube
+WIDEST = 512  # channels; wider layers are not corrected, as the regression's cost is cubic in them
 LEAST_SPREAD = 1e-4
-RIDGE = 0.02  # of the mean variance of what is regressed on
+RIDGE = 0.02  # penalty, in units of the regressors' mean variance
 HEALTHY = 0.25  # share of draws without a shift
 
 
 @dataclass(frozen=True)
 class Correction:
-    """The estimator of all norm layers, F channels in all, of normalised activations before scale and shift.
+    """The estimator for the normalised activations, before scale and shift, of all norm layers; F channels in all.
 
-    mean, deviation (F,): over clean source frames. reduce (2F, R), expand (2F, R), bias (2F,), spread (2F,): a layer
-    with the channels [a, b) has the rows [2a, 2b), first for means, then for logarithms of deviations.
+    mean, deviation (F,): over clean source frames
+    reduce, expand (2F, R): the low-rank regression
+    bias, spread (2F,): its constant, and the variance of its estimates among frames under one shift
+
+    A layer with the channels [a, b) has the rows [2a, 2b): first those of means, then those of log deviations.
     """
 
     mean: Tensor
@@ -51,7 +54,7 @@ class Correction:
 
     @staticmethod
     def shapes(features: int) -> dict[str, tuple[int, ...]]:
-        """Of the tensors, for F features; R may be another."""
+        """The shapes of the tensors by name, for F features; the rank R may differ."""
         wide = dict.fromkeys(("reduce", "expand"), (2 * features, RANK))
         return {
             "mean": (features,),
@@ -62,41 +65,41 @@ class Correction:
         }
 
     def as_tensors(self) -> dict[str, Tensor]:
-        """By name, for a file."""
+        """The tensors by name, for a file."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def to(self, device: torch.device) -> Correction:
-        """The same on a device."""
+        """The correction on a device."""
         return Correction(**{name: tensor.to(device) for name, tensor in self.as_tensors().items()})
 
     def under(self, strength: Tensor) -> FrameCorrection:
-        """For one pass: `strength` (B,) multiplies the estimates of each frame; with 0 nothing is corrected."""
+        """The correction for one pass: `strength` (B,) multiplies the estimates of each frame."""
         return FrameCorrection(self, strength.unsqueeze(1))
 
 
 class FrameCorrection:
-    """A correction with its frames' strengths (B, 1), as `AdaptableModel` asks it layer by layer."""
+    """A `LayerCorrection`: a correction with the strength (B, 1) of each frame of a pass."""
 
     def __init__(self, correction: Correction, strength: Tensor) -> None:
         self.correction, self.strength = correction, strength
 
     def of(self, channels: slice, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-        """Gain and offset (B, C) of a layer's normalised activations, from each frame's moments (B, C)."""
+        """See `LayerCorrection.of`."""
         own, rows = self.correction, slice(2 * channels.start, 2 * channels.stop)
-        usual, deviation = own.mean[channels], own.deviation[channels]
-        unusual = _unusual(mean, square, usual, deviation)
-        estimate = unusual @ own.reduce[rows] @ own.expand[rows].T + own.bias[rows]
+        clean_mean, deviation = own.mean[channels], own.deviation[channels]
+        differences = _standardised(mean, square, clean_mean, deviation)
+        estimate = differences @ own.reduce[rows] @ own.expand[rows].T + own.bias[rows]
         size = (estimate**2 / own.spread[rows]).mean(1, keepdim=True)
         estimate = estimate * (self.strength * size / (size + 1))
         moved, wider = estimate.tensor_split(2, 1)
         gain = torch.exp(-wider.clamp(-MOST, MOST))
-        return gain, usual - (usual + deviation * moved) * gain
+        return gain, clean_mean - (clean_mean + deviation * moved) * gain
 
 
-def _unusual(mean: Tensor, square: Tensor, usual: Tensor, deviation: Tensor) -> Tensor:
-    """How moments (B, C) differ from the usual ones: (B, 2C), in deviations, and as logarithms of deviations."""
+def _standardised(mean: Tensor, square: Tensor, clean_mean: Tensor, deviation: Tensor) -> Tensor:
+    """Standardised differences (B, 2C) of moments (B, C) from those of clean frames: means, then log deviations."""
     variance = (square - mean**2).clamp_min(0) / deviation**2
-    return torch.cat([(mean - usual) / deviation, ((variance + FLOOR) / (1 + FLOOR)).log() / 2], 1)
+    return torch.cat([(mean - clean_mean) / deviation, ((variance + FLOOR) / (1 + FLOOR)).log() / 2], 1)
 
 
 @torch.no_grad()
@@ -111,12 +114,11 @@ def fit_correction(
     passes: int | None = None,
     shifts: dict[str, Shift] | None = None,
 ) -> Correction:
-    """Fit the estimator on clean images uint8 (N, ch, h, w), in no order of classes, under simulated shifts; mean and
-    std (ch,) standardise.
+    """Fit the estimator on clean images uint8 (N, ch, h, w), shuffled, under simulated `shifts`; by default TUNING.
 
-    `draws` shifts with `frames` images each. One pass over all of them per layer, in the order of the model: what a
-    layer sees depends on how those before it have been corrected. With fewer `passes`, neighbouring layers share one.
-    `at_once` frames are in memory at a time.
+    `draws` shifts are drawn, with `frames` images each. Each layer is fitted in a pass of its own over all of them, in
+    order, because its input depends on the correction of the layers before it. With fewer `passes`, neighbouring layers
+    share one. `at_once` frames are in memory at a time.
     """
     count = model.feature_count
     first, second = torch.zeros(count), torch.zeros(count)
@@ -146,7 +148,7 @@ def fit_correction(
 
 
 class _Probe:
-    """Keeps what the layers of a pass ask with, and answers as `under` does; without it, changes nothing."""
+    """A `LayerCorrection` that records the moments of a pass. It corrects as `under` does; None: not at all."""
 
     def __init__(self, under: FrameCorrection | None = None) -> None:
         self.answer = under
@@ -160,8 +162,7 @@ class _Probe:
 
 
 class _Moments:
-    """Running sums for the regression of one layer: of what frames show, and of what their draw's frames have in
-    common."""
+    """Running sums for the regression of one layer, from each frame's moments to those of all frames of its draw."""
 
     def __init__(self, channels: slice, frames: int) -> None:
         self.channels, self.frames = channels, frames
@@ -171,13 +172,13 @@ class _Moments:
         self.both, self.within, self.cross = (torch.zeros(size, size) for _ in range(3))
 
     def add(self, correction: Correction, mean: Tensor, square: Tensor) -> None:
-        """Moments (B, C) of whole draws, one after the other."""
-        usual, deviation = correction.mean[self.channels], correction.deviation[self.channels]
-        shown = _unusual(mean, square, usual, deviation)
+        """Add the moments (B, C) of the frames of whole draws."""
+        clean_mean, deviation = correction.mean[self.channels], correction.deviation[self.channels]
+        shown = _standardised(mean, square, clean_mean, deviation)
         drawn = (len(shown) // self.frames, self.frames, -1)
         common, squares = mean.view(drawn).mean(1), square.view(drawn).mean(1)
         wider = ((squares - common**2).clamp_min(1e-6 * deviation**2) / deviation**2).log() / 2
-        wanted = torch.cat([(common - usual) / deviation, wider], 1)
+        wanted = torch.cat([(common - clean_mean) / deviation, wider], 1)
         total = shown.view(drawn).sum(1)
         apart = shown - (total / self.frames).repeat_interleave(self.frames, 0)
         self.count += len(shown)
@@ -188,7 +189,7 @@ class _Moments:
         self.cross += total.T @ wanted
 
     def solve(self, correction: Correction) -> None:
-        """Write this layer's rows of the correction: ridge regression, then its leading RANK directions."""
+        """Write the layer's rows of the correction: a ridge regression, reduced to its RANK leading directions."""
         count, rows = self.count, slice(2 * self.channels.start, 2 * self.channels.stop)
         shown, wanted = self.shown / count, self.wanted / count
         both = self.both / count - torch.outer(shown, shown)
@@ -209,7 +210,7 @@ class _Moments:
 def _shifted(
     images: Tensor, shifts: dict[str, Shift], draws: int, frames: int, at_once: int, seed: int
 ) -> Iterator[Tensor]:
-    """Images in [0, 1], several draws of `frames` at a time: a quarter as they are, else under one or two shifts."""
+    """Images in [0, 1], several draws of `frames` at a time: a quarter of them clean, else under one or two shifts."""
     random, known = torch.Generator().manual_seed(seed), list(shifts.values())
     together: list[Tensor] = []
     for number in range(draws):

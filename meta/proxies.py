@@ -165,25 +165,25 @@ class Observer:
         each["gap"] = seen.signals["confidence"][places] - source.signals["confidence"]
         return _means(each, stream, counts.clamp_min(1))[0], counts
 
-    def _frame_signals(self, near: State) -> _FrameSignals:
+    def _frame_signals(self, outputs: State) -> _FrameSignals:
         """Per-frame signals from logits (B, K), pooled features (B, F or more) and the last layer's input (B, d)."""
-        number, features = near["logits"].numpy(), near["features"].numpy()[:, : len(self._mean)]
-        most = number.max(1, keepdims=True)
-        shifted = number - most
-        likely = np.exp(shifted)
-        total = likely.sum(1, keepdims=True)
-        likely /= total
-        said, highest = number.argmax(1), 1 / total[:, 0]
-        amount = np.log(total[:, 0])
-        entropy = amount - (likely * shifted).sum(1)
+        logits, features = outputs["logits"].numpy(), outputs["features"].numpy()[:, : len(self._mean)]
+        largest = logits.max(1, keepdims=True)
+        shifted = logits - largest
+        probability = np.exp(shifted)
+        total = probability.sum(1, keepdims=True)
+        probability /= total
+        said, confidence = logits.argmax(1), 1 / total[:, 0]
+        log_total = np.log(total[:, 0])
+        entropy = log_total - (probability * shifted).sum(1)
         signals = {
-            "confidence": highest,
-            "entropy": entropy / np.float32(math.log(number.shape[1])),
-            "above": highest >= self.threshold,
-            "energy": amount + most[:, 0],
-            "dropout": self._dropout(near.get("head"), said),
+            "confidence": confidence,
+            "entropy": entropy / np.float32(math.log(logits.shape[1])),
+            "above": confidence >= self.threshold,
+            "energy": log_total + largest[:, 0],
+            "dropout": self._dropout(outputs.get("head"), said),
         }
-        return _FrameSignals(features, likely, said, signals | self._feature_distance(features, said))
+        return _FrameSignals(features, probability, said, signals | self._feature_distance(features, said))
 
     def _dropout(self, head: Tensor | None, said: Numbers) -> Numbers:
         """The share (B,) of dropout masks before the last layer under which the class differs from `said` (B,)."""

@@ -1,17 +1,18 @@
-"""What the last frames of a stream say of the class of the next: a filter over its predictions.
+"""The class filter: it corrects the predictions of a stream's frames by those of their neighbours in time.
 
-Neighbouring frames mostly show the same thing. A hidden Markov model with one number per stream says how much:
-the class of a frame is that of the frame before with probability `stay`, else drawn from the stream's own class mix.
-Its forward-backward pass over a micro-batch (Rabiner, Proc. IEEE 1989) corrects single frames by their neighbours,
-and `stay` is learned online as the share of frames that the frame before explains better than the mix does (the
-recursive expectation-maximisation of Cappe and Moulines, 2009). The mix is the running mean of the model's own,
-unfiltered predictions, so that a model that prefers a class under a shift is not taken for a stream that repeats
-itself: in a stream without order, `stay` falls to its floor. What the neighbours say is used only as far as it has
-proved itself: the sum of the log-likelihood ratios of this model to one without memory, over about as many frames as
-the mix looks back, has to be large before the filter changes an answer. Without order its expectation is below zero.
+Neighbouring frames mostly show the same class. A hidden Markov model describes that with one parameter per stream: the
+class of a frame is that of the previous frame with probability `stay`, and otherwise drawn from the stream's class mix.
 
-LAME (Boudiaf et al., CVPR 2022) smooths within a batch by feature similarity; this keeps what it knows from batch to
-batch, works on single frames, and does no harm to streams whose frames are independent.
+- Answers come from its forward-backward pass over a micro-batch (Rabiner, Proc. IEEE 1989).
+- `stay` is learned online, as the share of frames that the previous frame explains better than the mix does (recursive
+  expectation-maximisation, Cappe and Moulines, 2009).
+- The mix is the running mean of the model's unfiltered predictions. So a model that prefers a class under a shift is
+  not mistaken for a stream that repeats a class: if frames are independent, `stay` falls to its lower limit.
+- The filter changes answers only after a test: the log-likelihood ratio of this model to one without memory, summed
+  over about MIX_FRAMES frames, must be large. For independent frames its expectation is negative.
+
+LAME (Boudiaf et al., CVPR 2022) smooths within a batch by the similarity of features. This filter carries its belief
+from batch to batch, works on single frames, and does not harm streams of independent frames.
 """
 
 from __future__ import annotations
@@ -29,23 +30,28 @@ from meta.method import State, on_cpu
 Numbers = np.ndarray[Any, np.dtype[Any]]
 
 BELIEF = ("class_last", "class_mix", "class_stay", "class_proof", "class_seen")
-MIX_FRAMES = 200.0  # window of the class mix
-STAY_RATE = 0.03  # how fast `stay` follows the evidence, per frame
+MIX_FRAMES = 200.0  # window of the class mix and of the test
+STAY_RATE = 0.03  # learning rate of `stay`, per frame
 STAY_RANGE = (0.005, 0.995)
 FIRST_STAY, FIRST_SEEN = 0.05, 100.0
-# Temperature of the evidence: repeated frames repeat their errors too, so that what is new must count for more.
-SHARPEN = 0.7
-UNSURE = 0.02  # no prediction is surer than this share of doubt allows
-MOST_EVIDENCE = 20.0  # of one frame
-FEW = 4  # streams, up to which they are quicker one after the other
-AT_ONCE = 64  # frames whose mixes are one product
+SHARPEN = 0.7  # temperature of the predictions: repeated frames repeat their errors, so the newest must count for more
+UNSURE = 0.02  # share of the uniform distribution that is mixed into every prediction
+MOST_EVIDENCE = 20.0  # largest likelihood ratio of one frame
+FEW = 4  # up to as many streams it is faster to filter one after the other
+AT_ONCE = 64  # frames whose mixes are computed by one matrix product
 TINY = 1e-30
-PROOF = (4.0, 20.0)  # log-likelihood ratio at which the neighbours begin to count, and at which they count in full
+PROOF = (4.0, 20.0)  # log-likelihood ratio from which neighbours count, and from which they count in full
 
 
 def fresh_belief(streams: int, classes: int, device: torch.device | None = None) -> State:
-    """The belief of streams that have shown nothing: class_last and class_mix (S, K); class_stay, class_proof and
-    class_seen (S)."""
+    """The belief of new streams.
+
+    class_last (S, K): filtered probabilities of the last frame
+    class_mix (S, K): running mean of the unfiltered probabilities
+    class_stay (S,): probability that a frame has the class of the previous one
+    class_proof (S,): log-likelihood ratio of the test
+    class_seen (S,): frames that the mix rests on
+    """
     return {
         "class_last": torch.full((streams, classes), 1 / classes, device=device),
         "class_mix": torch.full((streams, classes), 1 / classes, device=device),
@@ -57,15 +63,15 @@ def fresh_belief(streams: int, classes: int, device: torch.device | None = None)
 
 @torch.no_grad()
 def filter_classes(logits: Tensor, stream: Tensor, counts: Tensor, belief: State) -> tuple[Tensor, State]:
-    """Class probabilities (B, K) given all frames of the micro-batch and those before it, and the belief after it.
+    """Class probabilities (B, K) given all frames of the micro-batch and those before it, and the next belief.
 
-    logits (B, K); stream (B,) int64 in [0, S), each stream's frames in order; counts (S,), how many each has. A stream
-    with no frame, or with a logit that is not finite, keeps its belief.
+    logits (B, K); stream (B,) int64 in [0, S), each stream's frames in order; counts (S,), frames of each stream. A
+    frame whose logits are not all finite is passed over: its answer is the unfiltered softmax.
     """
     if not len(stream):
         return logits, {name: belief[name] for name in BELIEF}
-    # Numbers of a few streams and classes, frame after frame: NumPy starts an operation on these in a fifth of the time
-    # that torch needs, and Python one on single numbers in a tenth of that.
+    # The arrays are small, and frames depend on each other. A NumPy call takes a fifth of the time of a torch call, and
+    # an operation on Python floats a tenth of that.
     known = {"logits": logits, "stream": stream, "counts": counts, **{name: belief[name] for name in BELIEF}}
     given = {name: tensor.numpy() for name, tensor in on_cpu(known).items()}
     number, place = given["logits"], given["stream"]
@@ -87,7 +93,7 @@ def _softmax(number: Numbers) -> Numbers:
     return made / made.sum(1, keepdims=True)
 
 
-# --- a few streams: one after the other, with plain numbers for all that is one number a stream --------------------
+# --- few streams: one after the other, with Python floats for what is scalar per stream ------------------------------
 
 
 def _one_by_one(
@@ -106,7 +112,7 @@ def _alone(frames: Numbers, belief: dict[str, Numbers]) -> Numbers:
     """Answers (T, K) to the frames (T, K) of one stream, whose belief (1, ...) moves in place."""
     last = belief["class_last"][0]
     stay, proof, seen = (float(belief[name][0]) for name in ("class_stay", "class_proof", "class_seen"))
-    stay = min(STAY_RANGE[1], max(STAY_RANGE[0], stay))  # a state from the store may be anything
+    stay = min(STAY_RANGE[1], max(STAY_RANGE[0], stay))  # a state from the store may hold any value
     mixes = _mixes_of_one(frames, belief["class_mix"], seen)
     likelihood = frames / mixes[:-1]
     filtered, trust = frames.copy(), [0.0] * len(frames)
@@ -129,7 +135,7 @@ def _alone(frames: Numbers, belief: dict[str, Numbers]) -> Numbers:
 
 
 def _mixes_of_one(frames: Numbers, mix: Numbers, seen: float) -> Numbers:
-    """The class mix before each frame, and after all of them (T + 1, K), from the one so far (1, K)."""
+    """The class mix before each frame and after the last (T + 1, K), from the present one (1, K)."""
     mixes = np.concatenate([mix, frames])
     for start in range(0, len(frames), AT_ONCE):
         part = mixes[start : start + AT_ONCE + 1]
@@ -139,8 +145,7 @@ def _mixes_of_one(frames: Numbers, mix: Numbers, seen: float) -> Numbers:
 
 @lru_cache(32)
 def _weights(frames: int, seen: float) -> Numbers:
-    """How the class mix before each of so many frames (T + 1, with the one after all) is made of the old one and of the
-    frames (1 + T)."""
+    """The matrix (T + 1, 1 + T) that maps the present mix and T frames to the mixes before each frame and after all."""
     weights = np.zeros((frames + 1, frames + 1))
     weights[0, 0] = 1
     for t in range(frames):
@@ -151,7 +156,7 @@ def _weights(frames: int, seen: float) -> Numbers:
 
 
 def _corrected(filtered: Numbers, likelihood: Numbers, mixes: Numbers, trust: list[float]) -> Numbers:
-    """(T, K): each frame's probabilities, corrected by the frames after it."""
+    """The backward pass for one stream: smoothed probabilities (T, K), given the later frames, too."""
     later = np.ones_like(filtered)
     for t in range(len(filtered) - 1, 0, -1):
         ahead = likelihood[t] * later[t]
@@ -167,7 +172,7 @@ def _corrected(filtered: Numbers, likelihood: Numbers, mixes: Numbers, trust: li
 def _side_by_side(
     plain: Numbers, stream: Numbers, counts: Numbers, sound: Numbers, belief: dict[str, Numbers]
 ) -> tuple[Numbers, dict[str, Numbers]]:
-    """The same."""
+    """As `_one_by_one`, for all streams at once."""
     rows, present = _rows(stream, counts)
     valid = (present & sound[rows])[..., None]
     past, after = _forward(plain[rows], valid, belief)
@@ -178,7 +183,7 @@ def _side_by_side(
 
 
 def _rows(stream: Numbers, number: Numbers) -> tuple[Numbers, Numbers]:
-    """Where the t-th frame of each stream lies in the pass, (S, T), and whether it exists."""
+    """The index in the pass of each stream's t-th frame (S, T), and whether it exists (S, T) bool."""
     order = np.argsort(stream, kind="stable")
     place = np.arange(number.max())
     first = number.cumsum() - number
@@ -221,7 +226,7 @@ def _forward(frames: Numbers, valid: Numbers, belief: dict[str, Numbers]) -> tup
 
 
 def _mixes(number: Numbers, here: Numbers, mix: Numbers, seen: Numbers) -> tuple[Numbers, Numbers, Numbers]:
-    """The class mix before each frame (T, S, K), after all of them (S, K), and how many frames it then rests on."""
+    """The class mix before each frame (T, S, K), that after the last (S, K), and the frames it rests on (S, 1)."""
     counted = np.minimum(seen + here.cumsum(0, dtype=seen.dtype), MIX_FRAMES).astype(seen.dtype)
     rates = here / counted
     mixes = np.empty_like(number)
@@ -232,9 +237,9 @@ def _mixes(number: Numbers, here: Numbers, mix: Numbers, seen: Numbers) -> tuple
 
 
 def _backward(moments: list[_Moment], valid: Numbers) -> Numbers:
-    """(S, T, K): each frame's probabilities, corrected by the frames after it."""
+    """The backward pass: smoothed probabilities (S, T, K), given the later frames, too."""
     if not any(trusted.any() for _, _, trusted, _ in moments):
-        # Later frames say nothing of earlier ones.
+        # No stream trusts its neighbours, so later frames change nothing.
         return np.stack([filtered for filtered, _, _, _ in moments], 1)
     later = np.ones_like(moments[0][0])
     smoothed = []
