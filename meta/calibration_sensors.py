@@ -1,6 +1,6 @@
-"""Simulated shifts for the accuracy estimate alone, that come from sensors, links and automatics.
+"""Simulated shifts for the accuracy estimate alone: those of sensors, video links and automatic controls.
 
-See `meta.calibration_shifts`, which has those of the scene and the optics, and the rule that both keep to.
+`meta.calibration_shifts` has those of the scene and the optics, and the rule that both follow.
 """
 
 from __future__ import annotations
@@ -11,18 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from meta.shifts import each_image, fixed_random
+
 BAYER = ((0, 8, 2, 10), (12, 4, 14, 6), (3, 11, 1, 9), (15, 7, 13, 5))
 TILES = 4  # along each side
-
-
-def each_image(values: Tensor) -> Tensor:
-    """One value per image (B,), to be multiplied with images."""
-    return values.view(-1, 1, 1, 1)
-
-
-def fixed_random(traits: Tensor, number: float = 1.0) -> torch.Generator:
-    """For what is at random but the same in every frame of a stream."""
-    return torch.Generator().manual_seed(int(traits[0] * number * 1e6))
 
 
 def equalised(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:

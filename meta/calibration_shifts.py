@@ -1,8 +1,8 @@
-"""More simulated shifts, for the accuracy estimate alone: the more ways of failing its calibration has seen, the less
-it takes one way's confidence for another's. Neither generators nor results have ever seen them.
+"""More simulated shifts, for the accuracy estimate alone. No generator was trained and no result measured on them.
 
-They look like those of `meta.shifts` and keep to the same rule: none is a held-out shift or one of the fifteen common
-corruptions.
+The relation of confidence and accuracy differs from shift to shift, so the estimate's calibration needs many shifts.
+They have the form of those in `meta.shifts`, and follow the same rule: none is a held-out shift or one of the fifteen
+common corruptions.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meta.calibration_sensors import SENSORS, each_image, fixed_random
-from meta.shifts import TUNING, Shift
+from meta.calibration_sensors import SENSORS
+from meta.shifts import TUNING, Shift, each_image, fixed_random
 
 
 def _grid(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each pixel lies, x and y in [-1, 1], (B, h, w) each."""
+    """The coordinates x and y of each pixel, in [-1, 1], (B, h, w) each."""
     count, _, height, width = images.shape
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     return x.expand(count, -1, -1), y.expand(count, -1, -1)
 
 
 def _looked_up(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The images with each pixel taken from the coordinates x and y (B, h, w)."""
     return F.grid_sample(images, torch.stack([x, y], 3), padding_mode="border", align_corners=True)
 
 

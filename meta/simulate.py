@@ -1,4 +1,4 @@
-"""Simulated streams: labelled images seen by cameras that drift, for meta-training and calibration."""
+"""Simulated streams for meta-training and calibration: labelled images, seen by cameras that drift."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from meta.shifts import Shift
 
 
 class SimulatedStream:
-    """One camera: a mixture of shifts whose severity moves over time, and a class mix that moves too.
+    """One camera. It plays episodes, in which severities of a mixture of shifts and the class mix change over time.
 
-    About a third of all episodes have nothing wrong, so that a generator also learns to leave well alone. Each image
-    is seen in `repeat` frames in a row, moved by up to a pixel; `strength` multiplies severities, up to 1.
+    images uint8 (N, ch, h, w), labels (N,)
+    repeat: frames in a row that show the same image; above 1 they are moved by up to a pixel
+    strength: factor on severities, which stay at or below 1
+
+    A third of the episodes have no shift, so that a generator also learns when not to adapt.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class SimulatedStream:
         self.begin()
 
     def begin(self) -> None:
-        """Start another episode: other shifts, another course of severity, another length."""
+        """Start an episode: draw shifts, the course of their severity, and a length of 20 to 160 micro-batches."""
         self.step, self.length = 0, int(self._number(20, 160))
         how_many = [0, 0, 1, 1, 2, 3][int(self._number(0, 6))]
         order = torch.randperm(len(self.shifts), generator=self.random)[:how_many]
@@ -45,7 +48,7 @@ class SimulatedStream:
 
     @property
     def over(self) -> bool:
-        """Whether all of its steps are played."""
+        """Whether the episode has ended."""
         return self.step >= self.length
 
     def next(self, frames: int) -> tuple[Tensor, Tensor]:
@@ -63,7 +66,7 @@ class SimulatedStream:
         if self.repeat > 1:
             images = self._moved(images)
         severity = torch.full((frames,), self.severity())
-        if self.course == 4:  # frames of one stream from good and bad places
+        if self.course == 4:  # mixed: each frame has a severity of its own
             severity = severity * torch.rand(frames, generator=self.random)
         for shift, traits in self.active:
             images = shift(images, severity, traits, self.random)
@@ -97,7 +100,7 @@ class SimulatedStream:
         return torch.stack([torch.roll(image, move, (1, 2)) for image, move in zip(images, moves, strict=True)])
 
     def _remix(self) -> None:
-        """Draw a class mix from a Dirichlet distribution, from nearly even to nearly one class."""
+        """Draw a class mix from a Dirichlet distribution that is even, moderately or strongly concentrated."""
         concentration = [0.2, 1.0, 100.0][int(self._number(0, 3))]
         gammas = torch._standard_gamma(torch.full((len(self.by_class),), concentration), generator=self.random)
         self.mix = gammas + 1e-6
