@@ -1,4 +1,4 @@
-"""Calibration at the centre: source statistics, temperatures, the accuracy estimate, and what is normal."""
+"""Calibration at the centre: source statistics, temperatures, accuracy estimator, and limits of normal operation."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from meta.watch import WINDOW_STEPS, Watched, cameras, watch
 from schemas.bundle import Calibration, Limits
 
 STREAMS = 24  # simulated at a time
-ROUNDS = 10  # of cameras; each has a part of the shifts to itself
-AT_ONCE = 2  # of these: each takes the memory of a pass, which a large model fills
-STRENGTH = 1.6  # of severities, so that the estimate has seen bad days too
-# The estimator's: of signals that say nearly the same one each, as they did best on shifts left out.
+ROUNDS = 10  # of simulation; no two have a shift in common
+AT_ONCE = 2  # rounds in parallel: each takes the memory of a pass, and a large model fills that
+STRENGTH = 1.6  # factor on severities, so that the estimator sees severe shifts, too
+# The estimator's signals: of nearly equivalent ones, the one with the smallest error on shifts left out.
 FITTED = (
     *("confidence", "answer_confidence", "above", "energy", "dropout", "marginal", "changed", "distance"),
     *("discrepancy", "discrepancy_middle", "discrepancy_last", "odd", "off_prototype"),
     *("source_confidence", "source_odd_last", "flips", "gap"),
 )
 QUANTILES = 65  # of the source model's entropy on clean frames
-RARE = 0.001  # share of calibration that lies beyond a limit
+RARE = 0.001  # share of the updates in calibration that lie beyond a limit
 COSINE_STEPS = 64  # updates over which the guard averages the cosine
 SOFTENINGS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 LEAST_MARGIN = 0.02
@@ -45,7 +45,7 @@ Round = tuple[Watched, Watched]  # with updates, and without
 
 @torch.no_grad()
 def source_statistics(model: AdaptableModel, images: Tensor, preprocessing: Preprocessing) -> SourceStatistics:
-    """Feature statistics on clean images uint8 (N, ch, h, w), over all and per class."""
+    """Feature statistics of clean images uint8 (N, ch, h, w), over all and per class."""
     features, probability = [], []
     for part in images.split(frames_at_once(images)):
         logits, pooled = model.forward_with_features(preprocessing.frames(part))
@@ -64,11 +64,11 @@ def calibrate(
     streams: int = STREAMS,
     say: Callable[[str], None] = print,
 ) -> tuple[Calibration, Limits]:
-    """Run the finished method on simulated streams it was not trained on, and fit what the bundle promises.
+    """Run the trained method on simulated streams of new images, and fit the bundle's calibration and limits.
 
-    images uint8 (N, ch, h, w), labels (N,); `windows` of eight micro-batches are taken from each of the `streams` in
-    each round, once with updates and once without. No two rounds have a shift in common, so that the errors of the
-    estimate are measured on shifts that it was not fitted to.
+    images uint8 (N, ch, h, w), labels (N,). Each round takes `windows` of eight micro-batches from each of `streams`,
+    once with updates and once without. No two rounds have a shift in common, so that the error of the estimate is
+    measured on shifts that it was not fitted to.
     """
     threshold, entropies = _clean(method.model, images, labels, preprocessing)
     observer = Observer(method.model, method.source, threshold, entropies)
@@ -106,16 +106,16 @@ def calibrate(
 
 
 def _shares(seed: int) -> list[dict[str, Shift]]:
-    """Each round's part of the shifts; shuffled, so that none has all of a kind."""
+    """The shifts of each round; shuffled, so that no round has all of one kind."""
     names = list(CALIBRATION)
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     return [{names[i]: CALIBRATION[names[i]] for i in order[number::ROUNDS]} for number in range(ROUNDS)]
 
 
 def _side_by_side(play: Callable[[int, Callable[[], bool]], Round], say: Callable[[str], None]) -> list[Round]:
-    """All rounds, in their order, some at a time: a pass gains little from being divided among a few processors.
+    """The results of all rounds, in order. AT_ONCE run in parallel, because more threads for one pass gain little.
 
-    `play` is given the number of its round, and whether it is still wanted.
+    `play` gets the number of its round, and a function that says whether the round is still wanted.
     """
     threads, started, over = torch.get_num_threads(), time.monotonic(), threading.Event()
     say(f"calibration: {ROUNDS} rounds")
@@ -131,14 +131,14 @@ def _side_by_side(play: Callable[[int, Callable[[], bool]], Round], say: Callabl
     finally:
         over.set()
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # for threads that begin later
+        torch.set_num_threads(threads)  # for threads that start later
 
 
 @torch.no_grad()
 def _clean(
     model: AdaptableModel, images: Tensor, labels: Tensor, preprocessing: Preprocessing
 ) -> tuple[float, list[float]]:
-    """ATC's threshold, above which as many clean frames lie as are right; and quantiles of the entropy, in ln K."""
+    """From clean images: ATC's threshold, the quantile of confidence at the error rate; quantiles of entropy / ln K."""
     logits = torch.cat([model(preprocessing.frames(part)) for part in images.split(frames_at_once(images))])
     right = float((logits.argmax(1) == labels).float().mean())
     threshold = float(logits.softmax(1).amax(1).quantile(1 - right))
@@ -148,7 +148,7 @@ def _clean(
 
 
 def _excess(adapted: Sequence[Watched], model: AccuracyModel) -> Tensor:
-    """For every frame, the stream's mean confidence over its estimated accuracy, as it was known before the frame."""
+    """For every frame, the stream's mean confidence minus its estimated accuracy after the previous micro-batch."""
     parts = []
     for seen in adapted:
         before = None
@@ -163,7 +163,10 @@ def _excess(adapted: Sequence[Watched], model: AccuracyModel) -> Tensor:
 
 
 def _softened(logits: Tensor, labels: Tensor, excess: Tensor) -> tuple[float, float]:
-    """Temperature, and how it follows the excess of confidence, with the lowest negative log-likelihood."""
+    """The temperature without excess, and the softening: logits are divided by temperature * exp(softening * excess).
+
+    Both by the lowest negative log-likelihood.
+    """
     tried = []
     for softening in SOFTENINGS:
         softer = logits / (softening * excess).exp().unsqueeze(1)
@@ -181,7 +184,7 @@ def _temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def _line(adapted: Sequence[Watched], temperature: float) -> tuple[float, float]:
-    """Slope and intercept from mean confidence to accuracy, over windows, for those who have no signals."""
+    """Slope and intercept of a linear fit from mean confidence to accuracy, over windows, for use without signals."""
     confidence, accuracy = [], []
     for seen in adapted:
         streams = len(seen.proxies[0])
@@ -199,6 +202,7 @@ def _line(adapted: Sequence[Watched], temperature: float) -> tuple[float, float]
 
 
 def _limits(adapted: Sequence[Watched], guess: Array, truth: Array) -> Limits:
+    """Limits that a share RARE of the updates exceeds, and the margin of the estimated gain over the source model."""
     norms = {
         name: torch.stack([signals[name] for seen in adapted for signals in seen.signals])
         for name in ("raw_gradient_norm", "generated_gradient_norm", "source_distance")
@@ -212,7 +216,7 @@ def _limits(adapted: Sequence[Watched], guess: Array, truth: Array) -> Limits:
 
 
 def _running_mean(values: Tensor) -> Tensor:
-    """Means of (T, S) over the guard's window, once there are enough."""
+    """Means of values (T, S) over the guard's window of updates, from the first full window on."""
     steps = min(COSINE_STEPS, len(values))
     sums = torch.cat([torch.zeros(1, values.shape[1]), values.cumsum(0)])
     return ((sums[steps:] - sums[:-steps]) / steps).flatten()

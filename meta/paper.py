@@ -1,9 +1,9 @@
-"""The method of the paper, as published: MGTTA with its two inputs, its memory, its loss, and no guard of any kind.
+"""MGTTA as published, for comparison: the paper's two inputs, memory and loss, without safeguards.
 
 Source: Deng et al., "Learning to Generate Gradients for Test-Time Adaptation via Test-Time Training Layers", AAAI 2025,
-arXiv 2412.16901. `reference_bias` repeats a quirk of the public implementation, which divides the moments of step t by
-1 - b^(t+1); without it the correction is Adam's. A micro-batch of one frame has no unbiased deviation: everything
-becomes NaN, as it does there. This is here to be measured; `meta.mgg` is what a site should run.
+arXiv 2412.16901. `reference_bias` reproduces an error of the public implementation, which divides the moments of step t
+by 1 - b^(t+1) where Adam divides by 1 - b^t. A micro-batch of one frame has no unbiased deviation, and gives NaN as in
+that implementation. Sites should run `meta.mgg`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DISCREPANCY_WEIGHT, DISCREPANCY_SCALE = 0.4, 64.0
 
 
 class PaperSettings(BaseModel):
-    """What the paper leaves to choose."""
+    """The method's hyperparameters."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,7 +57,7 @@ def generate(
 
 
 class PaperMGG:
-    """The method `mgg` in the variant `paper`."""
+    """The published method; in the benchmark `mgg` with variant `paper`."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class PaperMGG:
         return {name: tensor.detach() for name, tensor in self.initial(streams).items()}
 
     def initial(self, streams: int) -> State:
-        """As `fresh`, but differentiable in the learned initial memory."""
+        """As `fresh`, but differentiable in the initial memory, which is learned."""
         size, device = self.model.coordinates, self.model.device
         weight, bias = self.generator.memory.fresh(streams, size)
         return {
@@ -148,10 +148,12 @@ def meta_train_paper(
     inner_step_size: float = 1e-4,
     say: Callable[[str], None] = print,
 ) -> None:
-    """The paper's meta-training, in place: the unlabelled loss of the next batch through the update that led to it.
+    """The paper's meta-training, in place: it lowers each batch's unlabelled loss through the update before that batch.
 
-    `batches` are standardised frames (b, ch, h, w), in the paper 64 of two frames from four corruptions. The memory
-    is detached at every step (one-step truncation). `check` gives the accuracy by which the best epoch is kept.
+    batches: standardised frames (b, ch, h, w); in the paper 64 batches of two frames from four corruptions
+    check: returns an accuracy, by which the best epoch is kept
+
+    The memory is detached at every step (one-step truncation).
     """
     optimizer = torch.optim.Adam(method.generator.parameters(), lr=learning_rate)
     best, kept = -1.0, copy.deepcopy(method.generator.state_dict())
@@ -161,7 +163,7 @@ def meta_train_paper(
             forward = method.predict(frames, torch.zeros(len(frames), dtype=torch.long), state)
             _, gradient = method.gradient(forward)
             if number:
-                # d loss / d generator = d loss / d affine * d affine / d generator: the model itself is a constant.
+                # d loss / d generator = d loss / d affine * d affine / d generator, the first factor held constant.
                 optimizer.zero_grad()
                 (gradient * state["affine"]).sum().backward()
                 optimizer.step()

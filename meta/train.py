@@ -1,11 +1,11 @@
-"""Meta-training: make the generator lower the loss of the frames that come next.
+"""Meta-training: train the generator to lower the loss on the frames after each update.
 
-The updates see no label, and take their gradient from some of the frames, as sites do. The objective that trains the
-generator sees labels (they exist at the centre), or is the updates' own where there are none. Gradients of the source
-model are treated as constants, as is usual for learned optimizers, so one unrolled step costs a forward and two
-backward passes through the model, and back-propagation through time runs over the generator alone.
+The updates use no labels, and take the gradient from a part of the frames, as at a site. The meta-objective uses
+labels, which exist at the centre, or else the updates' own objective. Gradients of the source model are treated as
+constants, as is usual for learned optimizers. So an unrolled step costs one forward and two backward passes through the
+model, and back-propagation through time runs over the generator alone.
 
-Several source models may train one rule: each has its own streams, statistics and anchor, and takes its turn.
+Several source models can train one rule. Each has its own streams, statistics and anchor; they take turns.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from meta.source import Preprocessing
 
 
 class TrainingSettings(BaseModel):
-    """How long and on what the generator is trained."""
+    """Options of meta-training."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,7 +49,7 @@ class TrainingSettings(BaseModel):
 
 
 class Problem:
-    """One source model with its method, its images and its simulated cameras."""
+    """A task of meta-training: one source model with its method, its images and its simulated cameras."""
 
     def __init__(
         self,
@@ -66,11 +66,11 @@ class Problem:
         self.state = method.initial(settings.streams)
 
     def detach(self) -> None:
-        """Cut the graph of the unroll that is over."""
+        """Detach the state from the graph of the previous unroll."""
         self.state = {name: tensor.detach() for name, tensor in self.state.items()}
 
     def restart_finished(self) -> None:
-        """Begin new episodes; half of them from a cold start, half with the state of the last."""
+        """Start a new episode where one has ended: half of them from a fresh state, half from the state at the end."""
         finished = [i for i, camera in enumerate(self.cameras) if camera.over]
         cold = [i for i in finished if float(torch.rand((), generator=self.random)) < 0.5]
         for i in finished:
@@ -78,7 +78,7 @@ class Problem:
         fresh = self.method.initial(len(self.cameras))
         reset = torch.zeros(len(self.cameras), dtype=torch.bool)
         reset[cold] = True
-        # Fresh rows stay attached to the learned initial memory, so that it is trained too.
+        # Fresh rows stay attached to the initial memory, which is learned, too.
         self.state = {
             name: torch.where(reset.view(-1, *[1] * (tensor.dim() - 1)), fresh[name], tensor)
             for name, tensor in self.state.items()
@@ -86,7 +86,7 @@ class Problem:
 
 
 def meta_train(problems: Sequence[Problem], settings: TrainingSettings, say: Callable[[str], None]) -> list[float]:
-    """Train the problems' generators in place; they may share modules. Returns the course of the accuracy.
+    """Train the generators of all problems in place; they may share modules. Returns the accuracy of each unroll.
 
     Deterministic for a seed on one machine.
     """
@@ -120,7 +120,7 @@ def meta_train(problems: Sequence[Problem], settings: TrainingSettings, say: Cal
 
 
 def draw(cameras: list[SimulatedStream], frames: int, preprocessing: Preprocessing) -> tuple[Tensor, Tensor, Tensor]:
-    """The next micro-batch of every camera: standardised frames, labels and stream index."""
+    """The next micro-batch of every camera: standardised frames (B, ch, h, w), labels (B,) and stream (B,)."""
     drawn = [camera.next(frames) for camera in cameras]
     images = torch.cat([images for images, _ in drawn])
     labels = torch.cat([labels for _, labels in drawn])
@@ -129,7 +129,11 @@ def draw(cameras: list[SimulatedStream], frames: int, preprocessing: Preprocessi
 
 
 def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[Tensor, float]:
-    """A few updates in a row. The objective's gradient is that of the loss at every step after the first."""
+    """Unroll a few updates. Returns the meta-objective and the accuracy of the predictions.
+
+    The meta-objective is linear in the affines, with the losses' gradients as constant coefficients: its gradient is
+    that of the sum of the losses. The first affine does not depend on the updates, so the first loss has no part in it.
+    """
     method, cameras = problem.method.with_gradient_share(settings.gradient_share), problem.cameras
     objective = torch.zeros(())
     right = 0
@@ -152,9 +156,9 @@ def _unroll(problem: Problem, frames: int, settings: TrainingSettings) -> tuple[
 
 
 def measure_gradient(method: MGG, cameras: list[SimulatedStream], preprocessing: Preprocessing) -> float:
-    """Root mean square of a coordinate's gradient at the source affine, over streams with and without a shift.
+    """The root mean square of a coordinate's gradient at the source affine, over streams with and without a shift.
 
-    In its units, one rule serves models whose gradients differ in size.
+    Gradients in this unit have the same size in all models, so that one rule can serve them.
     """
     state: State = method.fresh(len(cameras))
     squares = []

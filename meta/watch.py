@@ -1,4 +1,4 @@
-"""Streams whose truth is known, seen as a worker sees them: for calibration, and to measure what it promised."""
+"""Simulated streams with known labels, run and observed as in a worker: for calibration, and to measure it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,26 @@ from meta.source import Preprocessing
 from meta.train import draw
 from schemas.state import RunningProxies
 
-FRAMES = 16  # of a micro-batch
-SHADOW_EVERY, YOUNG = 16, 256  # as in a worker: source answers every sixteenth micro-batch, and all of a young stream
-REPEATS = (1, 1, 2, 2, 1, 4)  # frames in which a camera sees the same item
+FRAMES = 16  # per micro-batch
+SHADOW_EVERY, YOUNG = (
+    16,
+    256,
+)  # As in a worker, source predicts every 16th micro-batch, and all of the first 256 frames.
+REPEATS = (1, 1, 2, 2, 1, 4)  # frames in a row that show the same item, camera by camera
 WINDOW_STEPS = WINDOW // FRAMES
 
 
 @dataclass
 class Watched:
-    """Micro-batch by micro-batch: what was known of each stream after it, and what was true.
+    """The course of S streams: an entry for each micro-batch of b frames.
 
-    `truth` (S, 2): running accuracies, weighted as the signals are; `halves` (S, 2): of the adapted answers to every
-    other item, and to the rest. `visits` (S,) count what has happened to each camera so far. answers and plain
-    (S x b, K): the adapted answers' and source's logits; labels (S x b,); signals (S,) of the updates.
+    proxies: of each stream, after the micro-batch
+    truth (S, 2): running accuracy of the adapted and the source model, with the weights of the signals
+    halves (S, 2): running accuracy of the adapted model on every other item, and on the rest
+    visits (S,): number of the camera's episode
+    answers, plain (S x b, K): logits of the adapted and the source model
+    labels (S x b,)
+    signals (S,): of the update; no entries without updates
     """
 
     proxies: list[list[RunningProxies]] = field(default_factory=list)
@@ -44,14 +51,14 @@ class Watched:
     signals: list[State] = field(default_factory=list)
 
     def table(self, names: Sequence[str] = SIGNALS, every: int = WINDOW_STEPS) -> Table:
-        """Every so many micro-batches of every stream, once a window is full."""
+        """A row for each stream at every `every`-th micro-batch, from the first that completes a window."""
         moments = range(every - 1, len(self.truth), every)
         rows = [[one.signals.get(name, np.nan) for name in names] for t in moments for one in self.proxies[t]]
         return Table(np.array(rows, float), self.at(self.truth, every))
 
     @staticmethod
     def at(values: Sequence[np.ndarray], every: int = WINDOW_STEPS) -> np.ndarray:
-        """Of these, moment by moment, those that belong to the rows of `table`."""
+        """The values that belong to the rows of `table`, from an entry (S, ...) for each micro-batch."""
         return np.concatenate(values[every - 1 :: every])
 
 
@@ -63,7 +70,7 @@ def cameras(
     random: torch.Generator,
     strength: float = 1.0,
 ) -> list[SimulatedStream]:
-    """Cameras of a line: items pass in one frame, two or four, moved a little, under shifts that come and go."""
+    """Cameras of a production line: each item shows in one, two or four frames, under shifts that come and go."""
     repeats = [REPEATS[i % len(REPEATS)] for i in range(count)]
     return [SimulatedStream(images, labels, shifts, random, repeat, strength) for repeat in repeats]
 
@@ -78,9 +85,9 @@ def watch(
     model: AccuracyModel | None = None,
     wanted: Callable[[], bool] = lambda: True,
 ) -> Watched:
-    """Run `steps` micro-batches of every stream, with updates or without; as long as they are `wanted`."""
+    """Run `steps` micro-batches of every stream, with or without updates; stop early once `wanted` is false."""
     state = {name: tensor.detach() for name, tensor in method.fresh(len(streams)).items()}
-    # As in a worker: where there will be no update, nothing is kept for one.
+    # As in a worker, which keeps no graph if there will be no update.
     seen, predict = Watched(), as_served(method) if adapt else method.predict
     proxies, truth, visits = [RunningProxies() for _ in streams], _Truth(streams), np.zeros(len(streams), int)
     for step in range(steps):
@@ -121,7 +128,7 @@ def watch(
 
 
 class _Truth:
-    """How often answers were right lately, for `Watched`: `lately` is its `truth`."""
+    """Running accuracies: `lately` is `Watched.truth`, `halves` is `Watched.halves`."""
 
     def __init__(self, streams: list[SimulatedStream]) -> None:
         self.lately, self.halves = np.zeros((len(streams), 2)), np.zeros((len(streams), 2))
@@ -129,7 +136,7 @@ class _Truth:
         self._steps = 0
 
     def take(self, hits: Tensor) -> None:
-        """One micro-batch of every stream, in their order. hits (S x b, 2): of the adapted answers, and of source's."""
+        """Add a micro-batch of every stream. hits (S x b, 2): whether the adapted and the source model were right."""
         self._steps += 1
         weight = 1 / min(self._steps, WINDOW_STEPS)
         own = hits.split(FRAMES)
