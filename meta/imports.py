@@ -1,4 +1,4 @@
-"""Code of the user's own, by the name `module:name`: factories of networks, methods for the benchmark."""
+"""Imports of user code by `module:name`: factories of networks, methods for the benchmark."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 
 def import_from(folder: Path | None) -> None:
-    """Let modules be imported from a folder too, after what is installed."""
+    """Append a folder to the import path, so that installed modules take precedence."""
     if folder is not None and str(folder.resolve()) not in sys.path:
         sys.path.append(str(folder.resolve()))
 
 
 def imported(name: str, otherwise: str) -> Any:
-    """What is behind `module:name`. Raises ImportError with words for the user; `otherwise` says what to do where the
-    module is not found and not to be installed either."""
+    """The object named by `module:name`. Raises ImportError with a message for the user.
+
+    `otherwise` is the advice, beside installing it, if the module is not found.
+    """
     module, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):
         raise ImportError("not of the form module:name")

@@ -1,4 +1,4 @@
-"""How many threads torch's operations take."""
+"""The number of threads of torch's operations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run the block's operations in the calling thread alone.
+    """Run torch's operations in this block in the calling thread alone.
 
-    For many small ones in turn: to wake a second thread for each costs more than it helps. Other threads keep theirs,
-    but for one that uses torch for the first time meanwhile, which stays with one.
+    For sequences of small operations, for which waking other threads costs more than it gains. The setting is per
+    thread, except that a thread which uses torch for the first time meanwhile keeps a limit of one.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""What people write for meta-training and benchmarks: YAML files, checked."""
+"""Recipes and benchmark plans: YAML files, validated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_yaml(path: Path, model: type[Model], what: str) -> Model:
-    """The file as a `model`; `what` it is stands in errors. Raises ConfigError."""
+    """The content of the file as a `model`; `what` names the kind of file in errors. Raises ConfigError."""
     content = yaml_content(path, what)
     try:
         return model.model_validate(content)

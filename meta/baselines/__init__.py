@@ -1,4 +1,4 @@
-"""The methods that the generator is measured against, by name.
+"""The baselines that the generator is compared with, by name.
 
 `build("tent", setup)` gives the method with its published settings; options change them.
 """

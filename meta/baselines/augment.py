@@ -3,14 +3,14 @@
 After Wang et al., CVPR 2022: brightness 0.6-1.4, contrast 0.7-1.3, saturation 0.5-1.5, gamma 0.7-1.3, rotation up to
 15 degrees, displacement up to 1/16, scale 0.9-1.1, mirrored half of the time. What differs from the published codes:
 
-- They pad pictures to twice their side before they move them by 1/16, which is 1/8 of the picture.
-- Hue is left out, and of CoTTA's and RoTTA's also blur up to 0.5 pixels and noise of 0.005. ROID's has neither.
-- They draw once for all pictures of a batch; here each picture has a draw of its own.
-- They jitter in an order of chance; here brightness comes first, then contrast, saturation and gamma.
-- Grey is the plain mean of the colours here; there green counts most, as to the eye.
-- ROID's reflects pictures at their border. Here pixels there are repeated, as CoTTA's and RoTTA's do.
+- They pad images to twice their side before they move them by 1/16 of it, which is 1/8 of the image.
+- Changes of hue are left out, and so are blur up to 0.5 pixels and noise of 0.005, which CoTTA and RoTTA have.
+- They change brightness, contrast, saturation and gamma in a random order; here the order is fixed.
+- ROID reflects images at their border. Here pixels of the border are repeated, as in CoTTA and RoTTA.
+- They draw once for all images of a batch; here each image has a draw of its own.
+- Grey is the plain mean of the colours here; theirs weights them by luminance.
 
-What any of it would do to the three was not measured.
+Only the effect of drawing once for a batch was measured (docs/benchmark.md).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch import Tensor
 
 from meta.baselines.base import uniforms
 
-NUMBERS = 9
+NUMBERS = 9  # random numbers per frame: four of colour, five of the affine map
 
 
 def augmented(frames: Tensor, mean: Tensor, std: Tensor, keys: Tensor) -> Tensor:
-    """Standardised frames (B, ch, h, w), changed as `keys` (B,) int64 decide and standardised again."""
+    """Augmented copies of standardised frames (B, ch, h, w), standardised again; `keys` (B,) as in `uniforms`."""
     chance = uniforms(keys, NUMBERS)
     images = (frames * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)).clamp(0, 1)
     images = _moved(_jittered(images, chance[:, :4]), chance[:, 4:])

@@ -1,7 +1,7 @@
-"""What the baselines share: the set-up, the optimizers, the statistics of BatchNorm, and the shape of an update.
+"""The base class of the baselines, their optimizers, and functions that several of them need.
 
-Every baseline follows `meta.method.Method`: S streams in one pass, state rows per stream, results that do not depend
-on who shares the pass. All adapt the norm affine and nothing else; a class says so where its paper adapts more.
+Every baseline is a `meta.method.Method`: S streams in one pass, a row of the state for each, and results that do not
+depend on which streams share the pass. All adapt the norm affine only; the docstring says so where a paper adapts more.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method is built on.
+    """What a method is built from.
 
-    mean and std (ch,) are those of the frames' standardisation. `source_frames` (N, ch, h, w), standardised and
-    clean, serve the methods that measure something on source data; those do without where it is None.
-    `frame_shape` (ch, h, w) serves the methods that keep frames, or try the model.
+    mean, std (ch,): of the frames' standardisation
+    source_frames (N, ch, h, w): standardised clean frames, for methods that use source data; None: they do without
+    frame_shape (ch, h, w): for methods that store frames or run the model to examine it
     """
 
     model: AdaptableModel
@@ -82,11 +82,14 @@ class Adam:
 
 
 class Baseline:
-    """A method that takes one gradient step per micro-batch. Subclasses say which loss, or more.
+    """A method that takes one gradient step per micro-batch. Subclasses define the loss, and override more if needed.
 
-    `statistics` says with what BatchNorm layers normalise (see `NormMoments`): `source`, the running statistics;
-    `batch`, the stream's own frames; `prior`, both, with `amount` frames' worth of source; `running`, an exponential
-    mean over about `amount` frames that starts at the source. Other layers are the same under all four.
+    `statistics` are those with which BatchNorm layers normalise (see `NormMoments`):
+
+    - source: the running statistics of training
+    - batch: those of the stream's frames in the pass
+    - prior: a mean of both, in which the source counts as `amount` frames
+    - running: an exponential mean over about `amount` frames that starts at the source's
     """
 
     name: ClassVar[str]
@@ -112,7 +115,7 @@ class Baseline:
 
     @classmethod
     def grid(cls, batch_norm: bool) -> list[Options]:
-        """The options that `tuned` chooses from, on the tuning shifts: step sizes, and BatchNorm's statistics."""
+        """The options that `tuned` chooses from on the tuning shifts: step sizes, and BatchNorm statistics."""
         steps: list[Options] = [{"step_size": size} for size in cls.steps]
         if not batch_norm:
             return steps
@@ -127,7 +130,7 @@ class Baseline:
     # --- the interface of meta.method.Method ---
 
     def fresh(self, streams: int) -> State:
-        """Source affine, an optimizer at rest, and whatever else the method remembers."""
+        """The source affine, the optimizer's initial state, and `memory`."""
         state = {"affine": self.model.source_affine.expand(streams, -1).clone()}
         if self.statistics == "running" and self.model.batch_channels:
             state["norm_mean"] = self.model.source_mean.expand(streams, -1).clone()
@@ -147,23 +150,23 @@ class Baseline:
         return self.descend(forward, loss, active, memory)
 
     def observe(self, forward: Forward) -> State:
-        """Running statistics of BatchNorm move with every frame that is predicted."""
+        """Running BatchNorm statistics move with every predicted frame; nothing else does."""
         return forward.state | next_moments(forward)
 
     # --- what subclasses change ---
 
     def memory(self, streams: int) -> State:
-        """What else a stream's state holds."""
+        """Further entries of the state of new streams."""
         return {}
 
     def loss(self, forward: Forward) -> tuple[Tensor, Tensor, State]:
-        """Loss per stream (S,), which streams take a step (S,) bool, and the changed parts of their memory."""
+        """The loss of each stream (S,), whether it takes a step (S,) bool, and the next values of `memory`."""
         raise NotImplementedError
 
     # --- parts ---
 
     def moments(self, stream: Tensor, state: State) -> NormMoments | None:
-        """The BatchNorm statistics of a pass, or None for the source's running ones."""
+        """The BatchNorm statistics of a pass; None: the running statistics of training."""
         streams = len(state["affine"])
         if self.statistics == "source" or not self.model.batch_channels:
             return None
@@ -194,13 +197,13 @@ class Baseline:
         return Forward(logits, logits.new_zeros(len(logits), 0), rows, stream, counts, state, frames, kept)
 
     def descend(self, forward: Forward, loss: Tensor, active: Tensor, memory: State) -> Update:
-        """One step of the optimizer down the loss, for the active streams; memory changes for all that have frames."""
+        """One optimizer step for the `active` streams (S,); `memory` changes for all streams with frames."""
         (frame_gradient,) = torch.autograd.grad(loss.sum(), [forward.rows])
         gradient = per_stream_sum(frame_gradient, forward.stream, len(forward.counts))
         return self.step(forward, loss.detach(), gradient, active, memory)
 
     def step(self, forward: Forward, loss: Tensor, gradient: Tensor, active: Tensor, memory: State) -> Update:
-        """From the gradient (S, P) to the next state."""
+        """The next state from the gradient (S, P)."""
         state = forward.state
         direction, optimizer_state = self.optimizer.direction(state, gradient)
         moved = {"affine": state["affine"] - self.size(state) * direction, **optimizer_state}
@@ -208,7 +211,7 @@ class Baseline:
         return Update(new, self.signals(forward, loss, gradient, direction, new))
 
     def signals(self, forward: Forward, loss: Tensor, gradient: Tensor, direction: Tensor, new: State) -> State:
-        """What guard, metrics and audit see, (S,) each."""
+        """The signals (S,) for guard, metrics and audit; `direction` (S, P) is the step before its size."""
         counts = forward.counts.clamp_min(1)
         return {
             "loss": loss,
@@ -221,17 +224,17 @@ class Baseline:
         }
 
     def size(self, state: State) -> float | Tensor:
-        """The step size; a stream of its own has it in its state (S,), as when several are tried side by side."""
+        """The step size: from the state, (S, 1), if tuning gives each stream its own; else that of the method."""
         return state["step_size"].unsqueeze(1) if "step_size" in state else self.step_size
 
     def unmoved(self, forward: Forward, memory: State) -> Update:
-        """The update of a method without gradients: what it remembers changes, the affine does not."""
+        """The update of a method without gradients: `memory` changes, the affine does not."""
         still = torch.zeros_like(forward.state["affine"])
         new = forward.state | next_moments(forward) | memory
         return Update(new, self.signals(forward, still.new_zeros(len(still)), still, still, new))
 
     def logits_under(self, frames: Tensor, stream: Tensor, affine: Tensor, state: State) -> Tensor:
-        """Logits of frames under another affine (S, P), without a graph unless `affine` asks for one."""
+        """Logits of frames under an affine (S, P); they have a graph if `affine` requires a gradient."""
         return self.model(frames, affine.index_select(0, stream), self.moments(stream, state))
 
 
@@ -255,7 +258,7 @@ def choose(mask: Tensor, yes: State, no: State) -> State:
 def weighted_mean(
     values: Tensor, weights: Tensor, chosen: Tensor, stream: Tensor, streams: int
 ) -> tuple[Tensor, Tensor]:
-    """Mean of weights * values over each stream's chosen frames (S,), 0 where there is none; and how many (S,)."""
+    """Mean (S,) of weights * values over each stream's chosen frames, 0 without any; and their number (S,)."""
     kept = torch.where(chosen, values * weights, torch.zeros_like(values))
     total = per_stream_sum(kept, stream, streams)
     count = per_stream_sum(chosen.to(values.dtype), stream, streams)
@@ -278,8 +281,8 @@ def longest_stream(place: Tensor) -> int:
 
 
 def next_age(state: State) -> Tensor:
-    """One update more (S,), and from none again before float32 counts no further: chance that hangs on it would stand
-    still."""
+    """The age (S,) after one more update. It returns to 0 at 2^24, beyond which float32 does not count: random numbers
+    that depend on the age would repeat."""
     return (state["age"] + 1) % 2**24
 
 
@@ -305,10 +308,10 @@ def _logical_shift(x: Tensor, bits: int) -> Tensor:
 
 
 def classifier(setup: Setup) -> nn.Linear:
-    """The linear layer whose output is the model's answer, for methods that work on what goes into it.
+    """The linear layer whose output is the model's logits, for methods that work on its input.
 
-    A model may have others with an output per class, such as a second head; so it is tried on two frames. Raises
-    BundleError where there is none.
+    The model runs on two frames to find it, as a second head may also have an output per class. Raises BundleError if
+    there is no such layer.
     """
     linear = [module for module in setup.model.network.modules() if isinstance(module, nn.Linear)]
     layers = [module for module in linear if module.out_features == setup.classes]
@@ -337,7 +340,7 @@ def classifier(setup: Setup) -> nn.Linear:
 
 
 def with_penultimate(head: nn.Linear, run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-    """The result of a forward pass and what went into its classifier, (B, D)."""
+    """The result of the forward pass `run`, and the input (B, D) of its classifier `head`."""
     caught: list[Tensor] = []
     handle = head.register_forward_pre_hook(lambda _, given: caught.append(given[0]))
     try:

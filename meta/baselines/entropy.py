@@ -72,7 +72,7 @@ class Eata(Baseline):
         return fisher
 
     def memory(self, streams: int) -> State:
-        # All zeros until the first frame was used: every cosine is then 0, and every reliable frame is new.
+        # 0 until a frame was used: all cosines are then 0, so every reliable frame counts as new.
         return {"mean_probability": torch.zeros(streams, self.classes, device=self.device)}
 
     def loss(self, forward: Forward) -> tuple[Tensor, Tensor, State]:
@@ -90,7 +90,7 @@ class Eata(Baseline):
         return anchored, count > 0, choose(count > 0, {"mean_probability": new}, {"mean_probability": old})
 
     def _drift(self, forward: Forward) -> Tensor:
-        """sum_i F_i (theta_i - source_i)^2 per stream, through the rows, so that its gradient is found there."""
+        """sum_i F_i (theta_i - source_i)^2 of each stream (S,), with a graph to `rows`."""
         share = 1 / forward.counts.clamp_min(1).index_select(0, forward.stream)
         squares = (self.fisher * (forward.rows - self.model.source_affine) ** 2).sum(1) * share
         return per_stream_sum(squares, forward.stream, len(forward.counts))
@@ -119,7 +119,7 @@ class Sar(Baseline):
         self.radius = radius
 
     def memory(self, streams: int) -> State:
-        # -1: there is no mean yet.
+        # -1: no mean yet
         return {"mean_loss": torch.full((streams,), -1.0, device=self.device)}
 
     def update(self, forward: Forward) -> Update:
@@ -183,7 +183,7 @@ class Deyo(Baseline):
 
 
 def shuffle_patches(frames: Tensor, grid: int, keys: Tensor) -> Tensor:
-    """Frames (B, ch, h, w) cut into grid x grid patches in an order of chance that `keys` (B,) decide."""
+    """Frames (B, ch, h, w) with their grid x grid patches in a random order; `keys` (B,) as in `uniforms`."""
     height, width = frames.shape[2:]
     tall, wide = max(1, height // grid), max(1, width // grid)
     even = frames if (tall * grid, wide * grid) == (height, width) else _resized(frames, tall * grid, wide * grid)

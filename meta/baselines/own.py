@@ -1,4 +1,8 @@
-"""Baselines on our own objective: plain SGD and Adam, and the labelled oracle."""
+"""Baselines on the objective of `mgg`: SGD and Adam. Also the oracle, which uses labels.
+
+Committed results are identified by the digest of `meta.baselines.filtered`, which imports `OwnSgd` from this module:
+keep both names.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from meta.objective import discrepancy, entropy, per_stream_mean, running
 
 
 class OwnObjective(Baseline):
-    """Entropy plus feature discrepancy (meta.objective), with an optional pull to the source after each step."""
+    """Entropy plus feature discrepancy (`meta.objective`), with an optional pull towards the source after each step."""
 
     def __init__(
         self,
@@ -30,7 +34,7 @@ class OwnObjective(Baseline):
 
     @classmethod
     def grid(cls, batch_norm: bool) -> list[Options]:
-        """Step sizes, each with and without a pull of 1%; with BatchNorm, running statistics in the first case."""
+        """Step sizes, with and without a pull of 1%; for BatchNorm also running statistics, without a pull."""
         tries: list[Options] = [{"step_size": size, "pull": pull} for size in cls.steps for pull in (0.0, 0.01)]
         if batch_norm:
             tries += [{"step_size": size, "statistics": "running", "amount": 64.0} for size in cls.steps]
@@ -88,9 +92,9 @@ class OwnAdam(OwnObjective):
 
 
 class Oracle(Baseline):
-    """Cross-entropy on the true labels, one Adam step per batch: what these parameters could do at most.
+    """Cross-entropy on the true labels, one Adam step per batch: an upper bound for adapting these parameters.
 
-    `labels` (B,) of the frames of the coming update are a side channel that only the benchmark has.
+    The benchmark sets `labels` (B,) to those of the next update's frames.
     """
 
     name = "oracle"

@@ -46,12 +46,12 @@ class Source(Baseline):
 
 
 class BatchStatistics(Source):
-    """BatchNorm statistics from the test frames, the affine as it was.
+    """BatchNorm statistics from the test frames, with the source affine.
 
     Published: BN-1, the batch alone (Nado et al., "Evaluating Prediction-Time Batch Normalization for Robustness
     under Covariate Shift", 2020). Tuned chooses between that, the blend with a prior (Schneider et al., "Improving
     robustness against common corruptions by covariate shift adaptation", NeurIPS 2020, which has 16 for small
-    batches), and running means. Does nothing to a model without BatchNorm.
+    batches), and running means. Without BatchNorm it is the source model.
     """
 
     name = "bn"
@@ -148,7 +148,7 @@ class Lame(Source):
         return self.forward_of(frames, None, stream, state, logits, None)
 
     def _smoothed(self, logits: Tensor, features: Tensor, stream: Tensor, streams: int) -> Tensor:
-        """Every stream on its own, as a padded batch of problems (S, b, ...)."""
+        """Solves the problem of each stream separately, as a padded batch (S, b, ...)."""
         place = position_in_stream(stream)
         longest = max(1, longest_stream(place))
         log_p = logits.new_zeros(streams, longest, logits.shape[1])
@@ -158,7 +158,7 @@ class Lame(Source):
         real[stream, place] = True
         affinity = self._affinity(padded, real)
         smooth, moving = log_p.softmax(2), torch.ones(streams, 1, 1, dtype=torch.bool, device=self.device)
-        for _ in range(100):  # of each stream until it has settled, however long others take
+        for _ in range(100):  # Each stream stops when it has converged, however long others take.
             previous, smooth = smooth, torch.where(moving, (log_p + affinity @ smooth).softmax(2), smooth)
             moving = (smooth - previous).abs().amax((1, 2), keepdim=True) >= 1e-5
             if not bool(moving.any()):
@@ -166,7 +166,7 @@ class Lame(Source):
         return smooth[stream, place].clamp_min(1e-20).log()
 
     def _affinity(self, features: Tensor, real: Tensor) -> Tensor:
-        # Exactly: by products of matrices, as for more than 25 frames, neither would depend on a stream's frames alone.
+        # Exact distances: matrix products, which cdist uses for more than 25 frames, would depend on the padding.
         distance = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")
         pairs = real.unsqueeze(1) & real.unsqueeze(2)
         nearest = distance.masked_fill(~pairs, torch.inf).sort(2).values

@@ -1,4 +1,4 @@
-"""ROID: certainty, diversity, consistency, and a steady pull to the source."""
+"""ROID: certainty and diversity weights, consistency, and weight ensembling with the source."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Roid(Baseline):
         return per_stream_mean(total, stream, counts), forward.counts > 0, memory
 
     def logits_under_graph(self, forward: Forward, frames: Tensor, chosen: Tensor) -> Tensor:
-        """Logits of other views of the chosen frames, through the same rows."""
+        """Logits of augmented views of the chosen frames, with a graph to the same rows."""
         stream = forward.stream[chosen]
         return self.model(frames, forward.rows[chosen], self.moments(stream, forward.state))
 
@@ -102,7 +102,7 @@ def symmetric_cross_entropy(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _to_range(values: Tensor, stream: Tensor, streams: int) -> Tensor:
-    """Values (B,) scaled so that each stream's lie between 0 and 1; all 1 where they are all the same."""
+    """Values (B,) scaled to [0, 1] within each stream; all 1 if they are the same."""
     low = values.new_full((streams,), torch.inf).scatter_reduce(0, stream, values, "amin").index_select(0, stream)
     high = values.new_full((streams,), -torch.inf).scatter_reduce(0, stream, values, "amax").index_select(0, stream)
     span = high - low

@@ -1,4 +1,4 @@
-"""Baselines with a teacher that follows its student slowly: CoTTA and RoTTA."""
+"""Baselines with a mean teacher, whose parameters are an exponential mean of the student's: CoTTA and RoTTA."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def consistency(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Cotta(Baseline):
-    """A teacher that averages over augmentations, and coordinates that return to the source by chance.
+    """A teacher averaged over augmentations, and stochastic restoration of the source parameters.
 
     Wang et al., "Continual Test-Time Domain Adaptation", CVPR 2022: teacher decay 0.999; 32 augmentations where the
     source model's mean confidence on the batch is below 0.92; each coordinate restored with probability 0.01; Adam
@@ -105,7 +105,7 @@ class Cotta(Baseline):
 
 
 class Rotta(Baseline):
-    """A class-balanced memory of timely frames, robust BatchNorm, and a teacher.
+    """A class-balanced memory of recent frames, robust BatchNorm, and a teacher.
 
     Yuan et al., "Robust Test-Time Adaptation in Dynamic Scenarios", CVPR 2023: 64 frames in memory, kept by age and
     uncertainty; an update at every 64th frame, from the whole memory; teacher rate 0.001; BatchNorm's moments move
@@ -177,7 +177,7 @@ class Rotta(Baseline):
         return Update(state, self.signals(forward, loss, gradient, gradient, state))
 
     def _remember(self, state: State, streams: Tensor, frames: Tensor, label: Tensor, surprise: Tensor) -> None:
-        """Offer one frame to the memory of each of `streams`, in place."""
+        """Offer one frame to the memory of each of `streams`, in place: it may replace an older or less certain one."""
         labels, uncertainty = state["label"][streams], state["uncertainty"][streams]
         filled = labels >= 0
         one_hot = (labels.unsqueeze(2) == torch.arange(self.classes, device=self.device)) & filled.unsqueeze(2)
@@ -202,7 +202,7 @@ class Rotta(Baseline):
         state["seen"][streams] = (state["seen"][streams] + 1) % self.wrap
 
     def _learn(self, state: State, due: Tensor) -> tuple[Tensor, Tensor]:
-        """One student step of the streams `due` from their memories, in place. Their loss and gradient."""
+        """One student step of the streams `due` from their memories, in place. Returns their loss and gradient."""
         mine = {name: tensor[due] for name, tensor in state.items()}
         owner, slot = torch.nonzero(mine["label"] >= 0, as_tuple=True)
         frames, age = mine["frames"][owner, slot], mine["frame_age"][owner, slot] / self.capacity
