@@ -1,8 +1,8 @@
-"""Bundles: packing at the centre, checking and loading at a site.
+"""Bundles: written at the centre, checked and loaded at a site.
 
-A bundle is a folder: manifest.json, model.safetensors, generator.safetensors, statistics.safetensors, labels.txt, and
-perhaps correction.safetensors.
-Nothing in it is executed, and nothing is used before its hash has been checked.
+A bundle is a folder with manifest.json, model.safetensors, generator.safetensors, statistics.safetensors, labels.txt,
+and optionally correction.safetensors and verdict.json. Nothing in it is executed, and no file is used before its hash
+has been checked.
 """
 
 from __future__ import annotations
@@ -54,25 +54,28 @@ class Bundle:
 
     @property
     def is_estimated(self) -> bool:
-        """Whether the bundle's estimate of accuracy is made for the method."""
+        """Whether the bundle's accuracy estimator is fitted to the method."""
         return self.method_name == MGG_NAME
 
     @property
     def source_accuracy(self) -> float | None:
-        """Of source on clean frames, for the guard of a method whose own accuracy is not estimated; else None."""
+        """For the guard: the source model's accuracy on clean frames if the method's is not estimated, else None."""
         return None if self.is_estimated else self.manifest.model.clean_accuracy
 
     @property
     def limits(self) -> Limits:
-        """What is normal for the method. Calibration saw the bundle's own generator: the gradients of a baseline are in
-        other units, and nothing but how far it leads from source can be compared."""
+        """The limits of normal operation.
+
+        They were calibrated with the bundle's generator. A baseline's gradients are in other units, so only the limit
+        of its distance from source holds.
+        """
         if self.is_estimated:
             return self.manifest.limits
         return Limits(raw_gradient_norm=math.inf, source_distance=self.manifest.limits.source_distance)
 
     @property
     def statistics(self) -> SourceStatistics:
-        """Features of clean source frames."""
+        """Feature statistics of clean source frames."""
         return self.method.setup.source if isinstance(self.method, Baseline) else self.method.source
 
 
@@ -109,12 +112,13 @@ def write_bundle(
 def load_bundle(
     folder: Path, factories: Iterable[str] = (), method: str = MGG_NAME, device: torch.device = CPU
 ) -> Bundle:
-    """Check every hash, then build model and method: the bundle's generator, or a baseline by name (meta.baselines),
-    which does without source frames: `eata` is then ETA.
+    """Check every hash, then build the model and the method, on the CPU, and move both to `device`.
 
-    Both are checked on the CPU, and then moved to `device`.
+    factories: `module:function` names of network factories that are trusted
+    method: `mgg` for the bundle's generator, else the name of a baseline (`meta.baselines`). A baseline has no source
+        frames here: `eata` is then ETA
 
-    Raises BundleError where anything is missing, altered, or does not fit together.
+    Raises BundleError if a file is missing or altered, or if the parts do not fit together.
     """
     if method not in (MGG_NAME, *BASELINES):
         raise BundleError(f"there is no method {method!r}; known: {', '.join((MGG_NAME, *BASELINES))}")
@@ -160,14 +164,14 @@ def _paper(
 
 
 def model_weights(folder: Path) -> dict[str, Tensor]:
-    """The source model's weights alone, checked. Raises BundleError."""
+    """The checked weights of the source model. Raises BundleError."""
     return _tensors_alone(folder, "model.safetensors", read_manifest(folder))
 
 
 def portable_rule(folder: Path) -> tuple[GeneratorSettings, dict[str, Tensor]]:
-    """Settings and weights of a bundle's generator without its anchor: what serves any model. Raises BundleError.
+    """The settings and weights of a bundle's generator without its anchor, which serve any model.
 
-    The bundle's model is not built, so no code of its maker is needed.
+    The bundle's network is not built, so its code is not needed. Raises BundleError.
     """
     name, manifest = "generator.safetensors", read_manifest(folder)
     if manifest.method.name != MGG_NAME:
@@ -196,7 +200,7 @@ def _part(contents: dict[str, bytes], folder: Path, name: str) -> bytes:
 def _tensors(contents: dict[str, bytes], folder: Path, name: str) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(_part(contents, folder, name))
-    except (safetensors.SafetensorError, KeyError) as error:  # a type of numbers that this torch does not know
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that this torch does not have
         raise BundleError(f"{folder / name} is no safetensors file: {error}") from error
 
 
@@ -206,7 +210,8 @@ def _tensors_alone(folder: Path, name: str, manifest: Manifest) -> dict[str, Ten
 
 
 def _check_size(manifest: Manifest, weights: dict[str, Tensor], folder: Path) -> None:
-    """Before memory is taken: arguments may ask for any size of a network. Those of the site's own code are trusted."""
+    """Compare the number of weights before memory is allocated: the manifest's arguments may ask for a network of any
+    size. Networks of the site's own code are trusted."""
     name = manifest.model.architecture
     if name not in ARCHITECTURES:
         return
@@ -226,7 +231,7 @@ def _load_weights(module: torch.nn.Module, tensors: dict[str, Tensor], name: str
     except RuntimeError as error:
         first = " ".join(str(error).split())
         raise BundleError(f"{name} does not fit its architecture: {first[:300]}") from error
-    for key, tensor in module.state_dict().items():  # which has tensors of types that `isfinite` knows
+    for key, tensor in module.state_dict().items():  # of the module: `isfinite` has all of its dtypes
         if not bool(torch.isfinite(tensor).all()):
             raise BundleError(f"{name}: tensor {key!r} has values that are not finite")
 
@@ -258,7 +263,7 @@ def _correction(tensors: dict[str, Tensor], model: AdaptableModel) -> Correction
 
 
 def _check_output(model: AdaptableModel, manifest: Manifest, labels: list[str], folder: Path) -> None:
-    # Two frames: what a network does with one may not work with more, as where `view` joins frames and channels.
+    # Two frames: some networks run with one only, such as those that join frames and channels with `view`.
     shape = (2, manifest.preprocess.channels, manifest.preprocess.height, manifest.preprocess.width)
     with torch.no_grad():
         try:

@@ -1,4 +1,4 @@
-"""A bundle's folder: its manifest, and files that are what the manifest says. Nothing here needs torch."""
+"""The folder of a bundle: its manifest, and files that are checked against it. Does not import torch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MAX_FILE_BYTES = 8 << 30
 
 
 def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
-    """Give a bundle another manifest; its files stay."""
-    # What says nothing is left out: a worker of before refuses what it does not know.
+    """Replace the manifest of a bundle; its other files stay."""
+    # Empty fields are left out: workers of earlier versions refuse fields that they do not have.
     unsaid = {name for name in ("norm_order", "norm_layouts") if not getattr(manifest.model, name)}
     text = json.dumps(manifest.model_dump(mode="json", exclude={"model": unsaid}), indent=2)
     partial = folder / f".{MANIFEST}"
@@ -32,7 +32,7 @@ def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The checked manifest. Raises BundleError."""
+    """The validated manifest. Raises BundleError."""
     path = folder / MANIFEST
     try:
         if _size(path) > MAX_MANIFEST_BYTES:
@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_labels(folder: Path, manifest: Manifest) -> list[str]:
-    """The classes, in the order of the model's outputs, checked. Raises BundleError."""
+    """The checked class labels, in the order of the model's outputs. Raises BundleError."""
     if LABELS not in manifest.files:
         raise BundleError(f"the manifest in {folder} does not list {LABELS}")
     try:
@@ -60,7 +60,7 @@ def read_labels(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def read_verdict(folder: Path) -> Verdict | None:
-    """What was measured when the bundle was made, checked; None where it has no such file. Raises BundleError."""
+    """The checked verdict of `driftkeel bundle create`; None if the bundle has none. Raises BundleError."""
     entry = read_manifest(folder).files.get(VERDICT)
     if entry is None:
         return None
@@ -71,7 +71,7 @@ def read_verdict(folder: Path) -> Verdict | None:
 
 
 def checked_file(folder: Path, name: str, entry: FileEntry) -> bytes:
-    """What a bundle's file holds. Raises BundleError where that is not what the manifest says."""
+    """The content of a bundle's file. Raises BundleError if it is not as the manifest says."""
     path = folder / name
     try:
         if entry.size > MAX_FILE_BYTES or _size(path) != entry.size:
@@ -87,8 +87,10 @@ def checked_file(folder: Path, name: str, entry: FileEntry) -> bytes:
 
 
 def _size(path: Path) -> int:
-    """Of a plain file, in bytes. Raises BundleError for what a link may lead to instead: a device, or a pipe that
-    nobody writes, has no end. Raises OSError."""
+    """The size of a regular file, in bytes. Raises OSError.
+
+    Raises BundleError for other files, to which a link may lead: reading a device or a pipe may never end.
+    """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise BundleError(f"{path} is no plain file; get the bundle again")

@@ -1,7 +1,7 @@
-"""Fashion-MNIST, the example data set: where it is looked for, and its checks.
+"""Fashion-MNIST, the example's data set.
 
-Order: a cache folder, Debian's package `dataset-fashion-mnist`, the data set's public home. What is read is
-checked against the sizes and SHA-256 sums of the four uncompressed files.
+It is read from the cache folder, else from Debian's package `dataset-fashion-mnist`, else from its public address. The
+sizes and SHA-256 sums of the four uncompressed files are checked.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class LabelledImages:
         return len(self.labels)
 
     def part(self, start: int, stop: int) -> LabelledImages:
-        """Rows from `start` to before `stop`."""
+        """The images from `start` to before `stop`."""
         return LabelledImages(self.images[start:stop], self.labels[start:stop])
 
 
@@ -85,7 +85,7 @@ def cache_folder() -> Path:
 def fashion_mnist(split: str, folders: Sequence[Path] | None = None, home: str = HOME) -> LabelledImages:
     """The `train` (60,000) or `test` (10,000) split.
 
-    Raises DataError, which lists every place tried, where no place has a sound copy.
+    Raises DataError, with every place that was tried, if none has a correct copy.
     """
     cache = cache_folder() / "fashion-mnist"
     folders = [cache, DEBIAN] if folders is None else list(folders)
@@ -97,7 +97,7 @@ def fashion_mnist(split: str, folders: Sequence[Path] | None = None, home: str =
     )
 
 
-# How the 60,000 training images are shared out; the demo and the results use the 10,000 test images only.
+# The division of the 60,000 training images. Demo and results use the 10,000 test images only.
 SOURCE_PART = (0, 45_000)
 META_PART = (45_000, 56_000)
 CALIBRATION_PART = (56_000, 60_000)

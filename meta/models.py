@@ -1,7 +1,7 @@
-"""Source model architectures that a bundle may name.
+"""The architectures of source models that a bundle can name.
 
-A bundle names its architecture; it never carries code. Names outside of this table need `bundle.factories` in the
-worker's own config, so that bytes from outside cannot choose what is imported.
+A bundle names its architecture and contains no code. Names that are not built in must be listed under
+`bundle.factories` in the worker's configuration, so that a bundle cannot choose what is imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from meta.imports import imported
 from schemas.errors import BundleError
 
-MOST_STAGES = 200  # of a network of ours. A manifest has room for some hundred thousand, which take minutes to make.
+MOST_STAGES = 200  # of a built-in network: a manifest could name 100,000, which would take minutes to build
 
 
 def groupnorm_cnn(
@@ -147,7 +147,7 @@ FOLDER = "name the folder it lies in (bundle.code in a worker's config, --code o
 
 
 def _factory(architecture: str) -> Callable[..., nn.Module]:
-    """The function behind `module:function`, `timm:NAME` or `torchvision:NAME`."""
+    """The factory named by `module:function`, `timm:NAME` or `torchvision:NAME`. Raises BundleError."""
     collection, _, name = architecture.partition(":")
     try:
         if collection in COLLECTIONS:
@@ -159,7 +159,7 @@ def _factory(architecture: str) -> Callable[..., nn.Module]:
 
 
 def build_network(architecture: str, arguments: dict[str, Any], factories: Iterable[str] = ()) -> nn.Module:
-    """The untrained network of a bundle. `factories` are the `module:function` names that the config trusts."""
+    """The untrained network of a bundle. `factories`: the names that the configuration trusts. Raises BundleError."""
     if architecture in ARCHITECTURES:
         factory = ARCHITECTURES[architecture]
     elif architecture in set(factories):
@@ -173,7 +173,7 @@ def build_network(architecture: str, arguments: dict[str, Any], factories: Itera
         )
     try:
         network = factory(**arguments)
-    except Exception as error:  # Somebody else's code; whatever it raises, the site should read what was asked of it.
+    except Exception as error:  # Foreign code can raise anything; the message says what was asked of it.
         raise BundleError(
             f"architecture {architecture!r} does not take the bundle's arguments {str(arguments)[:300]}: "
             f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The recipe of a bundle: one YAML file from data to a packed bundle, as `driftkeel meta train` runs it."""
+"""Recipes, from which `driftkeel meta train` makes bundles of Fashion-MNIST: source model, generator, calibration."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PREPROCESSING = Preprocessing.of(PREPROCESS)
 
 
 class SourceRecipe(BaseModel):
-    """Where the source model comes from: trained here, or another bundle's."""
+    """The source model: that of another bundle, or one to be trained."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -92,7 +92,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str], None] = print) -> Manifest:
-    """Train the source model, meta-train its generator, calibrate, pack, and load the result once as a check."""
+    """Train the source model, meta-train its generator, calibrate, write the bundle, and load it once as a check."""
     torch.set_num_threads(recipe.threads)
     train = data.fashion_mnist("train")
     part, weights = _source(recipe.source, train, say)
@@ -140,9 +140,10 @@ def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str]
 def calibrate_bundle(
     folder: Path, command: str, seed: int, windows: int, say: Callable[[str], None] = print
 ) -> Manifest:
-    """Fit a bundle's calibration and limits anew, with the program as it is now; what was learned stays bit for bit.
+    """Repeat the calibration of a bundle with the present program; its learned parameters stay bit-identical.
 
-    Only for bundles of Fashion-MNIST: the calibration images are those that trained neither model nor generator.
+    For bundles of Fashion-MNIST, whose calibration images trained neither model nor generator. Raises BundleError for
+    others.
     """
     bundle = _of_fashion_mnist(folder)
     if isinstance(bundle.method, Baseline):
@@ -161,7 +162,7 @@ def calibrate_bundle(
 
 
 def _of_fashion_mnist(folder: Path) -> Bundle:
-    """Raises BundleError for a bundle of other images, to which ours would fit nothing."""
+    """The loaded bundle. Raises BundleError if it is not one of Fashion-MNIST."""
     preprocess = read_manifest(folder).preprocess
     if (preprocess.mode, preprocess.width, preprocess.height) == ("L", 28, 28):
         bundle = load_bundle(folder)
@@ -214,7 +215,7 @@ def _ours(
 
 
 def _go_on_from(folder: Path, learned: LearnedOptimizer) -> None:
-    """Take over what another bundle's generator has learned."""
+    """Start from the parameters of another bundle's generator. Raises BundleError if they do not fit."""
     method = load_bundle(folder).method
     if not isinstance(method, MGG):
         raise BundleError(f"{folder} has no generator of ours to start from")
@@ -253,7 +254,7 @@ def _paper(
 
 
 def _corrupted(images: data.LabelledImages, count: int, severity: int) -> tuple[Tensor, Tensor]:
-    """Standardised frames and labels: as many images, a quarter under each of the four corruptions for tuning."""
+    """Standardised frames and labels of `count` images, a quarter under each of the four tuning corruptions."""
     quarter = count // len(corruptions.TUNING)
     frames = [
         corruptions.corrupt(images.images[i * quarter : (i + 1) * quarter], name, severity)
@@ -264,7 +265,7 @@ def _corrupted(images: data.LabelledImages, count: int, severity: int) -> tuple[
 
 
 def _streamed_accuracy(method: PaperMGG, frames: Tensor, labels: Tensor, batch: int = 64) -> float:
-    """Each batch predicted before it is adapted on, as one stream."""
+    """The accuracy on one stream, where each batch is predicted before it is adapted on."""
     state, right = method.fresh(1), 0
     for part, truth in zip(frames.split(batch), labels.split(batch), strict=True):
         forward = method.predict(part, torch.zeros(len(part), dtype=torch.long), state)
