@@ -1,5 +1,8 @@
-"""Controls: what else could explain a gain. Adaptation itself, or the labels and shifts that meta-training saw; the
-gradient memory, or the paths beside it. The class filter's control is `meta.baselines.filtered`."""
+"""Control experiments for other explanations of a gain.
+
+`train_on_shifts`: is it adaptation, or the labels and shifts that meta-training has seen? `without_memory`: is it the
+gradient memory, or the paths beside it? The control for the class filter is `meta.baselines.filtered`.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,10 @@ def train_on_shifts(
     preprocessing: Preprocessing,
     say: Callable[[str], None],
 ) -> None:
-    """Train a network on, in place, with labels, under the simulated shifts that meta-training sees.
+    """Fine-tune a network in place, with labels, under the simulated shifts of meta-training.
 
-    64 frames a step from cameras like those of meta-training; AdamW with a one-cycle rate and label smoothing 0.05, as
-    source models are trained. The same every time for a seed on one machine.
+    64 frames per step from cameras like those of meta-training. AdamW with one-cycle learning rate and label smoothing
+    0.05, as for source models. Deterministic for a seed on one machine.
     """
     random = torch.Generator().manual_seed(seed)
     images, labels = image_tensor(data.images), torch.from_numpy(data.labels)
@@ -61,9 +64,9 @@ def train_on_shifts(
 
 
 def without_memory(method: MGG | PaperMGG) -> MGG:
-    """The same method, whose rule reads nothing from its gradient memory; nothing is trained anew.
+    """A copy of the method, without new training, whose rule gets nothing from its gradient memory.
 
-    Raises BundleError for the paper's generator, which has nothing but its memory.
+    Raises BundleError for the paper's generator, which has no other input.
     """
     if not isinstance(method, MGG):
         raise BundleError("generators: memory: false is for generators of ours; the paper's has nothing else")

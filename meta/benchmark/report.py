@@ -1,7 +1,7 @@
-"""What a benchmark leaves: a line per finished cell beside the report, and the report put together from them.
+"""The files of a benchmark: journal, report, and the run file beside the report.
 
-A report is a list of records, for everybody; a second file beside it says how they were made. The journal is for the
-run that is going on. The two say as much, so that a run can go on from them alone.
+A report is a list of records; the run file says how they were made. The journal has a line for each finished cell of a
+run in progress. Report and run file together contain what the journal does, so that a run can be resumed from them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from schemas.errors import ConfigError
 
 
 class Record(TypedDict):
-    """Accuracy of one method under one shift: the mean over the frames of one seed."""
+    """The accuracy of a method under one shift: the mean over the frames of one seed."""
 
     data: str
     model: str
@@ -38,12 +38,12 @@ class Record(TypedDict):
 
 
 def identity(record: Record) -> tuple[Any, ...]:
-    """All but what was measured."""
+    """All fields of a record but the measured ones."""
     return tuple(value for name, value in record.items() if name not in ("accuracy", "source_accuracy"))
 
 
 def records_of(cell: Cell, streams: list[Stream], right: list[np.ndarray], source: list[np.ndarray]) -> list[Record]:
-    """One record per setting, seed, shift and severity."""
+    """The records of a cell, one per setting, seed, shift and severity; right and source (L,) bool for each stream."""
     sums: dict[tuple[str, int, str, int], list[float]] = {}
     for stream, ours, theirs in zip(streams, right, source, strict=True):
         for code, (shift, severity) in enumerate(stream.conditions):
@@ -71,7 +71,7 @@ def records_of(cell: Cell, streams: list[Stream], right: list[np.ndarray], sourc
 
 
 class Journal:
-    """Finished work, one JSON object a line; what was cut off in the middle of a line is done again."""
+    """Finished work, one JSON object per line. An incomplete last line is ignored, and its work done again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -86,7 +86,7 @@ class Journal:
 
     @classmethod
     def beside(cls, report: Path) -> Journal:
-        """The journal of an accuracy report, and what the report has that the journal has not."""
+        """The journal of an accuracy report, with the entries that only the report has. Raises ConfigError."""
         journal = cls(report.with_suffix(".jsonl"))
         if report.exists():
             try:
@@ -101,7 +101,7 @@ class Journal:
         return journal
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The entry of this key; None where it was not measured yet."""
+        """The entry of this key; None if there is none yet."""
         return self.entries.get(key)
 
     def add(self, key: str, **content: Any) -> dict[str, Any]:
@@ -116,17 +116,17 @@ class Journal:
 
 
 def run_file(report: Path) -> Path:
-    """What a report was made by: command, commit, plan, source models, and the cells."""
+    """The path of a report's run file: command, commit, plan, source models, and the cells."""
     return report.with_suffix(".run.json")
 
 
 def write_report(
     path: Path, journal: Journal, keys: list[str], command: str, config: dict[str, Any], models: list[dict[str, Any]]
 ) -> None:
-    """The records of the cells `keys` as one JSON file, and beside it, for who wants to know how, the cells.
+    """Write the records of the cells `keys`, and the run file.
 
-    The records are in the order of the cells, of which each says how many are its own. What two cells measured, one of
-    them with fewer seeds, is there once, from the later one.
+    Records are in the order of the cells, and the run file has the number of records of each cell. If two cells
+    measured the same, because one has fewer seeds, the later one keeps the record.
     """
     done = [journal.entries[key] for key in keys if key in journal.entries]
     owner = {identity(record): number for number, entry in enumerate(done) for record in entry["records"]}
@@ -150,7 +150,7 @@ def write_report(
 
 
 def _entries(made: dict[str, Any], every: list[Record]) -> dict[str, dict[str, Any]]:
-    """What the journal held of which the report was made, but for the steps of tuning, which the cells repeat."""
+    """The journal's entries, restored from report and run file, but for those of tuning, which the cells repeat."""
     entries = {model["key"]: model for model in made["models"]}
     if sum(cell["records"] for cell in made["cells"]) != len(every):
         raise ValueError("the two files are of different runs")
@@ -167,33 +167,20 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _compact(value: Any) -> str:
-    """JSON without blanks: there are ten thousands of records."""
+    """JSON without spaces: there are tens of thousands of records."""
     return json.dumps(value, separators=(",", ":"))
 
 
 def _rows(values: Sequence[Any]) -> str:
-    """A JSON list with one record or cell a line, so that differences between two reports can be read."""
+    """A JSON list with one record or cell per line, so that a diff of two reports is readable."""
     return "[\n" + ",\n".join(_compact(value) for value in values) + "\n]"
 
 
 def commit() -> str:
-    """The commit of the working tree this runs from, with + where it was changed; empty outside of one."""
-    here = Path(__file__).parent
+    """The commit of this working tree, followed by + if tracked files were changed; empty outside of one."""
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],  # noqa: S607
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],  # noqa: S607
-            cwd=here,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return described.stdout.strip()

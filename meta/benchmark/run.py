@@ -1,4 +1,4 @@
-"""Run one method over many streams at once, and measure what it costs."""
+"""Run a method over many streams at once, and measure its cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_PASS = 512  # frames of all streams in one pass
 
 @dataclass(frozen=True)
 class Frames:
-    """The shifted images that a group of streams draws from: `stack` uint8 (conditions, N, h, w[, 3])."""
+    """The images of a pool under all conditions: `stack` uint8 (conditions, N, h, w[, 3]); labels (N,)."""
 
     stack: np.ndarray
     place: dict[Condition, int]
@@ -32,11 +32,11 @@ class Frames:
     std: Tensor
 
     def codes(self, stream: Stream) -> np.ndarray:
-        """Where in the stack each frame of a stream lies, (L,)."""
+        """The index in `stack` of each frame's condition, (L,)."""
         return np.array([self.place[condition] for condition in stream.conditions])[stream.condition]
 
     def batch(self, conditions: np.ndarray, images: np.ndarray) -> Tensor:
-        """Standardised frames (B, ch, h, w)."""
+        """Standardised frames (B, ch, h, w), from indices (B,) of conditions and images."""
         return as_frames(image_tensor(self.stack[conditions, images]).float() / 255, self.mean, self.std)
 
 
@@ -48,7 +48,7 @@ def load_frames(pool: Pool, conditions: list[Condition], mean: Tensor, std: Tens
 
 @dataclass(frozen=True)
 class Outcome:
-    """Per stream, whether each frame was right (L,) bool; and how many updates were refused as not finite."""
+    """For each stream, whether each prediction was right (L,) bool; and the number of updates that were not finite."""
 
     right: list[np.ndarray]
     refused: int
@@ -63,13 +63,14 @@ def run_streams(
     advance: Callable[[int], object] = lambda _: None,
     step_sizes: list[float] | None = None,
 ) -> Outcome:
-    """Predict every batch, then update, for all streams side by side; results are those of each stream alone.
+    """Predict every batch, then update, for many streams in one pass. A stream's result is as if it ran alone.
 
-    A method that takes fewer frames at a time makes several updates of a batch, as it does in a worker.
+    A method with a limit of frames per update makes several updates from a batch, as in a worker. An update that is
+    not finite is refused, as by the worker's guard. A prediction that is not finite counts as wrong.
 
-    An update that is not finite is refused, as the worker's guard does; a prediction that is not finite is wrong.
-    `adapt_every` C: only the first of every C batches is adapted on. `advance` hears of finished frames. `step_sizes`
-    gives each stream a step size of its own, for baselines.
+    adapt_every: C; the method adapts on the first of every C batches
+    advance: is called with numbers of finished frames
+    step_sizes: one for each stream, for baselines; None: the method's
     """
     order = sorted(range(len(streams)), key=lambda i: -len(streams[i]))
     right = [np.zeros(len(stream), bool) for stream in streams]
@@ -96,7 +97,10 @@ def _run_group(
     adapt_every: int,
     advance: Callable[[int], object],
 ) -> int:
-    """Streams in order of falling length, so that those still running are the first rows of the state."""
+    """Run streams in order of decreasing length: those still running are then the first rows of the state.
+
+    Fills `right`, and returns the number of refused updates.
+    """
     codes = [frames.codes(stream) for stream in streams]
     predict, refused = as_served(method), 0
     for turn in range(math.ceil(len(streams[0]) / batch)):
@@ -126,6 +130,7 @@ def _run_group(
 
 
 def _guarded(new: State, old: State) -> tuple[State, int]:
+    """`new`, but with `old` for streams where it is not finite, and the number of these."""
     finite = finite_rows(new)
     new = {name: tensor.detach() for name, tensor in new.items()}
     if bool(finite.all()):
@@ -135,9 +140,10 @@ def _guarded(new: State, old: State) -> tuple[State, int]:
 
 
 def relative_cost(method: Method, model: torch.nn.Module, frames: Tensor, labels: Tensor) -> float:
-    """Processor time of predict and update over that of a plain forward, for one stream: medians of nine in turn.
+    """The processor time of predict and update divided by that of the model's forward pass, for one stream.
 
-    Of the processor, because what else runs on the machine must not decide how many batches a method misses.
+    Both are medians of nine measurements in turn. Processor time, because the load of the machine must not decide how
+    many batches a method misses.
     """
     parts = frames.split(frames_per_update(method, len(frames)))
     state = {name: tensor.detach() for name, tensor in method.fresh(1).items()}
@@ -157,7 +163,7 @@ def relative_cost(method: Method, model: torch.nn.Module, frames: Tensor, labels
 
 
 def source_hits(model: torch.nn.Module, frames: Frames, streams: list[Stream]) -> np.ndarray:
-    """(conditions, N) bool: where the source model is right, for every frame that some stream shows."""
+    """Where the source model is right (conditions, N) bool, for every frame that occurs in a stream."""
     needed = np.zeros(frames.stack.shape[:2], bool)
     for stream in streams:
         needed[frames.codes(stream), stream.image] = True

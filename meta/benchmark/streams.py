@@ -1,15 +1,15 @@
-"""The streams of the benchmark: which image comes when, under which shift, in which order of labels.
+"""The streams of the benchmark: the order of images, shifts and labels in each setting.
 
-continual   the fifteen corruptions at severity 5 in a row, never reset
-timed       the same, for a method that may adapt on every C-th batch only (Alfarra et al., ICML 2024)
-reset       one stream per corruption, each from a cold start
-gradual     each corruption's severity goes 1, 2, 3, 4, 5, 4, 3, 2, 1
-recurring   the fifteen ten times over, a tenth of the frames each time
-mixed       every frame has a corruption of its own
-correlated  as continual, but labels come in runs: Dirichlet 0.1 over slots, one a class up to 100, as in RoTTA (CVPR
-            2023)
-healthy     clean frames, for long
-long        corruptions and severities at random, for long
+continual   the fifteen corruptions at severity 5 in a row, without a reset
+timed       the same, but a method that takes C times as long adapts on every C-th batch (Alfarra et al., ICML 2024)
+reset       one stream per corruption, each from a fresh state
+gradual     the severity of each corruption goes 1, 2, 3, 4, 5, 4, 3, 2, 1
+recurring   the fifteen corruptions ten times over, with a tenth of the frames each time
+mixed       the corruption differs from frame to frame
+correlated  as continual, but labels come in runs: Dirichlet 0.1 over slots, as in RoTTA (CVPR 2023): one
+            per class, and at most 100
+healthy     a long stream of clean frames
+long        a long stream of random corruptions and severities
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ DIRICHLET, MOST_SLOTS = 0.1, 100
 
 @dataclass(frozen=True)
 class Stream:
-    """`image` int64 (L,) are places in the pool; `condition` int64 (L,) are places in `conditions`."""
+    """For each of L frames: `image` (L,) int64, its index in the pool; `condition` (L,) int64, its index in
+    `conditions`."""
 
     setting: Setting
     seed: int
@@ -47,9 +48,9 @@ class Stream:
 def make_streams(
     setting: Setting, seed: int, shifts: list[str], labels: np.ndarray, frames: int, long_frames: int
 ) -> list[Stream]:
-    """The streams of one setting and seed, always the same. `frames` per shift; labels (N,) of the pool.
+    """The streams of a setting and seed; deterministic. `frames`: per shift; labels (N,): of the pool.
 
-    Seed 0 has the shifts in the order given, others in an order of their own.
+    With seed 0 the shifts come in the order given, with other seeds in a random order.
     """
     random = np.random.default_rng([seed, zlib.crc32(setting.encode())])
     order = shifts if seed == 0 else [shifts[i] for i in np.random.default_rng(seed).permutation(len(shifts))]
@@ -96,14 +97,14 @@ def _visit(condition: Condition, frames: int, labels: np.ndarray, random: np.ran
 
 
 def _drawn(frames: int, labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Images of the pool without replacement, as long as there are enough."""
+    """Indices (frames,) of images, drawn from the pool without replacement until it is exhausted, then again."""
     rounds = [random.permutation(len(labels)) for _ in range(-(-frames // len(labels)))]
     return np.concatenate(rounds)[:frames]
 
 
 def _in_runs(images: np.ndarray, labels: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """The same images in an order where labels come in runs: each class is shared out over slots by a Dirichlet
-    draw, and a slot shows one class after the other."""
+    """The images ordered so that labels come in runs: each class is divided among slots by a Dirichlet draw, and a slot
+    shows one class after the other."""
     classes = np.unique(labels)
     slots: list[list[np.ndarray]] = [[] for _ in classes[:MOST_SLOTS]]
     for label in classes:

@@ -1,4 +1,4 @@
-"""Code that the benchmark's user brings: methods that follow `meta.baselines.Baseline`, and networks of bundles."""
+"""User code in a benchmark: methods, which are subclasses of `meta.baselines.Baseline`, and networks of bundles."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from meta.method import State
 from meta.models import COLLECTIONS
 from schemas.errors import ConfigError
 
-APART = 0.25  # share of what a state moves by that rounding alone does not explain
+APART = 0.25  # share of an update's size above which a difference is not rounding
 
 
 def user_method(name: str) -> type[Baseline]:
-    """The class behind `module:Class`, of what is installed or else in the current folder. Raises ConfigError."""
+    """The class named by `module:Class`, installed or in the current folder. Raises ConfigError."""
     import_from(Path.cwd())
     try:
         found = imported(name, "run in the folder it lies in")
@@ -33,13 +33,13 @@ def user_method(name: str) -> type[Baseline]:
 
 
 def network_code(architecture: str) -> str:
-    """Of a network that is no library's, a digest that changes with the module it is named in; else nothing."""
+    """The digest of the module that defines a network; empty for networks of timm and torchvision."""
     module, _, _ = architecture.partition(":")
     return "" if module in COLLECTIONS else code_digest(importlib.import_module(module))
 
 
 def code_digest(of: type[Baseline] | ModuleType) -> str:
-    """Changes with the module that the class lies in, so that results of older code are not taken for its own."""
+    """The SHA-256 of a module's file, or of the one that defines a class: results of older code are not reused."""
     try:
         code = Path(inspect.getfile(of)).read_bytes()
     except (OSError, TypeError) as error:
@@ -48,10 +48,11 @@ def code_digest(of: type[Baseline] | ModuleType) -> str:
 
 
 def check_streams_apart(name: str, method: Baseline, frames: Tensor) -> bool:
-    """Whether a stream of the user's method gets what it gets alone; standardised frames (B, ch, h, w), a few.
+    """Check that a stream's result does not depend on which streams share its pass. Raises ConfigError if it does.
 
-    The benchmark runs many streams in one pass, so that a mean over all of its frames gives wrong results and no error.
-    False where the same again gives something else: then it cannot be told. Raises ConfigError.
+    The benchmark runs many streams in one pass, where a mean over all frames would give wrong results without an error.
+    frames (B, ch, h, w): a few standardised ones. Returns False if the method is not deterministic, so that nothing can
+    be concluded.
     """
     parts = [part for part in frames[:12].tensor_split([2, 8]) if len(part)]
     before = method.fresh(len(parts))
@@ -89,7 +90,7 @@ def _check_finite(name: str, state: State, when: str) -> None:
 
 
 def _advanced(name: str, method: Baseline, parts: list[Tensor]) -> State:
-    """The state of new streams after two updates from their parts of the frames."""
+    """The state of new streams, one for each of `parts`, after two updates from the stream's part."""
     stream = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
     state = method.fresh(len(parts))
     for _ in range(2):
