@@ -1,4 +1,4 @@
-"""The accuracy benchmark: every cell of the plan, resumable, from data to report."""
+"""The accuracy benchmark: runs the cells of a plan, resumably, and writes the report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TUNING_SETTINGS: tuple[Setting, ...] = ("continual", "correlated", "reset")
 
 @dataclass
 class Progress:
-    """Where news of the run go: a line of text, and finished frames out of those planned for the cell."""
+    """Callbacks for progress: a line of text; a cell that begins, with its planned frames; finished frames."""
 
     say: Callable[[str], None] = print
     begin: Callable[[str, int, int, int], object] = lambda name, done, cells, frames: None
@@ -54,10 +54,10 @@ def run_accuracy(
     only: str = "",
     stop_after_s: float = math.inf,
 ) -> int:
-    """Run what neither the report nor the journal beside it has yet, then write the report with all that is finished.
+    """Run the cells that are in neither the report nor its journal, then write the report with all finished cells.
 
-    `only` runs the cells whose name contains it. No cell but the first begins later than `stop_after_s`. Returns how
-    many cells are still to do.
+    only: run the cells whose name contains this. stop_after_s: begin no cell later, except the first. Returns the
+    number of cells that remain. Raises ConfigError.
     """
     started = time.monotonic()
     torch.set_num_threads(config.threads)
@@ -95,7 +95,7 @@ def _model_key(cell: Cell) -> str:
 
 
 def batch_norms(config: BenchmarkConfig) -> dict[tuple[str, str], bool]:
-    """Which models have BatchNorm layers, without loading weights."""
+    """Whether each model, by (data, model), has BatchNorm layers; models without a bundle are only built."""
     found = {}
     for model in config.models:
         if model.bundle is not None:
@@ -111,7 +111,7 @@ def batch_norms(config: BenchmarkConfig) -> dict[tuple[str, str], bool]:
 
 @dataclass
 class _Bench:
-    """One model with its data, ready to run cells."""
+    """A source model with its data, which runs cells."""
 
     config: BenchmarkConfig
     source: SourceModel
@@ -143,7 +143,7 @@ class _Bench:
         return cls(config, source, pool, tuning_pool, frames, source_hits(setup.model, frames, streams), progress)
 
     def run(self, cell: Cell, journal: Journal, done: int, cells: int) -> None:
-        """Run a cell and enter it into the journal."""
+        """Run a cell and add it to the journal."""
         self._check(cell)
         chosen, tried = self._options(cell, journal)
         streams = [s for setting in cell.settings for seed in cell.seeds for s in self._streams(setting, seed)]
@@ -171,7 +171,7 @@ class _Bench:
         self.progress.say(f"{cell.name}: {ours:.3f} (source {theirs:.3f}), cost {cost:.1f}, {seconds:.0f} s{lost}")
 
     def _check(self, cell: Cell) -> None:
-        """Whether a method of the user's keeps streams apart. Raises ConfigError."""
+        """Check that a user's method keeps streams apart. Raises ConfigError if it does not."""
         frames = self.source.setup.source_frames
         if cell.method not in self.config.own_methods or frames is None:
             return
@@ -182,9 +182,10 @@ class _Bench:
             )
 
     def _attempt(self, cell: Cell, options: Options, streams: list[Stream]) -> _Attempt:
+        """Run a cell with one set of options: `timed` streams with skipped updates, the others without."""
         method = self._method(cell, options)
         cost = relative_cost(method, self.source.setup.model, *self._example(cell.batch))
-        # A method that is as fast as the source but for noise in the measurement misses nothing.
+        # 0.1 is for noise: a method as fast as the source model must not miss batches.
         adapt_every = max(1, math.ceil(cost - 0.1))
         ordered, right, refused = [], [], 0
         for every in dict.fromkeys((1, adapt_every)):
@@ -212,15 +213,15 @@ class _Bench:
             method = self.source.generator(load_bundle(generator.bundle, self.config.factories))
             if not generator.memory:
                 method = without_memory(method)
-            # The paper's takes its gradient from all frames.
+            # PaperMGG takes its gradient from all frames.
             return method.with_gradient_share(generator.gradient_share) if isinstance(method, MGG) else method
         return configured(self.config.kinds[cell.method], self.source.setup, **options)
 
     def _options(self, cell: Cell, journal: Journal) -> tuple[list[Options], list[dict[str, Any]]]:
-        """The options to run a cell with, and what tuning tried.
+        """The sets of options to run a cell with, and the results of tuning.
 
-        Published: none. Tuned: the best on the tuning shifts. The oracle runs with all, and the best counts in each
-        setting: what sees labels is no competitor but a bound, and a bound must not suffer from a bad step size.
+        Published: no options. Tuned: those with the best accuracy on the tuning shifts. The oracle runs with all of its
+        options, and the best count in each setting, since it is an upper bound and not a competitor.
         """
         batch_norm = self.source.setup.model.batch_channels > 0
         if cell.method == Oracle.name:
@@ -232,7 +233,7 @@ class _Bench:
         key = f"tuning/{cell.data}/{cell.model}/b{cell.batch}/{cell.method}/{cell.digest}/{tries:08x}"
         entry = journal.get(key)
         if entry is None:
-            # A method of the user's may take its step size from where the streams of a pass cannot differ in it.
+            # A user's method may not read its step size from the state, so streams cannot differ in it.
             groups = _differing_in_step(grid) if cell.method in BASELINES else [[options] for options in grid]
             tried = [one for group in groups for one in self._tried(cell, group)]
             best = max(tried, key=lambda one: one["accuracy"])
@@ -240,9 +241,9 @@ class _Bench:
         return [entry["options"]], entry["tried"]
 
     def _tried(self, cell: Cell, group: list[Options]) -> list[dict[str, Any]]:
-        """Mean accuracy over the frames of the tuning streams, from images and shifts that the test does not have.
+        """The mean accuracy of each set of options on the tuning streams, whose images and shifts are not in the test.
 
-        The options differ in the step size alone, if there are several, and run side by side.
+        Sets in a group differ only in the step size, and run in the same passes.
         """
         streams, frames = self._tuning()
         method = configured(self.config.kinds[cell.method], self.source.setup, **group[0])
@@ -271,7 +272,7 @@ class _Bench:
 
 
 def _differing_in_step(grid: list[Options]) -> list[list[Options]]:
-    """The grid in groups whose options are the same but for the step size; alone where they have none."""
+    """The grid in groups of options that differ only in the step size."""
     groups: dict[str, list[Options]] = {}
     for options in grid:
         others = {name: value for name, value in options.items() if name != "step_size"}
@@ -281,7 +282,7 @@ def _differing_in_step(grid: list[Options]) -> list[list[Options]]:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """The records of a cell with one set of options."""
+    """A cell's results with one set of options; `refused`: updates that were not finite."""
 
     options: Options
     records: list[Record]
@@ -293,7 +294,7 @@ class _Attempt:
 def _best_by_setting(
     attempts: list[_Attempt], settings: tuple[Setting, ...]
 ) -> tuple[Options | dict[str, Options], list[Record]]:
-    """The records of the best attempt in each setting, and its options (by setting where there was a choice)."""
+    """The options and the records of the best attempt in each setting; options are by setting if there are several."""
     if len(attempts) == 1:
         return attempts[0].options, attempts[0].records
     best: dict[str, Options] = {}

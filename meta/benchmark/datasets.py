@@ -1,4 +1,4 @@
-"""The data sets of the benchmark, and their shifted frames, made once and kept in the cache folder."""
+"""The data sets of the benchmark, and their corrupted images, which are computed once and kept in the cache folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from schemas.errors import DataError
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_VARIABLE = "DRIFTKEEL_CIFAR10"
 CLEAN = "clean"
-CORRUPTIONS_VERSION = 1  # Part of the cache's names: raise it with every change of the corruptions.
+CORRUPTIONS_VERSION = 1  # part of names in the cache: increase it with every change of the corruptions
 
 
 class DataConfig(BaseModel):
@@ -50,13 +50,13 @@ class DataConfig(BaseModel):
         return self
 
     def content(self) -> dict[str, Any]:
-        """What results depend on. An option that is not used is not in it, so that older results stay valid."""
+        """The options that results depend on. Unused ones are left out, so that results from before them stay valid."""
         return self.model_dump(mode="json", exclude={"train"} if self.train is None else set())
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Images for training and testing; `ready` (shift, severity) gives frames that exist already."""
+    """Images for training and testing; `ready` (shift, severity) returns corrupted images that the data set has."""
 
     name: str
     labels: tuple[str, ...]
@@ -73,7 +73,7 @@ class DataSet:
 
 
 def open_dataset(name: str, config: DataConfig) -> DataSet:
-    """The data set of a config entry. Raises DataError where its files are not there or not what they should be."""
+    """The data set of an entry of the plan. Raises DataError if files are missing or invalid."""
     if config.kind == "fashion-mnist":
         parts = {split: lambda split=split: data.fashion_mnist(split) for split in ("train", "test")}
         return DataSet(name, data.LABELS, (data.MEAN,), (data.STD,), parts["train"], parts["test"])
@@ -100,8 +100,10 @@ def _cifar10(name: str, config: DataConfig) -> DataSet:
 
 
 def read_cifar10(folder: Path, split: str) -> LabelledImages:
-    """The `train` or `test` split: of the published binary version (`cifar-10-batches-bin`), or else train.npz or
-    test.npz. The version for Python is pickled, and reading it would run what is in it. Raises DataError."""
+    """The `train` or `test` split: of the published binary version (`cifar-10-batches-bin`), else an .npz file.
+
+    The version for Python is not read, since unpickling can run code. Raises DataError.
+    """
     batches = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     archive = folder / f"{split}.npz"
     if not (folder / batches[0]).exists():
@@ -113,7 +115,7 @@ def read_cifar10(folder: Path, split: str) -> LabelledImages:
 
 
 def _binary_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 (N, 32, 32, 3) and labels int64 (N,): a byte for the label, then a plane for each colour."""
+    """Images uint8 (N, 32, 32, 3) and labels int64 (N,), from records of a label byte and three colour planes."""
     try:
         content = np.fromfile(path, np.uint8)
     except OSError as error:
@@ -127,8 +129,11 @@ def _binary_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_archive(path: Path) -> LabelledImages:
-    """One .npz of `images` uint8 (N, h, w, 3) and `labels` (N,), or of JPEG frames: `jpeg` uint8 (all files joined),
-    `offset` int64 (N + 1,) and `label` uint8 (N,). Raises DataError."""
+    """Labelled images from an .npz file of one of two kinds. Raises DataError.
+
+    Either `images` uint8 (N, h, w, 3) and `labels` (N,), or `jpeg` uint8, all JPEG files concatenated, with `offset`
+    int64 (N,) or (N + 1,) and `label` uint8 (N,).
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             if "images" in archive:
@@ -156,13 +161,13 @@ def _whole(images: np.ndarray, labels: np.ndarray, path: Path) -> LabelledImages
 
 
 class Cifar10C:
-    """The published folder of CIFAR-10-C: one (50,000, 32, 32, 3) array per corruption, 10,000 per severity."""
+    """The published folder of CIFAR-10-C: an array (50,000, 32, 32, 3) per corruption, with 10,000 per severity."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def shifted(self, shift: str, severity: int) -> np.ndarray:
-        """Test images under a published shift, uint8 (N, 32, 32, 3); severity 1 to 5."""
+        """Test images under a published corruption, uint8 (N, 32, 32, 3); severity 1 to 5."""
         images, count = self._array(shift), len(self._labels())
         if images.dtype != np.uint8 or images.shape != (count, 32, 32, 3):
             raise self._odd(
@@ -172,7 +177,7 @@ class Cifar10C:
         return images[(severity - 1) * each : severity * each]
 
     def unshifted(self) -> LabelledImages:
-        """Labels, in the order of every severity, with frames of brightness 1: the folder has no clean ones."""
+        """The labels, with images of brightness at severity 1, as the folder has no clean ones."""
         labels = self._labels()
         return LabelledImages(self.shifted("brightness", 1), labels[: len(labels) // 5].astype(np.int64))
 
@@ -238,7 +243,7 @@ def _decoded(content: bytes, where: str, mode: str, size: int | None) -> np.ndar
 
 
 class Pool:
-    """A fixed set of labelled images, clean and under every shift, from which streams draw."""
+    """A fixed set of labelled images, clean and corrupted, from which streams draw."""
 
     def __init__(self, clean: LabelledImages, cache: Path, ready: Callable[[str, int], np.ndarray] | None) -> None:
         self.clean, self.labels, self._ready = clean, clean.labels, ready
@@ -249,7 +254,7 @@ class Pool:
         return len(self.labels)
 
     def images(self, shift: str, severity: int) -> np.ndarray:
-        """All frames of the pool under one shift, uint8; kept on disk once made."""
+        """All images of the pool under a corruption, uint8; computed once and kept on disk."""
         if shift == CLEAN:
             return self.clean.images
         if self._ready is not None:

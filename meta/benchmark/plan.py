@@ -1,4 +1,4 @@
-"""What the benchmark runs: one YAML file."""
+"""The plan of a benchmark, a YAML file, and the cells that follow from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from meta.yaml_file import read_yaml
 from schemas.errors import ConfigError
 
 Variant = Literal["published", "tuned"]
-# Methods that have one variant only, and whose results therefore carry none.
+# Methods with a single variant: their records have no variant.
 SINGLE = ("source", "oracle")
 SOURCE_FILES = ("model.safetensors", "statistics.safetensors")
 
@@ -40,7 +40,7 @@ class GeneratorConfig(BaseModel):
 
 
 class RunConfig(BaseModel):
-    """A block of cells: every method on every model, batch size, setting and seed named here."""
+    """A block of cells: all combinations of the models, methods, batch sizes, settings and seeds named here."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -59,7 +59,7 @@ class RunConfig(BaseModel):
 
 
 class BenchmarkConfig(BaseModel):
-    """Everything about a benchmark. Equal configs give equal records, but for measured times."""
+    """The plan. Equal plans give equal records, except that the setting `timed` depends on measured times."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -102,16 +102,16 @@ class BenchmarkConfig(BaseModel):
 
     @cached_property
     def kinds(self) -> dict[str, type[Baseline]]:
-        """All methods but the generators, by name. Raises ConfigError where one of the user's cannot be had."""
+        """All methods but the generators, by name. Raises ConfigError if one of the user's cannot be imported."""
         return BASELINES | {name: user_method(where) for name, where in self.own_methods.items()}
 
     def generator(self, cell: Cell) -> GeneratorConfig:
-        """The one that the cell measures."""
+        """The generator that the cell measures."""
         model = next(m for m in self.models if (m.data, m.name) == (cell.data, cell.model))
         return next(g for g in self.generators if g.variant == cell.variant and _matches(g.models, model))
 
     def quick(self) -> BenchmarkConfig:
-        """The first model only, few frames, one seed, one batch size: whether everything works."""
+        """A small version of the plan to check that it runs: the first model, few frames, one seed, one batch size."""
         first = self.models[0]
         settings: tuple[Setting, ...] = ("continual", "timed", "reset", "mixed", "correlated", "healthy")
         run = RunConfig(models=(f"{first.data}/{first.name}",), settings=settings, seeds=(0,))
@@ -150,12 +150,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What a person calls it."""
+        """The name for people, as in progress reports and --only."""
         return f"{self.data}/{self.model}/b{self.batch}/{self.method}{'-' if self.variant else ''}{self.variant}"
 
     @property
     def key(self) -> str:
-        """Changes with anything that changes the cell's records."""
+        """The name in the journal; it changes with everything that the cell's records depend on."""
         return f"{self.name}/{','.join(self.settings)}/{','.join(map(str, self.seeds))}/{self.digest}"
 
 
@@ -165,7 +165,7 @@ def read_benchmark(path: Path) -> BenchmarkConfig:
 
 
 def cells_of(config: BenchmarkConfig, has_batch_norm: dict[tuple[str, str], bool]) -> list[Cell]:
-    """The cells in the order they run: model by model. `has_batch_norm` is by (data, model)."""
+    """The cells in the order in which they run, model by model. Keys of `has_batch_norm`: (data, model)."""
     cells: dict[Cell, None] = {}
     for model in config.models:
         for run in config.runs:
@@ -186,7 +186,7 @@ def _methods(
     batch: int,
     has_batch_norm: dict[tuple[str, str], bool],
 ) -> list[tuple[str, str, Any]]:
-    """(method, variant, what else its results depend on)."""
+    """Tuples (method, variant, what else its results depend on)."""
     names = run.methods or (*config.kinds, MGG_NAME)
     found: list[tuple[str, str, Any]] = []
     for name in names:
@@ -204,8 +204,8 @@ def _methods(
 
 
 def _generator_digest(generator: GeneratorConfig, batch: int) -> str:
-    """Of what the benchmark runs on such batches. Calibration and limits are not in it: a bundle may be calibrated
-    anew."""
+    """A digest of what the benchmark runs with batches of this size. Calibration and limits are not part of it, so that
+    a bundle can be calibrated again."""
     share, content = generator.gradient_share, _content(generator.bundle)
     if share > 1:
         content["gradient_share"] = share
@@ -217,7 +217,7 @@ def _generator_digest(generator: GeneratorConfig, batch: int) -> str:
 
 
 def _source_content(bundle: Path, factories: tuple[str, ...]) -> dict[str, Any]:
-    """What makes the source model of a bundle, whose folder may hold another one some day."""
+    """What determines a bundle's source model: the folder may contain another one later. Raises ConfigError."""
     content = _content(bundle)
     made = {part: content[part] for part in ("model", "preprocess")}
     made["files"] = {name: content["files"].get(name) for name in SOURCE_FILES}
@@ -227,7 +227,7 @@ def _source_content(bundle: Path, factories: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _content(bundle: Path) -> dict[str, Any]:
-    """The parts of a manifest that results depend on."""
+    """The parts of a manifest that results depend on. Raises ConfigError."""
     try:
         manifest = json.loads((bundle / "manifest.json").read_bytes())
         return {part: manifest[part] for part in ("model", "method", "preprocess", "files")}

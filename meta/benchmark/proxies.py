@@ -1,10 +1,11 @@
-"""How honest the accuracy estimate is: on shifts that neither generator nor calibration has seen.
+"""The quality of the accuracy estimate on shifts that neither the generator nor the calibration has seen.
 
-Every signal alone gets the same fit and interval as the combination, on the tuning shifts, so that what is compared is
-the signal. Truth is the accuracy over the same frames with the same weights: exponential, about 128 frames. Its own
-sampling error is part of what is measured: `best_spearman` is what someone would reach who knew the accuracy to be
-expected, as two halves of the same items tell (the correction for attenuation of Spearman, 1904, with his and Brown's
-formula of 1910). `..._512` is over four such windows together, `..._visit` over all windows of one episode of a camera.
+For comparison, every signal alone gets the same fit and interval as the combination, on the calibration shifts. Truth
+is the accuracy over the same frames with the same weights: an exponential mean over about 128 frames. It has a sampling
+error of its own. `best_spearman` is the rank correlation of a perfect estimate of the expected accuracy with it,
+computed from two halves of the items: Spearman's correction for attenuation (1904) with the Spearman-Brown formula
+(1910). Scores named `..._512` are over means of four windows, those named `..._visit` over all windows of one episode
+of a camera.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ BINS = 15  # of the expected calibration error
 
 
 def run_proxies(folder: Path, report: Path, command: str, quick: bool, say: Callable[[str], None] = print) -> None:
-    """Measure, and write the report after every seed. Raises BundleError without an estimator."""
+    """Measure a bundle, and write the report after every seed. Raises BundleError if it has no estimator."""
     bundle = load_bundle(folder)
     estimator = bundle.manifest.calibration.estimator
     if estimator is None:
@@ -82,10 +83,10 @@ def _results(
     bundle: Bundle, seen: dict[str, list[Watched]], estimator: Estimator, fitted: dict[str, Estimator]
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    told = {name: [_told(one) for one in some] for name, some in seen.items()}
+    told = {name: [_window_table(one) for one in some] for name, some in seen.items()}
     for name, tables in told.items():
         result[name] = _all_scores(tables, estimator, fitted) | {
-            "published": _honesty(bundle, seen[name]),
+            "published": _calibration_errors(bundle, seen[name]),
             "accuracy": round(float(np.mean([t.truth[:, 0].mean() for t in tables])), 4),
         }
     for kind in KINDS:
@@ -96,7 +97,7 @@ def _results(
 
 
 def as_shift(corruption: corruptions.Corruption) -> Shift:
-    """A corruption of the accuracy benchmark as a shift: severity in (0, 1] is one of its five."""
+    """A corruption of the accuracy benchmark as a shift: (0, 1] is divided among its five severities."""
 
     def shift(images: Tensor, severity: Tensor, traits: Tensor, random: torch.Generator) -> Tensor:
         shifted, levels = images.clone(), (5 * severity).ceil().long()
@@ -139,31 +140,33 @@ def _single_signals(bundle: Bundle, windows: int) -> dict[str, Estimator]:
 
 
 @dataclass(frozen=True)
-class Told(Table):
-    """Of the same rows also the accuracies on two halves of the items, (N, 2), and which camera's visit they lie in."""
+class WindowTable(Table):
+    """A table with accuracies on two halves of the items (N, 2), and the episode that each window lies in (N,)."""
 
     halves: Array
     visit: Array
 
 
-def _told(seen: Watched) -> Told:
+def _window_table(seen: Watched) -> WindowTable:
     table = seen.table()
     camera = np.arange(len(table.truth)) % CAMERAS
-    return Told(table.values, table.truth, seen.at(seen.halves), 1_000 * seen.at(seen.visits) + camera)
+    return WindowTable(table.values, table.truth, seen.at(seen.halves), 1_000 * seen.at(seen.visits) + camera)
 
 
-def _all_scores(tables: Sequence[Told], estimator: Estimator, fitted: dict[str, Estimator]) -> dict[str, Any]:
+def _all_scores(tables: Sequence[WindowTable], estimator: Estimator, fitted: dict[str, Estimator]) -> dict[str, Any]:
     places = [SIGNALS.index(name) for name in estimator.signals]
     return {
-        "truth": _best(tables),
+        "truth": _best_possible(tables),
         "combination": _scores(tables, places, estimator),
         "source": _scores(tables, places, estimator, target=1),
         **{name: _scores(tables, [place], fitted[name]) for place, name in enumerate(SIGNALS)},
     }
 
 
-def _scores(tables: Sequence[Told], places: list[int], estimator: Estimator, target: int = 0) -> dict[str, float]:
-    """Of one estimator on the windows of these streams. Rows are moments, camera by camera."""
+def _scores(
+    tables: Sequence[WindowTable], places: list[int], estimator: Estimator, target: int = 0
+) -> dict[str, float]:
+    """The scores of an estimator; `target` 0: for the adapted model, 1: for the source. Rows: time, then camera."""
     model = AccuracyModel(estimator)
     guesses = [model.predict(table.values[:, places])[:, target] for table in tables]
     truths = [table.truth[:, target] for table in tables]
@@ -180,8 +183,8 @@ def _scores(tables: Sequence[Told], places: list[int], estimator: Estimator, tar
     return scores
 
 
-def _best(tables: Sequence[Told]) -> dict[str, float]:
-    """The rank correlation that the truth's own sampling error leaves to a perfect estimate of what is expected."""
+def _best_possible(tables: Sequence[WindowTable]) -> dict[str, float]:
+    """The rank correlation that a perfect estimate would reach, given the truth's sampling error."""
     best = {}
     for name, means in SPANS.items():
         first, second = (np.concatenate([means(t.halves[:, i], t) for t in tables]) for i in (0, 1))
@@ -191,19 +194,19 @@ def _best(tables: Sequence[Told]) -> dict[str, float]:
     return best
 
 
-def _windows(values: Array, table: Told) -> Array:
+def _windows(values: Array, table: WindowTable) -> Array:
     return values
 
 
-def _four(values: Array, table: Told) -> Array:
-    """Means over four moments in a row of each camera."""
+def _four(values: Array, table: WindowTable) -> Array:
+    """Means over four successive windows of each camera."""
     by_moment = values.reshape(-1, CAMERAS)
     whole = len(by_moment) // 4 * 4
     return by_moment[:whole].reshape(-1, 4, CAMERAS).mean(1).ravel()
 
 
-def _visits(values: Array, table: Told) -> Array:
-    """Means over all moments of each visit."""
+def _visits(values: Array, table: WindowTable) -> Array:
+    """Means over all windows of each episode."""
     _, place, count = np.unique(table.visit, return_inverse=True, return_counts=True)
     means: Array = np.bincount(place, values) / count
     return means
@@ -223,7 +226,7 @@ def spearman(first: Array, second: Array) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def _honesty(bundle: Bundle, seen: Sequence[Watched]) -> dict[str, float]:
+def _calibration_errors(bundle: Bundle, seen: Sequence[Watched]) -> dict[str, float]:
     """Expected calibration error (Guo et al., ICML 2017), in points, of published confidences and of raw ones."""
     calibration = bundle.manifest.calibration
     raw, published, right = [], [], []

@@ -1,4 +1,4 @@
-"""The source models of the benchmark: from a bundle, from a file of weights, or trained once and kept in the cache."""
+"""The source models of the benchmark: from a bundle, a file of weights, or trained once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -64,8 +64,10 @@ class ModelConfig(BaseModel):
         return self
 
     def content(self) -> dict[str, Any]:
-        """What results depend on. An option that is not used is not in it, so that older results stay valid. Raises
-        ConfigError where there are no such weights."""
+        """The options that results depend on. Unused ones are left out, so that results from before them stay valid.
+
+        Raises ConfigError if the file of weights cannot be read.
+        """
         found = self.model_dump(mode="json", exclude={"weights"} | ({"shift_steps"} if not self.shift_steps else set()))
         if self.weights is not None:
             found["weights"] = hashlib.sha256(_read(self.weights)).hexdigest()
@@ -74,7 +76,7 @@ class ModelConfig(BaseModel):
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A source model as the methods need it, its clean accuracy, and images that trained nothing, for tuning."""
+    """A source model with the methods' `Setup`, its clean accuracy, and images for tuning, which trained nothing."""
 
     config: ModelConfig
     setup: Setup
@@ -82,7 +84,10 @@ class SourceModel:
     tuning: LabelledImages
 
     def generator(self, bundle: Bundle) -> MGG | PaperMGG:
-        """The bundle's method on this model: as it is where the bundle was made for it, else its rule alone."""
+        """The bundle's method for this model: complete if the bundle was made for it, else without the anchor.
+
+        Raises BundleError.
+        """
         setup, method = self.setup, bundle.method
         if isinstance(method, PaperMGG):
             return PaperMGG(setup.model, setup.source, method.generator, method.settings)
@@ -99,15 +104,15 @@ class SourceModel:
 
 
 def parts(train: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
-    """Training images for the source model, and the rest: three to one."""
+    """The training images divided three to one: for the source model, and the rest."""
     cut = data.SOURCE_PART[1] if len(train) == data.CALIBRATION_PART[1] else len(train) * 3 // 4
     return train.part(0, cut), train.part(cut, len(train))
 
 
 def shown_parts(unseen: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
-    """Of what trained no source model: images for training under simulated shifts, and the rest.
+    """The images that trained no source model, divided: for training under simulated shifts, and the rest.
 
-    Of Fashion-MNIST those that meta-training sees; of other data sets as large a share.
+    For Fashion-MNIST the former are those of meta-training; for other data sets they are the same share.
     """
     start, stop = data.META_PART
     cut = len(unseen) * (stop - start) // (data.CALIBRATION_PART[1] - start)
@@ -121,8 +126,10 @@ def open_source(
     say: Callable[[str], None],
     factories: Sequence[str] = (),
 ) -> SourceModel:
-    """Load or train. `factories` are the `module:function` names of bundles' networks that the plan trusts. Raises
-    BundleError where a bundle does not fit the data."""
+    """Load or train a source model. `factories`: `module:function` names of networks that the plan trusts.
+
+    Raises BundleError if a bundle does not fit the data.
+    """
     for_source, unseen = parts(dataset.train())
     preprocessing = Preprocessing(torch.tensor(dataset.mean), torch.tensor(dataset.std))
     bundle = None if config.bundle is None else load_bundle(config.bundle, factories)
@@ -141,7 +148,7 @@ def open_source(
         if config.shift_steps:
             shown, unseen = shown_parts(unseen)
             network = _shifted(config, dataset, network, shown, preprocessing, cache, say)
-        # What is built in runs its layers as it names them.
+        # Built-in networks run their layers in the order of `norm_layers`.
         part = bundle.manifest.model if bundle is not None else None
         known = (part.norm_order, part.norm_layouts) if part is not None else ()
         model = AdaptableModel(network.eval().to(memory_format=torch.channels_last), *known)
@@ -155,6 +162,7 @@ def open_source(
 
 
 def _check(config: ModelConfig, bundle: Bundle, dataset: DataSet, images: LabelledImages) -> None:
+    """Raises BundleError if the bundle's frames or labels are not those of the data set."""
     preprocess = bundle.manifest.preprocess
     shape = (preprocess.channels, preprocess.height, preprocess.width)
     if shape != image_tensor(images.images[:1]).shape[1:] or len(bundle.labels) != len(dataset.labels):
@@ -170,7 +178,7 @@ def _check(config: ModelConfig, bundle: Bundle, dataset: DataSet, images: Labell
 
 
 def _network_of(folder: Path, factories: Sequence[str]) -> nn.Module:
-    """A bundle's source network, with its norm layers as they were trained."""
+    """A bundle's trained source network, with its original norm layers."""
     part = read_manifest(folder).model
     network = build_network(part.architecture, part.arguments, factories)
     network.load_state_dict(model_weights(folder))
@@ -221,7 +229,7 @@ def _shifted(
     cache: Path,
     say: Callable[[str], None],
 ) -> nn.Module:
-    """The network after its training under simulated shifts; what it starts from is part of the cache's name."""
+    """The network fine-tuned under simulated shifts. Its name in the cache depends on the weights that it starts from."""
     recipe = json.dumps([config.shift_steps, config.seed, len(images)]).encode()
     digest = hashlib.sha256(recipe + _packed(network)).hexdigest()[:12]
 
@@ -233,7 +241,7 @@ def _shifted(
 
 
 def _once(path: Path, network: nn.Module, train: Callable[[], None]) -> nn.Module:
-    """The network with the weights that a file has, or else after `train`, which are kept there."""
+    """The network with the weights in the file `path`; if there is none, trained and saved there."""
     if path.exists():
         network.load_state_dict(safetensors.torch.load_file(path))
     else:

@@ -1,4 +1,4 @@
-"""Tables and a picture from a benchmark's report: everything in them can be computed again from the records.
+"""Tables and a plot from a benchmark's report, computed from its records alone.
 
 A *cell* here is one data set, model, batch size, setting, shift and severity, averaged over seeds. *Gain* is adapted
 minus source accuracy of the same frames, in points. Means over shifts give every shift the same weight.
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
 OURS = Entry("mgg", "ours")
 TOLERATED = 0.5  # points that a cell may lose
-ROUNDING = 1e-9  # a mean of differences of floats that is just what may be lost is off by less
+ROUNDING = 1e-9  # bound on rounding errors in a mean gain
 
 
 def read_records(path: Path) -> list[Record]:
@@ -55,7 +55,7 @@ def read_records(path: Path) -> list[Record]:
 
 
 class Results:
-    """Records, looked at from all sides. Raises DataError where two are of the same: means would count it twice."""
+    """Statistics of records. Raises DataError if two records measure the same: means would count it twice."""
 
     def __init__(self, records: Sequence[Record]) -> None:
         if twice := [key for key, times in Counter(map(identity, records)).items() if times > 1]:
@@ -70,11 +70,11 @@ class Results:
         self.settings = [setting for setting in SETTINGS if setting in present]
 
     def records(self, place: Place, entry: Entry, setting: str) -> list[Record]:
-        """Records of one method in one setting, a record per seed."""
+        """The records of a method in a setting."""
         return self._by.get((place, entry, setting), [])
 
     def by_seed(self, place: Place, entry: Entry, setting: str) -> dict[int, float]:
-        """Mean accuracy in percent of each seed."""
+        """Mean accuracy in percent, by seed."""
         found: dict[int, dict[tuple[str, int], float]] = defaultdict(dict)
         for r in self.records(place, entry, setting):
             found[r["seed"]][r["shift"], r["severity"]] = 100 * r["accuracy"]
@@ -98,14 +98,16 @@ class Results:
         return fmean(gains.values()) if gains else None
 
     def spread(self, place: Place, entry: Entry) -> float | None:
-        """Standard deviation of the gain over the shifts, averaged over settings of drift: few methods were
-        run on others, and means over different settings are not to be compared."""
+        """Standard deviation of the gain over shifts, averaged over the settings of drift.
+
+        Other settings are left out: few methods were run on them, and means over different settings do not compare.
+        """
         found = [list(self.gains(place, entry, setting).values()) for setting in DRIFT]
         spreads = [pstdev(gains) for gains in found if len(gains) > 1]
         return fmean(spreads) if spreads else None
 
     def worst(self, place: Place, entry: Entry) -> tuple[float, str] | None:
-        """The lowest gain of all cells, and where it is."""
+        """The lowest gain of all cells, and the name of the cell."""
         found = [
             (gain, f"{setting}, {shift} {severity}")
             for setting in self.settings
@@ -114,8 +116,8 @@ class Results:
         return min(found) if found else None
 
     def oracle_share(self, place: Place, entry: Entry) -> float | None:
-        """Gain as a share of the oracle's, in percent, of the settings of drift together: a setting where the oracle
-        gains next to nothing has no share of its own that says anything. None where it gains no point on average."""
+        """Gain in percent of the oracle's, both summed over the settings of drift: in a setting where the oracle gains
+        little, the ratio alone would be meaningless. None if the oracle gains less than a point on average."""
         pairs = [[self.mean_gain(place, e, setting) for e in (entry, Entry("oracle", ""))] for setting in DRIFT]
         both = [(ours, best) for ours, best in pairs if ours is not None and best is not None]
         gained, most = (sum(gains) for gains in zip(*both, strict=True)) if both else (0.0, 0.0)
@@ -131,9 +133,8 @@ class Results:
         return (max(found)[1], max(found)[0]) if found else None
 
     def margin(self, place: Place, entry: Entry, setting: str) -> tuple[float, float] | None:
-        """Points of accuracy above the best baseline, published or tuned, and the standard deviation of that over
-        seeds: a seed's streams are the same for both (0 for one seed, or where they were run with different ones).
-        None where either was not run."""
+        """Points of accuracy above the best baseline, published or tuned, and the standard deviation over seeds, paired
+        as both see the same streams (0 for one seed, or if the seeds differ). None if either was not run."""
         own = self.by_seed(place, entry, setting)
         both = [self.best_baseline(place, setting, variant) for variant in ("published", "tuned")]
         found = [best for best in both if best is not None]
@@ -154,7 +155,7 @@ def _rank(entry: Entry) -> tuple[int, str, str]:
 
 
 def markdown(results: Results) -> str:
-    """All tables: how far ours is ahead, then one section per data set, model and batch size."""
+    """All tables in Markdown: the margins of `mgg`, then a section per data set, model and batch size."""
     parts = [table] if (table := margins_table(results)) else []
     for place in results.places:
         parts.append(f"### {place.data}, {place.model}, batches of {place.batch}\n")
@@ -187,8 +188,10 @@ def accuracy_table(results: Results, place: Place) -> str:
 
 
 def margins_table(results: Results) -> str:
-    """Points of `mgg (ours)` above the best baseline, published or tuned, with their deviation over seeds, and in how
-    many cells it loses to source; empty where ours or every baseline was not run."""
+    """Margins of `mgg (ours)` above the best baseline, and the number of cells in which it loses to the source model.
+
+    Empty if `mgg` or all baselines were not run.
+    """
     rows = []
     for place in results.places:
         margins = [results.margin(place, OURS, setting) for setting in results.settings]
