@@ -1,13 +1,13 @@
-"""The common corruptions: fifteen to test on, four more to tune on, at severities 1 to 5.
+"""The common corruptions: fifteen for testing and four for tuning, at severities 1 to 5.
 
 Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations",
-ICLR 2019, with the constants that its authors published for 32-pixel images (CIFAR-10-C). They are implemented here
-over whole batches because the library that holds them, imagecorruptions 1.1.2, has the constants of 224-pixel
-images, refuses images below 32 pixels, and fails on three of the nineteen beside NumPy 2 and today's scikit-image.
+ICLR 2019, with the constants that the authors published for images of 32 pixels (CIFAR-10-C). The library
+imagecorruptions 1.1.2 is not used: it has the constants for 224 pixels, refuses images below 32 pixels, and fails on
+three of the nineteen with NumPy 2 and present scikit-image.
 
-Known differences: `frost` overlays a generated texture, where the authors overlay photographs; `spatter` at
-severities 1 to 3 (water) leaves out the embossing of the drops; `glass_blur` copies pixels, as the published code
-does, where the paper says that they are exchanged. Grey images take the grey value of a coloured overlay.
+Known differences: `frost` overlays a generated texture, the authors' code photographs. `spatter` at severities 1 to 3
+(water) does not emboss the drops. `glass_blur` copies pixels, as in the authors' code, where the paper exchanges them.
+On grey images a coloured overlay has its grey value.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from meta.source import image_tensor
+
 # images float (B, ch, h, w) in [0, 1] with ch 1 or 3, severity 1..5, random numbers -> the same shape.
 Corruption = Callable[[Tensor, int, torch.Generator], Tensor]
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -31,7 +33,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 def corrupt(images: np.ndarray, name: str, severity: int) -> np.ndarray:
-    """Images uint8 (N, h, w) or (N, h, w, 3), corrupted; the same bytes for the same input, always.
+    """Corrupt images uint8 (N, h, w) or (N, h, w, 3); deterministic.
 
     Raises KeyError for an unknown name and IndexError for a severity outside 1 to 5.
     """
@@ -40,8 +42,7 @@ def corrupt(images: np.ndarray, name: str, severity: int) -> np.ndarray:
         raise IndexError(f"severity {severity} is not one of 1 to 5")
     parts = []
     for start in range(0, len(images), CHUNK):
-        chunk = torch.from_numpy(images[start : start + CHUNK].copy())
-        chunk = chunk.unsqueeze(1) if chunk.dim() == 3 else chunk.permute(0, 3, 1, 2)
+        chunk = image_tensor(images[start : start + CHUNK])
         random = torch.Generator().manual_seed(zlib.crc32(f"{name} {severity} {start}".encode()))
         out = corruption(chunk.float() / 255, severity, random).clamp(0, 1)
         out = (out * 255 + 1e-3).to(torch.uint8)
@@ -81,7 +82,7 @@ def _gaussian(images: Tensor, sigma: float, truncate: float = 4.0, mode: str = "
 
 
 def _clipped_zoom(images: Tensor, factor: float) -> Tensor:
-    """Magnified about the middle, by linear interpolation, and cut back to the old size."""
+    """Magnify about the centre, by bilinear interpolation, and crop to the original size."""
     height, width = images.shape[2:]
     rows, columns = math.ceil(height / factor), math.ceil(width / factor)
     top, left = (height - rows) // 2, (width - columns) // 2
@@ -136,15 +137,14 @@ def _plasma(count: int, size: int, decay: float, random: torch.Generator) -> Ten
 
 
 def _through_pillow(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """Apply a function of Pillow images to each image, in 8 bits."""
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     pixels = pixels[..., 0] if pixels.shape[3] == 1 else pixels
-    changed = torch.from_numpy(np.stack([np.asarray(change(Image.fromarray(image))) for image in pixels]))
-    changed = changed.unsqueeze(1) if changed.dim() == 3 else changed.permute(0, 3, 1, 2)
-    return changed.float() / 255
+    return image_tensor(np.stack([np.asarray(change(Image.fromarray(image))) for image in pixels])).float() / 255
 
 
 def _coloured(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply a change of colours; grey images become coloured for it, and grey again."""
+    """Apply a function of RGB images; grey images are converted to RGB for it, and back."""
     if images.shape[1] == 3:
         return change(images)
     out = change(images.expand(-1, 3, -1, -1))

@@ -229,7 +229,7 @@ def _shifted(
     cache: Path,
     say: Callable[[str], None],
 ) -> nn.Module:
-    """The network fine-tuned under simulated shifts. Its name in the cache depends on the weights that it starts from."""
+    """The network fine-tuned under simulated shifts. The name of its cache file depends on the initial weights."""
     recipe = json.dumps([config.shift_steps, config.seed, len(images)]).encode()
     digest = hashlib.sha256(recipe + _packed(network)).hexdigest()[:12]
 

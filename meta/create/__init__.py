@@ -1,1 +1,1 @@
-"""From somebody's trained classifier to a bundle, as `driftkeel bundle create` does it."""
+"""`driftkeel bundle create`: from a user's trained classifier to a bundle."""

@@ -1,4 +1,4 @@
-"""Labelled images for a bundle: a folder per class, a flat folder without labels, or an .npz file."""
+"""The images that a bundle is made with: a folder per class, a flat folder without labels, or an .npz file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Images:
-    """uint8 (N, ch, h, w), and labels int64 (N,), or None where nobody labelled them."""
+    """Images uint8 (N, ch, h, w), and labels int64 (N,); None without labels."""
 
     images: Tensor
     labels: Tensor | None
@@ -44,7 +44,10 @@ class Images:
 
 
 def read_labels(path: Path | None, data: Path) -> list[str]:
-    """One label a line, in the order of the network's outputs; without a file, the folders of `data` by name."""
+    """The labels, in the order of the network's outputs: the file's lines, or without a file the folders of `data`.
+
+    Raises DataError.
+    """
     if path is None:
         labels = [] if data.suffix == ".npz" else [folder.name for folder in _class_folders(data)]
         if len(labels) < 2:
@@ -53,7 +56,7 @@ def read_labels(path: Path | None, data: Path) -> list[str]:
             raise DataError(f"{data}: folder {odd[0]!r} is no line of text in UTF-8, as a label must be; rename it")
         return labels
     try:
-        labels = path.read_text(encoding="utf-8-sig").splitlines()  # Windows' editors put a mark before the first
+        labels = path.read_text(encoding="utf-8-sig").splitlines()  # -sig: editors on Windows write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read labels {path}: {error}") from error
     if len(labels) < 2 or not all(label.strip() for label in labels):
@@ -64,7 +67,7 @@ def read_labels(path: Path | None, data: Path) -> list[str]:
 
 
 def _is_text(name: str) -> bool:
-    """Whether it has no bytes that the file system could not decode."""
+    """Whether a file name could be decoded completely."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -73,7 +76,7 @@ def _is_text(name: str) -> bool:
 
 
 def image_files(data: Path, labels: list[str]) -> tuple[list[Path], list[int] | None]:
-    """The image files under `data`, sorted, and their classes; None where they lie in one flat folder."""
+    """The image files under `data`, sorted, and their classes; None for a flat folder. Raises DataError."""
     folders = _class_folders(data)
     if not folders:
         return [path for path in sorted(data.iterdir()) if path.suffix.lower() in SUFFIXES], None
@@ -91,14 +94,14 @@ def image_files(data: Path, labels: list[str]) -> tuple[list[Path], list[int] | 
 
 
 def _class_folders(data: Path) -> list[Path]:
-    """The folders in `data` by name, hidden ones left out. Raises DataError."""
+    """The folders in `data`, sorted by name, without hidden ones. Raises DataError."""
     if not data.is_dir():
         raise DataError(f"{data} is no folder of images and no .npz file")
     return sorted(child for child in data.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
 def common_size(paths: list[Path]) -> tuple[int, int]:
-    """Width and height that all image files share. Raises DataError where sizes differ."""
+    """The common width and height of all image files. Raises DataError if they differ."""
     sizes = {size for size, _ in _looked_at(paths)}
     if not sizes:
         raise DataError(f"none of the {len(paths)} images can be read, first {paths[0]}")
@@ -108,13 +111,14 @@ def common_size(paths: list[Path]) -> tuple[int, int]:
 
 
 def common_mode(paths: list[Path]) -> Literal["L", "RGB"]:
-    """L where no image file has colours."""
+    """L if all image files are grey, else RGB."""
     return "L" if all(mode.startswith(("L", "1", "I", "F")) for _, mode in _looked_at(paths)) else "RGB"
 
 
 def _looked_at(paths: list[Path]) -> Iterator[tuple[tuple[int, int], str]]:
+    """Size and mode of each readable image file."""
     for path in paths:
-        # Bad ones, of which Pillow may say anything, are named when they are decoded.
+        # Pillow can raise anything for a bad file; it is reported when it is decoded.
         with contextlib.suppress(Exception), Image.open(path) as image:
             yield image.size, image.mode
 
@@ -128,7 +132,7 @@ def read_files(
     seed: int,
     say: Say,
 ) -> Images:
-    """Decoded and resized as a worker does it. Beyond `limit`, images are drawn by seed. Raises DataError."""
+    """Decode and resize image files as a worker does, at most `limit` of them, drawn by `seed`. Raises DataError."""
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
     limit = min(limit, MOST_BYTES // (preprocess.channels * preprocess.height * preprocess.width))
     if len(order) > limit:
@@ -149,7 +153,7 @@ def read_files(
 
 
 def read_npz(path: Path, limit: int, seed: int) -> Images:
-    """`images` uint8 (N, h, w) or (N, h, w, 3), and `labels` (N,) where there are any. Raises DataError."""
+    """`images` uint8 (N, h, w) or (N, h, w, 3) and optional `labels` (N,), at most `limit`. Raises DataError."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             images = content["images"]
@@ -169,13 +173,13 @@ def read_npz(path: Path, limit: int, seed: int) -> Images:
 
 
 def as_tensor(pixels: Pixels) -> Tensor:
-    """uint8 (N, h, w) or (N, h, w, ch) as (N, ch, h, w)."""
+    """Pixels uint8 (N, h, w) or (N, h, w, ch) as a contiguous tensor (N, ch, h, w), copied only if necessary."""
     tensor = torch.from_numpy(np.ascontiguousarray(pixels))
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2).contiguous()
 
 
 def without_duplicates(images: Images, say: Say) -> Images:
-    """Each picture once: the same one must not train and measure."""
+    """Remove duplicates: the same image must not be in two parts."""
     first: dict[bytes, int] = {}
     for i, image in enumerate(images.images):
         first.setdefault(hashlib.sha256(image.numpy().tobytes()).digest(), i)
@@ -185,10 +189,9 @@ def without_duplicates(images: Images, say: Say) -> Images:
 
 
 def split(images: Images, classes: int, seed: int, say: Say, by_class: bool = True) -> dict[str, Images]:
-    """Generator, calibration and measurement: three parts without a common image, `by_class` each with every class
-    there is, in no order: what looks at the first images of a part must not see some classes alone.
+    """Divide images into three disjoint parts, named as in SHARES; with `by_class` each has every class that occurs.
 
-    Raises DataError for too few images.
+    Parts are shuffled, because some of their users take the first images only. Raises DataError for too few images.
     """
     if images.labels is None:
         raise DataError("images must be labelled before they are divided")

@@ -1,4 +1,4 @@
-"""Whether adapting helps: the finished method on held-out images under held-out shifts, beside the source model."""
+"""Whether adapting helps: the trained method against the source model, on held-out images under held-out shifts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from schemas.verdict import Measured, Recommendation
 
 BATCH = 16
 HEALTHY, IN_RUNS = "no shift", "no shift, classes in runs"
-# In points of accuracy. Below the first gain nothing is worth the trouble; from the second on it is worth it.
+# Shares of accuracy. Below SOME_GAIN adapting is not worth its cost; from CLEAR_GAIN on it is.
 SOME_GAIN, CLEAR_GAIN = 0.005, 0.02
 SMALL_LOSS, LARGE_LOSS = 0.01, 0.03
 Say = Callable[[str], None]
@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class _Camera:
-    """One stream: its shift, the traits of that, and which image each frame shows."""
+    """One stream: its shift with traits, and the index of the image that each frame shows (L,)."""
 
     setting: str
     shift: Shift | None
@@ -36,10 +36,10 @@ class _Camera:
 def measure(
     method: PiecewiseMGG, images: Images, preprocessing: Preprocessing, frames: int, repeats: int, seed: int, say: Say
 ) -> list[Measured]:
-    """Accuracy of source and adapted model per setting: each held-out shift, which comes on over the first half of
-    `frames` and stays, and none, with classes at random and in runs; `repeats` cameras each.
+    """The accuracy of the source and the adapted model in each setting, on `repeats` cameras with `frames` each.
 
-    A frame is answered before its own micro-batch of 16 changes anything.
+    Settings are the held-out shifts, whose severity rises over the first half of the frames and then stays, and no
+    shift, with classes in random order and in runs. Micro-batches have 16 frames, and are predicted before the update.
     """
     labels = images.labels
     if labels is None:
@@ -92,7 +92,7 @@ def _source(method: PiecewiseMGG, batch: Tensor) -> Tensor:
 
 
 def _measured(setting: str, right: Tensor, images: int) -> Measured:
-    """right (2, cameras, frames): 1 where source and adapted model were right."""
+    """right (2, cameras, frames): 1 where the source model, and the adapted one, were right."""
     return Measured(
         setting=setting,
         frames=right[0].numel(),
@@ -103,8 +103,11 @@ def _measured(setting: str, right: Tensor, images: int) -> Measured:
 
 
 def standard_error(difference: Tensor, images: int) -> float:
-    """Of the mean of (cameras, frames) over `images`: what the draw of images leaves open, where one that is seen again
-    is no new evidence, and what the draw of cameras does: by how much more these differ than their frames explain."""
+    """The standard error of the mean of `difference` (cameras, frames), from two components.
+
+    One is from the sample of images: repetitions of an image are not counted as evidence. The other is from the sample
+    of cameras: the variance of their means beyond that explained by their frames.
+    """
     cameras, frames = difference.shape
     variance = float(difference.var(correction=0)) / min(difference.numel(), images)
     if cameras > 1:
@@ -114,16 +117,17 @@ def standard_error(difference: Tensor, images: int) -> float:
 
 
 def total_gain(settings: list[Measured]) -> tuple[float, float]:
-    """Mean gain over the shifts, and its standard error: over other images and cameras, not over other shifts."""
+    """The mean gain over shifts, and its standard error with respect to images and cameras, but not to shifts."""
     shifts = [m for m in settings if m.setting in HELD_OUT]
     error = math.sqrt(sum(m.error**2 for m in shifts)) / len(shifts)
     return sum(m.gain for m in shifts) / len(shifts), error
 
 
 def recommend(settings: list[Measured]) -> tuple[Recommendation, list[str]]:
-    """The verdict and its reasons. A loss counts as far as it is more than two standard errors.
+    """The recommendation and its reasons. Of a loss, what exceeds two standard errors counts.
 
-    Where classes in runs do worst, the reasons also say what holds for cameras that have none: their owner knows.
+    If classes in runs are the worst setting, a reason also gives the recommendation without it: whether cameras show
+    such runs is known at the site.
     """
     recommendation, reasons = _judged(settings)
     others = [m for m in settings if m.setting != IN_RUNS]

@@ -1,4 +1,4 @@
-"""Somebody's network: its weights read, its fitness for adaptation checked, each refusal with its reason."""
+"""A user's network: reads its weights, and checks that it can be adapted. Every refusal gives its reason."""
 
 from __future__ import annotations
 
@@ -21,17 +21,14 @@ from schemas.errors import BundleError
 
 NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training loops put the weights in a checkpoint
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, of torch.compile, and of Lightning's modules
-COUNTER = "n_averaged"  # which torch's AveragedModel keeps beside the weights
+COUNTER = "n_averaged"  # an additional entry of torch's AveragedModel
 TOLERANCE = 1e-3  # of the largest logit
-ROUNDING = 1e-5  # of a sum of probabilities
+ROUNDING = 1e-5  # tolerance for a sum of probabilities
 Say = Callable[[str], None]
 
 
 def read_weights(path: Path, say: Say) -> dict[str, Tensor]:
-    """The state dict in a .safetensors file, or in a .pt or .pth file, which is loaded without running any code.
-
-    Raises BundleError.
-    """
+    """The state dict in a .safetensors, .pt or .pth file. No code in the file is run. Raises BundleError."""
     try:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
@@ -64,7 +61,7 @@ def _tensors(content: Any) -> dict[str, Tensor]:
 
 
 def _without_prefix(tensors: dict[str, Tensor], known: Container[str], say: Say) -> dict[str, Tensor]:
-    """Wrappers put something in front of every name, also one around the other; a network's own names stay."""
+    """Remove the prefixes of wrappers, which may be nested, until a name is known. Known names are never changed."""
     tensors = {name: tensor for name, tensor in tensors.items() if name != COUNTER or name in known}
     while not any(name in known for name in tensors):
         prefix = next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None)
@@ -76,9 +73,9 @@ def _without_prefix(tensors: dict[str, Tensor], known: Container[str], say: Say)
 
 
 def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path, say: Say) -> dict[str, Tensor]:
-    """Load weights into `network`, which becomes float32 and goes into eval mode. Returns the state dict to ship.
+    """Load weights into `network`, which becomes float32 and is set to eval mode. Returns the bundle's state dict.
 
-    Raises BundleError where names or shapes do not fit, or where a weight is not finite.
+    Raises BundleError if names or shapes do not fit, or if a weight is not finite.
     """
     low = sorted({str(t.dtype) for t in tensors.values() if t.is_floating_point() and t.dtype != torch.float32})
     if low or any(p.dtype != torch.float32 for p in network.parameters()):
@@ -87,7 +84,7 @@ def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path, say
     tensors = _without_prefix(tensors, network.state_dict().keys(), say)
     try:
         wrong = network.load_state_dict(tensors, strict=False)
-    except Exception as error:  # Somebody else's code may look at them too.
+    except Exception as error:  # Foreign code may process them, too.
         whole = " ".join(str(error).split())
         shapes = whole.partition(":")[2].strip() or whole
         raise BundleError(f"{path} does not fit the network: {shapes[:300]}; check --model-args") from error
@@ -109,11 +106,13 @@ def _some(names: list[str]) -> str:
 
 
 def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> AdaptableModel:
-    """The network with its norm layers swapped, after proof that it predicts what it did before.
+    """Replace the network's norm layers, in place, and check that its predictions stay the same.
 
-    frames (B, ch, h, w), B >= 2, standardised as in operation. The network is changed in place. Raises BundleError for
-    a network that cannot be adapted: several inputs, other outputs than logits (B, classes), random or batch-dependent
-    answers, nothing to adapt, norm layers of a kind that does more than normalise, or that run in changing order.
+    frames (B, ch, h, w), B >= 2: standardised as in operation.
+
+    Raises BundleError if the network cannot be adapted: if it has several inputs, outputs other than logits
+    (B, classes), random or batch-dependent predictions, no norm layer with a scale, norm layers that do more than
+    normalise, or norm layers whose order of execution varies.
     """
     _one_input(network)
     network.float().eval()
@@ -136,14 +135,14 @@ def adaptable(network: nn.Module, frames: Tensor, classes: int, say: Say) -> Ada
 
 
 def _sound_logits(network: nn.Module, frames: Tensor, classes: int) -> Tensor:
-    """What the network says of frames, proven to be logits, and the same whenever and with whichever others asked."""
+    """The logits of frames, after checks that they are logits, deterministic, and independent of the batch."""
     logits = _logits(network, frames, classes)
     if not torch.equal(logits, _logits(network, frames, classes)):
         raise BundleError(
             "the network answers the same frames differently in eval mode: something in it is random, such as dropout "
             "with training=True; make it depend on self.training"
         )
-    # Of all frames together: the logits of one may sum to 1 by chance.
+    # All frames are checked: the logits of one may sum to 1 by chance.
     if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < ROUNDING).all()):
         raise BundleError(
             "the network returns probabilities, not logits: each row sums to 1; leave its softmax out, or wrap it in a "
@@ -155,13 +154,15 @@ def _sound_logits(network: nn.Module, frames: Tensor, classes: int) -> Tensor:
 
 
 def _predicts_as_before(model: AdaptableModel, frames: Tensor, before: Tensor, doubt: str) -> None:
-    """Prove that swapping its norm layers has left the network as it was, and that gradients reach these; `doubt` is
-    for where that fails."""
+    """Check that the network with replaced norm layers gives the same logits, and that gradients reach the layers.
+
+    `doubt` is added to the error message. Raises BundleError.
+    """
     try:
         model.fit_layout(frames)
         rows = model.source_affine.expand(len(frames), -1).clone().requires_grad_()
         after, _, _ = model.forward_with_inputs(frames, rows)
-        # With another count too: whatever else a norm layer sees rows of may have been as many as the frames.
+        # With another batch size, too: the number of other rows that a norm layer sees may have been that of frames.
         model(frames[1:], rows[1:].detach())
     except (RuntimeError, AttributeError, TypeError) as error:
         raise BundleError(
@@ -173,8 +174,8 @@ def _predicts_as_before(model: AdaptableModel, frames: Tensor, before: Tensor, d
 
 
 def built_again(again: nn.Module, weights: dict[str, Tensor], model: AdaptableModel, frames: Tensor) -> None:
-    """Prove that a network built once more, as every worker builds it, says of frames (B, ch, h, w) what `model` does
-    when it has the same weights. Raises BundleError."""
+    """Check that a network that is built again, as by every worker, gives the same logits for frames (B, ch, h, w) as
+    `model` with the same weights. Raises BundleError."""
     again.float().eval().load_state_dict(weights)
     with torch.no_grad():
         _same(
@@ -202,10 +203,10 @@ def _one_input(network: nn.Module) -> None:
 
 @torch.no_grad()
 def _logits(network: nn.Module, frames: Tensor, classes: int) -> Tensor:
-    """What the network makes of contiguous frames, checked to be logits (B, classes)."""
+    """The network's output for contiguous frames, after checks of type, shape and finiteness. Raises BundleError."""
     try:
         out = network(frames.contiguous())
-    except Exception as error:  # Somebody else's code: whatever it raises is the reason.
+    except Exception as error:  # Foreign code can raise anything.
         raise BundleError(
             f"the network cannot take frames of shape {tuple(frames.shape)}: {_line(error)}; "
             "--size WxH and --mode must be those of its training"
@@ -237,9 +238,9 @@ def _same(expected: Tensor, found: Tensor, problem: str) -> None:
 
 
 def _order(network: nn.Module, frames: Tensor, custom: Collection[str]) -> list[str]:
-    """The names of the norm layers in the order in which they run, for which each frame speaks alone, too.
+    """The names of the norm layers in the order of execution, after a check that it is the same for each frame.
 
-    As they are named where not each runs once: what is wrong shows once they are swapped.
+    If not every layer runs exactly once, they are in the order of `norm_layers`; the model then refuses to run.
     """
     order = run_order(network, frames, custom)
     for frame in frames.split(1):
@@ -254,7 +255,7 @@ def _order(network: nn.Module, frames: Tensor, custom: Collection[str]) -> list[
 
 
 def _norm_subclasses(network: nn.Module) -> list[str]:
-    """Norm layers of classes outside of torch: those may do more than normalise."""
+    """The names of classes outside of torch that are derived from its norm layers, and may do more than normalise."""
     kinds = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
     return sorted(
         {

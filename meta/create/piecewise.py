@@ -1,4 +1,4 @@
-"""The generator's method with a few streams at a time, for models whose activations would not fit into memory."""
+"""`mgg` with a few streams per pass, for models whose activations would not fit into memory otherwise."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ PASS_PIXELS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class _Served(Forward):
-    """With its `ready` update, worked out piece by piece."""
+    """A forward pass with the `ready` update, both computed group by group."""
 
     ready: Update
 
 
 class PiecewiseMGG(MGG):
-    """As MGG, but `serve` runs forward and update of some streams after the other.
+    """As MGG, but `serve` computes the forward pass and the update of one group of streams after the other.
 
-    What a stream gets is the same: it does not depend on who shares its pass.
+    Results are the same, since those of a stream do not depend on which streams share its pass.
     """
 
     def __init__(
         self, model: AdaptableModel, source: SourceStatistics, learned: LearnedOptimizer, classes: int, frames: int
     ) -> None:
-        """frames: the most in one pass; a stream's micro-batch stays whole."""
+        """frames: the maximum in one pass, except that a stream's micro-batch is never divided."""
         super().__init__(model, source, learned, classes)
         self._frames = frames
 
@@ -46,7 +46,7 @@ class PiecewiseMGG(MGG):
         adapts: Sequence[bool] | None = None,
         asked: Tensor | None = None,
     ) -> Forward:
-        """As `MGG.serve`; `asked` is left to whoever finds no answer of source in what comes back."""
+        """As `MGG.serve`, but `asked` is ignored: observers run the source model if `source_output` is None."""
         groups = _groups(torch.bincount(stream, minlength=len(state["affine"])).tolist(), self._frames)
         passed, updated = [], []
         for first, last in groups:
@@ -70,17 +70,17 @@ class PiecewiseMGG(MGG):
         )
 
     def update(self, forward: Forward) -> Update:
-        """The update that `serve` has worked out already."""
+        """The update, which `serve` has computed already."""
         return forward.ready if isinstance(forward, _Served) else super().update(forward)
 
 
 def frames_in_pass(height: int, width: int) -> int:
-    """How many images of this size go through a network with gradients at a time."""
+    """The batch size for images of this size in passes with a gradient."""
     return max(8, PASS_PIXELS // (height * width))
 
 
 def _groups(counts: list[int], frames: int) -> list[tuple[int, int]]:
-    """Ranges of streams, in order, that have about as many frames as fit."""
+    """Ranges [first, last) of streams, each with at most `frames` frames, or with a single stream."""
     groups, first, total = [], 0, 0
     for number, count in enumerate(counts):
         if total and total + count > frames:

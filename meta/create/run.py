@@ -1,4 +1,4 @@
-"""From a network, its weights and its images to a bundle with a verdict, in stages that can be resumed."""
+"""From a network, its weights and images to a bundle with a verdict, in stages that can be resumed."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from schemas.verdict import Verdict
 
 LEAST_PER_CLASS_STATISTICS = 10
 CORRECTION_DRAWS, CORRECTION_PASSES = 200, 4
-# After training less is changed where little is unusual, and the correction of single frames follows the dose: cameras
-# with nothing wrong, as most are most of the time, must not lose by it (docs/science.md).
+# Set after training: they lower the dose if frames look like source data, and make the correction of single frames
+# depend on it. Cameras without a shift, which is the usual case, must not lose accuracy (docs/science.md).
 HELD_BACK: dict[str, float] = {"dose_shift": -2.0, "correction_start": -0.4, "correction_slope": 3.0}
 
 
 def create_bundle(
     settings: CreateSettings, name: str, output: Path, command: str, decode: Decode, say: Say = print
 ) -> Manifest:
-    """Check, measure, train, calibrate, judge and pack; the result is loaded once as a check.
+    """Check the inputs, train, calibrate, measure, write the bundle, and load it once as a check.
 
-    `decode` turns an image file's bytes into pixels as the worker does. Finished stages lie beside the output until
-    the bundle is written, in a folder named after all inputs; another run with the same inputs goes on from them.
-    Raises BundleError, ConfigError or DataError.
+    `decode` turns the bytes of an image file into pixels, as in a worker. Finished stages are kept in a folder beside
+    the output until the bundle is written. Its name is a digest of all inputs, so that a run with the same inputs
+    resumes from them. Raises BundleError, ConfigError or DataError.
     """
     notes: list[str] = []
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -89,7 +89,7 @@ def create_bundle(
 
 
 def _work_folder(output: Path, subject: Subject) -> Path:
-    """Where finished stages lie. Raises ConfigError."""
+    """The folder of finished stages, created if needed. Raises ConfigError."""
     work = output.parent / f"{output.name}.work" / _digest(subject)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def _work_folder(output: Path, subject: Subject) -> Path:
 
 
 def _digest(subject: Subject) -> str:
-    """Changes with every input that the stages see. The network's code is one, and shows in what it answers."""
+    """A digest of all inputs of the stages. The network's code is represented by its logits."""
     digest = hashlib.sha256(torch.__version__.encode())
     digest.update(subject.settings.model_dump_json(exclude={"weights", "data", "labels", "generator"}).encode())
     known = [
@@ -136,13 +136,13 @@ def _statistics(subject: Subject, work: Path, say: Say) -> SourceStatistics:
 
 
 def _correction(subject: Subject, work: Path, say: Say) -> Correction:
-    """The model's correction of single frames; from here on its method uses it."""
+    """Fit the correction of single frames, and set it on the model."""
     path = work / "correction.safetensors"
     if not path.exists():
         say("correction: what single frames tell of shifts, fitted on simulated ones")
         images, preprocessing = subject.part("generator")[0], subject.preprocessing
         at_once = frames_in_pass(*images.shape[2:])
-        # Large images take time: fewer of them, in fewer passes.
+        # Large images take longer, so there are fewer of them.
         draws = max(CORRECTION_DRAWS // 4, min(CORRECTION_DRAWS, at_once))
         found = fit_correction(
             subject.model,
@@ -160,7 +160,7 @@ def _correction(subject: Subject, work: Path, say: Say) -> Correction:
 
 
 def _generator(subject: Subject, source: SourceStatistics, work: Path, say: Say) -> tuple[LearnedOptimizer, str]:
-    """The generator, and how it was made."""
+    """The generator, trained or taken over, and a description of its origin."""
     settings, steps = subject.settings, subject.settings.meta_steps
     torch.manual_seed(settings.seed)
     if settings.generator is None:
@@ -191,7 +191,7 @@ def _generator(subject: Subject, source: SourceStatistics, work: Path, say: Say)
 
 
 def _train(subject: Subject, source: SourceStatistics, learned: LearnedOptimizer, say: Say) -> None:
-    """Measure the model's gradients, and train where there are steps to train."""
+    """Measure the model's gradient scale, and train for the steps that are configured."""
     images, labels = subject.part("generator")
     steps, seed = subject.settings.meta_steps, subject.settings.seed
     streams = min(16, max(2, frames_in_pass(*images.shape[2:]) // BATCH))
@@ -203,7 +203,7 @@ def _train(subject: Subject, source: SourceStatistics, learned: LearnedOptimizer
     if not steps:
         say("generator: taken over without training")
         return
-    # Eight micro-batches of eight frames were passed; a training step passes about nine, and backwards twice.
+    # The time of eight micro-batches of eight frames. In training they have about nine, and two backward passes.
     seconds = (time.monotonic() - started) / 8 * 9 / 8 * 1.6 * training.unroll * steps
     say(f"generator: {steps} steps of training, about {max(1, round(seconds / 60))} minutes on this machine")
     meta_train([problem], training, say)
@@ -215,7 +215,7 @@ def _calibration(subject: Subject, method: MGG, work: Path, say: Say) -> tuple[C
         images, labels = subject.part("calibration")
         say("calibration: simulated cameras on images of their own")
         windows, seed = subject.settings.calibration_windows, subject.settings.seed + 1
-        # As many cameras as fit into a pass, in each of sixteen runs: what is large is slow too.
+        # As many cameras as fit into a pass, and few, since large images are slow.
         streams = min(6, max(2, frames_in_pass(*images.shape[2:]) // BATCH))
         fitted = calibrate(method, images, labels, subject.preprocessing, seed, windows, streams, say)
         _keep(path, json.dumps([part.model_dump(mode="json") for part in fitted]).encode())
@@ -254,7 +254,7 @@ def _verdict(subject: Subject, method: PiecewiseMGG, made: str, notes: list[str]
 
 
 def _keep(path: Path, content: bytes) -> None:
-    """Whole or not at all, whenever the run is broken off."""
+    """Write a file atomically."""
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_bytes(content)
     unfinished.replace(path)

@@ -1,4 +1,4 @@
-"""What a bundle is to be made of, read and checked: somebody's network and weights, labels and images."""
+"""The inputs of a bundle, read and checked: a user's network and weights, labels and images."""
 
 from __future__ import annotations
 
@@ -11,8 +11,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from meta.create import images as data
-from meta.create.images import Decode, Images
+from meta.create.images import (
+    LEAST_IMAGES,
+    SUFFIXES,
+    Decode,
+    Images,
+    common_mode,
+    common_size,
+    image_files,
+    read_files,
+    read_labels,
+    read_npz,
+    split,
+    without_duplicates,
+)
 from meta.create.measure import BATCH
 from meta.create.network import adaptable, built_again, load_weights, read_weights
 from meta.create.piecewise import frames_in_pass
@@ -23,13 +35,16 @@ from schemas.bundle import Preprocess
 from schemas.errors import BundleError, ConfigError, DataError, mistakes
 
 Say = Callable[[str], None]
-SHOWN = 8  # images that a network is tried with
-ROUGH = 1_000  # images below which the numbers are rough
+SHOWN = 8  # images with which a network is checked
+ROUGH = 1_000  # images below which a note says that estimates are rough
 
 
 class CreateSettings(BaseModel):
-    """What a bundle is made from. `architecture` is a built-in name, `module:function`, `timm:NAME` or
-    `torchvision:NAME`; width, height and mode default to those that all images share."""
+    """Options of `driftkeel bundle create`.
+
+    architecture: a built-in name, `module:function`, `timm:NAME` or `torchvision:NAME`
+    width, height, mode: by default those of the images, which must agree
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,10 +61,10 @@ class CreateSettings(BaseModel):
     std: list[float]
     steps: int | None = Field(None, ge=0, description="of meta-training; 300, or 0 with a generator")
     calibration_windows: int = Field(12, ge=2)
-    # Of the first micro-batch source answers: with no second one nothing would be measured.
+    # The first micro-batch is predicted with the source parameters, so there must be a second one.
     frames: int = Field(320, ge=2 * BATCH, description="a camera shows in the measurement")
     repeats: int = Field(2, ge=1, description="cameras for each setting of the measurement")
-    max_images: int = Field(10_000, ge=data.LEAST_IMAGES)
+    max_images: int = Field(10_000, ge=LEAST_IMAGES)
     seed: int = 0
 
     @property
@@ -61,7 +76,10 @@ class CreateSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Subject:
-    """A network that can be adapted, and the images to make its bundle with, each part for a stage of its own."""
+    """A network that can be adapted, and the images for its bundle, divided into a part for each stage.
+
+    truth: whether labels are the user's, or the source model's predictions of undisturbed images
+    """
 
     settings: CreateSettings
     preprocess: Preprocess
@@ -82,9 +100,9 @@ class Subject:
 def prepare(settings: CreateSettings, decode: Decode, say: Say) -> Subject:
     """Read and check all inputs. Raises BundleError, ConfigError or DataError."""
     torch.manual_seed(settings.seed)
-    labels = data.read_labels(settings.labels, settings.data)
+    labels = read_labels(settings.labels, settings.data)
     images, preprocess = _images(settings, labels, decode, say)
-    images = data.without_duplicates(images, say)
+    images = without_duplicates(images, say)
     preprocessing = Preprocessing.of(preprocess)
     network = _network(settings)
     weights = load_weights(network, read_weights(settings.weights, say), settings.weights, say)
@@ -96,7 +114,7 @@ def prepare(settings: CreateSettings, decode: Decode, say: Say) -> Subject:
         truth = "source"
         images = Images(images.images, answers(model, images.images, preprocessing))
         say("data: no labels, so right means what the source model says of the undisturbed image; accuracy is unknown")
-    parts = data.split(images, len(labels), settings.seed, say, by_class=truth == "labels")
+    parts = split(images, len(labels), settings.seed, say, by_class=truth == "labels")
     _check_accuracy(model, parts["generator"], preprocessing, len(labels), say)
     if len(images) < ROUGH:
         say(f"data: {len(images)} images make rough estimates; {ROUGH} or more are better")
@@ -108,20 +126,20 @@ def _network(settings: CreateSettings) -> nn.Module:
 
 
 def _images(settings: CreateSettings, labels: list[str], decode: Decode, say: Say) -> tuple[Images, Preprocess]:
-    """The images, and how they become the network's input."""
+    """The images, and the preprocessing that makes them the network's input. Raises ConfigError or DataError."""
     given = (settings.width, settings.height)
     if settings.data.suffix == ".npz":
-        images = data.read_npz(settings.data, settings.max_images, settings.seed)
+        images = read_npz(settings.data, settings.max_images, settings.seed)
         mode, height, width = "L" if images.images.shape[1] == 1 else "RGB", *images.images.shape[2:]
         if settings.mode not in (None, mode) or given not in ((None, None), (width, height)):
             raise DataError(f"{settings.data} holds {mode} images of {width}x{height}; --size and --mode say otherwise")
         return images, _preprocess(settings, mode, width, height)
-    paths, classes = data.image_files(settings.data, labels)
+    paths, classes = image_files(settings.data, labels)
     if not paths:
-        raise DataError(f"no image under {settings.data}; files must end with {', '.join(data.SUFFIXES)}")
-    width, height = (settings.width, settings.height) if None not in given else data.common_size(paths)
-    preprocess = _preprocess(settings, settings.mode or data.common_mode(paths), width, height)
-    read = data.read_files(paths, classes, preprocess, decode, settings.max_images, settings.seed, say)
+        raise DataError(f"no image under {settings.data}; files must end with {', '.join(SUFFIXES)}")
+    width, height = (settings.width, settings.height) if None not in given else common_size(paths)
+    preprocess = _preprocess(settings, settings.mode or common_mode(paths), width, height)
+    read = read_files(paths, classes, preprocess, decode, settings.max_images, settings.seed, say)
     return read, preprocess
 
 
@@ -136,13 +154,13 @@ def _preprocess(settings: CreateSettings, mode: str, width: int | None, height: 
 
 @torch.no_grad()
 def first_logits(subject: Subject) -> Tensor:
-    """Of the first images for the generator."""
+    """The logits of the first images of the part for the generator."""
     return subject.model(subject.preprocessing.frames(subject.parts["generator"].images[:SHOWN]))
 
 
 @torch.inference_mode()
 def answers(model: AdaptableModel, images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """The source model's classes (N,) of images uint8 (N, ch, h, w)."""
+    """The classes (N,) that the source model predicts for images uint8 (N, ch, h, w)."""
     found = [model(preprocessing.frames(part)).argmax(1) for part in images.split(frames_in_pass(*images.shape[2:]))]
     return torch.cat(found).clone()
 
@@ -150,7 +168,7 @@ def answers(model: AdaptableModel, images: Tensor, preprocessing: Preprocessing)
 def _check_accuracy(
     model: AdaptableModel, images: Images, preprocessing: Preprocessing, classes: int, say: Say
 ) -> None:
-    """A network that is wrong on clean images was given other pixels or labels than in its training."""
+    """Raises BundleError if accuracy on clean images is near chance: pixels or labels then differ from training's."""
     right = float((answers(model, images.images, preprocessing) == images.labels).float().mean())
     if right < 2 / (classes + 1):
         raise BundleError(
