@@ -22,16 +22,8 @@ from schemas.errors import DataError
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 HOME = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"
 LABELS = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 MEAN, STD = 0.2860, 0.3530
 

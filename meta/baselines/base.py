@@ -60,8 +60,7 @@ class Sgd:
 class Adam:
     """Adam (Kingma and Ba, ICLR 2015), per stream."""
 
-    def __init__(self, first: float = 0.9, second: float = 0.999, epsilon: float = 1e-8) -> None:
-        self.first, self.second, self.epsilon = first, second, epsilon
+    first, second, epsilon = 0.9, 0.999, 1e-8
 
     def fresh(self, streams: int, size: int, device: torch.device | None = None) -> State:
         return {

@@ -51,11 +51,11 @@ class Eata(Baseline):
 
     name = "eata"
     published: ClassVar[Options] = {"step_size": 1e-3}
+    margin, fisher_weight = 0.4, 1.0
 
-    def __init__(self, setup: Setup, margin: float = 0.4, fisher_weight: float = 1.0, **options: Any) -> None:
+    def __init__(self, setup: Setup, **options: Any) -> None:
         super().__init__(setup, **options)
         self.limit = 0.4 * math.log(self.classes)
-        self.margin, self.fisher_weight = margin, fisher_weight
         self.fisher = self._fisher()
 
     def _fisher(self) -> Tensor:
@@ -111,12 +111,12 @@ class Sar(Baseline):
 
     name = "sar"
     published: ClassVar[Options] = {"step_size": 1e-3}
+    radius = 0.05
 
-    def __init__(self, setup: Setup, radius: float = 0.05, **options: Any) -> None:
+    def __init__(self, setup: Setup, **options: Any) -> None:
         super().__init__(setup, optimizer=Sgd(0.9), **options)
         self.limit = 0.4 * math.log(self.classes)
         self.floor = 0.2 * math.log(self.classes) / math.log(1_000)
-        self.radius = radius
 
     def memory(self, streams: int) -> State:
         # -1: no mean yet
@@ -155,11 +155,12 @@ class Deyo(Baseline):
 
     name = "deyo"
     published: ClassVar[Options] = {"step_size": 1e-3}
+    patches = 4  # along each side
 
-    def __init__(self, setup: Setup, drop: float = 0.2, patches: int = 4, **options: Any) -> None:
+    def __init__(self, setup: Setup, drop: float = 0.2, **options: Any) -> None:
         super().__init__(setup, **options)
         self.limit, self.centre = 0.5 * math.log(self.classes), 0.4 * math.log(self.classes)
-        self.drop, self.patches = drop, patches
+        self.drop = drop
 
     def memory(self, streams: int) -> State:
         return {"age": torch.zeros(streams, device=self.device)}

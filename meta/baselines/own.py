@@ -20,17 +20,11 @@ from meta.objective import discrepancy, entropy, per_stream_mean, running
 class OwnObjective(Baseline):
     """Entropy plus feature discrepancy (`meta.objective`), with an optional pull towards the source after each step."""
 
-    def __init__(
-        self,
-        setup: Setup,
-        pull: float = 0.0,
-        discrepancy_weight: float = 10.0,
-        window: int = 32,
-        statistics: Any = "source",
-        **options: Any,
-    ) -> None:
+    discrepancy_weight, window = 10.0, 32
+
+    def __init__(self, setup: Setup, pull: float = 0.0, statistics: Any = "source", **options: Any) -> None:
         super().__init__(setup, statistics=statistics, **options)
-        self.pull, self.discrepancy_weight, self.window = pull, discrepancy_weight, window
+        self.pull = pull
 
     @classmethod
     def grid(cls, batch_norm: bool) -> list[Options]:

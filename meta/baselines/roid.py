@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from meta.baselines.augment import augmented
-from meta.baselines.base import Baseline, Options, Setup, choose, frame_keys, next_age
+from meta.baselines.base import Baseline, Options, choose, frame_keys, next_age
 from meta.method import Forward, State, Update
 from meta.objective import entropy, per_stream_mean
 
@@ -25,17 +25,7 @@ class Roid(Baseline):
 
     name = "roid"
     published: ClassVar[Options] = {"step_size": 1e-3}
-
-    def __init__(
-        self,
-        setup: Setup,
-        temperature: float = 1 / 3,
-        momentum: float = 0.9,
-        source_momentum: float = 0.99,
-        **options: Any,
-    ) -> None:
-        super().__init__(setup, **options)
-        self.temperature, self.momentum, self.source_momentum = temperature, momentum, source_momentum
+    temperature, momentum, source_momentum = 1 / 3, 0.9, 0.99
 
     def memory(self, streams: int) -> State:
         return {

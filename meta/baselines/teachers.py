@@ -43,19 +43,11 @@ class Cotta(Baseline):
 
     name = "cotta"
     published: ClassVar[Options] = {"step_size": 1e-3}
+    decay, restore, confidence = 0.999, 0.01, 0.92
 
-    def __init__(
-        self,
-        setup: Setup,
-        decay: float = 0.999,
-        restore: float = 0.01,
-        confidence: float = 0.92,
-        augmentations: int = 32,
-        **options: Any,
-    ) -> None:
+    def __init__(self, setup: Setup, augmentations: int = 32, **options: Any) -> None:
         super().__init__(setup, **options)
-        self.decay, self.restore = decay, restore
-        self.confidence, self.augmentations = confidence, augmentations
+        self.augmentations = augmentations
 
     def memory(self, streams: int) -> State:
         return {
@@ -114,20 +106,13 @@ class Rotta(Baseline):
 
     name = "rotta"
     published: ClassVar[Options] = {"step_size": 1e-3}
+    share = 0.05  # of the memory's moments in BatchNorm's at an update
 
-    def __init__(
-        self,
-        setup: Setup,
-        capacity: int = 64,
-        every: int = 64,
-        rate: float = 0.001,
-        share: float = 0.05,
-        **options: Any,
-    ) -> None:
+    def __init__(self, setup: Setup, capacity: int = 64, every: int = 64, rate: float = 0.001, **options: Any) -> None:
         super().__init__(setup, **{**options, "statistics": "source"})
         if not setup.frame_shape:
             raise ValueError("rotta keeps frames in memory; give their shape (ch, h, w) as frame_shape of the Setup")
-        self.capacity, self.every, self.rate, self.share = capacity, every, rate, share
+        self.capacity, self.every, self.rate = capacity, every, rate
         self.wrap = every * (2**24 // every)  # float32 counts no further, and would call every frame the 64th
 
     @classmethod

@@ -367,21 +367,8 @@ def saturate(images: Tensor, severity: int, random: torch.Generator) -> Tensor:
 TEST: dict[str, Corruption] = {
     f.__name__: f
     for f in (
-        gaussian_noise,
-        shot_noise,
-        impulse_noise,
-        defocus_blur,
-        glass_blur,
-        motion_blur,
-        zoom_blur,
-        snow,
-        frost,
-        fog,
-        brightness,
-        contrast,
-        elastic_transform,
-        pixelate,
-        jpeg_compression,
+        *(gaussian_noise, shot_noise, impulse_noise, defocus_blur, glass_blur, motion_blur, zoom_blur, snow, frost),
+        *(fog, brightness, contrast, elastic_transform, pixelate, jpeg_compression),
     )
 }
 TUNING: dict[str, Corruption] = {f.__name__: f for f in (speckle_noise, gaussian_blur, spatter, saturate)}

@@ -79,7 +79,7 @@ def test_intervals_are_as_wide_as_groups_that_were_left_out_ask_for() -> None:
 
     def width(biases: list[float]) -> float:
         sizes = [len(errors) // len(biases)] * len(biases)
-        _, low, high = estimator_module._errors(estimate, 0.5 + errors + np.repeat(biases, sizes), sizes)
+        _, low, high = estimator_module._intervals(estimate, 0.5 + errors + np.repeat(biases, sizes), sizes)
         return float(np.mean(np.array(high) - np.array(low)))
 
     assert width([0.0]) == pytest.approx(0.18, abs=0.003)
