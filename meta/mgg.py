@@ -363,7 +363,6 @@ class MGG:
         age = state["age"] + 1
         first = torch.lerp(gradient, state["first_moment"], settings.momentum_decay)
         second = torch.lerp(gradient**2, state["second_moment"], settings.square_decay)
-        source = self.model.source_affine
         offset = state["offset"]
         raw_norm = torch.linalg.vector_norm(gradient, dim=1)
         inputs = self._inputs.of(forward.counts, gradient, raw_norm, power, (first, second), age, offset, signals)
@@ -374,24 +373,21 @@ class MGG:
         step = torch.tanh(gate * gradient * weights.rate)
         change = torch.add(settings.step_limit * step, push, alpha=settings.push_limit)
         pulled = torch.addcmul(offset, pull, offset, value=-1)
+        offset = torch.add(pulled, change, alpha=-self.step_scale)
         moved = {
-            "offset": torch.add(pulled, change, alpha=-self.step_scale),
+            "offset": offset,
             "first_moment": first,
             "second_moment": second,
             "memory_weight": weight,
             "memory_bias": bias,
             "age": age,
         }
-        target = moved["offset"]
-        if learned.anchor is not None:
-            gaps = torch.cat([signals["gap_mean"] / 2, signals["gap_std"]], 1)
-            target = torch.add(target, learned.anchor(gaps), alpha=self.step_scale)
         dose = self._dose(signals, weights.dose_bias)
         if self.model.correction is not None:
             strength = settings.correction_start + settings.correction_slope * dose.detach()
             moved["correction"] = strength.clamp(0, 1)
-        displacement = dose.unsqueeze(1) * target
-        affine = source + displacement
+        displacement = dose.unsqueeze(1) * self._target(offset, signals)
+        affine = self.model.source_affine + displacement
         generated = (state["affine"] - affine).detach()
         generated_norm = torch.linalg.vector_norm(generated, dim=1)
         return Update(
@@ -406,6 +402,13 @@ class MGG:
                 "frames": forward.counts,
             },
         )
+
+    def _target(self, offset: Tensor, signals: State) -> Tensor:
+        """The proposed displacement (S, P) from the source affine, before the dose: offset plus anchor."""
+        if self.learned.anchor is None:
+            return offset
+        gaps = torch.cat([signals["gap_mean"] / 2, signals["gap_std"]], 1)
+        return torch.add(offset, self.learned.anchor(gaps), alpha=self.step_scale)
 
     def _dose(self, signals: State, bias: Tensor) -> Tensor:
         """The share (S,), in (0, 1), of the proposed distance from the source parameters that is applied."""
