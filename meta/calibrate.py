@@ -15,6 +15,7 @@ from torch import Tensor
 
 from meta.calibration_shifts import CALIBRATION
 from meta.estimator import AccuracyModel, Array, concatenated, fit_estimator
+from meta.labelled_run import WINDOW_STEPS, LabelledRun, cameras, run_labelled
 from meta.mgg import MGG
 from meta.norms import AdaptableModel
 from meta.objective import SourceStatistics, entropy, feature_statistics
@@ -22,7 +23,6 @@ from meta.paper import PaperMGG
 from meta.proxies import Observer
 from meta.shifts import Shift
 from meta.source import Preprocessing, frames_at_once
-from meta.watch import WINDOW_STEPS, Watched, cameras, watch
 from schemas.bundle import Calibration, Limits
 
 STREAMS = 24  # simulated at a time
@@ -40,7 +40,7 @@ RARE = 0.001  # share of the updates in calibration that lie beyond a limit
 COSINE_STEPS = 64  # updates over which the guard averages the cosine
 SOFTENINGS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 LEAST_MARGIN = 0.02
-Round = tuple[Watched, Watched]  # with updates, and without
+Round = tuple[LabelledRun, LabelledRun]  # with updates, and without
 
 
 @torch.no_grad()
@@ -75,10 +75,10 @@ def calibrate(
     shifts = _shares(seed)
 
     def play(number: int, wanted: Callable[[], bool]) -> Round:
-        def seen(adapt: bool) -> Watched:
+        def seen(adapt: bool) -> LabelledRun:
             random = torch.Generator().manual_seed(1_000 * seed + 2 * number + adapt)
             line = cameras(images, labels, shifts[number], streams, random, STRENGTH)
-            return watch(method, observer, line, preprocessing, windows * WINDOW_STEPS, adapt, wanted=wanted)
+            return run_labelled(method, observer, line, preprocessing, windows * WINDOW_STEPS, adapt, wanted=wanted)
 
         return seen(True), seen(False)
 
@@ -147,7 +147,7 @@ def _clean(
     return threshold, [float(f"{value:.5g}") for value in quantiles.tolist()]
 
 
-def _excess(adapted: Sequence[Watched], model: AccuracyModel) -> Tensor:
+def _excess(adapted: Sequence[LabelledRun], model: AccuracyModel) -> Tensor:
     """For every frame, the stream's mean confidence minus its estimated accuracy after the previous micro-batch."""
     parts = []
     for seen in adapted:
@@ -183,7 +183,7 @@ def _temperature(logits: Tensor, labels: Tensor) -> float:
     return float(candidates[int(losses.argmin())])
 
 
-def _line(adapted: Sequence[Watched], temperature: float) -> tuple[float, float]:
+def _line(adapted: Sequence[LabelledRun], temperature: float) -> tuple[float, float]:
     """Slope and intercept of a linear fit from mean confidence to accuracy, over windows, for use without signals."""
     confidence, accuracy = [], []
     for seen in adapted:
@@ -201,7 +201,7 @@ def _line(adapted: Sequence[Watched], temperature: float) -> tuple[float, float]
     return float(slope), float(intercept)
 
 
-def _limits(adapted: Sequence[Watched], guess: Array, truth: Array) -> Limits:
+def _limits(adapted: Sequence[LabelledRun], guess: Array, truth: Array) -> Limits:
     """Limits that a share RARE of the updates exceeds, and the margin of the estimated gain over the source model."""
     norms = {
         name: torch.stack([signals[name] for seen in adapted for signals in seen.signals])

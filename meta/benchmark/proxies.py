@@ -28,10 +28,10 @@ from meta.benchmark.report import commit
 from meta.bundle import Bundle, load_bundle
 from meta.calibration_shifts import CALIBRATION
 from meta.estimator import AccuracyModel, Array, Table, concatenated, fit_estimator
+from meta.labelled_run import WINDOW_STEPS, LabelledRun, cameras, run_labelled
 from meta.proxies import SIGNALS, Observer
 from meta.shifts import HELD_OUT, Shift
 from meta.source import Preprocessing, image_tensor
-from meta.watch import WINDOW_STEPS, Watched, cameras, watch
 from schemas.bundle import Estimator
 from schemas.errors import BundleError
 
@@ -55,7 +55,7 @@ def run_proxies(folder: Path, report: Path, command: str, quick: bool, say: Call
         "held_out": HELD_OUT,
         "corruptions": {name: as_shift(one) for name, one in corruptions.TEST.items()},
     }
-    seen: dict[str, list[Watched]] = {}
+    seen: dict[str, list[LabelledRun]] = {}
     for seed in range(seeds):
         for family, shifts in families.items():
             for kind in KINDS:
@@ -80,7 +80,7 @@ def run_proxies(folder: Path, report: Path, command: str, quick: bool, say: Call
 
 
 def _results(
-    bundle: Bundle, seen: dict[str, list[Watched]], estimator: Estimator, fitted: dict[str, Estimator]
+    bundle: Bundle, seen: dict[str, list[LabelledRun]], estimator: Estimator, fitted: dict[str, Estimator]
 ) -> dict[str, Any]:
     result: dict[str, Any] = {}
     told = {name: [_window_table(one) for one in some] for name, some in seen.items()}
@@ -112,7 +112,7 @@ def as_shift(corruption: corruptions.Corruption) -> Shift:
 
 def _watched(
     bundle: Bundle, shifts: dict[str, Shift], seed: int, windows: int, adapt: bool, part: str = "test"
-) -> Watched:
+) -> LabelledRun:
     own = data.fashion_mnist("test") if part == "test" else data.fashion_mnist("train").part(*data.CALIBRATION_PART)
     preprocessing, calibration = Preprocessing.of(bundle.manifest.preprocess), bundle.manifest.calibration
     random = torch.Generator().manual_seed(10_000 + 2 * seed + adapt)
@@ -120,7 +120,7 @@ def _watched(
     observer = Observer(bundle.model, bundle.statistics, calibration.threshold, calibration.entropies)
     streams = cameras(images, labels, shifts, CAMERAS, random)
     model = AccuracyModel(calibration.estimator) if calibration.estimator is not None else None
-    return watch(bundle.method, observer, streams, preprocessing, windows * WINDOW_STEPS, adapt, model)
+    return run_labelled(bundle.method, observer, streams, preprocessing, windows * WINDOW_STEPS, adapt, model)
 
 
 def _single_signals(bundle: Bundle, windows: int) -> dict[str, Estimator]:
@@ -147,7 +147,7 @@ class WindowTable(Table):
     visit: Array
 
 
-def _window_table(seen: Watched) -> WindowTable:
+def _window_table(seen: LabelledRun) -> WindowTable:
     table = seen.table()
     camera = np.arange(len(table.truth)) % CAMERAS
     return WindowTable(table.values, table.truth, seen.at(seen.halves), 1_000 * seen.at(seen.visits) + camera)
@@ -226,7 +226,7 @@ def spearman(first: Array, second: Array) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def _calibration_errors(bundle: Bundle, seen: Sequence[Watched]) -> dict[str, float]:
+def _calibration_errors(bundle: Bundle, seen: Sequence[LabelledRun]) -> dict[str, float]:
     """Expected calibration error (Guo et al., ICML 2017), in points, of published confidences and of raw ones."""
     calibration = bundle.manifest.calibration
     raw, published, right = [], [], []

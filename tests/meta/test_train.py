@@ -94,7 +94,7 @@ def test_calibration_ends_where_a_round_fails(monkeypatch: pytest.MonkeyPatch) -
         begun.append(wanted)
         raise RuntimeError("a round")
 
-    monkeypatch.setattr(meta.calibrate, "watch", fails)
+    monkeypatch.setattr(meta.calibrate, "run_labelled", fails)
     with pytest.raises(RuntimeError, match="a round"):
         calibrate(method(), *problem(), PREPROCESSING, seed=3, windows=2, streams=3, say=lambda text: None)
     assert not any(wanted() for wanted in begun)

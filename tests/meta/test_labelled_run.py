@@ -8,23 +8,23 @@ import torch
 
 from meta.benchmark.proxies import SPANS, WindowTable, _best_possible
 from meta.bundle import Bundle
+from meta.labelled_run import FRAMES, WINDOW_STEPS, LabelledRun, cameras, run_labelled
 from meta.proxies import SIGNALS, Observer
 from meta.shifts import TUNING
 from meta.source import Preprocessing
-from meta.watch import FRAMES, WINDOW_STEPS, Watched, cameras, watch
 
 
 @pytest.fixture
-def watched(tiny_bundle: Bundle) -> Watched:
+def watched(tiny_bundle: Bundle) -> LabelledRun:
     images = torch.randint(0, 256, (60, 1, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
     line = cameras(images, torch.arange(60) % 4, TUNING, 3, torch.Generator().manual_seed(1))
     line[0].length = 3
     observer = Observer(tiny_bundle.model, tiny_bundle.statistics, 0.3)
     preprocessing = Preprocessing(torch.zeros(1), torch.ones(1))
-    return watch(tiny_bundle.method, observer, line, preprocessing, WINDOW_STEPS + 2, adapt=True)
+    return run_labelled(tiny_bundle.method, observer, line, preprocessing, WINDOW_STEPS + 2, adapt=True)
 
 
-def test_truth_is_the_share_of_right_answers_and_both_halves_of_it(watched: Watched) -> None:
+def test_truth_is_the_share_of_right_answers_and_both_halves_of_it(watched: LabelledRun) -> None:
     right = [(a.argmax(1) == y).float() for a, y in zip(watched.answers, watched.labels, strict=True)]
     window = torch.stack(right[:WINDOW_STEPS]).view(WINDOW_STEPS, 3, FRAMES)
     truth = watched.truth[WINDOW_STEPS - 1][:, 0]
@@ -34,7 +34,7 @@ def test_truth_is_the_share_of_right_answers_and_both_halves_of_it(watched: Watc
     assert watched.halves[WINDOW_STEPS - 1][0] == pytest.approx(every_other.numpy(), abs=1e-6)
 
 
-def test_rows_are_taken_where_windows_end(watched: Watched) -> None:
+def test_rows_are_taken_where_windows_end(watched: LabelledRun) -> None:
     table = watched.table()
     assert table.values.shape == (3, len(SIGNALS))
     assert np.array_equal(table.truth, watched.truth[WINDOW_STEPS - 1])

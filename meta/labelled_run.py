@@ -29,7 +29,7 @@ WINDOW_STEPS = WINDOW // FRAMES
 
 
 @dataclass
-class Watched:
+class LabelledRun:
     """The course of S streams: an entry for each micro-batch of b frames.
 
     proxies: of each stream, after the micro-batch
@@ -75,7 +75,7 @@ def cameras(
     return [SimulatedStream(images, labels, shifts, random, repeat, strength) for repeat in repeats]
 
 
-def watch(
+def run_labelled(
     method: Method,
     observer: Observer,
     streams: list[SimulatedStream],
@@ -84,11 +84,11 @@ def watch(
     adapt: bool,
     model: AccuracyModel | None = None,
     wanted: Callable[[], bool] = lambda: True,
-) -> Watched:
+) -> LabelledRun:
     """Run `steps` micro-batches of every stream, with or without updates; stop early once `wanted` is false."""
     state = {name: tensor.detach() for name, tensor in method.fresh(len(streams)).items()}
     # As in a worker, which keeps no graph if there will be no update.
-    seen, predict = Watched(), as_served(method) if adapt else method.predict
+    seen, predict = LabelledRun(), as_served(method) if adapt else method.predict
     proxies, truth, visits = [RunningProxies() for _ in streams], _Truth(streams), np.zeros(len(streams), int)
     for step in range(steps):
         if not wanted():
@@ -128,7 +128,7 @@ def watch(
 
 
 class _Truth:
-    """Running accuracies: `lately` is `Watched.truth`, `halves` is `Watched.halves`."""
+    """Running accuracies: `lately` is `LabelledRun.truth`, `halves` is `LabelledRun.halves`."""
 
     def __init__(self, streams: list[SimulatedStream]) -> None:
         self.lately, self.halves = np.zeros((len(streams), 2)), np.zeros((len(streams), 2))
