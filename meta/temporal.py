@@ -196,7 +196,8 @@ _Moment = tuple[Numbers, Numbers, Numbers, Numbers]
 
 
 def _forward(frames: Numbers, valid: Numbers, belief: dict[str, Numbers]) -> tuple[list[_Moment], dict[str, Numbers]]:
-    last, stay, proof = belief["class_last"], belief["class_stay"][:, None], belief["class_proof"][:, None]
+    last, proof = belief["class_last"], belief["class_proof"][:, None]
+    stay = belief["class_stay"][:, None].clip(*STAY_RANGE)  # a state from the store may hold any value
     number = np.ascontiguousarray(frames.swapaxes(0, 1))
     here = np.ascontiguousarray(valid.swapaxes(0, 1))
     mixes, mix, seen = _mixes(number, here, belief["class_mix"], belief["class_seen"][:, None])
@@ -227,8 +228,8 @@ def _forward(frames: Numbers, valid: Numbers, belief: dict[str, Numbers]) -> tup
 
 def _mixes(number: Numbers, here: Numbers, mix: Numbers, seen: Numbers) -> tuple[Numbers, Numbers, Numbers]:
     """The class mix before each frame (T, S, K), that after the last (S, K), and the frames it rests on (S, 1)."""
-    counted = np.minimum(seen + here.cumsum(0, dtype=seen.dtype), MIX_FRAMES).astype(seen.dtype)
-    rates = here / counted
+    counted = np.minimum(seen.clip(0) + here.cumsum(0, dtype=seen.dtype), MIX_FRAMES).astype(seen.dtype)
+    rates = here / counted.clip(1)
     mixes = np.empty_like(number)
     for t, (frame, rate) in enumerate(zip(number, rates, strict=True)):
         mixes[t] = mix

@@ -141,3 +141,22 @@ def test_few_streams_are_filtered_as_many_are(correlated: bool, monkeypatch: pyt
 def test_a_broken_belief_raises_nothing() -> None:
     belief = {name: torch.full_like(tensor, -3.0) for name, tensor in fresh_belief(1, CLASSES).items()}
     filter_classes(noisy(torch.arange(5), 0), torch.zeros(5, dtype=torch.long), torch.tensor([5]), belief)
+
+
+@pytest.mark.parametrize("few", [0, 4])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("name", "value"), [("class_seen", 0.0), ("class_seen", -1.0), ("class_stay", 30.0)])
+def test_numbers_out_of_range_give_a_sound_belief(
+    name: str, value: float, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state from the store may hold any number. One of the two streams has no frame in the pass."""
+    monkeypatch.setattr(temporal, "FEW", few)
+    belief = fresh_belief(2, CLASSES)
+    belief[name][:] = value
+    belief["class_proof"][:] = 100
+    belief["class_last"][:] = torch.tensor([0.9, 0.025, 0.025, 0.025, 0.025])
+    stream = torch.zeros(4, dtype=torch.long)
+    answers, after = filter_classes(noisy(stream, 0), stream, torch.tensor([4, 0]), belief)
+    assert bool((answers >= 0).all())
+    torch.testing.assert_close(answers.sum(1), torch.ones(4))
+    assert all(bool(tensor.isfinite().all()) for tensor in after.values())
