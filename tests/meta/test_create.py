@@ -534,6 +534,10 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
         read_weights(tmp_path / "list.pt", quiet)
     with pytest.raises(BundleError, match="cannot read the weights"):
         read_weights(tmp_path / "absent.pt", quiet)
+    for damaged in (b"\x80\x02.", b"\x80\x02}q\x00J"):  # pickles at which torch raises IndexError and struct.error
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        with pytest.raises(BundleError, match=r"damaged.pt is no file of weights: "):
+            read_weights(tmp_path / "damaged.pt", quiet)
     (tmp_path / "empty.pt").touch()
     with pytest.raises(BundleError, match=r"empty.pt is no file of weights: it ends too early"):
         read_weights(tmp_path / "empty.pt", quiet)
