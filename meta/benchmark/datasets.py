@@ -135,14 +135,16 @@ def read_archive(path: Path) -> LabelledImages:
     int64 (N,) or (N + 1,) and `label` uint8 (N,).
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if "images" in archive:
-                return _whole(archive["images"], archive["labels"], path)
-            joined, offset, label = archive["jpeg"], archive["offset"], archive["label"]
-    except (OSError, KeyError, ValueError) as error:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            names = ("images", "labels") if "images" in archive else ("jpeg", "offset", "label")
+            arrays = [archive[name] for name in names]
+    except Exception as error:  # NumPy and zipfile raise anything for a damaged file, such as BadZipFile.
         raise DataError(
             f"{path} is no archive of images and labels, nor of JPEG frames with jpeg, offset and label: {error}"
         ) from error
+    if len(arrays) == 2:
+        return _whole(*arrays, path)
+    joined, offset, label = arrays
     if len(offset) not in (len(label), len(label) + 1) or offset.min() < 0 or offset.max() > len(joined):
         raise DataError(f"{path}: offsets and labels do not fit the frames")
     ends = [*offset[1:], len(joined)][: len(label)]
@@ -198,7 +200,7 @@ class Cifar10C:
         path = self.folder / f"{name}.npy"
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # NumPy raises anything for a damaged header, such as EOFError.
             raise DataError(f"{path} cannot be read: {error}; the benchmark expects CIFAR-10-C as published") from error
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -158,7 +156,7 @@ def read_npz(path: Path, limit: int, seed: int) -> Images:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             images = content["images"]
             labels = content.get("labels")
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+    except Exception as error:  # NumPy and zipfile raise anything for a damaged file, such as BadZipFile.
         raise DataError(f"{path}: an .npz with the arrays 'images' and 'labels' is needed: {error}") from error
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
         raise DataError(f"{path}: 'images' must be uint8 (N, h, w) or (N, h, w, 3), not {images.dtype} {images.shape}")

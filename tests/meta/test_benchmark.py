@@ -224,6 +224,10 @@ def test_an_archive_of_jpeg_frames(tmp_path: Path) -> None:
         read_archive(path)
     with pytest.raises(DataError, match="no archive"):
         read_archive(tmp_path / "missing.npz")
+    for damaged in (b"", b"nothing of the kind", path.read_bytes()[:-40]):
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"damaged.npz is no archive of images and labels"):
+            read_archive(tmp_path / "damaged.npz")
 
 
 def cifar_10_c(folder: Path, shifts: tuple[str, ...] = ("fog", "brightness")) -> Cifar10C:
@@ -241,6 +245,9 @@ def test_the_folder_of_cifar_10_c(tmp_path: Path) -> None:
     folder = cifar_10_c(tmp_path)
     assert folder.shifted("fog", 3)[:, 0, 0, 0].tolist() == [2] * 4
     assert folder.unshifted().labels.tolist() == [0, 1, 2, 3]
+    with pytest.raises(DataError, match=r"snow.npy cannot be read"):
+        folder.shifted("snow", 1)
+    (tmp_path / "snow.npy").touch()
     with pytest.raises(DataError, match=r"snow.npy cannot be read"):
         folder.shifted("snow", 1)
 
