@@ -24,7 +24,7 @@ def imported(name: str, otherwise: str) -> Any:
         raise ImportError("not of the form module:name")
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # Somebody else's code, which may raise anything.
+    except Exception as error:  # Foreign code can raise anything.
         missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
         hint = f"install it, or {otherwise}" if missing else "correct it"
         raise ImportError(f"cannot import {module!r} ({type(error).__name__}: {error}); {hint}") from error

@@ -42,7 +42,7 @@ SHADOW = (
 )
 SIGNALS = OWN + GENERATED + SHADOW
 WINDOW = 128  # frames of the running means, which are exponential once a stream has had as many
-SHADOW_SPAN = 256  # frames after which signals of the source model fade, however few they are
+SHADOW_SPAN = 256  # frames; the time constant with which older signals of the source model lose weight
 DROPPED, MASKS = 0.4, 4  # dropout probability and number of masks
 TINY = 1e-12
 
