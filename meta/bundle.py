@@ -191,15 +191,11 @@ def _baseline(name: str, manifest: Manifest, model: AdaptableModel, source: Sour
     return build(name, Setup(model, source, classes, mean, std, frame_shape=shape))
 
 
-def _part(contents: dict[str, bytes], folder: Path, name: str) -> bytes:
+def _tensors(contents: dict[str, bytes], folder: Path, name: str) -> dict[str, Tensor]:
     if name not in contents:
         raise BundleError(f"the manifest in {folder} does not list {name}")
-    return contents[name]
-
-
-def _tensors(contents: dict[str, bytes], folder: Path, name: str) -> dict[str, Tensor]:
     try:
-        return safetensors.torch.load(_part(contents, folder, name))
+        return safetensors.torch.load(contents[name])
     except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that this torch does not have
         raise BundleError(f"{folder / name} is no safetensors file: {error}") from error
 

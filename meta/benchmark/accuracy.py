@@ -18,7 +18,7 @@ from meta.baselines.base import Options
 from meta.baselines.own import Oracle
 from meta.benchmark.controls import without_memory
 from meta.benchmark.corruptions import TEST, TUNING
-from meta.benchmark.datasets import DataSet, Pool, open_dataset
+from meta.benchmark.datasets import Pool, open_dataset
 from meta.benchmark.plan import MGG_NAME, BenchmarkConfig, Cell, cells_of
 from meta.benchmark.report import Journal, Record, commit, records_of, write_report
 from meta.benchmark.run import Frames, load_frames, relative_cost, run_streams, source_hits
@@ -132,7 +132,7 @@ class _Bench:
             f"{data}/{name}: {source.clean_accuracy:.3f} on clean test images, "
             f"{source.setup.model.coordinates} coordinates"
         )
-        pool = _pool(dataset, config.pool, cache)
+        pool = Pool(dataset.test().part(0, config.pool), cache, dataset.ready)
         tuning_pool = Pool(source.tuning.part(0, 4 * config.tuning_frames), cache, None)
         settings = {setting for cell in cells for setting in cell.settings}
         seeds = {seed for cell in cells for seed in cell.seeds}
@@ -146,7 +146,12 @@ class _Bench:
         """Run a cell and add it to the journal."""
         self._check(cell)
         chosen, tried = self._options(cell, journal)
-        streams = [s for setting in cell.settings for seed in cell.seeds for s in self._streams(setting, seed)]
+        streams = [
+            stream
+            for setting in cell.settings
+            for seed in cell.seeds
+            for stream in _streams(self.config, setting, seed, self.pool)
+        ]
         frames = sum(map(len, streams))
         self.progress.begin(cell.name, done, cells, frames * len(chosen))
         begin = time.perf_counter()
@@ -193,14 +198,9 @@ class _Bench:
             if group:
                 outcome = run_streams(method, group, self.frames, cell.batch, every, self.progress.advance)
                 ordered, right, refused = ordered + group, right + outcome.right, refused + outcome.refused
-        records = records_of(cell, ordered, right, [self._source_right(stream) for stream in ordered])
+        source = [self.hits[self.frames.codes(stream), stream.image] for stream in ordered]
+        records = records_of(cell, ordered, right, source)
         return _Attempt(options, records, cost, adapt_every, refused)
-
-    def _streams(self, setting: Setting, seed: int) -> list[Stream]:
-        return _streams(self.config, setting, seed, self.pool)
-
-    def _source_right(self, stream: Stream) -> np.ndarray:
-        return self.hits[self.frames.codes(stream), stream.image]
 
     def _example(self, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         images = np.arange(batch) % len(self.pool)
@@ -306,11 +306,6 @@ def _best_by_setting(
         best[setting] = attempts[winner].options
         records += of_setting[winner]
     return best, records
-
-
-def _pool(dataset: DataSet, size: int, cache: Path) -> Pool:
-    test = dataset.test()
-    return Pool(test.part(0, min(size, len(test))), cache, dataset.ready)
 
 
 def _streams(config: BenchmarkConfig, setting: Setting, seed: int, pool: Pool) -> list[Stream]:
