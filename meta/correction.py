@@ -136,7 +136,7 @@ def fit_correction(
     layers = [layer for layer in model.layers if layer.feature_count <= WIDEST]
     size = max(1, -(-len(layers) // (passes or max(1, len(layers)))))
     for start in range(0, len(layers), size):
-        fitted = [_Moments(layer.own_features, frames) for layer in layers[start : start + size]]
+        fitted = [_Moments(layer.features, frames) for layer in layers[start : start + size]]
         for some in _shifted(images, shifts or TUNING, draws, frames, at_once, seed):
             probe = _Probe(found.under(torch.ones(len(some))))
             model(preprocessing.frames(some), correction=probe)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from meta.moments import NormMoments
-from meta.stream_norm import BATCH_NORM, LayerCorrection, PassContext, StreamNorm, is_norm
+from meta.stream_norm import BATCH_NORM, LayerCorrection, PassContext, Start, StreamNorm, is_norm
 from schemas.bundle import Layout
 from schemas.errors import BundleError
 
@@ -60,10 +60,10 @@ class AdaptableModel(nn.Module):
         found = norm_layers(network, layouts)
         ordered = _in_order(found, order)
         self.order = [] if ordered == list(found) else ordered
-        offset = channel = part = 0
+        start = Start()
         for name in ordered:
-            layer = StreamNorm(found[name], name, offset, self.context, channel, part, layouts.get(name))
-            offset, channel, part = layer.place.end, layer.channels.stop, part + 1 + layer.has_shift
+            layer = StreamNorm(found[name], name, start, self.context, layouts.get(name))
+            start = layer.after
             self.layers.append(layer)
         _swap(network, {id(found[layer.place.layer]): layer for layer in self.layers})
         _without_shortcuts(network)
@@ -78,10 +78,6 @@ class AdaptableModel(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise BundleError(f"weight {name!r} of the source model is not finite")
         self.places = [layer.place for layer in self.layers]
-        first = 0
-        for layer in self.layers:
-            layer.own_features = slice(first, first + layer.feature_count)
-            first = layer.own_features.stop
         ends = [end for place in self.places for end in (place.scale, place.shift, place.end)]
         self._sizes = [end - start for start, end in pairwise(ends) if end > start]
         self.register_buffer("source_affine", self._source_affine())

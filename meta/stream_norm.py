@@ -10,7 +10,7 @@ import copy
 import math
 import threading
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,19 @@ class NormSlice:
     scale: int
     shift: int
     end: int
+
+
+class Start(NamedTuple):
+    """Where the parts of a layer begin among those of all layers, concatenated.
+
+    coordinate: in the norm affine; channel: among the channels of BatchNorm layers; feature: among the pooled features;
+    row: in `PassContext.rows`, that of its scales, which that of its shifts follows.
+    """
+
+    coordinate: int = 0
+    channel: int = 0
+    feature: int = 0
+    row: int = 0
 
 
 class LayerCorrection(Protocol):
@@ -70,21 +83,12 @@ class PassContext(threading.local):
 class StreamNorm(nn.Module):
     """Replaces one normalisation layer: x_hat = normalise(x), then per-frame scale and shift.
 
-    offset: its first coordinate in the norm affine
-    channel: its first channel in `NormMoments`, for BatchNorm layers
-    part: index of its scales in `PassContext.rows`; those of its shifts, if it has any, follow
-    layout: dimension of the channels, for a layer of a custom class (`meta.custom_norms`)
+    `layout` is that of the channels, for a layer of a custom class (`meta.custom_norms`). `after` is where the parts of
+    the next layer begin.
     """
 
     def __init__(
-        self,
-        norm: nn.Module,
-        name: str,
-        offset: int,
-        context: PassContext,
-        channel: int = 0,
-        part: int = 0,
-        layout: Layout | None = None,
+        self, norm: nn.Module, name: str, start: Start, context: PassContext, layout: Layout | None = None
     ) -> None:
         super().__init__()
         scale = norm.weight
@@ -99,14 +103,17 @@ class StreamNorm(nn.Module):
         self.shape = tuple(scale.shape)
         self.channels_first = isinstance(norm, CHANNELS_FIRST) if layout is None else layout == "channels-first"
         size = scale.numel()
-        self.place = NormSlice(name, offset, offset + size, offset + size * (2 if self.has_shift else 1))
+        self.place = NormSlice(
+            name, start.coordinate, start.coordinate + size, start.coordinate + size * (1 + self.has_shift)
+        )
         self.register_buffer("scale", scale.detach().clone().float())
         self.register_buffer("shift", shift.detach().clone().float() if isinstance(shift, Tensor) else None)
         self.context = context
-        self.part = part
+        self.row = start.row
         # Its channels in the statistics of all BatchNorm layers; empty for other layers.
-        self.channels = slice(channel, channel + (size if isinstance(norm, BATCH_NORM) else 0))
-        self.own_features = slice(0, 0)  # among the F features of all layers; set by AdaptableModel
+        self.channels = slice(start.channel, start.channel + (size if isinstance(norm, BATCH_NORM) else 0))
+        self.features = slice(start.feature, start.feature + self.feature_count)
+        self.after = Start(self.place.end, self.channels.stop, self.features.stop, start.row + 1 + self.has_shift)
         self.groups, self.epsilon = 0, 0.0
         if type(norm).forward is nn.GroupNorm.forward:
             self.groups, self.epsilon = norm.num_groups, norm.eps
@@ -154,7 +161,7 @@ class StreamNorm(nn.Module):
         """
         positions = self._positions(x)
         mean, square = (t.mean(positions) if positions else t for t in (x, x * x))
-        gain, offset = correction.of(self.own_features, mean, square)
+        gain, offset = correction.of(self.features, mean, square)
         ones = [1] * len(positions)
         shape = (len(x), -1, *ones) if self.channels_first else (len(x), *ones, -1)
         gain, offset = gain.view(shape), offset.view(shape)
@@ -190,8 +197,8 @@ class StreamNorm(nn.Module):
                 f"norm layer {self.place.layer!r} sees {x.shape[0]} rows for {rows[0].shape[0]} frames: "
                 "models that fold other dimensions into the batch cannot be adapted per stream"
             )
-        shift = self._shaped(rows[self.part + 1], x) if self.has_shift else None
-        return self._shaped(rows[self.part], x), shift
+        shift = self._shaped(rows[self.row + 1], x) if self.has_shift else None
+        return self._shaped(rows[self.row], x), shift
 
     def _source_rows(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         shift = self._shaped(self.shift[None], x) if self.shift is not None else None

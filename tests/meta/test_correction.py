@@ -33,7 +33,7 @@ class Moved:
 
 def corrected(layer: StreamNorm, moved: Moved) -> Callable[[Tensor], Tensor]:
     """What a layer's own normalisation gives, changed."""
-    normalise, (gain, offset) = layer.norm, (t[:, layer.own_features] for t in (moved.gain, moved.offset))
+    normalise, (gain, offset) = layer.norm, (t[:, layer.features] for t in (moved.gain, moved.offset))
     last = (layer.scale.dim() == 1 and not layer.channels_first) or layer.scale.dim() == 3
 
     def change(x: Tensor) -> Tensor:
