@@ -22,7 +22,7 @@ class GeneratorSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    inputs: tuple[Input, ...] = ALL_INPUTS
+    inputs: tuple[Input, ...] = Field(default=ALL_INPUTS, min_length=1)
     hidden: int = Field(default=4, ge=2, le=64)
     anchor_rank: int = Field(default=16, ge=0, le=512, description="0: no anchor, the generator serves any model")
     step_size: float = Field(default=0.002, gt=0, le=1, description="of the gradient, in units of its usual size")

@@ -131,6 +131,10 @@ def settings_of(folder: Path, name: str, **settings: object) -> None:
             "method settings: hidden: Input should be greater than or equal to 2",
         ),
         (
+            lambda f: settings_of(f, "mgg", inputs=[]),
+            "method settings: inputs: Tuple should have at least 1 item after validation, not 0",
+        ),
+        (
             lambda f: settings_of(f, "mgg-paper", hiden=4),
             "method settings: hiden: Extra inputs are not permitted",
         ),
