@@ -25,30 +25,37 @@ class GeneratorSettings(BaseModel):
     inputs: tuple[Input, ...] = Field(default=ALL_INPUTS, min_length=1)
     hidden: int = Field(default=4, ge=2, le=64)
     anchor_rank: int = Field(default=16, ge=0, le=512, description="0: no anchor, the generator serves any model")
-    step_size: float = Field(default=0.002, gt=0, le=1, description="of the gradient, in units of its usual size")
-    step_limit: float = Field(default=0.05, gt=0, le=1, description="largest change by a gradient in one update")
-    push_limit: float = Field(default=0.02, ge=0, le=1, description="largest change beside it")
+    step_size: float = Field(
+        default=0.002, gt=0, le=1, description="initial value; for gradients in units of gradient_scale"
+    )
+    step_limit: float = Field(
+        default=0.05, gt=0, le=1, description="largest change of a coordinate by the gradient in one update"
+    )
+    push_limit: float = Field(default=0.02, ge=0, le=1, description="largest change by the push")
     momentum_decay: float = Field(default=0.9, ge=0, lt=1)
     square_decay: float = Field(default=0.99, ge=0, lt=1)
     entropy_weight: float = Field(default=1.0, ge=0)
     discrepancy_weight: float = Field(default=10.0, ge=0)
     feature_window: int = Field(default=32, ge=1, description="frames over which feature statistics are averaged")
     norm_window: int = Field(
-        default=256, ge=1, description="frames over which BatchNorm moments are averaged: several runs of a class"
+        default=256, ge=1, description="frames over which BatchNorm moments are averaged: longer than runs of a class"
     )
     class_share: float = Field(
-        default=0.8, ge=0, le=1, description="how far the class mix of a stream explains its features; the rest is even"
+        default=0.8,
+        ge=0,
+        le=1,
+        description="weight of a stream's class mix in its expected features; the rest is an even mix",
     )
-    class_filter: bool = Field(default=True, description="answers use what neighbouring frames have in common")
+    class_filter: bool = Field(default=True, description="filter predictions by those of neighbouring frames")
     dose_shift: float = Field(
-        default=0.0, description="added to the dose's learned bias once training is over; below 0 less is changed"
+        default=0.0, description="added to the dose's learned bias after training; negative values lower the dose"
     )
     correction_start: float = Field(
-        default=1.0, description="share of the correction of single frames at a dose of 0, cut off at 0 and 1"
+        default=1.0, description="strength of the correction of single frames at a dose of 0, clipped to [0, 1]"
     )
-    correction_slope: float = Field(default=0.0, ge=0, description="and how fast it grows with the dose")
+    correction_slope: float = Field(default=0.0, ge=0, description="increase of that strength per unit of dose")
     memory_precision: Literal["float32", "float16", "bfloat16"] = Field(
-        default="float16", description="of the gradient memory between updates, in memory and in the store alike"
+        default="float16", description="of the gradient memory between updates, in RAM and in the store"
     )
 
     def in_training(self) -> GeneratorSettings:

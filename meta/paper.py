@@ -31,7 +31,9 @@ class PaperSettings(BaseModel):
 
     hidden: int = Field(default=8, ge=2, le=64)
     step_size: float = Field(default=1e-3, gt=0, description="alpha at test time")
-    reference_bias: bool = Field(default=True, description="the public code's bias correction, off by one step")
+    reference_bias: bool = Field(
+        default=True, description="the bias correction of the public code, which is off by one step"
+    )
 
 
 def generate(

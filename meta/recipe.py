@@ -73,10 +73,14 @@ class Recipe(BaseModel):
     source: SourceRecipe = SourceRecipe()
     generator: GeneratorSettings = GeneratorSettings()
     training: TrainingSettings = TrainingSettings()
-    start: Path | None = Field(None, description="a bundle whose generator is trained further; none: a new one")
+    start: Path | None = Field(None, description="a bundle whose generator is trained further; by default a new one")
     paper: PaperRecipe | None = None
-    correction_draws: int = Field(200, ge=0, description="shifts to fit the correction of single frames on; 0: none")
-    calibration_windows: int = Field(12, ge=2, description="of eight micro-batches, from each stream, twenty times")
+    correction_draws: int = Field(
+        200, ge=0, description="shifts to fit the correction of single frames on; 0: no correction"
+    )
+    calibration_windows: int = Field(
+        12, ge=2, description="windows of eight micro-batches from each stream, in each of twenty runs"
+    )
     calibration_streams: int = Field(24, ge=1)
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from meta.method import State
@@ -32,18 +32,22 @@ class TrainingSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    meta_steps: int = Field(default=600, ge=0, description="0: what the generator starts from is kept")
-    unroll: int = Field(default=10, ge=2, description="updates between two steps of the generator")
-    streams: int = Field(default=16, ge=1, description="simulated cameras that run side by side")
-    batches: tuple[int, ...] = Field(default=(1, 4, 8, 16, 16), description="sizes of a micro-batch to draw from")
+    meta_steps: int = Field(
+        default=600, ge=0, description="steps of the meta-optimizer; 0: the generator stays as it is"
+    )
+    unroll: int = Field(default=10, ge=2, description="updates per step of the meta-optimizer")
+    streams: int = Field(default=16, ge=1, description="simulated cameras in each pass")
+    batches: tuple[PositiveInt, ...] = Field(
+        default=(1, 4, 8, 16, 16), min_length=1, description="sizes of micro-batches, drawn at random for each unroll"
+    )
     objective: Literal["labelled", "unlabelled"] = Field(
-        default="labelled", description="what the generator lowers: cross-entropy, or the updates' own objective"
+        default="labelled", description="the meta-objective: cross-entropy, or the updates' own objective"
     )
     learning_rate: float = Field(default=3e-3, gt=0)
     gradient_share: int = Field(
         default=GRADIENT_SHARE,
         ge=1,
-        description="one of so many frames gives an update its gradient; sites have the default",
+        description="every n-th frame gives an update its gradient; sites have the default",
     )
     seed: int = 0
 

@@ -50,11 +50,11 @@ class ModelConfig(BaseModel):
     bundle: Path | None = Field(None, description="take the source model from here instead of training one")
     weights: Path | None = Field(
         None,
-        description="take the trained weights from this safetensors file, such as one that an earlier training left in "
-        "the cache: no other processor trains quite the same",
+        description="take the trained weights from this safetensors file, such as one of the cache: training on "
+        "another processor does not reproduce them exactly",
     )
     shift_steps: int = Field(
-        0, ge=0, description="and train it on so many steps, with labels, under the simulated shifts of meta-training"
+        0, ge=0, description="steps of fine-tuning, with labels, under the simulated shifts of meta-training"
     )
 
     @model_validator(mode="after")

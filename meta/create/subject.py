@@ -53,7 +53,7 @@ class CreateSettings(BaseModel):
     weights: Path
     data: Path
     labels: Path | None = None
-    generator: Path | None = Field(None, description="bundle whose generator's rule is taken over")
+    generator: Path | None = Field(None, description="a bundle to take the update rule from")
     width: int | None = Field(None, ge=1, le=4_096)
     height: int | None = Field(None, ge=1, le=4_096)
     mode: Literal["L", "RGB"] | None = None
@@ -62,7 +62,7 @@ class CreateSettings(BaseModel):
     steps: int | None = Field(None, ge=0, description="of meta-training; 300, or 0 with a generator")
     calibration_windows: int = Field(12, ge=2)
     # The first micro-batch is predicted with the source parameters, so there must be a second one.
-    frames: int = Field(320, ge=2 * BATCH, description="a camera shows in the measurement")
+    frames: int = Field(320, ge=2 * BATCH, description="frames of each camera in the measurement")
     repeats: int = Field(2, ge=1, description="cameras for each setting of the measurement")
     max_images: int = Field(10_000, ge=LEAST_IMAGES)
     seed: int = 0

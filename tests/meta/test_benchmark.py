@@ -441,7 +441,7 @@ def test_options_that_differ_in_step_size_are_tried_together() -> None:
     [
         ({"runs": [{"methods": ["adabn"]}]}, "unknown methods"),
         ({"runs": [{"models": ["vit"]}]}, "unknown models"),
-        ({"runs": [{"batches": [0]}]}, "at least 1"),
+        ({"runs": [{"batches": [0]}]}, r"runs\.0\.batches\.0\s+Input should be greater than 0"),
         ({"models": [{"name": "small", "data": "imagenet"}]}, "not in the data section"),
         ({"models": [{"name": "small", "data": "blobs", "bundle": "b", "weights": "w"}]}, "both a bundle and weights"),
     ],

@@ -119,6 +119,10 @@ def test_a_wrong_recipe_names_the_place(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({"name": "x", "data": "fashion-mnist", "training": {"unroll": 1}}))
     with pytest.raises(ConfigError, match=r"training\.unroll"):
         read_recipe(path)
+    for batches, place in (([], r"training\.batches"), ([4, 0], r"training\.batches\.1")):
+        path.write_text(yaml.safe_dump({"name": "x", "data": "fashion-mnist", "training": {"batches": batches}}))
+        with pytest.raises(ConfigError, match=place):
+            read_recipe(path)
 
 
 @pytest.mark.parametrize(("what", "other"), [("meta.data.LABELS", ("bolt", "nut")), ("width", 64), ("mode", "RGB")])
