@@ -19,7 +19,7 @@ from meta.baselines.base import (
     position_in_stream,
     with_penultimate,
 )
-from meta.method import Forward, State, Update
+from meta.method import Forward, State, Update, where_seen
 
 
 class Source(Baseline):
@@ -112,7 +112,7 @@ class Neo(Source):
         return self.forward_of(frames, None, stream, state, logits, None, feature_mean=mean, seen=seen)
 
     def observe(self, forward: Forward) -> State:
-        return forward.state | {name: forward.kept[name] for name in ("feature_mean", "seen")}
+        return forward.state | where_seen(forward, {name: forward.kept[name] for name in ("feature_mean", "seen")})
 
     def update(self, forward: Forward) -> Update:
         return self.unmoved(forward, self.observe(forward))

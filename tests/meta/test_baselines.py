@@ -396,6 +396,13 @@ def test_neo_subtracts_the_running_mean() -> None:
     torch.testing.assert_close(logits, everything.logits[3:], rtol=1e-4, atol=1e-3)
 
 
+def test_neo_keeps_the_start_of_a_stream_without_frames() -> None:
+    method = make("neo", "group", centre="source")
+    state = method.fresh(2)
+    _, after = advance(method, drawn(3, 0), torch.zeros(3, dtype=torch.long), state)
+    assert all(torch.equal(after[name][1], tensor[1]) for name, tensor in state.items())
+
+
 def test_soft_likelihood_ratio_by_hand() -> None:
     p = torch.tensor([0.7, 0.2, 0.1])
     expected = -sum(v * math.log(v / (1 - v) + 1e-5) for v in p.tolist())
