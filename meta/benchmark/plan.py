@@ -206,7 +206,7 @@ def _generator_digest(generator: GeneratorConfig, batch: int) -> str:
     if not generator.memory:
         content["memory"] = False
     if batch > MOST_FRAMES and content["method"]["name"] == MGG_NAME:
-        content["frames_per_update"] = MOST_FRAMES
+        content["frames_an_update"] = MOST_FRAMES  # a word of the keys of committed records: it cannot change
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
