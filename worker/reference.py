@@ -66,9 +66,9 @@ def _list_in_full(group: Any) -> None:
 def configuration() -> str:
     """Every key with its type, default and meaning."""
     intro = (
-        "One YAML file; what is not set keeps its default. The environment goes before the file: "
-        f"`kafka.topics.frames` is `{ENVIRONMENT_PREFIX}KAFKA__TOPICS__FRAMES`. `driftkeel config` prints what a "
-        "worker would run with, secrets masked."
+        "The configuration is one YAML file. A key that is not set keeps its default. Environment variables override "
+        f"the file: `kafka.topics.frames` is `{ENVIRONMENT_PREFIX}KAFKA__TOPICS__FRAMES`. `driftkeel config` prints "
+        "what a worker would run with, secrets masked."
     )
     rows = "\n".join(_rows(WorkerConfig, ""))
     return f"# Configuration\n\n{GENERATED}\n\n{intro}\n\n| key | type | default | |\n|---|---|---|---|\n{rows}\n"
@@ -111,8 +111,13 @@ def _type(schema: dict[str, Any]) -> str:
         return str(schema["$ref"].rsplit("/", 1)[1])
     kind = str(schema.get("type", "any"))
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
-    limits = [f"{word} {schema[name]:g}" for name, word in bounds.items() if name in schema]
+    limits = [f"{word} {_number(schema[name])}" for name, word in bounds.items() if name in schema]
     return ", ".join([kind, *limits])
+
+
+def _number(value: float) -> str:
+    """A bound as the configuration has it: `1048576`, `0.5`, `1`."""
+    return str(int(value)) if value == int(value) else str(value)
 
 
 def _cell(text: str) -> str:
@@ -127,7 +132,11 @@ def asyncapi() -> dict[str, Any]:
         "prediction": _message("One per frame.", PREDICTION_TYPE, "application/json", _embedded(Prediction)),
         "update": _message("One per guard decision.", UPDATE_TYPE, "application/json", _embedded(UpdateEvent)),
         "command": _message(
-            "Something to be done to a stream.", COMMAND_TYPE, "application/json", _embedded(Command), required=()
+            "A command to one stream or to all.",
+            COMMAND_TYPE,
+            "application/json",
+            _embedded(Command),
+            required=(),
         ),
         "deadLetter": _dead_letter(),
     }

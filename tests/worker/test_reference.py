@@ -31,6 +31,13 @@ def test_lists_of_commands_say_the_whole_line() -> None:
     assert [line for line in listed if line.endswith("...")] == []
 
 
+def test_bounds_are_plain_numbers() -> None:
+    rows = dict(line.split(" | ")[:2] for line in configuration().splitlines() if line.startswith("| `"))
+    assert rows["| `batch.max_buffered_bytes`"] == "integer, from 1048576"
+    assert rows["| `kafka.connect_timeout_s`"] == "number, above 0"
+    assert [kind for kind in rows.values() if "e+" in kind] == []
+
+
 def test_what_is_no_longer_generated_is_removed(tmp_path: Path) -> None:
     (tmp_path / "schemas").mkdir()
     (tmp_path / "schemas" / "gone.json").write_text("{}")
