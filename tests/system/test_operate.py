@@ -38,6 +38,11 @@ def test_delete_while_a_worker_runs(site: Site, site_file: str) -> None:
     assert result.returncode == 1
     assert "last with worker-1" in result.stdout
     assert site.header("cam").frames == 24
+    (listed,) = json.loads(streams(site_file, "list", "--json"))
+    shown = json.loads(streams(site_file, "show", "cam", "--json"))
+    assert len(shown["snapshots"]) == listed.pop("snapshots")
+    assert {name: shown[name] for name in listed} == listed
+    assert listed["header"]["frames"] == 24
     result = run_cli("streams", "delete", "cam", "typo", "--yes", "--config", site_file)
     assert result.returncode == 1
     assert "'typo' has no stored state" in result.stderr

@@ -14,7 +14,6 @@ from schemas.errors import ConfigError, StateError
 from worker.cli.options import ConfigOption, ReasonOption
 
 if TYPE_CHECKING:
-    from schemas.state import Snapshot
     from schemas.update import UpdateEvent
     from worker.control.operate import Operator
     from worker.control.stored import ListedStream
@@ -40,13 +39,21 @@ def _operator(config: Path | None) -> Operator:
 
 
 @streams_app.command("list")
-def list_streams(config: ConfigOption = None) -> None:
+def list_streams(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list: what 'show --json' has, and the number of snapshots.")
+    ] = False,
+    config: ConfigOption = None,
+) -> None:
     """List streams: frames, updates, state bytes, whether a worker can use the state, and which worker has it."""
     from worker.control.stored import listed
     from worker.store.store import StateStore
     from worker.terminal import printable
 
     streams = listed(StateStore(load_config(config).store))
+    if as_json:
+        print(json.dumps([_as_json(found) | {"snapshots": found.snapshots} for found in streams], indent=2))
+        return
     print(f"{'stream':32s} {'frames':>9s} {'step':>7s} {'bytes':>9s} {'state':8s} owner")
     for found in streams:
         frames, step = (found.header.frames, found.header.step) if found.header else ("-", "-")
@@ -73,7 +80,8 @@ def show(
     found = listed_one(store, stream)
     kept = [] if found.foreign else snapshots(store, stream)
     if as_json:
-        print(json.dumps(_as_json(found, kept), indent=2))
+        written = [snapshot and snapshot.model_dump(mode="json") for snapshot in kept]
+        print(json.dumps(_as_json(found) | {"snapshots": written}, indent=2))
     else:
         show_stream(terminal(), found, kept, *judged(settings, found))
 
@@ -162,8 +170,8 @@ def delete(
     print(f"deleted: {deleted}")
 
 
-def _as_json(found: ListedStream, kept: list[Snapshot | None]) -> dict[str, Any]:
-    """All that is stored but the tensors; a header or a snapshot that cannot be read is null."""
+def _as_json(found: ListedStream) -> dict[str, Any]:
+    """All that is stored but tensors and snapshots; a header that cannot be read is null."""
     return {
         "stream": found.stream,
         "condition": found.condition,
@@ -171,7 +179,6 @@ def _as_json(found: ListedStream, kept: list[Snapshot | None]) -> dict[str, Any]
         "token": found.token,
         "tensor_bytes": found.tensor_bytes,
         "header": found.header and found.header.model_dump(mode="json"),
-        "snapshots": [snapshot and snapshot.model_dump(mode="json") for snapshot in kept],
     }
 
 
