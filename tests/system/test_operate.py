@@ -37,6 +37,7 @@ def test_delete_while_a_worker_runs(site: Site, site_file: str) -> None:
     result = run_cli("streams", "delete", "cam", "--config", site_file)  # nobody there to answer
     assert result.returncode == 1
     assert "last with worker-1" in result.stdout
+    assert "nothing was deleted: nobody can be asked here; give -y to delete without asking" in result.stderr
     assert site.header("cam").frames == 24
     (listed,) = json.loads(streams(site_file, "list", "--json"))
     shown = json.loads(streams(site_file, "show", "cam", "--json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,7 +161,7 @@ def delete(
     for stream, found in zip(chosen, store.overview(chosen), strict=True):
         print(printable(f"{stream}: {retire.described(store, stream, found)}"))
     if chosen and not yes:
-        typer.confirm(f"Delete {counted(len(chosen), 'stream')} for good?", abort=True)
+        _must_agree(f"Delete {counted(len(chosen), 'stream')} for good?")
     deleted = 0
     for stream in chosen:
         # The question and the streams before this one took time: the camera may have begun to send meanwhile.
@@ -168,6 +169,18 @@ def delete(
             retire.publish(settings.kafka, name, retire.delete(store, stream, reason, name))
             deleted += 1
     print(f"deleted: {deleted}")
+
+
+def _must_agree(question: str) -> None:
+    """Ask, and end the command if the answer is no. Raises ConfigError where nobody is there to answer."""
+    try:
+        agreed = typer.confirm(question)
+    except typer.Abort:  # Ctrl-C, or an input that has ended.
+        if sys.stdin.isatty():
+            raise
+        raise ConfigError("nothing was deleted: nobody can be asked here; give -y to delete without asking") from None
+    if not agreed:
+        raise typer.Abort
 
 
 def _as_json(found: ListedStream) -> dict[str, Any]:
