@@ -228,16 +228,16 @@ def require_topics(settings: Kafka, stop: threading.Event | None = None, only: S
     pause = FIRST_PAUSE_S
     try:
         while missing := _missing(admin, needed, what, deadline, stop):
-            left = deadline - time.monotonic()
+            left, names = deadline - time.monotonic(), " and no topic ".join(missing)
             if stop.is_set():
-                raise UnreachableError(f"{what} has no topic {', '.join(missing)}, and was not waited for any longer")
+                raise UnreachableError(f"{what} has no topic {names}, and was not waited for any longer")
             if left <= 0:
-                raise ConfigError(
-                    f"{what} has no topic {', '.join(missing)}; create them first "
-                    f"(kafka-topics.sh --create --topic {_creation(missing[0], topics)}), or correct kafka.topics"
-                )
+                advice = "; ".join(f"kafka-topics.sh --create --topic {_creation(name, topics)}" for name in missing)
+                raise ConfigError(f"{what} has no topic {names}; create them first ({advice}), or correct kafka.topics")
             if pause == FIRST_PAUSE_S:  # Once.
-                log.warning("%s has no topic %s yet; waiting %.0f s for it", what, ", ".join(missing), left)
+                log.warning(
+                    "%s has no topic %s yet; waiting %.0f s for %s", what, names, left, "them" if missing[1:] else "it"
+                )
             stop.wait(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE_S)
     finally:

@@ -193,14 +193,22 @@ def test_topics_that_come_a_moment_later_are_waited_for(bootstrap: str, caplog: 
     require_topics(settings, only=[names["frames"], names["updates"]])
     (said,) = [record.getMessage() for record in caplog.records if "has no topic" in record.getMessage()]
     assert said.startswith(
-        f"the broker at {bootstrap} has no topic {names['frames']}, {names['updates']} yet; waiting "
+        f"the broker at {bootstrap} has no topic {names['frames']} and no topic {names['updates']} yet; waiting "
     )
+    assert said.endswith(" s for them")
 
 
 def test_topics_that_never_come_are_named_in_the_end(bootstrap: str) -> None:
     settings = Kafka(bootstrap=bootstrap, connect_timeout_s=0.5)
     with pytest.raises(ConfigError, match="has no topic nowhere; create them first"):
         require_topics(settings, only=["nowhere"])
+
+
+def test_every_topic_that_is_missing_is_created_by_the_advice(bootstrap: str) -> None:
+    settings = Kafka(bootstrap=bootstrap, connect_timeout_s=0.5)
+    advice = "--create --topic nowhere --partitions 1; kafka-topics.sh --create --topic never --partitions 1"
+    with pytest.raises(ConfigError, match=f"has no topic nowhere and no topic never; create them .*{advice}"):
+        require_topics(settings, only=["nowhere", "never"])
 
 
 def test_a_topic_of_commands_is_to_have_one_partition_and_to_keep_all(bootstrap: str) -> None:
