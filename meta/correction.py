@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from meta.affine import Estimate
 from meta.norms import AdaptableModel
 from meta.shifts import TUNING, Shift
 from meta.source import Preprocessing
@@ -72,6 +74,18 @@ class Correction:
         """The correction on a device."""
         return Correction(**{name: tensor.to(device) for name, tensor in self.as_tensors().items()})
 
+    def layer(self, channels: slice) -> _Layer:
+        """The estimator of the layer with `channels`, prepared once."""
+        known = self._layers.get(channels.start)
+        if known is None:
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._layers[channels.start] = _Layer.of(self, channels)
+        return known
+
+    @cached_property
+    def _layers(self) -> dict[int, _Layer]:
+        return {}
+
     def under(self, strength: Tensor) -> FrameCorrection:
         """The correction for one pass: `strength` (B,) multiplies the estimates of each frame."""
         return FrameCorrection(self, strength.unsqueeze(1))
@@ -83,17 +97,71 @@ class FrameCorrection:
     def __init__(self, correction: Correction, strength: Tensor) -> None:
         self.correction, self.strength = correction, strength
 
-    def of(self, channels: slice, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, channels: slice, mean: Tensor, square: Tensor) -> Estimate:
         """See `LayerCorrection.of`."""
-        own, rows = self.correction, slice(2 * channels.start, 2 * channels.stop)
-        clean_mean, deviation = own.mean[channels], own.deviation[channels]
-        differences = _standardised(mean, square, clean_mean, deviation)
-        estimate = differences @ own.reduce[rows] @ own.expand[rows].T + own.bias[rows]
-        size = (estimate**2 / own.spread[rows]).mean(1, keepdim=True)
-        estimate = estimate * (self.strength * size / (size + 1))
-        moved, wider = estimate.tensor_split(2, 1)
-        gain = torch.exp(-wider.clamp(-MOST, MOST))
-        return gain, clean_mean - (clean_mean + deviation * moved) * gain
+        return self.correction.layer(channels).estimate(mean, square, self.strength)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The estimator of one layer with C channels, in units that need the fewest operations.
+
+    Its input is (B, 2C): mean minus clean mean, and log of the variance, in units of the clean one, with FLOOR. Its
+    estimate is (B, 2C): the clean mean's change, in units of x_hat, and the log of the gain.
+
+    clean_mean (C,); per_variance (C,): 1 / ((1 + FLOOR) clean variance)
+    reduce (2C, R), expand (R, 2C), bias (2C,): the regression
+    weight (2C,): makes the sum of squared estimates their mean size, in units of their variance under one shift
+    """
+
+    clean_mean: Tensor
+    per_variance: Tensor
+    reduce: Tensor
+    expand: Tensor
+    bias: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def of(correction: Correction, channels: slice) -> _Layer:
+        """The rows of a correction that belong to a layer."""
+        rows = slice(2 * channels.start, 2 * channels.stop)
+        deviation, ones = correction.deviation[channels], torch.ones_like(correction.deviation[channels])
+        shown, estimated = torch.cat([1 / deviation, ones / 2]), torch.cat([deviation, -ones])
+        return _Layer(
+            correction.mean[channels],
+            1 / ((1 + FLOOR) * deviation**2),
+            shown.unsqueeze(1) * correction.reduce[rows],
+            (correction.expand[rows].T * estimated).contiguous(),
+            correction.bias[rows] * estimated,
+            1 / (correction.spread[rows] * estimated**2 * len(estimated)),
+        )
+
+    def estimate(self, mean: Tensor, square: Tensor, strength: Tensor) -> Estimate:
+        """Gain and offset (B, C) from the moments (B, C), with the gradient in closed form; strength (B, 1)."""
+        channels = len(self.clean_mean)
+        variance = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0)
+        inner = (variance * self.per_variance).add_(FLOOR / (1 + FLOOR))
+        found = torch.addmm(self.bias, torch.cat([mean - self.clean_mean, inner.log()], 1) @ self.reduce, self.expand)
+        weighted = found * self.weight
+        bigger = 1 + (weighted * found).sum(1, keepdim=True)
+        share = strength - strength / bigger
+        shrunk = found * share
+        wider = shrunk[:, channels:]
+        level, gain = shrunk[:, :channels] + self.clean_mean, wider.clamp(-MOST, MOST).exp_()
+        offset = torch.addcmul(self.clean_mean, level, gain, value=-1)
+
+        def gradient(of_gain: Tensor, of_offset: Tensor) -> tuple[Tensor, Tensor]:
+            along = torch.addcmul(of_gain, of_offset, level, value=-1).mul_(gain)
+            along = torch.ops.aten.hardtanh_backward(along, wider, -MOST, MOST)
+            of_shrunk = torch.cat([(of_offset * gain).neg_(), along], 1)
+            of_size = (of_shrunk * found).sum(1, keepdim=True).mul_(strength / bigger**2)
+            of_found = (of_shrunk * share).addcmul_(weighted, of_size, value=2)
+            of_input = of_found @ self.expand.T @ self.reduce.T
+            of_square = of_input[:, channels:] / inner * self.per_variance
+            of_square = torch.ops.aten.threshold_backward(of_square, variance, 0)
+            return torch.addcmul(of_input[:, :channels], mean, of_square, value=-2), of_square
+
+        return Estimate(gain, offset, gradient)
 
 
 def _standardised(mean: Tensor, square: Tensor, clean_mean: Tensor, deviation: Tensor) -> Tensor:
@@ -154,10 +222,10 @@ class _Probe:
         self.answer = under
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def of(self, channels: slice, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, channels: slice, mean: Tensor, square: Tensor) -> Estimate:
         self.seen[channels.start] = mean, square
         if self.answer is None:
-            return torch.ones_like(mean), torch.zeros_like(mean)
+            return Estimate.fixed(torch.ones_like(mean), torch.zeros_like(mean))
         return self.answer.of(channels, mean, square)
 
 
@@ -205,6 +273,7 @@ class _Moments:
         correction.bias[rows] = wanted - shown @ weight @ directions.T
         noise = directions @ (weight.T @ within @ weight) @ directions.T
         correction.spread[rows] = noise.diagonal().clamp_min(LEAST_SPREAD)
+        correction._layers.clear()
 
 
 def _shifted(

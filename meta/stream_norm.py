@@ -10,12 +10,13 @@ import copy
 import math
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from meta.affine import Affine, rectified_mean, scaled, scaled_in_place
+from meta.affine import Affine, Estimate, rectified_mean, scaled, scaled_in_place
 from meta.moments import NormMoments
 from schemas.bundle import Layout
 from schemas.errors import BundleError
@@ -51,7 +52,7 @@ class Start(NamedTuple):
 class LayerCorrection(Protocol):
     """A change of normalised activations, channel by channel, before scale and shift (`meta.correction`)."""
 
-    def of(self, channels: slice, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, channels: slice, mean: Tensor, square: Tensor) -> Estimate:
         """Gain and offset (B, C) for the layer with `channels` among the F of all layers.
 
         mean, square (B, C): first and second moment of each frame's normalised activations over positions.
@@ -117,6 +118,8 @@ class StreamNorm(nn.Module):
         self.groups, self.epsilon = 0, 0.0
         if type(norm).forward is nn.GroupNorm.forward:
             self.groups, self.epsilon = norm.num_groups, norm.eps
+        if isinstance(norm, BATCH_NORM):
+            self._take_statistics(norm)
         self.rectify = False  # whether the ReLU after it is fused into it
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,22 +128,24 @@ class StreamNorm(nn.Module):
             return self._as_source(x)
         scale, shift = self._source_rows(x) if rows is None else self._frame_rows(x, rows)
         inverse = None
-        if self.groups and context.correction is None:
+        if self.groups:
             x_hat, inverse = _group_normalised(x.detach(), self.groups, self.epsilon)
+        elif self._has_fixed_statistics:
+            inverse = self.inverse
+            x_hat = scaled(x.detach(), self._broadcast(inverse, x), self._broadcast(self.centre, x))
         else:
             x = self._normalised(x)
             x_hat = x.detach()
-        if context.correction is not None:
-            scale, shift = self._corrected(x, scale, shift, context.correction)
-        positions = self._positions(x) if context.features is not None else None
+        correct = None if context.correction is None else partial(context.correction.of, self.features)
+        positions, pool = self._positions(x), context.features is not None
         if context.first and self.place.scale == 0 and rows is not None:
             as_source = scaled(x_hat, *self._source_rows(x_hat)).relu_()
-            context.first_features = rectified_mean(as_source, self._positions(x), rectified=True)
+            context.first_features = rectified_mean(as_source, positions, rectified=True)
         # Inference mode keeps nothing, also where gradients are enabled within it.
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            out, pooled = Affine.apply(x, x_hat, inverse, scale, shift, self.rectify, positions)
+            out, pooled = Affine.apply(x, x_hat, inverse, scale, shift, correct, self.rectify, positions, pool)
         else:
-            out, pooled = scaled_in_place(x_hat, scale, shift, self.rectify, positions)
+            out, pooled = scaled_in_place(x_hat, scale, shift, correct, self.rectify, positions, pool)
         self._collect(pooled)
         return cast(Tensor, out)
 
@@ -151,27 +156,12 @@ class StreamNorm(nn.Module):
             if context.first and self.place.scale == 0 and context.first_features is None:
                 context.first_features = pooled
 
-    def _corrected(
-        self, x: Tensor, scale: Tensor, shift: Tensor | None, correction: LayerCorrection
-    ) -> tuple[Tensor, Tensor]:
-        """Scale and shift with the correction of the normalised x folded in, so that one operation applies both.
-
-        The gradient passes through the estimated correction: it partly cancels a change of scale or shift in an earlier
-        layer, and the adaptation has to account for that.
-        """
-        positions = self._positions(x)
-        mean, square = (t.mean(positions) if positions else t for t in (x, x * x))
-        gain, offset = correction.of(self.features, mean, square)
-        ones = [1] * len(positions)
-        shape = (len(x), -1, *ones) if self.channels_first else (len(x), *ones, -1)
-        gain, offset = gain.view(shape), offset.view(shape)
-        moved = scale * offset
-        return scale * gain, moved if shift is None else shift + moved
-
     def _as_source(self, x: Tensor) -> Tensor:
         """The output of the trained layer, at its speed."""
         if self.groups:
             out = nn.functional.group_norm(x, self.groups, self.scale, self.shift, self.epsilon)
+        elif self._has_fixed_statistics:
+            out = scaled(x, self._broadcast(self.source_factor, x), self._broadcast(self.source_constant, x))
         else:
             out = scaled(self._normalised(x), *self._source_rows(x))
         if self.rectify:
@@ -179,6 +169,30 @@ class StreamNorm(nn.Module):
         if self.context.features is not None:
             self._collect(rectified_mean(out, self._positions(x), self.rectify))
         return out
+
+    def _take_statistics(self, norm: nn.Module) -> None:
+        """Keep what BatchNorm does with its running statistics as factors and constants (C,)."""
+        inverse = torch.rsqrt(norm.running_var.detach().float() + norm.eps)
+        centre = -norm.running_mean.detach().float() * inverse
+        constant = self.scale * centre if self.shift is None else torch.addcmul(self.shift, self.scale, centre)
+        kept = {
+            "inverse": inverse,
+            "centre": centre,
+            "source_factor": self.scale * inverse,
+            "source_constant": constant,
+        }
+        for name, tensor in kept.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def _has_fixed_statistics(self) -> bool:
+        """Whether x_hat is x times a constant plus another: BatchNorm with the statistics of training."""
+        return self.channels.start < self.channels.stop and self.context.moments is None
+
+    @staticmethod
+    def _broadcast(each: Tensor, x: Tensor) -> Tensor:
+        """One number per channel (C,), to broadcast with x (B, C, ...)."""
+        return each.view(1, -1, *[1] * (x.dim() - 2))
 
     def _normalised(self, x: Tensor) -> Tensor:
         moments = self.context.moments

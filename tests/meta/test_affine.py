@@ -1,12 +1,17 @@
 """The gradients that are written out, against differences and against autograd."""
 
+import math
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from meta.affine import Affine, rectified_mean
+from meta.affine import Affine, rectified_mean, scaled_in_place
 from meta.norms import AdaptableModel
 from meta.stream_norm import _group_normalised
+from tests.meta.test_correction import random_correction
 
 SHAPES = {  # x, scale and shift, positions
     "picture": ((3, 4, 5, 2), (3, 4, 1, 1), (2, 3)),
@@ -15,6 +20,11 @@ SHAPES = {  # x, scale and shift, positions
     "flat": ((3, 4), (3, 4), ()),
     "whole picture": ((3, 2, 3, 4), (3, 2, 3, 4), (1, 2)),
 }
+
+
+def channels_of(name: str) -> int:
+    shape, _, positions = SHAPES[name]
+    return math.prod(size for dim, size in enumerate(shape) if dim and dim not in positions)
 
 
 def doubles(shape: tuple[int, ...], layout: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -34,7 +44,7 @@ def test_gradient_of_the_affine(name: str, rectify: bool, wants: str) -> None:
     shape, rows, positions = SHAPES[name]
 
     def made(x: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, ...]:
-        return wanted(*Affine.apply(x, x.detach(), None, scale, shift, rectify, positions), wants)
+        return wanted(*Affine.apply(x, x.detach(), None, scale, shift, None, rectify, positions, True), wants)
 
     assert torch.autograd.gradcheck(made, (doubles(shape), doubles(rows), doubles(rows)))
     assert torch.autograd.gradcheck(lambda x, scale: made(x, scale, None), (doubles(shape), doubles(rows)))
@@ -52,15 +62,56 @@ def test_gradient_through_group_normalisation(
 
     def made(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
         x_hat, inverse = _group_normalised(x.detach(), 2, 1e-5)
-        return wanted(*Affine.apply(x, x_hat, inverse, scale, shift, rectify, positions), wants)
+        return wanted(*Affine.apply(x, x_hat, inverse, scale, shift, None, rectify, positions, True), wants)
 
     assert torch.autograd.gradcheck(made, (doubles(shape, layout), doubles(rows), doubles(rows)))
+
+
+@pytest.mark.parametrize("wants", ["out", "pooled", "both"])
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize(
+    ("name", "norm"), [*((name, "none") for name in SHAPES), *product(["picture", "shared"], ["fixed", "groups"])]
+)
+def test_gradient_through_a_correction(name: str, norm: str, rectify: bool, wants: str) -> None:
+    """It passes through the estimate, which depends on the moments of the normalised activations."""
+    torch.manual_seed(5)
+    shape, rows, positions = SHAPES[name]
+    channels = channels_of(name)
+    correct = partial(random_correction(channels).under(torch.rand(shape[0])).of, slice(0, channels))
+    inverse = torch.rand(channels, dtype=torch.float64) + 0.5
+
+    def made(x: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, ...]:
+        x_hat, given = x.detach(), None
+        if norm == "fixed":
+            x_hat, given = x_hat * inverse.view(1, -1, *[1] * (len(shape) - 2)) + 0.3, inverse
+        if norm == "groups":
+            x_hat, given = _group_normalised(x_hat, 2, 1e-5)
+        return wanted(*Affine.apply(x, x_hat, given, scale, shift, correct, rectify, positions, True), wants)
+
+    assert torch.autograd.gradcheck(made, (doubles(shape), doubles(rows), doubles(rows)))
+    assert torch.autograd.gradcheck(lambda x, scale: made(x, scale, None), (doubles(shape), doubles(rows)))
+
+
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_without_a_graph_the_output_is_the_same(name: str, rectify: bool) -> None:
+    torch.manual_seed(5)
+    shape, rows, positions = SHAPES[name]
+    x, scale, shift = (doubles(size).detach() for size in (shape, rows, rows))
+    channels = channels_of(name)
+    for correct in (None, partial(random_correction(channels).under(torch.rand(shape[0])).of, slice(0, channels))):
+        expected = Affine.apply(x, x, None, scale, shift, correct, rectify, positions, True)
+        found = scaled_in_place(x.clone(), scale, shift, correct, rectify, positions, True)
+        for part, known in zip(found, expected, strict=True):
+            torch.testing.assert_close(part, known)
 
 
 def test_layout_of_the_gradient_is_that_of_the_input() -> None:
     x = torch.randn(2, 4, 3, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
     x_hat, inverse = _group_normalised(x.detach(), 2, 1e-5)
-    out, pooled = Affine.apply(x, x_hat, inverse, torch.ones(2, 4, 1, 1), torch.zeros(2, 4, 1, 1), True, (2, 3))
+    out, pooled = Affine.apply(
+        x, x_hat, inverse, torch.ones(2, 4, 1, 1), torch.zeros(2, 4, 1, 1), None, True, (2, 3), True
+    )
     (found,) = torch.autograd.grad(out.contiguous().square().sum() + pooled.sum(), x)
     assert found.stride() == x.stride()
 
@@ -68,7 +119,7 @@ def test_layout_of_the_gradient_is_that_of_the_input() -> None:
 def test_what_is_not_rectified_may_be_changed_in_place() -> None:
     x = torch.randn(2, 4, 3, 5)
     scale = torch.ones(2, 4, 1, 1, requires_grad=True)
-    out, pooled = Affine.apply(x, x, None, scale, None, False, (2, 3))
+    out, pooled = Affine.apply(x, x, None, scale, None, None, False, (2, 3), True)
     (found,) = torch.autograd.grad(out.mul_(0).sum() + pooled.sum(), scale)
     torch.testing.assert_close(found, rectified_mean(x, (2, 3)).view(2, 4, 1, 1))
 

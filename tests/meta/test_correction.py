@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import pytest
@@ -5,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meta.correction import Correction, fit_correction
+from meta.affine import Estimate
+from meta.correction import FLOOR, MOST, Correction, fit_correction
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.mgg import MGG
 from meta.models import batchnorm_cnn
@@ -26,9 +28,24 @@ class Moved:
         self.gain = torch.rand(frames, features, generator=random) + 0.5
         self.offset = torch.randn(frames, features, generator=random)
 
-    def of(self, channels: slice, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    def of(self, channels: slice, mean: Tensor, square: Tensor) -> Estimate:
         assert bool((square >= mean**2 - 1e-5).all())
-        return self.gain[:, channels], self.offset[:, channels]
+        return Estimate.fixed(self.gain[:, channels], self.offset[:, channels])
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def random_correction(channels: int, rank: int = 3) -> Correction:
+    """In float64."""
+    torch.manual_seed(6)
+    return Correction(
+        doubles(channels),
+        doubles(channels).exp(),
+        *(doubles(2 * channels, rank), doubles(2 * channels, rank)),
+        *(doubles(2 * channels), doubles(2 * channels).exp()),
+    )
 
 
 def corrected(layer: StreamNorm, moved: Moved) -> Callable[[Tensor], Tensor]:
@@ -57,11 +74,49 @@ def test_activations_are_corrected_before_scale_and_shift(name: str) -> None:
     for layer in model.layers:
         change = corrected(layer, moved)
         layer._modules.pop("norm", None)
-        layer.groups, layer.norm = 0, change
+        layer.groups, layer.channels, layer.norm = 0, slice(0, 0), change
     plain = model(frames, rows)
     (expected,) = torch.autograd.grad(plain.logsumexp(1).sum(), [rows])
     torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.6, 1.0])
+def test_an_estimate_has_the_gradient_of_its_formula(strength: float) -> None:
+    """Gain and offset are those of the definition, in float64, and so is the gradient that is written out."""
+    correction = random_correction(channels=4)
+    mean, spread = doubles(3, 4), doubles(3, 4)
+    share = torch.full((3, 1), strength, dtype=torch.float64)
+
+    def defined(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        deviation = correction.deviation
+        variance = (square - mean**2) / deviation**2
+        shown = torch.cat([(mean - correction.mean) / deviation, ((variance + FLOOR) / (1 + FLOOR)).log() / 2], 1)
+        estimate = shown @ correction.reduce @ correction.expand.T + correction.bias
+        size = (estimate**2 / correction.spread).mean(1, keepdim=True)
+        moved, wider = (estimate * share * size / (size + 1)).tensor_split(2, 1)
+        gain = torch.exp(-wider.clamp(-MOST, MOST))
+        return gain, correction.mean - (correction.mean + deviation * moved) * gain
+
+    leaves = mean.requires_grad_(), (mean.detach() ** 2 + spread**2 + 0.1).requires_grad_()
+    expected = defined(*leaves)
+    found = correction.under(share[:, 0]).of(slice(0, 4), *(leaf.detach() for leaf in leaves))
+    given = doubles(3, 4), doubles(3, 4)
+    for part, wanted in zip(found[:2], expected, strict=True):
+        torch.testing.assert_close(part, wanted)
+    for part, wanted in zip(found.gradient(*given), torch.autograd.grad(expected, leaves, given), strict=True):
+        torch.testing.assert_close(part, wanted)
+
+
+def test_an_estimate_is_limited_and_a_constant_channel_teaches_nothing() -> None:
+    correction = random_correction(channels=4)
+    correction.bias[4:] = 1_000.0
+    mean = doubles(2, 4)
+    found = correction.under(torch.ones(2)).of(slice(0, 4), mean, mean**2 - 1e-9)
+    torch.testing.assert_close(found.gain, torch.full_like(mean, math.exp(-MOST)))
+    of_mean, of_square = found.gradient(torch.ones_like(mean), torch.ones_like(mean))
+    assert not of_square.any()
+    assert of_mean.isfinite().all()
 
 
 def pictures(count: int, seed: int) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meta.affine import Affine
+from meta.affine import Affine, Estimate
 from meta.gradient_frames import gradient_frames
 from meta.inputs import Input, Inputs
 from meta.learned import GeneratorSettings, LearnedOptimizer
@@ -484,8 +484,8 @@ class Plain:
     def under(self, strength: torch.Tensor) -> "Plain":
         return self
 
-    def of(self, channels: slice, mean: torch.Tensor, square: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ones_like(mean), torch.zeros_like(mean)
+    def of(self, channels: slice, mean: torch.Tensor, square: torch.Tensor) -> Estimate:
+        return Estimate.fixed(torch.ones_like(mean), torch.zeros_like(mean))
 
 
 @pytest.mark.parametrize(("start", "slope"), [(1.0, 0.0), (-0.4, 3.0), (0.2, 0.5)])
