@@ -2,9 +2,10 @@
 
 python docs/results/step.py docs/results/step.json
 
-For the example's net and for an untrained net of ResNet-18's size, one thread, all taking turns. `generator` is the
-meta gradient generator for all coordinates of all streams, from their gradients to their next parameters; `step` is all
-that a site does with a pass: answers, gradient of every fourth frame, generator.
+For the nets of the three example bundles and for an untrained net of ResNet-18's size with either kind of
+normalisation, one thread, all taking turns. Those with BatchNorm and LayerNorm have the correction of single frames.
+`generator` is the meta gradient generator for all coordinates of all streams, from their gradients to their next
+parameters; `step` is all that a site does with a pass: answers, gradient of every fourth frame, generator.
 """
 
 from __future__ import annotations
@@ -26,53 +27,61 @@ from torch import Tensor, nn
 
 from meta.benchmark.report import commit
 from meta.bundle import load_bundle
+from meta.correction import Correction
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.mgg import MGG
 from meta.norms import AdaptableModel
 from meta.objective import entropy, feature_statistics
 from worker.process import keep_freed_memory
 
-CASES = {  # streams, frames of each, repetitions
-    "example, 1 x 16": (1, 16, 201),
-    "example, 4 x 16": (4, 16, 101),
-    "example, 64 x 4": (64, 4, 51),
-    "resnet18, 1 x 16": (1, 16, 9),
-}
+BUNDLES = {"example": "fashion-mnist", "batchnorm": "fashion-mnist-batchnorm", "transformer": "fashion-mnist-vit"}
+SIZES = {(1, 16): 201, (4, 16): 101, (64, 4): 51}  # streams, frames of each: repetitions
+LARGE = {(1, 16): 9}
 GROUP = 32  # groups a layer (Wu and He, ECCV 2018)
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with GroupNorm beside a shortcut (He et al., CVPR 2016)."""
+    """Two 3x3 convolutions with norm layers beside a shortcut (He et al., CVPR 2016)."""
 
-    def __init__(self, before: int, width: int, stride: int) -> None:
+    def __init__(self, before: int, width: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.first = nn.Conv2d(before, width, 3, stride, 1, bias=False)
-        self.first_norm = nn.GroupNorm(GROUP, width)
+        self.first_norm = norm(width)
         self.second = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.second_norm = nn.GroupNorm(GROUP, width)
+        self.second_norm = norm(width)
         self.shortcut = nn.Sequential()
         if (before, stride) != (width, 1):
-            self.shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.GroupNorm(GROUP, width))
+            self.shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), norm(width))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.first_norm(self.first(x)))
         return F.relu(self.second_norm(self.second(out)) + self.shortcut(x))
 
 
-def resnet18(classes: int = 1000) -> nn.Sequential:
+def resnet18(norm: Callable[[int], nn.Module], classes: int = 1000) -> nn.Sequential:
     """1.8 billion multiply-adds on 224 x 224 pixels, 9,600 coordinates."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.GroupNorm(GROUP, 64), nn.ReLU(inplace=True)]
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), norm(64), nn.ReLU(inplace=True)]
     layers.append(nn.MaxPool2d(3, 2, 1))
     before = 64
     for width in (64, 128, 256, 512):
-        layers += [Block(before, width, 1 if width == 64 else 2), Block(width, width, 1)]
+        layers += [Block(before, width, 1 if width == 64 else 2, norm), Block(width, width, 1, norm)]
         before = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
-def untrained(network: nn.Module, frames: Tensor) -> MGG:
-    """A method for it that has learned nothing: for its speed."""
+def group_norm(width: int) -> nn.Module:
+    """As many groups as Wu and He have."""
+    return nn.GroupNorm(GROUP, width)
+
+
+def untrained(network: nn.Module, frames: Tensor, corrected: bool) -> MGG:
+    """A method for it that has learned nothing: for its speed. `corrected`: with a correction that changes nothing."""
     model = AdaptableModel(network)
+    model.fit_layout(frames)
+    if corrected:
+        filled = {"deviation": torch.ones, "spread": torch.ones}
+        shapes = Correction.shapes(model.feature_count).items()
+        model.correction = Correction(**{name: filled.get(name, torch.zeros)(shape) for name, shape in shapes})
     with torch.no_grad():
         source = feature_statistics(model.forward_with_features(frames)[1])
     return MGG(model, source, LearnedOptimizer(GeneratorSettings(), model).eval(), 1000).for_site(1.0)
@@ -127,15 +136,21 @@ def main(report: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     keep_freed_memory()
-    bundle = load_bundle(Path("bundles/fashion-mnist"))
-    assert isinstance(bundle.method, MGG)  # noqa: S101 - its manifest says so
-    example = bundle.method.for_site(1.0)
-    large = untrained(resnet18(), torch.randn(4, 3, 224, 224))
     found: dict[str, Any] = {"commit": commit()}
-    for name, (streams, each, rounds) in CASES.items():
-        method, shape = (large, (3, 224, 224)) if name.startswith("resnet18") else (example, (1, 28, 28))
-        found[name] = measured(method, torch.randn(streams * each, *shape), streams, rounds)
-        print(name, json.dumps(found[name], indent=1))  # noqa: T201
+
+    def measure(name: str, method: MGG, shape: tuple[int, ...], sizes: dict[tuple[int, int], int]) -> None:
+        for (streams, each), rounds in sizes.items():
+            case = f"{name}, {streams} x {each}"
+            found[case] = measured(method, torch.randn(streams * each, *shape), streams, rounds)
+            print(case, json.dumps(found[case], indent=1))  # noqa: T201
+
+    for name, folder in BUNDLES.items():
+        method = load_bundle(Path("bundles") / folder).method
+        assert isinstance(method, MGG)  # noqa: S101 - its manifest says so
+        measure(name, method.for_site(1.0), (1, 28, 28), SIZES)
+    few = torch.randn(4, 3, 224, 224)
+    measure("resnet18", untrained(resnet18(group_norm), few, corrected=False), few.shape[1:], LARGE)
+    measure("resnet18 batchnorm", untrained(resnet18(nn.BatchNorm2d), few, corrected=True), few.shape[1:], LARGE)
     report.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
