@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from meta.benchmark import corruptions
 from meta.bundle import Bundle, load_bundle, model_weights, write_bundle
 from meta.bundle_folder import read_manifest, rewrite_manifest
 from meta.calibrate import calibrate, source_statistics
-from meta.correction import fit_correction
+from meta.correction import Correction, fit_correction
 from meta.generator import MetaGradientGenerator
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.mgg import MGG
@@ -99,16 +99,18 @@ def build_bundle(recipe: Recipe, folder: Path, command: str, say: Callable[[str]
     """Train the source model, meta-train its generator, calibrate, write the bundle, and load it once as a check."""
     torch.set_num_threads(recipe.threads)
     train = data.fashion_mnist("train")
-    part, weights = _source(recipe.source, train, say)
+    part, weights, source, correction = _source(recipe.source, train, say)
     network = build_network(part.architecture, part.arguments)
     network.load_state_dict(weights)
     model = AdaptableModel(network.eval().to(memory_format=torch.channels_last), part.norm_order)
     clean = _tensors(train.part(*data.META_PART))[0]
-    source = source_statistics(model, clean, PREPROCESSING)
-    correction = None
-    if recipe.paper is None and recipe.correction_draws:
+    if source is None:
+        source = source_statistics(model, clean, PREPROCESSING)
+    if recipe.paper is not None or not recipe.correction_draws:
+        correction = None
+    elif correction is None:
         correction = fit_correction(model, clean, PREPROCESSING, recipe.training.seed, recipe.correction_draws)
-        model.correction = correction
+    model.correction = correction
     made = _ours if recipe.paper is None else _paper
     method, settings, tensors = made(recipe, model, source, train, say)
     unseen = _tensors(train.part(*data.CALIBRATION_PART))
@@ -177,13 +179,25 @@ def _of_fashion_mnist(folder: Path) -> Bundle:
     )
 
 
-def _source(
-    recipe: SourceRecipe, train: data.LabelledImages, say: Callable[[str], None]
-) -> tuple[ModelPart, dict[str, Tensor]]:
-    """The source model's entry in the manifest, and its weights."""
+class _Source(NamedTuple):
+    """A source model: its entry in the manifest, its weights, and what another bundle's makers measured of it.
+
+    The latter is kept: measured again, by other code or on another machine, it would differ by rounding, and with it
+    what other methods do with this model.
+    """
+
+    part: ModelPart
+    weights: dict[str, Tensor]
+    statistics: SourceStatistics | None = None
+    correction: Correction | None = None
+
+
+def _source(recipe: SourceRecipe, train: data.LabelledImages, say: Callable[[str], None]) -> _Source:
     if recipe.bundle is not None:
         bundle = load_bundle(recipe.bundle)
-        return bundle.manifest.model, model_weights(recipe.bundle)
+        statistics = bundle.method.source if isinstance(bundle.method, MGG | PaperMGG) else None
+        correction = bundle.model.correction if isinstance(bundle.model.correction, Correction) else None
+        return _Source(bundle.manifest.model, model_weights(recipe.bundle), statistics, correction)
     torch.manual_seed(recipe.seed)
     network = build_network(recipe.architecture, recipe.arguments)
     images = train.part(*data.SOURCE_PART)
@@ -191,7 +205,8 @@ def _source(
     weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     clean = accuracy(network, *_tensors(data.fashion_mnist("test")), PREPROCESSING)
     say(f"source model: {clean:.3f} on clean test images")
-    return ModelPart(architecture=recipe.architecture, arguments=recipe.arguments, clean_accuracy=clean), weights
+    part = ModelPart(architecture=recipe.architecture, arguments=recipe.arguments, clean_accuracy=clean)
+    return _Source(part, weights)
 
 
 Made = tuple[MGG | PaperMGG, dict[str, Any], dict[str, Tensor]]
