@@ -23,7 +23,7 @@ from worker.log import LineLimit
 from worker.publish.dead_letters import BadRecord, DeadLetters
 
 log = logging.getLogger("driftkeel.intake")
-Load = Callable[[list[str]], object]
+Load = Callable[[list[Frame]], object]
 IsFolded = Callable[[Frame], bool]
 
 
@@ -47,7 +47,8 @@ class Intake:
     def hand_over(self, load: Load, is_folded: IsFolded) -> None:
         """Give the decoding threads what they have room for.
 
-        `load` makes streams resident. `is_folded` raises FrameError for a frame of a new stream that has no room.
+        `load` makes the streams of frames resident. `is_folded` raises FrameError for a frame of a new stream that has
+        no room.
         """
         self._decoding.hand_over(partial(self._prepare, load, is_folded))
 
@@ -94,7 +95,7 @@ class Intake:
                 arrival.frame = self._parsed(arrival.record, Position.of(arrival.record))
             except FrameError as error:
                 self._decoding.finish(arrival, error)
-        load([arrival.frame.stream for arrival in arrivals if arrival.frame])
+        load([arrival.frame for arrival in arrivals if arrival.frame])
         # While `load` waited for the store, partitions may have been taken away: their arrivals have no frame any more.
         again = [arrival for arrival in arrivals if arrival.frame and self._is_again(arrival, is_folded)]
         self._metrics.frames_again.inc(len(again))

@@ -24,17 +24,20 @@ class Partitions:
         self._partitions_of: dict[str, set[Partition]] = {}
         self._beyond: dict[Partition, set[int]] = {}
 
-    def load(self, streams: list[str]) -> None:
-        """Make streams resident."""
-        self._control.loaded(self._streams.ensure(streams))
+    def load(self, frames: list[Frame]) -> None:
+        """Make the streams of these frames resident, except new ones for which the store has no room, and those whose
+        partition was taken away while the store was waited for."""
+        for frame in frames:
+            self._partitions_of.setdefault(frame.stream, set()).add(_partition(frame))
+        self._control.loaded(self._streams.ensure((frame.stream for frame in frames), self._partitions_of))
+        self.forget(frame.stream for frame in frames if frame.stream not in self._streams.engine)
 
     def is_folded(self, frame: Frame) -> bool:
         """Whether a frame is in its stream's state already. Raises FrameError for a new stream that has no room."""
         engine = self._streams.engine
         if frame.stream not in engine:
             raise _no_room(self._max_streams)
-        where = (frame.position.topic, frame.position.partition)
-        self._partitions_of.setdefault(frame.stream, set()).add(where)
+        where = _partition(frame)
         header = engine.resident(frame.stream).header
         if not header.has_folded(frame.position):
             return False
@@ -88,10 +91,14 @@ class Partitions:
             self.drop(partition)
 
     def forget(self, streams: Iterable[str]) -> None:
-        """Streams that were removed from memory to make room. The store has all of them, so that their other partitions
-        need not be read again when one goes."""
+        """Streams that are not in memory, or were removed from it to make room. The store has all of these, so that
+        their other partitions need not be read again when one goes."""
         for stream in streams:
             self._partitions_of.pop(stream, None)
+
+
+def _partition(frame: Frame) -> Partition:
+    return frame.position.topic, frame.position.partition
 
 
 def _no_room(most: int) -> FrameError:

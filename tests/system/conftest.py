@@ -20,6 +20,7 @@ import pytest
 import redis
 import yaml
 from kafka import KafkaAdminClient
+from kafka.partitioner.default import murmur2
 
 from schemas.config import Adapt, Batch, Bundle, Kafka, Metrics, Store, WorkerConfig
 from schemas.prediction import Prediction
@@ -299,6 +300,11 @@ def turn_until(worker: Worker, condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         worker._turn()
+
+
+def partition_of(stream: str) -> int:
+    """Of the three of the topic of frames."""
+    return int(murmur2(stream.encode()) & 0x7FFFFFFF) % 3
 
 
 def metric(worker: Worker, name: str, **labels: str) -> float:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from kafka.partitioner.default import murmur2
 
 from meta.bundle import load_bundle
 from schemas.command import Command
@@ -15,7 +14,7 @@ from schemas.prediction import Prediction
 from schemas.state import decode_header, encode_header
 from schemas.update import UpdateEvent
 from tests.conftest import Topic, picture
-from tests.system.conftest import MakeWorker, metric, running, turn_until
+from tests.system.conftest import MakeWorker, metric, partition_of, running, turn_until
 from worker.control.operate import Operator
 from worker.control.retire import delete
 from worker.control.send import put_command
@@ -25,11 +24,6 @@ from worker.site.doctor import examine
 from worker.store.store import StateStore
 
 FRAMES = 12
-
-
-def partition_of(stream: str) -> int:
-    """Of the three of the topic of frames."""
-    return int(murmur2(stream.encode()) & 0x7FFFFFFF) % 3
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ class Loop:
         self.decoding = Decoding(partial(decode_frame, limits=limits, preprocess=GREY), 2)
         self.intake = Intake(limits, Lateness(settings), self.decoding, self.offsets, self.dead_letters, self.metrics)
         self.frames: list[DecodedFrame] = []
-        self.loaded: list[str] = []
+        self.loaded: list[Frame] = []
         self.folded = -1
         self.began = time.monotonic()
 

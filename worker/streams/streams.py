@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 
@@ -79,17 +79,25 @@ class Streams:
         self._known: dict[str, tuple[int, str]] = {}
         self._looked = 0.0
 
-    def ensure(self, wanted: Iterable[str]) -> list[str]:
-        """Make streams resident. Returns those that were not. New ones for which the store has no room are left out."""
+    def ensure(self, wanted: Iterable[str], ours: Container[str] | None = None) -> list[str]:
+        """Make streams resident. Returns those that were not. New ones for which the store has no room are left out.
+
+        `ours`: the streams whose partitions this worker has; None where it does not matter. One that has gone while the
+        store was waited for is left out, too: its next owner claims it, and nothing would remove it from memory here.
+        """
         wanted = list(dict.fromkeys(wanted))
         new: dict[str, None] = {}
-        refused: set[str] = set()
+        left_out: set[str] = set()
         # In a loop, because streams that were resident may be released while a claim waits for the store.
-        while missing := [stream for stream in wanted if stream not in self.engine and stream not in refused]:
-            refused |= self._claim(missing)
-            new |= dict.fromkeys(stream for stream in missing if stream not in refused)
+        while missing := [stream for stream in wanted if stream not in self.engine and stream not in left_out]:
+            left_out |= self._claim(missing)
+            if ours is not None:
+                gone = [stream for stream in wanted if stream not in ours]
+                self.release(gone)
+                left_out.update(gone)
+            new |= dict.fromkeys(missing)
             self._metrics.resident.set(len(self.engine))
-        return list(new)
+        return [stream for stream in new if stream not in left_out]
 
     def _claim(self, streams: list[str]) -> set[str]:
         """Load streams. Returns new ones for which the store has no room."""
