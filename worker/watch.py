@@ -9,11 +9,12 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 from PIL import Image, ImageDraw
 from pydantic import ValidationError
 from rich.table import Table
@@ -25,7 +26,7 @@ from schemas.frame import Position
 from schemas.prediction import Prediction
 from worker.decode.image import open_image
 from worker.kafka.batches import PassedOver
-from worker.kafka.client import connection, open_client, require_topics, until_reached
+from worker.kafka.client import open_reader, require_topics, until_reached
 from worker.kafka.inside import last_answer
 from worker.kafka.topic import PATIENCE_MS
 from worker.terminal import printable
@@ -96,15 +97,7 @@ class Watcher:
 
 
 def _consumer(kafka: Kafka, stop: threading.Event) -> Any:
-    def make() -> Any:
-        return open_client(
-            KafkaConsumer,
-            **connection(kafka),
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            fetch_max_wait_ms=kafka.fetch_max_wait_ms,
-        )
-
+    make = partial(open_reader, kafka, auto_offset_reset="earliest")
     return until_reached(make, f"the broker at {kafka.bootstrap}", kafka.connect_timeout_s, stop)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 from kafka.errors import KafkaError
 from PIL import Image
 
@@ -25,7 +25,7 @@ from schemas.errors import ConfigError, FrameError
 from schemas.frame import Position
 from schemas.prediction import Prediction
 from worker.decode.image import open_image
-from worker.kafka.client import connection, open_client
+from worker.kafka.client import open_reader
 
 SMALL, LARGE = 160, 480  # pixels of the longer side
 CRISP = 96  # pixels: smaller frames are shown as PNG, without loss
@@ -139,13 +139,7 @@ class FrameReader:
         """The values that arrive within `PATIENCE_S`; none if the broker does not answer."""
         try:
             if self._consumer is None:
-                self._consumer = open_client(
-                    KafkaConsumer,
-                    **connection(self._kafka),
-                    enable_auto_commit=False,
-                    auto_offset_reset="latest",
-                    fetch_max_wait_ms=self._kafka.fetch_max_wait_ms,
-                )
+                self._consumer = open_reader(self._kafka)
             return self._fetch(self._consumer, wanted)
         except (KafkaError, OSError, ConfigError):
             self.close()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import closing
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 from kafka.errors import KafkaError
 from pydantic import ValidationError
 
@@ -21,7 +22,7 @@ from schemas.errors import ConfigError, UnreachableError
 from schemas.prediction import Prediction
 from schemas.update import UpdateEvent
 from worker.kafka.batches import PassedOver
-from worker.kafka.client import LONGEST_PAUSE_S, connection, open_client
+from worker.kafka.client import LONGEST_PAUSE_S, open_reader
 
 log = logging.getLogger("driftkeel.console")
 HISTORY = 2_000  # records of each partition before its end
@@ -44,17 +45,8 @@ class TopicReader(threading.Thread):
     def run(self) -> None:
         while not self._stop_event.is_set():
             try:
-                consumer = open_client(
-                    KafkaConsumer,
-                    **connection(self._settings),
-                    enable_auto_commit=False,
-                    auto_offset_reset="latest",
-                    fetch_max_wait_ms=self._settings.fetch_max_wait_ms,
-                )
-                try:
+                with closing(open_reader(self._settings)) as consumer:
                     self._read(consumer)
-                finally:
-                    consumer.close(autocommit=False)
             except (KafkaError, OSError, ConfigError, UnreachableError) as error:
                 self.reached = False
                 log.warning("the topics cannot be read (%s); trying again", " ".join(str(error).split()))

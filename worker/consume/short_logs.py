@@ -10,15 +10,16 @@ the log that was folded in. A stream with a position beyond it is wrong by itsel
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from shlex import quote
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 
 from schemas.config import Kafka
 from worker.consume.offsets import Partition
-from worker.kafka.client import connection, open_client
+from worker.kafka.client import open_reader
 
 LOOK_S = 2.0
 REMEDY = (
@@ -63,9 +64,7 @@ def without_end(kafka: Kafka, short: dict[Partition, ShortLog]) -> dict[Partitio
     if not short:
         return {}
     missing = dict(short)
-    arguments = connection(kafka) | {"auto_offset_reset": "latest", "enable_auto_commit": False}
-    consumer = open_client(KafkaConsumer, **arguments)
-    try:
+    with contextlib.closing(open_reader(kafka)) as consumer:
         consumer.assign([TopicPartition(*partition) for partition in short])
         for partition, found in short.items():
             consumer.seek(TopicPartition(*partition), found.reach - 1)
@@ -74,6 +73,4 @@ def without_end(kafka: Kafka, short: dict[Partition, ShortLog]) -> dict[Partitio
             for partition, records in consumer.poll(timeout_ms=100).items():
                 if partition in missing and records[-1].offset >= missing[partition].reach - 1:
                     del missing[partition]
-    finally:
-        consumer.close(autocommit=False)
     return missing

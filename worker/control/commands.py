@@ -12,10 +12,11 @@ import logging
 import threading
 import time
 from collections import deque
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 from pydantic import ValidationError
 
 from schemas.command import EVERY_STREAM, Command
@@ -26,12 +27,13 @@ from schemas.state import StreamHeader
 from worker.consume.group import METADATA_MAX_AGE_MS
 from worker.control.standing import Standing
 from worker.kafka.batches import Unreadable
-from worker.kafka.client import connection, open_client
+from worker.kafka.client import open_reader
 
 log = logging.getLogger("driftkeel.commands")
 MAX_KEPT = 10_000
 MAX_BYTES = 64 << 10
 POLL_MS = 200
+FETCH_MAX_WAIT_MS = 500  # commands are rare, and every worker asks for them all the time
 LOOK_AGAIN_S = 30.0
 
 
@@ -178,23 +180,13 @@ class CommandReader:
 
     def _follow(self, topic: str) -> bool | None:
         """Read until told to stop, or the topic gets more partitions. None where there is no such topic."""
-        consumer = open_client(
-            KafkaConsumer,
-            **connection(self._settings),
-            group_id=None,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            metadata_max_age_ms=METADATA_MAX_AGE_MS,
-            allow_auto_create_topics=False,
-        )
-        try:
+        options = {"metadata_max_age_ms": METADATA_MAX_AGE_MS, "fetch_max_wait_ms": FETCH_MAX_WAIT_MS}
+        with closing(open_reader(self._settings, auto_offset_reset="earliest", **options)) as consumer:
             numbers = consumer.partitions_for_topic(topic)
             if not numbers:
                 return None
             self._read_all(consumer, [TopicPartition(topic, number) for number in sorted(numbers)])
             return True
-        finally:
-            consumer.close(autocommit=False)
 
     def _read_all(self, consumer: Any, partitions: list[TopicPartition]) -> None:
         consumer.assign(partitions)

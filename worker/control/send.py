@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaProducer, TopicPartition
 from kafka.errors import KafkaError
 from pydantic import ValidationError
 
@@ -14,7 +15,7 @@ from schemas.command import EVERY_STREAM, Command, command_headers, encode_comma
 from schemas.config import Kafka
 from schemas.errors import UnreachableError
 from schemas.update import UpdateEvent
-from worker.kafka.client import close_producer, connection, open_client, require_topics
+from worker.kafka.client import close_producer, connection, open_client, open_reader, require_topics
 
 QUIET_S = 3.0  # without a further confirmation end the wait for those of a command to every stream
 
@@ -30,13 +31,10 @@ def send_command(
     """
     require_topics(settings, only=[settings.topics.commands, settings.topics.updates])
     try:
-        answers = _from_now_on(settings)
-        try:
+        with closing(_from_now_on(settings)) as answers:
             put_command(settings, command)
             sent()
             yield from _confirmations(answers, command, wait_s)
-        finally:
-            answers.close(autocommit=False)
     except KafkaError as error:
         raise UnreachableError(f"the broker at {settings.bootstrap} does not take the command: {error}") from error
 
@@ -53,9 +51,7 @@ def put_command(settings: Kafka, command: Command) -> None:
 
 
 def _from_now_on(settings: Kafka) -> Any:
-    consumer = open_client(
-        KafkaConsumer, **connection(settings), group_id=None, enable_auto_commit=False, fetch_max_wait_ms=50
-    )
+    consumer = open_reader(settings)
     topic = settings.topics.updates
     partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
     consumer.assign(partitions)

@@ -106,6 +106,18 @@ def open_client(kind: Any, **arguments: Any) -> Any:
             raise
 
 
+def open_reader(settings: Kafka, **more: Any) -> Any:
+    """A consumer outside of any group, which commits nothing; the caller assigns its partitions. Raises as
+    `open_client`."""
+    options = {"enable_auto_commit": False, "fetch_max_wait_ms": settings.fetch_max_wait_ms, **more}
+    return open_client(KafkaConsumer, **connection(settings), **options)
+
+
+def open_admin(settings: Kafka) -> Any:
+    """A client that looks at topics and groups. Raises as `open_client`."""
+    return open_client(KafkaAdminClient, **connection(settings))
+
+
 def _unreached(error: KafkaError, heard: list[KafkaError], arguments: dict[str, Any]) -> str:
     """Why a client gave up. Its own error says only that it did."""
     reasons = [reason for reason in heard if reason != error]
@@ -221,8 +233,8 @@ def require_topics(settings: Kafka, stop: threading.Event | None = None, only: S
     set meanwhile; or ConfigError that names the topics which are still missing after the time for connecting.
     """
     deadline, stop = time.monotonic() + settings.connect_timeout_s, stop or threading.Event()
-    what, arguments = f"the broker at {settings.bootstrap}", connection(settings)
-    admin = until_reached(lambda: open_client(KafkaAdminClient, **arguments), what, settings.connect_timeout_s, stop)
+    what = f"the broker at {settings.bootstrap}"
+    admin = until_reached(lambda: open_admin(settings), what, settings.connect_timeout_s, stop)
     topics = settings.topics
     needed = only or [topics.frames, topics.predictions, topics.updates, topics.dead_letters]
     pause = FIRST_PAUSE_S
@@ -274,10 +286,6 @@ def create_topics(settings: Kafka, frame_partitions: int) -> None:
         },
         topics.commands: {"num_partitions": 1, "replication_factor": 1, "configs": {"retention.ms": "-1"}},
     }
-    arguments = connection(settings)
     what = f"the broker at {settings.bootstrap}"
-    admin = until_reached(lambda: open_client(KafkaAdminClient, **arguments), what, settings.connect_timeout_s)
-    try:
+    with contextlib.closing(until_reached(lambda: open_admin(settings), what, settings.connect_timeout_s)) as admin:
         admin.create_topics(wanted, wait_for_metadata=True)
-    finally:
-        admin.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import datetime
 from typing import Any
 
@@ -12,7 +13,7 @@ from kafka.errors import KafkaError
 
 from schemas.config import Kafka
 from schemas.errors import UnreachableError
-from worker.kafka.client import connection, open_client, require_topics
+from worker.kafka.client import open_reader, require_topics
 
 AT_ONCE = 500  # records
 PATIENCE_MS = 10_000  # for a broker that has records and does not send them
@@ -34,14 +35,9 @@ def records_now(settings: Kafka, topic: str, since: datetime | None = None) -> I
     """
     require_topics(settings, only=[topic])
     try:
-        consumer = open_client(
-            KafkaConsumer, **connection(settings), group_id=None, enable_auto_commit=False, fetch_max_wait_ms=50
-        )
-        try:
+        with closing(open_reader(settings)) as consumer:
             for number in sorted(consumer.partitions_for_topic(topic) or ()):
                 yield from _partition(consumer, TopicPartition(topic, number), since)
-        finally:
-            consumer.close(autocommit=False)
     except KafkaError as error:
         raise UnreachableError(f"the broker at {settings.bootstrap} does not send {topic}: {error}") from error
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 from kafka.errors import KafkaError
 
 from schemas.config import Kafka
 from schemas.errors import SourceError, UnreachableError
 from schemas.frame import FRAME_TYPE
-from worker.kafka.client import connection, open_client
+from worker.kafka.client import open_reader
 
 LOCKED_S = 60.0  # longest wait for the file: runs for many cameras may share it, on a slow disk
 _TABLES = """
@@ -137,15 +137,8 @@ def read_back(kafka: Kafka, partition: int, stream: str, start: int | None) -> A
 
 
 def _read_back(kafka: Kafka, place: TopicPartition, stream: str, start: int | None) -> Acknowledged:
-    consumer = open_client(
-        KafkaConsumer,
-        **connection(kafka),
-        enable_auto_commit=False,
-        auto_offset_reset="earliest",
-        fetch_max_wait_ms=kafka.fetch_max_wait_ms,
-    )
     acknowledged = Acknowledged()
-    try:
+    with contextlib.closing(open_reader(kafka, auto_offset_reset="earliest")) as consumer:
         consumer.assign([place])
         end = int(consumer.end_offsets([place])[place])
         acknowledged.next_offset = end if start is None else start
@@ -161,8 +154,6 @@ def _read_back(kafka: Kafka, place: TopicPartition, stream: str, start: int | No
                 last = time.monotonic()
             elif time.monotonic() - last > kafka.connect_timeout_s:
                 raise UnreachableError(f"the broker at {kafka.bootstrap} does not tell what it has of stream {stream}")
-    finally:
-        consumer.close(autocommit=False)
     return acknowledged
 
 

@@ -15,14 +15,13 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import redis.exceptions
-from kafka import KafkaAdminClient, KafkaConsumer
 from kafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError
 
 from meta.bundle_folder import checked_file, read_labels, read_manifest
 from schemas.config import WorkerConfig
 from schemas.errors import ConfigError, DriftkeelError, LoginError
 from worker.consume.short_logs import REMEDY, cure
-from worker.kafka.client import REFUSALS, connection, open_client
+from worker.kafka.client import REFUSALS, open_admin, open_reader
 from worker.site.folder import LOOPBACK
 from worker.site.positions import check_cluster, forgotten, short_logs
 from worker.store.client import connect
@@ -231,12 +230,9 @@ def _server_setting(client: Any, name: str) -> str | None:
 
 def _broker(config: WorkerConfig) -> Iterator[Finding]:
     kafka = config.kafka
-    admin = open_client(KafkaAdminClient, **connection(kafka))
-    try:
+    with contextlib.closing(open_admin(kafka)) as admin:
         known, topics = set(admin.list_topics()), kafka.topics
         details = admin.describe_topics(sorted(known & set(topics.model_dump().values())))
-    finally:
-        admin.close()
     yield Finding("broker", "ok", f"{kafka.bootstrap} answers, {len(known)} topics")
     for topic in (topics.frames, topics.predictions, topics.updates, topics.dead_letters):
         if topic not in known:
@@ -284,11 +280,8 @@ def _positions(config: WorkerConfig) -> Iterator[Finding]:
 
 
 def _partitions(kafka: Any, topic: str) -> Finding:
-    consumer = open_client(KafkaConsumer, **connection(kafka))
-    try:
+    with contextlib.closing(open_reader(kafka)) as consumer:
         count = len(consumer.partitions_for_topic(topic) or ())
-    finally:
-        consumer.close(autocommit=False)
     text = f"topic {topic} has {counted(count, 'partition')}: at most {counted(count, 'worker')} can share it"
     return Finding("broker", "ok" if count > 1 else "warning", text)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from itertools import islice
 
-from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka import TopicPartition
 
 from schemas.config import Kafka, WorkerConfig
 from schemas.errors import ConfigError, StateError
@@ -13,7 +14,7 @@ from worker.consume.cluster import cluster_of, require_cluster
 from worker.consume.offsets import Partition
 from worker.consume.short_logs import REMEDY, ShortLog, without_end
 from worker.consume.topic import another
-from worker.kafka.client import connection, open_client
+from worker.kafka.client import open_admin, open_reader
 from worker.kafka.inside import metadata
 from worker.kafka.topic import topic_id
 from worker.store.store import StateStore
@@ -25,12 +26,9 @@ def check_cluster(config: WorkerConfig, store: StateStore) -> None:
     """Raises ConfigError if the store's positions are of another Kafka cluster, or of another topic of the same name;
     UnreachableError and KafkaError."""
     topic = config.kafka.topics.frames
-    consumer = open_client(KafkaConsumer, **connection(config.kafka))
-    try:
+    with closing(open_reader(config.kafka)) as consumer:
         there = consumer.partitions_for_topic(topic)
         cluster, found = cluster_of(consumer), topic_id(metadata(consumer), topic)
-    finally:
-        consumer.close(autocommit=False)
     require_cluster(config, cluster, store.cluster(topic), store.cluster_key(topic))
     noted = store.topic_id(topic)
     if noted and not there:
@@ -42,16 +40,13 @@ def check_cluster(config: WorkerConfig, store: StateStore) -> None:
 def short_logs(kafka: Kafka, store: StateStore) -> dict[Partition, ShortLog]:
     """Partitions of frames and commands whose log ends before what marks or streams say was read of it. Looks at all
     marks, and at some hundred streams. Raises UnreachableError and KafkaError."""
-    consumer = open_client(KafkaConsumer, **connection(kafka))
-    try:
+    with closing(open_reader(kafka)) as consumer:
         topics = kafka.topics.frames, kafka.topics.commands
         partitions = [(topic, number) for topic in topics for number in consumer.partitions_for_topic(topic) or ()]
         marks = store.marks(kafka.group, partitions)
         furthest, said_by = _furthest(store, marks, partitions)
         asked = [TopicPartition(*p) for p in furthest]  # After the marks, as workers go on meanwhile.
         ends = {(where.topic, where.partition): end for where, end in consumer.end_offsets(asked).items()}
-    finally:
-        consumer.close(autocommit=False)
     short = {
         p: ShortLog(0, ends[p], offset, "" if marks.get(p, 0) > ends[p] else said_by[p])
         for p, offset in furthest.items()
@@ -63,13 +58,10 @@ def short_logs(kafka: Kafka, store: StateStore) -> dict[Partition, ShortLog]:
 def forgotten(kafka: Kafka, store: StateStore) -> list[int]:
     """Partitions of frames that the group has read, and for which the store has no mark. Raises UnreachableError and
     KafkaError."""
-    admin = open_client(KafkaAdminClient, **connection(kafka))
-    try:
+    with closing(open_admin(kafka)) as admin:
         (topic,) = admin.describe_topics([kafka.topics.frames])
         asked = [TopicPartition(topic["name"], part["partition_index"]) for part in topic["partitions"]]
         found = admin.list_group_offsets({kafka.group: asked})[kafka.group] if asked else {}
-    finally:
-        admin.close()
     read = [(where.topic, where.partition) for where, at in found.items() if at.offset > 0]
     return sorted(number for _, number in set(read) - set(store.marks(kafka.group, read)))
 

@@ -200,7 +200,7 @@ def test_a_broker_that_lets_nobody_read_is_an_error(
     def refused(*_: object) -> None:
         raise TopicAuthorizationFailedError
 
-    monkeypatch.setattr("worker.produce.sent.KafkaConsumer.end_offsets", refused)
+    monkeypatch.setattr("kafka.KafkaConsumer.end_offsets", refused)
     (tmp_path / "a.png").write_bytes(picture())
     with pytest.raises(UnreachableError, match="does not tell what it has of stream cam"):
         site.play(tmp_path / "a.png")
