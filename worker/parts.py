@@ -103,16 +103,7 @@ def connect(
     publisher = Publisher(config.kafka, name, stop, metrics.broker_error)
     dead_letters = DeadLetters(Publisher(config.kafka, name, stop, metrics.broker_error))
     offsets = Offsets()
-    consumer = FrameConsumer(
-        config.kafka,
-        offsets,
-        store,
-        stop,
-        failed=metrics.broker_error,
-        store_failed=metrics.store_errors.inc,
-        expired=metrics.expired.inc,
-        forgotten=metrics.forgotten.inc,
-    )
+    consumer = FrameConsumer(config.kafka, offsets, store, stop, metrics)
     frames, cluster = config.kafka.topics.frames, consumer.cluster
     found = partial(store.cluster, frames, cluster)
     noted = until_reached(found, f"the store at {config.store.address}", config.store.connect_timeout_s, stop)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container
+from collections.abc import Container
 from typing import Any
 
 from kafka import TopicPartition
 from kafka.errors import KafkaError
 
+from monitoring.metrics import WorkerMetrics
 from schemas.config import Kafka
 from worker.consume.offsets import Partition
 from worker.consume.short_logs import ShortLog, without_end
@@ -27,9 +28,8 @@ PATIENCE_S = 5.0  # a new leader may know of less than was read before, for a mo
 class Beyond:
     """Looks once a second at what a consumer's fetches said. For the thread that polls."""
 
-    def __init__(self, settings: Kafka, consumer: Any, failed: Callable[[str], object]) -> None:
-        """`failed` is called where the broker does not answer."""
-        self._settings, self._consumer, self._failed = settings, consumer, failed
+    def __init__(self, settings: Kafka, consumer: Any, metrics: WorkerMetrics) -> None:
+        self._settings, self._consumer, self._metrics = settings, consumer, metrics
         self._since: dict[Partition, float] = {}
         self._looked = time.monotonic()
 
@@ -39,7 +39,7 @@ class Beyond:
         try:
             beyond = self._found(known)
         except (KafkaError, OSError) as error:
-            self._failed("poll")
+            self._metrics.broker_error("poll")
             log.warning("the broker at %s does not say where its logs end (%s)", self._settings.bootstrap, error)
             return set()
         for (topic, number), short in beyond.items():

@@ -14,11 +14,12 @@ A partition that is read again, for whatever reason, is new again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from kafka import TopicPartition
 
+from monitoring.metrics import WorkerMetrics
 from schemas.config import Kafka
 from worker.consume.offsets import Partition
 from worker.consume.short_logs import REMEDY, ShortLog, without_end
@@ -47,13 +48,9 @@ class Comparison:
         settings: Kafka,
         consumer: Any,
         marks: Marks,
-        expired: Callable[[int], object],
-        forgotten: Callable[[], object],
+        metrics: WorkerMetrics,
     ) -> None:
-        """The callbacks count. `expired`: records that the topic has dropped before they were read; `forgotten`:
-        partitions that the group has read and of which the store knows nothing."""
-        self._settings, self._consumer, self._marks = settings, consumer, marks
-        self._expired, self._forgotten = expired, forgotten
+        self._settings, self._consumer, self._marks, self._metrics = settings, consumer, marks, metrics
         self.sound: set[Partition] = set()
         self.short: dict[Partition, ShortLog] = {}
         # Offsets behind positions of streams that seem to be beyond the log; and those that were found to be wrong.
@@ -152,7 +149,7 @@ class Comparison:
                     partition[1],
                     offset,
                 )
-                self._forgotten()
+                self._metrics.forgotten.inc()
             else:
                 log.info(
                     "partition %d begins at %d, and neither the group nor the store knows of it",
@@ -209,4 +206,4 @@ class Comparison:
             reached,
             beginning - reached,
         )
-        self._expired(beginning - reached)
+        self._metrics.expired.inc(beginning - reached)

@@ -13,13 +13,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kafka import TopicPartition
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 
+from monitoring.metrics import WorkerMetrics
 from schemas.config import Kafka
 from schemas.errors import UnreachableError
 from worker.consume.beyond import Beyond
@@ -49,22 +50,16 @@ class FrameConsumer:
         offsets: Offsets,
         marks: Marks,
         stop: threading.Event,
-        failed: Callable[[str], object] = lambda operation: None,
-        store_failed: Callable[[], object] = lambda: None,
-        expired: Callable[[int], object] = lambda records: None,
-        forgotten: Callable[[], object] = lambda: None,
+        metrics: WorkerMetrics,
     ) -> None:
-        """The callbacks count. `failed`: calls that the broker did not answer or refused, by operation; `store_failed`:
-        those of the store; `expired`: records that the topic has dropped before they were read; `forgotten`: partitions
-        that the group has read and of which the store knows nothing."""
-        self._settings, self._failed, self._store_failed = settings, failed, store_failed
+        self._settings, self._metrics = settings, metrics
         self.offsets, self._stop = offsets, stop
         self._last_commit = 0.0
         self._paused = False
         self.consumer = consumer = open_member(settings, stop)
         self._ends, self._standstill = Ends(consumer), Standstill(consumer)
-        self._beyond, self._topic = Beyond(settings, consumer, failed), FramesTopic(settings, consumer, marks)
-        self._comparison = Comparison(settings, consumer, marks, expired, forgotten)
+        self._beyond, self._topic = Beyond(settings, consumer, metrics), FramesTopic(settings, consumer, marks)
+        self._comparison = Comparison(settings, consumer, marks, metrics)
         self.listener = Listener(consumer, self.committable)
         topic, what = settings.topics.frames, f"the broker at {settings.bootstrap}"
         consumer.subscribe([topic], listener=self.listener)
@@ -84,7 +79,7 @@ class FrameConsumer:
         stands for records that nobody can read.
         """
         self._topic.look()
-        arrived = self._known(polled(self.consumer, self._settings, timeout_s, self._failed))
+        arrived = self._known(polled(self.consumer, self._settings, timeout_s, self._metrics))
         self._standstill.polled(arrived, self._comparison.short)
         gone = self.listener.taken()
         first = {p: part[0].offset for p, part in arrived.items() if p not in gone}
@@ -149,7 +144,7 @@ class FrameConsumer:
         try:
             self._comparison.skipped(reached, first)
         except KafkaError as error:
-            self._failed("poll")
+            self._metrics.broker_error("poll")
             log.warning("partitions %s go on behind what was read (%s)", sorted(n for _, n in reached), error)
 
     def reaches(self, partition: Partition, offset: int) -> bool:
@@ -235,7 +230,7 @@ class FrameConsumer:
 
     def _committed(self, offsets: dict[TopicPartition, OffsetAndMetadata], answer: Any) -> None:
         if isinstance(answer, Exception):
-            self._failed("commit")
+            self._metrics.broker_error("commit")
             log.warning("offsets not committed (%s); trying again with the next", answer)
         else:
             self.offsets.committed({partition: meta.offset for partition, meta in offsets.items()})
@@ -243,9 +238,9 @@ class FrameConsumer:
     def _count(self, operation: str, error: Exception) -> None:
         """Count a failed call: UnreachableError is the store's, which has the marks; all else is the broker's."""
         if isinstance(error, UnreachableError):
-            self._store_failed()
+            self._metrics.store_errors.inc()
         else:
-            self._failed(operation)
+            self._metrics.broker_error(operation)
 
     def assignment(self) -> set[Partition]:
         """The partitions that are assigned to this worker now."""

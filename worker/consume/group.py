@@ -23,6 +23,7 @@ from kafka.errors import (
 )
 from kafka.structs import OffsetAndMetadata
 
+from monitoring.metrics import WorkerMetrics
 from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
 from worker.consume.assignors import ASSIGNORS
@@ -65,15 +66,13 @@ def open_member(settings: Kafka, stop: threading.Event) -> Any:
     return consumer
 
 
-def polled(
-    consumer: Any, settings: Kafka, timeout_s: float, failed: Callable[[str], object]
-) -> dict[Partition, list[Any]]:
-    """What the client has. Nothing where the poll failed in a way that another may not; then `failed` is called."""
+def polled(consumer: Any, settings: Kafka, timeout_s: float, metrics: WorkerMetrics) -> dict[Partition, list[Any]]:
+    """What the client has. Nothing where the poll failed in a way that another may not, which is counted."""
     try:
         timeout_s = poll_timeout(consumer, timeout_s)
         return dict(consumer.poll(timeout_ms=max(0, int(timeout_s * 1000))))
     except LOST_MEMBERSHIP as error:
-        failed("poll")
+        metrics.broker_error("poll")
         log.warning("lost the consumer group (%s); joining again", error)
     except InconsistentGroupProtocolError as error:
         raise ConfigError(
@@ -94,7 +93,7 @@ def polled(
     except KafkaError as error:
         if not error.retriable:
             raise UnreachableError(f"the broker at {settings.bootstrap} refuses to go on: {error}") from error
-        failed("poll")
+        metrics.broker_error("poll")
         log.warning("polling the broker at %s failed (%s); trying again", settings.bootstrap, error)
     return {}
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from kafka import TopicPartition
 
+from monitoring.metrics import WorkerMetrics
 from schemas.config import Kafka
 from tests.conftest import Topic
 from tests.worker.consume.test_consume import Notes, read, send, take, until_refused
@@ -23,7 +24,7 @@ Begun = tuple[FrameConsumer, Partition]
 def begun(kafka_settings: Kafka, notes: Notes, topic: Topic, monkeypatch: pytest.MonkeyPatch) -> Iterator[Begun]:
     """A consumer of a log of ten records, and its partition. As under one that has read a hundred of another log."""
     monkeypatch.setattr(beyond, "PATIENCE_S", 0.0)
-    consumer = FrameConsumer(kafka_settings, Offsets(), notes, threading.Event())
+    consumer = FrameConsumer(kafka_settings, Offsets(), notes, threading.Event(), WorkerMetrics(1))
     partition = (kafka_settings.topics.frames, 0)
     send(topic, kafka_settings, 10)
     take(consumer, kafka_settings, read(consumer, 9), finished=10)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 
+from monitoring.metrics import WorkerMetrics
 from schemas.config import Kafka
 from schemas.errors import ConfigError, UnreachableError
 from schemas.frame import Position
@@ -35,6 +36,12 @@ def until_refused(consumer: FrameConsumer) -> set[Partition]:
         gone |= lost
         assert records == []
     return gone
+
+
+def counted(metrics: WorkerMetrics, name: str, **labels: str) -> float:
+    """What a counter has, over all labels but these."""
+    samples = (sample for family in metrics.registry.collect() for sample in family.samples)
+    return sum(s.value for s in samples if s.name == f"driftkeel_{name}_total" and labels.items() <= s.labels.items())
 
 
 class Notes:
@@ -68,9 +75,9 @@ def notes() -> Notes:
 def make(kafka_settings: Kafka, notes: Notes) -> Iterator[Callable[..., FrameConsumer]]:
     made: list[FrameConsumer] = []
 
-    def build(failed: Callable[[str], object] = str, **changes: object) -> FrameConsumer:
+    def build(metrics: WorkerMetrics | None = None, **changes: object) -> FrameConsumer:
         settings = kafka_settings.model_copy(update=changes)
-        made.append(FrameConsumer(settings, Offsets(), notes, threading.Event(), failed, lambda: failed("store")))
+        made.append(FrameConsumer(settings, Offsets(), notes, threading.Event(), metrics or WorkerMetrics(1)))
         return made[-1]
 
     yield build
@@ -167,16 +174,15 @@ def test_a_store_that_knows_nothing_of_what_the_group_has_read_is_told_from_a_ne
     commit_ten(make, kafka_settings, topic)
     partition = (kafka_settings.topics.frames, 0)
     new_group = kafka_settings.model_copy(update={"group": f"{kafka_settings.group}-new"})
-    for settings, forgotten in ((kafka_settings, [partition]), (new_group, [])):
-        told: list[Partition] = []
-        consumer = FrameConsumer(
-            settings, Offsets(), notes, threading.Event(), forgotten=lambda told=told: told.append(partition)
-        )
+    for settings, forgotten in ((kafka_settings, 1), (new_group, 0)):
+        metrics = WorkerMetrics(1)
+        consumer = FrameConsumer(settings, Offsets(), notes, threading.Event(), metrics)
         wait_for(consumer, 3)
         notes.kept.clear()
         for _ in range(2):  # The store knows of it from the first time on.
             assert consumer._behind({partition: 10}) == {}
-        assert (told, notes.kept) == (forgotten, {partition: 10})
+        assert counted(metrics, "forgotten_partitions") == forgotten
+        assert notes.kept == {partition: 10}
         consumer.close()
 
 
@@ -189,7 +195,7 @@ def test_only_its_own_mark_is_set_back(
     group, partition = kafka_settings.group, (kafka_settings.topics.frames, 0)
     store.mark(group, {partition: 8})
     send(topic, kafka_settings, 10)
-    consumer = FrameConsumer(kafka_settings, Offsets(), store, threading.Event())
+    consumer = FrameConsumer(kafka_settings, Offsets(), store, threading.Event(), WorkerMetrics(1))
     take(consumer, kafka_settings, read(consumer, 9), finished=6)
     if theirs:
         store.mark(group, {partition: theirs})
@@ -202,17 +208,17 @@ def test_what_the_store_does_not_answer_is_no_error_of_the_broker(
     make: Callable[..., FrameConsumer], notes: Notes, kafka_settings: Kafka, topic: Topic
 ) -> None:
     send(topic, kafka_settings, 10)
-    errors: list[str] = []
-    consumer = make(errors.append)
+    metrics = WorkerMetrics(1)
+    consumer = make(metrics)
     notes.away = True
-    poll_until(consumer, lambda _: bool(errors))  # it asks for the marks of what has come
+    poll_until(consumer, lambda _: counted(metrics, "store_errors") > 0)  # it asks for the marks of what has come
     notes.away = False
     take(consumer, kafka_settings, read(consumer, 9), finished=10)
-    asked = len(errors)
+    asked = counted(metrics, "store_errors")
     notes.away = True
     consumer.commit(now=True)
-    assert len(errors) == asked + 1
-    assert set(errors) == {"store"}
+    assert counted(metrics, "store_errors") == asked + 1
+    assert counted(metrics, "broker_errors") == 0
 
 
 def test_a_broker_that_hangs_when_asked_where_a_partition_begins_holds_up_the_loop_for_a_moment(
@@ -222,8 +228,8 @@ def test_a_broker_that_hangs_when_asked_where_a_partition_begins_holds_up_the_lo
     with flaky_broker() as broker:
         kafka = Kafka(bootstrap=f"127.0.0.1:{broker.port}")
         create_topics(kafka, 1)
-        errors: list[str] = []
-        consumer = FrameConsumer(kafka, Offsets(), notes, threading.Event(), errors.append)
+        metrics = WorkerMetrics(1)
+        consumer = FrameConsumer(kafka, Offsets(), notes, threading.Event(), metrics)
         wait_for(consumer, 1)
         partition = kafka.topics.frames, 0
         notes.kept[partition] = 4
@@ -231,7 +237,7 @@ def test_a_broker_that_hangs_when_asked_where_a_partition_begins_holds_up_the_lo
         began = time.monotonic()
         assert consumer._behind({partition: 10}) == {partition: 10}
         assert time.monotonic() - began < 20  # without a limit of its own it takes the client's, which is 30
-        assert errors == ["poll"]
+        assert counted(metrics, "broker_errors") == counted(metrics, "broker_errors", operation="poll") == 1
         broker.hold(False)
         consumer.close()
 

@@ -12,6 +12,7 @@ from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssi
 from kafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from kafka.protocol.consumer.metadata import ConsumerProtocolAssignment
 
+from monitoring.metrics import WorkerMetrics
 from schemas.config import Kafka
 from schemas.errors import ConfigError
 from tests.broker.process import bootstrap as bootstrap  # a fixture
@@ -33,7 +34,7 @@ def make(kafka_settings: Kafka, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cal
 
     def build(assignment: str, **changes: str) -> FrameConsumer:
         settings = kafka_settings.model_copy(update={"assignment": assignment, **changes})
-        made.append(FrameConsumer(settings, Offsets(), Notes(), threading.Event()))
+        made.append(FrameConsumer(settings, Offsets(), Notes(), threading.Event(), WorkerMetrics(1)))
         return made[-1]
 
     yield build

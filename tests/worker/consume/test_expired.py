@@ -9,23 +9,24 @@ from typing import Any
 import pytest
 from kafka import KafkaAdminClient, TopicPartition
 
+from monitoring.metrics import WorkerMetrics
 from schemas.config import Kafka
 from schemas.frame import Position
 from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.conftest import Topic
-from tests.worker.consume.test_consume import Notes, poll_until, send
+from tests.worker.consume.test_consume import Notes, counted, poll_until, send
 from worker.consume.consumer import FrameConsumer
 from worker.consume.offsets import Offsets
 
 
 @pytest.fixture
-def lost() -> list[int]:
-    return []
+def metrics() -> WorkerMetrics:
+    return WorkerMetrics(1)
 
 
 @pytest.fixture
-def consumer(kafka_settings: Kafka, lost: list[int]) -> Iterator[FrameConsumer]:
-    made = FrameConsumer(kafka_settings, Offsets(), Notes(), threading.Event(), expired=lost.append)
+def consumer(kafka_settings: Kafka, metrics: WorkerMetrics) -> Iterator[FrameConsumer]:
+    made = FrameConsumer(kafka_settings, Offsets(), Notes(), threading.Event(), metrics)
     yield made
     made.close()
 
@@ -45,7 +46,7 @@ def take(consumer: FrameConsumer, until: int) -> list[int]:
 
 
 def test_what_expired_while_no_worker_ran_is_counted(
-    kafka_settings: Kafka, consumer: FrameConsumer, lost: list[int], topic: Topic
+    kafka_settings: Kafka, consumer: FrameConsumer, metrics: WorkerMetrics, topic: Topic
 ) -> None:
     send(topic, kafka_settings, 10)
     consumer._comparison.note({(kafka_settings.topics.frames, 0): 2})
@@ -53,11 +54,13 @@ def test_what_expired_while_no_worker_ran_is_counted(
     assert take(consumer, 9) == [7, 8, 9]
     consumer.rewind((kafka_settings.topics.frames, 0))
     assert take(consumer, 9) == [7, 8, 9]
-    assert lost == [5]  # once, though the partition was compared twice before anything was committed
+    assert (
+        counted(metrics, "records_expired") == 5
+    )  # once, though the partition was compared twice before anything was committed
 
 
 def test_what_expires_while_a_worker_runs_is_counted(
-    kafka_settings: Kafka, consumer: FrameConsumer, lost: list[int], topic: Topic
+    kafka_settings: Kafka, consumer: FrameConsumer, metrics: WorkerMetrics, topic: Topic
 ) -> None:
     send(topic, kafka_settings, 3)
     assert take(consumer, 2) == [0, 1, 2]
@@ -68,15 +71,15 @@ def test_what_expires_while_a_worker_runs_is_counted(
     consumer.consumer.seek(TopicPartition(kafka_settings.topics.frames, 0), 3)  # and what it had fetched is let go
     consumer.pause(False)
     assert take(consumer, 12) == [9, 10, 11, 12]
-    assert lost == [6]
+    assert counted(metrics, "records_expired") == 6
 
 
 def test_what_has_not_expired_is_none(
-    kafka_settings: Kafka, consumer: FrameConsumer, lost: list[int], topic: Topic
+    kafka_settings: Kafka, consumer: FrameConsumer, metrics: WorkerMetrics, topic: Topic
 ) -> None:
     send(topic, kafka_settings, 4)
     assert take(consumer, 3) == [0, 1, 2, 3]
     expire(kafka_settings, 4)
     send(topic, kafka_settings, 2)
     assert take(consumer, 5) == [4, 5]
-    assert lost == []
+    assert counted(metrics, "records_expired") == 0

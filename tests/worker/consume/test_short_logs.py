@@ -11,6 +11,7 @@ import pytest
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic
 
+from monitoring.metrics import WorkerMetrics
 from schemas.config import Kafka
 from tests.broker.process import bootstrap as bootstrap  # a fixture
 from tests.conftest import Topic
@@ -25,7 +26,7 @@ from worker.kafka.client import create_topics
 
 @pytest.fixture
 def consumer(kafka_settings: Kafka, notes: Notes) -> Iterator[FrameConsumer]:
-    consumer = FrameConsumer(kafka_settings, Offsets(), notes, threading.Event())
+    consumer = FrameConsumer(kafka_settings, Offsets(), notes, threading.Event(), WorkerMetrics(1))
     yield consumer
     consumer.close()
 

@@ -16,6 +16,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.errors import SaslAuthenticationFailedError
 from pydantic import SecretStr
 
+from monitoring.metrics import WorkerMetrics
 from schemas.config import Kafka, Topics
 from schemas.errors import ConfigError, UnreachableError
 from tests.broker.process import start_own_broker
@@ -132,7 +133,7 @@ def test_a_login_is_accepted(kafka_with_users: Kafka, mechanism: str) -> None:
     publisher.send(Message("updates", b"cam", b"1", []))
     publisher.settle(lambda: None)
     publisher.close()
-    consumer = FrameConsumer(settings, Offsets(), Notes(), threading.Event())
+    consumer = FrameConsumer(settings, Offsets(), Notes(), threading.Event(), WorkerMetrics(1))
     wait_for(consumer, 2)
     consumer.close()
 

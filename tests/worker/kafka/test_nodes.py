@@ -13,6 +13,7 @@ from kafka.errors import NodeNotReadyError
 from kafka.net.manager import KafkaConnectionManager
 from kafka.protocol.metadata import FindCoordinatorRequest
 
+from monitoring.metrics import WorkerMetrics
 from schemas.config import Kafka
 from schemas.errors import ConfigError
 from tests.chaos.proxy import FlakyProxy, flaky_broker
@@ -82,7 +83,7 @@ def test_a_node_that_nobody_knows_is_asked_for_later(cluster: Cluster) -> None:
 
 def test_a_user_without_permission_is_told_of_it(cluster: Cluster) -> None:
     settings = Kafka(bootstrap=cluster.bootstrap, group="group")
-    consumer = FrameConsumer(settings, Offsets(), Notes(), threading.Event())
+    consumer = FrameConsumer(settings, Offsets(), Notes(), threading.Event(), WorkerMetrics(1))
     cluster.answer(FIND_COORDINATOR, [GROUP_AUTHORIZATION_FAILED] * 9)
     with pytest.raises(ConfigError, match="does not let this user read") as caught:
         consumer.poll(PATIENCE_S)
