@@ -11,11 +11,14 @@ import pytest
 
 from schemas.config import Adapt, Batch, WorkerConfig
 from schemas.frame import Frame
+from schemas.state import StreamHeader, decode_header
 from tests.conftest import Topic, picture
-from tests.system.conftest import MakeWorker, metric, turn_until
+from tests.system.conftest import MakeWorker, metric, partition_of, turn_until
 from worker import flights
+from worker.control.retire import delete
 from worker.decode.image import decode_frame
 from worker.run import STUCK_AFTER_S, Worker
+from worker.store.store import StateStore
 
 LARGE = picture(1, size=(1_200, 1_200))
 
@@ -132,6 +135,44 @@ def test_frames_that_become_late_while_they_wait_are_passed_over(
     assert len(worker._batcher) == 0
     assert metric(worker, "frames_dropped_total") == 3
     assert sum(worker._parts.offsets.unfinished().values()) == 0
+
+
+def test_held_frames_of_a_stream_that_is_deleted_start_it_anew(
+    config: WorkerConfig, topic: Topic, store: StateStore, make_worker: MakeWorker
+) -> None:
+    """They were predicted and are in no state yet: the write is refused, and they are read again. The partition's other
+    streams go on, and so does the chain of events."""
+    batch = config.batch.model_copy(update={"min_adapt": 4, "max_hold_ms": 60_000})
+    worker = make_worker(config.model_copy(update={"batch": batch, "adapt": Adapt()}))
+    gone, stays = [name for name in (f"cam-{i}" for i in range(9)) if partition_of(name) == 0][:2]
+
+    def send(count: int) -> None:
+        before = metric(worker, "predictions_total")
+        records = [(name.encode(), picture(i), []) for i in range(count) for name in (gone, stays)]
+        topic.send(config.kafka.topics.frames, records)
+        turn_until(worker, lambda: metric(worker, "predictions_total") == before + len(records) and not worker._flights)
+
+    def stored(stream: str) -> StreamHeader | None:
+        content = store.read(stream).header
+        return decode_header(content) if content else None
+
+    def frames(stream: str) -> int:
+        return header.frames if (header := stored(stream)) else 0
+
+    send(4)
+    turn_until(worker, lambda: (frames(gone), frames(stays)) == (4, 4) and set(worker._consumer.lag().values()) == {0})
+    send(2)
+    assert all(len(worker._batcher._streams[name].held) == 2 for name in (gone, stays))
+    *_, last = delete(store, gone, "too early", "operator")
+    assert stored(gone) is None
+    for name in (gone, stays):
+        for frame in worker._batcher._streams[name].held:
+            frame.received -= 120
+    turn_until(worker, lambda: (frames(gone), frames(stays)) == (2, 6))
+    turn_until(worker, lambda: set(worker._consumer.lag().values()) == {0})
+    anew = stored(gone)
+    assert anew is not None
+    assert (anew.step, anew.events) == (0, last.event.number + 1)
 
 
 def threads_of_passes(worker: Worker) -> list[bool]:
