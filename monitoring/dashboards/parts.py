@@ -140,18 +140,9 @@ def number(
     width: int = 4,
 ) -> stat.Panel:
     """One number, the newest; `names` gives values a text and a colour."""
-    panel = (
-        stat.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .with_target(_target(expr, "", 0))
-        .unit(unit)
-        .thresholds(thresholds(steps))
-        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-        .span(width)
-        .height(4)
-    )
+    panel = _placed(stat.Panel(), title, description, [(expr, "")], width, 4)
+    panel.unit(unit).thresholds(thresholds(steps))
+    panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
     return panel.mappings([_value_map(names)]) if names else panel
 
 
@@ -170,14 +161,8 @@ def lines(
 ) -> timeseries.Panel:
     """Curves over time. `limits` are drawn as dashed lines; `least` and `most` bound the axis where given."""
     panel = (
-        timeseries.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .targets([_target(expr, legend, i) for i, (expr, legend) in enumerate(queries)])
+        _placed(timeseries.Panel(), title, description, queries, width, 8)
         .unit(unit)
-        .span(width)
-        .height(8)
         .line_width(1)
         .fill_opacity(30 if stacked else 5)
         .show_points(VisibilityMode.NEVER)
@@ -228,20 +213,9 @@ def states(
     names: Mapping[str, Mapping[float, tuple[str, str]]],
 ) -> statetimeline.Panel:
     """Numbers that stand for states, as coloured spans; `names` by legend."""
-    panel = (
-        statetimeline.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .targets([_target(expr, legend, i) for i, (expr, legend) in enumerate(queries)])
-        .show_value(VisibilityMode.AUTO)
-        .merge_values(True)
-        .row_height(0.85)
-        .span(24)
-        .height(7)
-        .unit("short")
-        .thresholds(thresholds(((None, GREY),)))
-    )
+    panel = _placed(statetimeline.Panel(), title, description, queries, 24, 7)
+    panel.show_value(VisibilityMode.AUTO).merge_values(True).row_height(0.85)
+    panel.unit("short").thresholds(thresholds(((None, GREY),)))
     for legend, of_legend in names.items():
         mapping = [{"type": "value", "options": _options(of_legend)}]
         panel.override_by_name(legend, [DynamicConfigValue("mappings", mapping)])
@@ -250,20 +224,12 @@ def states(
 
 def buckets(title: str, description: str, expr: str, unit: str, exemplars: bool = False) -> heatmap.Panel:
     """A histogram over time; `expr` is summed by le."""
-    query = _target(expr, "{{le}}", 0, exemplars).format(PromQueryFormat.HEATMAP)
-    return (
-        heatmap.Panel()
-        .title(title)
-        .description(description)
-        .datasource(SOURCE)
-        .with_target(query)
-        .calculate(False)
-        .y_axis(heatmap.YAxisConfig().unit(unit))
-        .unit("short")
-        .thresholds(thresholds(CALM))
-        .span(12)
-        .height(8)
-    )
+    query = _target(expr, "{{le}}", 0).format(PromQueryFormat.HEATMAP)
+    if exemplars:
+        query.exemplar(True)
+    panel = _placed(heatmap.Panel(), title, description, [], 12, 8).with_target(query)
+    panel.calculate(False).y_axis(heatmap.YAxisConfig().unit(unit))
+    return panel.unit("short").thresholds(thresholds(CALM))
 
 
 def rows_by(
@@ -274,7 +240,7 @@ def rows_by(
     link: str,
 ) -> table.Panel:
     """A table with a row per value of `label`; columns are (name, PromQL that keeps that label alone, unit, steps)."""
-    panel = table.Panel().title(title).description(description).datasource(SOURCE).span(24).height(10)
+    panel = _placed(table.Panel(), title, description, [], 24, 10)
     panel.unit("short").thresholds(thresholds(CALM))
     names = {label: label.capitalize()}
     for i, (name, expr, unit, steps) in enumerate(columns):
@@ -299,9 +265,14 @@ def _ref(index: int) -> str:
     return chr(ord("A") + index)
 
 
-def _target(expr: str, legend: str, index: int, exemplars: bool = False) -> prometheus.Dataquery:
-    query = prometheus.Dataquery().datasource(SOURCE).expr(expr).legend_format(legend).ref_id(_ref(index)).range()
-    return query.exemplar(True) if exemplars else query
+def _placed(panel: Any, title: str, description: str, queries: Sequence[Query], width: int, height: int) -> Any:
+    """The panel with what all kinds of panels have."""
+    panel.title(title).description(description).datasource(SOURCE).span(width).height(height)
+    return panel.targets([_target(expr, legend, i) for i, (expr, legend) in enumerate(queries)])
+
+
+def _target(expr: str, legend: str, index: int) -> prometheus.Dataquery:
+    return prometheus.Dataquery().datasource(SOURCE).expr(expr).legend_format(legend).ref_id(_ref(index)).range()
 
 
 def _value_map(names: Mapping[float, tuple[str, str]]) -> ValueMap:
