@@ -8,11 +8,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
 from monitoring.console.app import Picture
-from schemas.command import Command, command_headers, encode_command
+from schemas.command import Command
 from schemas.config import WorkerConfig
 from schemas.errors import StateError, UnreachableError
 from schemas.prediction import Prediction
@@ -20,7 +19,7 @@ from schemas.state import decode_header
 from worker.console.site import WorkerScrape
 from worker.console.thumbnails import Thumbnails
 from worker.console.topics import TopicReader
-from worker.kafka.client import close_producer, connection, open_client
+from worker.control.send import put_command
 from worker.store.store import StateStore
 
 SEND_TIMEOUT_S = 10.0
@@ -34,8 +33,6 @@ class SiteBackend:
         self._thumbnails = Thumbnails(config.kafka, config.frames)
         self._store = StateStore(config.store)
         self._store_lock = threading.Lock()
-        self._producer: Any = None
-        self._producer_lock = threading.Lock()
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="console")
 
     async def thumbnails(self, wanted: list[Prediction], large: bool) -> list[Picture]:
@@ -60,8 +57,6 @@ class SiteBackend:
         self._threads.shutdown(cancel_futures=True)
         self._thumbnails.close()
         self._store.close()
-        if self._producer is not None:
-            close_producer(self._producer, 2)
 
     async def _run(self, action: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, action, *arguments)
@@ -70,22 +65,7 @@ class SiteBackend:
         """Send, and wait for the broker's acknowledgement. Raises UnreachableError."""
         kafka = self._config.kafka
         try:
-            with self._producer_lock:
-                if self._producer is None:
-                    self._producer = open_client(
-                        KafkaProducer,
-                        **connection(kafka),
-                        acks="all",
-                        max_block_ms=int(1_000 * SEND_TIMEOUT_S),
-                        allow_auto_create_topics=False,
-                    )
-                future = self._producer.send(
-                    kafka.topics.commands,
-                    key=command.stream.encode(),
-                    value=encode_command(command),
-                    headers=command_headers(command, "console"),
-                )
-            future.get(timeout=SEND_TIMEOUT_S)
+            put_command(kafka, command, "console", SEND_TIMEOUT_S)
         except (KafkaError, OSError) as error:
             raise UnreachableError(
                 f"the command could not be sent to topic {kafka.topics.commands}: {error or type(error).__name__}"

@@ -57,7 +57,6 @@ def open_member(settings: Kafka, stop: threading.Event) -> Any:
             partition_assignment_strategy=ASSIGNORS[settings.assignment],
             group_instance_id=settings.static_member,
             metadata_max_age_ms=METADATA_MAX_AGE_MS,
-            allow_auto_create_topics=False,
         )
 
     consumer = until_reached(make, f"the broker at {settings.bootstrap}", settings.connect_timeout_s, stop)

@@ -39,13 +39,13 @@ def send_command(
         raise UnreachableError(f"the broker at {settings.bootstrap} does not take the command: {error}") from error
 
 
-def put_command(settings: Kafka, command: Command) -> None:
-    """Send the command, and wait until the broker has it. Raises KafkaError."""
-    producer = open_client(KafkaProducer, **connection(settings), acks="all", allow_auto_create_topics=False)
-    content, headers = encode_command(command), command_headers(command, "command")
+def put_command(settings: Kafka, command: Command, sender: str = "command", patience_s: float = 30.0) -> None:
+    """Send the command, and wait until the broker has it. Raises KafkaError and OSError."""
+    producer = open_client(KafkaProducer, **connection(settings), acks="all", max_block_ms=int(1_000 * patience_s))
+    content, headers = encode_command(command), command_headers(command, sender)
     try:
         sent = producer.send(settings.topics.commands, key=command.stream.encode(), value=content, headers=headers)
-        sent.get(timeout=30)
+        sent.get(timeout=patience_s)
     finally:
         close_producer(producer, 5)
 

@@ -78,7 +78,6 @@ def open_producer(settings: Kafka, acknowledge_s: float, **more: Any) -> Any:
         delivery_timeout_ms=int(acknowledge_s * 1000),
         request_timeout_ms=10_000,
         max_block_ms=MAX_BLOCK_MS,
-        allow_auto_create_topics=False,
         **more,
     )
 
