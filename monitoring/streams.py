@@ -50,7 +50,7 @@ class StreamView(NamedTuple):
     held_back: float = 0.0
     last_update: float | None = None
     troubled: float | None = None
-    accuracy: float | None = None
+    estimated_accuracy: float | None = None
     low: float | None = None
     high: float | None = None
     source_accuracy: float | None = None
@@ -58,10 +58,10 @@ class StreamView(NamedTuple):
     entropy: float | None = None
     marginal_entropy: float | None = None
     flip_rate: float | None = None
-    raw_norm: float | None = None
-    generated_norm: float | None = None
+    raw_gradient_norm: float | None = None
+    generated_gradient_norm: float | None = None
     cosine: float | None = None
-    distance: float | None = None
+    source_distance: float | None = None
     drift: float | None = None
     adapting: float | None = None
 
@@ -79,7 +79,7 @@ DECISIONS = get_args(Decision)
 # Field of the view, name behind driftkeel_stream_, help.
 GAUGES = (
     (
-        "accuracy",
+        "estimated_accuracy",
         "estimated_accuracy_ratio",
         "Accuracy of the adapted parameters now, estimated without labels. Only with adapt.method mgg.",
     ),
@@ -94,14 +94,14 @@ GAUGES = (
         "Entropy of the mean of recent predictions. Near 0: nearly all answers are of one class.",
     ),
     ("flip_rate", "flip_ratio", "Share of recent predictions for which the source model gives another class."),
-    ("raw_norm", "raw_gradient_norm", "Norm of the newest unsupervised gradient."),
-    ("generated_norm", "generated_gradient_norm", "Norm of the newest gradient that the generator made."),
+    ("raw_gradient_norm", "raw_gradient_norm", "Norm of the newest unsupervised gradient."),
+    ("generated_gradient_norm", "generated_gradient_norm", "Norm of the newest gradient that the generator made."),
     (
         "cosine",
         "gradient_cosine",
         "Cosine between the newest unsupervised and generated gradients: 1 same direction, below 0 opposite.",
     ),
-    ("distance", "source_distance", "How far the newest update left the adapted parameters from source."),
+    ("source_distance", "source_distance", "How far the newest update left the adapted parameters from source."),
     (
         "drift",
         "drift_score",
@@ -137,7 +137,7 @@ GAUGES = (
 # Field of the view, name behind driftkeel_fleet_, help.
 DISTRIBUTIONS = (
     (
-        "accuracy",
+        "estimated_accuracy",
         "estimated_accuracy_ratio",
         "Estimated accuracy of the adapted parameters, all streams of the worker now.",
     ),
@@ -149,20 +149,12 @@ DISTRIBUTIONS = (
 )
 _TIMES = frozenset({"last_decision", "last_update", "troubled"})
 _BACK = ("rolled_back", "reset", "imported", "carried")
-# Fields of the view by the fields of an event, and of its estimates, that they come from.
-_GRADIENTS = {
-    "raw_norm": "raw_gradient_norm",
-    "generated_norm": "generated_gradient_norm",
-    "cosine": "cosine",
-    "distance": "source_distance",
-}
-_ESTIMATES = {
-    "accuracy": "estimated_accuracy",
-    **{
-        name: name
-        for name in ("low", "high", "source_accuracy", "confidence", "entropy", "marginal_entropy", "flip_rate")
-    },
-}
+# Fields that are those of an event, and of its estimates.
+_GRADIENTS = ("raw_gradient_norm", "generated_gradient_norm", "cosine", "source_distance")
+_ESTIMATES = (
+    *("estimated_accuracy", "low", "high", "source_accuracy"),
+    *("confidence", "entropy", "marginal_entropy", "flip_rate"),
+)
 
 
 def next_view(
@@ -194,11 +186,11 @@ def next_view(
     if kind in TROUBLE:
         changes["troubled"] = now
     if event.after is not None:
-        changes |= {field: getattr(event.after, name) for field, name in _ESTIMATES.items()}
-    for field, name in _GRADIENTS.items():
+        changes |= {name: getattr(event.after, name) for name in _ESTIMATES}
+    for name in _GRADIENTS:
         value = getattr(event, name)
         if value is not None or event.decision in _BACK:
-            changes[field] = value
+            changes[name] = value
     return view._replace(**changes)  # type: ignore[arg-type]
 
 
@@ -273,7 +265,7 @@ class StreamSeries(Collector):
     def _need(self, stream: str, view: StreamView, now: float) -> tuple[bool, bool, bool, float]:
         """Sort key: the larger, the more the stream should be shown. Of nearly equal streams the shown one stays."""
         new = view.first_seen > now - NEW_S
-        accuracy = 1.0 if view.accuracy is None else view.accuracy
+        accuracy = 1.0 if view.estimated_accuracy is None else view.estimated_accuracy
         return view.in_trouble(now), view.drifting, new, STAY * (stream in self._chosen) - accuracy
 
     def _conditions(self, every: list[StreamView], shown: int, now: float) -> GaugeMetricFamily:

@@ -222,7 +222,7 @@ views = st.builds(
     troubled=st.sampled_from([None, 0.0, 9_900.0]),
     trusted=st.sampled_from([0.0, 1.0]),
     drift=st.sampled_from([0.0, 0.6]),
-    accuracy=st.none() | st.floats(0, 1),
+    estimated_accuracy=st.none() | st.floats(0, 1),
 )
 
 

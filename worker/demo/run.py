@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaProducer, TopicPartition
 from pydantic import SecretStr
 from rich.console import Console
 
@@ -33,7 +33,7 @@ from worker.demo.cameras import CAMERAS, Reel, film
 from worker.demo.score import CameraScore, Scoreboard
 from worker.demo.view import Show, open_view, table
 from worker.embedded import Broker, Child, EmbeddedStore, embedded_services, free_port, start_child, worker_process
-from worker.kafka.client import close_producer, connection, create_topics
+from worker.kafka.client import close_producer, connection, create_topics, open_reader
 
 PARTITIONS = 4
 LEAD = 256  # frames of a camera that are sent ahead of their predictions
@@ -177,9 +177,8 @@ def _replay(
     kafka: Kafka, board: Scoreboard, worker: Child, worker_log: Path, show: Show, unwind: Callable[[], None]
 ) -> None:
     """Send frames, at most `LEAD` ahead of their predictions, until all are answered or the worker stands still."""
-    arguments = connection(kafka)
-    producer = KafkaProducer(**arguments, linger_ms=2, batch_size=64 << 10)
-    outputs = KafkaConsumer(**arguments, auto_offset_reset="earliest", fetch_max_wait_ms=20, enable_auto_commit=False)
+    producer = KafkaProducer(**connection(kafka), linger_ms=2, batch_size=64 << 10)
+    outputs = open_reader(kafka, auto_offset_reset="earliest")
     outputs.assign([TopicPartition(kafka.topics.predictions, 0), TopicPartition(kafka.topics.updates, 0)])
     outputs.seek_to_beginning()
     began = last_news = time.monotonic()

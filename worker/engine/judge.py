@@ -16,11 +16,6 @@ from worker.guard.guard import Guard, Ruling
 Earlier = tuple[Snapshot, State]
 
 
-def no_snapshot(stream: str) -> Earlier | None:
-    """For callers that keep no snapshots."""
-    return None
-
-
 @dataclass(frozen=True)
 class Judgement:
     """A ruling and the header after it. `kept`: the proposal whose tensors become the stream's; None: they stay as they
@@ -41,7 +36,7 @@ def judge(
     proposals: Proposals,
     proposal: Proposal | None,
     drift_frames: int = 0,
-    newest: Callable[[str], Earlier | None] = no_snapshot,
+    newest: Callable[[str], Earlier | None] = lambda stream: None,
 ) -> Judgement:
     """Judge one micro-batch. Where an update is not accepted as a whole, its row in `proposals` is changed.
 

@@ -17,7 +17,7 @@ from schemas.policy import Policy
 from schemas.state import DriftWatch, GuardState, Snapshot
 from tests.worker.engine.test_engine import admit, batch
 from worker.engine.engine import Engine
-from worker.engine.judge import Judgement, judge, no_snapshot
+from worker.engine.judge import Judgement, judge
 from worker.guard.answer import Policies
 from worker.guard.guard import COSINE_SEEN, Guard, Ruling
 from worker.publish.event import update_event
@@ -46,7 +46,7 @@ def engine(tiny_bundle) -> Engine:
 
 
 def turn(
-    engine: Engine, ruling: Ruling, seed: int, adapt: bool = True, newest=no_snapshot, watch: int = 0
+    engine: Engine, ruling: Ruling, seed: int, adapt: bool = True, newest=lambda stream: None, watch: int = 0
 ) -> Judgement:
     passed = engine.predict([batch("b", 5, 9), batch("a", 6, seed, adapt)])
     proposals = engine.adapt(passed)
