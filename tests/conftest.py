@@ -282,7 +282,6 @@ def make_streams(
     settings: Store,
     worker: str = "w",
     metrics: WorkerMetrics | None = None,
-    policies: Policies | None = None,
 ) -> Streams:
     """Of a worker without a loop, which does not wait for a store that is away."""
     return Streams(
@@ -294,6 +293,6 @@ def make_streams(
         Adapt(),
         settings,
         lambda action: action(),
-        policies or Policies(Policy(), {}),
+        Policies(Policy(), {}),
         Upgrade(BundleSettings(), engine),
     )

@@ -125,7 +125,7 @@ def connect(
     step = Step(streams, batcher, guard, publisher, pending, metrics, name, keep_alive, threads, drift_frames, trace)
     listed = CommandList(max_names=max(MAX_KEPT, config.store.max_streams))
     commands = CommandReader(config.kafka, listed)
-    control = Control(listed, streams, store, metrics, policies, name, retry, pending)
+    control = Control(listed, streams, store, metrics, retry, pending)
     if not commands.caught_up.wait(COMMANDS_PATIENCE_S):
         log.warning("topic %s is not read to its end yet; commands come later", config.kafka.topics.commands)
     return Parts(

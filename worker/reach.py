@@ -6,12 +6,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 
 from monitoring.metrics import WorkerMetrics
 from schemas.config import WorkerConfig
 from schemas.errors import UnreachableError
+from worker.consume.consumer import FrameConsumer
 from worker.log import SAY_AGAIN_S
+from worker.publish.publisher import Publisher
+from worker.store.retry import StoreRetry
 from worker.store.store import StateStore
 
 log = logging.getLogger("driftkeel.reach")
@@ -31,15 +33,12 @@ class Reach:
         self,
         config: WorkerConfig,
         metrics: WorkerMetrics,
-        broker_answered: Callable[[], float],
-        untaken: Callable[[], tuple[float, str]],
-        store_serves: Callable[[], bool],
+        consumer: FrameConsumer,
+        publisher: Publisher,
+        retry: StoreRetry,
     ) -> None:
-        """`broker_answered`: when it last did, in monotonic seconds. `untaken`: for how long the broker has not taken
-        what is published, and why. `store_serves`: whether the loop's last call of the store succeeded. All three are
-        called from other threads."""
         self._bootstrap, self._address, self._metrics = config.kafka.bootstrap, config.store.address, metrics
-        self._broker_answered, self._untaken, self._store_serves = broker_answered, untaken, store_serves
+        self._consumer, self._publisher, self._retry = consumer, publisher, retry
         self._store = StateStore(config.store)
         self._say_after = SILENT_S
         self._refuses = False
@@ -62,11 +61,11 @@ class Reach:
 
     @property
     def _silence(self) -> float:
-        return time.monotonic() - self._broker_answered()
+        return time.monotonic() - self._consumer.answered()
 
     def _refusal(self) -> str:
         """What is wrong where the broker does not take what is published; empty where it does."""
-        seconds, reason = self._untaken()
+        seconds, reason = self._publisher.untaken()
         if seconds < SILENT_S:
             return ""
         said = f": {reason}" if reason else ""
@@ -104,7 +103,7 @@ class Reach:
     def _look_at_store(self) -> None:
         try:
             self._store.ping()
-            self._store_answers = self._store_serves()
+            self._store_answers = self._retry.answers
         except UnreachableError:
             self._store_answers = False
         if self._store_answers:

@@ -73,9 +73,7 @@ class Worker:
         self._parts = parts = connect(config, bundle, self.metrics, self._trace, threads, stop, retry, self._keep_alive)
         self._store = parts.store
         self._consumer = parts.consumer
-        self._reach = Reach(
-            config, self.metrics, self._consumer.answered, parts.publisher.untaken, lambda: retry.answers
-        )
+        self._reach = Reach(config, self.metrics, self._consumer, parts.publisher, retry)
         self._decoding, self._intake, self._batcher = parts.decoding, parts.intake, parts.batcher
         self._streams, self._pending, self._control = parts.streams, parts.pending, parts.control
         self._flights = Flights(config, parts, self.metrics, threads, stop)

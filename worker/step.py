@@ -231,7 +231,9 @@ class Step:
         resident, batch = prediction.resident, prediction.batch
         if judgement.ruling.apply:
             judgement.header.lately = judgement.header.lately.and_one(time.time())
-        sealed = update_event(self._engine, self._streams.policies, self._worker, prediction, judgement, proposal)
+        sealed = update_event(
+            self._engine, self._streams.context.policies, self._worker, prediction, judgement, proposal
+        )
         header = judgement.header.behind(sealed)
         return Folded(
             resident,

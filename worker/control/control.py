@@ -24,11 +24,10 @@ from schemas.update import SealedEvent
 from worker.control.commands import CommandList, Numbered
 from worker.engine.engine import Engine
 from worker.engine.resident import Resident
-from worker.guard.answer import Policies
 from worker.store.retry import StoreRetry
 from worker.store.store import StateStore
 from worker.streams.entry import Entry
-from worker.streams.obey import Context, Subject, obey
+from worker.streams.obey import Subject, obey
 from worker.streams.pending import PendingWrites
 from worker.streams.streams import Streams
 
@@ -58,15 +57,12 @@ class Control:
         streams: Streams,
         store: StateStore,
         metrics: WorkerMetrics,
-        policies: Policies,
-        worker: str,
         retry: StoreRetry,
         pending: PendingWrites,
     ) -> None:
         self._commands, self._streams, self._store = commands, streams, store
         self._metrics, self._retry, self._pending = metrics, retry, pending
         self._engine: Engine = streams.engine
-        self._context = Context.of(self._engine, policies, worker)
         self._due: set[str] = set()
         # Streams that are not here: first when their headers are to be read, then, when it is time, in a queue.
         self._nobodys: dict[str, float] = {}
@@ -212,7 +208,7 @@ class Control:
             waiting = meant = meant[:COMMANDS_AT_ONCE]
         for numbered in meant:
             subject = Subject(header, tensors or own, partial(self._streams.kept, stream))
-            entry = obey(numbered.command, subject, self._context, resident.token)
+            entry = obey(numbered.command, subject, self._streams.context, resident.token)
             header, events = entry.header, events + entry.events
             tensors, approved = entry.tensors or tensors, entry.approved or approved
         if not meant:

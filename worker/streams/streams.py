@@ -63,7 +63,7 @@ class Streams:
         beyond: Callable[[Mapping[str, int]], str] = lambda positions: "",
     ) -> None:
         """`beyond` says what is wrong with a stream's positions; empty where nothing is known to be wrong."""
-        self.policies, self._beyond = policies, beyond
+        self.context, self._beyond = Context.of(engine, policies, worker), beyond
         self.engine, self._store, self._publisher, self._metrics = engine, store, publisher, metrics
         self._worker, self._restorer = worker, Restorer(engine, upgrade, settings.max_state_bytes)
         by_bytes = limits.max_resident_bytes // engine.state_bytes
@@ -298,11 +298,7 @@ class Streams:
         else:
             log.info("stream %s: %s", header.stream, reason, extra=_of(header.stream))
         subject = Subject(header, restored.state.tensors, partial(self.kept, header.stream))
-        context, token = (
-            Context.of(self.engine, self.policies, self._worker),
-            self.engine.resident(header.stream).token,
-        )
-        return taken_in(restored.decision, reason, subject, context, token)
+        return taken_in(restored.decision, reason, subject, self.context, self.engine.resident(header.stream).token)
 
     def _explain(self, entries: list[Entry]) -> None:
         """Store entries, then publish their events. In this order a crash between the two cannot lead to two events

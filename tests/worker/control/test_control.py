@@ -15,7 +15,6 @@ from schemas.command import Command
 from schemas.config import Kafka, Store, WorkerConfig
 from schemas.errors import StateError, UnreachableError
 from schemas.frame import Position
-from schemas.policy import Policy
 from schemas.state import Snapshot, decode_header
 from schemas.update import UpdateEvent
 from tests.conftest import make_streams
@@ -26,7 +25,6 @@ from worker.control.control import AT_ONCE, Control
 from worker.control.operate import Operator
 from worker.control.stored import listed_one, snapshots
 from worker.engine.engine import Engine
-from worker.guard.answer import Policies
 from worker.publish.publisher import Publisher
 from worker.store import store as store_module
 from worker.store.store import StateStore
@@ -40,10 +38,10 @@ class Worker:
 
     def __init__(self, bundle: Bundle, kafka: Kafka, settings: Store, store: StateStore, commands: CommandList) -> None:
         self.publisher = Publisher(kafka, "w", threading.Event())
-        metrics, policies = WorkerMetrics(0), Policies(Policy(), {})
-        self.streams = make_streams(Engine(bundle), store, self.publisher, settings, "w", metrics, policies)
+        metrics = WorkerMetrics(0)
+        self.streams = make_streams(Engine(bundle), store, self.publisher, settings, "w", metrics)
         pending = PendingWrites(self.streams, self.publisher, Offsets(), metrics, 0, lambda: None)
-        self.control = Control(commands, self.streams, store, metrics, policies, "w", lambda act: act(), pending)
+        self.control = Control(commands, self.streams, store, metrics, lambda act: act(), pending)
 
     def policy(self, stream: str):
         return self.streams.engine.resident(stream).header.policy
