@@ -47,11 +47,13 @@ class Site:
         self.store = open_store(settings)
         self._publishers: list[Publisher] = []
 
-    def worker(self, name: str, **more: object) -> Streams:
+    def worker(self, name: str, bundle_hash: str = "", **more: object) -> Streams:
+        engine = Engine(self.bundle)
+        engine.bundle_hash = bundle_hash or engine.bundle_hash
         publisher = Publisher(self.kafka, name, threading.Event())
         self._publishers.append(publisher)
         settings = self.settings.model_copy(update={"snapshot_every": 2, **more})
-        return make_streams(Engine(self.bundle), self.open_store(settings), publisher, settings, name)
+        return make_streams(engine, self.open_store(settings), publisher, settings, name)
 
     def settle(self) -> None:
         for publisher in self._publishers:
@@ -281,8 +283,7 @@ def test_a_restart_from_source_does_not_replace_an_event_that_nobody_published(
     first.ensure(["cam"])
     entry = change(first, "freeze")
     assert first.write([entry]) == [True]
-    second, third = site.worker("second"), site.worker("third")
-    second.engine.bundle_hash = third.engine.bundle_hash = "another"
+    second, third = site.worker("second", "another"), site.worker("third", "another")
     monkeypatch.setattr(second._publisher, "update", lambda sealed: None)
     second.ensure(["cam"])
     third.ensure(["cam"])
@@ -442,8 +443,7 @@ def test_approved_parameters_survive_their_worker_and_go_with_their_bundle(site:
     assert resident.header.approved == 0
     assert torch.equal(resident.approved["affine"], tensors["affine"])
     assert set(resident.approved) == set(second.engine.source)
-    third = site.worker("third")
-    third.engine.bundle_hash = "another"
+    third = site.worker("third", "another")
     third.ensure(["cam"])
     assert third.engine.resident("cam").header.approved is None
 
