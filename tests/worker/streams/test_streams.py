@@ -81,6 +81,27 @@ def change(streams: Streams, action: str, tensors=None) -> Entry:
     )
 
 
+def test_a_stream_that_goes_while_others_are_claimed_is_left_to_its_next_owner(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claimed once more, it would have the next owner's writes refused."""
+    first, second, ours = site.worker("first"), site.worker("second"), {"a", "b"}
+    first.ensure(["a", "b"], ours)
+    first.release(["b"])
+    claim = first._store.claim
+
+    def waits(*asked: Any) -> list[Claimed]:
+        first.release(["a"])  # as `worker.partitions` does
+        ours.discard("a")
+        second.ensure(["a"])
+        return claim(*asked)
+
+    monkeypatch.setattr(first._store, "claim", waits)
+    assert first.ensure(["a", "b"], ours) == ["b"]
+    assert set(first.engine.streams) == {"b"}
+    assert site.store.read("a").token == second.engine.resident("a").token
+
+
 def test_an_event_that_was_stored_and_not_published_comes_with_the_same_bytes(site: Site, topic) -> None:
     first = site.worker("first")
     first.ensure(["cam"])
