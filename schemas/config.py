@@ -642,7 +642,9 @@ class Log(Section):
         description="Least severe lines that are written. `debug` adds every decision, and what the Kafka client says.",
     )
     format: Literal["auto", "json", "text"] = Field(
-        "auto", description="`json`: one object per line. `auto`: text on a terminal, JSON elsewhere."
+        "auto",
+        description="How the worker and the console log. `json`: one object per line. `auto`: text on a terminal, JSON "
+        "elsewhere. All other commands write text.",
     )
 
 

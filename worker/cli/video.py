@@ -69,14 +69,12 @@ def produce(
     config: ConfigOption = None,
 ) -> None:
     """Send frames of videos, cameras and pictures to the frames topic, each once; videos play in real time."""
-    from worker.log import set_up_logging
     from worker.produce.produce import PlayOptions
     from worker.produce.produce import produce as play
     from worker.produce.sources import Encoding
 
     options = PlayOptions(Encoding(quality, pixels(size), fps), fast, now, again, loop, limit)
-    settings = _settings(config, bootstrap)
-    set_up_logging(settings.log)
+    settings = _set_up(config, bootstrap)
     streams = _streams(sources, stream or [], settings.frames.max_stream_id_bytes)
     with until_stopped() as stop:
         for tally in play(settings, streams, options, state, stop):
@@ -102,13 +100,11 @@ def watch(
     config: ConfigOption = None,
 ) -> None:
     """Show predictions as they come, with local times, until Ctrl-C; other consumers are not affected."""
-    from worker.log import set_up_logging
     from worker.watch import FrameMarker, Watcher
 
     if as_json and table:
         raise ConfigError("--json and --table cannot be used together: leave one out")
-    settings = _settings(config, bootstrap)
-    set_up_logging(settings.log)
+    settings = _set_up(config, bootstrap)
     with until_stopped() as stop:
         watcher = Watcher(settings, set(stream or []), beginning, stop)
         marker = FrameMarker(settings, draw, stop) if draw else None
@@ -141,6 +137,15 @@ def _printed(watcher: Watcher, as_json: bool, table: bool, count: int | None) ->
     for prediction in predictions:
         print(printable_json(prediction.model_dump_json()) if as_json else line(prediction), flush=True)
         yield prediction
+
+
+def _set_up(config: Path | None, bootstrap: str | None) -> WorkerConfig:
+    """The configuration. Lines of the log are text, as all that commands write: `log.format` is for the services."""
+    from worker.log import set_up_logging
+
+    settings = _settings(config, bootstrap)
+    set_up_logging(settings.log.model_copy(update={"format": "text"}))
+    return settings
 
 
 def _settings(config: Path | None, bootstrap: str | None) -> WorkerConfig:
