@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from schemas.errors import ConfigError
+from schemas.errors import ConfigError, UnreachableError
 
 ConfigOption = Annotated[
     Path | None,
@@ -52,11 +52,20 @@ def pixels(size: str | None) -> tuple[int, int] | None:
 
 @contextmanager
 def until_stopped() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set. Both are the usual way to end, and so is a reader that goes away."""
-    stop = threading.Event()
+    """An event that Ctrl-C and SIGTERM set. Both are the usual way to end, also while a broker is waited for that does
+    not answer. So is a reader that goes away."""
+    stop, asked = threading.Event(), threading.Event()
+
+    def end(*_: object) -> None:
+        asked.set()  # `stop` alone does not tell: a failure inside may set it, too.
+        stop.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
     try:
         yield stop
+    except UnreachableError:
+        if not asked.is_set():
+            raise
     except BrokenPipeError:  # As in `driftkeel watch | head`.
         sys.stderr.close()
