@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
+from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, RecordListTooLargeError
 from kafka.partitioner.default import murmur2
 
 from schemas.cloud_event import cloud_event
@@ -30,6 +30,8 @@ log = logging.getLogger("driftkeel.produce")
 MAX_ON_THE_WAY = 32 << 20  # bytes that are not acknowledged yet, of all streams together
 ACKNOWLEDGE_TIMEOUT_S = 120.0
 NOTE_EVERY_S = 1.0
+STOPPED_TIMEOUT_S = 10.0  # the same once the run is to stop: somebody waits, and the next run goes on from there
+FLUSH_S = 0.5
 STOP_PATIENCE_S = 2.0
 
 
@@ -117,13 +119,25 @@ class Sender:
         future.add_errback(self._refused, size, stream)
 
     def finish(self) -> None:
-        """Wait for all acknowledgements. Raises SourceError if a frame was refused."""
-        try:
-            self._producer.flush(timeout=ACKNOWLEDGE_TIMEOUT_S)
-        except KafkaError as error:
-            raise explained(error, self._kafka, "frames", 0) from error
+        """Wait for all acknowledgements. Raises SourceError if a frame was refused, or the broker does not answer."""
+        since, left = time.monotonic(), self._on_the_way
+        while not self._flushed():
+            if self._on_the_way < left:  # A slow broker may take as long as it needs.
+                since, left = time.monotonic(), self._on_the_way
+            patience = STOPPED_TIMEOUT_S if self._stop.is_set() else ACKNOWLEDGE_TIMEOUT_S
+            if time.monotonic() - since >= patience:
+                raise explained(KafkaTimeoutError(f"no answer within {patience:.0f} s"), self._kafka, "frames", 0)
         if self.error:
             raise self.error
+
+    def _flushed(self) -> bool:
+        try:
+            self._producer.flush(timeout=FLUSH_S)
+        except KafkaTimeoutError:
+            return False
+        except KafkaError as error:
+            raise explained(error, self._kafka, "frames", 0) from error
+        return True
 
     def close(self) -> None:
         """Close the connections."""

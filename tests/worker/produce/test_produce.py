@@ -19,9 +19,11 @@ from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError, TopicAutho
 from schemas.config import Frames, Kafka, WorkerConfig
 from schemas.errors import ConfigError, SourceError, UnreachableError
 from schemas.frame import Position, parse_frame
+from tests.chaos.proxy import flaky_broker
 from tests.conftest import Topic, picture
 from tests.videos import make_video
 from worker.embedded import free_port
+from worker.kafka.client import create_topics
 from worker.produce.produce import MAX_ON_THE_WAY, Player, PlayOptions, Sender, Tally, explained, produce
 from worker.produce.sent import Acknowledged, Sent
 from worker.produce.sources import Encoding, Item, Picture, find
@@ -282,6 +284,34 @@ def test_what_waits_for_the_broker_is_bounded(kafka_settings: Kafka) -> None:
         assert not sender.make_room(1, wait=True)
     finally:
         sender.close()
+
+
+def test_who_stops_a_run_does_not_wait_for_a_broker_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took two minutes from Ctrl-C on. The next run reads back what the broker has."""
+    monkeypatch.setattr("worker.produce.produce.STOPPED_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("worker.produce.produce.ACKNOWLEDGE_TIMEOUT_S", 10_000.0)
+    stop, failures = threading.Event(), []
+    with flaky_broker() as broker:
+        kafka = Kafka(bootstrap=f"127.0.0.1:{broker.port}")
+        create_topics(kafka, 1)
+        sender = Sender(WorkerConfig(kafka=kafka), stop)
+        broker.down(True)
+        sender.make_room(1, wait=True)
+        sender.send("cam", "item", "0", Picture(b"x", "image/jpeg", 0), datetime.now(UTC), lambda _: None)
+
+        def finish() -> None:
+            try:
+                sender.finish()
+            except SourceError as error:
+                failures.append(str(error))
+
+        thread = threading.Thread(target=finish, daemon=True)
+        thread.start()
+        stop.set()
+        thread.join(240)
+        sender.close()
+    (failure,) = failures
+    assert "no answer within" in failure
 
 
 def test_a_camera_waits_for_nobody(kafka_settings: Kafka) -> None:
