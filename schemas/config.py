@@ -20,6 +20,7 @@ from schemas.frame import MAX_STREAM_BYTES
 from schemas.policy import AskedChange, Policy
 
 ENVIRONMENT_PREFIX = "DRIFTKEEL__"
+KAFKA_PORT = 9092
 STORE_SCHEMES = (
     *("redis", "rediss", "unix"),
     *("redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"),
@@ -65,13 +66,24 @@ class Topics(Section):
         return self
 
 
+_HOST_AND_PORT = re.compile(r"(?:\w+://)?(?:\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^\s:/\[\];]+)(?::([0-9]{1,5}))?")
+
+
+def _with_port(address: str) -> str:
+    """The address of a broker with its port, Kafka's usual one if it names none. Raises ValueError."""
+    found = _HOST_AND_PORT.fullmatch(address)
+    if found is None or not 0 < int(found[1] or KAFKA_PORT) < 1 << 16:
+        raise ValueError(f"{address!r} is no host:port, such as kafka-1:9092 or [::1]:9092; commas separate several")
+    return address if found[1] else f"{address}:{KAFKA_PORT}"
+
+
 class Kafka(Section):
     """The broker, and how the worker reads from it."""
 
     bootstrap: str = Field(
         "127.0.0.1:9092",
-        description="Addresses of one or more brokers, `host:port`, separated by commas. They are needed only for the "
-        "first contact; the brokers then announce all others.",
+        description="Addresses of one or more brokers, `host:port`, separated by commas; IPv6 as `[::1]:9092`. Without "
+        "a port it is 9092. They are needed only for the first contact; the brokers then announce all others.",
     )
     group: str = Field(
         "driftkeel",
@@ -164,11 +176,7 @@ class Kafka(Section):
     @field_validator("bootstrap")
     @classmethod
     def _hosts_and_ports(cls, bootstrap: str) -> str:
-        for address in bootstrap.split(","):
-            _, colon, port = address.rpartition(":")
-            if not address.strip() or (colon and not (port.isdecimal() and int(port) < 1 << 16)):
-                raise ValueError(f"{address!r} is no host:port")
-        return bootstrap
+        return ",".join(_with_port(address.strip()) for address in bootstrap.split(","))
 
     @model_validator(mode="after")
     def _heartbeats_fit(self) -> Kafka:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from schemas.config import mask_url
+from schemas.config import Kafka, mask_url
 from schemas.config_file import effective_yaml, load_config
 from schemas.errors import ConfigError
 
@@ -52,6 +52,12 @@ MERGED = "a0: &a0 {k: 1, l: 2, m: 3, n: 4, o: 5, p: 6, q: 7, r: 8, s: 9}\n" + ""
         ("kafka: {topics: {dead_letters: frames}}", "kafka.topics: two of these are the same: frames, predictions"),
         ("kafka: {bootstrap: ''}", "kafka.bootstrap: '' is no host:port"),
         ("kafka: {bootstrap: 'a:1,b:kafka'}", "'b:kafka' is no host:port"),
+        ("kafka: {bootstrap: 'a:1;b:2'}", "'a:1;b:2' is no host:port, such as kafka-1:9092 or [::1]:9092; commas"),
+        ("kafka: {bootstrap: 'a:1 b:2'}", "'a:1 b:2' is no host:port"),
+        ("kafka: {bootstrap: ':9092'}", "':9092' is no host:port"),
+        ("kafka: {bootstrap: 'a:65536'}", "'a:65536' is no host:port"),
+        ("kafka: {bootstrap: '::1'}", "'::1' is no host:port"),
+        ("kafka: {bootstrap: '[::1'}", "'[::1' is no host:port"),
         ("kafka: {group: ''}", "kafka.group: string should have at least 1 character"),
         ("worker: ''", "worker: string should have at least 1 character"),
         ("kafka: {topics: {frames: line 3}}", "kafka.topics.frames: string should match pattern"),
@@ -68,6 +74,21 @@ def test_mistakes_are_named(tmp_path: Path, text: str, expected: str) -> None:
         load_config(write(tmp_path, text))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "understood"),
+    [
+        ("kafka-1", "kafka-1:9092"),
+        ("10.0.0.7, kafka_2:9093 ", "10.0.0.7:9092,kafka_2:9093"),
+        ("[::1]", "[::1]:9092"),
+        ("[fe80::1%eth0]:19092", "[fe80::1%eth0]:19092"),
+        ("PLAINTEXT://kafka-1:9092", "PLAINTEXT://kafka-1:9092"),
+    ],
+)
+def test_a_broker_without_a_port_has_the_usual_one(written: str, understood: str) -> None:
+    """As in most Kafka clients; messages name it, and so it is no riddle which port was tried."""
+    assert Kafka(bootstrap=written).bootstrap == understood
 
 
 def test_every_mistake_has_its_line(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def test_a_place_and_our_own_words() -> None:
     with pytest.raises(ValidationError) as caught:
         Kafka.model_validate({"bootstrap": "kafka:x", "topics": {"frames": 3}})
     assert mistakes(caught.value) == [
-        ("bootstrap", "'kafka:x' is no host:port"),
+        ("bootstrap", "'kafka:x' is no host:port, such as kafka-1:9092 or [::1]:9092; commas separate several"),
         ("topics.frames", "Input should be a valid string"),
     ]
     with pytest.raises(ValidationError) as caught:
