@@ -102,6 +102,14 @@ class PolicyChange(BaseModel):
         """`policy` with these rules changed."""
         return policy.model_copy(update=self.model_dump(exclude_none=True))
 
+    def in_words(self) -> str:
+        """The rules that it changes, such as `mode=shadow, quiet_hours=22:00-06:00`."""
+        return ", ".join(f"{name}={_brief(value)}" for name, value in self.model_dump(exclude_none=True).items())
+
+
+def _brief(value: object) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
+
 
 def _makes_a_policy(change: PolicyChange) -> PolicyChange:
     Policy.model_validate(change.model_dump(exclude_none=True))

@@ -72,7 +72,9 @@ def test_commands_while_a_worker_runs(site: Site, site_file: str) -> None:
     assert "policy, now at step 1: mode=shadow, quiet_hours=22:00-06:00" in command(
         "policy", "--mode", "shadow", "--quiet-hours", "22:00-06:00"
     )
-    assert "the configuration's policy again" in command("policy", "--clear")
+    assert "the configuration's policy again, without mode=shadow, quiet_hours=22:00-06:00, frozen=False" in command(
+        "policy", "--clear"
+    )
     refused = run_cli("command", "rollback", "cam", "9", "--config", site_file, *PATIENT)
     assert refused.returncode == 1
     assert "skipped, now at step 1: cannot rollback: stream 'cam' has 2 snapshots" in refused.stdout
@@ -90,6 +92,18 @@ def test_commands_while_a_worker_runs(site: Site, site_file: str) -> None:
     ids += site.feed(second, "cam", 8)
     site.assert_folded_once({"cam": ids})
     events_of(site, "cam", lambda es: max(e.number for e in es) > len(events))
+
+
+def test_policies_of_single_streams_do_not_end_unsaid(site: Site, site_file: str) -> None:
+    worker = site.start()
+    for stream in ("cam-1", "cam-2"):
+        site.feed(worker, stream, 8)
+    tell(site, "cam-2", "policy", policy=PolicyChange(mode="shadow"))
+    cleared = run_cli("command", "policy", "*", "--clear", "--config", site_file, *PATIENT)
+    assert cleared.returncode == 0, cleared.stderr
+    assert "1 stream loses what commands have set: cam-2 (mode=shadow)\n" in cleared.stderr
+    assert len(cleared.stdout.splitlines()) == 2
+    assert "again, without mode=shadow" in cleared.stdout
 
 
 def test_an_update_under_way_does_not_overwrite_a_command(site: Site, site_file: str) -> None:

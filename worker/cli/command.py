@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import getpass
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 
-from schemas.command import Action, Command
+from schemas.command import EVERY_STREAM, Action, Command
+from schemas.config import WorkerConfig
 from schemas.config_file import load_config
-from schemas.errors import ConfigError, mistakes
+from schemas.errors import ConfigError, UnreachableError, mistakes
 from schemas.policy import Mode, PolicyChange
 from schemas.update import UpdateEvent
 from worker.cli.options import ConfigOption, ReasonOption
-from worker.terminal import printable
+from worker.terminal import counted, printable
 
 command_app = typer.Typer(
     help="Send workers a command for one stream or all of them; each is carried out once, and audited.",
     no_args_is_help=True,
 )
 
+NAMED = 10  # streams in a line that names them
 ARGUMENTS = {"stream": "stream", "snapshot": "back"}  # by the command's field; all other fields are options
 StreamArgument = Annotated[
     str, typer.Argument(help="Stream id, after -- if it begins with a dash; '*' for all streams.")
@@ -96,7 +99,27 @@ def policy(
         change["quiet_hours"] = [] if quiet_hours == ["none"] else quiet_hours
     if bool(change) == clear:
         raise ConfigError("say what to change, or give only --clear to undo what commands have changed")
+    if clear and stream == EVERY_STREAM:
+        _say_what_ends(load_config(config))
     _send(config, wait, stream=stream, action="policy", policy=change, reason=reason, by=by)
+
+
+def _say_what_ends(settings: WorkerConfig) -> None:
+    """Name the streams that lose a policy of their own: whoever thinks of all cameras may not think of these."""
+    from worker.control.stored import own_policies
+    from worker.store.store import StateStore
+
+    try:
+        own = own_policies(settings, StateStore(settings.store))
+    except UnreachableError as error:  # The workers may reach it: the command itself does not need it.
+        print(printable(f"which streams lose a policy of their own is not known: {error}"), file=sys.stderr)
+        return
+    if own:
+        named = [f"{stream} ({change.in_words()})" for stream, change in islice(own.items(), NAMED)]
+        more = f" and {len(own) - NAMED:,} more" if len(own) > NAMED else ""
+        loses = "loses" if len(own) == 1 else "lose"
+        said = f"{counted(len(own), 'stream')} {loses} what commands have set: {', '.join(named)}{more}"
+        print(printable(said), file=sys.stderr)
 
 
 def _send(config: Path | None, wait: float, **fields: Any) -> None:

@@ -8,7 +8,7 @@ from meta.bundle_folder import MGG_NAME, read_labels, read_manifest
 from monitoring.proxies import estimate
 from schemas.config import WorkerConfig
 from schemas.errors import StateError
-from schemas.policy import Policy
+from schemas.policy import Policy, PolicyChange
 from schemas.state import Snapshot, StreamHeader, decode_header, read_snapshot
 from schemas.update import Proxies
 from worker.guard.answer import Policies
@@ -81,6 +81,15 @@ def judged(config: WorkerConfig, found: ListedStream) -> tuple[Policy, Proxies]:
     clean, estimated = manifest.model.clean_accuracy, header.method == MGG_NAME
     proxies = estimate(header.proxies, manifest.calibration, clean, classes, estimated)
     return Policies(config.policy, config.streams).of(header), proxies
+
+
+def own_policies(config: WorkerConfig, store: StateStore) -> dict[str, PolicyChange]:
+    """The streams whose policy is not the configuration's, with what commands have changed in it."""
+    policies, found = Policies(config.policy, config.streams), {}
+    for header in filter(None, (one.header for one in listed(store))):
+        if header.policy and policies.of(header) != policies.of(header.model_copy(update={"policy": None})):
+            found[header.stream] = header.policy
+    return found
 
 
 def unknown(store: StateStore, stream: str) -> StateError:

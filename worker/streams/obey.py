@@ -113,9 +113,10 @@ def _unfrozen(command: Command, subject: Subject, context: Context) -> _Change:
 def _policy(command: Command, subject: Subject, context: Context) -> _Change:
     wanted = command.policy or NO_CHANGE
     if wanted == NO_CHANGE:
-        return _Change("policy", subject.header.model_copy(update={"policy": None}), "the configuration's policy again")
-    said = ", ".join(f"{name}={_brief(value)}" for name, value in wanted.model_dump(exclude_none=True).items())
-    return _Change("policy", _under(subject.header, wanted), said)
+        before = (subject.header.policy or NO_CHANGE).in_words()
+        said = "the configuration's policy again" + (f", without {before}" if before else "")
+        return _Change("policy", subject.header.model_copy(update={"policy": None}), said)
+    return _Change("policy", _under(subject.header, wanted), wanted.in_words())
 
 
 def _reset(command: Command, subject: Subject, context: Context) -> _Change:
@@ -162,7 +163,3 @@ def with_other_parameters(header: StreamHeader, step: int) -> StreamHeader:
     return header.model_copy(
         update={"step": step, "snapshot": step, "drift": None, "guard": GuardState(), "proxies": proxies}
     )
-
-
-def _brief(value: object) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
