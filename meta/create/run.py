@@ -27,6 +27,7 @@ from schemas.bundle import Calibration, Limits, Manifest, MethodPart, ModelPart
 from schemas.errors import BundleError, ConfigError
 from schemas.verdict import Verdict
 
+CODE = Path(__file__).parents[1]  # all that makes the stages
 LEAST_PER_CLASS_STATISTICS = 10
 CORRECTION_DRAWS, CORRECTION_PASSES = 200, 4
 # Set after training: they lower the dose if frames look like source data, and make the correction of single frames
@@ -40,8 +41,8 @@ def create_bundle(
     """Check the inputs, train, calibrate, measure, write the bundle, and load it once as a check.
 
     `decode` turns the bytes of an image file into pixels, as in a worker. Finished stages are kept in a folder beside
-    the output until the bundle is written. Its name is a digest of all inputs, so that a run with the same inputs
-    resumes from them. Raises BundleError, ConfigError or DataError.
+    the output until the bundle is written. Its name is a digest of all inputs and of this version's code, so that a run
+    with the same inputs resumes from them. Raises BundleError, ConfigError or DataError.
     """
     notes: list[str] = []
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -99,8 +100,11 @@ def _work_folder(output: Path, subject: Subject) -> Path:
 
 
 def _digest(subject: Subject) -> str:
-    """A digest of all inputs of the stages. The network's code is represented by its logits."""
+    """A digest of all inputs of the stages, and of the code that makes them, which an upgrade or who adds shifts may
+    change. The network's code is represented by its logits."""
     digest = hashlib.sha256(torch.__version__.encode())
+    for path in sorted(CODE.rglob("*.py")):
+        digest.update(path.read_bytes())
     digest.update(subject.settings.model_dump_json(exclude={"weights", "data", "labels", "generator"}).encode())
     known = [
         subject.labels,

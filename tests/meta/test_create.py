@@ -161,6 +161,21 @@ def test_what_other_code_has_done_is_not_taken_over(own: Path, tmp_path: Path, m
     assert len(set(found)) == 2
 
 
+def test_what_another_version_has_done_is_not_taken_over(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meta.create.run, "meta_train", _interrupt)
+    upgraded = shutil.copytree(meta.create.run.CODE, tmp_path / "meta")
+    with (upgraded / "shifts.py").open("a") as code:
+        code.write("# another version\n")
+    for code_of_version in (meta.create.run.CODE, upgraded):
+        monkeypatch.setattr(meta.create.run, "CODE", code_of_version)
+        for _ in range(2):  # The second run has what the first one kept.
+            with pytest.raises(Interrupted):
+                create(wanted(own), tmp_path / "bundle")
+    assert len(list((tmp_path / "bundle.work").glob("*/statistics.safetensors"))) == 2
+
+
 def test_layers_that_are_declared_in_another_order_make_the_same_bundle(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
