@@ -196,6 +196,22 @@ def test_a_release_misses_workers_that_prometheus_does_not_know(
     promtool("test", "rules", tmp_path / "test.yml")
 
 
+def test_alerts_link_their_runbooks_once_somebody_says_where_they_are() -> None:
+    def alerts(**given: str) -> list[dict[str, Any]]:
+        manifests = rendered({**EVERYTHING, "prometheusRule": {"enabled": True, **given}})
+        groups = manifests["PrometheusRule"]["spec"]["groups"]
+        return [rule for group in groups for rule in group["rules"] if "alert" in rule]
+
+    plain = alerts()
+    assert len(plain) > 20
+    assert plain[-1]["alert"] == "DriftkeelTooFewWorkers"  # of the chart alone
+    linked = alerts(runbookUrl="https://docs.example.com/$1/NAME/?a=1&b='\"#x")
+    for rule, same in zip(linked, plain, strict=True):
+        name = Path(rule["annotations"]["runbook"]).stem
+        assert rule["annotations"].pop("runbook_url") == f"https://docs.example.com/$1/{name}/?a=1&b='\"#x"
+        assert rule == same
+
+
 def test_a_pod_whose_image_is_still_pulled_is_no_target() -> None:
     """It has an address, which nobody answers at yet."""
     (endpoint,) = rendered(EVERYTHING)["ServiceMonitor"]["spec"]["endpoints"]
@@ -351,6 +367,7 @@ def test_the_chart_refuses_what_it_does_not_know() -> None:
         {"podDisruptionBudget": {"maxUnavailable": "some"}},
         {"console": {"enabled": True, "token": {"name": ""}}},
         {"prometheusRule": {"enabled": "false"}},
+        {"prometheusRule": {"runbookUrl": "https://docs.example.com/runbooks"}},
         {"probes": {"liveness": {"timeout": 5}}},
         {"image": {"tag": 20261130}},
         {"config": {"metrics": {"host": "127.0.0.1"}}},
