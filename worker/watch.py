@@ -162,11 +162,12 @@ class FrameMarker:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SourceError(f"{folder} cannot be made: {error.strerror}") from error
+            raise SourceError(f"{folder} cannot be made: {error.strerror}; name another folder with --draw") from error
         self._consumer = _consumer(config.kafka, stop)
 
     def draw(self, prediction: Prediction) -> Path | None:
-        """The picture's path. None where the topic has dropped the frame, or it is no picture within the limits."""
+        """The picture's path. None where the topic has dropped the frame, or it is no picture within the limits. Raises
+        SourceError where the disk is full."""
         position = Position.read(prediction.id)
         content = self._frame(position) if position is not None and position.topic == self._topic else None
         picture = self._decoded(content) if content else None
@@ -177,7 +178,10 @@ class FrameMarker:
         text = f"{printable(prediction.label)} {prediction.confidence:.0%} {prediction.parameters}"
         ImageDraw.Draw(canvas).text((3, 3), text.encode("latin-1", "replace").decode("latin-1"), fill="white")
         path = self._folder / f"{_file_name(prediction.stream)}-{position.partition}-{position.offset}.jpg"
-        canvas.save(path, "JPEG", quality=90)
+        try:
+            canvas.save(path, "JPEG", quality=90)
+        except OSError as error:
+            raise SourceError(f"{path} cannot be written: {error.strerror or error}") from error
         return path
 
     def close(self) -> None:

@@ -169,7 +169,7 @@ def test_missing_topic(tmp_path: Path, kafka_settings, store_settings, tiny_bund
     text = kafka_yaml(kafka_settings).replace(kafka_settings.topics.updates, "no-such-topic")
     text += f"store: {{url: '{store_settings.url.get_secret_value()}'}}\nbundle: {{path: '{tiny_bundle_path}'}}"
     line = refused("worker", "--config", write(tmp_path, text))
-    assert "has no topic no-such-topic; create them first" in line
+    assert "has no topic no-such-topic; create it first" in line
 
 
 def test_wrong_bundle(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from schemas.config import Kafka, WorkerConfig
+from schemas.errors import SourceError
 from tests.chaos.proxy import flaky_broker
 from tests.conftest import Topic, picture
 from tests.monitoring.console.records import prediction
@@ -76,4 +77,14 @@ def test_whatever_a_stream_is_called_its_frames_are_drawn(kafka_settings: Kafka,
     assert len(list(tmp_path.iterdir())) == 3
     for place in ("0/\N{SUPERSCRIPT TWO}", "0/" + "9" * 30, "9" * 30 + "/0", "../0"):
         assert marker.draw(prediction("cam", id=f"{frames}/{place}")) is None
+    marker.close()
+
+
+def test_a_full_disk_is_named(kafka_settings: Kafka, topic: Topic, tmp_path: Path) -> None:
+    frames = kafka_settings.topics.frames
+    (sent,) = topic.send(frames, [(b"cam", picture(), [])])
+    (tmp_path / f"cam-{sent.partition}-{sent.offset}.jpg").symlink_to("/dev/full")
+    marker = FrameMarker(WorkerConfig(kafka=kafka_settings), tmp_path, threading.Event())
+    with pytest.raises(SourceError, match=r"cam-\d+-\d+.jpg cannot be written: No space left on device"):
+        marker.draw(prediction("cam", id=f"{frames}/{sent.partition}/{sent.offset}"))
     marker.close()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,11 @@ def _cell(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else value
 
 
-def _open(path: Path, mode: str) -> Any:
+@contextmanager
+def _open(path: Path, mode: str) -> Iterator[Any]:
+    """The file to write. Raises StateError, also where the disk is full later on."""
     try:
-        return path.open(mode) if "b" in mode else path.open(mode, encoding="utf-8", newline="")
+        with path.open(mode) if "b" in mode else path.open(mode, encoding="utf-8", newline="") as file:
+            yield file
     except OSError as error:
-        raise StateError(f"{path} cannot be written: {error.strerror}") from error
+        raise StateError(f"{path} cannot be written: {error.strerror or error}") from error

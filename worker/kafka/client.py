@@ -241,15 +241,15 @@ def require_topics(settings: Kafka, stop: threading.Event | None = None, only: S
     try:
         while missing := _missing(admin, needed, what, deadline, stop):
             left, names = deadline - time.monotonic(), " and no topic ".join(missing)
+            them = "them" if missing[1:] else "it"
             if stop.is_set():
                 raise UnreachableError(f"{what} has no topic {names}, and was not waited for any longer")
             if left <= 0:
                 advice = "; ".join(f"kafka-topics.sh --create --topic {_creation(name, topics)}" for name in missing)
-                raise ConfigError(f"{what} has no topic {names}; create them first ({advice}), or correct kafka.topics")
+                advice = f"create {them} first ({advice}), or correct kafka.topics"
+                raise ConfigError(f"{what} has no topic {names}; {advice}")
             if pause == FIRST_PAUSE_S:  # Once.
-                log.warning(
-                    "%s has no topic %s yet; waiting %.0f s for %s", what, names, left, "them" if missing[1:] else "it"
-                )
+                log.warning("%s has no topic %s yet; waiting %.0f s for %s", what, names, left, them)
             stop.wait(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE_S)
     finally:

@@ -340,6 +340,16 @@ def test_a_long_trail_takes_little_memory() -> None:
     assert kept < 5_000 * 500
 
 
+def test_a_full_disk_is_named() -> None:
+    """Unnamed, the command did not even end: nobody closed what it was reading."""
+    for write in (
+        lambda: write_lines(records(chain("cam", 2)), Path("/dev/full")),
+        lambda: write_csv([[one.event for one in chain("cam", 2)]], Path("/dev/full")),
+    ):
+        with pytest.raises(StateError, match="/dev/full cannot be written: No space left on device"):
+            write()
+
+
 def test_files_keep_the_bytes(tmp_path: Path) -> None:
     found = records(chain("süd/1", 5), chain("cam", 4))
     path = tmp_path / "trail.jsonl"

@@ -201,7 +201,7 @@ def test_topics_that_come_a_moment_later_are_waited_for(bootstrap: str, caplog: 
 
 def test_topics_that_never_come_are_named_in_the_end(bootstrap: str) -> None:
     settings = Kafka(bootstrap=bootstrap, connect_timeout_s=0.5)
-    with pytest.raises(ConfigError, match="has no topic nowhere; create them first"):
+    with pytest.raises(ConfigError, match="has no topic nowhere; create it first"):
         require_topics(settings, only=["nowhere"])
 
 
