@@ -88,9 +88,8 @@ def write_bundle(
 ) -> Manifest:
     """Write a bundle; `manifest.files` is filled in here. `tensors` maps a file's stem to its content.
 
-    Returns the manifest as written. Equal content gives equal bytes.
+    Returns the manifest as written. Equal content gives equal bytes. Raises BundleError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {
         f"{stem}.safetensors": safetensors.torch.save({k: v.contiguous() for k, v in sorted(content.items())})
         for stem, content in tensors.items()
@@ -103,9 +102,13 @@ def write_bundle(
         for name, content in sorted(contents.items())
     }
     manifest = manifest.model_copy(update={"files": entries})
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    rewrite_manifest(folder, manifest)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        rewrite_manifest(folder, manifest)
+    except OSError as error:
+        raise BundleError(f"bundle {folder} cannot be written: {error.strerror}; remove what is there of it") from error
     return manifest
 
 

@@ -155,7 +155,8 @@ def _factory(architecture: str) -> Callable[..., nn.Module]:
         found: Callable[..., nn.Module] = imported(architecture, FOLDER)
         return found
     except ImportError as error:
-        raise BundleError(f"architecture {architecture!r}: {error}") from error
+        known = "" if ":" in architecture else f"; built in: {', '.join(sorted(ARCHITECTURES))}"
+        raise BundleError(f"architecture {architecture!r}: {error}{known}") from error
 
 
 def build_network(architecture: str, arguments: dict[str, Any], factories: Iterable[str] = ()) -> nn.Module:

@@ -56,7 +56,7 @@ def read_labels(path: Path | None, data: Path) -> list[str]:
     try:
         labels = path.read_text(encoding="utf-8-sig").splitlines()  # -sig: editors on Windows write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read labels {path}: {error}") from error
+        raise DataError(f"cannot read labels {path}: {getattr(error, 'strerror', None) or error}") from error
     if len(labels) < 2 or not all(label.strip() for label in labels):
         raise DataError(f"labels {path}: one label a line is needed, two or more, none of them empty")
     if len(set(labels)) != len(labels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import pickle
 from collections import Counter
@@ -34,6 +35,8 @@ def read_weights(path: Path, say: Say) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
+        if error.errno == errno.EINVAL:  # torch has looked for the file's end where there is none
+            raise BundleError(f"{path} is no file of weights: it is cut off or damaged") from error
         raise BundleError(f"cannot read the weights {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         raise BundleError(

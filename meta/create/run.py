@@ -258,7 +258,11 @@ def _verdict(subject: Subject, method: PiecewiseMGG, made: str, notes: list[str]
 
 
 def _keep(path: Path, content: bytes) -> None:
-    """Write a file atomically."""
+    """Write a file atomically. Raises ConfigError."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except OSError as error:
+        advice = "earlier stages are kept: make room, and run the same command again"
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; {advice}") from error

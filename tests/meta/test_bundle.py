@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meta.bundle import load_bundle, model_weights, portable_rule, write_bundle
-from meta.bundle_folder import read_verdict, rewrite_manifest
+from meta.bundle_folder import read_manifest, read_verdict, rewrite_manifest
 from meta.correction import Correction
 from meta.models import groupnorm_cnn
 from schemas.errors import BundleError
@@ -203,7 +203,7 @@ def test_the_layout_found_with_a_bundle_serves_more_than_one_frame(copy_of: Path
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("groupnorm_cnn", "not of the form module:name"),
+        ("groupnorm_cnn", "not of the form module:name; built in: batchnorm-cnn, groupnorm-cnn, layernorm-vit"),
         ("meta.models:other", "module 'meta.models' has no 'other'"),
         (
             "not_there:net",
@@ -292,3 +292,9 @@ def test_numbers_of_other_types_become_float32(copy_of: Path, dtype: torch.dtype
     method = load_bundle(copy_of).method
     forward = method.predict(torch.randn(2, 1, 28, 28), torch.zeros(2, dtype=torch.long), method.fresh(1))
     assert method.update(forward).state["feature_mean"].dtype == torch.float32
+
+
+def test_a_full_disk_is_named(tiny_bundle_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").symlink_to("/dev/full")
+    with pytest.raises(BundleError, match="cannot be written: No space left on device; remove what is there of it"):
+        write_bundle(tmp_path, read_manifest(tiny_bundle_path), {}, ["bolt", "nut"])

@@ -533,7 +533,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         load(weights | {"head.bias": torch.full((3,), torch.nan)})
 
 
-def test_files_that_are_no_weights(tmp_path: Path) -> None:
+def test_files_that_are_no_weights(own: Path, tmp_path: Path) -> None:
     torch.save(batchnorm_net(), tmp_path / "whole.pt")
     with pytest.raises(BundleError, match=r"would run code if it were loaded; save the weights alone"):
         read_weights(tmp_path / "whole.pt", quiet)
@@ -553,6 +553,10 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
         (tmp_path / "damaged.pt").write_bytes(damaged)
         with pytest.raises(BundleError, match=r"damaged.pt is no file of weights: "):
             read_weights(tmp_path / "damaged.pt", quiet)
+    whole = (own / "batchnorm_net.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BundleError, match=r"cut.pt is no file of weights: it is cut off or damaged"):
+        read_weights(tmp_path / "cut.pt", quiet)
     (tmp_path / "empty.pt").touch()
     with pytest.raises(BundleError, match=r"empty.pt is no file of weights: it ends too early"):
         read_weights(tmp_path / "empty.pt", quiet)
@@ -629,6 +633,8 @@ def test_folders_and_labels_that_do_not_match(own: Path, tmp_path: Path) -> None
     (tmp_path / "labels.txt").write_text("washer\nbolt\nnut\n")
     with pytest.raises(BundleError, match=r"about as chance has it: check .*order of --labels"):
         create(wanted(own, labels=tmp_path / "labels.txt"), tmp_path / "bundle")
+    with pytest.raises(DataError, match=r"^cannot read labels \S+none.txt: No such file or directory$"):
+        read_labels(tmp_path / "none.txt", own)
     (tmp_path / "labels.txt").write_text("nut\nnut\n")
     with pytest.raises(DataError, match="stands there twice"):
         read_labels(tmp_path / "labels.txt", own)
@@ -669,6 +675,14 @@ def test_an_output_that_cannot_be_written(own: Path, tmp_path: Path) -> None:
         create(wanted(own), tmp_path / "file")
     with pytest.raises(ConfigError, match=r"bundle cannot be written: Not a directory; name another --output"):
         create(wanted(own), tmp_path / "file" / "bundle")
+
+
+def test_a_stage_that_cannot_be_kept_is_named(tmp_path: Path) -> None:
+    (tmp_path / "verdict.unfinished").symlink_to("/dev/full")
+    with pytest.raises(
+        ConfigError, match=r"verdict.json cannot be written: No space left .* run the same command again"
+    ):
+        meta.create.run._keep(tmp_path / "verdict.json", b"{}")
 
 
 def test_arrays(own: Path, tmp_path: Path) -> None:
