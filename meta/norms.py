@@ -32,6 +32,7 @@ class Corrector(Protocol):
 
 class AdaptableModel(nn.Module):
     """A frozen classifier in eval mode that takes its norm affine as an argument. `network` is changed in place.
+    Scales, shifts and BatchNorm statistics are read once, here.
 
     `source_affine` (P,) holds scale and shift of all layers, and `places` says which coordinates belong to which layer.
     Layers without an affine are left alone. A layer object that occurs at several places of the network is replaced
