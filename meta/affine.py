@@ -148,7 +148,7 @@ class _Line(NamedTuple):
 def _moments(x_hat: Tensor, positions: tuple[int, ...], size: int) -> tuple[Tensor, Tensor]:
     """First and second moment (B, C) over positions."""
     if not positions:
-        return x_hat, x_hat * x_hat
+        return x_hat.clone(), x_hat * x_hat  # Without a graph, x_hat is overwritten.
     return x_hat.sum(positions).div_(size), (x_hat * x_hat).sum(positions).div_(size)
 
 

@@ -118,7 +118,8 @@ class StreamNorm(nn.Module):
         self.groups, self.epsilon = 0, 0.0
         if type(norm).forward is nn.GroupNorm.forward:
             self.groups, self.epsilon = norm.num_groups, norm.eps
-        if isinstance(norm, BATCH_NORM):
+        self.fixed = isinstance(norm, BATCH_NORM) and type(norm).forward is BATCH_NORM.forward
+        if self.fixed:
             self._take_statistics(norm)
         self.rectify = False  # whether the ReLU after it is fused into it
 
@@ -187,7 +188,7 @@ class StreamNorm(nn.Module):
     @property
     def _has_fixed_statistics(self) -> bool:
         """Whether x_hat is x times a constant plus another: BatchNorm with the statistics of training."""
-        return self.channels.start < self.channels.stop and self.context.moments is None
+        return self.fixed and self.context.moments is None
 
     @staticmethod
     def _broadcast(each: Tensor, x: Tensor) -> Tensor:
@@ -233,8 +234,9 @@ def _group_normalised(x: Tensor, groups: int, epsilon: float) -> tuple[Tensor, T
     """x (B, C, ...) normalised over each group's channels and positions; inverse standard deviations (B, groups)."""
     frames, channels = x.shape[:2]
     size = math.prod(x.shape[2:])
-    if not x.is_cpu:
-        x = x.contiguous()  # CUDA takes no other layout.
+    # The kernel takes no part of a larger tensor, and on CUDA no other layout than this.
+    last = x.is_cpu and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     x_hat, _, inverse = torch.native_group_norm(x, None, None, frames, channels, size, groups, epsilon)
     return x_hat, inverse
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meta.affine import Estimate
-from meta.correction import FLOOR, MOST, Correction, fit_correction
+from meta.correction import FLOOR, MOST, Correction, _Probe, fit_correction
 from meta.learned import GeneratorSettings, LearnedOptimizer
 from meta.mgg import MGG
 from meta.models import batchnorm_cnn
@@ -74,7 +74,7 @@ def test_activations_are_corrected_before_scale_and_shift(name: str) -> None:
     for layer in model.layers:
         change = corrected(layer, moved)
         layer._modules.pop("norm", None)
-        layer.groups, layer.channels, layer.norm = 0, slice(0, 0), change
+        layer.groups, layer.fixed, layer.norm = 0, False, change
     plain = model(frames, rows)
     (expected,) = torch.autograd.grad(plain.logsumexp(1).sum(), [rows])
     torch.testing.assert_close(logits, plain, rtol=1e-3, atol=1e-4)
@@ -117,6 +117,21 @@ def test_an_estimate_is_limited_and_a_constant_channel_teaches_nothing() -> None
     of_mean, of_square = found.gradient(torch.ones_like(mean), torch.ones_like(mean))
     assert not of_square.any()
     assert of_mean.isfinite().all()
+
+
+def test_moments_of_a_layer_without_positions_are_those_before_its_affine() -> None:
+    """There a frame's moments are its activations, which a pass without a graph overwrites."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)).eval()
+    nn.init.constant_(network[2].weight, 3.0)
+    nn.init.constant_(network[2].bias, 5.0)
+    frames = torch.randn(6, 1, 2, 2)
+    expected = network[1](frames.flatten(1)) / (1 + network[2].eps) ** 0.5
+    probe = _Probe()
+    with torch.no_grad():
+        AdaptableModel(network)(frames, correction=probe)
+    mean, square = probe.seen[0]
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(square, expected**2)
 
 
 def pictures(count: int, seed: int) -> Tensor:

@@ -45,6 +45,20 @@ def convnet(norm: nn.Module) -> nn.Module:
     )
 
 
+class Divided(nn.Module):
+    """Normalises one half of the channels, as networks that shuffle them do: a part of a larger tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3)
+        self.norm = nn.GroupNorm(2, 4)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kept, changed = self.first(x).chunk(2, 1)
+        return self.head(torch.cat([kept, self.norm(changed)], 1).relu().mean((2, 3)))
+
+
 class Backwards(nn.Module):
     """Runs the children of a Sequential in turn, by the same names, but declares the last one first."""
 
@@ -60,6 +74,7 @@ class Backwards(nn.Module):
 
 
 NETWORKS = {
+    "half of the channels": Divided,
     "group": lambda: convnet(nn.GroupNorm(2, 8)),
     "batch": lambda: convnet(nn.BatchNorm2d(8)),
     "instance": lambda: convnet(nn.InstanceNorm2d(8, affine=True)),
@@ -205,6 +220,24 @@ def test_broken_weights_are_refused() -> None:
     network[0].weight.data[0] = torch.nan
     with pytest.raises(BundleError, match=r"'0.weight' of the source model is not finite"):
         AdaptableModel(network)
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_runs_it() -> None:
+    class Counting(nn.BatchNorm2d):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Counting.calls += 1
+            return super().forward(x)
+
+    network = convnet(Counting(8)).eval()
+    frames = torch.randn(2, 1, 28, 28)
+    expected = network(frames)
+    model = AdaptableModel(network)
+    before = Counting.calls
+    torch.testing.assert_close(model(frames), expected)
+    torch.testing.assert_close(model(frames, model.source_affine.expand(2, -1)), expected)
+    assert Counting.calls == before + 2
 
 
 def test_half_precision_weights_become_float32() -> None:
